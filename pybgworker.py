@@ -1,0 +1,4583 @@
+"""Background tasks for Python programs, kept in one SQLite file.
+
+    # example.py
+    from pybgworker import task
+
+    @task
+    def add(a, b):
+        return a + b
+
+    result = add.delay(1, 2)            # durable once this returns
+    # $ python pybgworker.py run --app example
+    print(result.get(timeout=10))       # 3
+
+Copy this file into a project; it needs CPython 3.9 or newer and nothing else.
+
+Life of a task
+    caller ── delay() ──► database file ◄── worker ◄══ socket pair ══► child 1..N
+
+    `Task.delay` encodes the arguments and calls `Store.enqueue`: one committed
+    row, *queued* (or *scheduled*, when it has to wait for its time), and one
+    datagram that wakes a sleeping worker.  The worker is a single thread around
+    `Worker.step`: it settles what its children sent, claims what comes next
+    with `Store.claim`, both in one transaction, and hands the claimed runs to
+    warm subprocesses with `Pool.dispatch`.  A child (`run_child`) runs one task
+    at a time and answers each with one message.  `Worker.settle` decides what
+    follows: success, failure, or another run after `retry_delay`; and
+    `Store.finish` writes it, if the run is still ours.  `AsyncResult.get` reads
+    the outcome.  A killed child costs the one task it was running; the tasks of
+    a killed worker are found by `Store.reap` and run again.
+
+Map
+    Settings · States and errors · Time and values · Log · Cron · Retry and rate
+    · Wake-up · Store · Tasks and results · Processes · Child · Pool · Worker
+    · Reports · Command line · Old import paths
+
+Guarantees
+    A task whose delay() returned is not lost, whatever is killed; with the
+    default durability not by a power cut either.  It runs at least once, it
+    finishes exactly once, and a final state never changes except by an explicit
+    retry.  A cron tick is enqueued once, with any number of workers.
+
+Every `*_at` in this file is unix time in integer milliseconds; a bare number is
+in seconds; any other unit is in the name.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import calendar
+import collections
+import contextlib
+import functools
+import heapq
+import importlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import selectors
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import types
+import zlib
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+
+__version__ = "2.0.0"
+__all__ = [
+    "Abort", "App", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
+    "DatabaseUnavailable", "PyBgWorkerError", "Retry", "SettingError",
+    "TaskCancelled", "TaskFailed", "TaskNotFound", "TaskTimeout", "configure",
+    "cron", "current_task", "main", "task",
+]
+
+
+# == Settings =================================================================
+# Owns every setting: its name, default, unit and meaning.  A setting `x` is the
+# variable PYBGWORKER_X, the keyword x of configure() and App(), and --x of `run`
+# where that makes sense.  Flag beats environment beats code beats default.
+# Values are checked here, once, and passed down; nothing else reads os.environ.
+
+
+class PyBgWorkerError(Exception):
+    """The base of every error this module raises on purpose."""
+
+
+class SettingError(PyBgWorkerError, ValueError):
+    """A setting has a value it cannot have.  The message says what is allowed."""
+
+
+_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def _text(value):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError("a text that is not empty")
+    return os.fspath(value)
+
+
+def _count(value):
+    number = int(value) if re.fullmatch(r"\d{1,9}", str(value)) else 0
+    if number < 1:
+        raise ValueError("a whole number from 1 up")
+    return number
+
+
+def _seconds(value):
+    """Parse `2.5`, `"90s"`, `"15m"`, `"12h"` or `"7d"` into seconds above 0."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhdw]?)", str(value))
+    number = float(found[1]) * _UNIT_SECONDS[found[2]] if found else 0
+    if number <= 0:
+        raise ValueError("seconds above 0, or a number with s, m, h, d or w")
+    return number
+
+
+def _grace(value):
+    return 0.0 if str(value) in ("0", "0.0") else _seconds(value)
+
+
+def _retention(value):
+    return None if str(value) == "forever" else _grace(value)
+
+
+def _bytes(value):
+    """Parse `1048576`, `"512k"`, `"64m"` or `"2g"` into bytes above 0."""
+    found = re.fullmatch(r"(\d{1,15})([kmg]?)b?", str(value).lower())
+    number = int(found[1]) * _UNIT_BYTES[found[2]] if found else 0
+    if number <= 0:
+        raise ValueError("bytes above 0, or a number with k, m or g")
+    return number
+
+
+def _names(value):
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    names = tuple(part.strip() for part in parts if part.strip())
+    if not names:
+        raise ValueError("queue names with commas between them")
+    return names
+
+
+def _durability(value):
+    if value not in ("full", "normal"):
+        raise ValueError("full or normal")
+    return value
+
+
+def _switch(value):
+    if str(value).lower() not in ("0", "1", "true", "false", "yes", "no"):
+        raise ValueError("1 or 0")
+    return str(value).lower() in ("1", "true", "yes")
+
+
+def parse_rate(value: float | str) -> float:
+    """Return starts per second from `5`, `2.5`, `"5/s"`, `"100/m"` or `"1000/h"`.
+
+    Raises ValueError for anything else, for 0, and for what is not finite.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(?:/([smhd]))?", str(value))
+    rate = float(found[1]) / _UNIT_SECONDS[found[2] or "s"] if found else 0.0
+    if rate <= 0:
+        raise ValueError('starts per second above 0, or "5/s", "100/m", "1000/h"')
+    return rate
+
+
+class Setting(NamedTuple):
+    """One row of SETTINGS.  `parse` raises ValueError saying what is allowed."""
+
+    name: str
+    default: Any                # None: not set, no limit
+    parse: Callable[[Any], Any]
+    flag: bool                  # True when `run` has it as a flag
+    meaning: str
+
+
+SETTINGS = (
+    Setting("db", "pybgworker.db", _text, True,
+            "path of the SQLite file"),
+    Setting("concurrency", None, _count, True,
+            "children, that is tasks at a time (default: the CPU count)"),
+    Setting("queues", None, _names, True,
+            "queues to serve, with commas between (default: all)"),
+    Setting("rate_limit", None, parse_rate, True,
+            'starts over all tasks and workers: 5, "5/s", "100/m", "1000/h"'),
+    Setting("timeout", None, _seconds, True,
+            "limit of a run, for tasks that name none (default: none)"),
+    Setting("worker_name", None, _text, True,
+            "name shown in logs and inspect (default: host-pid)"),
+    Setting("heartbeat_interval", 5.0, _seconds, True,
+            "seconds between two heartbeats of a worker"),
+    Setting("worker_timeout", 15.0, _seconds, True,
+            "seconds without a heartbeat until a worker's tasks are taken over"),
+    Setting("shutdown_timeout", 30.0, _grace, True,
+            "seconds that running tasks may go on after the first signal"),
+    Setting("retention", 604800.0, _retention, True,
+            "how long finished tasks are kept: 12h, 7d, forever"),
+    Setting("retention_failed", 2592000.0, _retention, True,
+            "how long failed tasks are kept: 30d, forever"),
+    Setting("max_tasks_per_child", None, _count, True,
+            "replace a child after so many tasks (default: never)"),
+    Setting("max_memory", None, _bytes, True,
+            "bytes of memory a child may use: 512m, 2g (default: no limit)"),
+    Setting("max_payload", 64 << 20, _bytes, False,
+            "bytes of the arguments, or the result, of one task at most"),
+    Setting("durability", "full", _durability, True,
+            "full: a power cut loses nothing; normal: it may lose the last moments"),
+    Setting("busy_timeout", 30.0, _seconds, False,
+            "seconds that a caller waits for a locked database"),
+    Setting("allow_network_fs", False, _switch, False,
+            "1: open the database on a network file system all the same"),
+)
+_SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def check_setting(name: str, value: Any, source: str) -> Any:
+    """Return the parsed value.  Raises SettingError that names source and value."""
+    try:
+        return _SETTING_BY_NAME[name].parse(value)
+    except (ValueError, TypeError) as exc:
+        raise SettingError(f"{source}={value!r}: must be {exc}") from None
+
+
+def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleNamespace:
+    """Merge the three sources over the defaults; code and flags are parsed ones."""
+    found = types.SimpleNamespace()
+    for setting in SETTINGS:
+        variable = "PYBGWORKER_" + setting.name.upper()
+        if flags.get(setting.name) is not None:
+            value = flags[setting.name]
+        elif environ.get(variable):
+            value = check_setting(setting.name, environ[variable], variable)
+        elif setting.name in code:
+            value = code[setting.name]
+        else:
+            value = setting.default
+        setattr(found, setting.name, value)
+    found.concurrency = found.concurrency or os.cpu_count() or 1
+    found.worker_name = found.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+    return found
+
+
+# == States and errors ========================================================
+# Owns the states of a task, the moves between them, and the errors.  A state is
+# a small integer in the database and a word everywhere else.
+
+SCHEDULED, RETRYING, QUEUED, RUNNING, SUCCESS, FAILED, CANCELLED = range(7)
+STATE_NAMES = (
+    "scheduled", "retrying", "queued", "running", "success", "failed", "cancelled",
+)
+WAITING = frozenset({SCHEDULED, RETRYING, QUEUED})
+FINISHED = frozenset({SUCCESS, FAILED, CANCELLED})
+
+# Every move a task can make.  Those out of a finished state are an explicit
+# retry; running → queued is a run handed back by a stop, or whose worker died.
+MOVES = {
+    SCHEDULED: {QUEUED, CANCELLED},
+    RETRYING: {QUEUED, CANCELLED},
+    QUEUED: {RUNNING, CANCELLED},
+    RUNNING: {SUCCESS, FAILED, CANCELLED, RETRYING, QUEUED},
+    SUCCESS: {QUEUED},
+    FAILED: {QUEUED},
+    CANCELLED: {QUEUED},
+}
+
+
+class Retry(PyBgWorkerError):
+    """Raise it in a task to run again, in `countdown` seconds.
+
+    It spends a retry; without a countdown the task's own delay holds.
+    """
+
+    def __init__(self, message: str = "retry asked for", countdown=None):
+        super().__init__(message)
+        self.countdown = countdown
+
+
+class Abort(PyBgWorkerError):
+    """Raise it in a task to fail at once, whatever retries are left."""
+
+
+class TaskTimeout(PyBgWorkerError):
+    """Raised inside a task at its time limit; it has a short grace to clean up."""
+
+
+class TaskCancelled(PyBgWorkerError):
+    """get(): the task was cancelled.  Inside a task: it is being cancelled now."""
+
+
+class TaskError(str):
+    """What went wrong in one line, `ValueError: no such user`, with its parts.
+
+    `.kind` is exception, timeout, crash, lost or abort; `.type` the name of the
+    exception class, `.message` its text, `.traceback` the Python stack; the last
+    three may be empty.
+    """
+
+    kind: str
+    type: str
+    message: str
+    traceback: str
+
+    def __new__(cls, found: dict):
+        head, message = found.get("type") or found["kind"], found.get("message", "")
+        error = super().__new__(cls, f"{head}: {message}" if message else head)
+        error.kind = found["kind"]
+        error.type = found.get("type", "")
+        error.message = message
+        error.traceback = found.get("traceback", "")
+        return error
+
+
+class TaskFailed(PyBgWorkerError):
+    """get(): the task failed for good.  `.error` is the TaskError, `.kind`,
+    `.error_type` and `.traceback` are parts of it.
+    """
+
+    def __init__(self, task_id: int, error: TaskError):
+        self.task_id = task_id
+        self.error = error
+        self.kind = error.kind
+        self.error_type = error.type
+        self.traceback = error.traceback
+        super().__init__(f"task {task_id} failed: {error}")
+
+
+class TaskNotFound(PyBgWorkerError, LookupError):
+    """No row has this id: it was pruned, or the id is of another database."""
+
+
+class TaskStateError(PyBgWorkerError):
+    """The task is in a state in which this cannot be done, as the message says."""
+
+
+class PayloadTooLarge(PyBgWorkerError, ValueError):
+    """Arguments, or a result, are larger than max_payload."""
+
+
+class AppError(PyBgWorkerError):
+    """The app cannot be loaded or defines something twice."""
+
+
+class DatabaseUnavailable(PyBgWorkerError):
+    """The database cannot be used now.  Nothing was changed by the call.
+
+    `.fatal` is True where waiting cannot help: not a database, corrupt, replaced.
+    """
+
+    fatal = False
+
+
+class DatabaseBusy(DatabaseUnavailable):
+    """Somebody else held the database's write lock for all of busy_timeout."""
+
+
+class DatabaseUnusable(DatabaseUnavailable):
+    """The file is not a queue, is damaged, was replaced, or is from the future."""
+
+    fatal = True
+
+
+# == Time and values ==========================================================
+# Owns the clock, and the text form of arguments and results.  What arrives
+# equals what was sent, or encode() raises TypeError; nothing is ever pickled.
+# Plain JSON values are themselves; every other type is an object with one key:
+#     {"$tuple": [1, 2]}   {"$datetime": "2026-01-02T03:04:05+00:00"}
+# and a dict that JSON would change, or that looks like one of those, becomes
+# {"$dict": [[key, value], ...]}.
+
+
+def now_ms() -> int:
+    """The wall clock: unix time in integer milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def to_ms(seconds: float) -> int:
+    """A duration in seconds as whole milliseconds, never shorter."""
+    return math.ceil(seconds * 1000)
+
+
+def iso_time(at: int) -> str:
+    """2026-01-02T03:04:05.678Z"""
+    moment = time.gmtime(at // 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S.", moment) + f"{at % 1000:03d}Z"
+
+
+class _Refused(Exception):
+    """A value that has no text form; encode() turns it into a TypeError."""
+
+
+# A longer integer would trip the interpreter's limit on decimal digits.
+_LONGEST_DECIMAL_BITS = 10_000
+
+
+def _pack(value):
+    kind = type(value)
+    if kind is str or value is None or kind is bool:
+        return value
+    packer = _PACKERS.get(kind)
+    if packer is None:
+        packer = _late_packer(kind)
+    return packer(value)
+
+
+def _pack_int(value):
+    if value.bit_length() < _LONGEST_DECIMAL_BITS:
+        return value
+    return {"$int": hex(value)}
+
+
+def _pack_float(value):
+    return value if math.isfinite(value) else {"$float": repr(value)}
+
+
+def _pack_list(value):
+    return [_pack(item) for item in value]
+
+
+def _pack_dict(value):
+    for key in value:
+        if type(key) is not str or key.startswith("$"):
+            return {"$dict": [[_pack(k), _pack(v)] for k, v in value.items()]}
+    return {key: _pack(item) for key, item in value.items()}
+
+
+def _pack_moment(value):
+    """Wall time, then the zone's name or offset, then the fold."""
+    zone = value.tzinfo
+    wall = value.replace(tzinfo=None, fold=0).isoformat()
+    if zone is None:
+        return [wall, None, value.fold]
+    if type(zone) is timezone:
+        return [wall, zone.utcoffset(None) / timedelta(microseconds=1), value.fold]
+    if getattr(zone, "key", None) and type(zone).__module__.startswith("zoneinfo"):
+        return [wall, zone.key, value.fold]
+    raise _Refused
+
+
+def _unpack_zone(zone):
+    if zone is None:
+        return None
+    if isinstance(zone, str):
+        return importlib.import_module("zoneinfo").ZoneInfo(zone)
+    return timezone(timedelta(microseconds=zone)) if zone else timezone.utc
+
+
+def _unpack_moment(kind, body):
+    wall, zone, fold = body
+    moment = kind.fromisoformat(wall)
+    return moment.replace(tzinfo=_unpack_zone(zone), fold=fold)
+
+
+def _unpack_bytes(text):
+    return base64.b64decode(text)
+
+
+_PACKERS = {
+    int: _pack_int,
+    float: _pack_float,
+    list: _pack_list,
+    dict: _pack_dict,
+    tuple: lambda v: {"$tuple": _pack_list(v)},
+    set: lambda v: {"$set": _pack_list(v)},
+    frozenset: lambda v: {"$frozenset": _pack_list(v)},
+    bytes: lambda v: {"$bytes": base64.b64encode(v).decode()},
+    bytearray: lambda v: {"$bytearray": base64.b64encode(v).decode()},
+    complex: lambda v: {"$complex": repr(v)},
+    Decimal: lambda v: {"$decimal": str(v)},
+    datetime: lambda v: {"$datetime": _pack_moment(v)},
+    time_of_day: lambda v: {"$time": _pack_moment(v)},
+    date: lambda v: {"$date": v.isoformat()},
+    timedelta: lambda v: {"$timedelta": [v.days, v.seconds, v.microseconds]},
+}
+_UNPACKERS = {
+    "$int": lambda body: int(body, 16),
+    "$float": float,
+    "$dict": dict,
+    "$tuple": tuple,
+    "$set": set,
+    "$frozenset": frozenset,
+    "$bytes": _unpack_bytes,
+    "$bytearray": lambda body: bytearray(_unpack_bytes(body)),
+    "$complex": complex,
+    "$decimal": Decimal,
+    "$datetime": lambda body: _unpack_moment(datetime, body),
+    "$time": lambda body: _unpack_moment(time_of_day, body),
+    "$date": date.fromisoformat,
+    "$timedelta": lambda body: timedelta(*body),
+    "$uuid": lambda body: importlib.import_module("uuid").UUID(body),
+}
+
+
+def _late_packer(kind):
+    """UUID, without importing uuid into every program that has none."""
+    if kind.__module__ == "uuid" and kind.__name__ == "UUID":
+        packer = _PACKERS[kind] = lambda v: {"$uuid": str(v)}
+        return packer
+    raise _Refused
+
+
+def _unpack(found):
+    if len(found) == 1:
+        (name, body), = found.items()
+        unpacker = _UNPACKERS.get(name)
+        if unpacker:
+            return unpacker(body)
+    return found
+
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode(value: Any, path: str) -> str:
+    """Return the text of `value`, ASCII only.  `path` is its name in messages.
+
+    Raises TypeError with the path of what cannot be sent unchanged:
+    `args[0]["user"]: <class User>`.
+    """
+    try:
+        return _to_json(_pack(value))
+    except _Refused:
+        raise TypeError(_blame(value, path)) from None
+    except RecursionError:
+        raise TypeError(f"{path}: nested too deeply, or contains itself") from None
+
+
+def encode_call(args: tuple, kwargs: dict) -> str:
+    """Return the text of a call's arguments.  Raises TypeError as encode() does."""
+    try:
+        return _to_json([_pack_list(args), _pack_dict(kwargs)])
+    except (_Refused, RecursionError):
+        encode(list(args), "args")
+        encode(kwargs, "kwargs")
+        raise
+
+
+def _shown_key(key):
+    return json.dumps(key) if isinstance(key, str) else type(key).__name__
+
+
+def _blame(value, path):
+    """Name the innermost part of `value` that cannot be encoded."""
+    if type(value) is dict:
+        parts = [(f"{path}[{_shown_key(key)}]", v) for key, v in value.items()]
+        parts += [(f"{path} (a key)", key) for key in value]
+    elif type(value) in (list, tuple, set, frozenset):
+        parts = [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+    else:
+        parts = []
+    for name, part in parts:
+        try:
+            _pack(part)
+        except _Refused:
+            return _blame(part, name)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return (
+        f"{path}: <class {kind.replace('builtins.', '')}> cannot be sent to a task; "
+        "send JSON values, date, datetime, time, timedelta, Decimal, UUID, bytes, "
+        "tuple or set"
+    )
+
+
+def decode(text: str) -> Any:
+    """Return the value whose text encode() made."""
+    if '{"$' in text:
+        return json.loads(text, object_hook=_unpack)
+    return json.loads(text)
+
+
+# == Log ======================================================================
+# Owns the worker's standard output: one JSON object a line, or the same for
+# eyes.  Lines are collected and written once a turn.  Never raises and never
+# waits: a full disk, a closed pipe or a slow reader must not stop the worker.
+
+# A pipe whose reader sleeps may hold up this many bytes here; then lines are
+# dropped and counted, and the count is the first line after.
+_LOG_BACKLOG_BYTES = 4 << 20
+# poll() calls a pipe writable when so much fits; a longer write could block.
+_PIPE_CHUNK_BYTES = 4096
+
+
+def _text_line(at, event, fields):
+    shown = " ".join(
+        f"{key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
+        for key, value in fields.items()
+        if value is not None
+    )
+    return f"{iso_time(at)} {event:<16} {shown}".rstrip()
+
+
+def _is_seekable(fd):
+    """True for files, where a write does not wait for a reader."""
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR) >= 0
+    except OSError:
+        return False
+
+
+class Log:
+    """Collects event lines and writes them to the file descriptor `fd`."""
+
+    def __init__(self, fd: int = 1, style: str = "json", clock=now_ms):
+        self._fd = fd
+        self._style = style
+        self._clock = clock
+        self._seekable = _is_seekable(fd)
+        self._second, self._prefix = 0, ""
+        self._lines: list[str] = []
+        self._unsent = b""
+
+    def event(self, event: str, /, **fields: Any) -> None:
+        """Add one line: timestamp, event, then the fields that are not None."""
+        at = self._clock()
+        try:
+            if self._style == "text":
+                line = _text_line(at, event, fields)
+            else:
+                line = self._json_line(at, event, fields)
+        except Exception as exc:        # a field that cannot be written
+            line = f'{{"event":"{event}","log_error":"{type(exc).__name__}"}}'
+        self._lines.append(line)
+
+    def _json_line(self, at, event, fields):
+        second = at // 1000
+        if second != self._second:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second, self._prefix = second, f'{{"timestamp":"{stamp}.'
+        head = f'{self._prefix}{at % 1000:03d}Z","event":"{event}"'
+        fields = {k: v for k, v in fields.items() if v is not None}
+        return f"{head},{_to_json(fields)[1:]}" if fields else head + "}"
+
+    def flush(self, patience: float = 0.0) -> None:
+        """Write what there is; wait at most `patience` seconds for a slow reader."""
+        if self._lines:
+            self._lines.append("")
+            self._unsent += "\n".join(self._lines).encode("ascii", "backslashreplace")
+            self._lines.clear()
+        deadline = time.monotonic() + patience
+        while self._unsent and self._write_some(deadline):
+            pass
+        if len(self._unsent) > _LOG_BACKLOG_BYTES:
+            self._drop()
+
+    def _write_some(self, deadline):
+        """Write a part.  False when no more can be written without waiting."""
+        try:
+            chunk = self._unsent
+            if not self._seekable:
+                wait = max(0.0, deadline - time.monotonic())
+                with selectors.DefaultSelector() as waiter:
+                    waiter.register(self._fd, selectors.EVENT_WRITE)
+                    if not waiter.select(wait):
+                        return False
+                chunk = chunk[:_PIPE_CHUNK_BYTES]
+            self._unsent = self._unsent[os.write(self._fd, chunk):]
+            return True
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):       # closed, or its disk is full
+            self._drop()
+            return False
+
+    def _drop(self):
+        """Forget what is unsent; the next line that can be written says so."""
+        lines = self._unsent.count(b"\n")
+        self._unsent = b""
+        self.event("log_dropped", lines=lines)
+
+
+class CronError(PyBgWorkerError, ValueError): pass
+class Cron:
+    never=False
+    def __init__(self, expr, tz="UTC"): self.expr, self.tz = expr, tz
+    def tick_after(self, t): return int(t)//60*60+60
+class TickPlan(NamedTuple):
+    ticks: list; next_at: Any; missed: int; reset: bool
+def plan_ticks(cron, next_at, set_at, now, misfire="latest", grace=60, cap=1000):
+    if next_at > now: return TickPlan([], next_at, 0, False)
+    return TickPlan([next_at], cron.tick_after(now), 0, False)
+def jitter_offset(name, w): return 0
+# == Retry and rate ===========================================================
+# Owns the arithmetic of retry delays and of rate limits.  Pure: the clock and
+# randomness are arguments, nothing is stored here.
+
+
+class RetryPolicy(NamedTuple):
+    """When a failed run is followed by another.  All delays are seconds."""
+
+    retries: int = 3            # runs after the first
+    delay: float = 1.0          # before the first retry
+    backoff: float = 2.0        # each delay is so many times the one before
+    max_delay: float = 3600.0   # no delay is longer, before jitter
+    jitter: float = 0.1         # ± this fraction, so that a herd spreads out
+    retry_for: tuple = (Exception,)
+
+
+def retry_delay(policy: RetryPolicy, n: int, chance: float) -> float:
+    """Seconds before retry `n` (from 1); `chance` is a random number in [0, 1)."""
+    longest = policy.max_delay
+    if policy.delay <= 0 or longest <= 0:
+        return 0.0
+    # Compared by logarithm first: backoff ** 5000 would overflow.
+    steps = (n - 1) * math.log(max(policy.backoff, 1e-9))
+    if steps < math.log(longest / policy.delay):
+        longest = policy.delay * math.exp(steps)
+    return longest * (1 + policy.jitter * (2 * chance - 1))
+
+
+# Rates are kept by the generic cell rate algorithm: one number per limit, the
+# theoretical arrival time `tat` (unix ms) of the next start if all starts so far
+# had been evenly spaced.  A start moves it on by one interval; it may run ahead
+# of the clock by at most the burst, one second's worth of starts.
+# https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
+
+
+def _burst_ms(rate):
+    return max(1.0, rate) * 1000 / rate
+
+
+def _valid_tat(tat, now, rate):
+    """A tat further ahead than the burst means the clock was set back."""
+    return min(max(tat, now), now + _burst_ms(rate))
+
+
+def rate_tokens(tat: float, now: int, rate: float) -> int:
+    """How many starts the limit of `rate` a second allows at this moment."""
+    room = now + _burst_ms(rate) - _valid_tat(tat, now, rate)
+    return int(room * rate / 1000 + 1e-6)
+
+
+def rate_spend(tat: float, now: int, rate: float, starts: int) -> float:
+    """Return the tat after so many starts."""
+    return _valid_tat(tat, now, rate) + starts * 1000 / rate
+
+
+def rate_next_at(tat: float, now: int, rate: float) -> int:
+    """When the next start is allowed, in unix ms; now if one is already."""
+    ahead = _valid_tat(tat, now, rate) + 1000 / rate - _burst_ms(rate)
+    return max(now, math.ceil(ahead - 1e-6))
+
+
+# == Wake-up ==================================================================
+# Owns the datagrams that tell a sleeping worker to look into the database now.
+# They are hints: one that is lost, doubled or forged costs a look at most, for
+# a worker also looks when PRAGMA data_version says that somebody committed.
+
+_WAKE_TOKEN_BYTES = 8
+
+
+class WakeSocket:
+    """A worker's ear: a UDP socket on the loopback interface, or none at all."""
+
+    def __init__(self):
+        self.token = os.urandom(_WAKE_TOKEN_BYTES).hex()
+        self.port = 0
+        self.socket = None
+        try:
+            self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self.socket.bind(("127.0.0.1", 0))
+            self.socket.setblocking(False)
+            self.port = self.socket.getsockname()[1]
+        except OSError:                     # a sandbox without a network
+            self.close()
+
+    def drain(self) -> bool:
+        """Take all datagrams in.  True if one of them was meant for us."""
+        heard = False
+        while self.socket:
+            try:
+                heard |= self.socket.recv(64) == self.token.encode()
+            except BlockingIOError:
+                return heard
+            except OSError:                 # an ICMP error for an earlier send
+                continue
+        return heard
+
+    def close(self) -> None:
+        """Stop listening.  May be called twice."""
+        if self.socket:
+            self.socket.close()
+        self.socket = None
+
+
+class Waker(threading.local):
+    """The sending side; one socket for each thread, opened when first used."""
+
+    pid = 0
+    socket = None
+
+    def wake(self, addresses: Iterable[tuple[int, str]]) -> None:
+        """Send a hint to each (port, token).  Never raises: it is a hint."""
+        try:
+            if self.pid != os.getpid():
+                self.pid = os.getpid()
+                self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                self.socket.setblocking(False)
+            for port, token in addresses:
+                self.socket.sendto(token.encode(), ("127.0.0.1", port))
+        except OSError:
+            pass
+
+
+# == Store ====================================================================
+# Owns the database: schema, migrations, connections, transactions and every SQL
+# statement of this file, one method for each verb.  A verb that writes must be
+# called inside `with store.write():`; verbs in one block commit together or not
+# at all.  Rows leave as small frozen objects.  Knows nothing of functions,
+# processes or the clock.
+#
+# Rules that hold everywhere below, each with its reason:
+#   begin immediate     a read that upgrades fails at once instead of waiting
+#   no RETURNING        unordered, and its cursor holds the write lock open
+#   literals in where   a partial index does not match a bound parameter
+#   no open()           closing any descriptor of the file drops SQLite's locks
+
+_SCHEMA = (
+    """
+create table bg_task (
+    id          integer primary key,  -- never used twice, see bg_meta.last_id
+    state       integer not null,     -- 0 scheduled 1 retrying 2 queued 3 running
+                                      -- 4 success 5 failed 6 cancelled
+    queue       text not null,        -- name of the queue it waits in
+    name        text not null,        -- name of the task, as @task registered it
+    priority    integer not null,     -- lower runs first
+    key         text,                 -- one unfinished row per key; null: no key
+    attempt     integer not null default 0,  -- runs claimed so far; fencing token
+    retries     integer not null,     -- runs allowed after the first
+    forgiven    integer not null default 0,  -- attempts that do not count
+    timeout     real,                 -- seconds a run may take; null: no limit
+    worker      integer,              -- bg_worker.id that claimed it last
+    cancel_asked integer not null default 0, -- 1: its worker shall end the run
+    run_at      integer not null,     -- unix ms; due, and ready, from then on
+    created_at  integer not null,     -- unix ms of delay()
+    started_at  integer,              -- unix ms the last run began
+    finished_at integer,              -- unix ms; null until finished
+    duration    real,                 -- seconds the last run took
+    tick        integer,              -- unix s of the cron tick; null: no cron
+    args        text,                 -- [args, kwargs]; null: in bg_payload
+    result      text                  -- null: none yet, or in bg_payload
+)""",
+    # A row is in one of these three at a time and in none once it is finished,
+    # so history costs nothing and what cannot run stands in nobody's way.
+    """create index bg_delayed on bg_task (run_at) where state < 2""",
+    """create index bg_ready on bg_task (queue, name, priority, id)
+        where state = 2""",
+    """create index bg_running on bg_task (worker) where state = 3""",
+    """create unique index bg_key on bg_task (key)
+        where key is not null and state < 4""",
+    """
+create table bg_payload (             -- what is too large for the hot row
+    id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
+                                      -- 2 error 3 output 4 progress
+    body        text not null         -- JSON; plain text for output
+)""",
+    """
+create table bg_worker (
+    id          integer primary key autoincrement,  -- never used twice; also the
+                                      -- byte it locks in the file *-live
+    name        text not null,        -- worker_name, for people
+    pid         integer not null,     -- of the worker process
+    host        text not null,        -- where it runs
+    boot        text not null,        -- id of that machine's boot; '' unknown
+    port        integer not null,     -- UDP, loopback; 0: polls only
+    token       text not null,        -- what a wake-up datagram must say
+    queues      text,                 -- JSON array it serves; null: all
+    concurrency integer not null,     -- children
+    started_at  integer not null,     -- unix ms
+    beat_at     integer not null,     -- unix ms of the last heartbeat
+    running     integer not null default 0  -- tasks in hand at that heartbeat
+)""",
+    """
+create table bg_schedule (
+    name        text primary key,     -- the task, with #2, #3 for further @cron
+    task        text not null,        -- name of the task to enqueue
+    expr        text not null,        -- cron expression
+    tz          text not null,        -- IANA name
+    misfire     text not null,        -- latest, skip or all
+    overlap     text not null,        -- allow or skip
+    jitter      real not null,        -- seconds; 0: none
+    next_tick   integer,              -- unix s; null: never
+    last_tick   integer,              -- unix s of the last one enqueued
+    set_at      integer not null,     -- unix ms when next_tick was written
+    seen_at     integer not null      -- unix ms a worker last registered it
+) without rowid""",
+    """
+create table bg_rate (
+    name        text primary key,     -- task name; '' is the limit over all
+    tat         real not null         -- unix ms, see rate_tokens()
+) without rowid""",
+    """
+create table bg_queue (
+    name        text primary key,     -- a queue that is paused
+    paused_at   integer not null      -- unix ms
+) without rowid""",
+    """
+create table bg_meta (
+    name        text primary key,     -- last_id: the highest task id ever deleted
+    value       integer not null
+) without rowid""",
+    """insert into bg_meta values ('last_id', 0)""",
+)
+# MIGRATIONS[n] takes a database from user_version n to n + 1.
+_MIGRATIONS = (_SCHEMA,)
+
+_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)
+_INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+_CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
+_CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
+_CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
+_WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+_OPEN_PATIENCE = 10.0       # seconds to get WAL mode among many openers
+_NETWORK_FILESYSTEMS = frozenset(
+    "9p afs ceph cifs fuse.sshfs glusterfs lustre ncpfs nfs nfs4 prl_fs smb3 smbfs "
+    "vboxsf virtiofs".split()
+)
+
+
+class NewTask(NamedTuple):
+    """A task to be enqueued, in the order of the insert's parameters."""
+
+    name: str
+    queue: str
+    priority: int
+    key: str | None
+    retries: int
+    timeout: float | None
+    state: int
+    run_at: int
+    created_at: int
+    tick: int | None
+    args: str
+
+
+class Run:
+    """One attempt of one task, claimed by this worker."""
+
+    __slots__ = (
+        "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
+        "run_at", "tick", "args", "priority", "announced", "cancelled",
+    )
+
+    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
+                 run_at, tick, args, priority):
+        self.id = id
+        self.name = name
+        self.queue = queue
+        self.attempt = attempt + 1      # the row is counted up by the same claim
+        self.retries = retries
+        self.forgiven = forgiven
+        self.timeout = timeout
+        self.run_at = run_at
+        self.tick = tick
+        self.args = args                # None: the child reads them itself
+        self.priority = priority
+        self.announced = False          # task_start is logged
+        self.cancelled = False          # somebody asked to end it
+
+    @property
+    def used(self) -> int:
+        """Attempts that count, this one included."""
+        return self.attempt - self.forgiven
+
+    @property
+    def is_last(self) -> bool:
+        """True when a failure of this attempt is final."""
+        return self.used > self.retries
+
+
+class Outcome(NamedTuple):
+    """What becomes of a run: its new state and what is kept of it."""
+
+    run: Run
+    state: int
+    result: str | None = None
+    error: dict | None = None
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+    run_at: int | None = None       # when retrying: the next run
+
+
+class ClaimOrder(NamedTuple):
+    """What a worker can take now."""
+
+    worker: int
+    queues: tuple | None        # None: all
+    names: Any                  # container of the task names it knows
+    free: int                   # children that have nothing to do
+    ahead: int                  # more places, for tasks that may wait in a pipe
+    ahead_names: Any            # container of the names that may
+    rates: dict                 # starts per second by task name; "": over all
+
+
+class Claimed(NamedTuple):
+    runs: list
+    next_at: int | None         # when to look again, if nobody enqueues
+    limited: dict               # names at their rate limit: when the next may start
+
+
+class TaskRow(NamedTuple):
+    """A task as the reports see it."""
+
+    id: int
+    state: int
+    queue: str
+    name: str
+    priority: int
+    key: str | None
+    attempt: int
+    retries: int
+    forgiven: int
+    timeout: float | None
+    worker: int | None
+    cancel_asked: int
+    run_at: int
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    duration: float | None
+    tick: int | None
+
+    @property
+    def status(self) -> str:
+        return STATE_NAMES[self.state] if 0 <= self.state < 7 else "unknown"
+
+
+class WorkerRow(NamedTuple):
+    id: int
+    name: str
+    pid: int
+    host: str
+    boot: str
+    port: int
+    token: str
+    queues: str | None
+    concurrency: int
+    started_at: int
+    beat_at: int
+    running: int
+
+
+class ScheduleRow(NamedTuple):
+    name: str
+    task: str
+    expr: str
+    tz: str
+    misfire: str
+    overlap: str
+    jitter: float
+    next_tick: int | None
+    last_tick: int | None
+    set_at: int
+    seen_at: int
+
+
+class LostRun(NamedTuple):
+    """A run whose worker died, and the state its task was put into."""
+
+    id: int
+    name: str
+    attempt: int
+    state: int
+    worker: str
+
+
+def _explain(exc, path):
+    """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
+    text = str(exc)
+    for words, kind, advice in (
+        ("locked", DatabaseBusy, "another process holds its write lock"),
+        ("is full", DatabaseUnavailable, "free some disk space"),
+        ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
+        ("unable to open", DatabaseUnavailable, "does the folder exist, may you write?"),
+        ("not a database", DatabaseUnusable, "it is some other file; name another"),
+        ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
+        ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
+    ):
+        if words in text:
+            return kind(f"database {path}: {text}: {advice}")
+    return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
+
+
+def _is_busy(exc):
+    return "locked" in str(exc) or "busy" in str(exc)
+
+
+def _file_identity(path):
+    """(device, inode), by stat: opening the file would drop SQLite's locks."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _file_system_of(path):
+    """The file system type that holds `path`, by the longest mount point; Linux."""
+    best, kind = "", ""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
+            mounts = f.read().splitlines()
+    except OSError:
+        return ""
+    for mount in mounts:
+        left, _, right = mount.partition(" - ")
+        point = left.split()[4].replace("\\040", " ")
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+class _Link:
+    """One thread's connection, with what must be remembered beside it."""
+
+    def __init__(self, connection, identity):
+        self.connection = connection
+        self.identity = identity
+        self.forks = _forks
+        self.synchronous = None     # what the pragma was last set to
+        self.depth = 0              # nested write() blocks
+        self.commits = 0
+        self.wake = []              # whom to wake after the commit
+        _links.add(self)
+
+    def __del__(self):
+        if self.forks == _forks:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.close()
+
+
+# A connection must not be used, nor even closed, in a forked child: it would
+# edit the parent's shared memory.  So the child leaks what it inherited.
+# Guarded by test_fork_leaves_the_parents_connection_alone.
+_forks = 0
+_links: Any = None
+
+
+def _after_fork():
+    global _forks
+    _forks += 1
+    import ctypes
+
+    for link in list(_links):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(link.connection))
+
+
+def _watch_forks():
+    """Once, when the first connection is opened: importing has no effects."""
+    global _links
+    if _links is None:
+        import weakref
+
+        _links = weakref.WeakSet()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Write:
+    """A write transaction; nested ones belong to the outermost."""
+
+    def __init__(self, store, durable, patience):
+        self.store, self.durable, self.patience = store, durable, patience
+
+    def __enter__(self):
+        self.link = self.store._link()
+        if self.link.depth == 0:
+            self.store._begin(self.link, self.durable, self.patience)
+        self.link.depth += 1
+        return self.link
+
+    def __exit__(self, kind, exc, trace):
+        link = self.link
+        link.depth -= 1
+        if link.depth == 0:
+            self.store._end(link, failed=kind is not None)
+        if isinstance(exc, sqlite3.Error):
+            raise _explain(exc, self.store.path) from exc
+        return False
+
+
+class Store:
+    """The queue in the file `path`.  One connection for each thread that asks."""
+
+    def __init__(self, path: str, durability: str = "full",
+                 busy_timeout: float = 30.0, allow_network_fs: bool = False):
+        self.path = os.path.abspath(path)
+        self.durability = durability
+        self.busy_timeout = busy_timeout
+        self.allow_network_fs = allow_network_fs
+        self.follow = True          # to the new file, when ours is replaced
+        self._local = threading.local()
+        self._waker = Waker()
+
+    # -- connections and transactions
+
+    def write(self, durable: bool = True, patience: float | None = None) -> _Write:
+        """A transaction that begins by taking the write lock.
+
+        `durable=False` spares the fsync, for what is harmless to lose in a power
+        cut.  Waits at most `patience` seconds (default: busy_timeout), then
+        raises DatabaseBusy.  Raises DatabaseUnavailable for all else.
+        """
+        return _Write(self, durable, patience)
+
+    def _link(self):
+        link = getattr(self._local, "link", None)
+        if link is None or link.forks != _forks:
+            link = self._local.link = self._open()
+        elif link.depth == 0 and link.identity != _file_identity(self.path):
+            link = self._reopen(link)
+        return link
+
+    def _reopen(self, link):
+        """The file was replaced: a write to the old one would vanish with it."""
+        if not self.follow:
+            raise DatabaseUnusable(
+                f"database {self.path}: the file was replaced or deleted while in "
+                "use: start the worker again"
+            )
+        self._local.link = None
+        link.connection.close()
+        self._local.link = link = self._open()
+        return link
+
+    def close(self) -> None:
+        """Close this thread's connection.  It opens again when used again."""
+        link, self._local.link = getattr(self._local, "link", None), None
+        if link and link.forks == _forks:
+            link.connection.close()
+
+    def _open(self):
+        _watch_forks()
+        kind = _file_system_of(os.path.realpath(self.path))
+        if kind in _NETWORK_FILESYSTEMS and not self.allow_network_fs:
+            raise DatabaseUnusable(
+                f"database {self.path}: on a network file system ({kind}), where "
+                "SQLite loses data: choose a local path with PYBGWORKER_DB, or set "
+                "PYBGWORKER_ALLOW_NETWORK_FS=1"
+            )
+        try:
+            connection = self._connect()
+            self._migrate(connection)
+        except sqlite3.Error as exc:
+            raise _explain(exc, self.path) from exc
+        return _Link(connection, _file_identity(self.path))
+
+    def _connect(self):
+        connection = sqlite3.connect(
+            self.path, timeout=0.005, isolation_level=None, check_same_thread=False,
+            cached_statements=256,
+        )
+        for pragma in (
+            "wal_autocheckpoint = 0",       # see checkpoint()
+            f"journal_size_limit = {_WAL_KEEP_BYTES}",
+            "secure_delete = off",          # on by default in some builds
+            "temp_store = memory",
+            "cache_size = -8000",           # KiB
+            "fullfsync = on",               # macOS: reach the platter
+        ):
+            connection.execute("pragma " + pragma).fetchall()
+        deadline = time.monotonic() + _OPEN_PATIENCE
+        while self._patiently(connection, deadline, "pragma journal_mode") != "wal":
+            # Needs the file alone for a moment; SQLite does not wait for that.
+            mode = self._patiently(connection, deadline, "pragma journal_mode = wal")
+            if mode != "wal":
+                raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
+        return connection
+
+    def _patiently(self, connection, deadline, statement):
+        """Run one statement until it is not locked out; return its first value."""
+        while True:
+            try:
+                row = connection.execute(statement).fetchone()
+                return row[0] if row else None
+            except sqlite3.OperationalError as exc:
+                if not _is_busy(exc) or time.monotonic() > deadline:
+                    raise
+            # Short and uneven: SQLite's own waiting grows, so newcomers would win.
+            time.sleep(random.uniform(0.0005, 0.003))
+
+    def _migrate(self, connection):
+        version = connection.execute("pragma user_version").fetchone()[0]
+        if version == len(_MIGRATIONS):
+            return
+        deadline = time.monotonic() + self.busy_timeout
+        self._patiently(connection, deadline, "begin immediate")
+        try:
+            self._migrate_from(connection)
+            connection.execute("commit")
+        except BaseException:
+            connection.execute("rollback")
+            raise
+
+    def _migrate_from(self, connection):
+        version = connection.execute("pragma user_version").fetchone()[0]
+        ours = connection.execute(
+            """select count(*) from sqlite_master where name = 'bg_task'"""
+        ).fetchone()[0]
+        if version > len(_MIGRATIONS) and ours:
+            raise DatabaseUnusable(
+                f"database {self.path}: made by a newer pybgworker (schema {version}, "
+                f"this one knows {len(_MIGRATIONS)}): update this file"
+            )
+        if bool(version) != bool(ours):
+            raise DatabaseUnusable(
+                f"database {self.path}: its user_version {version} belongs to another "
+                "program: give pybgworker a file of its own with PYBGWORKER_DB"
+            )
+        for statements in _MIGRATIONS[version:]:
+            for statement in statements:
+                connection.execute(statement)
+        connection.execute(f"pragma user_version = {len(_MIGRATIONS)}")
+
+    def _begin(self, link, durable, patience):
+        synchronous = "full" if durable and self.durability == "full" else "normal"
+        patience = self.busy_timeout if patience is None else patience
+        deadline = time.monotonic() + patience
+        try:
+            if link.synchronous != synchronous:
+                link.connection.execute("pragma synchronous = " + synchronous)
+                link.synchronous = synchronous
+            self._patiently(link.connection, deadline, "begin immediate")
+        except sqlite3.Error as exc:
+            raise _explain(exc, self.path) from exc
+
+    def _end(self, link, failed):
+        wake, link.wake = link.wake, []
+        try:
+            if not failed:
+                link.connection.execute("commit")
+                self._waker.wake(wake)
+                link.commits += 1
+        except sqlite3.Error as exc:
+            failed = True
+            raise _explain(exc, self.path) from exc
+        finally:
+            if failed:
+                self._roll_back(link)
+
+    def _roll_back(self, link):
+        """Leave no transaction open; some errors have already rolled back."""
+        if link.connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                link.connection.execute("rollback")
+
+    def _read(self, statement, parameters=()):
+        """Run a query to its end: an open cursor would hold the -wal in place."""
+        connection = self._link().connection
+        deadline = time.monotonic() + self.busy_timeout
+        while True:
+            try:
+                return connection.execute(statement, parameters).fetchall()
+            except sqlite3.Error as exc:
+                if not _is_busy(exc) or time.monotonic() > deadline:
+                    raise _explain(exc, self.path) from exc
+            time.sleep(random.uniform(0.0005, 0.003))
+
+    def data_version(self) -> int:
+        """A number that changes when another connection has committed."""
+        return self._read("pragma data_version")[0][0]
+
+    def wal_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        try:
+            return os.stat(self.path + "-wal").st_size
+        except OSError:
+            return 0
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database, so that it can start anew.
+
+        SQLite before 3.51.3 can corrupt a file when one connection resets the log
+        while another checkpoints it.  Nobody can reset it here: the write lock is
+        held meanwhile, by a second connection.
+        https://sqlite.org/wal.html#walresetbug
+        """
+        helper = sqlite3.connect(self.path, timeout=0.005, isolation_level=None)
+        try:
+            with self.write(durable=False, patience=0.05):
+                helper.execute("pragma wal_autocheckpoint = 0").fetchall()
+                helper.execute("pragma wal_checkpoint(passive)").fetchall()
+        except sqlite3.Error as exc:
+            raise _explain(exc, self.path) from exc
+        finally:
+            helper.close()
+
+    def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
+        """checkpoint() when the log has grown; a busy database is left for later."""
+        if self.wal_bytes() > limit:
+            with contextlib.suppress(DatabaseBusy):
+                self.checkpoint()
+
+    # -- enqueueing
+
+    def enqueue(self, tasks: Sequence[NewTask], connection=None) -> list[int]:
+        """Insert the tasks; return their ids in order.
+
+        A task whose key is held by an unfinished one is not inserted: that one's
+        id is returned.  With `connection` the rows belong to its transaction.
+        """
+        if connection is not None:
+            return self._insert(connection, tasks)
+        with self.write() as link:
+            ids = self._insert(link.connection, tasks)
+            link.wake = self._wake_addresses(link.connection)
+        if link.depth == 0 and link.commits % _CALLER_CHECKPOINT_EVERY == 0:
+            self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+        return ids
+
+    def _insert(self, connection, tasks):
+        plain = [t for t in tasks if t.key is None and len(t.args) <= _INLINE_CHARS]
+        if len(plain) == len(tasks) > 1:
+            return self._insert_many(connection, tasks)
+        return [self._insert_one(connection, task) for task in tasks]
+
+    _INSERT = """
+        insert into bg_task (id, name, queue, priority, key, retries, timeout, state,
+            run_at, created_at, tick, args)
+        values ((select 1 + max(value, ifnull((select max(id) from bg_task), 0))
+                from bg_meta where name = 'last_id'),
+            ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        on conflict (key) where key is not null and state < 4 do nothing"""
+
+    def _insert_many(self, connection, tasks):
+        connection.executemany(self._INSERT, tasks)
+        last = connection.execute("""select last_insert_rowid()""").fetchone()[0]
+        return list(range(last - len(tasks) + 1, last + 1))
+
+    def _insert_one(self, connection, task):
+        args, large = task.args, len(task.args) > _INLINE_CHARS
+        row = task._replace(args=None) if large else task
+        cursor = connection.execute(self._INSERT, row)
+        if cursor.rowcount == 0:
+            return connection.execute(
+                """select id from bg_task
+                    where key = :key and key is not null and state < 4""",
+                {"key": task.key},
+            ).fetchone()[0]
+        if large:
+            self._put_payload(connection, cursor.lastrowid, _ARGS, args)
+        return cursor.lastrowid
+
+    def _put_payload(self, connection, task_id, kind, body):
+        connection.execute(
+            """insert or replace into bg_payload (id, body) values (:id, :body)""",
+            {"id": task_id * 8 + kind, "body": body},
+        )
+
+    def _payload(self, task_id, kind):
+        rows = self._read(
+            """select body from bg_payload where id = :id""",
+            {"id": task_id * 8 + kind},
+        )
+        return rows[0][0] if rows else None
+
+    def _wake_addresses(self, connection):
+        return connection.execute(
+            """select port, token from bg_worker where port > 0"""
+        ).fetchall()
+
+    def wake_workers(self) -> None:
+        """Tell every worker to look now."""
+        self._waker.wake(self._wake_addresses(self._link().connection))
+
+    # -- claiming
+
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, int | None]:
+        """(a claim would find something, when to look again).  Takes no lock."""
+        due = self._next_due()
+        if due is not None and due <= now:
+            return True, now
+        groups, next_at, _ = self._open_groups(order, now)
+        return bool(groups), _earliest(due, next_at)
+
+    def claim(self, order: ClaimOrder, now: int) -> Claimed:
+        """Take the next runs for a worker: lowest priority number, then lowest id.
+
+        Stops at the first task that needs a free child when none is left, so that
+        those behind it cannot pass it for ever.
+        """
+        self._promote(now)
+        groups, next_at, limited = self._open_groups(order, now)
+        runs = self._pick(groups, order)
+        self._take(runs, order.worker, now)
+        self._spend(runs, order.rates, now)
+        return Claimed(runs, _earliest(self._next_due(), next_at), limited)
+
+    def _promote(self, now):
+        """Make ready what was waiting for its time."""
+        due = self._next_due()
+        if due is not None and due <= now:
+            self._link().connection.execute(
+                """update bg_task set state = 2 where id in (
+                    select id from bg_task where state < 2 and run_at <= :now
+                    order by run_at limit :batch)""",
+                {"now": now, "batch": _PROMOTE_BATCH},
+            )
+
+    def _next_due(self):
+        rows = self._read(
+            """select run_at from bg_task where state < 2 order by run_at limit 1"""
+        )
+        return rows[0][0] if rows else None
+
+    def _open_groups(self, order, now):
+        """List (queue, name, at most so many) that may be claimed from now.
+
+        Paused, unknown and rate-limited tasks are passed over a group at a time,
+        whatever their number.
+        """
+        paused = {row[0] for row in self._read("""select name from bg_queue""")}
+        groups, next_at, limited = [], None, {}
+        total = order.free + order.ahead
+        for queue, name in self._ready_groups():
+            if queue in paused or name not in order.names:
+                continue
+            if order.queues is not None and queue not in order.queues:
+                continue
+            tokens = total
+            for limit in {name, ""} & order.rates.keys():
+                tat, rate = self._tat(limit), order.rates[limit]
+                tokens = min(tokens, rate_tokens(tat, now, rate))
+                if tokens == 0:
+                    limited[name] = rate_next_at(tat, now, rate)
+                    next_at = _earliest(next_at, limited[name])
+            if tokens > 0:
+                groups.append((queue, name, tokens))
+        return groups, next_at, limited
+
+    def _ready_groups(self):
+        """Yield each (queue, name) that has queued tasks: one index seek each."""
+        place = {"queue": "", "name": ""}
+        while True:
+            rows = self._read(
+                """select queue, name from bg_task
+                    where state = 2 and (queue, name) > (:queue, :name)
+                    order by queue, name limit 1""",
+                place,
+            )
+            if not rows:
+                return
+            yield rows[0]
+            place = dict(zip(("queue", "name"), rows[0]))
+
+    def _tat(self, name):
+        rows = self._read(
+            """select tat from bg_rate where name = :name""", {"name": name}
+        )
+        return rows[0][0] if rows else 0.0
+
+    def _pick(self, groups, order):
+        """Choose runs over all groups in order, reading no further than needed."""
+        cursors = [
+            self._link().connection.execute(
+                """select id, name, queue, attempt, retries, forgiven, timeout, run_at,
+                        tick, args, priority
+                    from bg_task where state = 2 and queue = :queue and name = :name
+                    order by priority, id limit :most""",
+                {"queue": queue, "name": name, "most": most},
+            )
+            for queue, name, most in groups
+        ]
+        free, ahead = order.free, order.ahead
+        if "" in order.rates and cursors:
+            free, ahead = min(free, *(most for _, _, most in groups)), 0
+        runs = []
+        for row in heapq.merge(*cursors, key=lambda row: (row[10], row[0])):
+            run = Run(*row)
+            may_wait = (
+                run.name in order.ahead_names and not run.is_last
+                and run.name not in order.rates
+            )
+            if free > 0:
+                free -= 1
+            elif ahead > 0 and may_wait:
+                ahead -= 1
+            else:
+                break
+            runs.append(run)
+        for cursor in cursors:
+            cursor.close()
+        return runs
+
+    def _take(self, runs, worker, now):
+        self._link().connection.executemany(
+            """update bg_task set state = 3, worker = ?, attempt = ?, started_at = ?
+                where id = ?""",
+            [(worker, run.attempt, now, run.id) for run in runs],
+        )
+
+    def _spend(self, runs, rates, now):
+        """Take the tokens in the claim's own transaction: exact over all workers."""
+        starts = collections.Counter(run.name for run in runs if run.name in rates)
+        if "" in rates:
+            starts[""] = len(runs)
+        for name, count in starts.items():
+            tat = rate_spend(self._tat(name), now, rates[name], count)
+            self._link().connection.execute(
+                """insert or replace into bg_rate (name, tat) values (:name, :tat)""",
+                {"name": name, "tat": tat},
+            )
+
+    # -- ending runs
+
+    _FINISH = """
+        update bg_task set
+            state = case when cancel_asked and :state < 3 then 6 else :state end,
+            finished_at = case when cancel_asked or :state > 3 then :now end,
+            started_at = ifnull(:started_at, started_at),
+            duration = :duration, run_at = :run_at, result = :result,
+            forgiven = forgiven + :forgive, attempt = attempt - :uncount
+        where id = :id and state = 3 and worker = :worker and attempt = :attempt"""
+
+    def finish(self, outcomes: Sequence[Outcome], worker: int, now: int) -> list:
+        """Write what became of the worker's runs; return the outcomes not written.
+
+        Those lost their lease: the row is no longer running, or runs for somebody
+        else, and keeps what that one wrote.
+        """
+        small = [o for o in outcomes if self._fits_row(o)]
+        stale = []
+        if small:
+            done = self._link().connection.executemany(
+                self._FINISH, [self._finish_values(o, worker, now) for o in small]
+            ).rowcount
+            if done != len(small):
+                stale = [o for o in small if not self._is_ended(o, worker)]
+        for outcome in outcomes:
+            if not self._fits_row(outcome) and not self._finish_one(
+                outcome, worker, now
+            ):
+                stale.append(outcome)
+        return stale
+
+    def _fits_row(self, outcome):
+        return (
+            outcome.error is None and not outcome.output
+            and len(outcome.result or "") <= _INLINE_CHARS
+        )
+
+    def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
+        run = outcome.run
+        return {
+            "id": run.id, "attempt": run.attempt, "worker": worker, "now": now,
+            "state": outcome.state, "result": outcome.result,
+            "started_at": outcome.started_at, "duration": outcome.duration,
+            "run_at": run.run_at if outcome.run_at is None else outcome.run_at,
+            "forgive": forgive, "uncount": uncount,
+        }
+
+    def _is_ended(self, outcome, worker):
+        """True when the row shows that this very attempt was finished by us."""
+        rows = self._read(
+            """select state, worker, attempt from bg_task where id = :id""",
+            {"id": outcome.run.id},
+        )
+        return bool(rows) and rows[0][0] != RUNNING and rows[0][1:] == (
+            worker, outcome.run.attempt,
+        )
+
+    def _finish_one(self, outcome, worker, now):
+        connection = self._link().connection
+        large = len(outcome.result or "") > _INLINE_CHARS
+        row = outcome._replace(result=None) if large else outcome
+        values = self._finish_values(row, worker, now)
+        if connection.execute(self._FINISH, values).rowcount == 0:
+            return False
+        if large:
+            self._put_payload(connection, outcome.run.id, _RESULT, outcome.result)
+        if outcome.error is not None:
+            error = _to_json(outcome.error)
+            self._put_payload(connection, outcome.run.id, _ERROR, error)
+        if outcome.output:
+            self._put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
+        return True
+
+    def give_back(self, runs: Sequence[Run], worker: int, now: int,
+                  started: bool) -> None:
+        """Queue runs again that did not fail.
+
+        One that never started is not counted; one that a stop interrupted is
+        forgiven, so that (task, attempt) starts at most once.
+        """
+        self._link().connection.executemany(
+            self._FINISH,
+            [
+                self._finish_values(
+                    Outcome(run, QUEUED), worker, now,
+                    forgive=int(started), uncount=int(not started),
+                )
+                for run in runs
+            ],
+        )
+
+    def set_progress(self, run: Run, worker: int, progress: str) -> None:
+        """Store what a running task last said of its progress."""
+        if self._is_running(run, worker):
+            self._put_payload(self._link().connection, run.id, _PROGRESS, progress)
+
+    def _is_running(self, run, worker):
+        return bool(self._read(
+            """select 1 from bg_task where id = :id and state = 3
+                and worker = :worker and attempt = :attempt""",
+            {"id": run.id, "worker": worker, "attempt": run.attempt},
+        ))
+
+    def cancels_asked(self, worker: int) -> list[int]:
+        """Ids of the worker's running tasks that somebody wants ended."""
+        rows = self._read(
+            """select id from bg_task
+                where state = 3 and worker = :worker and cancel_asked""",
+            {"worker": worker},
+        )
+        return [row[0] for row in rows]
+
+    # -- what operators do to tasks
+
+    def cancel(self, task_id: int, now: int) -> int:
+        """Cancel what waits; ask for the end of what runs.  Returns the old state.
+
+        Raises TaskNotFound.  A finished task is left as it is.
+        """
+        with self.write() as link:
+            state = self._state(task_id)
+            if state in WAITING:
+                link.connection.execute(
+                    """update bg_task set state = 6, finished_at = :now
+                        where id = :id""",
+                    {"id": task_id, "now": now},
+                )
+            elif state == RUNNING:
+                link.connection.execute(
+                    """update bg_task set cancel_asked = 1 where id = :id""",
+                    {"id": task_id},
+                )
+                link.wake = self._wake_addresses(link.connection)
+            return state
+
+    def retry(self, task_id: int, now: int) -> None:
+        """Queue a finished task again, with all its retries.
+
+        Raises TaskNotFound; TaskStateError when it is not finished, or when its
+        key is held by another.
+        """
+        with self.write() as link:
+            state = self._state(task_id)
+            if state not in FINISHED:
+                raise TaskStateError(
+                    f"task {task_id} is {STATE_NAMES[state]}: only a finished one "
+                    "can be retried"
+                )
+            try:
+                self._queue_again(link.connection, task_id, now)
+            except sqlite3.IntegrityError:
+                raise TaskStateError(
+                    f"task {task_id}: another task with its key is unfinished"
+                ) from None
+            link.wake = self._wake_addresses(link.connection)
+
+    def _queue_again(self, connection, task_id, now):
+        connection.execute(
+            """update bg_task set state = 2, forgiven = attempt, cancel_asked = 0,
+                    run_at = :now, started_at = null, finished_at = null,
+                    duration = null, result = null
+                where id = :id""",
+            {"id": task_id, "now": now},
+        )
+        connection.execute(
+            """delete from bg_payload where id > :args and id < :args + 8""",
+            {"args": task_id * 8 + _ARGS},
+        )
+
+    def _state(self, task_id):
+        rows = self._read(
+            """select state from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return rows[0][0]
+
+    def forget(self, task_id: int) -> None:
+        """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
+        with self.write() as link:
+            if self._state(task_id) == RUNNING:
+                raise TaskStateError(f"task {task_id} is running: cancel it first")
+            self._delete(link.connection, [task_id])
+
+    def _delete(self, connection, ids):
+        """Delete tasks and their payloads; remember the highest id ever given."""
+        connection.execute(
+            """update bg_meta set value = max(value, :last) where name = 'last_id'""",
+            {"last": max(ids)},
+        )
+        for task_id in ids:
+            connection.execute(
+                """delete from bg_task where id = :id""", {"id": task_id}
+            )
+            connection.execute(
+                """delete from bg_payload where id >= :first and id < :first + 8""",
+                {"first": task_id * 8},
+            )
+
+    def purge(self, queue: str | None, name: str | None, now: int) -> int:
+        """Cancel all waiting tasks of a queue, of a name, or of both; count them."""
+        with self.write() as link:
+            return link.connection.execute(
+                """update bg_task set state = 6, finished_at = :now
+                    where id in (
+                        select id from bg_task where state < 2
+                        union all select id from bg_task where state = 2)
+                    and (:queue is null or queue = :queue)
+                    and (:name is null or name = :name)""",
+                {"queue": queue, "name": name, "now": now},
+            ).rowcount
+
+    def prune(self, cursor: int, before: int | None, failed_before: int | None,
+              batch: int) -> tuple[int, int]:
+        """Delete what finished before the two times; None keeps it.
+
+        Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
+        with cursor 0 once the end is reached.
+        """
+        rows = self._read(
+            """select id, state, finished_at from bg_task where id > :cursor
+                order by id limit :batch""",
+            {"cursor": cursor, "batch": batch},
+        )
+        limits = {SUCCESS: before, CANCELLED: before, FAILED: failed_before}
+        old = [
+            task_id for task_id, state, at in rows
+            if at is not None and limits.get(state) is not None and at < limits[state]
+        ]
+        if old:
+            with self.write(durable=False, patience=0.5) as link:
+                self._delete(link.connection, old)
+        return len(old), rows[-1][0] if len(rows) == batch else 0
+
+    def pause(self, queue: str, now: int) -> None:
+        """Claim nothing from this queue, until resume()."""
+        with self.write() as link:
+            link.connection.execute(
+                """insert or ignore into bg_queue (name, paused_at)
+                    values (:name, :now)""",
+                {"name": queue, "now": now},
+            )
+
+    def resume(self, queue: str) -> bool:
+        """Undo pause().  False when it was not paused."""
+        with self.write() as link:
+            link.wake = self._wake_addresses(link.connection)
+            return link.connection.execute(
+                """delete from bg_queue where name = :name""", {"name": queue}
+            ).rowcount > 0
+
+    # -- workers
+
+    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
+        """Register a worker; return its id.
+
+        `lock(id)` is called before the commit: nobody can find the row and its
+        byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
+        """
+        with self.write(durable=False) as link:
+            worker = link.connection.execute(
+                """insert into bg_worker (name, pid, host, boot, port, token, queues,
+                        concurrency, started_at, beat_at)
+                    values (:name, :pid, :host, :boot, :port, :token, :queues,
+                        :concurrency, :now, :now)""",
+                values,
+            ).lastrowid
+            lock(worker)
+            return worker
+
+    def beat(self, worker: int, running: int, now: int) -> bool:
+        """Write a heartbeat.  False: the worker was taken for dead and reaped."""
+        with self.write(durable=False, patience=0.5) as link:
+            return link.connection.execute(
+                """update bg_worker set beat_at = :now, running = :running
+                    where id = :id""",
+                {"id": worker, "running": running, "now": now},
+            ).rowcount == 1
+
+    def reap(self, worker: WorkerRow, now: int) -> list[LostRun]:
+        """Remove a dead worker; put each run it held where it goes from there."""
+        error = {"kind": "lost", "message": f"worker {worker.name} died"}
+        with self.write(patience=0.5) as link:
+            rows = self._read(
+                """select id, name, attempt, retries, forgiven, cancel_asked
+                    from bg_task where state = 3 and worker = :worker""",
+                {"worker": worker.id},
+            )
+            lost = []
+            for task_id, name, attempt, retries, forgiven, cancel_asked in rows:
+                used_up = attempt - forgiven > retries
+                state = CANCELLED if cancel_asked else FAILED if used_up else QUEUED
+                self._lose(link.connection, task_id, state, now)
+                self._put_payload(link.connection, task_id, _ERROR, _to_json(error))
+                lost.append(LostRun(task_id, name, attempt, state, worker.name))
+            link.connection.execute(
+                """delete from bg_worker where id = :id""", {"id": worker.id}
+            )
+            link.wake = self._wake_addresses(link.connection)
+        return lost
+
+    def _lose(self, connection, task_id, state, now):
+        connection.execute(
+            """update bg_task set state = :state, cancel_asked = 0,
+                    finished_at = case when :state > 3 then :now end
+                where id = :id""",
+            {"id": task_id, "state": state, "now": now},
+        )
+
+    def remove_worker(self, worker: int) -> None:
+        """Take a worker off; one that still holds a task is left to be reaped."""
+        with self.write(durable=False, patience=2.0) as link:
+            link.connection.execute(
+                """delete from bg_worker where id = :id and not exists (
+                    select 1 from bg_task where state = 3 and worker = :id)""",
+                {"id": worker},
+            )
+
+    def workers(self) -> list[WorkerRow]:
+        """All registered workers, alive or not."""
+        rows = self._read(
+            """select id, name, pid, host, boot, port, token, queues, concurrency,
+                    started_at, beat_at, running
+                from bg_worker order by id"""
+        )
+        return [WorkerRow(*row) for row in rows]
+
+    # -- schedules
+
+    def schedules(self) -> list[ScheduleRow]:
+        """All schedules, whether a worker still knows them or not."""
+        rows = self._read(
+            """select name, task, expr, tz, misfire, overlap, jitter, next_tick,
+                    last_tick, set_at, seen_at
+                from bg_schedule order by name"""
+        )
+        return [ScheduleRow(*row) for row in rows]
+
+    def put_schedule(self, row: ScheduleRow) -> None:
+        """Insert or replace a schedule's row."""
+        self._link().connection.execute(
+            """insert or replace into bg_schedule (name, task, expr, tz, misfire,
+                    overlap, jitter, next_tick, last_tick, set_at, seen_at)
+                values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            row,
+        )
+
+    def advance_schedule(self, row: ScheduleRow, next_tick: int | None,
+                         last_tick: int | None, now: int) -> bool:
+        """Move a schedule on from row.next_tick.  False: another worker just did."""
+        return self._link().connection.execute(
+            """update bg_schedule
+                set next_tick = :next_tick, last_tick = :last_tick, set_at = :now
+                where name = :name and next_tick is :old_tick and set_at = :set_at""",
+            {
+                "name": row.name, "old_tick": row.next_tick, "set_at": row.set_at,
+                "next_tick": next_tick, "last_tick": last_tick, "now": now,
+            },
+        ).rowcount == 1
+
+    # -- reading
+
+    def task(self, task_id: int) -> TaskRow:
+        """Return one task.  Raises TaskNotFound."""
+        rows = self._read(
+            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
+                    timeout, worker, cancel_asked, run_at, created_at, started_at,
+                    finished_at, duration, tick
+                from bg_task where id = :id""",
+            {"id": _row_id(task_id)},
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return TaskRow(*rows[0])
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        """The newest tasks first, as many as `limit`."""
+        rows = self._read(
+            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
+                    timeout, worker, cancel_asked, run_at, created_at, started_at,
+                    finished_at, duration, tick
+                from bg_task
+                where (:state is null or state = :state)
+                    and (:name is null or name = :name)
+                    and (:queue is null or queue = :queue)
+                order by id desc limit :limit""",
+            {"state": state, "name": name, "queue": queue, "limit": limit},
+        )
+        return [TaskRow(*row) for row in rows]
+
+    def status(self, task_id: int) -> int:
+        """Return the state of one task.  Raises TaskNotFound."""
+        return self._state(task_id)
+
+    def args(self, task_id: int) -> str:
+        """Return the encoded arguments.  Raises TaskNotFound."""
+        rows = self._read(
+            """select args from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return rows[0][0] or self._payload(task_id, _ARGS)
+
+    def result(self, task_id: int) -> str | None:
+        """Return the encoded result, or None when there is none."""
+        rows = self._read(
+            """select result from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        return rows[0][0] if rows and rows[0][0] else self._payload(task_id, _RESULT)
+
+    def error(self, task_id: int) -> dict | None:
+        """Return what the last failed run left: kind, type, message, traceback."""
+        text = self._payload(task_id, _ERROR)
+        return json.loads(text) if text else None
+
+    def output(self, task_id: int) -> str | None:
+        """Return what the last run printed, as far as it was kept."""
+        return self._payload(task_id, _OUTPUT)
+
+    def progress(self, task_id: int) -> list | None:
+        """Return [percent, message] as the task last set it, or None."""
+        text = self._payload(task_id, _PROGRESS)
+        return json.loads(text) if text else None
+
+    def counts(self) -> list[tuple[str, str, int, int]]:
+        """(queue, name, state, number) over all tasks.  Reads the whole table."""
+        return self._read(
+            """select queue, name, state, count(*) from bg_task
+                group by queue, name, state order by queue, name, state"""
+        )
+
+    def paused_queues(self) -> list[str]:
+        """Names of the queues that are paused."""
+        return [row[0] for row in self._read("""select name from bg_queue""")]
+
+    def finished_runs(self, limit: int) -> list[tuple]:
+        """(name, state, run_at, started_at, finished_at, duration) of the newest."""
+        return self._read(
+            """select name, state, run_at, started_at, finished_at, duration
+                from bg_task where state > 3 order by id desc limit :limit""",
+            {"limit": limit},
+        )
+
+
+def _row_id(task_id):
+    """Refuse what cannot be a row id before SQLite does, in its own words."""
+    if isinstance(task_id, int) and 0 < task_id < 1 << 63:
+        return task_id
+    raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
+
+
+def _earliest(a, b):
+    """The smaller of two times, of which either may be None for never."""
+    return b if a is None else a if b is None else min(a, b)
+
+
+# == Tasks and results ========================================================
+# Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
+# current_task().  An App holds one registry and one database; the names of this
+# module belong to a default one.
+
+if sys.version_info >= (3, 10):
+    from typing import Generic, ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+else:
+    from typing import Generic, TypeVar
+
+    P = TypeVar("P")
+R = TypeVar("R")
+
+_OPTIONS = frozenset(
+    "countdown eta priority queue retries timeout key conn".split()
+)
+_WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between looks of get()
+
+
+class Schedule(NamedTuple):
+    """One @cron of a task."""
+
+    cron: Cron
+    misfire: str = "latest"     # of missed ticks run: latest, skip (none), all
+    overlap: str = "allow"      # skip: not while the run before is unfinished
+    jitter: float = 0.0         # seconds a run may be put off, never the tick
+
+
+def _check_number(name, value, least, kind=(int, float)):
+    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        raise ValueError(f"{name}={value!r}: must be a number from {least} up")
+    return value
+
+
+def _check_name(what, value):
+    if not isinstance(value, str) or not value or len(value) > 200:
+        raise ValueError(f"{what}={value!r}: must be a text of 1 to 200 characters")
+    return value
+
+
+def _check_timeout(value):
+    if value is not None and _check_number("timeout", value, 0) == 0:
+        raise ValueError("timeout=0: must be seconds above 0, or None for no limit")
+    return value
+
+
+def _check_priority(value):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
+        raise ValueError(f"priority={value!r}: must be a whole number")
+    return value
+
+
+def _due_at(now, countdown, eta):
+    """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
+    if countdown is not None and eta is not None:
+        raise ValueError("give countdown= or eta=, not both")
+    if countdown is not None:
+        if isinstance(countdown, timedelta):
+            countdown = countdown.total_seconds()
+        return now + to_ms(_check_number("countdown", countdown, -math.inf))
+    if eta is not None:
+        if not isinstance(eta, datetime):
+            raise ValueError(f"eta={eta!r}: must be a datetime (naive: local time)")
+        return to_ms(eta.timestamp())
+    return now
+
+
+class Task(Generic[P, R]):
+    """A registered function.  Calling it calls the function, here and now."""
+
+    def __init__(self, app: App, fn: Callable, name: str, options: dict):
+        self.app = app
+        self.fn = fn
+        self.name = _check_name("name", name)
+        self.schedules: list[Schedule] = []
+        self.options_given = options
+        self._set(**options)
+        functools.update_wrapper(self, fn)
+
+    def _set(self, queue="default", priority=5, retries=3, retry_delay=1.0,
+             retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
+             retry_for=(Exception,), timeout=None, rate_limit=None,
+             on_success=None, on_failure=None):
+        self.queue = _check_name("queue", queue)
+        self.priority = _check_priority(priority)
+        self.timeout = _check_timeout(timeout)
+        self.rate_limit = None if rate_limit is None else _rate(rate_limit)
+        self.on_success, self.on_failure = on_success, on_failure
+        classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
+        if not all(isinstance(c, type) and issubclass(c, BaseException)
+                   for c in classes):
+            raise ValueError(f"retry_for={retry_for!r}: must be exception classes")
+        self.policy = RetryPolicy(
+            _check_number("retries", retries, 0, int),
+            _check_number("retry_delay", retry_delay, 0),
+            _check_number("retry_backoff", retry_backoff, 0),
+            _check_number("retry_max_delay", retry_max_delay, 0),
+            _check_number("retry_jitter", retry_jitter, 0),
+            tuple(classes),
+        )
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name}>"
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+        """Enqueue a call; return its AsyncResult.
+
+        Durable once it returns.  Raises TypeError for an argument that would not
+        arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
+        """
+        return self.app.enqueue(self, [(args, kwargs)], {})[0]
+
+    def options(self, **options: Any) -> Call[P]:
+        """Return something with delay() and delay_many() that uses these options.
+
+        countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
+        key: while a task with it is unfinished, that one is returned; conn: an
+        sqlite3 connection to the same file, in whose transaction to insert.
+        """
+        return Call(self, options)
+
+    def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
+                    **options: Any) -> AsyncResult:
+        """The same as options(**options).delay(*args, **kwargs)."""
+        return self.app.enqueue(self, [(tuple(args), kwargs or {})], options)[0]
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult]:
+        """Enqueue many calls in one transaction: all of them or none.
+
+        Each call is a tuple of positional or a dict of keyword arguments.
+        """
+        return self.app.enqueue(self, [_one_call(call) for call in calls], {})
+
+
+class Call(Generic[P]):
+    """A task with options, ready to be enqueued."""
+
+    def __init__(self, task: Task[P, Any], options: dict):
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"unknown option {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
+            )
+        self._task, self._options = task, options
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+        """Enqueue a call, as Task.delay() does."""
+        return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult]:
+        """Enqueue many calls, as Task.delay_many() does."""
+        found = [_one_call(call) for call in calls]
+        return self._task.app.enqueue(self._task, found, self._options)
+
+
+def _one_call(call):
+    if isinstance(call, dict):
+        return (), call
+    if isinstance(call, (tuple, list)):
+        return tuple(call), {}
+    raise TypeError(f"delay_many() takes tuples and dicts, not {type(call).__name__}")
+
+
+def _rate(value):
+    try:
+        return parse_rate(value)
+    except ValueError as exc:
+        raise ValueError(f"rate_limit={value!r}: must be {exc}") from None
+
+
+class App:
+    """One registry of tasks and one database.  Keywords are settings."""
+
+    def __init__(self, **settings: Any):
+        self.tasks: dict[str, Task] = {}
+        self._code: dict = {}
+        self._flags: dict = {}
+        self._lock = threading.RLock()      # guards _settings and _store
+        self._settings: types.SimpleNamespace | None = None
+        self._store: Store | None = None
+        self.configure(**settings)
+
+    # -- settings
+
+    def configure(self, **settings: Any) -> None:
+        """Set settings in code; flags and environment go before them.
+
+        Raises SettingError for an unknown name or a value it cannot have.
+        """
+        self._merge(self._code, settings)
+
+    def override(self, **settings: Any) -> None:
+        """Set settings as flags do: before the environment."""
+        self._merge(self._flags, settings)
+
+    def _merge(self, target, settings):
+        for name, value in settings.items():
+            if name not in _SETTING_BY_NAME:
+                known = ", ".join(sorted(_SETTING_BY_NAME))
+                raise SettingError(f"unknown setting {name!r}; there are {known}")
+            if value is not None:
+                target[name] = check_setting(name, value, name)
+        with self._lock:
+            self._settings = self._store = None
+
+    @property
+    def settings(self) -> types.SimpleNamespace:
+        """All settings, resolved when first asked for."""
+        with self._lock:
+            if self._settings is None:
+                self._settings = resolve_settings(
+                    self._code, dict(os.environ), self._flags
+                )
+            return self._settings
+
+    @property
+    def store(self) -> Store:
+        """The database, opened by the first thread that uses it."""
+        store = self._store
+        if store is None:
+            with self._lock:
+                if self._store is None:
+                    s = self.settings
+                    self._store = Store(
+                        s.db, s.durability, s.busy_timeout, s.allow_network_fs
+                    )
+                store = self._store
+        return store
+
+    # -- registering
+
+    def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
+        """Register a function as a task; with or without brackets.
+
+        Raises AppError when another function has the name already.
+        """
+        if fn is None:
+            return functools.partial(self.task, name=name, **options)
+        schedules = []
+        if isinstance(fn, Task):            # @task above @cron
+            schedules = fn.schedules
+            self.tasks.pop(fn.name, None)
+            fn = fn.fn
+        if not callable(fn):
+            raise TypeError(f"@task needs a function, not {type(fn).__name__}")
+        try:
+            task: Task = Task(self, fn, name or _default_name(fn), options)
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"@task of {_default_name(fn)}: {exc}") from None
+        task.schedules = schedules
+        return self._register(task)
+
+    def _register(self, task):
+        other = self.tasks.get(task.name)
+        if other is not None and not _is_reload(other.fn, task.fn):
+            raise AppError(
+                f"two tasks are named {task.name!r}: {_place(other.fn)} and "
+                f"{_place(task.fn)}; give one of them @task(name=...)"
+            )
+        self.tasks[task.name] = task
+        return task
+
+    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
+             overlap: str = "allow", jitter: float = 0.0) -> Callable:
+        """Run a task without arguments whenever `expr` says so; see Cron.
+
+        misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
+        skip a tick while the run before is unfinished; jitter: put each run off by
+        a fixed part of so many seconds.  Raises CronError, also for a date that
+        never comes.
+        """
+        parsed = Cron(expr, tz)
+        if parsed.never:
+            raise CronError.never(parsed)
+        if misfire not in ("latest", "skip", "all"):
+            raise ValueError(f"misfire={misfire!r}: must be latest, skip or all")
+        if overlap not in ("allow", "skip"):
+            raise ValueError(f"overlap={overlap!r}: must be allow or skip")
+        schedule = Schedule(parsed, misfire, overlap, _check_number("jitter", jitter, 0))
+
+        def decorate(fn):
+            task = fn if isinstance(fn, Task) else self.task(fn)
+            task.schedules.append(schedule)
+            return task
+
+        return decorate
+
+    # -- enqueueing
+
+    def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
+        """Insert one row for each (args, kwargs); the work behind delay()."""
+        rows = self._new_tasks(task, calls, **options) if options else [
+            self._new_task(task, args, kwargs) for args, kwargs in calls
+        ]
+        connection = options.get("conn")
+        if connection is not None:
+            self._check_connection(connection)
+        if not rows:
+            return []
+        return [AsyncResult(i, self) for i in self.store.enqueue(rows, connection)]
+
+    def _new_task(self, task, args, kwargs):
+        """The common case: everything as the task says."""
+        now = now_ms()
+        return NewTask(
+            task.name, task.queue, task.priority, None, task.policy.retries,
+            task.timeout, QUEUED, now, now, None, self._encode(args, kwargs),
+        )
+
+    def _new_tasks(self, task, calls, countdown=None, eta=None, priority=None,
+                   queue=None, retries=None, timeout=None, key=None, conn=None):
+        now = now_ms()
+        run_at = _due_at(now, countdown, eta)
+        if key is not None and len(calls) != 1:
+            raise ValueError("key= is for one call: each call needs a key of its own")
+        common = NewTask(
+            task.name,
+            task.queue if queue is None else _check_name("queue", queue),
+            task.priority if priority is None else _check_priority(priority),
+            None if key is None else _check_name("key", key),
+            (task.policy.retries if retries is None
+             else _check_number("retries", retries, 0, int)),
+            task.timeout if timeout is None else _check_timeout(timeout),
+            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now, None, "",
+        )
+        return [common._replace(args=self._encode(*call)) for call in calls]
+
+    def _encode(self, args, kwargs):
+        text = encode_call(args, kwargs)
+        if len(text) > self.settings.max_payload:
+            raise PayloadTooLarge(
+                f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                f"{self.settings.max_payload:,}; pass the path of a file instead"
+            )
+        return text
+
+    def _check_connection(self, connection):
+        """Refuse a connection to another file: the task would never be found."""
+        self.store.data_version()           # makes the tables, if need be
+        rows = connection.execute("pragma database_list").fetchall()
+        path = next((row[2] for row in rows if row[1] == "main"), "")
+        if not path or not os.path.samefile(path, self.store.path):
+            raise ValueError(
+                f"conn= is open on {path or 'memory'}, the queue is {self.store.path}"
+            )
+
+    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
+        """Enqueue a task by its name, which need not be registered here."""
+        task = self.tasks.get(name) or Task(self, _nothing, name, {})
+        return self.enqueue(task, [(args, {})], options)[0]
+
+    def result(self, task_id: int) -> AsyncResult:
+        """Return the AsyncResult of an id of this app's database."""
+        return AsyncResult(task_id, self)
+
+
+def _nothing():
+    """Stands for a function that only a worker knows."""
+
+
+def _default_name(fn):
+    """module.function; for a script the module is the name of its file."""
+    module = getattr(fn, "__module__", None) or "?"
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        if spec is not None:                # python -m package.module
+            module = spec.name.removesuffix(".__main__") if spec.name else module
+        elif path:
+            module = os.path.splitext(os.path.basename(path))[0]
+    return f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
+
+
+def _place(fn):
+    code = getattr(fn, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
+
+
+def _is_reload(old, new):
+    """True when `new` is `old` defined again by another execution of its module."""
+    def execution(fn):
+        space = getattr(fn, "__globals__", {})
+        return id(space.get("__spec__")) if space.get("__spec__") else None
+
+    same = _default_name(old) == _default_name(new)
+    interactive = "__file__" not in getattr(new, "__globals__", {})
+    first = getattr(old, "__code__", None), getattr(new, "__code__", None)
+    return old is new or same and (
+        interactive or execution(old) != execution(new) or first[0] == first[1]
+    )
+
+
+class Progress(NamedTuple):
+    percent: float
+    message: str | None
+
+
+class AsyncResult:
+    """A handle on one enqueued task; cheap, and good in any process.
+
+    Every method raises TaskNotFound once the row is gone.
+    """
+
+    def __init__(self, id: int, app: App | None = None):
+        self.id = int(id)
+        self._app = app or _default_app
+
+    @property
+    def task_id(self) -> int:
+        """The same as .id."""
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<AsyncResult {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, AsyncResult) and self.id == other.id
+            and self._app.store.path == other._app.store.path
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def status(self) -> str:
+        """scheduled, queued, running, retrying, success, failed or cancelled."""
+        return self._app.store.task(self.id).status
+
+    @property
+    def attempt(self) -> int:
+        """The number of the last run; 0 before the first."""
+        return self._app.store.task(self.id).attempt
+
+    @property
+    def result(self) -> Any:
+        """What the task returned; None while, or when, it did not."""
+        text = self._app.store.result(self.id)
+        return None if text is None else decode(text)
+
+    @property
+    def error(self) -> TaskError | None:
+        """What ended the last run that failed, or None."""
+        error = self._app.store.error(self.id)
+        return TaskError(error) if error else None
+
+    @property
+    def progress(self) -> Progress | None:
+        """(percent, message) as the task last set them, or None."""
+        found = self._app.store.progress(self.id)
+        return Progress(*found) if found else None
+
+    def ready(self) -> bool:
+        """True once it has finished, however it did."""
+        return self._app.store.status(self.id) in FINISHED
+
+    def successful(self) -> bool:
+        """True once it has succeeded."""
+        return self._app.store.status(self.id) == SUCCESS
+
+    def failed(self) -> bool:
+        """True once it has failed for good."""
+        return self._app.store.status(self.id) == FAILED
+
+    def cancelled(self) -> bool:
+        """True once it has been cancelled."""
+        return self._app.store.status(self.id) == CANCELLED
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return the result; at most `timeout` seconds.
+
+        Raises TaskFailed, TaskCancelled, or TimeoutError: then the task goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for pause in _growing_pauses():
+            if self.ready():
+                return self._outcome()
+            if deadline is not None:
+                pause = min(pause, deadline - time.monotonic())
+                if pause <= 0:
+                    raise self._too_late(timeout)
+            time.sleep(pause)
+
+    def __await__(self):
+        return self._wait().__await__()
+
+    async def _wait(self):
+        import asyncio
+
+        for pause in _growing_pauses():
+            if self.ready():
+                return self._outcome()
+            await asyncio.sleep(pause)
+
+    def _outcome(self):
+        row = self._app.store.task(self.id)
+        if row.state == SUCCESS:
+            return self.result
+        if row.state == FAILED:
+            raise TaskFailed(self.id, self.error or TaskError({"kind": "exception"}))
+        raise TaskCancelled(f"task {self.id} was cancelled")
+
+    def _too_late(self, timeout):
+        return TimeoutError(f"task {self.id} is {self.status} after {timeout} s")
+
+    def cancel(self) -> bool:
+        """Cancel it, or have its run ended within a second; False when finished."""
+        return self._app.store.cancel(self.id, now_ms()) not in FINISHED
+
+    def retry(self) -> None:
+        """Run a finished task again.  Raises TaskStateError when it is unfinished."""
+        self._app.store.retry(self.id, now_ms())
+
+    def forget(self) -> None:
+        """Delete it with its result.  Raises TaskStateError while it runs."""
+        self._app.store.forget(self.id)
+
+
+def _growing_pauses():
+    """Seconds to sleep between two looks: short at first, then cheap."""
+    pause = _WAIT_SHORTEST
+    while True:
+        yield pause
+        pause = min(pause * 1.1, _WAIT_LONGEST)
+
+
+class CurrentTask:
+    """The run that is going on in this process; see current_task()."""
+
+    def __init__(self, id: int, name: str, attempt: int, deadline: float | None,
+                 scheduled_for: datetime | None, report: Callable):
+        self.id = id
+        self.name = name
+        self.attempt = attempt              # 1 for the first run
+        self.deadline = deadline            # unix time in seconds; None: no limit
+        self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
+        self._report = report
+
+    def set_progress(self, percent: float, message: str | None = None) -> None:
+        """Show how far the task has come, in AsyncResult.progress and `show`."""
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent={percent!r}: must be from 0 to 100")
+        self._report(percent, message)
+
+
+_current_task: CurrentTask | None = None
+
+
+def current_task() -> CurrentTask | None:
+    """Return the task that this process is running; None outside of one."""
+    return _current_task
+
+
+_default_app = App()
+task = _default_app.task
+cron = _default_app.cron
+configure = _default_app.configure
+
+
+# == Processes ================================================================
+# Owns all that depends on the operating system: starting, killing and reaping
+# processes, the locks that show who is alive, memory, signal names.  A Windows
+# half would define these same names; until it can be tested, workers run on
+# Linux and macOS only.
+
+try:
+    import fcntl
+    import resource
+except ImportError:                         # Windows
+    fcntl = resource = None                 # type: ignore[assignment]
+
+_IS_LINUX = sys.platform.startswith("linux")
+
+
+def check_platform() -> None:
+    """Raise AppError where workers cannot run."""
+    if fcntl is None:
+        raise AppError("workers need Linux or macOS for now; delay() works here")
+
+
+def signal_name(number: int) -> str:
+    """SIGSEGV for 11."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Exit(NamedTuple):
+    """How a process ended."""
+
+    signal: str | None          # its name, when one killed it
+    code: int | None            # exit code otherwise
+    peak_bytes: int             # of resident memory
+
+
+def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
+    """Start a process in a session and group of its own; return its pid.
+
+    It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
+    """
+    import subprocess
+
+    process = subprocess.Popen(
+        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep,
+        start_new_session=True, close_fds=True,
+    )
+    process.returncode = 0      # this module reaps by wait4, for the peak memory
+    return process.pid
+
+
+def poll_exit(pid: int) -> Exit | None:
+    """Reap a child process if it has ended; None while it lives."""
+    try:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+    except ChildProcessError:               # somebody else reaped it
+        return Exit(None, None, 0)
+    if found == 0:
+        return None
+    peak = usage.ru_maxrss * (1024 if _IS_LINUX else 1)
+    if os.WIFSIGNALED(status):
+        return Exit(signal_name(os.WTERMSIG(status)), None, peak)
+    return Exit(None, os.WEXITSTATUS(status), peak)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL a process group; nothing when it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal to a process that is not reaped yet."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def frame_pair() -> tuple[socket.socket, socket.socket]:
+    """A socket pair that keeps frames whole, so that either side can read one."""
+    kind = socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM
+    return socket.socketpair(socket.AF_UNIX, kind)
+
+
+def memory_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def boot_id() -> str:
+    """Identifies this boot of the machine; '' where it cannot be known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return ""
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, where it can.
+
+    To be called by the child itself, after exec.
+    """
+    if _IS_LINUX:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        with contextlib.suppress(OSError):
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+                f.write("500")      # out of memory: the child goes, not the worker
+    if os.getppid() != parent:              # it died before the call above
+        os._exit(1)
+
+
+# Kills the groups of the children whose worker is gone, also where a child is
+# stuck in C code and cannot notice, and what such a child has started.  Knows a
+# group from "+pid" to "-pid" on its standard input.  Guarded by
+# test_no_process_outlives_a_killed_worker.
+_GUARDIAN = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class Guardian:
+    """A small process that outlives the worker just to clean up after it."""
+
+    def __init__(self):
+        self._groups: set[int] = set()
+        self._pid = 0
+        self._pipe = -1
+
+    def watch(self, pid: int) -> None:
+        """Kill this group should the worker die."""
+        self._groups.add(pid)
+        self._tell(f"+{pid}\n")
+
+    def release(self, pid: int) -> None:
+        """The group is gone; its number may soon be somebody else's."""
+        self._groups.discard(pid)
+        self._tell(f"-{pid}\n")
+
+    def check(self) -> None:
+        """Start it (again), if it is not running."""
+        if self._pid and poll_exit(self._pid) is None:
+            return
+        self._close()
+        receiver, self._pipe = os.pipe()
+        null = os.open(os.devnull, os.O_WRONLY)
+        argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
+        self._pid = spawn(argv, [], receiver, null)
+        os.close(receiver)
+        os.close(null)
+        for pid in self._groups:
+            self._tell(f"+{pid}\n")
+
+    def _tell(self, line):
+        with contextlib.suppress(OSError):      # it died: check() starts another
+            os.write(self._pipe, line.encode())
+
+    def _close(self):
+        if self._pipe >= 0:
+            os.close(self._pipe)
+        self._pipe = -1
+
+    def stop(self) -> None:
+        """End it; it kills what it still knows."""
+        self._close()
+        if self._pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+        self._pid = 0
+
+
+class LiveFile:
+    """Byte n of the file `path` is locked for as long as worker n lives.
+
+    The kernel drops the lock with the process, so a death shows at once and no
+    clock is asked.  The file is opened once per process and never closed: closing
+    any descriptor of it would drop all locks.  A lock does not keep out its own
+    process, so `_held` knows the bytes that are ours.
+    """
+
+    _open: dict[str, LiveFile] = {}
+
+    def __init__(self, path: str):
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._pid = os.getpid()
+        self._held: set[int] = set()
+
+    @classmethod
+    def of(cls, path: str) -> LiveFile:
+        """The one instance for this path in this process."""
+        path = os.path.realpath(path)
+        known = cls._open.get(path)
+        if known is None or known._pid != os.getpid() or not known._is_current(path):
+            known = cls._open[path] = cls(path)
+        return known
+
+    def _is_current(self, path):
+        found = os.fstat(self._fd)
+        return _file_identity(path) == (found.st_dev, found.st_ino)
+
+    def hold(self, worker: int) -> None:
+        """Lock our byte.  Where locks do not work, the heartbeat has to do."""
+        self._held.add(worker)
+        self._try_lock(worker)
+
+    def drop(self, worker: int) -> None:
+        """Unlock it, when the worker has ended in an orderly way."""
+        self._held.discard(worker)
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+
+    def is_dead(self, worker: int) -> bool:
+        """True when no process holds this byte.  The caller is to reap it then."""
+        if worker in self._held or not self._try_lock(worker):
+            return False
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+        return True
+
+    def _try_lock(self, worker):
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
+            return True
+        except OSError:
+            return False
+
+
+# == Child ====================================================================
+# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
+# one message, and only then takes the next.  Nothing that happens in a task can
+# reach past this process.  It knows the registry and the frames, nothing of
+# claims or retries.
+#
+# A frame to the child is a JSON line and the encoded arguments:
+#     ["run", id, name, attempt, timeout, tick]\n[[1, 2], {}]
+#     ["on_failure", id, name, attempt, timeout, null]\n{"kind": ...}
+# A message to the parent is this header and a body of `length` bytes:
+
+_MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
+_READY, _BROKEN = b"R", b"B"            # imported the app, or could not: traceback
+_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
+_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
+
+_FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
+_TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
+_OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
+
+
+class ChildSpec(NamedTuple):
+    """What a child must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    app: str            # MODULE[:APP]
+    path: list          # sys.path
+    parent: int         # pid
+    frames: int         # descriptor to read frames from
+    messages: int       # descriptor to send messages to
+    crash: int          # descriptor for the Python stack of a crash
+    settings: dict      # that differ from the environment
+
+
+_CHILD_CODE = (
+    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
+    "sys.path[:] = spec[2]; "
+    "importlib.import_module(spec[0]).run_child(spec)"
+)
+
+
+def load_app(spec: str) -> App:
+    """Import MODULE[:APP] and return its App.
+
+    Without :APP it is the default App, or the only other App in the module.
+    Raises AppError when there is no App of that name; what the import itself
+    raises passes through.
+    """
+    module_name, _, attribute = spec.partition(":")
+    module = importlib.import_module(module_name)
+    if attribute:
+        app = getattr(module, attribute, None)
+        if not isinstance(app, App):
+            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
+    else:
+        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
+        app = _default_app
+        if not app.tasks and len(apps) == 1:
+            app, = apps.values()
+    limit = getattr(module, "RATE_LIMIT", None)
+    if limit is not None and "rate_limit" not in app._code:
+        app.configure(rate_limit=limit)
+    return app
+
+
+def run_child(spec: Sequence) -> None:
+    """The life of a child, until its worker closes the socket or dies."""
+    Child(ChildSpec(*spec)).main()
+
+
+class Child:
+    """The child's side.  One task at a time, in the main thread."""
+
+    def __init__(self, spec: ChildSpec):
+        self.spec = spec
+        self.pid = os.getpid()
+        self.frames = socket.socket(fileno=spec.frames)
+        self.messages = socket.socket(fileno=spec.messages)
+        # Held while a message is written: threads of a task may print too.
+        self.lock = threading.Lock()
+        self.sender = 0             # ident of the thread that is writing one
+        self.run_id = 0             # of the current run; 0: none
+        self.attempt = 0
+        self.printed = 0            # characters of the current run
+        self.interruptible = False  # True while code of the task runs
+        self.pending: BaseException | None = None   # to be raised after a send
+        self.interrupt: BaseException | None = None     # what we raised in the task
+
+    def main(self) -> None:
+        """Prepare, import the app, then serve."""
+        die_with_parent(self.spec.parent)
+        self._prepare()
+        try:
+            self.app = load_app(self.spec.app)
+            self.app.override(**self.spec.settings)
+        except BaseException as exc:
+            self._send(_BROKEN, describe_exception(exc)["traceback"].encode())
+            os._exit(1)
+        import gc
+
+        gc.freeze()         # what is imported will never be garbage
+        self._send(_READY)
+        while True:
+            frame = self._receive()
+            if not frame:
+                os._exit(0)
+            self._serve(frame)
+
+    def _prepare(self):
+        import faulthandler
+
+        crash = os.fdopen(self.spec.crash, "wb", buffering=0)
+        faulthandler.enable(file=crash, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=crash, all_threads=True)
+        # Process managers signal whole groups: leave the end to our worker.  Not
+        # SIG_IGN, which programs started by a task would inherit.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.signal(signal.SIGUSR1, self._on_cancel)
+        self.streams = TaskStream(self, 1), TaskStream(self, 2)
+        sys.stdout, sys.stderr = self.streams       # type: ignore[assignment]
+
+    def _receive(self):
+        try:
+            return self.frames.recv(_FRAME_BYTES)
+        except OSError:
+            return b""
+
+    def _serve(self, frame):
+        head, _, text = frame.partition(b"\n")
+        kind, self.run_id, name, self.attempt, timeout, tick = json.loads(head)
+        self.printed = 0
+        self.interrupt = None
+        started_at = now_ms()
+        start = time.perf_counter()
+        try:
+            task = self.app.tasks[name]
+            if kind == "run":
+                message = _SUCCEEDED, self._run(task, text, timeout, tick)
+            else:
+                message = _SUCCEEDED, self._call_back(task, kind, text, timeout)
+        except BaseException as exc:
+            message = _ENDED_BADLY, self._describe(exc, self.app.tasks.get(name))
+        if os.getpid() != self.pid:         # the task forked and came back twice
+            os._exit(0)
+        duration = time.perf_counter() - start
+        for stream in self.streams:
+            stream.flush()
+        self._send(*message, started_at, duration)
+        self.run_id = 0
+
+    def _run(self, task, text, timeout, tick):
+        global _current_task
+        args, kwargs = decode(text.decode() or self.app.store.args(self.run_id))
+        deadline = time.time() + timeout if timeout else None
+        tick = datetime.fromtimestamp(tick, timezone.utc) if tick else None
+        _current_task = CurrentTask(
+            self.run_id, task.name, self.attempt, deadline, tick, self._progress
+        )
+        try:
+            value = self._interruptibly(timeout, task.fn, args, kwargs)
+        finally:
+            _current_task = None
+        try:
+            return self._encode_result(value)
+        except (TypeError, PayloadTooLarge) as exc:
+            raise Abort(str(exc)) from exc      # it would fail again
+
+    def _encode_result(self, value):
+        if value is None:
+            return b"null"
+        body = encode(value, "result").encode()
+        limit = self.app.settings.max_payload
+        if len(body) > limit:
+            raise PayloadTooLarge(
+                f"result of {len(body):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                f"{limit:,}; write it to a file and return its path"
+            )
+        return body
+
+    def _call_back(self, task, kind, text, timeout):
+        arguments = [self.run_id]
+        if kind == "on_failure":
+            arguments.append(TaskError(json.loads(text)))
+        self._interruptibly(timeout, getattr(task, kind), arguments, {})
+        return b"null"
+
+    def _interruptibly(self, timeout, fn, args, kwargs):
+        """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
+        self.interruptible = True
+        try:
+            if timeout:
+                signal.setitimer(signal.ITIMER_REAL, timeout)
+            value = fn(*args, **kwargs)
+            if isinstance(value, types.CoroutineType):
+                import asyncio
+
+                value = asyncio.run(value)
+            return value
+        finally:
+            self.interruptible = False
+            if timeout:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _on_alarm(self, *_):
+        self._interrupt(TaskTimeout("the time limit is reached"))
+
+    def _on_cancel(self, *_):
+        """The parent wrote the id it means, which may have just finished."""
+        try:
+            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
+        except OSError:
+            return
+        ids = {number for number, in struct.iter_unpack("!q", wanted)}
+        if self.run_id in ids:
+            self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
+
+    def _interrupt(self, exc):
+        """Raise in the task, but never in the middle of a message."""
+        if not self.interruptible:
+            return
+        self.interrupt = exc
+        if self.sender == threading.get_ident():
+            self.pending = exc
+        else:
+            raise exc
+
+    def _describe(self, exc, task):
+        """What the parent needs to decide, as JSON."""
+        error = describe_exception(exc)
+        if isinstance(exc, KeyError) and task is None:
+            error["message"] = "this child does not know the task"
+        if self.interrupt is not None:
+            timed_out = isinstance(self.interrupt, TaskTimeout)
+            error["kind"] = "timeout" if timed_out else "cancelled"
+        elif isinstance(exc, Abort):
+            error["kind"] = "abort"
+            if exc.__cause__ is not None:       # see _run()
+                error.update(kind="exception", type=type(exc.__cause__).__name__)
+        elif isinstance(exc, Retry):
+            error["countdown"] = _countdown(exc.countdown)
+        retry_for = task.policy.retry_for if task else ()
+        error["retryable"] = error["kind"] == "timeout" or (
+            not isinstance(exc, Abort) and isinstance(exc, (Retry, *retry_for))
+        )
+        return _to_json(error).encode()
+
+    def _progress(self, percent, message):
+        text = None if message is None else str(message)[:1000]
+        self._send(_PROGRESSED, _to_json([percent, text]).encode())
+
+    def print(self, text: str, fd: int) -> None:
+        """Send what a task printed, up to _OUTPUT_CHARS for each run."""
+        if os.getpid() != self.pid:             # a process the task forked
+            os.write(fd, text.encode("utf-8", "backslashreplace"))
+            return
+        room = _OUTPUT_CHARS - self.printed
+        self.printed += len(text)
+        if room > 0:
+            if len(text) > room:
+                text = text[:room] + "\n[more output is not kept]"
+            self._send(_PRINTED, text.encode("utf-8", "backslashreplace"))
+
+    def _send(self, kind, body=b"", started_at=0, duration=0.0):
+        head = _MESSAGE.pack(
+            len(body), kind, self.run_id, self.attempt, started_at, duration
+        )
+        with self.lock:
+            self.sender = threading.get_ident()
+            try:
+                self.messages.sendall(head + body)
+            except OSError:                     # the worker is gone
+                kill_group(self.pid)
+            finally:
+                self.sender = 0
+        if self.pending is not None:
+            exc, self.pending = self.pending, None
+            raise exc
+
+
+class TaskStream:
+    """Stands in for sys.stdout and sys.stderr: whole lines go to the worker."""
+
+    encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
+    line_buffering, name, mode = True, "<task>", "w"
+
+    def __init__(self, child: Child, fd: int):
+        self._child, self._fd = child, fd
+        self._rest: list[str] = []
+        self.buffer = open(fd, "wb", buffering=0, closefd=False)
+
+    def write(self, text: str) -> int:
+        """Send `text` up to its last line end; keep the rest for the next write."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes str, not {type(text).__name__}")
+        line, end, rest = text.rpartition("\n")
+        if end:
+            self._child.print("".join(self._rest) + line + end, self._fd)
+            self._rest = [rest] if rest else []
+        else:
+            self._rest.append(text)
+            if len(self._rest) > 1000 or len(text) > _OUTPUT_CHARS:
+                self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is there, whole line or not."""
+        if self._rest:
+            rest, self._rest = "".join(self._rest), []
+            self._child.print(rest, self._fd)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """A task may close it; the next one must still be able to print."""
+
+
+def _countdown(value):
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    return float(seconds) if isinstance(seconds, (int, float)) else None
+
+
+def _text_of(fn, *args):
+    """Call what may be an exception's own, broken, code."""
+    try:
+        return str(fn(*args))
+    except BaseException as exc:
+        return f"<it cannot be printed: {type(exc).__name__}>"
+
+
+def describe_exception(exc: BaseException) -> dict:
+    """kind, type, message and traceback of any exception.  Never raises."""
+    import traceback
+
+    def text():
+        own = exc.__traceback__
+        while own is not None and own.tb_frame.f_code.co_filename == __file__:
+            own = own.tb_next           # begin where the user's code does
+        return "".join(traceback.format_exception(type(exc), exc, own))
+
+    return {
+        "kind": "exception",
+        "type": type(exc).__qualname__,
+        "message": _text_of(str, exc)[:_TRACEBACK_CHARS],
+        "traceback": _text_of(text)[-_TRACEBACK_CHARS:],
+    }
+
+
+# == Pool =====================================================================
+# Owns the worker's side of its children: their processes and sockets, who runs
+# what, time limits, recall of what has not begun, replacement.  Knows nothing of
+# the database; what happened is returned as Ended records.
+#
+# Several frames may wait in a child's socket, so that it is never idle while the
+# worker commits.  The worker keeps a duplicate of the receiving end and can read
+# back what the child has not taken: each frame is got by exactly one of the two.
+
+_AHEAD_FRAMES = 64          # waiting in one child's socket at most
+_AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
+_SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
+_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
+_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
+_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
+_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
+_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
+_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+_START_FAILURES = 5         # children in a row that die before they are ready
+_MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
+_READ_BYTES = 1 << 18
+
+
+class Ended(NamedTuple):
+    """How a run ended, as far as the pool knows."""
+
+    run: Run
+    kind: str           # success, exception, timeout, crash, abort, cancelled
+    result: str | None = None
+    error: dict | None = None       # also retryable, countdown; crash: exit data
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+
+
+class Callback:
+    """on_success or on_failure of a finished task, to be run like a task."""
+
+    __slots__ = ("id", "name", "kind", "attempt", "timeout", "text")
+    tick = None
+    announced = True        # no task_start is logged for it
+
+    def __init__(self, id, name, kind, attempt, timeout, text):
+        self.id, self.name, self.kind = id, name, kind
+        self.attempt, self.timeout, self.text = attempt, timeout, text
+
+
+def _frame(run):
+    """The bytes that make a child run this."""
+    kind, text = "run", run.args if isinstance(run, Run) else None
+    if isinstance(run, Callback):
+        kind, text = run.kind, run.text
+    head = _to_json([kind, run.id, run.name, run.attempt, run.timeout, run.tick])
+    return f"{head}\n{text or ''}".encode()
+
+
+class Member:
+    """One child as the pool sees it."""
+
+    def __init__(self, spec: ChildSpec):
+        self.frames, child_frames = frame_pair()
+        self.messages, child_messages = socket.socketpair()
+        self.output, child_output = os.pipe()
+        self.crash, child_crash = os.pipe()
+        ends = child_frames.fileno(), child_messages.fileno(), child_crash
+        spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
+        argv = [sys.executable, "-X", "faulthandler", "-c", _CHILD_CODE]
+        null = os.open(os.devnull, os.O_RDONLY)
+        self.pid = spawn([*argv, json.dumps(spec)], ends, null, child_output)
+        for fd in (null, child_output, child_crash):
+            os.close(fd)
+        child_messages.close()
+        # The duplicate that frames are read back by.  It shares its flags with the
+        # child's end, so it must stay blocking.
+        self.unread = child_frames
+        for end in (self.frames, self.messages):
+            end.setblocking(False)
+        for fd in (self.output, self.crash):
+            os.set_blocking(fd, False)
+
+        self.buffer = bytearray()       # of messages, not yet whole
+        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
+        self.head_at = 0                # unix ms when [0] became the first
+        self.printed: list[str] = []    # by the run at the head
+        self.printed_chars = 0
+        self.ready = False
+        self.retiring = False           # takes nothing more
+        self.done = 0                   # runs answered
+        self.kill_at = 0                # unix ms; 0: not condemned
+        self.why = ""                   # timeout, cancelled, memory …
+
+    def close(self) -> None:
+        """Close our ends; an idle child exits then."""
+        for end in (self.frames, self.messages, self.unread):
+            end.close()
+        for fd in (self.output, self.crash):
+            os.close(fd)
+
+
+def _read_all(fd, most):
+    """What a pipe holds now, at most `most` bytes of it; the rest is dropped."""
+    found = bytearray()
+    while True:
+        try:
+            chunk = os.read(fd, _READ_BYTES)
+        except OSError:
+            break
+        if not chunk:
+            break
+        found += chunk[: max(0, most - len(found))]
+    return found.decode("utf-8", "backslashreplace")
+
+
+class Pool:
+    """`size` children that run tasks, and one more that is warm."""
+
+    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
+                 log: Callable, selector: selectors.BaseSelector):
+        self._spec = spec
+        self._size = size
+        self._limits = limits
+        self._log = log             # log(event, run, **fields)
+        self._selector = selector
+        self._guardian = Guardian()
+        self.members: list[Member] = []         # the spare one is the last
+        self.hand: collections.deque = collections.deque()     # claimed, not sent
+        self.hand_at = 0            # unix ms when a run last left the hand
+        self.ended: list[Ended] = []
+        self.progress: dict[int, tuple[Run, str]] = {}
+        self._seconds: dict[str, float] = {}    # by name: how long runs take
+        self.short_names: set[str] = set()
+        self._failed_starts = 0
+        self._start_at = 0          # unix ms; not before, after a failed start
+        self.broken = ""            # why children cannot start, once given up
+
+    # -- children
+
+    def fill(self, now: int) -> None:
+        """Have all children there should be."""
+        self._guardian.check()
+        while len(self.members) < self._size + 1 and now >= self._start_at:
+            member = Member(self._spec)
+            self._guardian.watch(member.pid)
+            self.members.append(member)
+            self._selector.register(member.messages, selectors.EVENT_READ, member)
+            self._selector.register(member.output, selectors.EVENT_READ, member)
+            if self._failed_starts:
+                self._start_at = now + 100 * 2 ** self._failed_starts
+                break
+
+    def ready_count(self) -> int:
+        """Children that have imported the app."""
+        return sum(member.ready for member in self.members)
+
+    def pids(self) -> list[int]:
+        return [member.pid for member in self.members]
+
+    def _working(self):
+        """The children that may be given work: not more than `size` have any."""
+        able = [m for m in self.members if m.ready and not m.retiring and not m.why]
+        able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
+        others = sum(bool(m.waiting) for m in self.members) - sum(
+            bool(m.waiting) for m in able
+        )
+        return able[: self._size - others]
+
+    # -- giving out work
+
+    def room(self, now: int) -> tuple[int, int]:
+        """(children with nothing to do, further places in pipes)."""
+        free = ahead = 0
+        for member in self._working():
+            if not member.waiting:
+                free += 1
+                ahead += _AHEAD_FRAMES - 1
+            elif not self._is_slow(member, now):
+                ahead += max(0, _AHEAD_FRAMES - len(member.waiting))
+        taken = len(self.hand)
+        return max(0, free - taken), max(0, ahead - max(0, taken - free))
+
+    def _is_slow(self, member, now):
+        """True when nothing should wait behind what this child runs."""
+        return (
+            member.waiting[0].name not in self.short_names
+            or now - member.head_at > _STALL_SECONDS * 1000
+        )
+
+    def in_hand(self) -> int:
+        """Runs that are claimed and not ended."""
+        return len(self.hand) + sum(len(m.waiting) for m in self.members)
+
+    def running(self) -> Iterator[Run]:
+        """The runs at the head of each child."""
+        return (m.waiting[0] for m in self.members if m.waiting)
+
+    def dispatch(self, now: int) -> list[Run]:
+        """Send what is in hand, to the child that has least.
+
+        Returns the runs that none could take for a while: others may have time.
+        """
+        members = self._working()
+        left: collections.deque = collections.deque()
+        while self.hand:
+            run = self.hand.popleft()
+            member = self._place_for(run, members, now)
+            if member is None or not self._send(member, run, now):
+                left.append(run)
+            else:
+                self.hand_at = now
+        self.hand = left
+        if not left:
+            self.hand_at = now
+        elif now - self.hand_at > _HAND_SECONDS * 1000:
+            self.hand = collections.deque(r for r in left if isinstance(r, Callback))
+            return [run for run in left if isinstance(run, Run)]
+        return []
+
+    def _place_for(self, run, members, now):
+        if not members:
+            return None
+        member = min(members, key=lambda m: len(m.waiting))
+        if not member.waiting:
+            return member
+        return member if self._may_wait(run, member, now) else None
+
+    def _may_wait(self, run, member, now):
+        if isinstance(run, Callback) or run.is_last or run.name not in self.short_names:
+            return False
+        behind = len(member.waiting)
+        return (
+            behind < _AHEAD_FRAMES
+            and behind * self._seconds[run.name] < _AHEAD_SECONDS
+            and not self._is_slow(member, now)
+        )
+
+    def _send(self, member, run, now):
+        frame = _frame(run)
+        if len(frame) > _FRAME_BYTES:       # a callback with a long traceback
+            frame = frame[:_FRAME_BYTES]
+        try:
+            member.frames.send(frame)
+        except OSError:                     # full, or just died
+            return False
+        if not member.waiting:
+            self._begin_head(member, now)
+            self._announce(run)
+        member.waiting.append(run)
+        return True
+
+    def _announce(self, run, at=None):
+        if not run.announced:
+            run.announced = True
+            self._log("task_start", run)
+
+    def _begin_head(self, member, now):
+        member.head_at = now
+        member.printed, member.printed_chars = [], 0
+
+    def balance(self, now: int) -> None:
+        """Recall what waits behind a slow run, or while another child is idle."""
+        working = self._working()
+        for member in working:
+            slow = now - member.head_at > _STALL_SECONDS * 1000
+            if slow and len(member.waiting) > 1:
+                self._recall(member)
+        if not self.hand and any(not m.waiting for m in working):
+            longest = max(working, key=lambda m: len(m.waiting))
+            if len(longest.waiting) > 2:
+                self._recall(longest)
+
+    def recall_all(self) -> list[Run]:
+        """Take back all that has not begun: for a stop."""
+        for member in self.members:
+            self._recall(member)
+        runs = [run for run in self.hand if isinstance(run, Run)]
+        self.hand = collections.deque(r for r in self.hand if isinstance(r, Callback))
+        return runs
+
+    def _recall(self, member):
+        """Read back the frames that the child has not taken."""
+        ids = set()
+        while True:
+            try:
+                frame = member.unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
+            except OSError:
+                break
+            if not frame:
+                break
+            ids.add(json.loads(frame.partition(b"\n")[0])[1])
+        back = [run for run in member.waiting if run.id in ids]
+        member.waiting = collections.deque(r for r in member.waiting if r.id not in ids)
+        self.hand.extendleft(reversed(back))
+
+    # -- hearing from children
+
+    def receive(self, ready: Iterable, now: int) -> None:
+        """Read from the members that the selector named."""
+        for member, fd in ready:
+            if fd == member.output:
+                self._hear_output(member)
+        for member, fd in ready:
+            if fd != member.output and member in self.members:
+                self._hear(member, now)
+
+    def _hear_output(self, member):
+        """What C code or a subprocess wrote belongs to the run at the head."""
+        text = _read_all(member.output, _OUTPUT_CHARS)
+        if text:
+            self._printed(member, text)
+
+    def _printed(self, member, text):
+        run = member.waiting[0] if member.waiting else None
+        room = _OUTPUT_CHARS - member.printed_chars
+        member.printed_chars += len(text)
+        if room <= 0:
+            return
+        if len(text) > room:
+            text = text[:room] + "\n[more output is not kept]"
+        member.printed.append(text)
+        if run is not None:
+            self._announce(run)
+        self._log("output", run, text=text.rstrip("\n"))
+
+    def _hear(self, member, now):
+        while True:
+            try:
+                chunk = member.messages.recv(_READ_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                chunk = b""
+            if not chunk:
+                self._lost_touch(member, now)
+                return
+            member.buffer += chunk
+            if len(chunk) < _READ_BYTES:
+                break
+        self._read_messages(member, now)
+
+    def _read_messages(self, member, now):
+        buffer, at, size = member.buffer, 0, _MESSAGE.size
+        most = self._limits.max_payload + _MESSAGE_EXTRA_BYTES
+        while len(buffer) - at >= size and not member.why == "mad":
+            length, kind, *fields = _MESSAGE.unpack_from(buffer, at)
+            if length > most:
+                self._condemn(member, "mad", now)
+                break
+            if len(buffer) - at < size + length:
+                break
+            body = bytes(buffer[at + size: at + size + length])
+            at += size + length
+            self._understand(member, kind, body, fields, now)
+        del buffer[:at]
+
+    def _understand(self, member, kind, body, fields, now):
+        run_id, attempt, started_at, duration = fields
+        head = member.waiting[0] if member.waiting else None
+        if kind == _READY:
+            member.ready = True
+            self._failed_starts = 0
+        elif kind == _BROKEN:
+            member.why = "broken"
+            member.printed = [body.decode("utf-8", "replace")]
+        elif kind == _PRINTED:
+            self._printed(member, body.decode("utf-8", "replace"))
+        elif head is None or (run_id, attempt) != (head.id, head.attempt):
+            self._condemn(member, "mad", now)
+        elif kind == _PROGRESSED:
+            self.progress[head.id] = head, body.decode("ascii")
+        elif kind in (_SUCCEEDED, _ENDED_BADLY):
+            self._answered(member, kind, body, started_at, duration, now)
+        else:
+            self._condemn(member, "mad", now)
+
+    def _answered(self, member, kind, body, started_at, duration, now):
+        run = member.waiting.popleft()
+        member.done += 1
+        self._announce(run)
+        text = body.decode("ascii", "replace")
+        output = "".join(member.printed) if member.printed else ""
+        if kind == _SUCCEEDED:
+            ended = Ended(run, "success", text, None, output, started_at, duration)
+        else:
+            error = json.loads(text)
+            ended = Ended(run, error["kind"], None, error, output, started_at, duration)
+        self.ended.append(ended)
+        self._begin_head(member, now)
+        if member.why in ("timeout", "cancelled"):
+            member.why, member.kill_at = "", 0      # it made it in its grace
+        self._learn(run.name, duration)
+        limit = self._limits.max_tasks_per_child
+        if limit and member.done >= limit:
+            self._retire(member)
+
+    def _learn(self, name, duration):
+        """Follow the durations of a task; a long one counts at once."""
+        known = self._seconds.get(name, duration)
+        self._seconds[name] = known = max(duration, known * 0.9 + duration * 0.1) \
+            if duration > _SHORT_SECONDS else known * 0.9 + duration * 0.1
+        (self.short_names.add if known < _SHORT_SECONDS
+         else self.short_names.discard)(name)
+
+    # -- ending children
+
+    def _retire(self, member):
+        """Replace it once it has nothing to do."""
+        self._recall(member)
+        member.retiring = True
+
+    def _condemn(self, member, why, now, grace=0.0):
+        """Kill it at `grace` seconds from now, unless it answers before."""
+        if not member.kill_at:
+            self._recall(member)
+            member.why, member.kill_at = why, now + int(grace * 1000) or 1
+
+    def next_timer(self, now: int) -> int | None:
+        """Unix ms at which enforce() or balance() has something to do, or None."""
+        due = self.hand_at + to_ms(_HAND_SECONDS) + 1 if self.hand else None
+        for member in self.members:
+            if member.kill_at:
+                due = _earliest(due, member.kill_at)
+            elif member.waiting:
+                head = member.waiting[0]
+                if head.timeout:
+                    due = _earliest(due, member.head_at + to_ms(head.timeout))
+                if len(member.waiting) > 1 or not head.announced:
+                    due = _earliest(due, member.head_at + to_ms(_STALL_SECONDS))
+        return due
+
+    def enforce(self, now: int) -> None:
+        """Time limits, and the end of those whose grace is over."""
+        for member in list(self.members):
+            if member.kill_at:
+                if now >= member.kill_at:
+                    self._kill(member, now)
+            elif member.waiting:
+                head, age = member.waiting[0], now - member.head_at
+                if age > _STALL_SECONDS * 1000:
+                    self._announce(head)
+                if head.timeout and age >= head.timeout * 1000:
+                    self._condemn(member, "timeout", now, _TIMEOUT_GRACE)
+            elif member.retiring:
+                self._bury(member, now, self._end(member))
+
+    def _kill(self, member, now):
+        """First have it dump its Python stack, then kill it with its group."""
+        if member.why == "timeout":
+            member.why = "timeout, killed"
+            member.kill_at = now + to_ms(_STACK_GRACE)
+            send_signal(member.pid, signal.SIGUSR2)
+            return
+        if member.waiting and self._hear_last(member, now):
+            return
+        kill_group(member.pid)
+        self._bury(member, now, self._wait_exit(member))
+
+    def _hear_last(self, member, now):
+        """True when the answer has come after all."""
+        head = member.waiting[0]
+        if member.why != "mad":
+            self._hear(member, now)
+        return member not in self.members or not (
+            member.waiting and member.waiting[0] is head
+        )
+
+    def _wait_exit(self, member):
+        """Reap a child that was just killed: the kernel needs a moment."""
+        while True:
+            found = poll_exit(member.pid)
+            if found:
+                return found
+            time.sleep(0.001)
+
+    def _end(self, member):
+        """End an idle child in an orderly way: its exit handlers may run."""
+        member.frames.close()
+        member.unread.close()
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            found = poll_exit(member.pid)
+            if found:
+                return found
+            time.sleep(0.002)
+        kill_group(member.pid)
+        return self._wait_exit(member)
+
+    def _lost_touch(self, member, now):
+        """The message socket is at its end: the child is dead, or closed it."""
+        for _ in range(100):
+            found = poll_exit(member.pid)
+            if found:
+                break
+            time.sleep(0.001)
+        else:
+            kill_group(member.pid)
+            found = self._wait_exit(member)
+        self._read_messages(member, now)
+        self._bury(member, now, found)
+
+    def notice_deaths(self, now: int) -> None:
+        """Reap children of whom a grandchild keeps the socket open."""
+        for member in list(self.members):
+            found = poll_exit(member.pid)
+            if found:
+                self._hear(member, now)
+                if member in self.members:
+                    self._bury(member, now, found)
+
+    def _bury(self, member, now, found):
+        """A child is gone: settle its run, free its sockets, start another."""
+        kill_group(member.pid)              # what it has left behind
+        self._guardian.release(member.pid)
+        if member.waiting:
+            self._recall_dead(member)
+        self._hear_output(member)
+        stack = _read_all(member.crash, _TRACEBACK_CHARS)
+        for run in member.waiting:
+            self.ended.append(self._death_of(run, member, found, stack, now))
+        for channel in (member.messages, member.output):
+            self._selector.unregister(channel)
+        member.close()
+        self.members.remove(member)
+        if not member.ready:
+            self._failed_to_start(member, now, found)
+        self.fill(now)
+
+    def _recall_dead(self, member):
+        if member.frames.fileno() >= 0:
+            self._recall(member)
+
+    def _failed_to_start(self, member, now, found):
+        self._failed_starts += 1
+        text = "".join(member.printed) or f"a child died at its start: {found}"
+        if self._failed_starts >= _START_FAILURES:
+            self.broken = text
+        self._start_at = now + 100 * 2 ** self._failed_starts
+
+    def _death_of(self, run, member, found, stack, now):
+        """The Ended of a run whose child died."""
+        self._announce(run)
+        output = "".join(member.printed)
+        seconds = (now - member.head_at) / 1000
+        error: dict = {"traceback": stack, "retryable": True}
+        if member.why == "cancelled":
+            kind, error["message"] = "cancelled", "cancelled, and killed"
+        elif member.why.startswith("timeout"):
+            kind = "timeout"
+            error["message"] = f"killed after its limit of {run.timeout:g} s"
+        else:
+            kind = "crash"
+            error.update(_crash(member, found, self._limits.max_memory))
+        error["kind"] = kind
+        return Ended(run, kind, None, error, output, member.head_at, seconds)
+
+    def cancel(self, run_id: int, now: int) -> None:
+        """End a run: an exception in the task, then, after a grace, a kill."""
+        for run in [r for r in self.hand if r.id == run_id and isinstance(r, Run)]:
+            self.hand.remove(run)
+            self.ended.append(Ended(run, "cancelled"))
+        for member in self.members:
+            if any(r.id == run_id and isinstance(r, Run) for r in member.waiting):
+                self._cancel_in(member, run_id, now)
+
+    def _cancel_in(self, member, run_id, now):
+        self._recall(member)
+        if not member.waiting or member.waiting[0].id != run_id:
+            return self.cancel(run_id, now)         # it was not begun: in hand now
+        member.waiting[0].cancelled = True
+        if not member.kill_at:
+            self._condemn(member, "cancelled", now, _CANCEL_GRACE)
+            with contextlib.suppress(OSError):
+                member.messages.send(struct.pack("!q", run_id))
+            send_signal(member.pid, signal.SIGUSR1)
+
+    def check_memory(self, now: int) -> None:
+        """Replace idle children over the memory limit; kill those that run."""
+        limit = self._limits.max_memory
+        for member in list(self.members) if limit else []:
+            if memory_bytes(member.pid) <= limit or member.retiring:
+                continue
+            if member.waiting:
+                self._condemn(member, "memory", now)
+            else:
+                self._retire(member)
+
+    def kill_all(self, now: int) -> list[Run]:
+        """Kill every child; return the runs this interrupted."""
+        runs = []
+        for member in self.members:
+            kill_group(member.pid)
+            self._wait_exit(member)
+            self._hear_last_words(member, now)
+            runs += [run for run in member.waiting if isinstance(run, Run)]
+        self._close_all()
+        return runs
+
+    def _hear_last_words(self, member, now):
+        """Take in the answers that were sent before the kill."""
+        with contextlib.suppress(OSError):
+            while True:
+                chunk = member.messages.recv(_READ_BYTES)
+                if not chunk:
+                    break
+                member.buffer += chunk
+        self._read_messages(member, now)
+
+    def stop(self) -> None:
+        """End the idle children and the guardian."""
+        for member in self.members:
+            member.frames.close()
+            member.unread.close()
+        for member in self.members:
+            self._end(member)
+            kill_group(member.pid)
+        self._close_all()
+        self._guardian.stop()
+
+    def _close_all(self):
+        for member in self.members:
+            self._guardian.release(member.pid)
+            for channel in (member.messages, member.output):
+                self._selector.unregister(channel)
+            member.close()
+        self.members = []
+
+
+def _crash(member, found, max_memory):
+    """signal or exit_code, peak memory, and a sentence for people."""
+    peak = f"peak memory {found.peak_bytes >> 20} MiB" if found.peak_bytes else ""
+    if member.why == "mad":
+        text = "the child sent what is no message: did the task write to its sockets?"
+    elif member.why == "memory":
+        text = f"killed: it used more than max_memory, {max_memory >> 20} MiB"
+    elif found.signal == "SIGKILL":
+        text = "killed by SIGKILL: out of memory, or somebody's kill -9"
+    elif found.signal:
+        text = f"killed by {found.signal}"
+    else:
+        text = f"the process exited with code {found.code}"
+    message = f"{text} ({peak})" if peak else text
+    return {
+        "type": found.signal or "", "message": message,
+        "signal": found.signal, "exit_code": found.code,
+    }
+
+
+# == Worker ===================================================================
+# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
+# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
+# writer; nothing in it waits long.  A database that is locked, full or gone
+# means: keep the outcomes in hand, claim nothing, say so once, try again.
+
+_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
+_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
+_BUSY_PATIENCE = 0.25       # seconds a turn waits for the write lock
+_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
+_ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
+_PRUNE_BATCH = 1000         # rows looked at by one pass
+_CRON_POLL = 30.0           # seconds; the clock may be set at any time
+
+
+def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
+    """Decide what follows a run: the one place where that is decided.
+
+    success → success · cancelled → cancelled · abort → failed · anything else is
+    retried while it may be and retries are left, and fails after that.
+    """
+    run, error = ended.run, ended.error
+    outcome = Outcome(
+        run, FAILED, ended.result, _kept_error(error), ended.output,
+        ended.started_at, ended.duration,
+    )
+    if ended.kind == "success":
+        return outcome._replace(state=SUCCESS)
+    if ended.kind == "cancelled" or run.cancelled:
+        return outcome._replace(state=CANCELLED)
+    if not (error and error.get("retryable")) or run.is_last:
+        return outcome
+    delay = error.get("countdown")
+    if delay is None:
+        delay = retry_delay(policy, run.used, chance)
+    return outcome._replace(state=RETRYING, run_at=now + to_ms(max(0.0, delay)))
+
+
+def _kept_error(error):
+    """The parts of an error that are stored with the task."""
+    if error is None:
+        return None
+    parts = ("kind", "type", "message", "traceback", "signal", "exit_code")
+    return {part: error[part] for part in parts if error.get(part) not in (None, "")}
+
+
+class Chore:
+    """Something to be done every so many seconds of the worker's own time."""
+
+    def __init__(self, seconds: float, act: Callable[[int], None]):
+        self.seconds, self.act = seconds, act
+        self.due = 0.0
+
+    def run_if_due(self, now: int, at: float) -> None:
+        """`at` is monotonic: setting the clock neither hurries nor stops it."""
+        if at >= self.due:
+            self.due = at + self.seconds
+            self.act(now)
+
+
+class Worker:
+    """Serves one database with a pool of children.
+
+    `app_spec` is MODULE[:APP], as children import it.  With `burst` it ends when
+    nothing is due or running.
+    """
+
+    def __init__(self, app: App, app_spec: str, burst: bool = False,
+                 log: Log | None = None):
+        check_platform()
+        self.app, self.app_spec, self.burst = app, app_spec, burst
+        self.settings = app.settings
+        self.store = app.store
+        self.store.follow = False       # a replaced file ends this worker
+        self.log = log or Log()
+        self.id = 0                     # bg_worker.id; 0: not registered
+        self.signals = 0                # stop signals so far
+        self.stop_by = 0                # unix ms of the end of a graceful stop
+        self.fatal = ""                 # why it must end with status 1
+        self.outcomes: list[Outcome] = []       # to be written
+        self.returned: list[Run] = []           # claimed, not begun, to be queued
+        self.next_at: int | None = None         # when a task is due
+        self.look = True                # something may be there to claim
+        self.announced_ready = False
+        self._trouble_since = 0.0       # monotonic; 0: the database works
+        self._trouble_logged = False
+        self._pause_until = 0.0
+        self._limited: dict[str, int] = {}
+        self._seen_beats: dict[int, tuple] = {}     # worker: (beat_at, seen at)
+        self._awake = 0.0               # seconds of turns, stalls counted short
+        self._last_turn = time.monotonic()
+        self._prune_cursor = 0
+        self._data_version = -1
+        self._rates = self._find_rates()
+
+    def _find_rates(self):
+        rates = {n: t.rate_limit for n, t in self.app.tasks.items() if t.rate_limit}
+        if self.settings.rate_limit:
+            rates[""] = self.settings.rate_limit
+        return rates
+
+    # -- life
+
+    def run(self) -> int:
+        """Work until a signal, or in burst mode until done; return exit status.
+
+        0 after an orderly end, 1 when it cannot go on; standard error says why.
+        """
+        self.start()
+        restore = self._catch_signals()
+        try:
+            while not self._is_done():
+                self.wait()
+                self.step(now_ms())
+        finally:
+            restore()
+            self.stop()
+        if self.fatal:
+            print(f"pybgworker: {self.fatal}", file=sys.stderr)
+        return 1 if self.fatal else 0
+
+    def start(self) -> None:
+        """Register, log what is served, start the children."""
+        self.selector = selectors.DefaultSelector()
+        self.ear = WakeSocket()
+        if self.ear.socket:
+            self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
+        self.store.data_version()           # opens, migrates, or raises
+        self._register()
+        self._log_start()
+        self._register_schedules(now_ms())
+        s = self.settings
+        spec = ChildSpec(
+            __name__, self.app_spec, sys.path, os.getpid(), 0, 0, 0,
+            {
+                "db": self.store.path, "durability": s.durability,
+                "busy_timeout": s.busy_timeout, "max_payload": s.max_payload,
+                "allow_network_fs": s.allow_network_fs,
+            },
+        )
+        self.pool = Pool(spec, s.concurrency, s, self._log_run, self.selector)
+        self.pool.fill(now_ms())
+        self.chores = [
+            Chore(s.heartbeat_interval, self._beat),
+            Chore(0.5, self._reap_dead),
+            Chore(0.25, self._heed_cancels),
+            Chore(1.0, self._look_after_children),
+            Chore(1.0, self._look_after_file),
+            Chore(_CRON_POLL, self._fire_crons),
+            Chore(60.0, self._prune),
+        ]
+        self._cron_chore, self._prune_chore = self.chores[5:]
+
+    def _register(self):
+        s = self.settings
+        self.live = LiveFile.of(self.store.path + "-live")
+        self.id = self.store.add_worker(
+            {
+                "name": s.worker_name, "pid": os.getpid(),
+                "host": socket.gethostname(), "boot": boot_id(),
+                "port": self.ear.port, "token": self.ear.token,
+                "queues": json.dumps(s.queues) if s.queues else None,
+                "concurrency": s.concurrency, "now": now_ms(),
+            },
+            self.live.hold,
+        )
+
+    def _log_start(self):
+        s = self.settings
+        crons = sum(len(task.schedules) for task in self.app.tasks.values())
+        self.log.event(
+            "worker_start", worker=s.worker_name, pid=os.getpid(), db=self.store.path,
+            queues=list(s.queues) if s.queues else "all", concurrency=s.concurrency,
+            durability=s.durability, tasks=sorted(self.app.tasks), schedules=crons,
+        )
+        if crons:
+            self.log.event("scheduler_start", worker=s.worker_name, schedules=crons)
+        self.log.flush()
+
+    def _catch_signals(self):
+        """Count SIGTERM and SIGINT; return what undoes it."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        receiver, sender = socket.socketpair()
+        for end in (receiver, sender):
+            end.setblocking(False)
+        self.selector.register(receiver, selectors.EVENT_READ, "signal")
+        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        before = [signal.signal(number, self._on_signal) for number in numbers]
+
+        def restore():
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self.selector.unregister(receiver)
+            receiver.close()
+            sender.close()
+
+        return restore
+
+    def _on_signal(self, number, _frame):
+        """Count it; the loop does the rest."""
+        if number != signal.SIGCHLD:
+            self.signals += 1
+
+    def shut_down(self) -> None:
+        """Ask for a graceful stop; a second call for one at once."""
+        self.signals += 1
+
+    def _is_done(self):
+        if self.fatal or self.signals > 1:
+            return True
+        idle = not (self.outcomes or self.returned or self.pool.in_hand())
+        if self.signals:
+            return idle or now_ms() >= self.stop_by
+        if not self.burst or not idle or not self.announced_ready:
+            return False
+        return not self.look and (self.next_at is None or self.next_at > now_ms())
+
+    def stop(self) -> None:
+        """Hand back what runs, end the children, and leave the database."""
+        now = now_ms()
+        unbegun = [*self.returned, *self.pool.recall_all()]
+        interrupted = self.pool.kill_all(now) if self.pool.in_hand() else []
+        self.returned = []
+        self._settle_ended(now)
+        self.pool.stop()
+        try:
+            with self.store.write(patience=2.0):
+                self._finish(now)
+                self.store.give_back(unbegun, self.id, now, started=False)
+                self.store.give_back(interrupted, self.id, now, started=True)
+            self.store.remove_worker(self.id)
+            self.live.drop(self.id)
+        except DatabaseUnavailable as exc:      # the others will reap us
+            self.log.event("database_error", worker=self.name, error=str(exc))
+        self.log.event(
+            "worker_stop", worker=self.name, handed_back=len(unbegun + interrupted)
+        )
+        self.log.flush(patience=2.0)
+        self.ear.close()
+        self.selector.close()
+
+    @property
+    def name(self) -> str:
+        return self.settings.worker_name
+
+    # -- one turn
+
+    def wait(self) -> None:
+        """Sleep until a child, a caller, a signal or the clock wants something."""
+        self._ready = []
+        for key, _ in self.selector.select(self._patience()):
+            if key.data == "ear":
+                self.look |= self.ear.drain()
+                self.chores[2].due = 0          # it may be about a cancellation
+            elif key.data == "signal":
+                self._drain_signals(key.fileobj)
+            else:
+                self._ready.append((key.data, key.fd))
+
+    def _drain_signals(self, receiver):
+        with contextlib.suppress(OSError):
+            while receiver.recv(4096):
+                pass
+        self.pool.notice_deaths(now_ms())
+
+    def _patience(self):
+        if self._trouble_since:
+            return _ERROR_PAUSE
+        if self.look and not self.signals and any(self.pool.room(now_ms())):
+            return 0
+        now, longest = now_ms(), _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
+        due = _earliest(self.next_at, self.pool.next_timer(now))
+        return longest if due is None else min(longest, max(0, due - now) / 1000)
+
+    def step(self, now: int) -> None:
+        """One turn.  Raises nothing that a database in trouble can cause."""
+        self._mind_the_time()
+        self.pool.receive(self._ready, now)
+        self.pool.enforce(now)
+        self.pool.balance(now)
+        if self.signals and not self.stop_by:
+            self.stop_by = now + to_ms(self.settings.shutdown_timeout)
+            self.returned += self.pool.recall_all()
+        try:
+            self._settle_ended(now)
+            self._transact(now)
+            self.returned += self.pool.dispatch(now)
+            for chore in self.chores:
+                chore.run_if_due(now, self._last_turn)
+            self._trouble_since, self._trouble_logged = 0.0, False
+        except DatabaseUnavailable as exc:
+            self._trouble(exc)
+        if self.pool.broken:
+            self.fatal = f"its children cannot start:\n{self.pool.broken}"
+        if not self.announced_ready and self.pool.ready_count():
+            self.announced_ready = True
+            self.log.event(
+                "worker_ready", worker=self.name, children=self.settings.concurrency
+            )
+        self.log.flush()
+
+    def _mind_the_time(self):
+        """A stall or a sleep of the machine counts as one second at most."""
+        at = time.monotonic()
+        self._awake += min(1.0, at - self._last_turn)
+        self._last_turn = at
+
+    def _trouble(self, exc):
+        """Say it once; what is in hand stays there for the next turn."""
+        self._trouble_since = self._trouble_since or self._last_turn
+        lasts = self._last_turn - self._trouble_since
+        if isinstance(exc, DatabaseBusy) and lasts < _BUSY_SILENCE:
+            return
+        if not self._trouble_logged:
+            self._trouble_logged = True
+            self.log.event("database_error", worker=self.name, error=str(exc))
+        if exc.fatal:
+            self.fatal = str(exc)
+
+    def _settle_ended(self, now):
+        ended, self.pool.ended = self.pool.ended, []
+        for end in ended:
+            if isinstance(end.run, Callback):
+                self._log_callback(end)
+            else:
+                policy = self._policy(end.run.name)
+                self.outcomes.append(settle(end, policy, now, random.random()))
+                self._log_crash(end)
+
+    def _policy(self, name):
+        task = self.app.tasks.get(name)
+        return task.policy if task else RetryPolicy()
+
+    def _transact(self, now):
+        """Write what ended and claim what comes next, in one commit."""
+        order = self._order(now)
+        wants = self._wants(order, now)
+        if not (self.outcomes or self.returned or self.pool.progress or wants):
+            return
+        durable = bool(self.outcomes or self.returned)
+        with self.store.write(durable, _BUSY_PATIENCE):
+            stale = self._finish(now)
+            self.store.give_back(self.returned, self.id, now, started=False)
+            claimed = self.store.claim(order, now) if order else None
+        self.look |= bool(self.returned)
+        self.returned = []
+        if claimed:
+            self._take_in(claimed, now)
+        self._after_finish(stale, now)
+
+    def _order(self, now):
+        """What could be claimed now; None while stopping, or without room."""
+        free, ahead = self.pool.room(now)
+        if self.signals or free + ahead == 0:
+            return None
+        return ClaimOrder(
+            self.id, self.settings.queues, self.app.tasks, free, ahead,
+            self.pool.short_names, self._rates,
+        )
+
+    def _wants(self, order, now):
+        """True when it is worth taking the write lock just to claim."""
+        if order is None:
+            return False
+        version = self.store.data_version()
+        due = self.next_at is not None and self.next_at <= now
+        if not (self.look or due or version != self._data_version):
+            return False
+        self._data_version = version
+        found, self.next_at = self.store.peek(order, now)
+        self.look = False
+        return found
+
+    def _finish(self, now):
+        for run, progress in self.pool.progress.values():
+            self.store.set_progress(run, self.id, progress)
+        return self.store.finish(self.outcomes, self.id, now)
+
+    def _take_in(self, claimed, now):
+        self.pool.hand.extend(claimed.runs)
+        self.next_at = claimed.next_at
+        self.look = bool(claimed.runs)      # then perhaps there is more
+        for run in claimed.runs:
+            if run.timeout is None:
+                run.timeout = self.settings.timeout
+        for name, until in claimed.limited.items():
+            if self._limited.get(name, 0) <= now:
+                self.log.event("rate_limited", worker=self.name, name=name,
+                               until=iso_time(until))
+            self._limited[name] = until
+
+    def _after_finish(self, stale, now):
+        """The commit is done: say what was written, and call back."""
+        outcomes, self.outcomes = self.outcomes, []
+        self.pool.progress.clear()
+        for outcome in outcomes:
+            if outcome in stale:
+                self._log_run("task_lost", outcome.run, reason="it was given away")
+            else:
+                self._log_outcome(outcome)
+                self._call_back(outcome)
+            if outcome.state == RETRYING:
+                self.next_at = _earliest(self.next_at, outcome.run_at)
+
+    def _call_back(self, outcome):
+        task = self.app.tasks.get(outcome.run.name)
+        which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(outcome.state)
+        if which and task and getattr(task, which):
+            text = _to_json(outcome.error or {"kind": "lost"})
+            run = outcome.run
+            self.pool.hand.append(Callback(
+                run.id, run.name, which, run.attempt,
+                task.timeout or _CALLBACK_SECONDS, text,
+            ))
+
+    # -- log lines
+
+    def _log_run(self, event, run, **fields):
+        if run is None:
+            self.log.event(event, worker=self.name, **fields)
+        else:
+            self.log.event(event, task_id=run.id, name=run.name, attempt=run.attempt,
+                           worker=self.name, **fields)
+
+    def _log_crash(self, end):
+        if end.kind == "crash":
+            error = end.error
+            self._log_run(
+                "task_crash", end.run, duration=_rounded(end.duration),
+                signal=error["signal"], exit_code=error["exit_code"],
+                error=error["message"], stack=error["traceback"] or None,
+            )
+        elif end.kind == "timeout":
+            self._log_run(
+                "task_timeout", end.run, duration=_rounded(end.duration),
+                timeout=end.run.timeout, stack=end.error.get("traceback") or None,
+            )
+
+    def _log_outcome(self, outcome):
+        run, error = outcome.run, outcome.error
+        fields = {"duration": _rounded(outcome.duration)}
+        if outcome.state == SUCCESS:
+            return self._log_run("task_success", run, **fields)
+        if outcome.state == CANCELLED:
+            return self._log_run("task_cancelled", run, **fields)
+        fields.update(kind=error["kind"], error=TaskError(error))
+        if outcome.state == RETRYING:
+            retry_at = iso_time(outcome.run_at)
+            return self._log_run("task_retry", run, **fields, retry_at=retry_at)
+        return self._log_run(
+            "task_failure", run, **fields, traceback=error.get("traceback")
+        )
+
+    def _log_callback(self, end):
+        if end.kind != "success":
+            self._log_run("callback_error", end.run, callback=end.run.kind,
+                          error=TaskError(end.error),
+                          traceback=end.error.get("traceback") or None)
+
+    # -- housekeeping
+
+    def _beat(self, now):
+        try:
+            alive = self.store.beat(self.id, sum(1 for _ in self.pool.running()), now)
+        except DatabaseUnavailable as exc:
+            self.log.event("heartbeat_error", worker=self.name, error=str(exc))
+            raise
+        if not alive:
+            self._start_over(now)
+
+    def _start_over(self, now):
+        """We were taken for dead: our runs are somebody else's now.
+
+        Guarded by test_a_worker_that_was_given_up_kills_its_runs.
+        """
+        self.pool.recall_all()
+        for run in self.pool.kill_all(now):
+            self._log_run("task_lost", run, reason="this worker was given up")
+        self.pool.ended, self.outcomes, self.returned = [], [], []
+        self.pool.progress.clear()
+        self.live.drop(self.id)
+        self._register()
+        self.pool.fill(now)
+
+    def _reap_dead(self, now):
+        for row in self.store.workers():
+            if row.id != self.id and self._is_dead(row):
+                lost = self.store.reap(row, now)
+                self._seen_beats.pop(row.id, None)
+                self.look = True
+                for run in lost:
+                    self._log_lost(run)
+
+    def _is_dead(self, row):
+        """By its lock; or by its heartbeat, timed by our own waking time.
+
+        So a set clock, a laptop's sleep or a stall of ours never looks like the
+        death of somebody else.
+        """
+        if row.host == socket.gethostname() and row.boot != boot_id():
+            return True                 # the machine has been restarted since
+        if self.live.is_dead(row.id):
+            return True
+        beat_at, seen = self._seen_beats.get(row.id, (None, 0.0))
+        if beat_at != row.beat_at:
+            self._seen_beats[row.id] = row.beat_at, self._awake
+            return False
+        return self._awake - seen > self.settings.worker_timeout
+
+    def _log_lost(self, lost):
+        self.log.event("task_lost", task_id=lost.id, name=lost.name,
+                       attempt=lost.attempt, worker=lost.worker,
+                       state=STATE_NAMES[lost.state])
+        task = self.app.tasks.get(lost.name)
+        if lost.state == FAILED and task and task.on_failure:
+            text = _to_json({"kind": "lost", "message": f"worker {lost.worker} died"})
+            self.pool.hand.append(Callback(
+                lost.id, lost.name, "on_failure", lost.attempt,
+                task.timeout or _CALLBACK_SECONDS, text,
+            ))
+
+    def _heed_cancels(self, now):
+        for task_id in self.store.cancels_asked(self.id):
+            self.pool.cancel(task_id, now)
+
+    def _look_after_children(self, now):
+        self.pool.notice_deaths(now)
+        self.pool.check_memory(now)
+        self.pool.fill(now)
+
+    def _look_after_file(self, now):
+        self.store.checkpoint_if_large()
+
+    def _prune(self, now):
+        """Delete old finished tasks, a batch at a time; soon again if it was full."""
+        s = self.settings
+        before, failed_before = (
+            None if keep is None else now - to_ms(keep)
+            for keep in (s.retention, s.retention_failed)
+        )
+        _, self._prune_cursor = self.store.prune(
+            self._prune_cursor, before, failed_before, _PRUNE_BATCH
+        )
+        if self._prune_cursor:
+            self._prune_chore.due = self._last_turn + 0.1
+
+    # -- cron
+
+    def _register_schedules(self, now):
+        """Make the rows of our schedules; one that is unchanged is left alone."""
+        known = {row.name: row for row in self.store.schedules()}
+        with self.store.write():
+            for name, task, schedule in self._own_schedules():
+                old, new = known.get(name), _schedule_row(name, task, schedule, now)
+                if old and (old.expr, old.tz) == (new.expr, new.tz):
+                    new = new._replace(next_tick=old.next_tick,
+                                       last_tick=old.last_tick, set_at=old.set_at)
+                elif old:
+                    new = new._replace(last_tick=old.last_tick)
+                self.store.put_schedule(new)
+
+    def _own_schedules(self):
+        for task in self.app.tasks.values():
+            for number, schedule in enumerate(task.schedules, 1):
+                suffix = f"#{number}" if number > 1 else ""
+                yield task.name + suffix, task, schedule
+
+    def _fire_crons(self, now):
+        """Enqueue every tick that is due; plan the next look."""
+        own = {name: task for name, task, _ in self._own_schedules()}
+        if not own:
+            return
+        rows = [row for row in self.store.schedules() if row.name in own]
+        plans = []
+        for row in rows:
+            plan = self._plan(row, now)
+            if plan and (plan.ticks or plan.missed or plan.next_at != row.next_tick):
+                plans.append((row, plan))
+        if plans:
+            with self.store.write(patience=_BUSY_PATIENCE):
+                done = [
+                    (row, plan, self._fire(row, plan, own[row.name], now))
+                    for row, plan in plans
+                ]
+            for row, plan, fired in done:
+                self._log_cron(row, plan, fired)
+            self.look = True
+        ticks = [plan.next_at for _, plan in plans if plan.next_at] + [
+            row.next_tick for row in rows if row.next_tick and row.next_tick * 1000 > now
+        ]
+        if ticks:
+            wait = max(0.0, min(ticks) - now / 1000)
+            self._cron_chore.due = self._last_turn + min(_CRON_POLL, wait)
+
+    def _plan(self, row, now):
+        try:
+            return plan_ticks(
+                Cron(row.expr, row.tz), row.next_tick, row.set_at / 1000, now / 1000,
+                row.misfire,
+            )
+        except ValueError as exc:
+            self.log.event("cron_error", worker=self.name, schedule=row.name,
+                           error=str(exc))
+            return None
+
+    def _fire(self, row, plan, task, now):
+        """Insert the runs of one schedule; None when another worker was first."""
+        last = plan.ticks[-1] if plan.ticks else row.last_tick
+        if not self.store.advance_schedule(row, plan.next_at, last, now):
+            return None
+        key = f"cron {row.name}" if row.overlap == "skip" else None
+        late = to_ms(jitter_offset(row.name, row.jitter)) if row.jitter else 0
+        fired = []
+        for tick in plan.ticks:
+            run_at = max(now, tick * 1000 + late)
+            state = SCHEDULED if run_at > now else QUEUED
+            fired += self.store.enqueue([NewTask(
+                task.name, task.queue, task.priority, key, task.policy.retries,
+                task.timeout, state, run_at, now, tick, "[[],{}]",
+            )])
+        return fired
+
+    def _log_cron(self, row, plan, fired):
+        if fired is None:
+            return
+        for tick, task_id in zip(plan.ticks, fired):
+            self.log.event("cron_fired", worker=self.name, schedule=row.name,
+                           name=row.task, task_id=task_id,
+                           tick=iso_time(tick * 1000))
+        if plan.missed or plan.reset:
+            self.log.event("cron_missed", worker=self.name, schedule=row.name,
+                           name=row.task, ticks=plan.missed, misfire=row.misfire,
+                           clock_set_back=plan.reset or None)
+
+
+def _schedule_row(name, task, schedule, now):
+    cron = schedule.cron
+    return ScheduleRow(
+        name, task.name, cron.expr, cron.tz, schedule.misfire, schedule.overlap,
+        schedule.jitter, cron.tick_after(now / 1000), None, now, now,
+    )
+
+
+def _rounded(seconds):
+    return None if seconds is None else round(seconds, 6)
+
+
+def main(argv=None):
+    argv = argv or sys.argv[1:]
+    sys.path.insert(0, os.getcwd())
+    app = load_app(argv[argv.index("--app")+1])
+    if "--concurrency" in argv: app.override(concurrency=argv[argv.index("--concurrency")+1])
+    sys.path.insert(0, os.getcwd())
+    return Worker(app, argv[argv.index("--app")+1], burst="--burst" in argv).run()
+
+
+# == Old import paths =========================================================
+# pybgworker was a package before it was one file.  Each of its submodule names
+# still imports, and is this module: sys.modules is all that
+# `from pybgworker.task import task` consults (the same trick gives os its
+# os.path).  `-m pybgworker.cli` needs more: runpy asks for a spec with code to
+# run, so cli is a real module whose spec is this file.  New code: import
+# everything from pybgworker.
+
+_OLD_SUBMODULES = """
+    backends cancel config dead failed inspect logger progress purge queue ratelimit
+    result retry scheduler sqlite_queue state stats task utils worker""".split()
+
+
+def _keep_old_import_paths():
+    this = sys.modules.get(__name__)
+    if this is None:                    # loaded by hand, not imported
+        return
+    for name in _OLD_SUBMODULES:
+        sys.modules[f"{__name__}.{name}"] = this
+        globals().setdefault(name, this)
+    cli = types.ModuleType(f"{__name__}.cli", "The old home of main().")
+    cli.main, cli.__path__ = main, []   # type: ignore[attr-defined]
+    cli.__spec__ = importlib.util.spec_from_file_location(cli.__name__, __file__)
+    sys.modules[cli.__name__] = this.cli = cli      # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    # The app imports this file as "pybgworker"; a second copy called __main__
+    # would have a second, empty registry.  So hand over to the copy that the app
+    # will import.  Not a plain __spec__: under pdb that is the builtins' one.
+    _spec = globals().get("__spec__")
+    sys.exit(importlib.import_module(_spec.name if _spec else "pybgworker").main())
+
+_keep_old_import_paths()
