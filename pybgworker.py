@@ -30,8 +30,9 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron · Retry and rate
-    · Wake-up · Store · Tasks and results · Processes · Child · Pool · Worker
-    · Reports · Command line · Old import paths
+    · Wake-up · Database · Queue · Store · Tasks and results · Processes · Child
+    · Member · Pool · Scheduler · Liveness · Journal · Worker · Reports · Bench
+    · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -587,6 +588,9 @@ _LOG_BACKLOG_BYTES = 4 << 20
 # poll() calls a pipe writable when so much fits; a longer write could block.
 _PIPE_CHUNK_BYTES = 4096
 
+# The encoder's own parts, without the cost of setting it up for every line.
+_SCALARS = {int: int.__repr__, str: json.encoder.encode_basestring_ascii}
+
 
 def _text_line(at, event, fields):
     shown = " ".join(
@@ -634,9 +638,12 @@ class Log:
         if second != self._second:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second, self._prefix = second, f'{{"timestamp":"{stamp}.'
-        head = f'{self._prefix}{at % 1000:03d}Z","event":"{event}"'
-        fields = {k: v for k, v in fields.items() if v is not None}
-        return f"{head},{_to_json(fields)[1:]}" if fields else head + "}"
+        parts = [f'{self._prefix}{at % 1000:03d}Z","event":"{event}"']
+        for key, value in fields.items():
+            if value is not None:
+                write = _SCALARS.get(type(value), _to_json)
+                parts.append(f'"{key}":{write(value)}')
+        return ",".join(parts) + "}"
 
     def flush(self, patience: float = 0.0) -> None:
         """Write what there is; wait at most `patience` seconds for a slow reader."""
@@ -809,14 +816,11 @@ class Waker(threading.local):
             pass
 
 
-# == Store ====================================================================
-# Owns the database: schema, migrations, connections, transactions and every SQL
-# statement of this file, one method for each verb.  A verb that writes must be
-# called inside `with store.write():`; verbs in one block commit together or not
-# at all.  Rows leave as small frozen objects.  Knows nothing of functions,
-# processes or the clock.
+# == Database =================================================================
+# Owns the file: schema, migrations, connections, transactions, the write-ahead
+# log, and what goes wrong with any of them.  Knows nothing of what the rows mean.
 #
-# Rules that hold everywhere below, each with its reason:
+# Rules that hold here and in the next two sections, each with its reason:
 #   begin immediate     a read that upgrades fails at once instead of waiting
 #   no RETURNING        unordered, and its cursor holds the write lock open
 #   literals in where   a partial index does not match a bound parameter
@@ -911,166 +915,16 @@ create table bg_meta (
 # MIGRATIONS[n] takes a database from user_version n to n + 1.
 _MIGRATIONS = (_SCHEMA,)
 
-_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)
-_INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
-_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _OPEN_PATIENCE = 10.0       # seconds to get WAL mode among many openers
 _NETWORK_FILESYSTEMS = frozenset(
     "9p afs ceph cifs fuse.sshfs glusterfs lustre ncpfs nfs nfs4 prl_fs smb3 smbfs "
     "vboxsf virtiofs".split()
 )
-
-
-class NewTask(NamedTuple):
-    """A task to be enqueued, in the order of the insert's parameters."""
-
-    name: str
-    queue: str
-    priority: int
-    key: str | None
-    retries: int
-    timeout: float | None
-    state: int
-    run_at: int
-    created_at: int
-    tick: int | None
-    args: str
-
-
-class Run:
-    """One attempt of one task, claimed by this worker."""
-
-    __slots__ = (
-        "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "announced", "cancelled",
-    )
-
-    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
-                 run_at, tick, args, priority):
-        self.id = id
-        self.name = name
-        self.queue = queue
-        self.attempt = attempt + 1      # the row is counted up by the same claim
-        self.retries = retries
-        self.forgiven = forgiven
-        self.timeout = timeout
-        self.run_at = run_at
-        self.tick = tick
-        self.args = args                # None: the child reads them itself
-        self.priority = priority
-        self.announced = False          # task_start is logged
-        self.cancelled = False          # somebody asked to end it
-
-    @property
-    def used(self) -> int:
-        """Attempts that count, this one included."""
-        return self.attempt - self.forgiven
-
-    @property
-    def is_last(self) -> bool:
-        """True when a failure of this attempt is final."""
-        return self.used > self.retries
-
-
-class Outcome(NamedTuple):
-    """What becomes of a run: its new state and what is kept of it."""
-
-    run: Run
-    state: int
-    result: str | None = None
-    error: dict | None = None
-    output: str = ""
-    started_at: int | None = None
-    duration: float | None = None
-    run_at: int | None = None       # when retrying: the next run
-
-
-class ClaimOrder(NamedTuple):
-    """What a worker can take now."""
-
-    worker: int
-    queues: tuple | None        # None: all
-    names: Any                  # container of the task names it knows
-    free: int                   # children that have nothing to do
-    ahead: int                  # more places, for tasks that may wait in a pipe
-    ahead_names: Any            # container of the names that may
-    rates: dict                 # starts per second by task name; "": over all
-
-
-class Claimed(NamedTuple):
-    runs: list
-    next_at: int | None         # when to look again, if nobody enqueues
-    limited: dict               # names at their rate limit: when the next may start
-
-
-class TaskRow(NamedTuple):
-    """A task as the reports see it."""
-
-    id: int
-    state: int
-    queue: str
-    name: str
-    priority: int
-    key: str | None
-    attempt: int
-    retries: int
-    forgiven: int
-    timeout: float | None
-    worker: int | None
-    cancel_asked: int
-    run_at: int
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
-    duration: float | None
-    tick: int | None
-
-    @property
-    def status(self) -> str:
-        return STATE_NAMES[self.state] if 0 <= self.state < 7 else "unknown"
-
-
-class WorkerRow(NamedTuple):
-    id: int
-    name: str
-    pid: int
-    host: str
-    boot: str
-    port: int
-    token: str
-    queues: str | None
-    concurrency: int
-    started_at: int
-    beat_at: int
-    running: int
-
-
-class ScheduleRow(NamedTuple):
-    name: str
-    task: str
-    expr: str
-    tz: str
-    misfire: str
-    overlap: str
-    jitter: float
-    next_tick: int | None
-    last_tick: int | None
-    set_at: int
-    seen_at: int
-
-
-class LostRun(NamedTuple):
-    """A run whose worker died, and the state its task was put into."""
-
-    id: int
-    name: str
-    attempt: int
-    state: int
-    worker: str
 
 
 def _explain(exc, path):
@@ -1189,8 +1043,8 @@ class _Write:
         return False
 
 
-class Store:
-    """The queue in the file `path`.  One connection for each thread that asks."""
+class Database:
+    """The file `path`.  One connection for each thread that asks."""
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
@@ -1201,8 +1055,6 @@ class Store:
         self.follow = True          # to the new file, when ours is replaced
         self._local = threading.local()
         self._waker = Waker()
-
-    # -- connections and transactions
 
     def write(self, durable: bool = True, patience: float | None = None) -> _Write:
         """A transaction that begins by taking the write lock.
@@ -1401,7 +1253,116 @@ class Store:
             with contextlib.suppress(DatabaseBusy):
                 self.checkpoint()
 
-    # -- enqueueing
+    def _wake_addresses(self, connection):
+        return connection.execute(
+            """select port, token from bg_worker where port > 0"""
+        ).fetchall()
+
+    def wake_workers(self) -> None:
+        """Tell every worker to look now."""
+        self._waker.wake(self._wake_addresses(self._link().connection))
+
+
+# == Queue ====================================================================
+# Owns the SQL of a task's way through the queue: enqueue, claim, finish.  A verb
+# that writes is called inside `with store.write():`, unless it says that it makes
+# a transaction of its own; verbs in one block commit together or not at all.
+# Rows leave as small objects; nothing above knows a column.
+
+_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)      # kinds in bg_payload
+_INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+
+
+class NewTask(NamedTuple):
+    """A task to be enqueued, in the order of the insert's parameters."""
+
+    name: str
+    queue: str
+    priority: int
+    key: str | None
+    retries: int
+    timeout: float | None
+    state: int
+    run_at: int
+    created_at: int
+    tick: int | None
+    args: str
+
+
+class Run:
+    """One attempt of one task, claimed by this worker."""
+
+    __slots__ = (
+        "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
+        "run_at", "tick", "args", "priority", "announced", "cancelled",
+    )
+
+    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
+                 run_at, tick, args, priority):
+        self.id = id
+        self.name = name
+        self.queue = queue
+        self.attempt = attempt + 1      # the row is counted up by the same claim
+        self.retries = retries
+        self.forgiven = forgiven
+        self.timeout = timeout
+        self.run_at = run_at
+        self.tick = tick
+        self.args = args                # None: the child reads them itself
+        self.priority = priority
+        self.announced = False          # task_start is logged
+        self.cancelled = False          # somebody asked to end it
+
+    @property
+    def used(self) -> int:
+        """Attempts that count, this one included."""
+        return self.attempt - self.forgiven
+
+    @property
+    def is_last(self) -> bool:
+        """True when a failure of this attempt is final."""
+        return self.used > self.retries
+
+
+class Outcome(NamedTuple):
+    """What becomes of a run: its new state and what is kept of it."""
+
+    run: Run
+    state: int
+    result: str | None = None
+    error: dict | None = None
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+    run_at: int | None = None       # when retrying: the next run
+
+
+class ClaimOrder(NamedTuple):
+    """What a worker can take now."""
+
+    worker: int
+    queues: tuple | None        # None: all
+    names: Any                  # container of the task names it knows
+    free: int                   # children that have nothing to do
+    ahead: int                  # more places, for tasks that may wait in a pipe
+    ahead_names: Any            # container of the names that may
+    rates: dict                 # starts per second by task name; "": over all
+
+
+class Claimed(NamedTuple):
+    runs: list
+    next_at: int | None         # when to look again, if nobody enqueues
+    limited: dict               # names at their rate limit: when the next may start
+
+
+def _earliest(a, b):
+    """The smaller of two times, of which either may be None for never."""
+    return b if a is None else a if b is None else min(a, b)
+
+
+class Queue(Database):
+    """The verbs of callers that enqueue and of workers that claim and finish."""
 
     def enqueue(self, tasks: Sequence[NewTask], connection=None) -> list[int]:
         """Insert the tasks; return their ids in order.
@@ -1463,15 +1424,6 @@ class Store:
             {"id": task_id * 8 + kind},
         )
         return rows[0][0] if rows else None
-
-    def _wake_addresses(self, connection):
-        return connection.execute(
-            """select port, token from bg_worker where port > 0"""
-        ).fetchall()
-
-    def wake_workers(self) -> None:
-        """Tell every worker to look now."""
-        self._waker.wake(self._wake_addresses(self._link().connection))
 
     # -- claiming
 
@@ -1539,19 +1491,26 @@ class Store:
         return groups, next_at, limited
 
     def _ready_groups(self):
-        """Yield each (queue, name) that has queued tasks: one index seek each."""
-        place = {"queue": "", "name": ""}
+        """Yield each (queue, name) that has queued tasks: two index seeks each.
+
+        (queue, name) > (:queue, :name) in one would walk through all of a group.
+        """
+        queue = name = ""
         while True:
             rows = self._read(
                 """select queue, name from bg_task
-                    where state = 2 and (queue, name) > (:queue, :name)
-                    order by queue, name limit 1""",
-                place,
+                    where state = 2 and queue = :queue and name > :name
+                    order by name limit 1""",
+                {"queue": queue, "name": name},
+            ) or self._read(
+                """select queue, name from bg_task
+                    where state = 2 and queue > :queue order by queue, name limit 1""",
+                {"queue": queue},
             )
             if not rows:
                 return
             yield rows[0]
-            place = dict(zip(("queue", "name"), rows[0]))
+            queue, name = rows[0]
 
     def _tat(self, name):
         rows = self._read(
@@ -1724,7 +1683,133 @@ class Store:
         )
         return [row[0] for row in rows]
 
-    # -- what operators do to tasks
+
+# == Store ====================================================================
+# Owns all other SQL: what operators do to tasks and read of them, the register of
+# workers, the schedules.  Store is the whole of it, with the verbs of the Queue.
+# Every verb that writes makes its own transaction, unless it says otherwise.
+
+
+class TaskRow(NamedTuple):
+    """A task as the reports see it."""
+
+    id: int
+    state: int
+    queue: str
+    name: str
+    priority: int
+    key: str | None
+    attempt: int
+    retries: int
+    forgiven: int
+    timeout: float | None
+    worker: int | None
+    cancel_asked: int
+    run_at: int
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    duration: float | None
+    tick: int | None
+
+    @property
+    def status(self) -> str:
+        return STATE_NAMES[self.state] if 0 <= self.state < 7 else "unknown"
+
+
+def _row_id(task_id):
+    """Refuse what cannot be a row id before SQLite does, in its own words."""
+    if isinstance(task_id, int) and 0 < task_id < 1 << 63:
+        return task_id
+    raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
+
+
+class Operations(Queue):
+    """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
+
+    def task(self, task_id: int) -> TaskRow:
+        """Return one task.  Raises TaskNotFound."""
+        rows = self._select(first=_row_id(task_id), last=task_id, limit=1)
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return rows[0]
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        """The newest tasks first, as many as `limit`."""
+        return self._select(state=state, name=name, queue=queue, limit=limit)
+
+    def _select(self, first=0, last=(1 << 63) - 1, state=None, name=None, queue=None,
+                limit=50):
+        rows = self._read(
+            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
+                    timeout, worker, cancel_asked, run_at, created_at, started_at,
+                    finished_at, duration, tick
+                from bg_task
+                where id between :first and :last
+                    and (:state is null or state = :state)
+                    and (:name is null or name = :name)
+                    and (:queue is null or queue = :queue)
+                order by id desc limit :limit""",
+            {
+                "first": first, "last": last, "state": state, "name": name,
+                "queue": queue, "limit": limit,
+            },
+        )
+        return [TaskRow(*row) for row in rows]
+
+    def status(self, task_id: int) -> int:
+        """Return the state of one task.  Raises TaskNotFound."""
+        return self._state(task_id)
+
+    def args(self, task_id: int) -> str:
+        """Return the encoded arguments.  Raises TaskNotFound."""
+        rows = self._read(
+            """select args from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return rows[0][0] or self._payload(task_id, _ARGS)
+
+    def result(self, task_id: int) -> str | None:
+        """Return the encoded result, or None when there is none."""
+        rows = self._read(
+            """select result from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        return rows[0][0] if rows and rows[0][0] else self._payload(task_id, _RESULT)
+
+    def error(self, task_id: int) -> dict | None:
+        """Return what the last failed run left: kind, type, message, traceback."""
+        text = self._payload(task_id, _ERROR)
+        return json.loads(text) if text else None
+
+    def output(self, task_id: int) -> str | None:
+        """Return what the last run printed, as far as it was kept."""
+        return self._payload(task_id, _OUTPUT)
+
+    def progress(self, task_id: int) -> list | None:
+        """Return [percent, message] as the task last set it, or None."""
+        text = self._payload(task_id, _PROGRESS)
+        return json.loads(text) if text else None
+
+    def counts(self) -> list[tuple[str, str, int, int]]:
+        """(queue, name, state, number) over all tasks.  Reads the whole table."""
+        return self._read(
+            """select queue, name, state, count(*) from bg_task
+                group by queue, name, state order by queue, name, state"""
+        )
+
+    def paused_queues(self) -> list[str]:
+        """Names of the queues that are paused."""
+        return [row[0] for row in self._read("""select name from bg_queue""")]
+
+    def finished_runs(self, limit: int) -> list[tuple]:
+        """(name, state, run_at, started_at, finished_at, duration) of the newest."""
+        return self._read(
+            """select name, state, run_at, started_at, finished_at, duration
+                from bg_task where state > 3 order by id desc limit :limit""",
+            {"limit": limit},
+        )
 
     def cancel(self, task_id: int, now: int) -> int:
         """Cancel what waits; ask for the end of what runs.  Returns the old state.
@@ -1863,7 +1948,48 @@ class Store:
                 """delete from bg_queue where name = :name""", {"name": queue}
             ).rowcount > 0
 
-    # -- workers
+
+class WorkerRow(NamedTuple):
+    id: int
+    name: str
+    pid: int
+    host: str
+    boot: str
+    port: int
+    token: str
+    queues: str | None
+    concurrency: int
+    started_at: int
+    beat_at: int
+    running: int
+
+
+class ScheduleRow(NamedTuple):
+    name: str
+    task: str
+    expr: str
+    tz: str
+    misfire: str
+    overlap: str
+    jitter: float
+    next_tick: int | None
+    last_tick: int | None
+    set_at: int
+    seen_at: int
+
+
+class LostRun(NamedTuple):
+    """A run whose worker died, and the state its task was put into."""
+
+    id: int
+    name: str
+    attempt: int
+    state: int
+    worker: str
+
+
+class Store(Operations):
+    """The verbs of workers about themselves and about schedules; and all above."""
 
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
         """Register a worker; return its id.
@@ -1891,24 +2017,24 @@ class Store:
                 {"id": worker, "running": running, "now": now},
             ).rowcount == 1
 
-    def reap(self, worker: WorkerRow, now: int) -> list[LostRun]:
+    def reap(self, worker: int, name: str, now: int) -> list[LostRun]:
         """Remove a dead worker; put each run it held where it goes from there."""
-        error = {"kind": "lost", "message": f"worker {worker.name} died"}
+        error = {"kind": "lost", "message": f"worker {name} died"}
         with self.write(patience=0.5) as link:
             rows = self._read(
                 """select id, name, attempt, retries, forgiven, cancel_asked
                     from bg_task where state = 3 and worker = :worker""",
-                {"worker": worker.id},
+                {"worker": worker},
             )
             lost = []
-            for task_id, name, attempt, retries, forgiven, cancel_asked in rows:
+            for task_id, task, attempt, retries, forgiven, cancel_asked in rows:
                 used_up = attempt - forgiven > retries
                 state = CANCELLED if cancel_asked else FAILED if used_up else QUEUED
                 self._lose(link.connection, task_id, state, now)
                 self._put_payload(link.connection, task_id, _ERROR, _to_json(error))
-                lost.append(LostRun(task_id, name, attempt, state, worker.name))
+                lost.append(LostRun(task_id, task, attempt, state, name))
             link.connection.execute(
-                """delete from bg_worker where id = :id""", {"id": worker.id}
+                """delete from bg_worker where id = :id""", {"id": worker}
             )
             link.wake = self._wake_addresses(link.connection)
         return lost
@@ -1920,6 +2046,14 @@ class Store:
                 where id = :id""",
             {"id": task_id, "state": state, "now": now},
         )
+
+    def unknown_workers(self) -> list[int]:
+        """Workers that hold runs but have no row: somebody edited the database."""
+        rows = self._read(
+            """select distinct worker from bg_task where state = 3
+                and worker not in (select id from bg_worker)"""
+        )
+        return [row[0] for row in rows]
 
     def remove_worker(self, worker: int) -> None:
         """Take a worker off; one that still holds a task is left to be reaped."""
@@ -1939,8 +2073,6 @@ class Store:
         )
         return [WorkerRow(*row) for row in rows]
 
-    # -- schedules
-
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
         rows = self._read(
@@ -1951,7 +2083,7 @@ class Store:
         return [ScheduleRow(*row) for row in rows]
 
     def put_schedule(self, row: ScheduleRow) -> None:
-        """Insert or replace a schedule's row."""
+        """Insert or replace a schedule's row, in the caller's transaction."""
         self._link().connection.execute(
             """insert or replace into bg_schedule (name, task, expr, tz, misfire,
                     overlap, jitter, next_tick, last_tick, set_at, seen_at)
@@ -1971,102 +2103,6 @@ class Store:
                 "next_tick": next_tick, "last_tick": last_tick, "now": now,
             },
         ).rowcount == 1
-
-    # -- reading
-
-    def task(self, task_id: int) -> TaskRow:
-        """Return one task.  Raises TaskNotFound."""
-        rows = self._read(
-            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
-                    timeout, worker, cancel_asked, run_at, created_at, started_at,
-                    finished_at, duration, tick
-                from bg_task where id = :id""",
-            {"id": _row_id(task_id)},
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return TaskRow(*rows[0])
-
-    def tasks(self, state: int | None = None, name: str | None = None,
-              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
-        """The newest tasks first, as many as `limit`."""
-        rows = self._read(
-            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
-                    timeout, worker, cancel_asked, run_at, created_at, started_at,
-                    finished_at, duration, tick
-                from bg_task
-                where (:state is null or state = :state)
-                    and (:name is null or name = :name)
-                    and (:queue is null or queue = :queue)
-                order by id desc limit :limit""",
-            {"state": state, "name": name, "queue": queue, "limit": limit},
-        )
-        return [TaskRow(*row) for row in rows]
-
-    def status(self, task_id: int) -> int:
-        """Return the state of one task.  Raises TaskNotFound."""
-        return self._state(task_id)
-
-    def args(self, task_id: int) -> str:
-        """Return the encoded arguments.  Raises TaskNotFound."""
-        rows = self._read(
-            """select args from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return rows[0][0] or self._payload(task_id, _ARGS)
-
-    def result(self, task_id: int) -> str | None:
-        """Return the encoded result, or None when there is none."""
-        rows = self._read(
-            """select result from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        return rows[0][0] if rows and rows[0][0] else self._payload(task_id, _RESULT)
-
-    def error(self, task_id: int) -> dict | None:
-        """Return what the last failed run left: kind, type, message, traceback."""
-        text = self._payload(task_id, _ERROR)
-        return json.loads(text) if text else None
-
-    def output(self, task_id: int) -> str | None:
-        """Return what the last run printed, as far as it was kept."""
-        return self._payload(task_id, _OUTPUT)
-
-    def progress(self, task_id: int) -> list | None:
-        """Return [percent, message] as the task last set it, or None."""
-        text = self._payload(task_id, _PROGRESS)
-        return json.loads(text) if text else None
-
-    def counts(self) -> list[tuple[str, str, int, int]]:
-        """(queue, name, state, number) over all tasks.  Reads the whole table."""
-        return self._read(
-            """select queue, name, state, count(*) from bg_task
-                group by queue, name, state order by queue, name, state"""
-        )
-
-    def paused_queues(self) -> list[str]:
-        """Names of the queues that are paused."""
-        return [row[0] for row in self._read("""select name from bg_queue""")]
-
-    def finished_runs(self, limit: int) -> list[tuple]:
-        """(name, state, run_at, started_at, finished_at, duration) of the newest."""
-        return self._read(
-            """select name, state, run_at, started_at, finished_at, duration
-                from bg_task where state > 3 order by id desc limit :limit""",
-            {"limit": limit},
-        )
-
-
-def _row_id(task_id):
-    """Refuse what cannot be a row id before SQLite does, in its own words."""
-    if isinstance(task_id, int) and 0 < task_id < 1 << 63:
-        return task_id
-    raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
-
-
-def _earliest(a, b):
-    """The smaller of two times, of which either may be None for never."""
-    return b if a is None else a if b is None else min(a, b)
 
 
 # == Tasks and results ========================================================
@@ -3242,25 +3278,14 @@ def describe_exception(exc: BaseException) -> dict:
     }
 
 
-# == Pool =====================================================================
-# Owns the worker's side of its children: their processes and sockets, who runs
-# what, time limits, recall of what has not begun, replacement.  Knows nothing of
-# the database; what happened is returned as Ended records.
+# == Member ===================================================================
+# Owns one child as the worker sees it: its process, its sockets and pipes, what it
+# was sent and what it said.  Decides nothing.
 #
 # Several frames may wait in a child's socket, so that it is never idle while the
 # worker commits.  The worker keeps a duplicate of the receiving end and can read
 # back what the child has not taken: each frame is got by exactly one of the two.
 
-_AHEAD_FRAMES = 64          # waiting in one child's socket at most
-_AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
-_SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
-_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
-_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
-_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
-_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
-_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
-_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
-_START_FAILURES = 5         # children in a row that die before they are ready
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
 
@@ -3291,54 +3316,22 @@ class Callback:
 
 def _frame(run):
     """The bytes that make a child run this."""
-    kind, text = "run", run.args if isinstance(run, Run) else None
-    if isinstance(run, Callback):
-        kind, text = run.kind, run.text
-    head = _to_json([kind, run.id, run.name, run.attempt, run.timeout, run.tick])
+    kind, text = ("run", run.args) if isinstance(run, Run) else (run.kind, run.text)
+    name, timeout = _SCALARS[str](run.name), run.timeout or "null"
+    tick = "null" if run.tick is None else run.tick
+    head = f'["{kind}",{run.id},{name},{run.attempt},{timeout},{tick}]'
     return f"{head}\n{text or ''}".encode()
 
 
-class Member:
-    """One child as the pool sees it."""
+class Message(NamedTuple):
+    """What a child says; see run_child()."""
 
-    def __init__(self, spec: ChildSpec):
-        self.frames, child_frames = frame_pair()
-        self.messages, child_messages = socket.socketpair()
-        self.output, child_output = os.pipe()
-        self.crash, child_crash = os.pipe()
-        ends = child_frames.fileno(), child_messages.fileno(), child_crash
-        spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
-        argv = [sys.executable, "-X", "faulthandler", "-c", _CHILD_CODE]
-        null = os.open(os.devnull, os.O_RDONLY)
-        self.pid = spawn([*argv, json.dumps(spec)], ends, null, child_output)
-        for fd in (null, child_output, child_crash):
-            os.close(fd)
-        child_messages.close()
-        # The duplicate that frames are read back by.  It shares its flags with the
-        # child's end, so it must stay blocking.
-        self.unread = child_frames
-        for end in (self.frames, self.messages):
-            end.setblocking(False)
-        for fd in (self.output, self.crash):
-            os.set_blocking(fd, False)
-
-        self.buffer = bytearray()       # of messages, not yet whole
-        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
-        self.head_at = 0                # unix ms when [0] became the first
-        self.printed: list[str] = []    # by the run at the head
-        self.printed_chars = 0
-        self.ready = False
-        self.retiring = False           # takes nothing more
-        self.done = 0                   # runs answered
-        self.kill_at = 0                # unix ms; 0: not condemned
-        self.why = ""                   # timeout, cancelled, memory …
-
-    def close(self) -> None:
-        """Close our ends; an idle child exits then."""
-        for end in (self.frames, self.messages, self.unread):
-            end.close()
-        for fd in (self.output, self.crash):
-            os.close(fd)
+    kind: bytes
+    id: int
+    attempt: int
+    started_at: int
+    duration: float
+    body: bytes
 
 
 def _read_all(fd, most):
@@ -3355,6 +3348,185 @@ def _read_all(fd, most):
     return found.decode("utf-8", "backslashreplace")
 
 
+class Member:
+    """One child of the pool."""
+
+    def __init__(self, spec: ChildSpec):
+        self._open(spec)
+        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
+        self.head_at = 0                # unix ms when [0] became the first
+        self.ready = False              # it has imported the app
+        self.retiring = False           # takes nothing more
+        self.done = 0                   # runs answered
+        self.why = ""                   # condemned: timeout, cancelled, memory, mad
+        self.kill_at = 0                # unix ms; 0: not condemned
+        self.exit: Exit | None = None   # once it is dead
+        self._buffer = bytearray()      # of messages, not yet whole
+        self._printed: list[str] = []   # by the run at the head
+        self._printed_chars = 0
+
+    def _open(self, spec):
+        self.frames, child_frames = frame_pair()
+        self.messages, child_messages = socket.socketpair()
+        self.output, child_output = os.pipe()
+        self.crash, child_crash = os.pipe()
+        ends = child_frames.fileno(), child_messages.fileno(), child_crash
+        spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
+        argv = [sys.executable, "-X", "faulthandler", "-c", _CHILD_CODE]
+        null = os.open(os.devnull, os.O_RDONLY)
+        self.pid = spawn([*argv, json.dumps(spec)], ends, null, child_output)
+        for fd in (null, child_output, child_crash):
+            os.close(fd)
+        child_messages.close()
+        # The duplicate that frames are read back by.  It shares its flags with the
+        # child's end, so it must stay blocking.
+        self._unread = child_frames
+        self.frames.setblocking(False)
+        self.messages.setblocking(False)
+        os.set_blocking(self.output, False)
+        os.set_blocking(self.crash, False)
+
+    @property
+    def able(self) -> bool:
+        """True when it may be given work."""
+        return self.ready and not self.retiring and not self.why
+
+    def send(self, run: Any, now: int) -> bool:
+        """Send a frame.  False when its socket is full, or it just died."""
+        try:
+            self.frames.send(_frame(run)[:_FRAME_BYTES])
+        except OSError:
+            return False
+        if not self.waiting:
+            self.begin_head(now)
+        self.waiting.append(run)
+        return True
+
+    def begin_head(self, now: int) -> None:
+        """From now on the first of `waiting` runs."""
+        self.head_at = now
+        self._printed, self._printed_chars = [], 0
+
+    def recall(self) -> list:
+        """Read back the frames that the child has not taken; return their runs."""
+        ids = set()
+        with contextlib.suppress(OSError):      # EAGAIN: there are no more
+            while True:
+                frame = self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
+                if not frame:
+                    break
+                ids.add(json.loads(frame.partition(b"\n")[0])[1])
+        back = [run for run in self.waiting if run.id in ids]
+        self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
+        return back
+
+    def read(self) -> bool:
+        """Take in what it sent.  False when the socket is at its end."""
+        while True:
+            try:
+                chunk = self.messages.recv(_READ_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not chunk:
+                return False
+            self._buffer += chunk
+            if len(chunk) < _READ_BYTES:
+                return True
+
+    def parse(self, max_payload: int) -> Iterator[Message]:
+        """Yield the whole messages.  Raises ValueError for what cannot be one."""
+        buffer, at, size = self._buffer, 0, _MESSAGE.size
+        try:
+            while len(buffer) - at >= size:
+                length, *fields = _MESSAGE.unpack_from(buffer, at)
+                if length > max_payload + _MESSAGE_EXTRA_BYTES:
+                    raise ValueError("a message that is too long")
+                end = at + size + length
+                if len(buffer) < end:
+                    break
+                body = bytes(buffer[at + size: end])
+                at = end
+                yield Message(*fields, body)
+        finally:
+            del buffer[:at]
+
+    def read_output(self) -> str:
+        """What C code, or a subprocess, has written to its stdout and stderr."""
+        return _read_all(self.output, _OUTPUT_CHARS)
+
+    def keep_output(self, text: str) -> str:
+        """Keep what the run at the head printed; return the part that was kept."""
+        room = _OUTPUT_CHARS - self._printed_chars
+        self._printed_chars += len(text)
+        if room <= 0:
+            return ""
+        if len(text) > room:
+            text = text[:room] + "\n[more output is not kept]"
+        self._printed.append(text)
+        return text
+
+    def printed(self) -> str:
+        """All that is kept of the output of the run at the head."""
+        return "".join(self._printed)
+
+    def read_stack(self) -> str:
+        """The Python stack that faulthandler wrote, if any."""
+        return _read_all(self.crash, _TRACEBACK_CHARS)
+
+    def interrupt(self, run_id: int) -> None:
+        """Have TaskCancelled raised in this run, if it still runs."""
+        with contextlib.suppress(OSError):
+            self.messages.send(struct.pack("!q", run_id))
+        send_signal(self.pid, signal.SIGUSR1)
+
+    def poll(self) -> Exit | None:
+        """How it ended; None while it lives."""
+        self.exit = self.exit or poll_exit(self.pid)
+        return self.exit
+
+    def wait(self, seconds: float) -> Exit:
+        """Wait for its end; after so many seconds kill it."""
+        deadline = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() >= deadline:
+                send_signal(self.pid, signal.SIGKILL)
+            time.sleep(0.001)
+        kill_group(self.pid)            # what it has left behind
+        return self.poll() or Exit(None, None, 0)
+
+    def hang_up(self) -> None:
+        """Tell an idle child to exit."""
+        self.frames.close()
+        self._unread.close()
+
+    def close(self) -> None:
+        """Close our ends.  The child must be dead."""
+        for end in (self.frames, self.messages, self._unread):
+            end.close()
+        for fd in (self.output, self.crash):
+            os.close(fd)
+
+
+# == Pool =====================================================================
+# Owns the set of children: who runs what, time limits, recall of what has not begun,
+# replacement.  Knows nothing of the database; what happened to a run is returned as
+# an Ended record.
+
+_AHEAD_FRAMES = 64          # waiting in one child's socket at most
+_AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
+_SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
+_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
+_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
+_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
+_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
+_EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
+_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
+_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+_START_FAILURES = 5         # children in a row that die before they are ready
+
+
 class Pool:
     """`size` children that run tasks, and one more that is warm."""
 
@@ -3362,18 +3534,18 @@ class Pool:
                  log: Callable, selector: selectors.BaseSelector):
         self._spec = spec
         self._size = size
-        self._limits = limits
+        self._limits = limits       # settings
         self._log = log             # log(event, run, **fields)
         self._selector = selector
         self._guardian = Guardian()
-        self.members: list[Member] = []         # the spare one is the last
+        self.members: list[Member] = []
         self.hand: collections.deque = collections.deque()     # claimed, not sent
         self.hand_at = 0            # unix ms when a run last left the hand
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
         self._seconds: dict[str, float] = {}    # by name: how long runs take
         self.short_names: set[str] = set()
-        self._failed_starts = 0
+        self._failed_starts = 0     # in a row
         self._start_at = 0          # unix ms; not before, after a failed start
         self.broken = ""            # why children cannot start, once given up
 
@@ -3390,23 +3562,17 @@ class Pool:
             self._selector.register(member.output, selectors.EVENT_READ, member)
             if self._failed_starts:
                 self._start_at = now + 100 * 2 ** self._failed_starts
-                break
 
     def ready_count(self) -> int:
         """Children that have imported the app."""
         return sum(member.ready for member in self.members)
 
-    def pids(self) -> list[int]:
-        return [member.pid for member in self.members]
-
     def _working(self):
         """The children that may be given work: not more than `size` have any."""
-        able = [m for m in self.members if m.ready and not m.retiring and not m.why]
+        able = [m for m in self.members if m.able]
         able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
-        others = sum(bool(m.waiting) for m in self.members) - sum(
-            bool(m.waiting) for m in able
-        )
-        return able[: self._size - others]
+        others = sum(bool(m.waiting) for m in self.members if not m.able)
+        return able[: max(0, self._size - others)]
 
     # -- giving out work
 
@@ -3433,39 +3599,36 @@ class Pool:
         """Runs that are claimed and not ended."""
         return len(self.hand) + sum(len(m.waiting) for m in self.members)
 
-    def running(self) -> Iterator[Run]:
+    def running(self) -> list[Run]:
         """The runs at the head of each child."""
-        return (m.waiting[0] for m in self.members if m.waiting)
+        return [m.waiting[0] for m in self.members if m.waiting]
 
     def dispatch(self, now: int) -> list[Run]:
         """Send what is in hand, to the child that has least.
 
         Returns the runs that none could take for a while: others may have time.
         """
-        members = self._working()
-        left: collections.deque = collections.deque()
-        while self.hand:
-            run = self.hand.popleft()
+        members, left = self._working(), []
+        for run in self.hand:
             member = self._place_for(run, members, now)
-            if member is None or not self._send(member, run, now):
+            if member is None or not member.send(run, now):
                 left.append(run)
-            else:
-                self.hand_at = now
-        self.hand = left
+                continue
+            self.hand_at = now
+            if len(member.waiting) == 1:
+                self._announce(run)
+        self.hand = collections.deque(left)
         if not left:
             self.hand_at = now
-        elif now - self.hand_at > _HAND_SECONDS * 1000:
-            self.hand = collections.deque(r for r in left if isinstance(r, Callback))
-            return [run for run in left if isinstance(run, Run)]
-        return []
+        return self._put_back() if now - self.hand_at > _HAND_SECONDS * 1000 else []
 
     def _place_for(self, run, members, now):
         if not members:
             return None
         member = min(members, key=lambda m: len(m.waiting))
-        if not member.waiting:
+        if not member.waiting or self._may_wait(run, member, now):
             return member
-        return member if self._may_wait(run, member, now) else None
+        return None
 
     def _may_wait(self, run, member, now):
         if isinstance(run, Callback) or run.is_last or run.name not in self.short_names:
@@ -3477,28 +3640,16 @@ class Pool:
             and not self._is_slow(member, now)
         )
 
-    def _send(self, member, run, now):
-        frame = _frame(run)
-        if len(frame) > _FRAME_BYTES:       # a callback with a long traceback
-            frame = frame[:_FRAME_BYTES]
-        try:
-            member.frames.send(frame)
-        except OSError:                     # full, or just died
-            return False
-        if not member.waiting:
-            self._begin_head(member, now)
-            self._announce(run)
-        member.waiting.append(run)
-        return True
+    def _put_back(self):
+        """Take the runs out of the hand; callbacks stay, they have no row."""
+        runs = [run for run in self.hand if isinstance(run, Run)]
+        self.hand = collections.deque(r for r in self.hand if isinstance(r, Callback))
+        return runs
 
-    def _announce(self, run, at=None):
+    def _announce(self, run):
         if not run.announced:
             run.announced = True
             self._log("task_start", run)
-
-    def _begin_head(self, member, now):
-        member.head_at = now
-        member.printed, member.printed_chars = [], 0
 
     def balance(self, now: int) -> None:
         """Recall what waits behind a slow run, or while another child is idle."""
@@ -3512,153 +3663,97 @@ class Pool:
             if len(longest.waiting) > 2:
                 self._recall(longest)
 
+    def _recall(self, member):
+        self.hand.extendleft(reversed(member.recall()))
+
     def recall_all(self) -> list[Run]:
         """Take back all that has not begun: for a stop."""
         for member in self.members:
             self._recall(member)
-        runs = [run for run in self.hand if isinstance(run, Run)]
-        self.hand = collections.deque(r for r in self.hand if isinstance(r, Callback))
-        return runs
-
-    def _recall(self, member):
-        """Read back the frames that the child has not taken."""
-        ids = set()
-        while True:
-            try:
-                frame = member.unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
-            except OSError:
-                break
-            if not frame:
-                break
-            ids.add(json.loads(frame.partition(b"\n")[0])[1])
-        back = [run for run in member.waiting if run.id in ids]
-        member.waiting = collections.deque(r for r in member.waiting if r.id not in ids)
-        self.hand.extendleft(reversed(back))
+        return self._put_back()
 
     # -- hearing from children
 
-    def receive(self, ready: Iterable, now: int) -> None:
-        """Read from the members that the selector named."""
-        for member, fd in ready:
-            if fd == member.output:
-                self._hear_output(member)
-        for member, fd in ready:
+    def receive(self, heard: Iterable, now: int) -> None:
+        """Read from the (member, descriptor) that the selector named."""
+        for member, fd in heard:
+            if fd == member.output and member in self.members:
+                self._take_output(member, member.read_output())
+        for member, fd in heard:
             if fd != member.output and member in self.members:
                 self._hear(member, now)
 
-    def _hear_output(self, member):
-        """What C code or a subprocess wrote belongs to the run at the head."""
-        text = _read_all(member.output, _OUTPUT_CHARS)
+    def _take_output(self, member, text):
+        """What is written belongs to the run at the head."""
+        text = member.keep_output(text) if text else ""
         if text:
-            self._printed(member, text)
-
-    def _printed(self, member, text):
-        run = member.waiting[0] if member.waiting else None
-        room = _OUTPUT_CHARS - member.printed_chars
-        member.printed_chars += len(text)
-        if room <= 0:
-            return
-        if len(text) > room:
-            text = text[:room] + "\n[more output is not kept]"
-        member.printed.append(text)
-        if run is not None:
-            self._announce(run)
-        self._log("output", run, text=text.rstrip("\n"))
+            run = member.waiting[0] if member.waiting else None
+            if run is not None:
+                self._announce(run)
+            self._log("output", run, text=text.rstrip("\n"))
 
     def _hear(self, member, now):
-        while True:
-            try:
-                chunk = member.messages.recv(_READ_BYTES)
-            except BlockingIOError:
-                break
-            except OSError:
-                chunk = b""
-            if not chunk:
-                self._lost_touch(member, now)
-                return
-            member.buffer += chunk
-            if len(chunk) < _READ_BYTES:
-                break
-        self._read_messages(member, now)
+        alive = member.read()
+        try:
+            for message in member.parse(self._limits.max_payload):
+                self._understand(member, message, now)
+        except ValueError:
+            self._condemn(member, "mad", now)
+        if not alive:           # dead, or it closed its socket, which is as good
+            member.wait(0.1)
+            self._bury(member, now)
 
-    def _read_messages(self, member, now):
-        buffer, at, size = member.buffer, 0, _MESSAGE.size
-        most = self._limits.max_payload + _MESSAGE_EXTRA_BYTES
-        while len(buffer) - at >= size and not member.why == "mad":
-            length, kind, *fields = _MESSAGE.unpack_from(buffer, at)
-            if length > most:
-                self._condemn(member, "mad", now)
-                break
-            if len(buffer) - at < size + length:
-                break
-            body = bytes(buffer[at + size: at + size + length])
-            at += size + length
-            self._understand(member, kind, body, fields, now)
-        del buffer[:at]
-
-    def _understand(self, member, kind, body, fields, now):
-        run_id, attempt, started_at, duration = fields
-        head = member.waiting[0] if member.waiting else None
+    def _understand(self, member, message, now):
+        """Raises ValueError for what a child in its right mind does not say."""
+        kind, head = message.kind, member.waiting[0] if member.waiting else None
         if kind == _READY:
             member.ready = True
             self._failed_starts = 0
         elif kind == _BROKEN:
-            member.why = "broken"
-            member.printed = [body.decode("utf-8", "replace")]
+            member.keep_output(message.body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
-            self._printed(member, body.decode("utf-8", "replace"))
-        elif head is None or (run_id, attempt) != (head.id, head.attempt):
-            self._condemn(member, "mad", now)
+            self._take_output(member, message.body.decode("utf-8", "replace"))
+        elif head is None or (message.id, message.attempt) != (head.id, head.attempt):
+            raise ValueError("an answer that nobody asked for")
         elif kind == _PROGRESSED:
-            self.progress[head.id] = head, body.decode("ascii")
+            self.progress[head.id] = head, message.body.decode("ascii")
         elif kind in (_SUCCEEDED, _ENDED_BADLY):
-            self._answered(member, kind, body, started_at, duration, now)
+            self._take_answer(member, message, now)
         else:
-            self._condemn(member, "mad", now)
+            raise ValueError("an unknown kind of message")
 
-    def _answered(self, member, kind, body, started_at, duration, now):
-        run = member.waiting.popleft()
-        member.done += 1
+    def _take_answer(self, member, message, now):
+        run, text = member.waiting[0], message.body.decode("ascii")
+        error = None if message.kind == _SUCCEEDED else json.loads(text)
         self._announce(run)
-        text = body.decode("ascii", "replace")
-        output = "".join(member.printed) if member.printed else ""
-        if kind == _SUCCEEDED:
-            ended = Ended(run, "success", text, None, output, started_at, duration)
-        else:
-            error = json.loads(text)
-            ended = Ended(run, error["kind"], None, error, output, started_at, duration)
-        self.ended.append(ended)
-        self._begin_head(member, now)
+        self.ended.append(Ended(
+            run, error["kind"] if error else "success", None if error else text, error,
+            member.printed(), message.started_at, message.duration,
+        ))
+        member.waiting.popleft()
+        member.begin_head(now)
+        member.done += 1
         if member.why in ("timeout", "cancelled"):
-            member.why, member.kill_at = "", 0      # it made it in its grace
-        self._learn(run.name, duration)
-        limit = self._limits.max_tasks_per_child
-        if limit and member.done >= limit:
+            member.why, member.kill_at = "", 0      # it ended within its grace
+        self._learn(run.name, message.duration)
+        if member.done == self._limits.max_tasks_per_child:
             self._retire(member)
 
     def _learn(self, name, duration):
         """Follow the durations of a task; a long one counts at once."""
-        known = self._seconds.get(name, duration)
-        self._seconds[name] = known = max(duration, known * 0.9 + duration * 0.1) \
-            if duration > _SHORT_SECONDS else known * 0.9 + duration * 0.1
-        (self.short_names.add if known < _SHORT_SECONDS
-         else self.short_names.discard)(name)
+        usual = self._seconds.get(name, duration) * 0.9 + duration * 0.1
+        if duration > _SHORT_SECONDS:
+            usual = max(usual, duration)
+        self._seconds[name] = usual
+        if usual < _SHORT_SECONDS:
+            self.short_names.add(name)
+        else:
+            self.short_names.discard(name)
 
     # -- ending children
 
-    def _retire(self, member):
-        """Replace it once it has nothing to do."""
-        self._recall(member)
-        member.retiring = True
-
-    def _condemn(self, member, why, now, grace=0.0):
-        """Kill it at `grace` seconds from now, unless it answers before."""
-        if not member.kill_at:
-            self._recall(member)
-            member.why, member.kill_at = why, now + int(grace * 1000) or 1
-
     def next_timer(self, now: int) -> int | None:
-        """Unix ms at which enforce() or balance() has something to do, or None."""
+        """Unix ms at which enforce(), balance() or dispatch() has something to do."""
         due = self.hand_at + to_ms(_HAND_SECONDS) + 1 if self.hand else None
         for member in self.members:
             if member.kill_at:
@@ -3668,7 +3763,7 @@ class Pool:
                 if head.timeout:
                     due = _earliest(due, member.head_at + to_ms(head.timeout))
                 if len(member.waiting) > 1 or not head.announced:
-                    due = _earliest(due, member.head_at + to_ms(_STALL_SECONDS))
+                    due = _earliest(due, member.head_at + to_ms(_STALL_SECONDS) + 1)
         return due
 
     def enforce(self, now: int) -> None:
@@ -3684,137 +3779,88 @@ class Pool:
                 if head.timeout and age >= head.timeout * 1000:
                     self._condemn(member, "timeout", now, _TIMEOUT_GRACE)
             elif member.retiring:
-                self._bury(member, now, self._end(member))
+                member.hang_up()
+                member.wait(_EXIT_GRACE)
+                self._bury(member, now)
+
+    def _retire(self, member):
+        """Replace it once it has nothing to do."""
+        self._recall(member)
+        member.retiring = True
+
+    def _condemn(self, member, why, now, grace=0.0):
+        """Kill it in `grace` seconds, unless it answers before.
+
+        What waits behind is recalled first, so that nothing else can begin in it.
+        """
+        if not member.kill_at:
+            self._recall(member)
+            member.why, member.kill_at = why, now + to_ms(grace)
 
     def _kill(self, member, now):
-        """First have it dump its Python stack, then kill it with its group."""
+        """Kill it with its group; a stuck one first dumps its Python stack."""
         if member.why == "timeout":
-            member.why = "timeout, killed"
-            member.kill_at = now + to_ms(_STACK_GRACE)
+            member.why, member.kill_at = "timeout, killed", now + to_ms(_STACK_GRACE)
             send_signal(member.pid, signal.SIGUSR2)
-            return
-        if member.waiting and self._hear_last(member, now):
-            return
-        kill_group(member.pid)
-        self._bury(member, now, self._wait_exit(member))
+        else:
+            member.wait(0)
+            self._hear_last(member, now)
+            self._bury(member, now)
 
     def _hear_last(self, member, now):
-        """True when the answer has come after all."""
-        head = member.waiting[0]
-        if member.why != "mad":
-            self._hear(member, now)
-        return member not in self.members or not (
-            member.waiting and member.waiting[0] is head
-        )
-
-    def _wait_exit(self, member):
-        """Reap a child that was just killed: the kernel needs a moment."""
-        while True:
-            found = poll_exit(member.pid)
-            if found:
-                return found
-            time.sleep(0.001)
-
-    def _end(self, member):
-        """End an idle child in an orderly way: its exit handlers may run."""
-        member.frames.close()
-        member.unread.close()
-        deadline = time.monotonic() + 0.2
-        while time.monotonic() < deadline:
-            found = poll_exit(member.pid)
-            if found:
-                return found
-            time.sleep(0.002)
-        kill_group(member.pid)
-        return self._wait_exit(member)
-
-    def _lost_touch(self, member, now):
-        """The message socket is at its end: the child is dead, or closed it."""
-        for _ in range(100):
-            found = poll_exit(member.pid)
-            if found:
-                break
-            time.sleep(0.001)
-        else:
-            kill_group(member.pid)
-            found = self._wait_exit(member)
-        self._read_messages(member, now)
-        self._bury(member, now, found)
+        """Take in the answers that were sent before the end."""
+        member.read()
+        with contextlib.suppress(ValueError):
+            for message in member.parse(self._limits.max_payload):
+                self._understand(member, message, now)
 
     def notice_deaths(self, now: int) -> None:
-        """Reap children of whom a grandchild keeps the socket open."""
+        """Find the dead whose socket a grandchild keeps open."""
         for member in list(self.members):
-            found = poll_exit(member.pid)
-            if found:
-                self._hear(member, now)
-                if member in self.members:
-                    self._bury(member, now, found)
+            if member.poll():
+                member.wait(0)
+                self._hear_last(member, now)
+                self._bury(member, now)
 
-    def _bury(self, member, now, found):
-        """A child is gone: settle its run, free its sockets, start another."""
-        kill_group(member.pid)              # what it has left behind
-        self._guardian.release(member.pid)
-        if member.waiting:
-            self._recall_dead(member)
-        self._hear_output(member)
-        stack = _read_all(member.crash, _TRACEBACK_CHARS)
-        for run in member.waiting:
-            self.ended.append(self._death_of(run, member, found, stack, now))
-        for channel in (member.messages, member.output):
-            self._selector.unregister(channel)
-        member.close()
-        self.members.remove(member)
-        if not member.ready:
-            self._failed_to_start(member, now, found)
-        self.fill(now)
-
-    def _recall_dead(self, member):
+    def _bury(self, member, now):
+        """A child is dead: settle its run, free its sockets, start another."""
+        if member not in self.members:
+            return
         if member.frames.fileno() >= 0:
             self._recall(member)
+        self._take_output(member, member.read_output())
+        stack = member.read_stack()
+        for run in member.waiting:
+            self._announce(run)
+            self.ended.append(_death_of(run, member, stack, self._limits, now))
+        self._remove(member)
+        if not member.ready:
+            self._failed_starts += 1
+            self._start_at = now + 100 * 2 ** self._failed_starts
+            if self._failed_starts >= _START_FAILURES:
+                self.broken = member.printed() or f"they die at once: {member.exit}"
+        self.fill(now)
 
-    def _failed_to_start(self, member, now, found):
-        self._failed_starts += 1
-        text = "".join(member.printed) or f"a child died at its start: {found}"
-        if self._failed_starts >= _START_FAILURES:
-            self.broken = text
-        self._start_at = now + 100 * 2 ** self._failed_starts
-
-    def _death_of(self, run, member, found, stack, now):
-        """The Ended of a run whose child died."""
-        self._announce(run)
-        output = "".join(member.printed)
-        seconds = (now - member.head_at) / 1000
-        error: dict = {"traceback": stack, "retryable": True}
-        if member.why == "cancelled":
-            kind, error["message"] = "cancelled", "cancelled, and killed"
-        elif member.why.startswith("timeout"):
-            kind = "timeout"
-            error["message"] = f"killed after its limit of {run.timeout:g} s"
-        else:
-            kind = "crash"
-            error.update(_crash(member, found, self._limits.max_memory))
-        error["kind"] = kind
-        return Ended(run, kind, None, error, output, member.head_at, seconds)
+    def _remove(self, member):
+        self._guardian.release(member.pid)
+        self._selector.unregister(member.messages)
+        self._selector.unregister(member.output)
+        member.close()
+        self.members.remove(member)
 
     def cancel(self, run_id: int, now: int) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""
+        for member in self.members:
+            if any(r.id == run_id and isinstance(r, Run) for r in member.waiting):
+                self._recall(member)        # it may not have begun
+                head = member.waiting[0] if member.waiting else None
+                if head and head.id == run_id and not member.kill_at:
+                    head.cancelled = True
+                    self._condemn(member, "cancelled", now, _CANCEL_GRACE)
+                    member.interrupt(run_id)
         for run in [r for r in self.hand if r.id == run_id and isinstance(r, Run)]:
             self.hand.remove(run)
             self.ended.append(Ended(run, "cancelled"))
-        for member in self.members:
-            if any(r.id == run_id and isinstance(r, Run) for r in member.waiting):
-                self._cancel_in(member, run_id, now)
-
-    def _cancel_in(self, member, run_id, now):
-        self._recall(member)
-        if not member.waiting or member.waiting[0].id != run_id:
-            return self.cancel(run_id, now)         # it was not begun: in hand now
-        member.waiting[0].cancelled = True
-        if not member.kill_at:
-            self._condemn(member, "cancelled", now, _CANCEL_GRACE)
-            with contextlib.suppress(OSError):
-                member.messages.send(struct.pack("!q", run_id))
-            send_signal(member.pid, signal.SIGUSR1)
 
     def check_memory(self, now: int) -> None:
         """Replace idle children over the memory limit; kill those that run."""
@@ -3830,50 +3876,43 @@ class Pool:
     def kill_all(self, now: int) -> list[Run]:
         """Kill every child; return the runs this interrupted."""
         runs = []
-        for member in self.members:
-            kill_group(member.pid)
-            self._wait_exit(member)
-            self._hear_last_words(member, now)
+        for member in list(self.members):
+            member.wait(0)
+            self._hear_last(member, now)
             runs += [run for run in member.waiting if isinstance(run, Run)]
-        self._close_all()
+            self._remove(member)
         return runs
-
-    def _hear_last_words(self, member, now):
-        """Take in the answers that were sent before the kill."""
-        with contextlib.suppress(OSError):
-            while True:
-                chunk = member.messages.recv(_READ_BYTES)
-                if not chunk:
-                    break
-                member.buffer += chunk
-        self._read_messages(member, now)
 
     def stop(self) -> None:
         """End the idle children and the guardian."""
         for member in self.members:
-            member.frames.close()
-            member.unread.close()
-        for member in self.members:
-            self._end(member)
-            kill_group(member.pid)
-        self._close_all()
+            member.hang_up()
+        for member in list(self.members):
+            member.wait(_EXIT_GRACE)
+            self._remove(member)
         self._guardian.stop()
 
-    def _close_all(self):
-        for member in self.members:
-            self._guardian.release(member.pid)
-            for channel in (member.messages, member.output):
-                self._selector.unregister(channel)
-            member.close()
-        self.members = []
+
+def _death_of(run, member, stack, limits, now):
+    """The Ended of a run whose child died."""
+    error: dict = {"traceback": stack, "retryable": True}
+    if member.why == "cancelled":
+        error.update(kind="cancelled", message="cancelled, and killed")
+    elif member.why.startswith("timeout"):
+        message = f"killed after its limit of {run.timeout:g} s"
+        error.update(kind="timeout", message=message)
+    else:
+        error.update(_crash(member.why, member.exit, limits.max_memory))
+    seconds = max(0, now - member.head_at) / 1000
+    return Ended(run, error["kind"], None, error, member.printed(), member.head_at,
+                 seconds)
 
 
-def _crash(member, found, max_memory):
-    """signal or exit_code, peak memory, and a sentence for people."""
-    peak = f"peak memory {found.peak_bytes >> 20} MiB" if found.peak_bytes else ""
-    if member.why == "mad":
+def _crash(why, found, max_memory):
+    """signal or exit_code, and a sentence for people, with the peak memory."""
+    if why == "mad":
         text = "the child sent what is no message: did the task write to its sockets?"
-    elif member.why == "memory":
+    elif why == "memory":
         text = f"killed: it used more than max_memory, {max_memory >> 20} MiB"
     elif found.signal == "SIGKILL":
         text = "killed by SIGKILL: out of memory, or somebody's kill -9"
@@ -3881,11 +3920,267 @@ def _crash(member, found, max_memory):
         text = f"killed by {found.signal}"
     else:
         text = f"the process exited with code {found.code}"
-    message = f"{text} ({peak})" if peak else text
     return {
-        "type": found.signal or "", "message": message,
+        "kind": "crash", "type": found.signal or "",
+        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
         "signal": found.signal, "exit_code": found.code,
     }
+
+
+# == Scheduler ================================================================
+# Owns what happens at a cron tick.  Every worker does it; the database lets one of
+# them advance a schedule's row, in the transaction that enqueues the runs, so each
+# tick is enqueued once.  It fires only what its own registry knows, by the
+# expression in the row: the one registered last.
+
+_CRON_POLL = 30.0           # seconds; the clock may be set at any time
+_BUSY_PATIENCE = 0.25       # seconds a worker's turn waits for the write lock
+
+
+def _schedule_row(name, task, schedule, now):
+    cron = schedule.cron
+    return ScheduleRow(
+        name, task.name, cron.expr, cron.tz, schedule.misfire, schedule.overlap,
+        schedule.jitter, cron.tick_after(now / 1000), None, now, now,
+    )
+
+
+class Scheduler:
+    """The schedules of one app.  `log` takes an event and fields."""
+
+    def __init__(self, app: App, log: Callable):
+        self.app, self.store, self._log = app, app.store, log
+
+    def count(self) -> int:
+        """How many @cron there are in the app."""
+        return sum(len(task.schedules) for task in self.app.tasks.values())
+
+    def register(self, now: int) -> None:
+        """Make the rows of our schedules; one that is unchanged is left alone."""
+        if not self.count():
+            return
+        with self.store.write():
+            known = {row.name: row for row in self.store.schedules()}
+            for name, task, schedule in self._own():
+                new = _schedule_row(name, task, schedule, now)
+                self.store.put_schedule(_carry_over(known.get(name), new))
+
+    def _own(self):
+        for task in self.app.tasks.values():
+            for number, schedule in enumerate(task.schedules, 1):
+                suffix = f"#{number}" if number > 1 else ""
+                yield task.name + suffix, task, schedule
+
+    def fire(self, now: int) -> tuple[bool, float]:
+        """Enqueue what is due; return (was there any, seconds until the next look)."""
+        own = {name: task for name, task, _ in self._own()}
+        rows = [r for r in self.store.schedules() if r.name in own] if own else []
+        plans = [(row, plan) for row in rows for plan in self._plans(row, now)]
+        due = [(r, p) for r, p in plans if p.ticks or p.missed or p.reset]
+        if due:
+            with self.store.write(patience=_BUSY_PATIENCE):
+                done = [(*d, self._enqueue(*d, own[d[0].name], now)) for d in due]
+            for row, plan, ids in done:
+                self._report(row, plan, ids)
+        ticks = [plan.next_at for _, plan in plans if plan.next_at is not None]
+        wait = min(ticks) - now / 1000 if ticks else _CRON_POLL
+        return bool(due), min(_CRON_POLL, max(0.0, wait))
+
+    def _plans(self, row, now):
+        """The plan of a schedule; none when this process cannot read it."""
+        try:
+            cron = Cron(row.expr, row.tz)
+            at, set_at = now / 1000, row.set_at / 1000
+            return [plan_ticks(cron, row.next_tick, set_at, at, row.misfire)]
+        except ValueError as exc:
+            self._log("cron_error", schedule=row.name, error=str(exc))
+            return []
+
+    def _enqueue(self, row, plan, task, now):
+        """Insert the runs of one schedule; None when another worker was first."""
+        last = plan.ticks[-1] if plan.ticks else row.last_tick
+        if not self.store.advance_schedule(row, plan.next_at, last, now):
+            return None
+        key = f"cron {row.name}" if row.overlap == "skip" else None
+        late = to_ms(jitter_offset(row.name, row.jitter)) if row.jitter else 0
+        ids = []
+        for tick in plan.ticks:
+            run_at = max(now, tick * 1000 + late)
+            ids += self.store.enqueue([NewTask(
+                task.name, task.queue, task.priority, key, task.policy.retries,
+                task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now,
+                tick, "[[],{}]",
+            )])
+        return ids
+
+    def _report(self, row, plan, ids):
+        if ids is None:
+            return
+        about = {"schedule": row.name, "name": row.task}
+        for tick, task_id in zip(plan.ticks, ids):
+            self._log("cron_fired", **about, task_id=task_id, tick=iso_time(tick * 1000))
+        if plan.missed or plan.reset:
+            self._log("cron_missed", **about, ticks=plan.missed, misfire=row.misfire,
+                      clock_set_back=plan.reset or None)
+
+
+def _carry_over(old, new):
+    """Keep the next tick of a schedule that is unchanged, or a deploy would put it
+    off for ever; a changed one starts anew, from now."""
+    if old is None:
+        return new
+    if (old.expr, old.tz) != (new.expr, new.tz):
+        return new._replace(last_tick=old.last_tick)
+    return new._replace(
+        next_tick=old.next_tick, last_tick=old.last_tick, set_at=old.set_at
+    )
+
+
+# == Liveness =================================================================
+# Owns the worker's entry among the workers: its id, its lock, its heartbeat, and
+# the judgement that another is dead.  A dead worker's tasks go on within a second.
+
+
+class Liveness:
+    """One worker's place in bg_worker."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
+        self.store, self.settings, self._ear = store, settings, ear
+        self.id = 0                     # bg_worker.id; 0: not registered
+        self._host, self._boot = socket.gethostname(), boot_id()
+        self._locks = LiveFile.of(store.path + "-live")
+        self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
+        self._awake = 0.0               # seconds of turns; a long one counts as 1
+        self._turn_at = time.monotonic()
+
+    def register(self, now: int) -> None:
+        """Get a new id, with its byte locked."""
+        s = self.settings
+        row = {
+            "name": s.worker_name, "pid": os.getpid(), "host": self._host,
+            "boot": self._boot, "port": self._ear.port, "token": self._ear.token,
+            "queues": json.dumps(s.queues) if s.queues else None,
+            "concurrency": s.concurrency, "now": now,
+        }
+        self.id = self.store.add_worker(row, self._locks.hold)
+
+    def leave(self) -> None:
+        """Take the entry off, and the lock."""
+        self.store.remove_worker(self.id)
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Drop the lock only: the entry is gone, or others shall reap it."""
+        self._locks.drop(self.id)
+
+    def mind_the_time(self) -> float:
+        """Count this turn; return the monotonic time of its start.
+
+        A stall of ours or a sleep of the machine counts as one second at most.
+        """
+        at = time.monotonic()
+        self._awake += min(1.0, at - self._turn_at)
+        self._turn_at = at
+        return at
+
+    def doubt(self) -> None:
+        """Our own heartbeat failed: others may not have been able to, either.
+
+        So everybody gets a full period again.  Guarded by
+        test_a_locked_database_makes_nobody_look_dead.
+        """
+        self._seen.clear()
+
+    def reap_dead(self, now: int) -> list[LostRun]:
+        """Give the runs of dead workers back; return them."""
+        lost: list[LostRun] = []
+        for row in self.store.workers():
+            if row.id != self.id and self._is_dead(row):
+                self._seen.pop(row.id, None)
+                lost += self.store.reap(row.id, row.name, now)
+        for worker in self.store.unknown_workers():
+            lost += self.store.reap(worker, f"#{worker}", now)
+        return lost
+
+    def _is_dead(self, row):
+        """By its lock; or by its heartbeat, timed by our own waking time.
+
+        So a set clock, a laptop's sleep or a stall of ours never looks like the
+        death of somebody else.
+        """
+        if row.host == self._host and row.boot != self._boot:
+            return True                 # the machine has been restarted since
+        if self._locks.is_dead(row.id):
+            return True
+        beat_at, seen = self._seen.get(row.id, (None, 0.0))
+        if beat_at != row.beat_at:
+            self._seen[row.id] = row.beat_at, self._awake
+            return False
+        return self._awake - seen > self.settings.worker_timeout
+
+
+# == Journal ==================================================================
+# Owns the words of the worker's log: which event says what, with which fields.
+
+
+class Journal:
+    """Writes the events of one worker."""
+
+    def __init__(self, log: Log, worker: str):
+        self.log, self._worker = log, worker
+
+    def say(self, event: str, /, **fields: Any) -> None:
+        """An event of the worker itself."""
+        self.log.event(event, worker=self._worker, **fields)
+
+    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
+        """An event of a run; None: of no run in particular."""
+        if run is None:
+            return self.say(event, **fields)
+        return self.log.event(event, task_id=run.id, name=run.name,
+                              attempt=run.attempt, worker=self._worker, **fields)
+
+    def death(self, end: Ended) -> None:
+        """What a crash or a time limit left behind; its outcome comes after."""
+        error, about = end.error or {}, {"duration": _rounded(end.duration)}
+        stack = error.get("traceback") or None
+        if end.kind == "crash":
+            self.run("task_crash", end.run, **about, signal=error["signal"],
+                     exit_code=error["exit_code"], error=error["message"], stack=stack)
+        elif end.kind == "timeout":
+            self.run("task_timeout", end.run, **about, timeout=end.run.timeout,
+                     stack=stack)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """How a run ended; said after the commit, so it is true."""
+        error, about = outcome.error, {"duration": _rounded(outcome.duration)}
+        if outcome.state == SUCCESS:
+            return self.run("task_success", outcome.run, **about)
+        if outcome.state == CANCELLED:
+            return self.run("task_cancelled", outcome.run, **about)
+        about.update(kind=error["kind"], error=str(TaskError(error)))
+        if outcome.state == RETRYING:
+            retry_at = iso_time(outcome.run_at)
+            return self.run("task_retry", outcome.run, **about, retry_at=retry_at)
+        return self.run("task_failure", outcome.run, **about,
+                        traceback=error.get("traceback"))
+
+    def callback(self, end: Ended) -> None:
+        """An on_success or on_failure that went wrong."""
+        if end.kind != "success":
+            self.run("callback_error", end.run, callback=end.run.kind,
+                     error=str(TaskError(end.error)),
+                     traceback=end.error.get("traceback") or None)
+
+    def lost(self, lost: LostRun) -> None:
+        """A run whose worker died."""
+        self.log.event("task_lost", task_id=lost.id, name=lost.name,
+                       attempt=lost.attempt, worker=lost.worker,
+                       state=STATE_NAMES[lost.state])
+
+
+def _rounded(seconds):
+    return None if seconds is None else round(seconds, 6)
 
 
 # == Worker ===================================================================
@@ -3896,11 +4191,11 @@ def _crash(member, found, max_memory):
 
 _POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
 _DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
-_BUSY_PATIENCE = 0.25       # seconds a turn waits for the write lock
 _BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
 _ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
 _PRUNE_BATCH = 1000         # rows looked at by one pass
-_CRON_POLL = 30.0           # seconds; the clock may be set at any time
+_PRUNE_SECONDS = 60.0       # between two rounds of passes
+_REAP_SECONDS = 0.5         # between two looks for dead workers
 
 
 def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
@@ -3959,11 +4254,9 @@ class Worker:
                  log: Log | None = None):
         check_platform()
         self.app, self.app_spec, self.burst = app, app_spec, burst
-        self.settings = app.settings
-        self.store = app.store
+        self.settings, self.store = app.settings, app.store
         self.store.follow = False       # a replaced file ends this worker
-        self.log = log or Log()
-        self.id = 0                     # bg_worker.id; 0: not registered
+        self.journal = Journal(log or Log(), self.settings.worker_name)
         self.signals = 0                # stop signals so far
         self.stop_by = 0                # unix ms of the end of a graceful stop
         self.fatal = ""                 # why it must end with status 1
@@ -3971,23 +4264,16 @@ class Worker:
         self.returned: list[Run] = []           # claimed, not begun, to be queued
         self.next_at: int | None = None         # when a task is due
         self.look = True                # something may be there to claim
-        self.announced_ready = False
-        self._trouble_since = 0.0       # monotonic; 0: the database works
-        self._trouble_logged = False
-        self._pause_until = 0.0
-        self._limited: dict[str, int] = {}
-        self._seen_beats: dict[int, tuple] = {}     # worker: (beat_at, seen at)
-        self._awake = 0.0               # seconds of turns, stalls counted short
-        self._last_turn = time.monotonic()
-        self._prune_cursor = 0
+        self.heard: list = []           # (child, descriptor) with something to read
+        self._is_ready = False          # a child has imported the app
+        self._trouble_at = 0.0          # monotonic; 0: the database works
+        self._trouble_said = False
+        self._limited: dict[str, int] = {}      # names that wait for their rate
         self._data_version = -1
-        self._rates = self._find_rates()
-
-    def _find_rates(self):
-        rates = {n: t.rate_limit for n, t in self.app.tasks.items() if t.rate_limit}
+        self._prune_cursor = 0
+        self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
         if self.settings.rate_limit:
-            rates[""] = self.settings.rate_limit
-        return rates
+            self._rates[""] = self.settings.rate_limit
 
     # -- life
 
@@ -4010,62 +4296,56 @@ class Worker:
         return 1 if self.fatal else 0
 
     def start(self) -> None:
-        """Register, log what is served, start the children."""
+        """Register, say what is served, start the children."""
+        now = now_ms()
         self.selector = selectors.DefaultSelector()
         self.ear = WakeSocket()
         if self.ear.socket:
             self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
         self.store.data_version()           # opens, migrates, or raises
-        self._register()
-        self._log_start()
-        self._register_schedules(now_ms())
-        s = self.settings
-        spec = ChildSpec(
-            __name__, self.app_spec, sys.path, os.getpid(), 0, 0, 0,
-            {
-                "db": self.store.path, "durability": s.durability,
-                "busy_timeout": s.busy_timeout, "max_payload": s.max_payload,
-                "allow_network_fs": s.allow_network_fs,
-            },
-        )
-        self.pool = Pool(spec, s.concurrency, s, self._log_run, self.selector)
-        self.pool.fill(now_ms())
-        self.chores = [
-            Chore(s.heartbeat_interval, self._beat),
-            Chore(0.5, self._reap_dead),
-            Chore(0.25, self._heed_cancels),
-            Chore(1.0, self._look_after_children),
-            Chore(1.0, self._look_after_file),
-            Chore(_CRON_POLL, self._fire_crons),
-            Chore(60.0, self._prune),
-        ]
-        self._cron_chore, self._prune_chore = self.chores[5:]
+        self.liveness = Liveness(self.store, self.settings, self.ear)
+        self.liveness.register(now)
+        self.scheduler = Scheduler(self.app, self.journal.say)
+        self.scheduler.register(now)
+        self._say_start()
+        self.pool = Pool(self._child_spec(), self.settings.concurrency, self.settings,
+                         self.journal.run, self.selector)
+        self.pool.fill(now)
+        self._plan_chores()
 
-    def _register(self):
+    def _say_start(self):
         s = self.settings
-        self.live = LiveFile.of(self.store.path + "-live")
-        self.id = self.store.add_worker(
-            {
-                "name": s.worker_name, "pid": os.getpid(),
-                "host": socket.gethostname(), "boot": boot_id(),
-                "port": self.ear.port, "token": self.ear.token,
-                "queues": json.dumps(s.queues) if s.queues else None,
-                "concurrency": s.concurrency, "now": now_ms(),
-            },
-            self.live.hold,
-        )
-
-    def _log_start(self):
-        s = self.settings
-        crons = sum(len(task.schedules) for task in self.app.tasks.values())
-        self.log.event(
-            "worker_start", worker=s.worker_name, pid=os.getpid(), db=self.store.path,
+        self.journal.say(
+            "worker_start", pid=os.getpid(), db=self.store.path,
             queues=list(s.queues) if s.queues else "all", concurrency=s.concurrency,
-            durability=s.durability, tasks=sorted(self.app.tasks), schedules=crons,
+            durability=s.durability, tasks=sorted(self.app.tasks),
+            schedules=self.scheduler.count(),
         )
-        if crons:
-            self.log.event("scheduler_start", worker=s.worker_name, schedules=crons)
-        self.log.flush()
+        if self.scheduler.count():
+            self.journal.say("scheduler_start", schedules=self.scheduler.count())
+        self.journal.log.flush()
+
+    def _child_spec(self):
+        s = self.settings
+        settings = {
+            "db": self.store.path, "durability": s.durability,
+            "busy_timeout": s.busy_timeout, "max_payload": s.max_payload,
+            "allow_network_fs": s.allow_network_fs,
+        }
+        return ChildSpec(__name__, self.app_spec, sys.path, os.getpid(), 0, 0, 0,
+                         settings)
+
+    def _plan_chores(self):
+        self._cancels = Chore(0.25, self._heed_cancels)
+        self._crons = Chore(_CRON_POLL, self._fire_crons)
+        self._pruning = Chore(_PRUNE_SECONDS, self._prune)
+        self.chores = [
+            Chore(self.settings.heartbeat_interval, self._beat),
+            Chore(_REAP_SECONDS, self._reap),
+            Chore(1.0, self._look_after_children),
+            Chore(1.0, lambda now: self.store.checkpoint_if_large()),
+            self._cancels, self._crons, self._pruning,
+        ]
 
     def _catch_signals(self):
         """Count SIGTERM and SIGINT; return what undoes it."""
@@ -4103,143 +4383,129 @@ class Worker:
             return True
         idle = not (self.outcomes or self.returned or self.pool.in_hand())
         if self.signals:
-            return idle or now_ms() >= self.stop_by
-        if not self.burst or not idle or not self.announced_ready:
+            return idle or 0 < self.stop_by <= now_ms()
+        if not self.burst or not idle or not self._is_ready:
             return False
         return not self.look and (self.next_at is None or self.next_at > now_ms())
 
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
         now = now_ms()
-        unbegun = [*self.returned, *self.pool.recall_all()]
+        self.returned += self.pool.recall_all()
         interrupted = self.pool.kill_all(now) if self.pool.in_hand() else []
-        self.returned = []
-        self._settle_ended(now)
+        self._settle(now)
         self.pool.stop()
+        back = len(self.returned) + len(interrupted)
         try:
             with self.store.write(patience=2.0):
-                self._finish(now)
-                self.store.give_back(unbegun, self.id, now, started=False)
-                self.store.give_back(interrupted, self.id, now, started=True)
-            self.store.remove_worker(self.id)
-            self.live.drop(self.id)
+                stale = self._finish(now)
+                self.store.give_back(interrupted, self.liveness.id, now, started=True)
+            self._after_finish(stale)
+            self.liveness.leave()
         except DatabaseUnavailable as exc:      # the others will reap us
-            self.log.event("database_error", worker=self.name, error=str(exc))
-        self.log.event(
-            "worker_stop", worker=self.name, handed_back=len(unbegun + interrupted)
-        )
-        self.log.flush(patience=2.0)
+            self.journal.say("database_error", error=str(exc))
+            self.liveness.forsake()
+        self.journal.say("worker_stop", handed_back=back)
+        self.journal.log.flush(patience=2.0)
         self.ear.close()
         self.selector.close()
-
-    @property
-    def name(self) -> str:
-        return self.settings.worker_name
 
     # -- one turn
 
     def wait(self) -> None:
         """Sleep until a child, a caller, a signal or the clock wants something."""
-        self._ready = []
+        self.heard = []
         for key, _ in self.selector.select(self._patience()):
             if key.data == "ear":
                 self.look |= self.ear.drain()
-                self.chores[2].due = 0          # it may be about a cancellation
+                self._cancels.due = 0       # it may be about a cancellation
             elif key.data == "signal":
-                self._drain_signals(key.fileobj)
+                self._drain(key.fileobj)
             else:
-                self._ready.append((key.data, key.fd))
+                self.heard.append((key.data, key.fd))
 
-    def _drain_signals(self, receiver):
+    def _drain(self, receiver):
         with contextlib.suppress(OSError):
             while receiver.recv(4096):
                 pass
         self.pool.notice_deaths(now_ms())
 
     def _patience(self):
-        if self._trouble_since:
+        """Seconds to sleep at most."""
+        if self._trouble_at:
             return _ERROR_PAUSE
-        if self.look and not self.signals and any(self.pool.room(now_ms())):
-            return 0
         now, longest = now_ms(), _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
+        if self.look and not self.signals and any(self.pool.room(now)):
+            return 0
         due = _earliest(self.next_at, self.pool.next_timer(now))
-        return longest if due is None else min(longest, max(0, due - now) / 1000)
+        if due is not None:
+            longest = min(longest, max(0, due - now) / 1000)
+        return max(0.0, min(longest, self._crons.due - time.monotonic()))
 
     def step(self, now: int) -> None:
         """One turn.  Raises nothing that a database in trouble can cause."""
-        self._mind_the_time()
-        self.pool.receive(self._ready, now)
+        at = self.liveness.mind_the_time()
+        self.pool.receive(self.heard, now)
         self.pool.enforce(now)
         self.pool.balance(now)
         if self.signals and not self.stop_by:
             self.stop_by = now + to_ms(self.settings.shutdown_timeout)
             self.returned += self.pool.recall_all()
+        self._settle(now)
         try:
-            self._settle_ended(now)
             self._transact(now)
             self.returned += self.pool.dispatch(now)
             for chore in self.chores:
-                chore.run_if_due(now, self._last_turn)
-            self._trouble_since, self._trouble_logged = 0.0, False
+                chore.run_if_due(now, at)
+            self._trouble_at, self._trouble_said = 0.0, False
         except DatabaseUnavailable as exc:
-            self._trouble(exc)
-        if self.pool.broken:
-            self.fatal = f"its children cannot start:\n{self.pool.broken}"
-        if not self.announced_ready and self.pool.ready_count():
-            self.announced_ready = True
-            self.log.event(
-                "worker_ready", worker=self.name, children=self.settings.concurrency
-            )
-        self.log.flush()
+            self._in_trouble(exc, at)
+        self._say_ready()
+        self.journal.log.flush()
 
-    def _mind_the_time(self):
-        """A stall or a sleep of the machine counts as one second at most."""
-        at = time.monotonic()
-        self._awake += min(1.0, at - self._last_turn)
-        self._last_turn = at
-
-    def _trouble(self, exc):
+    def _in_trouble(self, exc, at):
         """Say it once; what is in hand stays there for the next turn."""
-        self._trouble_since = self._trouble_since or self._last_turn
-        lasts = self._last_turn - self._trouble_since
-        if isinstance(exc, DatabaseBusy) and lasts < _BUSY_SILENCE:
+        self._trouble_at = self._trouble_at or at
+        if isinstance(exc, DatabaseBusy) and at - self._trouble_at < _BUSY_SILENCE:
             return
-        if not self._trouble_logged:
-            self._trouble_logged = True
-            self.log.event("database_error", worker=self.name, error=str(exc))
+        if not self._trouble_said:
+            self._trouble_said = True
+            self.journal.say("database_error", error=str(exc))
         if exc.fatal:
             self.fatal = str(exc)
 
-    def _settle_ended(self, now):
+    def _say_ready(self):
+        if self.pool.broken:
+            self.fatal = f"its children cannot start:\n{self.pool.broken}"
+        if not self._is_ready and self.pool.ready_count():
+            self._is_ready = True
+            self.journal.say("worker_ready", children=self.settings.concurrency)
+
+    def _settle(self, now):
+        """Turn what the pool says into outcomes to be written."""
         ended, self.pool.ended = self.pool.ended, []
         for end in ended:
             if isinstance(end.run, Callback):
-                self._log_callback(end)
+                self.journal.callback(end)
             else:
-                policy = self._policy(end.run.name)
+                task = self.app.tasks.get(end.run.name)
+                policy = task.policy if task else RetryPolicy()
                 self.outcomes.append(settle(end, policy, now, random.random()))
-                self._log_crash(end)
-
-    def _policy(self, name):
-        task = self.app.tasks.get(name)
-        return task.policy if task else RetryPolicy()
+                self.journal.death(end)
 
     def _transact(self, now):
         """Write what ended and claim what comes next, in one commit."""
         order = self._order(now)
-        wants = self._wants(order, now)
-        if not (self.outcomes or self.returned or self.pool.progress or wants):
-            return
         durable = bool(self.outcomes or self.returned)
+        if not (durable or self.pool.progress or self._wants(order, now)):
+            return
         with self.store.write(durable, _BUSY_PATIENCE):
             stale = self._finish(now)
-            self.store.give_back(self.returned, self.id, now, started=False)
             claimed = self.store.claim(order, now) if order else None
         self.look |= bool(self.returned)
-        self.returned = []
+        self._after_finish(stale)
         if claimed:
             self._take_in(claimed, now)
-        self._after_finish(stale, now)
 
     def _order(self, now):
         """What could be claimed now; None while stopping, or without room."""
@@ -4247,7 +4513,7 @@ class Worker:
         if self.signals or free + ahead == 0:
             return None
         return ClaimOrder(
-            self.id, self.settings.queues, self.app.tasks, free, ahead,
+            self.liveness.id, self.settings.queues, self.app.tasks, free, ahead,
             self.pool.short_names, self._rates,
         )
 
@@ -4266,8 +4532,34 @@ class Worker:
 
     def _finish(self, now):
         for run, progress in self.pool.progress.values():
-            self.store.set_progress(run, self.id, progress)
-        return self.store.finish(self.outcomes, self.id, now)
+            self.store.set_progress(run, self.liveness.id, progress)
+        self.store.give_back(self.returned, self.liveness.id, now, started=False)
+        return self.store.finish(self.outcomes, self.liveness.id, now)
+
+    def _after_finish(self, stale):
+        """The commit is done: say what was written, and call back."""
+        outcomes, self.outcomes, self.returned = self.outcomes, [], []
+        self.pool.progress.clear()
+        for outcome in outcomes:
+            if outcome in stale:
+                self.journal.run("task_lost", outcome.run, reason="it was given away")
+                continue
+            self.journal.outcome(outcome)
+            if outcome.state == RETRYING:
+                self.next_at = _earliest(self.next_at, outcome.run_at)
+            else:
+                self._call_back(outcome.run, outcome.state, outcome.error)
+
+    def _call_back(self, run, state, error):
+        """Have a child run on_success or on_failure, if the task has one."""
+        task = self.app.tasks.get(run.name)
+        which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(state)
+        if which and task and getattr(task, which):
+            limit = task.timeout or _CALLBACK_SECONDS
+            text = _to_json(error)
+            self.pool.hand.append(
+                Callback(run.id, run.name, which, run.attempt, limit, text)
+            )
 
     def _take_in(self, claimed, now):
         self.pool.hand.extend(claimed.runs)
@@ -4278,85 +4570,18 @@ class Worker:
                 run.timeout = self.settings.timeout
         for name, until in claimed.limited.items():
             if self._limited.get(name, 0) <= now:
-                self.log.event("rate_limited", worker=self.name, name=name,
-                               until=iso_time(until))
+                self.journal.say("rate_limited", name=name, until=iso_time(until))
             self._limited[name] = until
 
-    def _after_finish(self, stale, now):
-        """The commit is done: say what was written, and call back."""
-        outcomes, self.outcomes = self.outcomes, []
-        self.pool.progress.clear()
-        for outcome in outcomes:
-            if outcome in stale:
-                self._log_run("task_lost", outcome.run, reason="it was given away")
-            else:
-                self._log_outcome(outcome)
-                self._call_back(outcome)
-            if outcome.state == RETRYING:
-                self.next_at = _earliest(self.next_at, outcome.run_at)
-
-    def _call_back(self, outcome):
-        task = self.app.tasks.get(outcome.run.name)
-        which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(outcome.state)
-        if which and task and getattr(task, which):
-            text = _to_json(outcome.error or {"kind": "lost"})
-            run = outcome.run
-            self.pool.hand.append(Callback(
-                run.id, run.name, which, run.attempt,
-                task.timeout or _CALLBACK_SECONDS, text,
-            ))
-
-    # -- log lines
-
-    def _log_run(self, event, run, **fields):
-        if run is None:
-            self.log.event(event, worker=self.name, **fields)
-        else:
-            self.log.event(event, task_id=run.id, name=run.name, attempt=run.attempt,
-                           worker=self.name, **fields)
-
-    def _log_crash(self, end):
-        if end.kind == "crash":
-            error = end.error
-            self._log_run(
-                "task_crash", end.run, duration=_rounded(end.duration),
-                signal=error["signal"], exit_code=error["exit_code"],
-                error=error["message"], stack=error["traceback"] or None,
-            )
-        elif end.kind == "timeout":
-            self._log_run(
-                "task_timeout", end.run, duration=_rounded(end.duration),
-                timeout=end.run.timeout, stack=end.error.get("traceback") or None,
-            )
-
-    def _log_outcome(self, outcome):
-        run, error = outcome.run, outcome.error
-        fields = {"duration": _rounded(outcome.duration)}
-        if outcome.state == SUCCESS:
-            return self._log_run("task_success", run, **fields)
-        if outcome.state == CANCELLED:
-            return self._log_run("task_cancelled", run, **fields)
-        fields.update(kind=error["kind"], error=TaskError(error))
-        if outcome.state == RETRYING:
-            retry_at = iso_time(outcome.run_at)
-            return self._log_run("task_retry", run, **fields, retry_at=retry_at)
-        return self._log_run(
-            "task_failure", run, **fields, traceback=error.get("traceback")
-        )
-
-    def _log_callback(self, end):
-        if end.kind != "success":
-            self._log_run("callback_error", end.run, callback=end.run.kind,
-                          error=TaskError(end.error),
-                          traceback=end.error.get("traceback") or None)
-
-    # -- housekeeping
+    # -- chores
 
     def _beat(self, now):
+        running = sum(1 for _ in self.pool.running())
         try:
-            alive = self.store.beat(self.id, sum(1 for _ in self.pool.running()), now)
+            alive = self.store.beat(self.liveness.id, running, now)
         except DatabaseUnavailable as exc:
-            self.log.event("heartbeat_error", worker=self.name, error=str(exc))
+            self.journal.say("heartbeat_error", error=str(exc))
+            self.liveness.doubt()
             raise
         if not alive:
             self._start_over(now)
@@ -4368,52 +4593,22 @@ class Worker:
         """
         self.pool.recall_all()
         for run in self.pool.kill_all(now):
-            self._log_run("task_lost", run, reason="this worker was given up")
+            self.journal.run("task_lost", run, reason="this worker was given up")
         self.pool.ended, self.outcomes, self.returned = [], [], []
         self.pool.progress.clear()
-        self.live.drop(self.id)
-        self._register()
+        self.liveness.forsake()
+        self.liveness.register(now)
         self.pool.fill(now)
 
-    def _reap_dead(self, now):
-        for row in self.store.workers():
-            if row.id != self.id and self._is_dead(row):
-                lost = self.store.reap(row, now)
-                self._seen_beats.pop(row.id, None)
-                self.look = True
-                for run in lost:
-                    self._log_lost(run)
-
-    def _is_dead(self, row):
-        """By its lock; or by its heartbeat, timed by our own waking time.
-
-        So a set clock, a laptop's sleep or a stall of ours never looks like the
-        death of somebody else.
-        """
-        if row.host == socket.gethostname() and row.boot != boot_id():
-            return True                 # the machine has been restarted since
-        if self.live.is_dead(row.id):
-            return True
-        beat_at, seen = self._seen_beats.get(row.id, (None, 0.0))
-        if beat_at != row.beat_at:
-            self._seen_beats[row.id] = row.beat_at, self._awake
-            return False
-        return self._awake - seen > self.settings.worker_timeout
-
-    def _log_lost(self, lost):
-        self.log.event("task_lost", task_id=lost.id, name=lost.name,
-                       attempt=lost.attempt, worker=lost.worker,
-                       state=STATE_NAMES[lost.state])
-        task = self.app.tasks.get(lost.name)
-        if lost.state == FAILED and task and task.on_failure:
-            text = _to_json({"kind": "lost", "message": f"worker {lost.worker} died"})
-            self.pool.hand.append(Callback(
-                lost.id, lost.name, "on_failure", lost.attempt,
-                task.timeout or _CALLBACK_SECONDS, text,
-            ))
+    def _reap(self, now):
+        for lost in self.liveness.reap_dead(now):
+            self.look = True
+            self.journal.lost(lost)
+            error = {"kind": "lost", "message": f"worker {lost.worker} died"}
+            self._call_back(lost, lost.state, error)
 
     def _heed_cancels(self, now):
-        for task_id in self.store.cancels_asked(self.id):
+        for task_id in self.store.cancels_asked(self.liveness.id):
             self.pool.cancel(task_id, now)
 
     def _look_after_children(self, now):
@@ -4421,8 +4616,10 @@ class Worker:
         self.pool.check_memory(now)
         self.pool.fill(now)
 
-    def _look_after_file(self, now):
-        self.store.checkpoint_if_large()
+    def _fire_crons(self, now):
+        fired, wait = self.scheduler.fire(now)
+        self.look |= fired
+        self._crons.due = time.monotonic() + wait
 
     def _prune(self, now):
         """Delete old finished tasks, a batch at a time; soon again if it was full."""
@@ -4435,107 +4632,7 @@ class Worker:
             self._prune_cursor, before, failed_before, _PRUNE_BATCH
         )
         if self._prune_cursor:
-            self._prune_chore.due = self._last_turn + 0.1
-
-    # -- cron
-
-    def _register_schedules(self, now):
-        """Make the rows of our schedules; one that is unchanged is left alone."""
-        known = {row.name: row for row in self.store.schedules()}
-        with self.store.write():
-            for name, task, schedule in self._own_schedules():
-                old, new = known.get(name), _schedule_row(name, task, schedule, now)
-                if old and (old.expr, old.tz) == (new.expr, new.tz):
-                    new = new._replace(next_tick=old.next_tick,
-                                       last_tick=old.last_tick, set_at=old.set_at)
-                elif old:
-                    new = new._replace(last_tick=old.last_tick)
-                self.store.put_schedule(new)
-
-    def _own_schedules(self):
-        for task in self.app.tasks.values():
-            for number, schedule in enumerate(task.schedules, 1):
-                suffix = f"#{number}" if number > 1 else ""
-                yield task.name + suffix, task, schedule
-
-    def _fire_crons(self, now):
-        """Enqueue every tick that is due; plan the next look."""
-        own = {name: task for name, task, _ in self._own_schedules()}
-        if not own:
-            return
-        rows = [row for row in self.store.schedules() if row.name in own]
-        plans = []
-        for row in rows:
-            plan = self._plan(row, now)
-            if plan and (plan.ticks or plan.missed or plan.next_at != row.next_tick):
-                plans.append((row, plan))
-        if plans:
-            with self.store.write(patience=_BUSY_PATIENCE):
-                done = [
-                    (row, plan, self._fire(row, plan, own[row.name], now))
-                    for row, plan in plans
-                ]
-            for row, plan, fired in done:
-                self._log_cron(row, plan, fired)
-            self.look = True
-        ticks = [plan.next_at for _, plan in plans if plan.next_at] + [
-            row.next_tick for row in rows if row.next_tick and row.next_tick * 1000 > now
-        ]
-        if ticks:
-            wait = max(0.0, min(ticks) - now / 1000)
-            self._cron_chore.due = self._last_turn + min(_CRON_POLL, wait)
-
-    def _plan(self, row, now):
-        try:
-            return plan_ticks(
-                Cron(row.expr, row.tz), row.next_tick, row.set_at / 1000, now / 1000,
-                row.misfire,
-            )
-        except ValueError as exc:
-            self.log.event("cron_error", worker=self.name, schedule=row.name,
-                           error=str(exc))
-            return None
-
-    def _fire(self, row, plan, task, now):
-        """Insert the runs of one schedule; None when another worker was first."""
-        last = plan.ticks[-1] if plan.ticks else row.last_tick
-        if not self.store.advance_schedule(row, plan.next_at, last, now):
-            return None
-        key = f"cron {row.name}" if row.overlap == "skip" else None
-        late = to_ms(jitter_offset(row.name, row.jitter)) if row.jitter else 0
-        fired = []
-        for tick in plan.ticks:
-            run_at = max(now, tick * 1000 + late)
-            state = SCHEDULED if run_at > now else QUEUED
-            fired += self.store.enqueue([NewTask(
-                task.name, task.queue, task.priority, key, task.policy.retries,
-                task.timeout, state, run_at, now, tick, "[[],{}]",
-            )])
-        return fired
-
-    def _log_cron(self, row, plan, fired):
-        if fired is None:
-            return
-        for tick, task_id in zip(plan.ticks, fired):
-            self.log.event("cron_fired", worker=self.name, schedule=row.name,
-                           name=row.task, task_id=task_id,
-                           tick=iso_time(tick * 1000))
-        if plan.missed or plan.reset:
-            self.log.event("cron_missed", worker=self.name, schedule=row.name,
-                           name=row.task, ticks=plan.missed, misfire=row.misfire,
-                           clock_set_back=plan.reset or None)
-
-
-def _schedule_row(name, task, schedule, now):
-    cron = schedule.cron
-    return ScheduleRow(
-        name, task.name, cron.expr, cron.tz, schedule.misfire, schedule.overlap,
-        schedule.jitter, cron.tick_after(now / 1000), None, now, now,
-    )
-
-
-def _rounded(seconds):
-    return None if seconds is None else round(seconds, 6)
+            self._pruning.due = time.monotonic() + 0.1
 
 
 def main(argv=None):
