@@ -683,17 +683,485 @@ class Log:
         self.event("log_dropped", lines=lines)
 
 
-class CronError(PyBgWorkerError, ValueError): pass
+# == Cron =====================================================================
+# Owns cron expressions: what they mean, and when they are due.  Pure: no clock.
+# The grammar and the day rule are those of Debian's cron, and so is its rule for
+# daylight saving time (man 8 cron): a job whose minute or hour begins with * follows
+# the wall clock, also twice through a repeated hour; any other runs once a day,
+# and right after a gap that swallowed its time.
+#
+# A *wall minute* is a count of minutes since 1970-01-01 00:00 on the wall clock.
+
+_DAY_MINUTES = 1440
+_DAY_1970 = date(1970, 1, 1).toordinal()
+_HOUR = 3600                    # seconds
+_LARGEST_SHIFT = 3 * _HOUR      # of a clock change that jobs are adjusted for
+_NEAR = 26 * _HOUR              # a window that holds one change of the offset at most
+_LONGEST_EXPRESSION = 1000      # characters
+_LONGEST_NUMBER = 9             # digits
+
+
+class CronError(PyBgWorkerError, ValueError):
+    """An expression or zone that cannot be used.
+
+    `.expr` is all of it, `.field` where (minute, hour, day-of-month, month,
+    day-of-week, fields, macro, tz), `.token` the offending part.
+    """
+
+    def __init__(self, expr: str, field: str, token: str, text: str):
+        self.expr, self.field, self.token = expr, field, token
+        super().__init__(f"bad cron {expr!r}: {field}: {text}")
+
+
+class _Field(NamedTuple):
+    name: str
+    low: int
+    high: int
+    names: tuple = ()
+
+
+_FIELDS = (
+    _Field("minute", 0, 59),
+    _Field("hour", 0, 23),
+    _Field("day-of-month", 1, 31),
+    _Field("month", 1, 12, (
+        "jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov",
+        "dec",
+    )),
+    _Field("day-of-week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")),
+)
+_MACROS = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+# What people bring along from other crons, and what to write instead.
+_HINTS = (
+    (r"\?", "use * instead of ?"),
+    (r"l|.*l$|lw", "L, the last day, is not supported"),
+    (r".*#.*", "# (the n-th weekday) is not supported"),
+    (r"\d*w", "W (the nearest weekday) is not supported"),
+    (r"h(\(.*\))?(/.*)?|r|.*~.*", "random times are not supported; see jitter="),
+)
+_LONGEST_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
 class Cron:
-    never=False
-    def __init__(self, expr, tz="UTC"): self.expr, self.tz = expr, tz
-    def tick_after(self, t): return int(t)//60*60+60
+    """A cron expression in a time zone: `Cron("30 2 * * mon-fri", "Europe/Paris")`.
+
+    Five fields (minute, hour, day-of-month, month, day-of-week) of `*`, values,
+    names, ranges and steps, or @hourly, @daily and so on.  If neither day field
+    begins with `*`, a day that matches either of them matches.  Raises CronError.
+    """
+
+    def __init__(self, expr: str, tz: str = "UTC"):
+        if not isinstance(expr, str):
+            raise TypeError(f"a cron expression is a str, not {type(expr).__name__}")
+        self.expr, self.tz = expr, tz
+        parts = _split(expr)
+        self._zone = _zone(expr, tz)
+        sets = [_parse_field(expr, f, part) for f, part in zip(_FIELDS, parts)]
+        self._minutes, self._hours = sorted(sets[0]), sorted(sets[1])
+        self._days, self._months = sets[2], sets[3]
+        self._weekdays = {day % 7 for day in sets[4]}       # 0 is Sunday
+        self._either = not (parts[2].startswith("*") or parts[4].startswith("*"))
+        self._is_wildcard = parts[0].startswith("*") or parts[1].startswith("*")
+
+    def __repr__(self) -> str:
+        return f"Cron({self.expr!r}, {self.tz!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cron) and (self.expr, self.tz) == (other.expr, other.tz)
+
+    def __hash__(self) -> int:
+        return hash((self.expr, self.tz))
+
+    @property
+    def never(self) -> bool:
+        """True when no date matches, as in `0 0 30 2 *`.
+
+        Decided, not searched for: every date falls on every weekday some year.
+        """
+        return not self._either and all(
+            day > _LONGEST_MONTH[month - 1]
+            for month in self._months for day in self._days
+        )
+
+    def next(self, after: datetime) -> datetime | None:
+        """The first tick strictly after an aware datetime; None for never."""
+        return self._moment(self.tick_after(_seconds_of(after)))
+
+    def prev(self, before: datetime) -> datetime | None:
+        """The last tick strictly before an aware datetime; None for never."""
+        return self._moment(self.tick_before(_seconds_of(before)))
+
+    def _moment(self, tick):
+        return None if tick is None else datetime.fromtimestamp(tick, self._zone)
+
+    def tick_after(self, after: float) -> int | None:
+        """next() in unix seconds."""
+        if self.never:
+            return None
+        walk = self._wildcard_after if self._is_wildcard else self._fixed_after
+        try:
+            return walk(math.floor(after))
+        except (OverflowError, ValueError, OSError):        # beyond the year 9999
+            return None
+
+    def tick_before(self, before: float) -> int | None:
+        """prev() in unix seconds."""
+        if self.never:
+            return None
+        walk = self._wildcard_before if self._is_wildcard else self._fixed_before
+        try:
+            return walk(math.ceil(before))
+        except (OverflowError, ValueError, OSError):        # before the year 1
+            return None
+
+    # -- instants
+
+    def _offset(self, instant):
+        """Seconds that the wall clock is ahead of UTC."""
+        if self._zone is timezone.utc:
+            return 0
+        moment = datetime.fromtimestamp(instant, self._zone)
+        return moment.utcoffset() // timedelta(seconds=1)
+
+    def _wildcard_after(self, after):
+        """Follow the wall clock, from one change of the offset to the next."""
+        start = after + 1
+        while True:
+            offset = self._offset(start)
+            wall = self._wall_from(-(-(start + offset) // 60))
+            tick = wall * 60 - offset
+            change = self._change(start, min(tick, start + _NEAR))
+            if change is not None and change <= tick:
+                start = change          # the new offset holds from there on
+            elif tick - start > _NEAR + 4 * _HOUR:
+                start = tick - _NEAR    # nothing is due before: look closely there
+            else:
+                return tick
+
+    def _wildcard_before(self, before):
+        start = before - 1
+        while True:
+            offset = self._offset(start)
+            wall = self._wall_until((start + offset) // 60)
+            tick = wall * 60 - offset
+            change = self._change(max(tick, start - _NEAR), start)
+            if change is not None and tick < change:
+                start = change - 1
+            elif start - tick > _NEAR + 4 * _HOUR:
+                start = tick + _NEAR
+            else:
+                return tick
+
+    def _change(self, low, high):
+        """The instant in (low, high] from which the offset of `high` holds, or None.
+
+        The two are so near that there is one change between them at most.
+        """
+        new = self._offset(high)
+        if self._offset(low) == new:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._offset(middle) == new:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _fixed_after(self, after):
+        """Map each wall time to its first instant; one in a gap to the gap's end."""
+        wall = (after + self._offset(after)) // 60
+        while True:
+            wall = self._wall_from(wall)
+            tick = self._instant(wall)
+            if tick is not None and tick > after:
+                return tick
+            wall += 1
+
+    def _fixed_before(self, before):
+        # In a repeated hour the wall clock has been further already.
+        earlier = before - _LARGEST_SHIFT
+        wall = (before + max(self._offset(before), self._offset(earlier))) // 60
+        while True:
+            wall = self._wall_until(wall)
+            tick = self._instant(wall)
+            if tick is not None and tick < before:
+                return tick
+            wall -= 1
+
+    def _instant(self, wall):
+        """The first instant at which the wall clock shows this minute.
+
+        For one that it leaps over, the end of the leap; None for a leap over hours,
+        which is a correction and not daylight saving time.
+        """
+        for late in range(_LARGEST_SHIFT // 60 + 1):
+            shown = datetime(1970, 1, 1) + timedelta(minutes=wall + late)
+            offset = shown.replace(tzinfo=self._zone).utcoffset() // timedelta(seconds=1)
+            instant = (wall + late) * 60 - offset
+            if self._offset(instant) == offset:
+                return instant
+        return None
+
+    # -- wall minutes
+
+    def _wall_from(self, wall):
+        """The first matching wall minute at or after this one."""
+        day, minute = divmod(wall, _DAY_MINUTES)
+        found = self._time_from(minute)
+        if found is None or not self._has_day(day):
+            day, found = self._day_from(day + 1), self._time_from(0)
+        return day * _DAY_MINUTES + found
+
+    def _wall_until(self, wall):
+        """The last matching wall minute at or before this one."""
+        day, minute = divmod(wall, _DAY_MINUTES)
+        found = self._time_until(minute)
+        if found is None or not self._has_day(day):
+            day, found = self._day_until(day - 1), self._time_until(_DAY_MINUTES - 1)
+        return day * _DAY_MINUTES + found
+
+    def _time_from(self, minute_of_day):
+        hour, minute = divmod(minute_of_day, 60)
+        if hour in self._hours and minute <= self._minutes[-1]:
+            return hour * 60 + self._minutes[bisect.bisect_left(self._minutes, minute)]
+        later = bisect.bisect_right(self._hours, hour)
+        if later == len(self._hours):
+            return None
+        return self._hours[later] * 60 + self._minutes[0]
+
+    def _time_until(self, minute_of_day):
+        hour, minute = divmod(minute_of_day, 60)
+        if hour in self._hours and minute >= self._minutes[0]:
+            place = bisect.bisect_right(self._minutes, minute) - 1
+            return hour * 60 + self._minutes[place]
+        earlier = bisect.bisect_left(self._hours, hour) - 1
+        if earlier < 0:
+            return None
+        return self._hours[earlier] * 60 + self._minutes[-1]
+
+    def _has_day(self, day):
+        found = date.fromordinal(_DAY_1970 + day)
+        return found.month in self._months and self._day_matches(
+            found.day, found.isoweekday() % 7
+        )
+
+    def _day_matches(self, day, weekday):
+        in_month, in_week = day in self._days, weekday in self._weekdays
+        return in_month or in_week if self._either else in_month and in_week
+
+    def _days_of(self, year, month):
+        """The matching days of a month, as numbers of days since 1970."""
+        if month not in self._months:
+            return []
+        first = date(year, month, 1)
+        length = calendar.monthrange(year, month)[1]
+        base, weekday = first.toordinal() - _DAY_1970 - 1, first.isoweekday() - 1
+        return [
+            base + day for day in range(1, length + 1)
+            if self._day_matches(day, (weekday + day) % 7)
+        ]
+
+    def _day_from(self, day):
+        """The first matching day at or after this one, month by month."""
+        start = date.fromordinal(_DAY_1970 + day)
+        year, month = start.year, start.month
+        while True:
+            for found in self._days_of(year, month):
+                if found >= day:
+                    return found
+            year, month = (year, month + 1) if month < 12 else (year + 1, 1)
+
+    def _day_until(self, day):
+        start = date.fromordinal(_DAY_1970 + day)
+        year, month = start.year, start.month
+        while True:
+            for found in reversed(self._days_of(year, month)):
+                if found <= day:
+                    return found
+            year, month = (year, month - 1) if month > 1 else (year - 1, 12)
+
+
+def _seconds_of(moment):
+    """Unix time of an aware datetime, by way of UTC: a zone may repeat an hour."""
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise ValueError(f"{moment!r} must be a datetime with a time zone")
+    since = moment.astimezone(timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)
+    return since.days * 86400 + since.seconds + since.microseconds / 1e6
+
+
+def _zone(expr, tz):
+    if tz == "UTC":
+        return timezone.utc             # ZoneInfo("UTC") needs zone data
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(tz)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, TypeError, OSError):
+        raise CronError(
+            expr, "tz", str(tz),
+            f"{tz!r} is not a zone that this machine knows (an IANA name like "
+            "Europe/Paris; if all are unknown: install the package tzdata)",
+        ) from None
+
+
+def _split(expr):
+    """The five fields of an expression."""
+    if len(expr) > _LONGEST_EXPRESSION:
+        raise CronError(expr[:40] + "…", "fields", "", "longer than 1,000 characters")
+    text = expr.strip(" \t")
+    if text.startswith("@"):
+        return _expand_macro(expr, text).split(" ")
+    parts = re.split("[ \t]+", text) if text else []
+    if len(parts) != 5:
+        hint = "; seconds and years are not supported" if len(parts) in (6, 7) else ""
+        raise CronError(
+            expr, "fields", text, f"5 fields expected, {len(parts)} found{hint}"
+        )
+    return parts
+
+
+def _expand_macro(expr, text):
+    if text.lower() in _MACROS:
+        return _MACROS[text.lower()]
+    hint = f"{text!r} is not one of {', '.join(sorted(_MACROS))}"
+    if text.lower() == "@reboot":
+        hint = "@reboot is not supported: call .delay() when your program starts"
+    raise CronError(expr, "macro", text, hint)
+
+
+def _parse_field(expr, field, text):
+    """The set of values that a field's text names."""
+    found: set[int] = set()
+    for item in text.split(","):
+        try:
+            found.update(_parse_item(field, item))
+        except ValueError as exc:
+            token, hint = exc.args
+            raise CronError(expr, field.name, token, hint) from None
+    return found
+
+
+def _parse_item(field, item):
+    """`*`, `a`, `a-b`, each with `/step`.  Raises ValueError(token, what is wrong)."""
+    shape = re.fullmatch(r"(\*|\w+)(?:-(\w+))?(?:/(\w+))?", item, re.ASCII)
+    if not shape or (shape[1] == "*" and shape[2]):
+        raise ValueError(item, _why_not(field, item))
+    first, last, step = shape.groups()
+    low = field.low if first == "*" else _value(field, first)
+    if first == "*":
+        high = field.high
+    elif last is not None:
+        high = _last_value(field, last, low)
+    else:
+        high = low if step is None else max(low, 6 if field.high == 7 else field.high)
+    if low > high:
+        top = 6 if field.high == 7 else field.high
+        fix = f"{low}-{top},{field.low}-{high}"
+        raise ValueError(item, f"{item!r} runs backwards: use {fix}")
+    return range(low, high + 1, 1 if step is None else _step(step))
+
+
+def _value(field, token):
+    if token.lower() in field.names:
+        return field.low + field.names.index(token.lower())
+    if not token.isdigit():
+        raise ValueError(token, _why_not(field, token))
+    if len(token) > _LONGEST_NUMBER or not field.low <= int(token) <= field.high:
+        raise ValueError(token, f"{token!r} is not in {field.low}-{field.high}")
+    return int(token)
+
+
+def _last_value(field, token, low):
+    """The end of a range: in fri-sun, Sunday is 7."""
+    if field.high == 7 and token.lower() == "sun" and low > 0:
+        return 7
+    return _value(field, token)
+
+
+def _step(token):
+    if not token.isdigit() or len(token) > _LONGEST_NUMBER or int(token) == 0:
+        raise ValueError(token, f"step {token!r} is not a whole number from 1 up")
+    return int(token)
+
+
+def _why_not(field, token):
+    """What is wrong with a token that is no value, with a hint where there is one."""
+    for pattern, hint in _HINTS:
+        if re.fullmatch(pattern, token.lower()):
+            return f"{token!r}: {hint}"
+    for number, name in enumerate(field.names, field.low):
+        if token.lower().startswith(name) and token.isalpha():
+            return f"{token!r} is not a name: use {name} or {number}"
+    if not token:
+        return "an item is missing at a comma"
+    names = f" or {field.names[0]}-{field.names[-1]}" if field.names else ""
+    return f"{token!r} is not in {field.low}-{field.high}{names}"
+
+
 class TickPlan(NamedTuple):
-    ticks: list; next_at: Any; missed: int; reset: bool
-def plan_ticks(cron, next_at, set_at, now, misfire="latest", grace=60, cap=1000):
-    if next_at > now: return TickPlan([], next_at, 0, False)
-    return TickPlan([next_at], cron.tick_after(now), 0, False)
-def jitter_offset(name, w): return 0
+    """What to do about a schedule now."""
+
+    ticks: list[int]        # to be enqueued, oldest first; unix seconds
+    next_at: int | None     # the tick to wait for
+    missed: int             # ticks dropped, counted up to the cap
+    reset: bool             # True: the clock was set back, next_at is new
+
+
+_MISFIRE_GRACE = 30         # seconds late that a tick may be and not count as missed
+_MISFIRE_CAP = 1000         # ticks that are caught up with, or counted, at most
+
+
+def plan_ticks(cron: Cron, next_at: int | None, set_at: float, now: float,
+               misfire: str = "latest") -> TickPlan:
+    """Decide which ticks of a schedule to enqueue at unix time `now`.
+
+    `next_at` is the tick waited for, `set_at` when that was written: a clock that
+    is now more than three hours before it was set back, and next_at is computed
+    anew; after less, it is kept, so that nothing runs twice.
+    """
+    if next_at is None or next_at > now:
+        if next_at is not None and now < set_at - _LARGEST_SHIFT:
+            return TickPlan([], cron.tick_after(now), 0, True)
+        return TickPlan([], next_at, 0, False)
+    latest = cron.tick_before(math.floor(now) + 1)
+    latest = next_at if latest is None else max(latest, next_at)
+    ticks = _ticks_back(cron, latest, next_at, now, misfire)
+    first = ticks[0] if ticks else latest + 1
+    return TickPlan(ticks, cron.tick_after(now), _count(cron, next_at, first), False)
+
+
+def _ticks_back(cron, latest, oldest, now, misfire):
+    """The ticks to run, oldest first, of those from `oldest` to `latest`."""
+    most = {"latest": 1, "skip": _MISFIRE_CAP, "all": _MISFIRE_CAP}[misfire]
+    ticks: list[int] = []
+    tick = latest
+    while tick is not None and tick >= oldest and len(ticks) < most:
+        if misfire == "skip" and now - tick >= _MISFIRE_GRACE:
+            break
+        ticks.append(tick)
+        tick = cron.tick_before(tick)
+    return ticks[::-1]
+
+
+def _count(cron, first, end):
+    """How many ticks there are from `first` to before `end`, up to the cap."""
+    count, tick = 0, first
+    while tick is not None and tick < end and count < _MISFIRE_CAP:
+        count += 1
+        tick = cron.tick_after(tick)
+    return count
+
+
+def jitter_offset(name: str, seconds: float) -> float:
+    """The same part of `seconds` for the same name, always and everywhere."""
+    return zlib.crc32(name.encode()) / 2**32 * seconds
+
+
 # == Retry and rate ===========================================================
 # Owns the arithmetic of retry delays and of rate limits.  Pure: the clock and
 # randomness are arguments, nothing is stored here.
@@ -2383,7 +2851,7 @@ class App:
         """
         parsed = Cron(expr, tz)
         if parsed.never:
-            raise CronError.never(parsed)
+            raise CronError(expr, "fields", expr, "no year has such a date")
         if misfire not in ("latest", "skip", "all"):
             raise ValueError(f"misfire={misfire!r}: must be latest, skip or all")
         if overlap not in ("allow", "skip"):
@@ -4635,13 +5103,630 @@ class Worker:
             self._pruning.due = time.monotonic() + 0.1
 
 
-def main(argv=None):
-    argv = argv or sys.argv[1:]
-    sys.path.insert(0, os.getcwd())
-    app = load_app(argv[argv.index("--app")+1])
-    if "--concurrency" in argv: app.override(concurrency=argv[argv.index("--concurrency")+1])
-    sys.path.insert(0, os.getcwd())
-    return Worker(app, argv[argv.index("--app")+1], burst="--burst" in argv).run()
+# == Reports ==================================================================
+# Owns what people and programs read of a queue: first plain dicts, which --json
+# prints as they are, then aligned text.  Times are ISO 8601 in UTC, durations and
+# ages are seconds.  Knows no SQL, and changes nothing.
+
+_STATS_ROWS = 100_000           # finished tasks that stats looks at: the newest
+_TEXT_WIDTH = 60                # characters of a long value in a table
+_STATE_COLOURS = {
+    "running": 36, "success": 32, "failed": 31, "retrying": 33, "cancelled": 90,
+}
+
+
+def _when(at):
+    return None if at is None else iso_time(at)
+
+
+def _readable(text):
+    """An encoded value as JSON can show it: other types as their repr()."""
+    if text is None:
+        return None
+    value = decode(text)
+    try:
+        return json.loads(json.dumps(value, default=repr))
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+def task_report(store: Store, row: TaskRow) -> dict:
+    """One task as `list` shows it."""
+    error = store.error(row.id)
+    waited = row.started_at and max(0, row.started_at - row.run_at) / 1000
+    return {
+        "id": row.id, "name": row.name, "status": row.status, "queue": row.queue,
+        "priority": row.priority, "key": row.key, "attempt": row.attempt,
+        "retries": row.retries, "worker": row.worker, "timeout": row.timeout,
+        "created_at": _when(row.created_at), "run_at": _when(row.run_at),
+        "started_at": _when(row.started_at), "finished_at": _when(row.finished_at),
+        "duration": row.duration, "waited": waited,
+        "scheduled_for": _when(row.tick and row.tick * 1000),
+        "error": str(TaskError(error)) if error else None,
+    }
+
+
+def show_report(store: Store, task_id: int) -> dict:
+    """One task with all that is kept of it.  Raises TaskNotFound."""
+    row = store.task(task_id)
+    args, kwargs = json.loads(json.dumps(decode(store.args(task_id)), default=repr))
+    return {
+        **task_report(store, row), "args": args, "kwargs": kwargs,
+        "result": _readable(store.result(task_id)), "error": store.error(task_id),
+        "output": store.output(task_id), "progress": store.progress(task_id),
+        "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
+    }
+
+
+def list_report(store: Store, state: int | None, name: str | None,
+                queue: str | None, limit: int) -> list[dict]:
+    """The newest tasks first."""
+    rows = store.tasks(state=state, name=name, queue=queue, limit=limit)
+    return [task_report(store, row) for row in rows]
+
+
+def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
+    """The state of everything: tasks, queues, workers, schedules."""
+    states = dict.fromkeys(STATE_NAMES, 0)
+    tasks: dict[tuple, dict] = {}
+    for queue, name, state, count in store.counts():
+        word = STATE_NAMES[state] if 0 <= state < len(STATE_NAMES) else "unknown"
+        states[word] = states.get(word, 0) + count
+        tasks.setdefault((queue, name), {"queue": queue, "name": name})[word] = count
+    return {
+        "database": store.path, "states": states, "tasks": list(tasks.values()),
+        "paused_queues": store.paused_queues(),
+        "workers": [_worker_report(w, now, worker_timeout) for w in store.workers()],
+        "schedules": cron_report(store),
+    }
+
+
+def _worker_report(row, now, worker_timeout):
+    age = max(0, now - row.beat_at) / 1000
+    return {
+        "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
+        "queues": json.loads(row.queues) if row.queues else None,
+        "concurrency": row.concurrency, "running": row.running,
+        "started_at": _when(row.started_at), "heartbeat_age": age,
+        "stale": age > worker_timeout,
+    }
+
+
+def cron_report(store: Store) -> list[dict]:
+    """Every schedule with its last and its next tick."""
+    return [
+        {
+            "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
+            "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
+            "last": _when(row.last_tick and row.last_tick * 1000),
+            "next": _when(row.next_tick and row.next_tick * 1000),
+            "seen_at": _when(row.seen_at),
+        }
+        for row in store.schedules()
+    ]
+
+
+def percentile(values: Sequence[float], part: float) -> float | None:
+    """The value below which `part` (0 to 1) of the sorted values lie."""
+    if not values:
+        return None
+    return values[min(len(values) - 1, int(part * len(values)))]
+
+
+def stats_report(store: Store, now: int) -> list[dict]:
+    """Per task: how many, how long, how long waited; over what is retained.
+
+    Looks at the newest 100,000 finished tasks.  per_minute counts the last hour.
+    """
+    groups: dict[str, list] = {}
+    for name, *rest in store.finished_runs(_STATS_ROWS):
+        groups.setdefault(name, []).append(rest)
+    return [_task_stats(name, groups[name], now) for name in sorted(groups)]
+
+
+def _task_stats(name, rows, now):
+    ran = sorted(row[4] for row in rows if row[4] is not None)
+    waited = sorted(max(0, row[2] - row[1]) / 1000 for row in rows if row[2])
+    recent = sum(row[3] > now - 3_600_000 for row in rows if row[3])
+    report = {
+        "name": name, "runs": len(rows),
+        "failures": sum(row[0] == FAILED for row in rows),
+        "per_minute": round(recent / 60, 3),
+    }
+    for what, values in (("duration", ran), ("waited", waited)):
+        report[f"{what}_p50"] = percentile(values, 0.5)
+        report[f"{what}_p95"] = percentile(values, 0.95)
+        report[f"{what}_max"] = values[-1] if values else None
+    return report
+
+
+# Text.  A table is a list of dicts and the columns to show of them.
+
+
+def span(seconds: float | None) -> str:
+    """Seconds for eyes: 12 ms, 3.4 s, 5 min, 2.1 h, 9 d."""
+    if seconds is None:
+        return "-"
+    for least, unit, name in ((86400, 86400, "d"), (3600, 3600, "h"), (100, 60, "min")):
+        if seconds >= least:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _cell(value):
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "-"
+    text = " ".join(str(value).split())
+    return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 1] + "…"
+
+
+def table(rows: list[dict], columns: Sequence[str], colour: bool = False) -> str:
+    """Aligned text: numbers to the right, headers on top."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, found)) for found in zip(columns, *cells)]
+    right = [
+        all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
+        for column in columns
+    ]
+    lines = []
+    for found in [[c.upper() for c in columns], *cells]:
+        parts = [
+            text.rjust(width) if numeric else text.ljust(width)
+            for text, width, numeric in zip(found, widths, right)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(_coloured(line) if colour else line for line in lines)
+
+
+def _coloured(line):
+    for word, code in _STATE_COLOURS.items():
+        line = re.sub(rf"\b{word}\b", f"\033[{code}m{word}\033[0m", line, count=1)
+    return line
+
+
+def _shown(row):
+    """A task's dict with its times for eyes."""
+    return {
+        **row, "ran": span(row["duration"]), "waited": span(row["waited"]),
+        "created": row["created_at"][:19].replace("T", " "),
+    }
+
+
+def list_text(rows: list[dict], colour: bool = False) -> str:
+    """A line for each task."""
+    if not rows:
+        return "no tasks"
+    columns = ("id", "status", "name", "queue", "attempt", "created", "waited", "ran",
+               "error")
+    return table([_shown(row) for row in rows], columns, colour)
+
+
+def show_text(report: dict, colour: bool = False) -> str:
+    """Every field on a line of its own, long texts below."""
+    long = ("error", "output")
+    lines = [
+        f"{key:<14} {_plain(value)}" for key, value in report.items()
+        if key not in long and value not in (None, False)
+    ]
+    error = report["error"]
+    if error:
+        lines += [f"{'error':<14} {TaskError(error)}", error.get("traceback", "")]
+    if report["output"]:
+        lines += ["output:", report["output"]]
+    text = "\n".join(line.rstrip() for line in lines if line)
+    return _coloured(text) if colour else text
+
+
+def _plain(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def inspect_text(report: dict, colour: bool = False) -> str:
+    """The overview: states, tasks, workers, schedules."""
+    states = "  ".join(f"{name} {n}" for name, n in report["states"].items() if n)
+    parts = [f"database  {report['database']}", f"tasks     {states or 'none'}"]
+    if report["paused_queues"]:
+        parts.append(f"paused    {', '.join(report['paused_queues'])}")
+    if report["tasks"]:
+        used = [s for s in STATE_NAMES if any(s in row for row in report["tasks"])]
+        rows = [{**dict.fromkeys(used, 0), **row} for row in report["tasks"]]
+        parts += ["", table(rows, ["queue", "name", *used])]
+    parts += ["", _workers_text(report["workers"])]
+    if report["schedules"]:
+        parts += ["", cron_text(report["schedules"])]
+    text = "\n".join(parts)
+    return _coloured(text) if colour else text
+
+
+def _workers_text(workers):
+    if not workers:
+        return "no worker is running: python pybgworker.py run --app MODULE"
+    columns = ("worker", "pid", "host", "queues", "concurrency", "running", "heartbeat")
+    rows = [
+        {
+            **row, "worker": row["name"], "queues": row["queues"] or "all",
+            "heartbeat": span(row["heartbeat_age"]) + " ago" + " STALE" * row["stale"],
+        }
+        for row in workers
+    ]
+    return table(rows, columns)
+
+
+def stats_text(rows: list[dict], colour: bool = False) -> str:
+    """A line for each task, times for eyes."""
+    if not rows:
+        return "no task has finished yet"
+    times = [key for key in rows[0] if key.startswith(("duration", "waited"))]
+    shown = [{**row, **{key: span(row[key]) for key in times}} for row in rows]
+    return table(shown, ["name", "runs", "failures", "per_minute", *times])
+
+
+def cron_text(rows: list[dict], colour: bool = False) -> str:
+    """A line for each schedule."""
+    if not rows:
+        return "no schedules: a worker registers them when it starts"
+    return table(rows, ["schedule", "expr", "tz", "last", "next", "misfire", "overlap"])
+
+
+# == Command line =============================================================
+# Owns `python pybgworker.py`: one table of commands, one function each, and
+# main(argv), which returns the exit status: 0 done, 1 it could not be done (one
+# line on standard error says why), 2 wrong usage.  Nothing else in this file
+# prints, but for a worker's log.
+
+_CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
+_PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
+
+
+class Problem(PyBgWorkerError):
+    """A command could not do (all of) its work; the message is for people."""
+
+
+class Flag(NamedTuple):
+    """One argument of a command, as argparse wants it."""
+
+    names: tuple
+    options: dict
+
+
+class Command(NamedTuple):
+    """One row of COMMANDS."""
+
+    name: str
+    act: Callable           # (args, app) -> text to print, or None
+    help: str
+    example: str
+    flags: tuple
+    reads: bool = False     # takes --json, and needs a database that exists
+
+
+def _flag(*names, **options):
+    return Flag(names, options)
+
+
+def _load(spec):
+    """Import the app for the worker; what it prints must not get into the log."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            app = load_app(spec)
+    except PyBgWorkerError:
+        raise
+    except BaseException as exc:
+        trace = describe_exception(_without_our_frames(exc))["traceback"]
+        raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
+    if not app.tasks:
+        raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
+    return app
+
+
+def _without_our_frames(exc):
+    """Drop the frames of this file and of the import machinery."""
+    frame = exc.__traceback__
+    while frame is not None and (
+        frame.tb_frame.f_code.co_filename == __file__
+        or "importlib" in frame.tb_frame.f_code.co_filename
+    ):
+        frame = frame.tb_next
+    return exc.with_traceback(frame)
+
+
+def _run(args, app):
+    flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
+    app = _load(args.app)
+    app.override(**flags)
+    log = Log(sys.stdout.fileno(), args.log_format)
+    return Worker(app, args.app, burst=args.burst, log=log).run()
+
+
+def _inspect(args, app):
+    report = inspect_report(app.store, now_ms(), app.settings.worker_timeout)
+    return _printed(args, report, inspect_text)
+
+
+def _list(args, app):
+    state = None if args.status is None else STATE_NAMES.index(args.status)
+    rows = list_report(app.store, state, args.name, args.queue, args.limit)
+    return _printed(args, rows, list_text)
+
+
+def _failed(args, app):
+    rows = list_report(app.store, FAILED, args.name, args.queue, args.limit)
+    return _printed(args, rows, list_text)
+
+
+def _show(args, app):
+    return _printed(args, show_report(app.store, _id(args.id)), show_text)
+
+
+def _stats(args, app):
+    return _printed(args, stats_report(app.store, now_ms()), stats_text)
+
+
+def _cron(args, app):
+    return _printed(args, cron_report(app.store), cron_text)
+
+
+def _printed(args, report, text):
+    """The report as JSON or as text, as the flags and the terminal want it."""
+    if args.json:
+        return json.dumps(report, indent=2)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return text(report, colour)
+
+
+def _id(text):
+    """A task id from the command line."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise TaskNotFound(f"no task {text!r}: an id is a whole number from 1 up")
+    return int(text)
+
+
+def _each(texts, act):
+    """Do it for every id; what fails does not keep the others from being done."""
+    lines, problems = [], []
+    for text in texts:
+        try:
+            lines.append(act(_id(text)))
+        except PyBgWorkerError as exc:
+            problems.append(str(exc))
+    if lines:
+        print("\n".join(lines))
+    if problems:
+        raise Problem("\n".join(problems))
+
+
+def _retry(args, app):
+    def again(task_id):
+        app.store.retry(task_id, now_ms())
+        return f"task {task_id} is queued again"
+
+    if args.failed == bool(args.ids):
+        raise Problem("retry takes the ids of tasks, or --failed")
+    ids = args.ids
+    if args.failed:
+        rows = app.store.tasks(state=FAILED, name=args.name, limit=1 << 40)
+        ids = [str(row.id) for row in reversed(rows)]
+        if not ids:
+            raise Problem("nothing to retry: no task is failed")
+    return _each(ids, again)
+
+
+def _cancel(args, app):
+    def end(task_id):
+        before = app.store.cancel(task_id, now_ms())
+        if before in FINISHED:
+            raise TaskStateError(
+                f"task {task_id} is {STATE_NAMES[before]} already: nothing to cancel"
+            )
+        deadline = time.monotonic() + _CANCEL_PATIENCE
+        while app.store.status(task_id) == RUNNING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        state = app.store.status(task_id)
+        if state == RUNNING:
+            return f"task {task_id} is still running: its worker has been asked to end it"
+        return f"task {task_id} is {STATE_NAMES[state]}"
+
+    return _each(args.ids, end)
+
+
+def _purge(args, app):
+    where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
+                     if v) or "all queues"
+    _confirm(args, f"Cancel all waiting tasks of {where}?")
+    return f"{app.store.purge(args.queue, args.name, now_ms())} tasks cancelled"
+
+
+def _prune(args, app):
+    s, now = app.settings, now_ms()
+    keep, keep_failed = s.retention, s.retention_failed
+    if args.older_than is not None:
+        keep = keep_failed = args.older_than
+    limits = [None if k is None else now - to_ms(k) for k in (keep, keep_failed)]
+    _confirm(args, "Delete finished tasks that are older than their retention?")
+    deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
+    while cursor:
+        more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
+        deleted += more
+    return f"{deleted} tasks deleted"
+
+
+def _confirm(args, question):
+    """Ask on a terminal; elsewhere the command is meant."""
+    if args.yes or not sys.stdin.isatty():
+        return
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Problem("nothing was changed")
+
+
+def _enqueue(args, app):
+    if args.app:
+        app = _load(args.app)
+        app.override(db=args.db)
+    values = []
+    for text in args.arguments:
+        try:
+            values.append(json.loads(text))
+        except ValueError:
+            raise UsageError(
+                f"argument {text!r} is not JSON: a string needs quotes inside the "
+                f"shell's, '\"{text}\"'"
+            ) from None
+    options = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
+    options = {k: v for k, v in options.items() if v is not None}
+    return str(app.send(args.name, *values, **options).id)
+
+
+class UsageError(PyBgWorkerError):
+    """The command line itself is wrong: exit status 2."""
+
+
+def _pause(args, app):
+    app.store.pause(args.queue, now_ms())
+    return f"queue {args.queue} is paused: nothing is claimed from it until resume"
+
+
+def _resume(args, app):
+    if not app.store.resume(args.queue):
+        raise Problem(f"queue {args.queue} is not paused")
+    return f"queue {args.queue} goes on"
+
+
+def _bench(args, app):
+    folder = os.path.dirname(app.store.path)
+    report = bench_report(args.tasks, args.concurrency, folder)
+    return json.dumps(report, indent=2) if args.json else bench_text(report)
+
+
+_APP = _flag("--app", metavar="MODULE[:APP]", help="the module that defines the tasks")
+_JSON = _flag("--json", action="store_true", help="one JSON document")
+_YES = _flag("--yes", action="store_true", help="do not ask")
+_NAME = _flag("--name", metavar="N", help="only tasks of this name")
+_QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue")
+_LIMIT = _flag("--limit", metavar="N", type=int, default=50, help="rows (50)")
+
+
+def _setting_flag(setting):
+    def parse(text):
+        return setting.parse(text)
+
+    parse.__name__ = setting.name       # argparse says: invalid NAME value
+    return _flag("--" + setting.name.replace("_", "-"), type=parse, default=None,
+                 metavar="X", help=setting.meaning.replace("%", "%%"))
+
+
+COMMANDS = (
+    Command("run", _run, "work on tasks until told to stop",
+            "run --app example --concurrency 4", (
+                _flag("--app", required=True, metavar="MODULE[:APP]",
+                      help="the module that defines the tasks"),
+                _flag("--burst", action="store_true",
+                      help="end when nothing is due or running"),
+                _flag("--log-format", choices=("json", "text"), default="json",
+                      help="one JSON object a line, or the same for eyes"),
+                *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"),
+            )),
+    Command("inspect", _inspect, "show tasks by state, workers, schedules",
+            "inspect --json", (), True),
+    Command("list", _list, "list tasks, the newest first",
+            "list --status running --limit 20",
+            (_flag("--status", choices=STATE_NAMES, metavar="S",
+                   help=", ".join(STATE_NAMES)), _NAME, _QUEUE, _LIMIT), True),
+    Command("show", _show, "show all that is known of one task", "show 42",
+            (_flag("id", metavar="ID"),), True),
+    Command("failed", _failed, "list the tasks that failed for good", "failed",
+            (_NAME, _QUEUE, _LIMIT), True),
+    Command("stats", _stats, "show durations and waiting times for each task",
+            "stats", (), True),
+    Command("cron", _cron, "show schedules with their last and next run",
+            "cron", (), True),
+    Command("retry", _retry, "run finished tasks again",
+            "retry --failed --name mail.send",
+            (_flag("ids", nargs="*", metavar="ID"),
+             _flag("--failed", action="store_true", help="all that failed"), _NAME)),
+    Command("cancel", _cancel, "cancel waiting tasks, end running ones",
+            "cancel 42 43", (_flag("ids", nargs="+", metavar="ID"),)),
+    Command("purge", _purge, "cancel all waiting tasks",
+            "purge --queue mail --yes", (_QUEUE, _NAME, _YES)),
+    Command("prune", _prune, "delete finished tasks past their retention",
+            "prune --older-than 1d --yes",
+            (_flag("--older-than", metavar="T", type=_grace,
+                   help="finished so long ago: 90s, 12h, 7d"), _YES)),
+    Command("enqueue", _enqueue, "enqueue a task by its name; each JSON is an argument",
+            "enqueue example.add 1 2",
+            (_flag("name", metavar="NAME"), _flag("arguments", nargs="*", metavar="JSON"),
+             _APP, _flag("--queue", metavar="Q", help="instead of the task's own"),
+             _flag("--countdown", metavar="S", type=float, help="seconds from now"),
+             _flag("--key", metavar="K", help="one unfinished task with this key"),
+             _flag("--priority", metavar="P", type=int, help="lower runs first"))),
+    Command("pause", _pause, "claim nothing from a queue", "pause mail",
+            (_flag("queue", metavar="QUEUE"),)),
+    Command("resume", _resume, "claim from a queue again", "resume mail",
+            (_flag("queue", metavar="QUEUE"),)),
+    Command("bench", _bench, "measure this machine, beside raw SQLite",
+            "bench --tasks 20000",
+            (_flag("--tasks", metavar="N", type=_count, default=20000,
+                   help="no-op tasks to run (20000)"),
+             _flag("--concurrency", metavar="N", type=_count, default=2,
+                   help="children (2)"), _JSON)),
+)
+
+
+def _parser():
+    import argparse
+
+    examples = "\n".join(f"  python pybgworker.py {c.example}" for c in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="pybgworker", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Background tasks for Python programs, kept in one SQLite file.",
+        epilog=f"examples:\n{examples}",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        one = commands.add_parser(
+            command.name, help=command.help, description=command.help + ".",
+            epilog=f"example: python pybgworker.py {command.example}",
+        )
+        for flag in command.flags + ((_JSON,) if command.reads else ()):
+            one.add_argument(*flag.names, **flag.options)
+        one.add_argument("--db", type=_text, metavar="PATH", default=None,
+                         help="the SQLite file (default: PYBGWORKER_DB, pybgworker.db)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 or 2."""
+    args = _parser().parse_args(argv)
+    try:
+        printed = _carry_out(args)
+        if isinstance(printed, str):
+            print(printed)
+        sys.stdout.flush()
+        return printed if isinstance(printed, int) else 0
+    except (PyBgWorkerError, ValueError) as exc:
+        print(f"pybgworker: {exc}", file=sys.stderr)
+        return 2 if isinstance(exc, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:                 # … | head: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _carry_out(args):
+    command = next(c for c in COMMANDS if c.name == args.command)
+    app = _default_app
+    app.override(db=args.db)
+    if command.reads and not os.path.exists(app.settings.db):
+        raise Problem(
+            f"there is no database {os.path.abspath(app.settings.db)}: name one with "
+            "--db or PYBGWORKER_DB"
+        )
+    return command.act(args, app)
 
 
 # == Old import paths =========================================================
