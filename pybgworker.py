@@ -589,7 +589,10 @@ _LOG_BACKLOG_BYTES = 4 << 20
 _PIPE_CHUNK_BYTES = 4096
 
 # The encoder's own parts, without the cost of setting it up for every line.
-_SCALARS = {int: int.__repr__, str: json.encoder.encode_basestring_ascii}
+_SCALARS = {
+    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
+    float: lambda value: repr(value) if math.isfinite(value) else "null",
+}
 
 
 def _text_line(at, event, fields):
@@ -1743,7 +1746,7 @@ _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 
 
 class NewTask(NamedTuple):
-    """A task to be enqueued, in the order of the insert's parameters."""
+    """A task to be enqueued, but for its arguments."""
 
     name: str
     queue: str
@@ -1754,8 +1757,7 @@ class NewTask(NamedTuple):
     state: int
     run_at: int
     created_at: int
-    tick: int | None
-    args: str
+    tick: int | None = None
 
 
 class Run:
@@ -1832,53 +1834,58 @@ def _earliest(a, b):
 class Queue(Database):
     """The verbs of callers that enqueue and of workers that claim and finish."""
 
-    def enqueue(self, tasks: Sequence[NewTask], connection=None) -> list[int]:
-        """Insert the tasks; return their ids in order.
+    def enqueue(self, task: NewTask, calls: Sequence[str], connection=None) -> list:
+        """Insert a row for each text of encoded arguments; return the ids in order.
 
-        A task whose key is held by an unfinished one is not inserted: that one's
-        id is returned.  With `connection` the rows belong to its transaction.
+        If the key is held by an unfinished task, nothing is inserted and that one's
+        id is returned.  With `connection` the rows belong to its transaction;
+        without, they are committed, durably, when this returns.
         """
         if connection is not None:
-            return self._insert(connection, tasks)
+            return self._insert(connection, task, calls)
         with self.write() as link:
-            ids = self._insert(link.connection, tasks)
+            ids = self._insert(link.connection, task, calls)
             link.wake = self._wake_addresses(link.connection)
         if link.depth == 0 and link.commits % _CALLER_CHECKPOINT_EVERY == 0:
             self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
         return ids
 
-    def _insert(self, connection, tasks):
-        plain = [t for t in tasks if t.key is None and len(t.args) <= _INLINE_CHARS]
-        if len(plain) == len(tasks) > 1:
-            return self._insert_many(connection, tasks)
-        return [self._insert_one(connection, task) for task in tasks]
-
     _INSERT = """
         insert into bg_task (id, name, queue, priority, key, retries, timeout, state,
             run_at, created_at, tick, args)
-        values ((select 1 + max(value, ifnull((select max(id) from bg_task), 0))
-                from bg_meta where name = 'last_id'),
-            ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        on conflict (key) where key is not null and state < 4 do nothing"""
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
-    def _insert_many(self, connection, tasks):
-        connection.executemany(self._INSERT, tasks)
-        last = connection.execute("""select last_insert_rowid()""").fetchone()[0]
-        return list(range(last - len(tasks) + 1, last + 1))
+    def _insert(self, connection, task, calls):
+        holder = self._key_holder(connection, task.key)
+        if holder is not None:
+            return [holder] * len(calls)
+        first = self._next_id(connection)
+        connection.executemany(self._INSERT, (
+            (number, *task, text if len(text) <= _INLINE_CHARS else None)
+            for number, text in enumerate(calls, first)
+        ))
+        for number, text in enumerate(calls, first):
+            if len(text) > _INLINE_CHARS:
+                self._put_payload(connection, number, _ARGS, text)
+        return list(range(first, first + len(calls)))
 
-    def _insert_one(self, connection, task):
-        args, large = task.args, len(task.args) > _INLINE_CHARS
-        row = task._replace(args=None) if large else task
-        cursor = connection.execute(self._INSERT, row)
-        if cursor.rowcount == 0:
-            return connection.execute(
-                """select id from bg_task
-                    where key = :key and key is not null and state < 4""",
-                {"key": task.key},
-            ).fetchone()[0]
-        if large:
-            self._put_payload(connection, cursor.lastrowid, _ARGS, args)
-        return cursor.lastrowid
+    def _key_holder(self, connection, key):
+        """Id of the unfinished task with this key.  The write lock is held."""
+        if key is None:
+            return None
+        row = connection.execute(
+            """select id from bg_task
+                where key = :key and key is not null and state < 4""",
+            {"key": key},
+        ).fetchone()
+        return row and row[0]
+
+    def _next_id(self, connection):
+        """One above every id ever given, also those of deleted rows."""
+        return connection.execute(
+            """select 1 + max(value, ifnull((select max(id) from bg_task), 0))
+                from bg_meta where name = 'last_id'"""
+        ).fetchone()[0]
 
     def _put_payload(self, connection, task_id, kind, body):
         connection.execute(
@@ -2869,31 +2876,21 @@ class App:
 
     def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
         """Insert one row for each (args, kwargs); the work behind delay()."""
-        rows = self._new_tasks(task, calls, **options) if options else [
-            self._new_task(task, args, kwargs) for args, kwargs in calls
-        ]
+        row = self._new_task(task, now_ms(), **options)
+        if row.key is not None and len(calls) != 1:
+            raise ValueError("key= is for one call: each call needs a key of its own")
+        limit = self.settings.max_payload
+        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
         connection = options.get("conn")
         if connection is not None:
             self._check_connection(connection)
-        if not rows:
-            return []
-        return [AsyncResult(i, self) for i in self.store.enqueue(rows, connection)]
+        ids = self.store.enqueue(row, texts, connection) if texts else []
+        return [AsyncResult(number, self) for number in ids]
 
-    def _new_task(self, task, args, kwargs):
-        """The common case: everything as the task says."""
-        now = now_ms()
-        return NewTask(
-            task.name, task.queue, task.priority, None, task.policy.retries,
-            task.timeout, QUEUED, now, now, None, self._encode(args, kwargs),
-        )
-
-    def _new_tasks(self, task, calls, countdown=None, eta=None, priority=None,
-                   queue=None, retries=None, timeout=None, key=None, conn=None):
-        now = now_ms()
+    def _new_task(self, task, now, countdown=None, eta=None, priority=None, queue=None,
+                  retries=None, timeout=None, key=None, conn=None):
         run_at = _due_at(now, countdown, eta)
-        if key is not None and len(calls) != 1:
-            raise ValueError("key= is for one call: each call needs a key of its own")
-        common = NewTask(
+        return NewTask(
             task.name,
             task.queue if queue is None else _check_name("queue", queue),
             task.priority if priority is None else _check_priority(priority),
@@ -2901,18 +2898,8 @@ class App:
             (task.policy.retries if retries is None
              else _check_number("retries", retries, 0, int)),
             task.timeout if timeout is None else _check_timeout(timeout),
-            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now, None, "",
+            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
         )
-        return [common._replace(args=self._encode(*call)) for call in calls]
-
-    def _encode(self, args, kwargs):
-        text = encode_call(args, kwargs)
-        if len(text) > self.settings.max_payload:
-            raise PayloadTooLarge(
-                f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-                f"{self.settings.max_payload:,}; pass the path of a file instead"
-            )
-        return text
 
     def _check_connection(self, connection):
         """Refuse a connection to another file: the task would never be found."""
@@ -2932,6 +2919,16 @@ class App:
     def result(self, task_id: int) -> AsyncResult:
         """Return the AsyncResult of an id of this app's database."""
         return AsyncResult(task_id, self)
+
+
+def _encode_call(args, kwargs, limit):
+    text = encode_call(args, kwargs)
+    if len(text) > limit:
+        raise PayloadTooLarge(
+            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+            f"{limit:,}; pass the path of a file instead"
+        )
+    return text
 
 
 def _nothing():
@@ -3995,6 +3992,10 @@ _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _START_FAILURES = 5         # children in a row that die before they are ready
 
 
+def _load_of(member):
+    return len(member.waiting)
+
+
 class Pool:
     """`size` children that run tasks, and one more that is warm."""
 
@@ -4093,7 +4094,7 @@ class Pool:
     def _place_for(self, run, members, now):
         if not members:
             return None
-        member = min(members, key=lambda m: len(m.waiting))
+        member = min(members, key=_load_of)
         if not member.waiting or self._may_wait(run, member, now):
             return member
         return None
@@ -4127,7 +4128,7 @@ class Pool:
             if slow and len(member.waiting) > 1:
                 self._recall(member)
         if not self.hand and any(not m.waiting for m in working):
-            longest = max(working, key=lambda m: len(m.waiting))
+            longest = max(working, key=_load_of)
             if len(longest.waiting) > 2:
                 self._recall(longest)
 
@@ -4174,7 +4175,9 @@ class Pool:
     def _understand(self, member, message, now):
         """Raises ValueError for what a child in its right mind does not say."""
         kind, head = message.kind, member.waiting[0] if member.waiting else None
-        if kind == _READY:
+        if kind == _SUCCEEDED and head and message[1:3] == (head.id, head.attempt):
+            self._take_answer(member, message, now)         # most are
+        elif kind == _READY:
             member.ready = True
             self._failed_starts = 0
         elif kind == _BROKEN:
@@ -4185,7 +4188,7 @@ class Pool:
             raise ValueError("an answer that nobody asked for")
         elif kind == _PROGRESSED:
             self.progress[head.id] = head, message.body.decode("ascii")
-        elif kind in (_SUCCEEDED, _ENDED_BADLY):
+        elif kind == _ENDED_BADLY:
             self._take_answer(member, message, now)
         else:
             raise ValueError("an unknown kind of message")
@@ -4474,11 +4477,11 @@ class Scheduler:
         ids = []
         for tick in plan.ticks:
             run_at = max(now, tick * 1000 + late)
-            ids += self.store.enqueue([NewTask(
+            run = NewTask(
                 task.name, task.queue, task.priority, key, task.policy.retries,
-                task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now,
-                tick, "[[],{}]",
-            )])
+                task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
+            )
+            ids += self.store.enqueue(run, ["[[],{}]"])
         return ids
 
     def _report(self, row, plan, ids):
@@ -4673,12 +4676,13 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     retried while it may be and retries are left, and fails after that.
     """
     run, error = ended.run, ended.error
+    if error is None and ended.kind == "success":
+        return Outcome(run, SUCCESS, ended.result, None, ended.output, ended.started_at,
+                       ended.duration)
     outcome = Outcome(
         run, FAILED, ended.result, _kept_error(error), ended.output,
         ended.started_at, ended.duration,
     )
-    if ended.kind == "success":
-        return outcome._replace(state=SUCCESS)
     if ended.kind == "cancelled" or run.cancelled:
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
@@ -5009,7 +5013,7 @@ class Worker:
         outcomes, self.outcomes, self.returned = self.outcomes, [], []
         self.pool.progress.clear()
         for outcome in outcomes:
-            if outcome in stale:
+            if stale and outcome in stale:
                 self.journal.run("task_lost", outcome.run, reason="it was given away")
                 continue
             self.journal.outcome(outcome)
@@ -5021,8 +5025,10 @@ class Worker:
     def _call_back(self, run, state, error):
         """Have a child run on_success or on_failure, if the task has one."""
         task = self.app.tasks.get(run.name)
+        if task is None or not (task.on_success or task.on_failure):
+            return
         which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(state)
-        if which and task and getattr(task, which):
+        if which and getattr(task, which):
             limit = task.timeout or _CALLBACK_SECONDS
             text = _to_json(error)
             self.pool.hand.append(
@@ -5368,6 +5374,247 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     if not rows:
         return "no schedules: a worker registers them when it starts"
     return table(rows, ["schedule", "expr", "tz", "last", "next", "misfire", "overlap"])
+
+
+# == Bench ====================================================================
+# Owns `bench`: what this machine does, measured beside raw SQLite on the same file
+# system in the same run.  Raw means the same table, columns and durability, by the
+# shortest code there is; each round does both, for disks drift.  The only section
+# but the three of the database that holds SQL: that of the raw side.
+
+_ROUNDS = 3
+_SINGLES = 300              # durable inserts in a round, one by one
+_CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
+_LATENCY_CALLS = 150
+_APP_SOURCE = '''
+import sys
+sys.path += [path for path in {path!r} if path not in sys.path]
+from {module} import App
+app = App(db={db!r}, concurrency={concurrency}, durability="full")
+
+@app.task(name="noop")
+def noop():
+    pass
+
+@app.task(name="clock")
+def clock():
+    import time
+    return time.time()
+'''
+_RAW_INSERT = """
+    insert into bg_task (name, queue, priority, key, retries, timeout, state, run_at,
+        created_at, tick, args)
+    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def _per_second(count, act):
+    start = time.perf_counter()
+    act()
+    return count / (time.perf_counter() - start)
+
+
+def _middle(values):
+    return sorted(values)[len(values) // 2]
+
+
+def _raw(path):
+    """A plain connection to a database that has our schema."""
+    Store(path).data_version()
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("pragma synchronous = full")
+    connection.execute("pragma wal_autocheckpoint = 0").fetchall()
+    return connection
+
+
+def _raw_row():
+    now = now_ms()
+    return "noop", "default", 5, None, 3, None, QUEUED, now, now, None, "[[],{}]"
+
+
+def _raw_many(connection, count):
+    connection.execute("begin immediate")
+    connection.executemany(_RAW_INSERT, [_raw_row() for _ in range(count)])
+    connection.execute("commit")
+
+
+def _raw_singles(connection, count):
+    for _ in range(count):
+        connection.execute("begin immediate")
+        connection.execute(_RAW_INSERT, _raw_row())
+        connection.execute("commit")
+
+
+def _raw_claim_and_ack(connection):
+    """Move every queued row to success, 100 in a transaction."""
+    while True:
+        connection.execute("begin immediate")
+        rows = connection.execute(
+            """select id, name, queue, attempt, retries, timeout, run_at, args
+                from bg_task where state = 2 and queue = 'default' and name = 'noop'
+                order by priority, id limit ?""", (_CLAIM_BATCH,),
+        ).fetchall()
+        now = now_ms()
+        connection.executemany(
+            """update bg_task set state = 3, worker = ?, attempt = ?, started_at = ?
+                where id = ?""", [(1, 1, now, row[0]) for row in rows],
+        )
+        connection.executemany(
+            """update bg_task set state = 4, started_at = ?, finished_at = ?,
+                    duration = ?, result = ?
+                where id = ? and state = 3 and worker = ? and attempt = ?""",
+            [(now, now, 0.001, "null", row[0], 1, 1) for row in rows],
+        )
+        connection.execute("commit")
+        if not rows:
+            return
+
+
+class _Place:
+    """A temporary folder with an app module in it, and a worker for it."""
+
+    def __init__(self, folder, concurrency):
+        import tempfile
+
+        self.folder = tempfile.mkdtemp(prefix="pybgworker-bench-", dir=folder)
+        self.db = os.path.join(self.folder, "bench.db")
+        self.app = App(db=self.db, durability="full")
+        self.noop = Task(self.app, _nothing, "noop", {})
+        self.clock = Task(self.app, _nothing, "clock", {})
+        source = _APP_SOURCE.format(
+            path=sys.path, module=__name__, db=self.db, concurrency=concurrency
+        )
+        with open(os.path.join(self.folder, "bench_app.py"), "w") as f:
+            f.write(source)
+
+    def worker(self, *flags):
+        """Start a worker; its log goes to a file."""
+        import subprocess
+
+        code = (
+            f"import sys; sys.path[:] = [{self.folder!r}, *{sys.path!r}]; "
+            f"from {__name__} import main; "
+            f"sys.exit(main(['run', '--app', 'bench_app:app', *{flags!r}]))"
+        )
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")}
+        with open(os.path.join(self.folder, "log.jsonl"), "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", code], cwd=self.folder, env=environ, stdout=log,
+            )
+
+    def remove(self):
+        import shutil
+
+        self.app.store.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _measure_enqueue(place, raw, tasks):
+    """delay() and delay_many() against the same inserts, round by round."""
+    ours, theirs, many, their_many = [], [], [], []
+    for _ in range(_ROUNDS):
+        theirs.append(_per_second(_SINGLES, lambda: _raw_singles(raw, _SINGLES)))
+        ours.append(_per_second(
+            _SINGLES, lambda: [place.noop.delay() for _ in range(_SINGLES)]
+        ))
+        count = tasks // _ROUNDS
+        their_many.append(_per_second(count, lambda: _raw_many(raw, count)))
+        many.append(_per_second(count, lambda: place.noop.delay_many([()] * count)))
+    return {
+        "delay_per_second": _pair(_middle(ours), _middle(theirs)),
+        "delay_many_per_second": _pair(_middle(many), _middle(their_many)),
+    }
+
+
+def _pair(ours, raw):
+    return {"ours": round(ours, 1), "raw": round(raw, 1), "ratio": round(ours / raw, 3)}
+
+
+def _measure_throughput(place, raw, tasks):
+    """No-op tasks from the first start to the last finish, in the database's words."""
+    queued = sum(count for *_, state, count in place.app.store.counts()
+                 if state == QUEUED)
+    status = place.worker("--burst").wait()
+    rows = place.app.store.finished_runs(1 << 40)
+    if status != 0 or len(rows) != queued:
+        raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
+    first = min(row[3] for row in rows)
+    last = max(row[4] for row in rows)
+    left = raw.execute("""select count(*) from bg_task where state = 2""").fetchone()[0]
+    theirs = _per_second(left, lambda: _raw_claim_and_ack(raw))
+    ours = len(rows) / max(0.001, (last - first) / 1000)
+    return {"tasks_per_second": _pair(ours, theirs)}
+
+
+def _measure_latency(place):
+    """An idle worker: from delay() to the task's first line, and to its result."""
+    worker = place.worker()
+    try:
+        for _ in range(10):
+            place.clock.delay().get(timeout=30)
+        picked, got = [], []
+        for _ in range(_LATENCY_CALLS):
+            start, clock = time.time(), time.perf_counter()
+            first_line = place.clock.delay().get(timeout=30)
+            got.append(time.perf_counter() - clock)
+            picked.append(max(0.0, first_line - start))
+            time.sleep(0.005)
+    finally:
+        worker.terminate()
+        worker.wait()
+    return {"pick_up_seconds": _spread(picked), "get_seconds": _spread(got)}
+
+
+def _spread(values):
+    values = sorted(values)
+    return {"p50": round(percentile(values, 0.5), 6),
+            "p99": round(percentile(values, 0.99), 6)}
+
+
+def bench_report(tasks: int = 20000, concurrency: int = 2,
+                 folder: str | None = None) -> dict:
+    """Measure in a temporary folder inside `folder`; return figures and ratios."""
+    place = _Place(folder, concurrency)
+    try:
+        raw = _raw(os.path.join(place.folder, "raw.db"))
+        report = {
+            "version": __version__, "python": sys.version.split()[0],
+            "sqlite": sqlite3.sqlite_version, "cpus": os.cpu_count(),
+            "tasks": tasks, "concurrency": concurrency, "durability": "full",
+            **_measure_enqueue(place, raw, tasks),
+            **_measure_throughput(place, raw, tasks),
+            **_measure_latency(place),
+        }
+        raw.close()
+        return report
+    finally:
+        place.remove()
+
+
+def bench_text(report: dict) -> str:
+    """The report as a table, ours beside raw SQLite."""
+    head = (
+        f"pybgworker {report['version']}, Python {report['python']}, SQLite "
+        f"{report['sqlite']}, {report['cpus']} CPUs, {report['concurrency']} children, "
+        f"durability {report['durability']}"
+    )
+    names = {
+        "delay_per_second": "delay(), durable, a second (raw: insert + commit)",
+        "delay_many_per_second": "delay_many(), a second (raw: executemany)",
+        "tasks_per_second": "no-op tasks, a second (raw: claim + ack by 100)",
+    }
+    rows = [
+        {"what": text, "ours": f"{report[key]['ours']:,.0f}",
+         "raw": f"{report[key]['raw']:,.0f}", "ratio": f"{report[key]['ratio']:.2f}"}
+        for key, text in names.items()
+    ]
+    latencies = {"pick_up_seconds": "delay() to the first line of the task, idle worker",
+                 "get_seconds": "delay().get(), idle worker"}
+    rows += [
+        {"what": text, "ours": f"p50 {span(report[key]['p50'])}",
+         "raw": f"p99 {span(report[key]['p99'])}", "ratio": ""}
+        for key, text in latencies.items()
+    ]
+    return head + "\n\n" + table(rows, ["what", "ours", "raw", "ratio"])
 
 
 # == Command line =============================================================
