@@ -85,7 +85,7 @@ def main():
         db = os.environ.get("PYBGWORKER_DB") or str(Path(scratch, "example.db"))
         configure(db=db)
         jobs = enqueue(folder)
-        command = [sys.executable, str(here / "pybgworker.py"), "run", "--app", "example"]
+        command = [sys.executable, "pybgworker.py", "run", "--app", "example"]
         with open(Path(scratch, "example.log"), "w") as log:
             worker = subprocess.Popen([*command, "--db", db], cwd=here, stdout=log)
             rows = [(label, outcome(result), result.status) for label, result in jobs]

@@ -70,10 +70,11 @@ import threading
 import time
 import types
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple
 
 __version__ = "2.0.0"
 __all__ = [
@@ -774,7 +775,8 @@ class Cron:
         return f"Cron({self.expr!r}, {self.tz!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cron) and (self.expr, self.tz) == (other.expr, other.tz)
+        same = isinstance(other, Cron) and self.expr == other.expr
+        return same and self.tz == other.tz     # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return hash((self.expr, self.tz))
@@ -904,7 +906,8 @@ class Cron:
         """
         for late in range(_LARGEST_SHIFT // 60 + 1):
             shown = datetime(1970, 1, 1) + timedelta(minutes=wall + late)
-            offset = shown.replace(tzinfo=self._zone).utcoffset() // timedelta(seconds=1)
+            ahead = shown.replace(tzinfo=self._zone).utcoffset()
+            offset = ahead // timedelta(seconds=1)
             instant = (wall + late) * 60 - offset
             if self._offset(instant) == offset:
                 return instant
@@ -1135,7 +1138,8 @@ def plan_ticks(cron: Cron, next_at: int | None, set_at: float, now: float,
     latest = next_at if latest is None else max(latest, next_at)
     ticks = _ticks_back(cron, latest, next_at, now, misfire)
     first = ticks[0] if ticks else latest + 1
-    return TickPlan(ticks, cron.tick_after(now), _count(cron, next_at, first), False)
+    missed = _count_ticks(cron, next_at, first)
+    return TickPlan(ticks, cron.tick_after(now), missed, False)
 
 
 def _ticks_back(cron, latest, oldest, now, misfire):
@@ -1151,7 +1155,7 @@ def _ticks_back(cron, latest, oldest, now, misfire):
     return ticks[::-1]
 
 
-def _count(cron, first, end):
+def _count_ticks(cron, first, end):
     """How many ticks there are from `first` to before `end`, up to the cap."""
     count, tick = 0, first
     while tick is not None and tick < end and count < _MISFIRE_CAP:
@@ -1272,7 +1276,7 @@ class Waker(threading.local):
     """The sending side; one socket for each thread, opened when first used."""
 
     pid = 0
-    socket = None
+    socket: Any = None
 
     def wake(self, addresses: Iterable[tuple[int, str]]) -> None:
         """Send a hint to each (port, token).  Never raises: it is a hint."""
@@ -1392,10 +1396,10 @@ _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
 _OPEN_PATIENCE = 10.0       # seconds to get WAL mode among many openers
-_NETWORK_FILESYSTEMS = frozenset(
-    "9p afs ceph cifs fuse.sshfs glusterfs lustre ncpfs nfs nfs4 prl_fs smb3 smbfs "
-    "vboxsf virtiofs".split()
-)
+_NETWORK_FILESYSTEMS = frozenset((
+    "9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs", "nfs",
+    "nfs4", "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs",
+))
 
 
 def _explain(exc, path):
@@ -1405,7 +1409,7 @@ def _explain(exc, path):
         ("locked", DatabaseBusy, "another process holds its write lock"),
         ("is full", DatabaseUnavailable, "free some disk space"),
         ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
-        ("unable to open", DatabaseUnavailable, "does the folder exist, may you write?"),
+        ("unable to open", DatabaseUnavailable, "is there such a folder?"),
         ("not a database", DatabaseUnusable, "it is some other file; name another"),
         ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
         ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
@@ -2595,9 +2599,9 @@ else:
     P = TypeVar("P")
 R = TypeVar("R")
 
-_OPTIONS = frozenset(
-    "countdown eta priority queue retries timeout key conn".split()
-)
+_OPTIONS = frozenset((
+    "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
+))
 _WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between looks of get()
 
 
@@ -2725,9 +2729,8 @@ class Call(Generic[P]):
     def __init__(self, task: Task[P, Any], options: dict):
         unknown = options.keys() - _OPTIONS
         if unknown:
-            raise TypeError(
-                f"unknown option {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
-            )
+            known = ", ".join(sorted(_OPTIONS))
+            raise TypeError(f"unknown option {min(unknown)!r}; there are {known}")
         self._task, self._options = task, options
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
@@ -2863,7 +2866,8 @@ class App:
             raise ValueError(f"misfire={misfire!r}: must be latest, skip or all")
         if overlap not in ("allow", "skip"):
             raise ValueError(f"overlap={overlap!r}: must be allow or skip")
-        schedule = Schedule(parsed, misfire, overlap, _check_number("jitter", jitter, 0))
+        _check_number("jitter", jitter, 0)
+        schedule = Schedule(parsed, misfire, overlap, jitter)
 
         def decorate(fn):
             task = fn if isinstance(fn, Task) else self.task(fn)
@@ -3246,9 +3250,8 @@ def die_with_parent(parent: int) -> None:
 
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-        with contextlib.suppress(OSError):
-            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
-                f.write("500")      # out of memory: the child goes, not the worker
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+            f.write("500")          # out of memory: the child goes, not the worker
     if os.getppid() != parent:              # it died before the call above
         os._exit(1)
 
@@ -3758,7 +3761,7 @@ _READ_BYTES = 1 << 18
 class Ended(NamedTuple):
     """How a run ended, as far as the pool knows."""
 
-    run: Run
+    run: Any            # Run or Callback
     kind: str           # success, exception, timeout, crash, abort, cancelled
     result: str | None = None
     error: dict | None = None       # also retryable, countdown; crash: exit data
@@ -3789,7 +3792,7 @@ def _frame(run):
 
 
 class Message(NamedTuple):
-    """What a child says; see run_child()."""
+    """What a child says; the fields of its header, then the body."""
 
     kind: bytes
     id: int
@@ -3913,7 +3916,7 @@ class Member:
                     break
                 body = bytes(buffer[at + size: end])
                 at = end
-                yield Message(*fields, body)
+                yield Message._make([*fields, body])
         finally:
             del buffer[:at]
 
@@ -4489,7 +4492,8 @@ class Scheduler:
             return
         about = {"schedule": row.name, "name": row.task}
         for tick, task_id in zip(plan.ticks, ids):
-            self._log("cron_fired", **about, task_id=task_id, tick=iso_time(tick * 1000))
+            at = iso_time(tick * 1000)
+            self._log("cron_fired", **about, task_id=task_id, tick=at)
         if plan.missed or plan.reset:
             self._log("cron_missed", **about, ticks=plan.missed, misfire=row.misfire,
                       clock_set_back=plan.reset or None)
@@ -4604,7 +4608,7 @@ class Journal:
         """An event of the worker itself."""
         self.log.event(event, worker=self._worker, **fields)
 
-    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
+    def run(self, event: str, run: Run | Callback | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
             return self.say(event, **fields)
@@ -4624,21 +4628,22 @@ class Journal:
 
     def outcome(self, outcome: Outcome) -> None:
         """How a run ended; said after the commit, so it is true."""
-        error, about = outcome.error, {"duration": _rounded(outcome.duration)}
+        error: dict = outcome.error or {}
+        about: dict = {"duration": _rounded(outcome.duration)}
         if outcome.state == SUCCESS:
             return self.run("task_success", outcome.run, **about)
         if outcome.state == CANCELLED:
             return self.run("task_cancelled", outcome.run, **about)
         about.update(kind=error["kind"], error=str(TaskError(error)))
         if outcome.state == RETRYING:
-            retry_at = iso_time(outcome.run_at)
+            retry_at = iso_time(outcome.run_at or 0)
             return self.run("task_retry", outcome.run, **about, retry_at=retry_at)
         return self.run("task_failure", outcome.run, **about,
                         traceback=error.get("traceback"))
 
     def callback(self, end: Ended) -> None:
         """An on_success or on_failure that went wrong."""
-        if end.kind != "success":
+        if end.error is not None:
             self.run("callback_error", end.run, callback=end.run.kind,
                      error=str(TaskError(end.error)),
                      traceback=end.error.get("traceback") or None)
@@ -5495,7 +5500,9 @@ class _Place:
             f"from {__name__} import main; "
             f"sys.exit(main(['run', '--app', 'bench_app:app', *{flags!r}]))"
         )
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")}
+        environ = {
+            k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")
+        }
         with open(os.path.join(self.folder, "log.jsonl"), "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", code], cwd=self.folder, env=environ, stdout=log,
@@ -5511,12 +5518,12 @@ class _Place:
 def _measure_enqueue(place, raw, tasks):
     """delay() and delay_many() against the same inserts, round by round."""
     ours, theirs, many, their_many = [], [], [], []
+    count = tasks // _ROUNDS
     for _ in range(_ROUNDS):
         theirs.append(_per_second(_SINGLES, lambda: _raw_singles(raw, _SINGLES)))
         ours.append(_per_second(
             _SINGLES, lambda: [place.noop.delay() for _ in range(_SINGLES)]
         ))
-        count = tasks // _ROUNDS
         their_many.append(_per_second(count, lambda: _raw_many(raw, count)))
         many.append(_per_second(count, lambda: place.noop.delay_many([()] * count)))
     return {
@@ -5607,8 +5614,10 @@ def bench_text(report: dict) -> str:
          "raw": f"{report[key]['raw']:,.0f}", "ratio": f"{report[key]['ratio']:.2f}"}
         for key, text in names.items()
     ]
-    latencies = {"pick_up_seconds": "delay() to the first line of the task, idle worker",
-                 "get_seconds": "delay().get(), idle worker"}
+    latencies = {
+        "pick_up_seconds": "delay() to the first line of the task, idle worker",
+        "get_seconds": "delay().get(), idle worker",
+    }
     rows += [
         {"what": text, "ours": f"p50 {span(report[key]['p50'])}",
          "raw": f"p99 {span(report[key]['p99'])}", "ratio": ""}
@@ -5774,7 +5783,7 @@ def _cancel(args, app):
             time.sleep(0.02)
         state = app.store.status(task_id)
         if state == RUNNING:
-            return f"task {task_id} is still running: its worker has been asked to end it"
+            return f"task {task_id} still runs: its worker has been asked to end it"
         return f"task {task_id} is {STATE_NAMES[state]}"
 
     return _each(args.ids, end)
@@ -5904,8 +5913,8 @@ COMMANDS = (
                    help="finished so long ago: 90s, 12h, 7d"), _YES)),
     Command("enqueue", _enqueue, "enqueue a task by its name; each JSON is an argument",
             "enqueue example.add 1 2",
-            (_flag("name", metavar="NAME"), _flag("arguments", nargs="*", metavar="JSON"),
-             _APP, _flag("--queue", metavar="Q", help="instead of the task's own"),
+            (_flag("name", metavar="NAME"),
+             _flag("arguments", nargs="*", metavar="JSON"), _APP, _flag("--queue", metavar="Q", help="instead of the task's own"),
              _flag("--countdown", metavar="S", type=float, help="seconds from now"),
              _flag("--key", metavar="K", help="one unfinished task with this key"),
              _flag("--priority", metavar="P", type=int, help="lower runs first"))),
@@ -5984,9 +5993,11 @@ def _carry_out(args):
 # run, so cli is a real module whose spec is this file.  New code: import
 # everything from pybgworker.
 
-_OLD_SUBMODULES = """
-    backends cancel config dead failed inspect logger progress purge queue ratelimit
-    result retry scheduler sqlite_queue state stats task utils worker""".split()
+_OLD_SUBMODULES = (
+    "backends", "cancel", "config", "dead", "failed", "inspect", "logger", "progress",
+    "purge", "queue", "ratelimit", "result", "retry", "scheduler", "sqlite_queue",
+    "state", "stats", "task", "utils", "worker",
+)
 
 
 def _keep_old_import_paths():
