@@ -1272,23 +1272,17 @@ class WakeSocket:
         self.socket = None
 
 
-class Waker(threading.local):
-    """The sending side; one socket for each thread, opened when first used."""
-
-    pid = 0
-    socket: Any = None
-
-    def wake(self, addresses: Iterable[tuple[int, str]]) -> None:
-        """Send a hint to each (port, token).  Never raises: it is a hint."""
-        try:
-            if self.pid != os.getpid():
-                self.pid = os.getpid()
-                self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                self.socket.setblocking(False)
+def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
+    """Send a hint to each (port, token).  Never raises: it is a hint."""
+    if not addresses:
+        return
+    # A socket of the moment costs 15 µs beside a commit's milliseconds, and there
+    # is none to be shared by threads, inherited by forks, or closed by somebody.
+    with contextlib.suppress(OSError):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
             for port, token in addresses:
-                self.socket.sendto(token.encode(), ("127.0.0.1", port))
-        except OSError:
-            pass
+                sender.sendto(token.encode(), ("127.0.0.1", port))
 
 
 # == Database =================================================================
@@ -1529,7 +1523,6 @@ class Database:
         self.allow_network_fs = allow_network_fs
         self.follow = True          # to the new file, when ours is replaced
         self._local = threading.local()
-        self._waker = Waker()
 
     def write(self, durable: bool = True, patience: float | None = None) -> _Write:
         """A transaction that begins by taking the write lock.
@@ -1666,7 +1659,7 @@ class Database:
         try:
             if not failed:
                 link.connection.execute("commit")
-                self._waker.wake(wake)
+                send_wake_ups(wake)
                 link.commits += 1
         except sqlite3.Error as exc:
             failed = True
@@ -1735,7 +1728,7 @@ class Database:
 
     def wake_workers(self) -> None:
         """Tell every worker to look now."""
-        self._waker.wake(self._wake_addresses(self._link().connection))
+        send_wake_ups(self._wake_addresses(self._link().connection))
 
 
 # == Queue ====================================================================
@@ -2791,6 +2784,8 @@ class App:
             if value is not None:
                 target[name] = check_setting(name, value, name)
         with self._lock:
+            if self._store:
+                self._store.close()
             self._settings = self._store = None
 
     @property
@@ -3399,6 +3394,7 @@ _PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
 _FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
 _TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
 _OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
+_CUT_MARK = "\n[more output is not kept]\n"
 
 
 class ChildSpec(NamedTuple):
@@ -3637,11 +3633,9 @@ class Child:
         if os.getpid() != self.pid:             # a process the task forked
             os.write(fd, text.encode("utf-8", "backslashreplace"))
             return
-        room = _OUTPUT_CHARS - self.printed
+        text = cut_output(text, self.printed)
         self.printed += len(text)
-        if room > 0:
-            if len(text) > room:
-                text = text[:room] + "\n[more output is not kept]"
+        if text:
             self._send(_PRINTED, text.encode("utf-8", "backslashreplace"))
 
     def _send(self, kind, body=b"", started_at=0, duration=0.0):
@@ -3659,6 +3653,14 @@ class Child:
         if self.pending is not None:
             exc, self.pending = self.pending, None
             raise exc
+
+
+def cut_output(text: str, before: int) -> str:
+    """The part of `text` to keep after `before` characters of the same run."""
+    room = _OUTPUT_CHARS - before
+    if len(text) <= room:
+        return text
+    return text[:room] + _CUT_MARK if room >= 0 else ""
 
 
 class TaskStream:
@@ -3922,16 +3924,12 @@ class Member:
 
     def read_output(self) -> str:
         """What C code, or a subprocess, has written to its stdout and stderr."""
-        return _read_all(self.output, _OUTPUT_CHARS)
+        return _read_all(self.output, _OUTPUT_CHARS + 1)
 
     def keep_output(self, text: str) -> str:
         """Keep what the run at the head printed; return the part that was kept."""
-        room = _OUTPUT_CHARS - self._printed_chars
+        text = cut_output(text, self._printed_chars)
         self._printed_chars += len(text)
-        if room <= 0:
-            return ""
-        if len(text) > room:
-            text = text[:room] + "\n[more output is not kept]"
         self._printed.append(text)
         return text
 
