@@ -681,10 +681,11 @@ class Log:
             return False
 
     def _drop(self):
-        """Forget what is unsent; the next line that can be written says so."""
-        lines = self._unsent.count(b"\n")
-        self._unsent = b""
-        self.event("log_dropped", lines=lines)
+        """Forget what is unsent, but for the line that is half written."""
+        half, end, rest = self._unsent.partition(b"\n")
+        self._unsent = half + end
+        if rest:
+            self.event("log_dropped", lines=rest.count(b"\n"))
 
 
 # == Cron =====================================================================
@@ -1376,8 +1377,8 @@ create table bg_queue (
 ) without rowid""",
     """
 create table bg_meta (
-    name        text primary key,     -- last_id: the highest task id ever deleted
-    value       integer not null
+    name        text primary key,     -- last_id
+    value       integer not null      -- the highest task id ever deleted
 ) without rowid""",
     """insert into bg_meta values ('last_id', 0)""",
 )
@@ -4208,8 +4209,9 @@ class Pool:
         if member.why in ("timeout", "cancelled"):
             member.why, member.kill_at = "", 0      # it ended within its grace
         self._learn(run.name, message.duration)
-        if member.done == self._limits.max_tasks_per_child:
-            self._retire(member)
+        interrupted = error is not None and error["kind"] in ("timeout", "cancelled")
+        if interrupted or member.done == self._limits.max_tasks_per_child:
+            self._retire(member)        # with what an interrupted task has started
 
     def _learn(self, name, duration):
         """Follow the durations of a task; a long one counts at once."""
