@@ -22,7 +22,7 @@ Life of a task
     `Worker.step`: it settles what its children sent, claims what comes next
     with `Store.claim`, both in one transaction, and hands the claimed runs to
     warm subprocesses with `Pool.dispatch`.  A child (`run_child`) runs one task
-    at a time and answers each with one message.  `Worker.settle` decides what
+    at a time and answers each with one message.  `settle` decides what
     follows: success, failure, or another run after `retry_delay`; and
     `Store.finish` writes it, if the run is still ours.  `AsyncResult.get` reads
     the outcome.  A killed child costs the one task it was running; the tasks of
@@ -1390,7 +1390,6 @@ _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
-_OPEN_PATIENCE = 10.0       # seconds to get WAL mode among many openers
 _NETWORK_FILESYSTEMS = frozenset((
     "9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs", "nfs",
     "nfs4", "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs",
@@ -1581,6 +1580,7 @@ class Database:
             self.path, timeout=0.005, isolation_level=None, check_same_thread=False,
             cached_statements=256,
         )
+        deadline = time.monotonic() + self.busy_timeout
         for pragma in (
             "wal_autocheckpoint = 0",       # see checkpoint()
             f"journal_size_limit = {_WAL_KEEP_BYTES}",
@@ -1589,8 +1589,7 @@ class Database:
             "cache_size = -8000",           # KiB
             "fullfsync = on",               # macOS: reach the platter
         ):
-            connection.execute("pragma " + pragma).fetchall()
-        deadline = time.monotonic() + _OPEN_PATIENCE
+            self._patiently(connection, deadline, "pragma " + pragma)
         while self._patiently(connection, deadline, "pragma journal_mode") != "wal":
             # Needs the file alone for a moment; SQLite does not wait for that.
             mode = self._patiently(connection, deadline, "pragma journal_mode = wal")
@@ -1602,8 +1601,8 @@ class Database:
         """Run one statement until it is not locked out; return its first value."""
         while True:
             try:
-                row = connection.execute(statement).fetchone()
-                return row[0] if row else None
+                rows = connection.execute(statement).fetchall()
+                return rows[0][0] if rows else None
             except sqlite3.OperationalError as exc:
                 if not _is_busy(exc) or time.monotonic() > deadline:
                     raise
@@ -1611,10 +1610,10 @@ class Database:
             time.sleep(random.uniform(0.0005, 0.003))
 
     def _migrate(self, connection):
-        version = connection.execute("pragma user_version").fetchone()[0]
+        deadline = time.monotonic() + self.busy_timeout
+        version = self._patiently(connection, deadline, "pragma user_version")
         if version == len(_MIGRATIONS):
             return
-        deadline = time.monotonic() + self.busy_timeout
         self._patiently(connection, deadline, "begin immediate")
         try:
             self._migrate_from(connection)
@@ -2061,19 +2060,23 @@ class Queue(Database):
         else, and keeps what that one wrote.
         """
         small = [o for o in outcomes if self._fits_row(o)]
-        stale = []
-        if small:
-            done = self._link().connection.executemany(
-                self._FINISH, [self._finish_values(o, worker, now) for o in small]
-            ).rowcount
-            if done != len(small):
-                stale = [o for o in small if not self._is_ended(o, worker)]
-        for outcome in outcomes:
-            if not self._fits_row(outcome) and not self._finish_one(
-                outcome, worker, now
-            ):
-                stale.append(outcome)
-        return stale
+        if self._finish_all(small, worker, now):
+            outcomes = [o for o in outcomes if not self._fits_row(o)]
+        return [o for o in outcomes if not self._finish_one(o, worker, now)]
+
+    def _finish_all(self, outcomes, worker, now):
+        """Write small outcomes at once; False, and nothing, if one of them is stale."""
+        if not outcomes:
+            return True
+        connection = self._link().connection
+        connection.execute("savepoint finish_all")
+        done = connection.executemany(
+            self._FINISH, [self._finish_values(o, worker, now) for o in outcomes]
+        ).rowcount
+        if done != len(outcomes):
+            connection.execute("rollback to finish_all")
+        connection.execute("release finish_all")
+        return done == len(outcomes)
 
     def _fits_row(self, outcome):
         return (
@@ -2090,16 +2093,6 @@ class Queue(Database):
             "run_at": run.run_at if outcome.run_at is None else outcome.run_at,
             "forgive": forgive, "uncount": uncount,
         }
-
-    def _is_ended(self, outcome, worker):
-        """True when the row shows that this very attempt was finished by us."""
-        rows = self._read(
-            """select state, worker, attempt from bg_task where id = :id""",
-            {"id": outcome.run.id},
-        )
-        return bool(rows) and rows[0][0] != RUNNING and rows[0][1:] == (
-            worker, outcome.run.attempt,
-        )
 
     def _finish_one(self, outcome, worker, now):
         connection = self._link().connection
@@ -3779,6 +3772,7 @@ class Callback:
     __slots__ = ("id", "name", "kind", "attempt", "timeout", "text")
     tick = None
     announced = True        # no task_start is logged for it
+    is_last = True          # so it gets a free child, and never waits in a pipe
 
     def __init__(self, id, name, kind, attempt, timeout, text):
         self.id, self.name, self.kind = id, name, kind
@@ -3994,6 +3988,33 @@ _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _START_FAILURES = 5         # children in a row that die before they are ready
 
 
+class Durations:
+    """How long runs usually take, by name of the task."""
+
+    def __init__(self):
+        self._usual: dict[str, float] = {}      # seconds
+        self.short_names: set[str] = set()      # tasks that may wait in a pipe
+
+    def usual(self, name: str) -> float:
+        """Seconds that a run of this task usually takes; 0 for the unknown."""
+        return self._usual.get(name, 0.0)
+
+    def is_short(self, name: str) -> bool:
+        """True when a run of this task may wait in a pipe, or be waited for."""
+        return name in self.short_names
+
+    def learn(self, name: str, seconds: float) -> None:
+        """Take a run into account; a long one counts at once."""
+        usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
+        if seconds > _SHORT_SECONDS:
+            usual = max(usual, seconds)
+        self._usual[name] = usual
+        if usual < _SHORT_SECONDS:
+            self.short_names.add(name)
+        else:
+            self.short_names.discard(name)
+
+
 def _load_of(member):
     return len(member.waiting)
 
@@ -4014,8 +4035,7 @@ class Pool:
         self.hand_at = 0            # unix ms when a run last left the hand
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
-        self._seconds: dict[str, float] = {}    # by name: how long runs take
-        self.short_names: set[str] = set()
+        self.durations = Durations()
         self._failed_starts = 0     # in a row
         self._start_at = 0          # unix ms; not before, after a failed start
         self.broken = ""            # why children cannot start, once given up
@@ -4034,9 +4054,9 @@ class Pool:
             if self._failed_starts:
                 self._start_at = now + 100 * 2 ** self._failed_starts
 
-    def ready_count(self) -> int:
-        """Children that have imported the app."""
-        return sum(member.ready for member in self.members)
+    def is_ready(self) -> bool:
+        """True when a child has imported the app."""
+        return any(member.ready for member in self.members)
 
     def _working(self):
         """The children that may be given work: not more than `size` have any."""
@@ -4061,10 +4081,9 @@ class Pool:
 
     def _is_slow(self, member, now):
         """True when nothing should wait behind what this child runs."""
-        return (
-            member.waiting[0].name not in self.short_names
-            or now - member.head_at > _STALL_SECONDS * 1000
-        )
+        age = now - member.head_at
+        is_short = self.durations.is_short(member.waiting[0].name)
+        return not is_short or age > _STALL_SECONDS * 1000
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
@@ -4102,19 +4121,17 @@ class Pool:
         return None
 
     def _may_wait(self, run, member, now):
-        if isinstance(run, Callback) or run.is_last or run.name not in self.short_names:
+        if not self.durations.is_short(run.name) or run.is_last:
             return False
         behind = len(member.waiting)
-        return (
-            behind < _AHEAD_FRAMES
-            and behind * self._seconds[run.name] < _AHEAD_SECONDS
-            and not self._is_slow(member, now)
-        )
+        ahead = behind * self.durations.usual(run.name)
+        roomy = behind < _AHEAD_FRAMES and ahead < _AHEAD_SECONDS
+        return roomy and not self._is_slow(member, now)
 
     def _put_back(self):
         """Take the runs out of the hand; callbacks stay, they have no row."""
         runs = [run for run in self.hand if isinstance(run, Run)]
-        self.hand = collections.deque(r for r in self.hand if isinstance(r, Callback))
+        self.hand = collections.deque(r for r in self.hand if r not in runs)
         return runs
 
     def _announce(self, run):
@@ -4208,21 +4225,10 @@ class Pool:
         member.done += 1
         if member.why in ("timeout", "cancelled"):
             member.why, member.kill_at = "", 0      # it ended within its grace
-        self._learn(run.name, message.duration)
+        self.durations.learn(run.name, message.duration)
         interrupted = error is not None and error["kind"] in ("timeout", "cancelled")
         if interrupted or member.done == self._limits.max_tasks_per_child:
             self._retire(member)        # with what an interrupted task has started
-
-    def _learn(self, name, duration):
-        """Follow the durations of a task; a long one counts at once."""
-        usual = self._seconds.get(name, duration) * 0.9 + duration * 0.1
-        if duration > _SHORT_SECONDS:
-            usual = max(usual, duration)
-        self._seconds[name] = usual
-        if usual < _SHORT_SECONDS:
-            self.short_names.add(name)
-        else:
-            self.short_names.discard(name)
 
     # -- ending children
 
@@ -4954,7 +4960,7 @@ class Worker:
     def _say_ready(self):
         if self.pool.broken:
             self.fatal = f"its children cannot start:\n{self.pool.broken}"
-        if not self._is_ready and self.pool.ready_count():
+        if not self._is_ready and self.pool.is_ready():
             self._is_ready = True
             self.journal.say("worker_ready", children=self.settings.concurrency)
 
@@ -4991,7 +4997,7 @@ class Worker:
             return None
         return ClaimOrder(
             self.liveness.id, self.settings.queues, self.app.tasks, free, ahead,
-            self.pool.short_names, self._rates,
+            self.pool.durations.short_names, self._rates,
         )
 
     def _wants(self, order, now):
@@ -5482,7 +5488,9 @@ class _Place:
 
         self.folder = tempfile.mkdtemp(prefix="pybgworker-bench-", dir=folder)
         self.db = os.path.join(self.folder, "bench.db")
-        self.app = App(db=self.db, durability="full")
+        self.app = App()
+        # Before the environment: it may name a database that is in use.
+        self.app.override(db=self.db, durability="full")
         self.noop = Task(self.app, _nothing, "noop", {})
         self.clock = Task(self.app, _nothing, "clock", {})
         source = _APP_SOURCE.format(
@@ -5911,10 +5919,11 @@ COMMANDS = (
             "prune --older-than 1d --yes",
             (_flag("--older-than", metavar="T", type=_grace,
                    help="finished so long ago: 90s, 12h, 7d"), _YES)),
-    Command("enqueue", _enqueue, "enqueue a task by its name; each JSON is an argument",
+    Command("enqueue", _enqueue, "enqueue a task by name; each JSON is an argument",
             "enqueue example.add 1 2",
             (_flag("name", metavar="NAME"),
-             _flag("arguments", nargs="*", metavar="JSON"), _APP, _flag("--queue", metavar="Q", help="instead of the task's own"),
+             _flag("arguments", nargs="*", metavar="JSON"), _APP,
+             _flag("--queue", metavar="Q", help="instead of the task's own"),
              _flag("--countdown", metavar="S", type=float, help="seconds from now"),
              _flag("--key", metavar="K", help="one unfinished task with this key"),
              _flag("--priority", metavar="P", type=int, help="lower runs first"))),

@@ -1,0 +1,3757 @@
+"""The specification of pybgworker, as tests: python test_pybgworker.py
+
+Nothing needs to be installed; pytest runs it too.  The blocks have the names and
+the order of the sections of pybgworker.py, after "Promises" (what the README
+guarantees, with real processes) and before "The file itself".  One behaviour for
+each test; no sleeps where an event can be waited for; real SQLite, real children,
+real SIGKILL.  PYBGWORKER_TORTURE=seconds makes the torture tests longer.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import datetime as dt
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+from decimal import Decimal
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import pybgworker  # noqa: E402
+from pybgworker import (  # noqa: E402
+    Abort, App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, Retry,
+    RetryPolicy, Run, Store, Worker,
+)
+
+# == Tools ====================================================================
+
+
+def until(predicate, timeout=15.0, what="it"):
+    """Wait until `predicate()` is true; return its value, or fail."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        found = predicate()
+        if found:
+            return found
+        time.sleep(0.005)
+    raise AssertionError(f"{what} did not happen within {timeout} s")
+
+
+def clean_environment(**extra):
+    """This process's environment without settings, plus `extra`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")}
+    return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", **extra}
+
+
+def is_alive(pid):
+    """True while a process exists and is no zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists()
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+class Case(unittest.TestCase):
+    """A folder of its own, with a queue in it."""
+
+    maxDiff = None
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="pybgworker-test-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.db = self.folder / "queue.db"
+        self.app = App(db=str(self.db))
+        self.addCleanup(lambda: self.app.store.close())
+        self.now = 1_800_000_000_000        # a clock the test owns, unix ms
+
+    @property
+    def store(self):
+        return self.app.store
+
+    def sql(self, statement, *parameters):
+        """Run a statement on a connection of its own; return the rows."""
+        connection = sqlite3.connect(self.db, timeout=10)
+        try:
+            with connection:
+                return connection.execute(statement, parameters).fetchall()
+        finally:
+            connection.close()
+
+    def python(self, code, *argv, check=True, timeout=60, **environment):
+        """Run a program in the folder; return it when it has ended."""
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), *argv], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db), **environment),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def cli(self, *argv, timeout=60, stdin=subprocess.DEVNULL, **environment):
+        """Run a command of pybgworker.py in the folder."""
+        return subprocess.run(
+            [sys.executable, str(HERE / "pybgworker.py"), *map(str, argv)],
+            cwd=self.folder, stdin=stdin,
+            env=clean_environment(PYBGWORKER_DB=str(self.db), **environment),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
+        )
+
+    def module(self, source, name="tasks"):
+        """Write an app module into the folder; import it here with our database."""
+        path = self.folder / f"{name}.py"
+        path.write_text("from pybgworker import *\n" + textwrap.dedent(source))
+        spec = pybgworker.importlib.util.spec_from_file_location(name, path)
+        found = pybgworker.importlib.util.module_from_spec(spec)
+        old = dict(pybgworker._default_app.tasks)
+        pybgworker._default_app.tasks.clear()
+        pybgworker.configure(db=str(self.db))
+        spec.loader.exec_module(found)
+        self.addCleanup(pybgworker._default_app.tasks.update, old)
+        self.addCleanup(pybgworker._default_app.tasks.clear)
+        return found
+
+    def worker(self, *flags, app="tasks", **environment):
+        """A worker in a process of its own; ended with the test."""
+        worker = RealWorker(self, app, flags, environment)
+        self.addCleanup(worker.kill)
+        return worker
+
+
+class RealWorker:
+    """`pybgworker.py run` in another process, and the events it has logged."""
+
+    def __init__(self, case, app, flags, environment):
+        self.events = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "pybgworker.py"), "run", "--app", app,
+             *map(str, flags)],
+            cwd=case.folder, stdin=subprocess.DEVNULL, text=True,
+            env=clean_environment(PYBGWORKER_DB=str(case.db), **environment),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        self.pid = self.process.pid
+        self.errors = []
+        self._readers = [
+            threading.Thread(target=self._read, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self):
+        with contextlib.suppress(ValueError):       # a test has closed it
+            for line in self.process.stdout:
+                self.events.append(json.loads(line))
+
+    def _read_errors(self):
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def wait_for(self, event, timeout=20, **fields):
+        """Wait for an event with these fields; return it."""
+        return until(lambda: self.find(event, **fields), timeout, f"{event} {fields}")
+
+    def find(self, event, **fields):
+        """The first such event so far, or None."""
+        return next(iter(self.all(event, **fields)), None)
+
+    def all(self, event, **fields):
+        wanted = {"event": event, **fields}
+        return [e for e in list(self.events) if wanted.items() <= e.items()]
+
+    def children(self):
+        """Pids of the processes it has started (Linux)."""
+        path = f"/proc/{self.pid}/task/{self.pid}/children"
+        return [int(pid) for pid in Path(path).read_text().split()]
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def wait(self, timeout=30):
+        """Wait for its end; return its exit status."""
+        code = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(5)
+        return code
+
+    def stop(self, timeout=30):
+        """SIGTERM, and wait; return the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait(timeout)
+
+    def kill(self):
+        """SIGKILL, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(5)
+        for stream in (self.process.stdout, self.process.stderr):
+            stream.close()
+
+
+# == Promises =================================================================
+# What the README guarantees, each with real processes.
+
+TASKS = """
+    import ctypes, os, signal, subprocess, sys, time, asyncio
+    from pathlib import Path
+
+    def mark(name, text=""):
+        with open(name, "a") as f:
+            f.write(f"{text}\\n")
+
+    @task
+    def add(a, b):
+        return a + b
+
+    @task
+    def echo(*args, **kwargs):
+        return [args, kwargs]
+
+    @task(retries=0)
+    def once(name):
+        mark("ran", name)
+
+    @task(retries=3)
+    def started(n):
+        mark("started", f"{n} {current_task().attempt}")
+        return n
+
+    @task(retries=0)
+    def nap(seconds, name="nap"):
+        mark(name, os.getpid())
+        time.sleep(seconds)
+        mark(name + ".end")
+        return "slept"
+
+    @task(retries=2)
+    def long_nap(seconds):
+        mark("nap", os.getpid())
+        time.sleep(seconds)
+        return current_task().attempt
+
+    @task(retries=0)
+    def die(how):
+        if how == "segfault":
+            ctypes.string_at(0)
+        elif how == "exit":
+            os._exit(7)
+        elif how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "sys.exit":
+            sys.exit(3)
+        elif how == "interrupt":
+            raise KeyboardInterrupt
+
+    @task(retries=1)
+    def kill_parent():
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(30)
+
+    @task(retries=2, retry_delay=0.05)
+    def flaky():
+        if current_task().attempt < 3:
+            raise ValueError(f"attempt {current_task().attempt}")
+        return current_task().attempt
+
+    @task(retries=5, retry_delay=0, retry_for=(KeyError,))
+    def picky():
+        raise ValueError("not a KeyError")
+
+    @task(retries=5)
+    def abort():
+        raise Abort("no use")
+
+    @task(retries=1)
+    def again():
+        if current_task().attempt == 1:
+            raise Retry(countdown=0.05)
+        return "second"
+
+    @task(retries=0, timeout=0.2)
+    def clean_up():
+        try:
+            time.sleep(10)
+        except pybgworker.TaskTimeout:
+            mark("cleaned")
+            raise
+
+    import pybgworker
+
+    @task(retries=0, timeout=0.2)
+    def stuck_in_c():
+        grandchild = subprocess.Popen(["sleep", "60"])
+        mark("stuck", f"{os.getpid()} {grandchild.pid}")
+        sum(range(10**12))      # holds the interpreter lock and looks at no signal
+
+    @task(retries=0)
+    def hold_on():
+        grandchild = subprocess.Popen(["sleep", "60"])
+        mark("pids", f"{os.getpid()} {grandchild.pid}")
+        ctypes.PyDLL(None).sleep(60)
+
+    @task(retries=0)
+    def print_all():
+        print("from python")
+        os.write(1, b"from fd 1\\n")
+        subprocess.run(["echo", "from a subprocess"])
+        print("to stderr", file=sys.stderr)
+        print("no line end", end="")
+
+    @task(retries=0)
+    def print_a_lot():
+        for _ in range(1000):
+            print("x" * 99_999)
+
+    @task(retries=0)
+    def write_a_lot():
+        for _ in range(1000):
+            os.write(1, b"x" * 100_000)
+
+    class Nasty(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+        __repr__ = __reduce__ = __str__
+
+    @task(retries=0)
+    def nasty():
+        raise Nasty
+
+    @task(retries=0)
+    def not_json():
+        return object()
+
+    @task(retries=0)
+    def fork_twice():
+        os.fork()
+        return os.getpid()
+
+    @task(retries=0)
+    def close_fds():
+        os.close(1)
+        os.close(2)
+        print("still here")
+        return "closed"
+
+    @task(retries=0)
+    def close_all():
+        os.closerange(3, 200)
+
+    @task(retries=0)
+    def big(text):
+        return text + "!"
+
+    @task
+    async def wait_a_moment(n):
+        await asyncio.sleep(0.01)
+        return n * 2
+
+    @task(retries=0)
+    def progressing():
+        current_task().set_progress(40, "nearly")
+        mark("progress")
+        time.sleep(30)
+
+    @task(retries=0, on_success=lambda i: mark("good", i),
+          on_failure=lambda i, e: mark("bad", f"{i} {e.kind} {e}"))
+    def called_back(how):
+        if how == "raise":
+            raise ValueError("oh")
+        if how == "crash":
+            os._exit(9)
+
+    @task(retries=0, on_success=lambda i: 1 / 0)
+    def bad_callback():
+        pass
+
+    @task(rate_limit=20, retries=0)
+    def limited():
+        return time.time()
+
+    @task
+    @cron("*/1 * * * *")
+    def tick():
+        return current_task().scheduled_for
+"""
+
+
+class Served(Case):
+    """A folder with TASKS as its app."""
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.module(TASKS)
+        self.addCleanup(os.chdir, os.getcwd())
+
+    def lines(self, name):
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_lines(self, name, count=1):
+        until(lambda: len(self.lines(name)) >= count, what=f"{count} lines in {name}")
+        return self.lines(name)
+
+    def get(self, result, timeout=20):
+        return result.get(timeout=timeout)
+
+    def failure(self, result):
+        with self.assertRaises(pybgworker.TaskFailed) as caught:
+            result.get(timeout=20)
+        return caught.exception
+
+
+class Promises(Served):
+
+    def test_a_task_runs_and_its_result_is_read(self):
+        worker = self.worker()
+        result = self.tasks.add.delay(1, 2)
+
+        self.assertEqual(self.get(result), 3)
+        worker.wait_for("task_success", task_id=result.id, name="tasks.add", attempt=1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_the_start_says_what_is_served(self):
+        start = self.worker("--concurrency", 3, "--queues", "a,b").wait_for("worker_start")
+
+        self.assertEqual(start["db"], str(self.db))
+        self.assertEqual(start["queues"], ["a", "b"])
+        self.assertEqual((start["concurrency"], start["schedules"]), (3, 1))
+        self.assertIn("tasks.add", start["tasks"])
+
+    def test_a_producer_killed_after_delay_loses_nothing(self):
+        code = """
+            import os, sys
+            sys.path.insert(0, ".")
+            import tasks
+            for n in range(100):
+                print(tasks.add.delay(n, n).id, flush=True)
+            os.kill(os.getpid(), 9)
+        """
+        done = self.python(code, check=False)
+
+        ids = [int(line) for line in done.stdout.split()]
+        self.assertEqual(ids, [row[0] for row in self.sql("select id from bg_task")])
+
+    def test_two_workers_run_each_task_once(self):
+        results = self.tasks.started.delay_many([(n,) for n in range(400)])
+        for _ in range(2):
+            self.worker("--concurrency", 2)
+
+        self.assertEqual([self.get(r) for r in results], list(range(400)))
+        self.assertEqual(len(self.lines("started")), 400)
+        self.assertEqual(len(set(self.lines("started"))), 400)
+
+    def test_the_tasks_of_a_killed_worker_start_again_within_two_seconds(self):
+        result = self.tasks.long_nap.delay(60)
+        first, second = self.worker("--concurrency", 1), None
+        self.wait_lines("nap")
+        second = self.worker("--concurrency", 1)
+        second.wait_for("worker_ready")
+
+        killed_at = time.monotonic()
+        first.kill()
+
+        self.wait_lines("nap", 2)
+        self.assertLess(time.monotonic() - killed_at, 2)
+        second.wait_for("task_lost", task_id=result.id)
+
+    def test_a_crash_costs_one_task_and_says_why(self):
+        self.worker("--concurrency", 2)
+        others = self.tasks.add.delay_many([(n, 1) for n in range(50)])
+        rows = {"segfault": ("SIGSEGV", None), "exit": ("", 7), "kill": ("SIGKILL", None)}
+        for how, (name, code) in rows.items():
+            failed = self.failure(self.tasks.die.delay(how))
+            stored = self.store.error(failed.task_id)
+            with self.subTest(how):
+                self.assertEqual((failed.kind, failed.error_type), ("crash", name))
+                self.assertEqual(stored.get("exit_code"), code)
+            if how == "segfault":
+                self.assertIn("in die", failed.traceback)
+        self.assertEqual([self.get(r) for r in others], list(range(1, 51)))
+
+    def test_sys_exit_and_keyboard_interrupt_fail_the_task_only(self):
+        self.worker("--concurrency", 1)
+        for how, name in (("sys.exit", "SystemExit"), ("interrupt", "KeyboardInterrupt")):
+            with self.subTest(how):
+                failed = self.failure(self.tasks.die.delay(how))
+                self.assertEqual((failed.kind, failed.error_type), ("exception", name))
+
+    def test_a_task_that_kills_its_worker_fails_in_the_end(self):
+        result = self.tasks.kill_parent.delay()
+        for _ in range(2):
+            self.assertEqual(self.worker("--concurrency", 1).wait(), -signal.SIGKILL)
+        self.worker("--concurrency", 1)
+
+        self.assertEqual(self.failure(result).kind, "lost")
+        self.assertEqual(result.attempt, 2)
+
+    def test_a_failing_task_is_retried_until_it_works(self):
+        worker = self.worker()
+        result = self.tasks.flaky.delay()
+
+        self.assertEqual(self.get(result), 3)
+        retries = worker.all("task_retry", task_id=result.id)
+        self.assertEqual([event["attempt"] for event in retries], [1, 2])
+
+    def test_abort_retry_and_retry_for(self):
+        self.worker()
+        self.assertEqual(self.get(self.tasks.again.delay()), "second")
+        for task, kind in ((self.tasks.abort, "abort"), (self.tasks.picky, "exception")):
+            result = task.delay()
+            with self.subTest(task.name):
+                self.assertEqual(self.failure(result).kind, kind)
+                self.assertEqual(result.attempt, 1)
+
+    def test_at_its_time_limit_a_task_may_clean_up(self):
+        self.worker()
+        failed = self.failure(self.tasks.clean_up.delay())
+
+        self.assertEqual((failed.kind, failed.error_type), ("timeout", "TaskTimeout"))
+        self.assertEqual(len(self.lines("cleaned")), 1)
+
+    def test_c_code_that_never_returns_is_killed_with_its_group(self):
+        self.worker("--concurrency", 1)
+        failed = self.failure(self.tasks.stuck_in_c.delay())
+
+        self.assertEqual(failed.kind, "timeout")
+        self.assertIn("in stuck_in_c", failed.traceback)
+        for pid in map(int, self.lines("stuck")[0].split()):
+            until(lambda pid=pid: not is_alive(pid), 1)
+
+    def test_a_running_task_is_cancelled_within_a_second(self):
+        self.worker()
+        result = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        asked_at = time.monotonic()
+        result.cancel()
+
+        self.assertRaises(pybgworker.TaskCancelled, self.get, result)
+        self.assertLess(time.monotonic() - asked_at, 1)
+        self.assertEqual(self.lines("nap.end"), [])
+
+    def test_the_first_signal_lets_running_tasks_finish(self):
+        worker = self.worker("--concurrency", 1)
+        running = self.tasks.nap.delay(0.5)
+        waiting = self.tasks.nap.delay(0.5, "other")
+        self.wait_lines("nap")
+
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual((running.status, waiting.status), ("success", "queued"))
+        self.assertEqual(waiting.attempt, 0)
+
+    def test_the_second_signal_hands_the_run_back_without_a_charge(self):
+        worker = self.worker("--concurrency", 1)
+        result = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        worker.signal(signal.SIGTERM)
+        worker.signal(signal.SIGINT)
+
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(worker.find("worker_stop")["handed_back"], 1)
+        row = self.store.task(result.id)
+        self.assertEqual((row.status, row.attempt, row.forgiven), ("queued", 1, 1))
+
+    def test_a_stop_ends_what_runs_longer_than_the_shutdown_timeout(self):
+        worker = self.worker("--concurrency", 1, "--shutdown-timeout", "0.3")
+        result = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(result.status, "queued")
+
+    def test_a_key_has_one_unfinished_task(self):
+        call = self.tasks.add.options(key="k")
+        first, second = call.delay(1, 2), call.delay(3, 4)
+        self.assertEqual(first, second)
+        self.worker()
+
+        self.assertEqual(self.get(first), 3)
+        self.assertNotEqual(call.delay(5, 6), first)
+
+    def test_a_task_belongs_to_the_callers_transaction(self):
+        self.store.data_version()
+        mine = sqlite3.connect(self.db, isolation_level=None)
+        mine.execute("create table orders (id)")
+        for word in ("rollback", "commit"):
+            mine.execute("begin")
+            mine.execute("insert into orders values (1)")
+            result = self.tasks.add.options(conn=mine).delay(1, 2)
+            mine.execute(word)
+        mine.close()
+        self.worker()
+
+        self.assertEqual(self.get(result), 3)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    def test_a_cron_tick_is_run_once_by_two_workers(self):
+        self.worker("--burst").wait()
+        self.sql("update bg_schedule set next_tick = 1700000040, set_at = 1700000000000")
+        workers = [self.worker("--concurrency", 1) for _ in range(2)]
+        fired = until(lambda: [e for w in workers for e in w.all("cron_fired")])
+        for worker in workers:
+            worker.wait_for("worker_ready")
+
+        result = self.app.result(fired[0]["task_id"])
+        tick = self.get(result)
+        self.assertEqual(tick.second, 0)
+        self.assertEqual(self.sql("select count(*) from bg_task where tick = ?",
+                                  int(tick.timestamp())), [(1,)])
+
+    def test_a_rate_holds_over_all_workers_and_delays_nothing_else(self):
+        results = [self.tasks.limited.delay() for _ in range(35)]
+        for _ in range(2):
+            self.worker("--concurrency", 2)
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertFalse(results[-1].ready())
+
+        starts = sorted(self.get(r) for r in results)
+        for first, last in zip(starts, starts[20 + 20 + 1:]):
+            self.assertGreater(last - first, 1.0)
+        self.assertLess(starts[19] - starts[0], 0.5)        # the burst
+        self.assertGreater(starts[34] - starts[0], 0.65)    # then 20 a second
+
+    def test_a_paused_queue_is_left_alone(self):
+        self.store.pause("slow", self.now)
+        held = self.tasks.add.options(queue="slow").delay(1, 1)
+        self.worker()
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertEqual(held.status, "queued")
+
+        self.store.resume("slow")
+        self.assertEqual(self.get(held), 2)
+
+    def test_tasks_of_one_queue_run_by_priority_then_in_order(self):
+        for name, priority in (("c", 9), ("a", 1), ("d", 9), ("b", 5)):
+            last = self.tasks.once.options(priority=priority).delay(name)
+        self.worker("--concurrency", 1, "--burst").wait()
+
+        self.assertTrue(last.ready())
+        self.assertEqual(self.lines("ran"), ["a", "b", "c", "d"])
+
+    def test_twenty_megabytes_go_in_and_come_out(self):
+        self.worker("--concurrency", 1)
+        text = "x" * 20_000_000
+        self.assertEqual(self.get(self.tasks.big.delay(text), 60), text + "!")
+
+    def test_callbacks_run_after_the_last_attempt(self):
+        worker = self.worker()
+        good = self.tasks.called_back.delay("")
+        bad = self.tasks.called_back.delay("raise")
+        crashed = self.tasks.called_back.delay("crash")
+
+        self.assertEqual(self.wait_lines("good"), [str(good.id)])
+        lines = sorted(self.wait_lines("bad", 2))
+        self.assertEqual(lines[0], f"{bad.id} exception ValueError: oh")
+        self.assertTrue(lines[1].startswith(f"{crashed.id} crash crash: the process"))
+        wrong = self.tasks.bad_callback.delay()
+        event = worker.wait_for("callback_error", task_id=wrong.id)
+        self.assertIn("ZeroDivisionError", event["error"])
+        self.assertEqual(wrong.status, "success")
+
+    def test_progress_is_seen_while_the_task_runs(self):
+        self.worker()
+        result = self.tasks.progressing.delay()
+        self.wait_lines("progress")
+        until(lambda: result.progress)
+
+        self.assertEqual(result.progress, (40, "nearly"))
+        result.cancel()
+
+    def test_async_functions_are_tasks(self):
+        self.worker()
+        self.assertEqual(self.get(self.tasks.wait_a_moment.delay(21)), 42)
+
+    def test_what_a_task_prints_is_captured_with_its_id(self):
+        worker = self.worker("--concurrency", 1)
+        result = self.tasks.print_all.delay()
+        self.get(result)
+
+        for text in ("from python", "to stderr", "no line end"):
+            worker.wait_for("output", task_id=result.id, text=text)
+        stored = self.store.output(result.id)
+        for text in ("from python", "from fd 1", "from a subprocess"):
+            self.assertIn(text, stored)
+
+    def test_a_hundred_megabytes_of_output_are_bounded(self):
+        self.worker("--concurrency", 1)
+        for task in (self.tasks.print_a_lot, self.tasks.write_a_lot):
+            result = task.delay()
+            self.get(result, 60)
+            with self.subTest(task.name):
+                self.assertLess(len(self.store.output(result.id)), 70_000)
+                self.assertIn("[more output is not kept]", self.store.output(result.id))
+
+    def test_an_exception_that_cannot_be_printed_is_reported(self):
+        self.worker()
+        failed = self.failure(self.tasks.nasty.delay())
+        self.assertEqual(failed.error_type, "Nasty")
+        self.assertIn("cannot be printed", str(failed))
+
+    def test_a_result_that_json_cannot_hold_fails_with_its_path(self):
+        self.worker()
+        failed = self.failure(self.tasks.not_json.delay())
+        self.assertEqual(failed.error_type, "TypeError")
+        self.assertIn("result: <class object>", str(failed))
+
+    def test_a_task_that_forks_answers_once(self):
+        self.worker("--concurrency", 1)
+        self.assertIsInstance(self.get(self.tasks.fork_twice.delay()), int)
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+
+    def test_a_task_may_close_its_descriptors(self):
+        self.worker("--concurrency", 1)
+        self.assertEqual(self.get(self.tasks.close_fds.delay()), "closed")
+        self.assertEqual(self.failure(self.tasks.close_all.delay()).kind, "crash")
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+
+    def test_a_locked_database_delays_and_loses_nothing(self):
+        worker = self.worker()
+        worker.wait_for("worker_ready")
+        result = self.tasks.nap.delay(0.2)
+        self.wait_lines("nap")
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        self.wait_lines("nap.end")
+        late = threading.Thread(target=lambda: self.tasks.add.delay(1, 2))
+        late.start()
+        time.sleep(0.7)
+        self.assertEqual(result.status, "running")
+        other.execute("rollback")
+        other.close()
+
+        self.assertEqual(self.get(result), "slept")
+        late.join()
+        self.assertEqual(self.get(self.app.result(result.id + 1)), 3)
+
+    def test_a_worker_whose_file_is_replaced_ends(self):
+        worker = self.worker()
+        worker.wait_for("worker_ready")
+        os.rename(self.db, self.folder / "old.db")
+
+        self.assertEqual(worker.wait(), 1)
+        self.assertIn("replaced or deleted", "".join(worker.errors))
+
+    def test_a_worker_that_was_given_up_kills_its_runs(self):
+        flags = ("--concurrency", 1, "--heartbeat-interval", "0.2", "--worker-timeout", 1)
+        first = self.worker(*flags)
+        result = self.tasks.long_nap.delay(60)
+        pid = int(self.wait_lines("nap")[0])
+        second = self.worker(*flags)
+        second.wait_for("worker_ready")
+        first.signal(signal.SIGSTOP)
+        second.wait_for("task_lost", task_id=result.id)
+        self.wait_lines("nap", 2)
+        first.signal(signal.SIGCONT)
+
+        first.wait_for("task_lost", reason="this worker was given up")
+        until(lambda: not is_alive(pid), 2)
+        self.assertEqual((result.status, result.attempt), ("running", 2))
+
+    def test_no_process_outlives_a_killed_worker(self):
+        worker = self.worker("--concurrency", 2)
+        self.tasks.hold_on.delay()
+        pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
+        pids += worker.children() if Path("/proc/self/task").exists() else []
+        worker.kill()
+
+        until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
+
+    def test_a_thousand_tasks_leave_no_descriptor_open(self):
+        worker = self.worker("--concurrency", 2)
+        self.get(self.tasks.add.delay(1, 2))
+        fds = Path(f"/proc/{worker.pid}/fd")
+        if not fds.exists():
+            self.skipTest("needs /proc")
+        until(lambda: len(worker.children()) == 4)
+        before = len(list(fds.iterdir()))
+        for result in [self.tasks.die.delay("exit") for _ in range(5)] + \
+                self.tasks.add.delay_many([(1, n) for n in range(1000)]):
+            until(result.ready)
+        until(lambda: len(worker.children()) == 4)
+
+        self.assertEqual(len(list(fds.iterdir())), before)
+
+    def test_a_worker_outlives_the_reader_of_its_log(self):
+        worker = self.worker()
+        worker.wait_for("worker_ready")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, worker.process.stdout.fileno())
+        os.close(null)
+
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertEqual(self.get(self.tasks.add.delay(3, 4)), 7)
+
+    def test_burst_ends_when_nothing_is_due(self):
+        done = self.tasks.add.delay(1, 2)
+        later = self.tasks.add.options(countdown=60).delay(1, 2)
+
+        self.assertEqual(self.worker("--burst").wait(), 0)
+        self.assertEqual((done.status, later.status), ("success", "scheduled"))
+
+    def test_a_slow_task_does_not_hold_up_quick_ones_of_its_name(self):
+        calls = [(0.0001, "q")] * 100 + [(1, "slow")] + [(0.0001, "q")] * 500
+        self.tasks.nap.delay_many([(0.0001, "q")] * 20)
+        results = [
+            self.tasks.nap.options(retries=1).delay_many([call])[0] for call in calls
+        ]
+        self.worker("--concurrency", 2)
+        for result in results:
+            until(result.ready)
+
+        rows = self.sql("select run_at, started_at, finished_at from bg_task "
+                        "where retries = 1 order by started_at")
+        slow = max(rows, key=lambda row: row[2] - row[1])
+        during = [row for row in rows if slow[1] <= row[1] <= slow[2]]
+        gaps = [b[1] - a[1] for a, b in zip(during, during[1:])]
+        self.assertGreater(len(during), 300)
+        self.assertLess(max(gaps), 100)
+
+
+# == Settings =================================================================
+
+
+class Settings(unittest.TestCase):
+
+    GOOD = """
+        concurrency          8          8
+        queues               a,b        ('a','b')
+        rate_limit           5/s        5.0
+        rate_limit           90/m       1.5
+        timeout              1.5        1.5
+        timeout              2m         120.0
+        shutdown_timeout     0          0.0
+        retention            7d         604800.0
+        retention            forever    None
+        max_memory           2g         2147483648
+        max_memory           512k       524288
+        durability           normal     'normal'
+        allow_network_fs     yes        True
+    """
+    BAD = """
+        concurrency          0          whole number
+        concurrency          -1         whole number
+        concurrency          many       whole number
+        queues               ,          queue names
+        rate_limit           0          starts per second
+        rate_limit           5/week     starts per second
+        timeout              -1         seconds above 0
+        timeout              nan        seconds above 0
+        retention            soon       seconds above 0
+        max_memory           lots       bytes above 0
+        durability           maybe      full or normal
+        allow_network_fs     perhaps    1 or 0
+    """
+
+    def rows(self, table):
+        return [line.split(None, 2) for line in table.strip().splitlines()]
+
+    def test_values_of_the_environment_are_parsed(self):
+        for name, text, value in self.rows(self.GOOD):
+            with self.subTest(f"{name}={text}"):
+                variable = "PYBGWORKER_" + name.upper()
+                found = pybgworker.resolve_settings({}, {variable: text}, {})
+                self.assertEqual(getattr(found, name), ast.literal_eval(value))
+
+    def test_a_bad_value_is_refused_with_variable_value_and_what_is_allowed(self):
+        for name, text, allowed in self.rows(self.BAD):
+            variable = "PYBGWORKER_" + name.upper()
+            with self.subTest(variable), self.assertRaises(pybgworker.SettingError) as e:
+                pybgworker.resolve_settings({}, {variable: text}, {})
+            self.assertTrue(str(e.exception).startswith(f"{variable}={text!r}: must be"))
+            self.assertIn(allowed, str(e.exception))
+
+    def test_flag_beats_environment_beats_code_beats_default(self):
+        environ = {"PYBGWORKER_TIMEOUT": "2"}
+        resolve = pybgworker.resolve_settings
+        self.assertEqual(resolve({"timeout": 1}, environ, {"timeout": 3}).timeout, 3)
+        self.assertEqual(resolve({"timeout": 1}, environ, {}).timeout, 2)
+        self.assertEqual(resolve({"timeout": 1}, {}, {}).timeout, 1)
+        self.assertIsNone(resolve({}, {}, {}).timeout)
+
+    def test_defaults_are_those_of_the_table(self):
+        found = pybgworker.resolve_settings({}, {}, {})
+        self.assertEqual(found.concurrency, os.cpu_count())
+        self.assertTrue(found.worker_name.endswith(f"-{os.getpid()}"))
+        self.assertEqual((found.db, found.durability), ("pybgworker.db", "full"))
+
+    def test_configure_refuses_unknown_names_and_bad_values(self):
+        self.assertRaisesRegex(pybgworker.SettingError, "unknown setting 'colour'",
+                               App, colour="red")
+        self.assertRaisesRegex(pybgworker.SettingError, "concurrency=0", App,
+                               concurrency=0)
+
+
+# == States and errors ========================================================
+
+
+class States(unittest.TestCase):
+
+    def test_every_state_has_its_moves(self):
+        self.assertEqual(set(pybgworker.MOVES), set(range(len(pybgworker.STATE_NAMES))))
+        self.assertEqual(pybgworker.WAITING | pybgworker.FINISHED | {pybgworker.RUNNING},
+                         set(pybgworker.MOVES))
+        for state in pybgworker.FINISHED:
+            self.assertEqual(pybgworker.MOVES[state], {pybgworker.QUEUED})
+
+    def test_every_error_derives_from_one(self):
+        errors = [v for v in vars(pybgworker).values()
+                  if isinstance(v, type) and issubclass(v, Exception)
+                  and v.__module__ == "pybgworker" and not v.__name__.startswith("_")]
+        self.assertGreater(len(errors), 12)
+        for error in errors:
+            self.assertTrue(issubclass(error, pybgworker.PyBgWorkerError), error)
+            self.assertTrue(error.__doc__, error)
+
+    def test_an_error_is_one_line_with_its_parts(self):
+        error = pybgworker.TaskError({"kind": "exception", "type": "ValueError",
+                                      "message": "no", "traceback": "T"})
+        self.assertEqual(error, "ValueError: no")
+        self.assertEqual((error.kind, error.type, error.message, error.traceback),
+                         ("exception", "ValueError", "no", "T"))
+
+
+# == Time and values ==========================================================
+
+
+class Values(unittest.TestCase):
+
+    def trip(self, value):
+        text = pybgworker.encode(value, "value")
+        text.encode("ascii")
+        return pybgworker.decode(text)
+
+    def assert_arrives(self, value):
+        found = self.trip(value)
+        self.assertEqual(repr(found), repr(value))
+        self.assertIs(type(found), type(value))
+
+    def test_what_arrives_equals_what_was_sent(self):
+        utc, plus = dt.timezone.utc, dt.timezone(dt.timedelta(hours=5, minutes=30))
+        moment = dt.datetime(2026, 3, 29, 2, 30, 1, 123456)
+        for value in (
+            None, True, 0, -1, 2**63, 1.5, -0.0, 1e300, float("inf"),
+            float("nan"), "", "ü€𝄞", "\ud800", "a\0b", [], [1, [2]], {}, {"a": {"b": 1}},
+            (), (1, (2,)), {1: 2, None: 3}, {"$set": 1}, {"$": 1, "b": 2},
+            {(1, 2): "t"}, b"", b"\0\xff", bytearray(b"x"), 1 + 2j, Decimal("1.10"),
+            Decimal("NaN"), moment, moment.replace(tzinfo=utc), moment.replace(tzinfo=plus),
+            moment.replace(fold=1), dt.date(1, 1, 1), dt.time(1, 2, 3, 4),
+            dt.time(1, tzinfo=plus), dt.timedelta(-1, 2, 3), set(), frozenset({1}),
+            [{"a": ({1}, [b"x"])}], pybgworker.importlib.import_module("uuid").UUID(int=7),
+        ):
+            with self.subTest(repr(value)[:60]):
+                self.assert_arrives(value)
+
+    def test_an_integer_may_have_any_length(self):
+        self.assertEqual(self.trip(10**5000 + 1), 10**5000 + 1)
+
+    def test_a_zone_arrives_by_its_name(self):
+        zoneinfo = pybgworker.importlib.import_module("zoneinfo")
+        zone = zoneinfo.ZoneInfo("Europe/Paris")
+        for fold in (0, 1):
+            self.assert_arrives(dt.datetime(2026, 10, 25, 2, 30, tzinfo=zone, fold=fold))
+
+    def test_random_values_arrive(self):
+        chance = random.Random(7)
+
+        def value(depth):
+            leaves = [lambda: chance.randrange(-10**20, 10**20), chance.random,
+                      lambda: "".join(chance.choices("a\"\\$ü\n", k=5)),
+                      lambda: None, lambda: chance.random() < 0.5]
+            inner = [lambda: [value(depth - 1) for _ in range(chance.randrange(4))],
+                     lambda: tuple(value(depth - 1) for _ in range(chance.randrange(4))),
+                     lambda: {chance.choice(["a", "$b", 3, None]): value(depth - 1)}]
+            return chance.choice(leaves + inner * (depth > 0) * 2)()
+
+        for _ in range(500):
+            self.assert_arrives(value(4))
+
+    def test_what_cannot_arrive_is_refused_with_its_path(self):
+        import collections
+        import enum
+
+        class User:
+            pass
+
+        class Colour(enum.IntEnum):
+            RED = 1
+
+        class Name(str):
+            pass
+
+        Point = collections.namedtuple("Point", "x y")
+        for value, path in (
+            (User(), "args[0]: "), ([1, {"user": User()}], 'args[0][1]["user"]: '),
+            (Colour.RED, "args[0]: "), (Name("n"), "args[0]: "),
+            (Point(1, 2), "args[0]: "), ((1, User()), "args[0][1]: "),
+            (collections.OrderedDict(a=1), "args[0]: "), (print, "args[0]: "),
+            ({User(): 1}, "args[0] (a key): "), ({3: User()}, "args[0][int]: "),
+        ):
+            with self.subTest(path), self.assertRaises(TypeError) as caught:
+                pybgworker.encode_call((value,), {})
+            self.assertTrue(str(caught.exception).startswith(path), caught.exception)
+            self.assertIn("<class ", str(caught.exception))
+
+    def test_keyword_arguments_are_named_in_messages(self):
+        with self.assertRaisesRegex(TypeError, r'^kwargs\["who"\]: <class object>'):
+            pybgworker.encode_call((), {"who": object()})
+
+    def test_a_value_that_contains_itself_is_refused(self):
+        loop = []
+        loop.append(loop)
+        with self.assertRaisesRegex(TypeError, "nested too deeply, or contains itself"):
+            pybgworker.encode(loop, "value")
+
+    def test_times_are_written_in_utc_with_milliseconds(self):
+        self.assertEqual(pybgworker.iso_time(1_800_000_000_007), "2027-01-15T08:00:00.007Z")
+        self.assertEqual(pybgworker.to_ms(0.0001), 1)
+
+
+# == Log ======================================================================
+
+
+class Logs(unittest.TestCase):
+
+    def setUp(self):
+        self.reader, self.writer = os.pipe()
+        self.addCleanup(os.close, self.reader)
+        self.addCleanup(lambda: self.writer and os.close(self.writer))
+
+    def log(self, style="json"):
+        return Log(self.writer, style, clock=lambda: 1_800_000_000_007)
+
+    def test_an_event_is_one_line_of_json(self):
+        log = self.log()
+        log.event("task_start", task_id=1, name="ä\n\ud800", gone=None, part=0.5, list=[1])
+        log.flush()
+        line = os.read(self.reader, 1000).decode("ascii")
+
+        self.assertEqual(line.count("\n"), 1)
+        self.assertEqual(json.loads(line), {
+            "timestamp": "2027-01-15T08:00:00.007Z", "event": "task_start",
+            "task_id": 1, "name": "ä\n\ud800", "part": 0.5, "list": [1]})
+
+    def test_text_style_is_the_same_for_eyes(self):
+        log = self.log("text")
+        log.event("task_start", task_id=1, name="a b")
+        log.flush()
+        self.assertEqual(os.read(self.reader, 1000),
+                         b'2027-01-15T08:00:00.007Z task_start       task_id=1 name="a b"\n')
+
+    def test_a_field_that_cannot_be_written_does_not_raise(self):
+        for style in ("json", "text"):
+            log = self.log(style)
+            log.event("odd", field=object())
+            log.flush()
+            self.assertIn(b"TypeError", os.read(self.reader, 1000))
+
+    def test_infinite_numbers_stay_json(self):
+        log = self.log()
+        log.event("odd", field=float("inf"))
+        log.flush()
+        self.assertIsNone(json.loads(os.read(self.reader, 1000))["field"])
+
+    def test_a_reader_that_sleeps_is_not_waited_for(self):
+        log = self.log()
+        for _ in range(30_000):
+            log.event("output", text="x" * 200)
+            if len(log._lines) > 1000:
+                log.flush()
+        os.set_blocking(self.reader, False)
+        found = b""
+        for _ in range(3000):
+            log.event("more")
+            log.flush()
+            with contextlib.suppress(BlockingIOError):
+                found += os.read(self.reader, 1 << 20)
+        dropped = [json.loads(line)["lines"] for line in found.splitlines()[:-1]
+                   if b"log_dropped" in line]
+        self.assertTrue(dropped and sum(dropped) > 1000)
+
+    def test_a_closed_or_full_output_is_survived(self):
+        os.close(self.writer)
+        log = Log(self.writer)
+        self.writer = None
+        log.event("lost")
+        log.flush()
+        if os.path.exists("/dev/full"):
+            full = os.open("/dev/full", os.O_WRONLY)
+            log = Log(full)
+            log.event("lost")
+            log.flush()
+            os.close(full)
+
+
+# == Retry and rate ===========================================================
+
+
+class RetryAndRate(unittest.TestCase):
+
+    def test_delays_grow_up_to_their_longest(self):
+        for policy, delays in (
+            ({}, [1, 2, 4, 8]), ({"backoff": 1}, [1, 1, 1, 1]),
+            ({"delay": 5, "max_delay": 12}, [5, 10, 12, 12]), ({"delay": 0}, [0, 0, 0, 0]),
+            ({"backoff": 0.5, "delay": 8}, [8, 4, 2, 1]), ({"max_delay": 0}, [0] * 4),
+        ):
+            policy = RetryPolicy(jitter=0, **policy)
+            found = [pybgworker.retry_delay(policy, n, 0.5) for n in (1, 2, 3, 4)]
+            for a, b in zip(found, delays):
+                self.assertAlmostEqual(a, b, 9, policy)
+
+    def test_the_five_thousandth_attempt_does_not_overflow(self):
+        self.assertEqual(pybgworker.retry_delay(RetryPolicy(jitter=0), 5000, 0.5), 3600)
+
+    def test_jitter_is_a_fraction_to_both_sides(self):
+        policy = RetryPolicy(jitter=0.1)
+        self.assertAlmostEqual(pybgworker.retry_delay(policy, 1, 0.0), 0.9)
+        self.assertAlmostEqual(pybgworker.retry_delay(policy, 1, 0.999999), 1.1, 4)
+
+    def test_rates_are_numbers_or_numbers_per_unit(self):
+        for text, rate in ((5, 5), (2.5, 2.5), ("5/s", 5), ("90/m", 1.5), ("36/h", 0.01)):
+            self.assertEqual(pybgworker.parse_rate(text), rate)
+        for text in (0, -1, "fast", "5/x", None, "", "1e9", float("nan"), True and "5/"):
+            self.assertRaises(ValueError, pybgworker.parse_rate, text)
+
+    def test_in_any_second_there_are_at_most_rate_plus_burst_starts(self):
+        chance = random.Random(3)
+        for rate in (0.5, 1, 3, 7.5, 40, 250):
+            tat, now, starts = 0.0, 1_800_000_000_000, []
+            for _ in range(400):
+                now += chance.choice((0, 1, 3, 20, 400))
+                count = min(chance.randrange(1, 9), pybgworker.rate_tokens(tat, now, rate))
+                tat = pybgworker.rate_spend(tat, now, rate, count)
+                starts += [now] * count
+            for i, at in enumerate(starts):
+                window = [s for s in starts[i:] if s < at + 1000]
+                self.assertLessEqual(len(window), rate + max(1, rate) + 1e-9)
+
+    def test_the_next_start_is_allowed_when_it_says_and_not_before(self):
+        for rate in (0.3, 1, 7, 333):
+            now = 1_800_000_000_000
+            tat = pybgworker.rate_spend(0, now, rate, pybgworker.rate_tokens(0, now, rate))
+            at = pybgworker.rate_next_at(tat, now, rate)
+            self.assertEqual(pybgworker.rate_tokens(tat, at - 1, rate), 0)
+            self.assertEqual(pybgworker.rate_tokens(tat, at, rate), 1)
+
+    def test_a_clock_set_back_blocks_nobody(self):
+        now = 1_800_000_000_000
+        tat = pybgworker.rate_spend(0, now, 5, 5)
+        at = pybgworker.rate_next_at(tat, now - 3_600_000, 5)
+        self.assertLessEqual(at, now - 3_600_000 + 1000)
+
+
+# == Wake-up ==================================================================
+
+
+class WakeUps(unittest.TestCase):
+
+    def test_a_hint_is_heard_and_noise_is_not(self):
+        ear = pybgworker.WakeSocket()
+        self.addCleanup(ear.close)
+        self.assertFalse(ear.drain())
+        pybgworker.send_wake_ups([(ear.port, "somebody else")])
+        pybgworker.send_wake_ups([(ear.port, ear.token)])
+        self.assertTrue(until(ear.drain))
+        self.assertFalse(ear.drain())
+
+    def test_a_hint_to_nobody_is_no_error(self):
+        ear = pybgworker.WakeSocket()
+        ear.close()
+        ear.close()
+        pybgworker.send_wake_ups([(ear.port, ear.token), (0, "")])
+        self.assertFalse(ear.drain())
+
+
+# == Database =================================================================
+
+
+class Databases(Case):
+
+    def test_every_column_has_a_comment_that_sqlite_keeps(self):
+        self.store.data_version()
+        for name, text in self.sql("select name, sql from sqlite_master "
+                                   "where type = 'table' and name like 'bg_%'"):
+            for line in text.splitlines()[1:]:
+                if re.match(r"    [a-z_]+ +(integer|text|real)", line):
+                    with self.subTest(f"{name}: {line.split()[0]}"):
+                        rest = text[text.index(line):].split("\n    ", 2)
+                        self.assertTrue("--" in line or line.split()[0] == "result", rest)
+
+    def test_sixteen_processes_open_a_new_file_at_once(self):
+        code = """
+            import sys, pybgworker as p
+            sys.stdin.readline()
+            store = p.Store(sys.argv[1]); app = p.App(db=sys.argv[1])
+            print(app.send("t", 1).id)
+        """
+        programs = [
+            subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(self.db)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env=clean_environment())
+            for _ in range(16)
+        ]
+        for program in programs:
+            program.stdin.write("\n")
+            program.stdin.flush()
+        ended = [program.communicate(timeout=60) for program in programs]
+
+        self.assertEqual([errors for _, errors in ended], [""] * 16)
+        self.assertEqual(sorted(int(out) for out, _ in ended), list(range(1, 17)))
+
+    def test_files_that_are_not_ours_are_refused_and_left_alone(self):
+        rows = (
+            ("a newer one", "create table bg_task (id); pragma user_version = 99",
+             "made by a newer pybgworker"),
+            ("another program's", "create table t (id); pragma user_version = 7",
+             "belongs to another program"),
+        )
+        for name, script, message in rows:
+            path = self.folder / name
+            connection = sqlite3.connect(path)
+            connection.executescript(script)
+            connection.close()
+            with self.subTest(name), self.assertRaises(pybgworker.DatabaseUnusable) as e:
+                Store(str(path)).data_version()
+            self.assertIn(message, str(e.exception))
+
+    def test_a_database_with_other_tables_can_be_shared(self):
+        self.sql("create table mine (id)")
+        self.assertEqual(self.app.send("t").id, 1)
+
+    def test_what_is_wrong_with_the_file_is_said_with_what_to_do(self):
+        garbage = self.folder / "garbage"
+        garbage.write_bytes(b"not a database at all, not a database at all" * 100)
+        for path, kind, words in (
+            (garbage, pybgworker.DatabaseUnusable, "it is some other file"),
+            (self.folder / "no" / "folder", pybgworker.DatabaseUnavailable, "such a folder"),
+            (self.folder, pybgworker.DatabaseUnavailable, "unable to open"),
+        ):
+            with self.subTest(path), self.assertRaises(kind) as caught:
+                Store(str(path)).data_version()
+            self.assertIn(words, str(caught.exception))
+
+    def test_a_read_only_database_is_refused_without_loss(self):
+        self.app.send("t")
+        self.store.close()
+        self.store._local.link = None
+        connection = self.store._link().connection
+        connection.execute("pragma query_only = on").fetchall()
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "readonly"):
+            self.app.send("t")
+        connection.execute("pragma query_only = off").fetchall()
+        self.assertEqual(self.app.send("t").id, 2)
+
+    def test_a_corrupt_database_is_unusable_and_not_replaced(self):
+        for _ in range(200):
+            pybgworker.Task(self.app, print, "t" * 190, {}).delay_many([()] * 10)
+            break
+        self.store.checkpoint()
+        self.store.close()
+        with open(self.db, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * 4096 * 3)
+        with self.assertRaises(pybgworker.DatabaseUnavailable):
+            self.store.tasks()
+            self.app.send("t")
+        self.assertTrue(self.db.exists())
+
+    def test_a_locked_database_is_busy_after_the_patience(self):
+        self.app.configure(busy_timeout=0.05)
+        self.store.data_version()
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        with self.assertRaisesRegex(pybgworker.DatabaseBusy, "write lock"):
+            self.app.send("t")
+        other.execute("rollback")
+        other.close()
+        self.assertEqual(self.app.send("t").id, 1)
+
+    def test_a_network_file_system_is_refused_unless_allowed(self):
+        old = pybgworker._file_system_of
+        pybgworker._file_system_of = lambda path: "nfs4"
+        self.addCleanup(setattr, pybgworker, "_file_system_of", old)
+        with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "PYBGWORKER_ALLOW_NET"):
+            self.store.data_version()
+        self.app.configure(allow_network_fs=True)
+        self.store.data_version()
+
+    def test_callers_follow_a_file_that_was_replaced(self):
+        self.app.send("t")
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{self.db}{suffix}", self.folder / f"old{suffix}")
+        self.assertEqual(self.app.send("t").id, 1)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_fork_leaves_the_parents_connection_alone(self):
+        self.app.send("before")
+        with self.store.write():
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        pid = os.fork()
+        if pid == 0:
+            self.app.send("child")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        self.app.send("after")
+        names = [row[0] for row in self.sql("select name from bg_task order by id")]
+        self.assertEqual(names, ["before", "child", "after"])
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+
+    def test_threads_have_connections_of_their_own(self):
+        threads = [threading.Thread(target=lambda: [self.app.send("t") for _ in range(20)])
+                   for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.sql("select count(*), max(id) from bg_task"), [(160, 160)])
+
+    def test_a_checkpoint_lets_the_log_start_anew(self):
+        task = pybgworker.Task(self.app, print, "t", {})
+        sizes = []
+        for _ in range(6):
+            task.delay_many([("x" * 500,)] * 1000)
+            self.store.checkpoint_if_large(1 << 19)
+            sizes.append(self.store.wal_bytes())
+        self.assertLess(max(sizes), 3 << 20)
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+
+    def test_the_database_is_never_opened_but_by_sqlite(self):
+        code = """
+            import os, sys
+            def watch(event, args):
+                if event == "open" and isinstance(args[0], (str, os.PathLike)):
+                    name = os.path.basename(args[0])
+                    assert name not in ("queue.db", "queue.db-wal", "queue.db-shm"), args
+            sys.addaudithook(watch)
+            import pybgworker as p
+            app = p.App(); task = p.Task(app, print, "t", {})
+            task.delay_many([("x" * 5000,)] * 50); app.store.checkpoint()
+            app.store.cancel(1, 1); app.store.retry(1, 2); app.store.forget(1)
+            p.LiveFile.of(app.store.path + "-live").hold(1)
+            print("fine")
+        """
+        self.assertEqual(self.python(code).stdout, "fine\n")
+
+
+# == Queue ====================================================================
+
+
+class QueueCase(Case):
+    """Tasks and claims by hand, with the test's clock."""
+
+    def enqueue(self, name="t", queue="default", priority=5, key=None, retries=3,
+                at=None, args="[[],{}]", count=1):
+        at = self.now if at is None else at
+        state = pybgworker.SCHEDULED if at > self.now else pybgworker.QUEUED
+        task = NewTask(name, queue, priority, key, retries, None, state, at, self.now)
+        return self.store.enqueue(task, [args] * count)[0]
+
+    def order(self, worker=1, queues=None, names=("t", "u"), free=100, ahead=0,
+              ahead_names=(), **rates):
+        return pybgworker.ClaimOrder(
+            worker, queues, set(names), free, ahead, set(ahead_names), rates)
+
+    def claim(self, *args, **kwargs):
+        order = self.order(*args, **kwargs)
+        with self.store.write():
+            self.claimed = self.store.claim(order, self.now)
+        return self.claimed.runs
+
+    def finish(self, run, state=pybgworker.SUCCESS, worker=1, **values):
+        with self.store.write():
+            return self.store.finish([Outcome(run, state, **values)], worker, self.now)
+
+    def status(self, task_id):
+        return self.store.task(task_id).status
+
+
+class Enqueueing(QueueCase):
+
+    def test_many_calls_get_ids_in_their_order(self):
+        task = pybgworker.Task(self.app, print, "t", {})
+        results = task.delay_many([(1,), {"a": 2}, ("x" * 5000,)])
+        self.assertEqual([r.id for r in results], [1, 2, 3])
+        self.assertEqual([pybgworker.decode(self.store.args(n)) for n in (1, 2, 3)],
+                         [[[1], {}], [[], {"a": 2}], [["x" * 5000], {}]])
+
+    def test_large_arguments_stay_off_the_hot_row(self):
+        self.enqueue(args='[["' + "x" * 5000 + '"],{}]')
+        self.assertEqual(self.sql("select args from bg_task"), [(None,)])
+        self.assertEqual(self.sql("select count(*) from bg_payload"), [(1,)])
+
+    def test_a_key_is_free_again_when_its_task_is_finished(self):
+        first = self.enqueue(key="k")
+        self.assertEqual(self.enqueue(key="k"), first)
+        run, = self.claim()
+        self.assertEqual(self.enqueue(key="k"), first)
+        self.finish(run)
+        self.assertNotEqual(self.enqueue(key="k"), first)
+
+    def test_a_key_holds_between_processes(self):
+        code = "import pybgworker as p; print(p.App().send('t', key='k').id)"
+        self.assertEqual({self.python(code).stdout for _ in range(3)}, {"1\n"})
+
+    def test_an_id_is_never_used_twice(self):
+        for _ in range(3):
+            last = self.enqueue()
+        self.store.forget(last)
+        self.assertEqual(self.enqueue(), last + 1)
+        run = self.claim()[-1]
+        self.finish(run)
+        self.store.prune(0, self.now + 1, None, 100)
+        self.assertEqual(self.enqueue(), last + 2)
+
+    def test_a_connection_to_another_file_is_refused(self):
+        other = sqlite3.connect(self.folder / "other.db")
+        self.addCleanup(other.close)
+        with self.assertRaisesRegex(ValueError, "the queue is"):
+            self.app.send("t", conn=other)
+
+
+class Claiming(QueueCase):
+
+    def test_claim_takes_by_priority_then_by_id_over_names_and_queues(self):
+        ids = [self.enqueue(*row) for row in (
+            ("t", "a", 5), ("u", "b", 1), ("t", "b", 5), ("u", "a", 5), ("t", "a", 1))]
+        order = [1, 4, 0, 2, 3]
+        self.assertEqual([run.id for run in self.claim()], [ids[i] for i in order])
+
+    def test_claim_skips_tasks_that_are_not_due(self):
+        later = self.enqueue(at=self.now + 1000)
+        self.assertEqual(self.claim(), [])
+        self.assertEqual(self.claimed.next_at, self.now + 1000)
+        self.now += 1000
+        self.assertEqual([run.id for run in self.claim()], [later])
+
+    def test_claim_leaves_what_it_may_not_take(self):
+        self.enqueue("unknown", priority=0)
+        self.enqueue("t", "paused", 0)
+        self.enqueue("t", "other", 0)
+        mine = self.enqueue("t", "mine")
+        self.store.pause("paused", self.now)
+        queues = ("mine", "paused")
+        self.assertEqual([r.id for r in self.claim(queues=queues)], [mine])
+
+    def test_claim_takes_no_more_than_there_are_places(self):
+        self.enqueue(count=10)
+        self.assertEqual(len(self.claim(free=2)), 2)
+        self.assertEqual(len(self.claim(free=1, ahead=3, ahead_names=("t",))), 4)
+
+    def test_only_short_tasks_with_retries_left_may_wait(self):
+        for row in (dict(retries=0), {}, {}):
+            self.enqueue(**row)
+        self.assertEqual(self.claim(free=0, ahead=5, ahead_names=("t",)), [])
+        self.assertEqual(len(self.claim(free=1, ahead=5, ahead_names=("t",))), 3)
+        self.enqueue()
+        self.assertEqual(self.claim(free=0, ahead=5), [])
+
+    def test_what_needs_a_free_child_is_not_passed_by_those_behind_it(self):
+        self.enqueue(count=2)
+        last = self.enqueue(retries=0)
+        self.enqueue(count=2)
+        runs = self.claim(free=1, ahead=9, ahead_names=("t",))
+        self.assertEqual(len(runs), 2)
+        self.assertEqual(self.claim(free=1, ahead=9, ahead_names=("t",))[0].id, last)
+
+    def test_a_limited_name_delays_no_other_and_says_when(self):
+        self.enqueue("t", priority=0, count=50)
+        other = self.enqueue("u", priority=9)
+        runs = self.claim(t=2)
+        self.assertEqual([r.name for r in runs], ["t", "t", "u"])
+        self.assertEqual(runs[-1].id, other)
+        self.assertEqual(self.claim(t=2), [])
+        self.assertEqual(self.claimed.limited, {"t": self.now + 500})
+        self.assertEqual(self.claimed.next_at, self.now + 500)
+        self.now += 500
+        self.assertEqual(len(self.claim(t=2)), 1)
+
+    def test_a_limit_over_all_holds_over_all_names(self):
+        self.enqueue("t", count=5)
+        self.enqueue("u", count=5)
+        self.assertEqual(len(self.claim(**{"": 3})), 3)
+        self.assertEqual(len(self.claim(**{"": 3})), 0)
+
+    def test_a_raised_limit_is_followed_within_a_second(self):
+        self.enqueue("t", count=50)
+        self.claim(t=1)
+        self.assertEqual(self.claim(t=1), [])
+        self.now += 500
+        self.assertGreater(len(self.claim(t=100)), 40)
+
+    def test_peek_agrees_with_claim_and_takes_no_lock(self):
+        self.enqueue("unknown")
+        self.enqueue(at=self.now + 50)
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        self.assertEqual(self.store.peek(self.order(), self.now), (False, self.now + 50))
+        self.assertTrue(self.store.peek(self.order(), self.now + 50)[0])
+        other.close()
+
+
+class Finishing(QueueCase):
+
+    def test_a_stale_finish_changes_nothing(self):
+        task_id = self.enqueue()
+        run, = self.claim(worker=1)
+        self.store.reap(1, "w", self.now)
+        again, = self.claim(worker=2)
+        for state in (pybgworker.SUCCESS, pybgworker.FAILED, pybgworker.RETRYING):
+            stale = self.finish(run, state, result="1", error={"kind": "exception"})
+            self.assertEqual(len(stale), 1)
+        self.assertEqual(self.status(task_id), "running")
+        self.assertEqual(self.finish(run, result="1"), [Outcome(run, 4, "1")])
+        self.assertEqual(self.finish(again, worker=2, result="2"), [])
+        self.assertEqual(self.store.result(task_id), "2")
+
+    def test_one_stale_outcome_spoils_no_other(self):
+        self.enqueue(count=3)
+        runs = self.claim()
+        self.sql("update bg_task set worker = 9 where id = 2")
+        outcomes = [Outcome(run, pybgworker.SUCCESS, "1") for run in runs]
+        with self.store.write():
+            self.assertEqual(self.store.finish(outcomes, 1, self.now), [outcomes[1]])
+        self.assertEqual([self.status(n) for n in (1, 2, 3)],
+                         ["success", "running", "success"])
+
+    def test_large_results_errors_and_output_are_kept_apart(self):
+        self.enqueue()
+        run, = self.claim()
+        text = json.dumps("x" * 5000)
+        self.finish(run, result=text, output="printed")
+        self.assertEqual(self.store.result(1), text)
+        self.assertEqual(self.store.output(1), "printed")
+        self.assertEqual(self.sql("select result from bg_task"), [(None,)])
+
+    def test_a_run_that_never_began_is_not_counted(self):
+        self.enqueue(retries=0)
+        run, = self.claim()
+        with self.store.write():
+            self.store.give_back([run], 1, self.now, started=False)
+        row = self.store.task(1)
+        self.assertEqual((row.status, row.attempt, row.forgiven), ("queued", 0, 0))
+
+    def test_an_interrupted_run_is_forgiven_under_a_new_number(self):
+        self.enqueue(retries=0)
+        run, = self.claim()
+        with self.store.write():
+            self.store.give_back([run], 1, self.now, started=True)
+        again, = self.claim()
+        self.assertEqual((again.attempt, again.used, again.is_last), (2, 1, True))
+
+    def test_a_cancelled_run_is_not_run_again(self):
+        self.enqueue()
+        run, = self.claim()
+        self.store.cancel(1, self.now)
+        self.assertEqual(self.store.cancels_asked(1), [1])
+        self.finish(run, pybgworker.RETRYING, run_at=self.now + 5,
+                    error={"kind": "exception"})
+        self.assertEqual(self.status(1), "cancelled")
+
+
+# == Store ====================================================================
+
+
+class Operating(QueueCase):
+
+    def test_cancel_ends_what_waits_and_leaves_what_is_finished(self):
+        self.enqueue()
+        later = self.enqueue(at=self.now + 1000)
+        for task_id in (1, later):
+            self.store.cancel(task_id, self.now)
+            self.assertEqual(self.status(task_id), "cancelled")
+        self.assertEqual(self.store.cancel(1, self.now), pybgworker.CANCELLED)
+
+    def test_retry_gives_all_retries_back_under_new_numbers(self):
+        self.enqueue(retries=0)
+        run, = self.claim()
+        self.finish(run, pybgworker.FAILED, error={"kind": "exception"})
+        self.store.retry(1, self.now)
+        again, = self.claim()
+        self.assertEqual((again.attempt, again.used, again.is_last), (2, 1, True))
+        self.assertIsNone(self.store.error(1))
+
+    def test_retry_refuses_what_is_unfinished_or_whose_key_is_taken(self):
+        self.enqueue(key="k")
+        self.assertRaisesRegex(pybgworker.TaskStateError, "is queued: only a finished",
+                               self.store.retry, 1, self.now)
+        self.store.cancel(1, self.now)
+        self.enqueue(key="k")
+        self.assertRaisesRegex(pybgworker.TaskStateError, "its key is unfinished",
+                               self.store.retry, 1, self.now)
+
+    def test_purge_cancels_what_waits_by_queue_and_name(self):
+        self.enqueue("t", "a")
+        self.enqueue("t", "b")
+        self.enqueue("u", "a", at=self.now + 1000)
+        self.assertEqual(self.store.purge("a", "t", self.now), 1)
+        self.assertEqual(self.store.purge("a", None, self.now), 1)
+        self.assertEqual(self.store.purge(None, None, self.now), 1)
+
+    def test_prune_keeps_what_is_young_unfinished_or_failed(self):
+        self.enqueue(count=4)
+        runs = self.claim(free=3)
+        self.finish(runs[0], result=json.dumps("x" * 5000))
+        self.finish(runs[1], pybgworker.FAILED, error={"kind": "exception"})
+        self.assertEqual(self.store.prune(0, self.now, self.now, 10), (0, 0))
+        self.assertEqual(self.store.prune(0, self.now + 1, None, 10), (1, 0))
+        self.assertEqual(self.store.prune(0, None, self.now + 1, 2)[0], 1)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+        self.assertEqual(self.sql("select count(*) from bg_payload"), [(0,)])
+
+    def test_an_unknown_id_is_not_found(self):
+        for task_id in (0, -1, 99, 1 << 70, "7", None, 1.5):
+            for verb in (self.store.task, self.store.status, self.store.args):
+                self.assertRaises(pybgworker.TaskNotFound, verb, task_id)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.cancel, 99, self.now)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.retry, 99, self.now)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.forget, 99)
+
+    def test_a_running_task_is_not_forgotten(self):
+        self.enqueue()
+        self.claim()
+        self.assertRaises(pybgworker.TaskStateError, self.store.forget, 1)
+
+
+class Budgets(QueueCase):
+    """What may not grow unseen: query plans, statements, pages written."""
+
+    def traced(self, act):
+        """The SQL statements that `act` runs, as SQLite sees them."""
+        connection = self.store._link().connection
+        found = []
+        connection.set_trace_callback(found.append)
+        try:
+            act()
+        finally:
+            connection.set_trace_callback(None)
+        return found
+
+    def life(self):
+        self.enqueue(count=3)
+        runs = self.claim()
+        self.finish(runs[0], result="1")
+        self.finish(runs[1], pybgworker.RETRYING, run_at=self.now, error={"kind": "x"})
+        with self.store.write():
+            self.store.give_back([runs[2]], 1, self.now, started=False)
+        self.store.cancels_asked(1)
+        self.store.peek(self.order(), self.now)
+        self.store.cancel(2, self.now)
+        self.store.retry(1, self.now)
+        self.store.reap(1, "w", self.now)
+
+    def test_every_hot_statement_uses_its_index(self):
+        self.enqueue(count=500)
+        self.life()
+        statements = {s for s in self.traced(self.life)
+                      if re.match(r"\s*(select|update|delete)", s)}
+        self.assertGreater(len(statements), 12)
+        for statement in statements:
+            plan = self.sql("explain query plan " + statement)
+            for row in plan:
+                with self.subTest(" ".join(statement.split())[:90]):
+                    self.assertNotRegex(row[-1], "SCAN (TABLE )?bg_task(?! USING)")
+                    self.assertNotIn("TEMP B-TREE", row[-1])
+
+    def test_history_and_what_waits_cost_a_claim_nothing(self):
+        """Virtual machine steps of SQLite, not seconds."""
+        def steps():
+            count = [0]
+            connection = self.store._link().connection
+            connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 1)
+            self.claim(free=10)
+            connection.set_progress_handler(None, 1)
+            return count[0]
+
+        self.enqueue(count=100)
+        few = steps()
+        self.enqueue(count=20_000)
+        self.enqueue("unknown", priority=0, count=20_000)
+        self.enqueue(priority=0, at=self.now + 10**6, count=20_000)
+        self.sql("update bg_task set state = 4 where id between 1000 and 9000")
+        self.store.pause("stopped", self.now)
+        self.enqueue(queue="stopped", priority=0, count=20_000)
+        self.assertLess(steps(), few * 1.5)
+
+    def test_a_turn_takes_few_statements(self):
+        self.enqueue(count=100)
+        statements = self.traced(lambda: self.claim(free=50))
+        self.assertLess(len(statements), 50 + 14)
+
+    def pages(self, act):
+        before = self.store.wal_bytes()
+        act()
+        return (self.store.wal_bytes() - before) / (4096 + 24)
+
+    def test_pages_written_by_an_operation_stay_within_their_budget(self):
+        self.enqueue(count=200)
+        self.store.checkpoint()
+        self.enqueue()
+        runs = []
+        enqueue = self.pages(self.enqueue)
+        claim = self.pages(lambda: runs.extend(self.claim(free=1)))
+        finish = self.pages(lambda: self.finish(runs[0], result="1"))
+        self.assertLessEqual((enqueue, claim, finish), (3, 4, 3))
+        self.assertLessEqual(claim, 4)
+        self.assertLessEqual(finish, 3)
+
+    def test_a_hundred_at_a_time_write_few_pages(self):
+        self.enqueue(count=400)
+        runs = []
+        self.assertLess(self.pages(lambda: runs.extend(self.claim(free=100))), 25)
+        outcomes = [Outcome(run, pybgworker.SUCCESS, "1") for run in runs]
+
+        def finish():
+            with self.store.write():
+                self.store.finish(outcomes, 1, self.now)
+
+        self.assertLess(self.pages(finish), 25)
+
+
+class Faults(QueueCase):
+    """An error at the n-th statement: all or nothing, and the store works after."""
+
+    class Failing:
+        """A connection that fails once, at its n-th statement."""
+
+        def __init__(self, connection, n):
+            self.real, self.left = connection, n
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def _count(self):
+            self.left -= 1
+            if self.left == 0:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        def execute(self, *args):
+            if "rollback" not in args[0]:
+                self._count()
+            return self.real.execute(*args)
+
+        def executemany(self, *args):
+            self._count()
+            return self.real.executemany(*args)
+
+    VERBS = {
+        "enqueue": lambda s: s.enqueue(count=3),
+        "enqueue large": lambda s: s.enqueue(args='["' + "x" * 3000 + '"]'),
+        "claim": lambda s: s.claim(free=2, t=5),
+        "finish": lambda s: s.finish(s.runs[0], result='"' + "x" * 3000 + '"'),
+        "retry": lambda s: s.store.retry(1, s.now),
+        "cancel": lambda s: s.store.cancel(5, s.now),
+        "forget": lambda s: s.store.forget(1),
+        "purge": lambda s: s.store.purge(None, None, s.now),
+        "prune": lambda s: s.store.prune(0, s.now + 1, s.now + 1, 10),
+        "reap": lambda s: s.store.reap(1, "w", s.now),
+        "pause": lambda s: s.store.pause("q", s.now),
+    }
+
+    def snapshot(self):
+        tables = ("bg_task", "bg_payload", "bg_worker", "bg_rate", "bg_queue", "bg_meta")
+        return [self.sql(f"select * from {table} order by 1") for table in tables]
+
+    def prepare(self):
+        self.setUp()
+        self.enqueue(count=8)
+        self.runs = self.claim(free=3)
+        self.finish(self.runs[2], result='"' + "y" * 3000 + '"')
+        self.sql("update bg_task set state = 4, finished_at = 1 where id = 1")
+        self.runs = [run for run in self.runs if run.id == 2]
+
+    def test_every_verb_is_all_or_nothing(self):
+        for name, verb in self.VERBS.items():
+            for n in range(1, 40):
+                self.prepare()
+                before = self.snapshot()
+                link = self.store._link()
+                link.connection = failing = self.Failing(link.connection, n)
+                try:
+                    verb(self)
+                except pybgworker.DatabaseUnavailable:
+                    link.connection = failing.real
+                    with self.subTest(f"{name}, statement {n}"):
+                        self.assertEqual(self.snapshot(), before)
+                        verb(self)
+                        self.assertNotEqual(self.snapshot(), before)
+                else:
+                    link.connection = failing.real
+                    self.assertGreater(n, 2, name)
+                    break
+
+
+# == Tasks and results ========================================================
+
+
+class Tasks(Case):
+
+    def test_a_decorated_function_is_still_a_function(self):
+        @self.app.task
+        def add(a, b=1):
+            """Add."""
+            return a + b
+
+        self.assertEqual((add(1, 2), add(1)), (3, 2))
+        self.assertEqual((add.__name__, add.__doc__), ("add", "Add."))
+        self.assertTrue(add.name.endswith(".add"))
+
+    def test_options_of_the_decorator_are_checked_where_it_stands(self):
+        for options, message in (
+            ({"retries": -1}, "retries=-1"), ({"retries": True}, "retries=True"),
+            ({"timeout": 0}, "timeout=0"), ({"rate_limit": "often"}, "rate_limit='often'"),
+            ({"priority": "high"}, "priority='high'"), ({"queue": ""}, "queue=''"),
+            ({"retry_for": "x"}, "retry_for='x'"), ({"nonsense": 1}, "nonsense"),
+            ({"retry_delay": float("nan")}, "retry_delay=nan"),
+        ):
+            with self.subTest(message), self.assertRaises((ValueError, TypeError)) as e:
+                self.app.task(**options)(print)
+            self.assertIn(message, str(e.exception))
+
+    def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
+        self.module("@task\ndef f(): pass")
+        self.module("@task\ndef f(): return 1")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'tasks.f'"):
+            self.module("@task\ndef f(): pass\n@task\ndef f(): return 2")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'same'"):
+            self.module("@task(name='same')\ndef f(): pass\n"
+                        "@task(name='same')\ndef g(): pass")
+
+    def test_a_scripts_tasks_are_named_by_its_file(self):
+        path = self.folder / "script.py"
+        path.write_text("from pybgworker import task\n@task\ndef f(): pass\nprint(f.name)")
+        for argv in ([str(path)], ["-m", "script"]):
+            done = subprocess.run([sys.executable, *argv], cwd=self.folder, text=True,
+                                  env=clean_environment(), stdout=subprocess.PIPE)
+            self.assertEqual(done.stdout, "script.f\n")
+
+    def test_cron_and_task_go_in_either_order(self):
+        module = self.module("""
+            @task(name="a", queue="q")
+            @cron("*/5 * * * *")
+            def a(): pass
+
+            @cron("0 1 * * *", tz="Europe/Paris", misfire="skip")
+            @task(name="b", queue="q")
+            def b(): pass
+
+            @cron("0 1 * * *")
+            def c(): pass
+        """)
+        tasks = pybgworker._default_app.tasks
+        self.assertEqual(set(tasks), {"a", "b", "tasks.c"})
+        self.assertEqual([len(t.schedules) for t in tasks.values()], [1, 1, 1])
+        self.assertEqual((module.a.queue, module.b.schedules[0].misfire), ("q", "skip"))
+
+    def test_a_bad_schedule_is_an_error_where_it_stands(self):
+        for arguments, error in (
+            (("61 * * * *",), CronError), (("0 0 30 2 *",), CronError),
+            (("* * * * *", "Mars/Base"), CronError),
+            (("* * * * *", "UTC", "never"), ValueError),
+            (("* * * * *", "UTC", "latest", "perhaps"), ValueError),
+        ):
+            self.assertRaises(error, self.app.cron, *arguments)
+
+    def test_options_of_a_call_go_before_those_of_the_task(self):
+        task = self.app.task(queue="a", priority=3)(print)
+        result = task.options(queue="b", priority=1, retries=0, timeout=2.5).delay()
+        row = self.store.task(result.id)
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("b", 1, 0, 2.5))
+        row = self.store.task(task.apply_async((1,), {"a": 2}, countdown=10).id)
+        self.assertEqual((row.queue, row.status), ("a", "scheduled"))
+
+    def test_countdown_and_eta_say_when(self):
+        task = self.app.task(print)
+        soon = dt.timedelta(seconds=10)
+        aware = dt.datetime.now(dt.timezone.utc) + soon
+        for options in ({"countdown": 10}, {"countdown": soon}, {"eta": aware},
+                        {"eta": dt.datetime.now() + soon}):
+            row = self.store.task(task.options(**options).delay().id)
+            with self.subTest(options):
+                self.assertEqual(row.status, "scheduled")
+                self.assertAlmostEqual(row.run_at - row.created_at, 10_000, delta=900)
+        past = self.store.task(task.options(eta=dt.datetime(2000, 1, 1)).delay().id)
+        self.assertEqual(past.status, "queued")
+
+    def test_bad_options_of_a_call_are_refused(self):
+        task = self.app.task(print)
+        for options in (
+            {"nonsense": 1}, {"countdown": 1, "eta": dt.datetime.now()}, {"eta": 5},
+            {"countdown": "soon"}, {"retries": -1}, {"key": ""}, {"priority": 1.5},
+            {"countdown": float("nan")},
+        ):
+            with self.subTest(options), self.assertRaises((TypeError, ValueError)):
+                task.options(**options).delay()
+        self.assertRaises(ValueError, task.options(key="k").delay_many, [(), ()])
+        self.assertRaises(TypeError, task.delay_many, [1])
+        self.store.data_version()
+        self.assertEqual(task.delay_many([]), [])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
+    def test_arguments_over_the_limit_are_refused_with_its_name(self):
+        self.app.configure(max_payload=1000)
+        task = self.app.task(print)
+        with self.assertRaisesRegex(pybgworker.PayloadTooLarge, "PYBGWORKER_MAX_PAYLOAD"):
+            task.delay("x" * 2000)
+
+    def test_an_app_is_found_by_its_name_or_as_the_only_one(self):
+        (self.folder / "two.py").write_text(
+            "from pybgworker import App\nother = App()\n@other.task\ndef f(): pass\n"
+            "RATE_LIMIT = '5/s'\n")
+        code = """
+            import sys, pybgworker as p
+            sys.path.insert(0, ".")
+            for spec in ("two", "two:other"):
+                app = p.load_app(spec)
+                print(sorted(app.tasks), app.settings.rate_limit)
+            try: p.load_app("two:f")
+            except p.AppError as e: print(e)
+        """
+        lines = self.python(code).stdout.splitlines()
+        self.assertEqual(lines[:2], ["['two.f'] 5.0"] * 2)
+        self.assertIn("has no App 'f'", lines[2])
+
+
+class Results(QueueCase):
+
+    def setUp(self):
+        super().setUp()
+        self.task = self.app.task(name="t")(print)
+
+    def finished(self, state, **values):
+        result = self.task.delay()
+        self.now = pybgworker.now_ms()
+        run = self.claim()[-1]
+        self.finish(run, state, **values)
+        return result
+
+    def test_a_result_is_read_as_often_as_one_likes(self):
+        result = self.finished(pybgworker.SUCCESS, result='{"$tuple":[1]}')
+        self.assertEqual((result.get(), result.get(timeout=0)), ((1,), (1,)))
+        self.assertEqual((result.ready(), result.successful(), result.failed()),
+                         (True, True, False))
+        self.assertEqual(AsyncResult(result.id, self.app), result)
+        self.assertEqual(result.task_id, result.id)
+
+    def test_get_raises_what_became_of_it(self):
+        error = {"kind": "exception", "type": "E", "message": "m", "traceback": "T"}
+        failed = self.finished(pybgworker.FAILED, error=error)
+        with self.assertRaises(pybgworker.TaskFailed) as caught:
+            failed.get()
+        self.assertEqual((caught.exception.error_type, caught.exception.traceback),
+                         ("E", "T"))
+        self.assertEqual(failed.error, "E: m")
+        cancelled = self.finished(pybgworker.CANCELLED)
+        self.assertRaises(pybgworker.TaskCancelled, cancelled.get)
+        self.assertTrue(cancelled.cancelled())
+
+    def test_get_gives_up_after_its_timeout(self):
+        result = self.task.delay()
+        with self.assertRaisesRegex(TimeoutError, f"task {result.id} is queued"):
+            result.get(timeout=0.02)
+
+    def test_a_result_can_be_awaited(self):
+        result = self.finished(pybgworker.SUCCESS, result="7")
+
+        async def wait():
+            return await result
+
+        asyncio = pybgworker.importlib.import_module("asyncio")
+        self.assertEqual(asyncio.run(wait()), 7)
+
+    def test_cancel_retry_and_forget(self):
+        result = self.task.delay()
+        self.assertTrue(result.cancel())
+        self.assertFalse(result.cancel())
+        result.retry()
+        self.assertEqual(result.status, "queued")
+        result.forget()
+        for read in (lambda: result.status, result.ready, result.get, result.cancel,
+                     result.retry, result.forget):
+            self.assertRaises(pybgworker.TaskNotFound, read)
+
+    def test_outside_of_a_task_there_is_no_current_one(self):
+        self.assertIsNone(pybgworker.current_task())
+
+
+# == Cron =====================================================================
+
+
+def matches(expr, moment):
+    """The day rule and the sets, said in another way: an oracle for UTC."""
+    cron = Cron(expr)
+    minute, hour, dom, _, dow = expr.split()
+    weekday = moment.isoweekday() % 7
+    days = (moment.day in cron._days, weekday in cron._weekdays)
+    day = all(days) if dom[0] == "*" or dow[0] == "*" else any(days)
+    return (day and moment.month in cron._months and moment.hour in cron._hours
+            and moment.minute in cron._minutes)
+
+
+class Crons(unittest.TestCase):
+
+    VALUES = """
+        field           text            values
+        minute          */15            0,15,30,45
+        minute          5-20/5          5,10,15,20
+        minute          5/20            5,25,45
+        minute          59/15           59
+        minute          */100           0
+        minute          1-5/60          1
+        minute          007,08          7,8
+        minute          3,1,2,2         1,2,3
+        hour            */24            0
+        hour            22-23,0-2       0,1,2,22,23
+        day-of-month    31              31
+        month           JAN,3,May-jul   1,3,5,6,7
+        month           12/3            12
+        day-of-week     */7             0
+        day-of-week     */5             0,5
+        day-of-week     0-7/3           0,3,6
+        day-of-week     1-7/2           0,1,3,5
+        day-of-week     7               0
+        day-of-week     1-fri           1,2,3,4,5
+        day-of-week     fri-sun         0,5,6
+        day-of-week     sat-SUN         0,6
+        day-of-week     5/1             5,6
+    """
+    BAD = """
+        field         token     expression          says
+        minute        60        60 * * * *          '60' is not in 0-59
+        hour          24        * 24 * * *          '24' is not in 0-23
+        day-of-month  0         * * 0 * *           '0' is not in 1-31
+        month         13        * * * 13 *          '13' is not in 1-12
+        day-of-week   8         * * * * 8           '8' is not in 0-7
+        minute        64        5-64/30 * * * *     '64' is not in 0-59
+        hour          22-2      * 22-2 * * *        use 22-23,0-2
+        day-of-week   monday    * * * * monday      use mon or 1
+        month         sept      * * * sept *        use sep or 9
+        minute        mon       mon * * * *         'mon' is not in 0-59
+        minute        ?         ? * * * *           use * instead of ?
+        day-of-month  L         * * L * *           last day, is not supported
+        day-of-month  15W       * * 15W * *         W (the nearest weekday)
+        day-of-week   1#2       * * * * 1#2         the n-th weekday
+        minute        0~5       0~5 * * * *         see jitter=
+        minute        H         H * * * *           see jitter=
+        minute        *5        *5 * * * *          '*5'
+        minute        **        ** * * * *          '**'
+        minute        *-5       *-5 * * * *         '*-5'
+        minute        */        */ * * * *          '*/'
+        minute        0         */0 * * * *         step '0'
+        minute        */-1      */-1 * * * *        '*/-1'
+        minute        */5/5     */5/5 * * * *       '*/5/5'
+        minute        1_0       1_0 * * * *         '1_0'
+        minute        +5        +5 * * * *          '+5'
+        minute        ٣         ٣ * * * *           '٣'
+        minute        ¹         ¹ * * * *           '¹'
+        macro         @reboot   @reboot             when your program starts
+        macro         @every    @every              is not one of
+        fields        -         * * * *             5 fields expected, 4 found
+        fields        -         0 * * * * *         seconds and years are not supported
+    """
+
+    def utc(self, *when):
+        return dt.datetime(*when, tzinfo=dt.timezone.utc)
+
+    def rows(self, table):
+        return [re.split(r"  +", line.strip()) for line in table.strip().splitlines()[1:]]
+
+    def test_what_a_field_means(self):
+        order = ["minute", "hour", "day-of-month", "month", "day-of-week"]
+        for field, text, values in self.rows(self.VALUES):
+            parts = ["*"] * 5
+            parts[order.index(field)] = text
+            cron = Cron(" ".join(parts))
+            found = [cron._minutes, cron._hours, cron._days, cron._months,
+                     cron._weekdays][order.index(field)]
+            with self.subTest(f"{field} {text}"):
+                self.assertEqual(sorted(found), [int(v) for v in values.split(",")])
+
+    def test_what_is_refused_and_how(self):
+        for field, token, expr, says in self.rows(self.BAD):
+            with self.subTest(expr), self.assertRaises(CronError) as caught:
+                Cron(expr)
+            error = caught.exception
+            self.assertEqual((error.expr, error.field), (expr, field))
+            self.assertIn(says, str(error))
+            if token != "-":
+                self.assertEqual(error.token, token)
+
+    def test_the_whole_message(self):
+        with self.assertRaises(ValueError) as caught:
+            Cron("60 * * * *")
+        self.assertEqual(str(caught.exception),
+                         "bad cron '60 * * * *': minute: '60' is not in 0-59")
+
+    def test_more_that_is_refused(self):
+        for expr in ("", " ", "1, * * * *", ",1 * * * *", "1,,2 * * * *", "*\v* * * *",
+                     "* * * *\u3000*", "9" * 5000 + " * * * *", "0-59," * 400 + "1 * * * *",
+                     "* * * * *\n", "1.5 * * * *", "5-*/2 * * * *", "*/mon * * * *"):
+            with self.subTest(expr[:30]):
+                self.assertRaises(CronError, Cron, expr)
+        for expr in (None, 5, b"* * * * *", ["*"] * 5):
+            self.assertRaises(TypeError, Cron, expr)
+
+    def test_macros_and_white_space(self):
+        after = self.utc(2026, 5, 17, 10, 30)
+        for macro, expected in (
+            ("@yearly", (2027, 1, 1)), ("@Annually", (2027, 1, 1)), ("@monthly", (2026, 6, 1)),
+            ("@weekly", (2026, 5, 24)), ("@DAILY", (2026, 5, 18)),
+            ("@midnight", (2026, 5, 18)), ("@hourly", (2026, 5, 17, 11)),
+        ):
+            self.assertEqual(Cron(f" {macro}\t").next(after), self.utc(*expected))
+        self.assertEqual(Cron("\t5  4\t* * * ").next(after), self.utc(2026, 5, 18, 4, 5))
+
+    def test_the_day_rule_looks_at_the_first_character_only(self):
+        for expr, days in (
+            ("0 0 */2 * 1", [11, 25]),              # odd Mondays
+            ("0 0 13 * 5", [1, 8, 13, 15, 22, 29]),
+            ("0 0 1-31 * 1", list(range(1, 32))),
+            ("0 0 1 * 0-6", list(range(1, 32))),
+            ("0 0 *,1 * 1", [4, 11, 18, 25]),
+            ("0 0 1,* * 1", list(range(1, 32))),
+            ("0 9 */100,1-7 * 1", [4]),             # the first Monday
+        ):
+            found, at = [], self.utc(2026, 4, 30, 23, 59)
+            while (at := Cron(expr).next(at)).month == 5:
+                found.append(at.day)
+            with self.subTest(expr):
+                self.assertEqual(found, days)
+
+    def test_next_is_strictly_after_and_prev_strictly_before(self):
+        cron, noon = Cron("* * * * *"), self.utc(2026, 1, 1, 12)
+        us = dt.timedelta(microseconds=1)
+        minute = dt.timedelta(minutes=1)
+        self.assertEqual(cron.next(noon), noon + minute)
+        self.assertEqual(cron.next(noon + us), noon + minute)
+        self.assertEqual(cron.next(noon - us), noon)
+        self.assertEqual(cron.prev(noon), noon - minute)
+        self.assertEqual(cron.prev(noon + us), noon)
+        self.assertRaises(ValueError, cron.next, dt.datetime(2026, 1, 1))
+
+    def test_never_is_decided(self):
+        for expr, never in (
+            ("0 0 30 2 *", True), ("0 0 31 4,6,9,11 *", True), ("0 0 30 2 */7", True),
+            ("0 0 30 2 1", False), ("0 0 29 2 *", False), ("0 0 31 2,3 *", False),
+        ):
+            self.assertEqual(Cron(expr).never, never, expr)
+            self.assertEqual(Cron(expr).next(self.utc(2026, 1, 1)) is None, never, expr)
+
+    def test_leap_years_and_the_end_of_time(self):
+        feb29 = Cron("0 0 29 2 *")
+        self.assertEqual(feb29.next(self.utc(2096, 3, 1)), self.utc(2104, 2, 29))
+        self.assertEqual(Cron("0 0 29 2 */7").next(self.utc(2088, 3, 1)),
+                         self.utc(2128, 2, 29))
+        self.assertIsNone(feb29.next(self.utc(9997, 1, 1)))
+        self.assertIsNone(feb29.prev(self.utc(3, 1, 1)))
+
+    def test_a_minute_by_minute_look_agrees(self):
+        chance = random.Random(11)
+        choices = (["*", "*/7", "5,50", "10-12"], ["*", "3", "*/6", "22-23"],
+                   ["*", "*/9", "13", "28-31"], ["*", "2", "*/5"], ["*", "1", "5-7", "*/3"])
+        for _ in range(40):
+            expr = " ".join(chance.choice(c) for c in choices)
+            cron = Cron(expr)
+            at = self.utc(2026, chance.randrange(1, 13), 25, chance.randrange(24))
+            for _ in range(3000):
+                at += dt.timedelta(minutes=1)
+                before = cron.prev(at + dt.timedelta(minutes=1))
+                if (before == at) != matches(expr, at):
+                    self.fail(f"{expr} at {at}: {before}")
+
+    ZONES = """
+        expression       zone                 after             ticks
+        30 2 * * *       Europe/Paris         2024-03-30T12:00  03-31T03:00+02:00 04-01T02:30+02:00
+        30 2 * * *       Europe/Paris         2024-10-26T12:00  10-27T02:30+02:00 10-28T02:30+01:00
+        0,30 2 * * *     Europe/Paris         2024-03-30T12:00  03-31T03:00+02:00 04-01T02:00+02:00
+        */30 2 * * *     Europe/Paris         2024-03-30T12:00  04-01T02:00+02:00 04-01T02:30+02:00
+        */30 2 * * *     Europe/Paris         2024-10-26T12:00  10-27T02:00+02:00 10-27T02:30+02:00 10-27T02:00+01:00 10-27T02:30+01:00
+        0 * * * *        Europe/Paris         2024-10-27T01:30  10-27T02:00+02:00 10-27T02:00+01:00 10-27T03:00+01:00
+        0 */2 * * *      Europe/Paris         2024-03-30T23:30  03-31T00:00+01:00 03-31T04:00+02:00
+        0 0 * * *        America/Sao_Paulo    2018-11-03T12:00  11-04T01:00-02:00 11-05T00:00-02:00
+        15 2 * * *       Australia/Lord_Howe  2024-10-05T12:00  10-06T02:30+11:00 10-07T02:15+11:00
+        30 * * * 0       Australia/Lord_Howe  2024-04-07T01:00  04-07T01:30+11:00 04-07T01:30+10:30 04-07T02:30+10:30
+        30 1 * * *       Antarctica/Troll     2024-03-30T12:00  03-31T03:00+02:00 04-01T01:30+02:00
+        30 9 * * *       Pacific/Apia         2011-12-29T08:00  12-29T09:30-10:00 12-31T09:30+14:00
+    """
+
+    def test_clock_changes_as_in_debian(self):
+        for expr, zone, after, ticks in self.rows(self.ZONES):
+            cron = Cron(expr, zone)
+            at = dt.datetime.fromisoformat(after).replace(tzinfo=cron._zone)
+            for tick in ticks.split():
+                at = cron.next(at)
+                with self.subTest(f"{expr} {zone} {tick}"):
+                    self.assertEqual(at.isoformat(timespec="minutes")[5:], tick)
+
+    def test_the_days_of_a_clock_change_have_46_and_50_half_hours(self):
+        cron = Cron("*/30 * * * *", "Europe/Paris")
+        for day, count in (((2024, 3, 31), 46), ((2024, 10, 27), 50)):
+            start = dt.datetime(*day, tzinfo=cron._zone).timestamp()
+            end = (dt.datetime(*day) + dt.timedelta(days=1)).replace(
+                tzinfo=cron._zone).timestamp()
+            found, tick = 0, cron.tick_after(start - 1)
+            while tick < end:
+                found, tick = found + 1, cron.tick_after(tick)
+            self.assertEqual(found, count)
+
+    def test_prev_visits_what_next_visits(self):
+        zones = ("UTC", "Europe/Paris", "America/Sao_Paulo", "Australia/Lord_Howe",
+                 "Africa/Casablanca", "Pacific/Apia", "Asia/Pyongyang")
+        exprs = ("*/30 2 * * *", "30 2 * * *", "15,45 0-3 * * *", "* 1-2 * * *",
+                 "0-59/7 0-3 * * 0", "*/30 1 27 10 *", "*/20 */3 */9 * *")
+        for zone in zones:
+            for expr in exprs:
+                cron = Cron(expr, zone)
+                for start in (1_711_750_000, 1_729_900_000, 1_325_100_000, 1_540_900_000):
+                    there, back = [], []
+                    tick = start
+                    for _ in range(40):
+                        tick = cron.tick_after(tick)
+                        there.append(tick)
+                    tick += 1
+                    for _ in range(40):
+                        tick = cron.tick_before(tick)
+                        back.append(tick)
+                    self.assertEqual(there, back[::-1], f"{expr} {zone} {start}")
+
+    def test_an_unknown_zone_is_named(self):
+        for zone in ("Mars/Base", "", "../../etc/passwd", None, 5):
+            with self.subTest(zone), self.assertRaises(CronError) as caught:
+                Cron("* * * * *", zone)
+            self.assertEqual(caught.exception.field, "tz")
+
+    PLANS = """
+        misfire  seconds late  ticks  missed
+        latest   0             1      0
+        latest   13            1      0
+        skip     13            1      0
+        all      13            1      0
+        latest   3600          1      12
+        skip     3645          0      13
+        all      3600          13     0
+        latest   31536000      1      1000
+        all      31536000      1000   1000
+    """
+
+    def test_what_is_done_about_ticks_that_are_late(self):
+        cron, tick = Cron("*/5 * * * *"), 1_700_000_100
+        for misfire, late, ticks, missed in self.rows(self.PLANS):
+            plan = pybgworker.plan_ticks(cron, tick, tick - 60, tick + int(late), misfire)
+            with self.subTest(f"{misfire} {late}"):
+                self.assertEqual((len(plan.ticks), plan.missed), (int(ticks), int(missed)))
+                self.assertEqual(plan.ticks, sorted(plan.ticks))
+                self.assertEqual(plan.next_at, cron.tick_after(tick + int(late)))
+
+    def test_jitter_is_the_same_for_a_name(self):
+        offsets = {pybgworker.jitter_offset(f"task {n}", 60) for n in range(50)}
+        self.assertEqual(pybgworker.jitter_offset("a", 60), pybgworker.jitter_offset("a", 60))
+        self.assertGreater(len(offsets), 40)
+        self.assertTrue(all(0 <= offset < 60 for offset in offsets))
+
+
+# == Processes ================================================================
+
+
+class Processes(Case):
+
+    def test_a_lock_shows_that_another_process_lives(self):
+        path = str(self.folder / "live")
+        code = """
+            import sys; from pybgworker import LiveFile
+            LiveFile.of(sys.argv[1]).hold(7); print("held", flush=True); sys.stdin.read()
+        """
+        other = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), path], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=clean_environment(),
+        )
+        self.assertEqual(other.stdout.readline(), b"held\n")
+        mine = pybgworker.LiveFile.of(path)
+        self.assertFalse(mine.is_dead(7))
+        other.kill()
+        other.communicate()
+
+        self.assertTrue(mine.is_dead(7))
+        self.assertTrue(mine.is_dead(8))
+
+    def test_our_own_lock_is_alive_and_shared_by_all_users_of_the_file(self):
+        path = str(self.folder / "live")
+        pybgworker.LiveFile.of(path).hold(1)
+
+        self.assertIs(pybgworker.LiveFile.of(path), pybgworker.LiveFile.of(path))
+        self.assertFalse(pybgworker.LiveFile.of(path).is_dead(1))
+        pybgworker.LiveFile.of(path).drop(1)
+        self.assertTrue(pybgworker.LiveFile.of(path).is_dead(1))
+
+    def test_signals_and_exit_codes_have_names(self):
+        self.assertEqual(pybgworker.signal_name(11), "SIGSEGV")
+        self.assertEqual(pybgworker.signal_name(250), "signal 250")
+        for code, expected in (("3", (None, 3)), ("-9", ("SIGKILL", None))):
+            argv = [sys.executable, "-c", f"import os\nos.kill(os.getpid(), 9) "
+                    f"if {code} < 0 else os._exit({code})"]
+            null = os.open(os.devnull, os.O_RDWR)
+            pid = pybgworker.spawn(argv, [], null, null)
+            os.close(null)
+            found = until(lambda pid=pid: pybgworker.poll_exit(pid))
+            self.assertEqual((found.signal, found.code), expected)
+
+    def test_the_guardian_kills_the_groups_it_still_knows(self):
+        null = os.open(os.devnull, os.O_RDWR)
+        pids = [pybgworker.spawn(["sleep", "60"], [], null, null) for _ in range(2)]
+        os.close(null)
+        guardian = pybgworker.Guardian()
+        for pid in pids:
+            guardian.watch(pid)
+        guardian.check()
+        guardian.release(pids[0])
+        guardian.stop()
+
+        until(lambda: pybgworker.poll_exit(pids[1]))
+        self.assertIsNone(pybgworker.poll_exit(pids[0]))
+        pybgworker.kill_group(pids[0])
+        until(lambda: pybgworker.poll_exit(pids[0]))
+
+
+# == Child ====================================================================
+
+
+class Children(Served):
+
+    def test_a_child_that_cannot_import_the_app_ends_the_worker_with_its_traceback(self):
+        (self.folder / "broken.py").write_text(
+            "import os\nfrom pybgworker import task\n"
+            "if os.environ.get('SEEN'): raise ValueError('only in children')\n"
+            "os.environ['SEEN'] = '1'\n@task\ndef f(): pass\n"
+        )
+        worker = self.worker(app="broken")
+
+        self.assertEqual(worker.wait(), 1)
+        self.assertIn("ValueError: only in children", "".join(worker.errors))
+
+    def test_output_is_cut_at_its_limit_and_says_so(self):
+        cut, limit = pybgworker.cut_output, pybgworker._OUTPUT_CHARS
+        self.assertEqual(cut("abc", 0), "abc")
+        self.assertEqual(cut("abc", limit - 3), "abc")
+        self.assertEqual(cut("abc", limit), pybgworker._CUT_MARK)
+        self.assertEqual(cut("abc", limit - 1), "a" + pybgworker._CUT_MARK)
+        self.assertEqual(cut("abc", limit + 1), "")
+
+    def test_a_stream_sends_whole_lines(self):
+        class Heard:
+            got = []
+
+            def print(self, text, fd):
+                self.got.append(text)
+
+        stream = pybgworker.TaskStream(Heard(), 1)
+        for text in ("a", "b\nc", "\n\nd"):
+            stream.write(text)
+        stream.flush()
+
+        self.assertEqual(Heard.got, ["ab\n", "c\n\n", "d"])
+        self.assertRaises(TypeError, stream.write, b"bytes")
+
+    def test_the_tasks_own_frames_begin_a_traceback(self):
+        self.worker()
+        failed = self.failure(self.tasks.picky.delay())
+        lines = failed.traceback.splitlines()
+
+        self.assertEqual(lines[0], "Traceback (most recent call last):")
+        self.assertIn("tasks.py", lines[1])
+        self.assertNotIn("pybgworker.py", failed.traceback)
+
+
+# == Pool =====================================================================
+
+
+class Pools(Served):
+
+    def test_a_task_on_its_last_attempt_never_waits_in_a_pipe(self):
+        """So a worker killed with full pipes fails nothing that did not start."""
+        self.tasks.once.delay_many([("warm",)] * 50)
+        first = self.worker("--concurrency", 2)
+        until(lambda: len(self.lines("ran")) == 50)
+        self.tasks.nap.delay(30, "a")
+        self.tasks.nap.delay(30, "b")
+        results = self.tasks.once.delay_many([(str(n),) for n in range(50)])
+        self.wait_lines("a")
+        self.wait_lines("b")
+        first.kill()
+        self.worker("--concurrency", 2, "--burst").wait()
+
+        self.assertEqual({r.status for r in results}, {"success"})
+
+    def test_what_waits_in_a_dead_childs_pipe_is_not_charged(self):
+        results = self.tasks.started.delay_many([(n,) for n in range(300)])
+        crash = self.tasks.die.options(priority=6).delay("kill")
+        self.worker("--concurrency", 1)
+        self.failure(crash)
+
+        self.assertEqual([self.get(r) for r in results], list(range(300)))
+        self.assertEqual({r.attempt for r in results}, {1})
+
+    def test_a_child_is_replaced_after_so_many_tasks(self):
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 2)
+        pids = [self.get(self.tasks.fork_twice.delay()) for _ in range(6)]
+        self.assertEqual(len(set(pids)), 3)
+        worker.stop()
+
+    def test_a_task_over_the_memory_limit_is_killed(self):
+        self.worker("--concurrency", 1, "--max-memory", "150m")
+        (self.folder / "eat.py").write_text("")
+        failed = self.failure(self.tasks.eat.delay())
+
+        self.assertEqual(failed.kind, "crash")
+        self.assertIn("max_memory, 150 MiB", str(failed))
+
+    def test_a_child_gone_mad_costs_its_own_run(self):
+        self.worker("--concurrency", 1)
+        for how in ("noise", "length", "stranger"):
+            with self.subTest(how):
+                failed = self.failure(self.tasks.scribble.delay(how))
+                self.assertEqual(failed.kind, "crash")
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+
+    def test_a_cancelled_task_that_has_not_begun_is_cancelled_at_once(self):
+        self.worker("--concurrency", 1)
+        self.tasks.nap.delay(0.5)
+        self.wait_lines("nap")
+        result = self.tasks.nap.delay(30)
+        result.cancel()
+        self.assertTrue(result.cancelled())
+
+    def test_a_cancelled_task_that_does_not_listen_is_killed(self):
+        self.worker("--concurrency", 1)
+        result = self.tasks.deaf.delay()
+        self.wait_lines("deaf")
+        asked_at = time.monotonic()
+        result.cancel()
+
+        self.assertRaises(pybgworker.TaskCancelled, self.get, result)
+        self.assertLess(time.monotonic() - asked_at, 1.5)
+
+    def test_durations_decide_what_may_wait_in_a_pipe(self):
+        durations = pybgworker.Durations()
+        durations.learn("t", 0.0001)
+        self.assertIn("t", durations.short_names)
+        durations.learn("t", 1.0)
+        self.assertNotIn("t", durations.short_names)
+        for _ in range(60):
+            durations.learn("t", 0.0001)
+        self.assertIn("t", durations.short_names)
+
+
+Served_TASKS_MORE = """
+    @task(retries=0)
+    def eat():
+        held = []
+        while True:
+            held.append(bytearray(10_000_000))
+            time.sleep(0.02)
+
+    @task(retries=0)
+    def scribble(how):
+        child = sys._getframe(1).f_locals["self"]
+        head = pybgworker._MESSAGE
+        frames = {
+            "noise": b"\\xff" * 500,
+            "length": head.pack(1 << 31, b"S", 1, 1, 0, 0),
+            "stranger": head.pack(0, b"S", 12345, 1, 0, 0),
+        }
+        child.messages.sendall(frames[how])
+        time.sleep(20)
+
+    @task(retries=0)
+    def deaf():
+        mark("deaf")
+        while True:
+            try:
+                time.sleep(10)
+            except pybgworker.TaskCancelled:
+                pass
+"""
+TASKS += Served_TASKS_MORE
+
+
+# == Scheduler ================================================================
+
+
+class Scheduling(Case):
+
+    SOURCE = """
+        @task
+        @cron("*/5 * * * *", misfire={misfire!r}, overlap={overlap!r}, jitter={jitter})
+        def report():
+            pass
+    """
+
+    def scheduler(self, misfire="latest", overlap="allow", jitter=0, expr=None):
+        source = self.SOURCE.format(misfire=misfire, overlap=overlap, jitter=jitter)
+        source = source.replace("*/5 * * * *", expr or "*/5 * * * *")
+        self.module(source)
+        self.app = pybgworker._default_app
+        self.events = []
+        return pybgworker.Scheduler(
+            self.app, lambda event, **fields: self.events.append((event, fields))
+        )
+
+    def ticks(self):
+        return [row[0] for row in self.sql("select tick from bg_task order by id")]
+
+    def seconds(self, minutes):
+        return (self.now // 300_000 * 300 + minutes * 60) * 1000
+
+    def test_a_new_schedule_waits_for_its_first_tick(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(1))
+        self.assertEqual(self.ticks(), [])
+
+        scheduler.fire(self.seconds(5))
+        self.assertEqual(self.ticks(), [self.seconds(5) // 1000])
+
+    def test_registering_again_keeps_the_next_tick(self):
+        for again_at in (4, 5, 6):
+            with self.subTest(again_at):
+                self.setUp()
+                scheduler = self.scheduler()
+                scheduler.register(self.seconds(1))
+                scheduler.register(self.seconds(again_at))
+                scheduler.fire(self.seconds(6))
+                self.assertEqual(self.ticks(), [self.seconds(5) // 1000])
+
+    def test_a_changed_expression_starts_anew(self):
+        self.scheduler().register(self.seconds(1))
+        scheduler = self.scheduler(expr="59 23 * * *")
+        scheduler.register(self.seconds(6))
+        scheduler.fire(self.seconds(7))
+        self.assertEqual(self.ticks(), [])
+
+    def test_a_tick_is_enqueued_by_one_of_many(self):
+        schedulers = [self.scheduler() for _ in range(3)]
+        for scheduler in schedulers:
+            scheduler.register(self.seconds(1))
+        rows = schedulers[0].store.schedules()
+        for minute in range(1, 40):
+            for scheduler in schedulers:
+                scheduler.fire(self.seconds(minute))
+        self.assertEqual(len(self.ticks()), 7)
+        self.assertEqual(len(set(self.ticks())), 7)
+        self.assertEqual(len(rows), 1)
+
+    def test_a_stale_look_at_a_schedule_enqueues_nothing(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        row, = scheduler.store.schedules()
+        plan, = scheduler._plans(row, self.seconds(6))
+        task = self.app.tasks["tasks.report"]
+        with scheduler.store.write():
+            self.assertEqual(len(scheduler._enqueue(row, plan, task, self.seconds(6))), 1)
+            self.assertIsNone(scheduler._enqueue(row, plan, task, self.seconds(6)))
+
+    def test_misfire_decides_about_ticks_missed_in_a_day(self):
+        late = 24 * 60 + 3
+        for misfire, count in (("latest", 1), ("skip", 0), ("all", 288)):
+            with self.subTest(misfire):
+                self.setUp()
+                scheduler = self.scheduler(misfire=misfire)
+                scheduler.register(self.seconds(1))
+                scheduler.fire(self.seconds(late))
+                self.assertEqual(len(self.ticks()), count)
+                missed = [f["ticks"] for e, f in self.events if e == "cron_missed"]
+                self.assertEqual(sum(missed) + count, 288)
+
+    def test_pruning_the_run_does_not_repeat_its_tick(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        self.sql("delete from bg_task")
+        scheduler.fire(self.seconds(6))
+        self.assertEqual(self.ticks(), [])
+
+    def test_overlap_skip_leaves_out_a_tick_while_a_run_is_unfinished(self):
+        scheduler = self.scheduler(overlap="skip")
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        scheduler.fire(self.seconds(10))
+        self.assertEqual(len(self.ticks()), 1)
+
+        self.sql("update bg_task set state = 4")
+        scheduler.fire(self.seconds(15))
+        self.assertEqual(len(self.ticks()), 2)
+
+    def test_jitter_puts_the_run_off_but_not_the_tick(self):
+        scheduler = self.scheduler(jitter=100)
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        (tick, run_at), = self.sql("select tick, run_at from bg_task")
+
+        self.assertEqual(tick, self.seconds(5) // 1000)
+        self.assertTrue(tick * 1000 < run_at < tick * 1000 + 100_000)
+
+    def test_a_schedule_that_cannot_be_read_is_logged_and_others_go_on(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        self.sql("insert into bg_schedule select 'tasks.report#2', task, 'nonsense', tz, "
+                 "misfire, overlap, jitter, next_tick, last_tick, set_at, seen_at "
+                 "from bg_schedule")
+        self.app.tasks["tasks.report"].schedules *= 2
+        scheduler.fire(self.seconds(5))
+
+        self.assertEqual(len(self.ticks()), 1)
+        self.assertEqual([e for e, _ in self.events], ["cron_error", "cron_fired"])
+
+    def test_five_hundred_schedules_of_one_tick_all_fire_in_one_transaction(self):
+        scheduler = self.scheduler()
+        task = self.app.tasks["tasks.report"]
+        task.schedules *= 500
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        self.assertEqual(len(self.ticks()), 500)
+
+    def test_a_clock_set_back_a_little_repeats_nothing_and_a_lot_starts_anew(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        scheduler.fire(self.seconds(-50))
+        scheduler.fire(self.seconds(5))
+        self.assertEqual(len(self.ticks()), 1)
+
+        scheduler.fire(self.seconds(-24 * 60 + 1))
+        scheduler.fire(self.seconds(-24 * 60 + 5))
+        self.assertEqual(self.ticks()[1:], [self.seconds(-24 * 60 + 5) // 1000])
+
+
+# == Liveness =================================================================
+
+
+class Lives(Case):
+
+    def liveness(self, timeout=15.0):
+        ear = pybgworker.WakeSocket()
+        self.addCleanup(ear.close)
+        settings = self.app.settings
+        settings.worker_timeout = timeout
+        found = pybgworker.Liveness(self.store, settings, ear)
+        found.register(self.now)
+        return found
+
+    def run_of(self, worker, **options):
+        task = pybgworker.Task(self.app, print, "t", options)
+        self.app.enqueue(task, [((), {})], {})
+        order = pybgworker.ClaimOrder(worker, None, {"t"}, 1, 0, set(), {})
+        with self.store.write():
+            return self.store.claim(order, pybgworker.now_ms()).runs[0]
+
+    def test_a_starting_worker_is_never_reaped(self):
+        watching = self.liveness()
+        seen = []
+
+        def lock(worker):
+            pybgworker.LiveFile.of(self.store.path + "-live").hold(worker)
+            other = Store(str(self.db))
+            seen.append([row.id for row in other.workers()])
+            other.close()
+
+        row = {"name": "w", "pid": 1, "host": "h", "boot": "b", "port": 0, "token": "",
+               "queues": None, "concurrency": 1, "now": self.now}
+        worker = self.store.add_worker(row, lock)
+        self.assertEqual(seen, [[watching.id]])
+        self.assertEqual(watching.reap_dead(self.now), [])
+        self.assertIn(worker, [row.id for row in self.store.workers()])
+
+    def test_a_worker_without_its_lock_is_dead_at_once(self):
+        watching, dead = self.liveness(), self.liveness()
+        run = self.run_of(dead.id)
+        dead.forsake()
+
+        lost, = watching.reap_dead(self.now)
+        self.assertEqual((lost.id, lost.state), (run.id, pybgworker.QUEUED))
+
+    def test_a_silent_worker_is_dead_only_after_its_timeout_awake(self):
+        silent, watching = self.liveness(), self.liveness(2.0)
+        self.run_of(silent.id)
+        for _ in range(3):              # a stall of an hour counts as a second
+            watching._turn_at -= 3600
+            watching.mind_the_time()
+            self.assertEqual(watching.reap_dead(self.now + 10**9), [])
+        watching._turn_at -= 3600
+        watching.mind_the_time()
+        self.assertEqual(len(watching.reap_dead(self.now)), 1)
+
+    def test_a_locked_database_makes_nobody_look_dead(self):
+        silent, watching = self.liveness(), self.liveness(2.0)
+        self.run_of(silent.id)
+        for _ in range(8):
+            watching.reap_dead(self.now)
+            watching._awake += 1.0
+            watching.doubt()
+        self.assertEqual(watching.reap_dead(self.now), [])
+
+    def test_another_boot_of_this_machine_is_dead(self):
+        watching, old = self.liveness(), self.liveness()
+        self.run_of(old.id)
+        self.sql("update bg_worker set boot = 'before' where id = ?", old.id)
+        self.assertEqual(len(watching.reap_dead(self.now)), 1)
+
+    def test_runs_of_an_unknown_worker_are_found(self):
+        watching = self.liveness()
+        run = self.run_of(4711)
+        self.assertEqual([lost.id for lost in watching.reap_dead(self.now)], [run.id])
+
+    def test_a_used_up_task_of_a_dead_worker_fails_and_a_cancelled_one_is_cancelled(self):
+        watching, dead = self.liveness(), self.liveness()
+        last = self.run_of(dead.id, retries=0)
+        cancelled = self.run_of(dead.id)
+        self.store.cancel(cancelled.id, self.now)
+        dead.forsake()
+
+        states = {lost.id: lost.state for lost in watching.reap_dead(self.now)}
+        self.assertEqual(states, {last.id: pybgworker.FAILED,
+                                  cancelled.id: pybgworker.CANCELLED})
+        self.assertEqual(self.store.error(last.id)["kind"], "lost")
+
+
+# == Worker ===================================================================
+
+
+class Settling(unittest.TestCase):
+
+    TABLE = """
+        kind       retryable  last  cancelled | becomes
+        success    -          no    no        | success
+        success    -          yes   yes       | success
+        exception  yes        no    no        | retrying
+        exception  yes        yes   no        | failed
+        exception  no         no    no        | failed
+        exception  yes        no    yes       | cancelled
+        crash      yes        no    no        | retrying
+        crash      yes        yes   no        | failed
+        timeout    yes        no    no        | retrying
+        abort      no         no    no        | failed
+        cancelled  no         no    no        | cancelled
+    """
+
+    def test_what_follows_a_run(self):
+        for line in self.TABLE.strip().splitlines()[1:]:
+            kind, retryable, last, cancelled, _, becomes = line.split()
+            run = Run(1, "t", "q", 0, 0 if last == "yes" else 3, 0, None, 0, None, "", 5)
+            run.cancelled = cancelled == "yes"
+            error = None if kind == "success" else {
+                "kind": kind, "retryable": retryable == "yes"}
+            end = pybgworker.Ended(run, kind, "1", error)
+            found = pybgworker.settle(end, RetryPolicy(jitter=0), 1000, 0.5)
+            with self.subTest(line):
+                self.assertEqual(pybgworker.STATE_NAMES[found.state], becomes)
+
+    def test_a_retry_waits_for_its_delay_or_for_what_it_asked(self):
+        run = Run(1, "t", "q", 1, 5, 0, None, 0, None, "", 5)       # its second
+        for countdown, wait in ((None, 2000), (30, 30_000), (-5, 0)):
+            error = {"kind": "exception", "retryable": True, "countdown": countdown}
+            end = pybgworker.Ended(run, "exception", None, error)
+            found = pybgworker.settle(end, RetryPolicy(jitter=0), 1000, 0.5)
+            self.assertEqual(found.run_at, 1000 + wait)
+
+
+class Workers(Served):
+
+    def started(self, **settings):
+        """A worker in this process, driven by hand."""
+        self.app.tasks.update(pybgworker._default_app.tasks)
+        self.app.override(concurrency=1, **settings)
+        worker = Worker(self.app, "tasks", log=Log(os.open(os.devnull, os.O_WRONLY)))
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+        os.chdir(self.folder)
+        worker.start()
+        self.addCleanup(worker.stop)
+        return worker
+
+    def turn_until(self, worker, predicate, now=pybgworker.now_ms):
+        def turn():
+            worker.wait()
+            worker.step(now())
+            return predicate()
+        until(turn)
+
+    def test_step_takes_the_time_from_its_caller(self):
+        worker = self.started()
+        later = self.tasks.add.options(countdown=3600).delay(1, 2)
+        self.turn_until(worker, lambda: worker._is_ready)
+        self.assertEqual(later.status, "scheduled")
+
+        self.turn_until(worker, later.ready, lambda: pybgworker.now_ms() + 3_600_000)
+        self.assertEqual(later.result, 3)
+
+    def test_an_outcome_is_kept_while_the_database_is_locked(self):
+        worker = self.started()
+        result = self.tasks.nap.delay(0.05)
+        self.wait_for_start(worker)
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        self.turn_until(worker, lambda: worker.outcomes)
+        other.execute("rollback")
+        other.close()
+        self.turn_until(worker, result.ready)
+        self.assertEqual(result.result, "slept")
+
+    def wait_for_start(self, worker):
+        self.turn_until(worker, lambda: self.lines("nap"))
+
+    def test_a_full_disk_stops_nothing_and_loses_nothing(self):
+        worker = self.started()
+        result = self.tasks.nap.delay(0.05)
+        self.wait_for_start(worker)
+        link = self.store._link()
+        size = link.connection.execute("pragma page_count").fetchone()[0]
+        link.connection.execute(f"pragma max_page_count = {size}").fetchall()
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "free some disk"):
+            while True:
+                self.app.send("t", "x" * 900)
+        for _ in range(30):
+            worker.wait()
+            worker.step(pybgworker.now_ms())
+        link.connection.execute("pragma max_page_count = 1000000").fetchall()
+        self.turn_until(worker, result.ready)
+        self.assertEqual(result.result, "slept")
+
+    def test_an_unknown_task_waits_for_a_worker_that_knows_it(self):
+        worker = self.started()
+        stranger = self.app.send("elsewhere.task", 1)
+        known = self.tasks.add.delay(1, 2)
+        self.turn_until(worker, known.ready)
+        self.assertEqual(stranger.status, "queued")
+
+    def test_old_finished_tasks_are_deleted(self):
+        worker = self.started(retention="1h", retention_failed="forever")
+        good, bad = self.tasks.add.delay(1, 2), self.tasks.die.delay("exit")
+        self.turn_until(worker, lambda: good.ready() and bad.ready())
+        worker._prune(pybgworker.now_ms() + 7_200_000)
+
+        self.assertRaises(pybgworker.TaskNotFound, good.ready)
+        self.assertTrue(bad.failed())
+
+
+# == Reports ==================================================================
+
+
+class Reports(QueueCase):
+
+    def test_spans_are_for_eyes(self):
+        for seconds, text in ((None, "-"), (0.0001, "0.1 ms"), (0.5, "500 ms"),
+                              (3.44, "3.4 s"), (300, "5.0 min"), (7200, "2.0 h"),
+                              (864000, "10.0 d")):
+            self.assertEqual(pybgworker.span(seconds), text)
+
+    def test_a_table_is_aligned_numbers_to_the_right(self):
+        rows = [{"a": 1, "b": "x"}, {"a": 100, "b": None}]
+        self.assertEqual(pybgworker.table(rows, ["a", "b"]), "  A  B\n  1  x\n100  -")
+
+    def test_percentiles(self):
+        values = list(range(100))
+        self.assertEqual([pybgworker.percentile(values, p) for p in (0.5, 0.95, 1)],
+                         [50, 95, 99])
+        self.assertIsNone(pybgworker.percentile([], 0.5))
+
+    def test_show_tells_all_that_is_kept(self):
+        self.enqueue(args=pybgworker.encode_call((1, b"x"), {"k": (2,)}), retries=0)
+        run, = self.claim()
+        error = {"kind": "exception", "type": "E", "message": "m", "traceback": "T"}
+        self.finish(run, pybgworker.FAILED, error=error, output="said", duration=0.5)
+        report = pybgworker.show_report(self.store, 1)
+
+        self.assertEqual(report["args"], [1, "b'x'"])
+        self.assertEqual(report["kwargs"], {"k": [2]})
+        self.assertEqual(report["error"], error)
+        self.assertEqual((report["output"], report["duration"]), ("said", 0.5))
+        self.assertIn("E: m", pybgworker.show_text(report))
+
+    def test_stats_count_and_measure_each_task(self):
+        for seconds in (0.1, 0.2, 0.3):
+            self.enqueue()
+            run, = self.claim()
+            self.finish(run, duration=seconds, started_at=self.now + 1000)
+        row, = pybgworker.stats_report(self.store, self.now + 1)
+        self.assertEqual((row["name"], row["runs"], row["failures"]), ("t", 3, 0))
+        self.assertEqual((row["duration_p50"], row["duration_max"]), (0.2, 0.3))
+        self.assertEqual((row["waited_max"], row["per_minute"]), (1.0, 0.05))
+
+
+# == Bench ====================================================================
+
+
+class Bench(Case):
+
+    def test_it_measures_beside_raw_sqlite(self):
+        done = self.cli("bench", "--tasks", 300, "--concurrency", 1, "--json")
+        self.assertEqual(done.stderr, "")
+        report = json.loads(done.stdout)
+        for key in ("delay_per_second", "delay_many_per_second", "tasks_per_second"):
+            figures = report[key]
+            self.assertGreater(figures["ours"], 0)
+            self.assertAlmostEqual(figures["ratio"], figures["ours"] / figures["raw"], 1)
+        for key in ("pick_up_seconds", "get_seconds"):
+            self.assertLessEqual(report[key]["p50"], report[key]["p99"])
+        text = pybgworker.bench_text(report)
+        self.assertIn("delay(), durable, a second", text)
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
+
+
+# == Command line =============================================================
+
+
+class CommandLine(Served):
+
+    def ok(self, *argv, **kwargs):
+        done = self.cli(*argv, **kwargs)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout
+
+    def refused(self, *argv, code=1, **kwargs):
+        done = self.cli(*argv, **kwargs)
+        self.assertEqual((done.returncode, done.stdout), (code, ""))
+        self.assertNotIn("Traceback", done.stderr)
+        return done.stderr
+
+    def test_every_reading_command_prints_one_document_of_json(self):
+        self.tasks.add.delay(1, 2)
+        self.worker("--burst").wait()
+        for command in ("inspect", "list", "failed", "stats", "cron", "show 1"):
+            with self.subTest(command):
+                json.loads(self.ok(*command.split(), "--json"))
+                self.assertTrue(self.ok(*command.split()).strip())
+
+    def test_list_is_an_array_that_can_be_narrowed(self):
+        self.tasks.add.delay_many([(1, 2)] * 3)
+        self.tasks.nap.options(queue="q").delay(1)
+        self.store.cancel(2, self.now)
+        for flags, ids in (((), [4, 3, 2, 1]), (("--status", "cancelled"), [2]),
+                           (("--name", "tasks.nap"), [4]), (("--queue", "q"), [4]),
+                           (("--limit", 2), [4, 3])):
+            with self.subTest(flags):
+                rows = json.loads(self.ok("list", "--json", *flags))
+                self.assertEqual([row["id"] for row in rows], ids)
+
+    def test_inspect_shows_workers_tasks_and_schedules(self):
+        worker = self.worker("--worker-name", "w1", "--concurrency", 3)
+        worker.wait_for("worker_ready")
+        self.store.pause("slow", self.now)
+        self.app.send("nobody.knows")
+        report = json.loads(self.ok("inspect", "--json"))
+        found, = report["workers"]
+        self.assertEqual((found["name"], found["concurrency"], found["stale"]),
+                         ("w1", 3, False))
+        self.assertLess(found["heartbeat_age"], 6)
+        self.assertEqual(report["paused_queues"], ["slow"])
+        self.assertEqual(report["tasks"][0],
+                         {"queue": "default", "name": "nobody.knows", "queued": 1})
+        self.assertEqual(report["schedules"][0]["schedule"], "tasks.tick")
+
+    def test_enqueue_takes_json_and_prints_the_id(self):
+        self.worker()
+        task_id = int(self.ok("enqueue", "tasks.add", "20", "22"))
+        self.assertEqual(self.get(self.app.result(task_id)), 42)
+        self.assertIn('\'"hello"\'', self.refused("enqueue", "t", "hello", code=2))
+        self.ok("enqueue", "t", "--queue", "q", "--key", "k", "--countdown", "60")
+        row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
+        self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
+
+    def test_enqueue_with_an_app_takes_the_tasks_own_options(self):
+        task_id = int(self.ok("enqueue", "--app", "tasks", "tasks.nap", "1"))
+        self.assertEqual(self.store.task(task_id).retries, 0)
+
+    def test_retry_and_cancel_do_all_they_can_and_name_the_rest(self):
+        self.tasks.add.delay_many([(1, 2)] * 2)
+        self.assertEqual(self.ok("cancel", 1), "task 1 is cancelled\n")
+        done = self.cli("cancel", 1, 2, 99, "abc")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stdout, "task 2 is cancelled\n")
+        for words in ("task 1 is cancelled already", "no task 99 in", "no task 'abc'"):
+            self.assertIn(words, done.stderr)
+        self.assertEqual(self.ok("retry", 1), "task 1 is queued again\n")
+        self.assertIn("task 1 is queued: only", self.refused("retry", 1))
+        self.assertIn("nothing to retry", self.refused("retry", "--failed"))
+        self.assertIn("retry takes the ids", self.refused("retry"))
+
+    def test_retry_failed_takes_all_of_a_name(self):
+        for name in ("a", "b", "a"):
+            result = self.app.send(name)
+            self.sql("update bg_task set state = 5, finished_at = 1 where id = ?", result.id)
+        self.assertEqual(self.ok("retry", "--failed", "--name", "a"),
+                         "task 1 is queued again\ntask 3 is queued again\n")
+
+    def test_cancel_waits_for_the_end_of_a_running_task(self):
+        self.worker("--concurrency", 1)
+        result = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        self.assertIn("is running: only", self.refused("retry", result.id))
+        self.assertEqual(self.ok("cancel", result.id), f"task {result.id} is cancelled\n")
+
+    def test_purge_and_prune_act_without_a_terminal_and_count(self):
+        self.tasks.add.delay_many([(1, 2)] * 3)
+        self.assertEqual(self.ok("purge", "--name", "tasks.add"), "3 tasks cancelled\n")
+        self.assertEqual(self.ok("prune"), "0 tasks deleted\n")
+        time.sleep(0.01)
+        self.assertEqual(self.ok("prune", "--older-than", "0"), "3 tasks deleted\n")
+
+    def test_purge_asks_on_a_terminal(self):
+        pty = pybgworker.importlib.import_module("pty")
+        self.tasks.add.delay(1, 2)
+        for answer, code, status in ((b"n\n", 1, "queued"), (b"y\n", 0, "cancelled")):
+            terminal, other = pty.openpty()
+            os.write(terminal, answer)
+            done = self.cli("purge", stdin=other)
+            self.assertEqual(done.returncode, code)
+            self.assertEqual(self.app.result(1).status, status)
+            os.close(terminal)
+            os.close(other)
+
+    def test_pause_and_resume(self):
+        self.ok("pause", "mail")
+        self.assertEqual(self.store.paused_queues(), ["mail"])
+        self.ok("resume", "mail")
+        self.assertIn("mail is not paused", self.refused("resume", "mail"))
+
+    def test_a_database_that_is_not_there_is_not_made_by_reading(self):
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self.assertIn("there is no database", self.refused("inspect"))
+        self.assertEqual(list(self.folder.iterdir()), [])
+        (self.folder / "x").write_text("garbage " * 1000)
+        self.assertIn("not a database", self.refused("list", "--db", "x"))
+
+    def test_an_app_that_does_not_import_shows_the_users_traceback(self):
+        (self.folder / "bad.py").write_text("import os\nraise ValueError('my fault')\n")
+        done = self.cli("run", "--app", "bad")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("bad.py\", line 2", done.stderr)
+        self.assertIn("ValueError: my fault", done.stderr)
+        self.assertNotIn("pybgworker.py\"", done.stderr)
+        self.assertIn("No module named 'nosuch'", self.refused("run", "--app", "nosuch"))
+
+    def test_an_app_without_tasks_and_one_with_two_of_a_name(self):
+        (self.folder / "empty.py").write_text("")
+        self.assertIn("decorate a function with @task", self.refused("run", "--app", "empty"))
+        (self.folder / "twice.py").write_text(
+            "from pybgworker import task\n@task(name='a')\ndef f(): pass\n"
+            "@task(name='a')\ndef g(): pass\n")
+        self.assertIn("two tasks are named 'a'", self.refused("run", "--app", "twice"))
+
+    def test_bad_settings_name_the_variable_and_bad_flags_the_flag(self):
+        message = self.refused("run", "--app", "tasks", PYBGWORKER_CONCURRENCY="many")
+        self.assertIn("PYBGWORKER_CONCURRENCY='many': must be a whole number", message)
+        message = self.refused("run", "--app", "tasks", "--concurrency", "0", code=2)
+        self.assertIn("--concurrency", message)
+
+    def test_a_flag_beats_the_environment(self):
+        worker = self.worker("--concurrency", 1, PYBGWORKER_CONCURRENCY="3")
+        self.assertEqual(worker.wait_for("worker_start")["concurrency"], 1)
+
+    def test_usage_is_status_two(self):
+        for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
+            self.assertIn("usage:", self.refused(*argv, code=2))
+
+    def test_help_has_every_command_with_an_example(self):
+        text = self.ok("--help")
+        for command in pybgworker.COMMANDS:
+            self.assertIn(command.help, re.sub(r"\s+", " ", text))
+            self.assertIn(f"pybgworker.py {command.example}", text)
+            pybgworker._parser().parse_args(command.example.split())
+            self.assertIn(command.example, self.ok(command.name, "--help"))
+
+    def test_colour_is_for_terminals_without_no_color(self):
+        pty = pybgworker.importlib.import_module("pty")
+        self.tasks.add.delay(1, 2)
+        self.store.cancel(1, self.now)
+        for extra, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            terminal, other = pty.openpty()
+            subprocess.run([sys.executable, str(HERE / "pybgworker.py"), "list"],
+                           stdout=other, env=clean_environment(
+                               PYBGWORKER_DB=str(self.db), **extra), check=True)
+            os.close(other)
+            self.assertEqual(b"\033[" in os.read(terminal, 4096), coloured)
+            os.close(terminal)
+        self.assertNotIn("\033", self.ok("list"))
+
+    def test_text_logs_are_for_eyes(self):
+        self.tasks.add.delay(1, 2)
+        text = self.ok("run", "--app", "tasks", "--burst", "--log-format", "text")
+        self.assertRegex(text, r"(?m)^\S+Z task_success +task_id=1 name=\"tasks.add\"")
+
+    def test_a_reader_that_stops_reading_is_no_error(self):
+        self.tasks.add.delay_many([(1, 2)] * 3000)
+        command = f"{sys.executable} {HERE / 'pybgworker.py'} list --limit 3000 | head -1"
+        done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True,
+                              stdout=subprocess.PIPE,
+                              env=clean_environment(PYBGWORKER_DB=str(self.db)))
+        self.assertEqual(done.stderr, "")
+
+
+# == Old import paths =========================================================
+
+
+class OldImportPaths(Case):
+
+    APP = """
+        import {name}
+        from {name}.task import task
+        from {name}.scheduler import cron
+        from {name}.config import configure
+        from {name} import task as new
+        assert task is new
+
+        @task(name="old")
+        @cron("0 0 1 1 *")
+        def old():
+            return "old"
+    """
+
+    def prepare(self, package=""):
+        folder = self.folder
+        for part in package.split(".") if package else ():
+            folder = folder / part
+            folder.mkdir()
+            (folder / "__init__.py").write_text("")
+        shutil.copy(HERE / "pybgworker.py", folder / "pybgworker.py")
+        name = f"{package}.pybgworker" if package else "pybgworker"
+        source = textwrap.dedent(self.APP).format(name=name)
+        (self.folder / "oldapp.py").write_text(source)
+
+    def start(self, *argv):
+        environ = clean_environment(PYBGWORKER_DB=str(self.db), PYTHONPATH="",
+                                    PYTHONWARNINGS="error")
+        done = subprocess.run([sys.executable, *argv], cwd=self.folder, env=environ,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout
+
+    def test_every_form_of_start_shares_one_registry(self):
+        for package, forms in (
+            ("", (["pybgworker.py"], ["-m", "pybgworker"], ["-m", "pybgworker.cli"])),
+            ("vendor", (["-m", "vendor.pybgworker"], ["-m", "vendor.pybgworker.cli"])),
+        ):
+            self.setUp()
+            self.prepare(package)
+            for form in forms:
+                self.start(*form, "enqueue", "old")
+                out = self.start(*form, "run", "--app", "oldapp", "--burst")
+                with self.subTest(form):
+                    self.assertIn('"tasks":["old"]', out)
+                    self.assertIn("task_success", out)
+
+    def test_importing_does_nothing_else(self):
+        code = """
+            import os, signal, sys, threading
+            before = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0
+            handlers = [signal.getsignal(n) for n in (2, 15, 14)]
+            import pybgworker
+            after = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0
+            assert before == after and threading.active_count() == 1
+            assert handlers == [signal.getsignal(n) for n in (2, 15, 14)]
+            heavy = {"argparse", "asyncio", "subprocess", "logging", "ctypes", "uuid"}
+            assert not heavy & set(sys.modules), heavy & set(sys.modules)
+            print(os.listdir("."))
+        """
+        self.assertEqual(self.python(code).stdout, "[]\n")
+
+
+# == Any sequence =============================================================
+
+
+class Model:
+    """What the Store should do, as a dict: state, attempt, forgiven, worker, key."""
+
+    def __init__(self):
+        self.rows, self.paused, self.last = {}, set(), 0
+
+    def enqueue(self, now, queue, priority, key, retries, at):
+        for number, row in self.rows.items():
+            if key and row["key"] == key and row["state"] in (0, 1, 2, 3):
+                return number
+        self.last += 1
+        self.rows[self.last] = dict(
+            state=0 if at > now else 2, queue=queue, priority=priority, key=key,
+            retries=retries, run_at=at, attempt=0, forgiven=0, worker=None, asked=False)
+        return self.last
+
+    def claim(self, now, worker, free):
+        for row in self.rows.values():
+            if row["state"] < 2 and row["run_at"] <= now:
+                row["state"] = 2
+        ready = sorted((row["priority"], number) for number, row in self.rows.items()
+                       if row["state"] == 2 and row["queue"] not in self.paused)
+        taken = []
+        for _, number in ready[:free]:
+            row = self.rows[number]
+            row.update(state=3, worker=worker, attempt=row["attempt"] + 1)
+            taken.append((number, row["attempt"]))
+        return taken
+
+    def owned(self, number, worker, attempt):
+        row = self.rows.get(number)
+        return row if row and (row["state"], row["worker"], row["attempt"]) == (
+            3, worker, attempt) else None
+
+    def finish(self, now, number, worker, attempt, state, at):
+        row = self.owned(number, worker, attempt)
+        if row is None:
+            return False
+        row["state"] = 6 if row["asked"] and state < 3 else state
+        row["run_at"] = at if state == 1 else row["run_at"]
+        return True
+
+    def give_back(self, now, number, worker, attempt, started):
+        row = self.owned(number, worker, attempt)
+        if row:
+            row["state"] = 6 if row["asked"] else 2
+            row["forgiven" if started else "attempt"] += 1 if started else -1
+
+    def reap(self, now, worker):
+        for row in self.rows.values():
+            if row["state"] == 3 and row["worker"] == worker:
+                used = row["attempt"] - row["forgiven"] > row["retries"]
+                row["state"] = 6 if row["asked"] else 5 if used else 2
+                row["asked"] = False
+
+    def cancel(self, now, number):
+        row = self.rows[number]
+        if row["state"] < 3:
+            row["state"] = 6
+        elif row["state"] == 3:
+            row["asked"] = True
+
+    def retry(self, now, number):
+        row = self.rows[number]
+        taken = row["key"] and any(
+            r["key"] == row["key"] and r["state"] < 4 for r in self.rows.values())
+        if row["state"] > 3 and not taken:
+            row.update(state=2, forgiven=row["attempt"], asked=False, run_at=now)
+
+    def purge(self, now):
+        for row in self.rows.values():
+            row["state"] = 6 if row["state"] < 3 else row["state"]
+
+    def prune(self, now):
+        self.rows = {n: row for n, row in self.rows.items() if row["state"] < 4}
+
+    def shown(self):
+        return [(n, row["state"], row["attempt"], row["forgiven"])
+                for n, row in sorted(self.rows.items())]
+
+
+class Player:
+    """Runs a program on the Store and on the Model, and compares after each step."""
+
+    def __init__(self, store):
+        self.store, self.model, self.runs = store, Model(), []
+
+    def step(self, operation):
+        name, now, *rest = operation
+        getattr(self, "do_" + name)(now, *rest)
+        rows = self.store._read(
+            "select id, state, attempt, forgiven from bg_task order by id")
+        assert rows == self.model.shown(), f"{rows}\n!= {self.model.shown()}"
+
+    def do_enqueue(self, now, queue, priority, key, retries, wait):
+        at = now + wait
+        task = NewTask("t", queue, priority, key, retries, None, 0 if wait > 0 else 2,
+                       at, now)
+        ids = self.store.enqueue(task, ["[[],{}]"])
+        assert ids == [self.model.enqueue(now, queue, priority, key, retries, at)]
+
+    def do_claim(self, now, worker, free):
+        order = pybgworker.ClaimOrder(worker, None, {"t"}, free, 0, set(), {})
+        with self.store.write():
+            runs = self.store.claim(order, now).runs
+        assert [(r.id, r.attempt) for r in runs] == self.model.claim(now, worker, free)
+        self.runs += [(worker, run) for run in runs]
+
+    def pick(self, n):
+        return self.runs[n % len(self.runs)] if self.runs else (0, None)
+
+    def do_finish(self, now, n, state, wait):
+        worker, run = self.pick(n)
+        if run:
+            at = now + wait if state == 1 else None
+            with self.store.write():
+                stale = self.store.finish([Outcome(run, state, run_at=at)], worker, now)
+            mine = self.model.finish(now, run.id, worker, run.attempt, state, now + wait)
+            assert bool(stale) != mine
+
+    def do_give_back(self, now, n, started):
+        worker, run = self.pick(n)
+        if run:
+            with self.store.write():
+                self.store.give_back([run], worker, now, started)
+            self.model.give_back(now, run.id, worker, run.attempt, started)
+            if not started:     # this very claim is no longer anybody's
+                self.runs.remove((worker, run))
+
+    def do_reap(self, now, worker):
+        self.store.reap(worker, "w", now)
+        self.model.reap(now, worker)
+
+    def do_cancel(self, now, n):
+        self.on_row(n, self.store.cancel, self.model.cancel, now)
+
+    def do_retry(self, now, n):
+        self.on_row(n, self.store.retry, self.model.retry, now)
+
+    def on_row(self, n, ours, models, now):
+        ids = sorted(self.model.rows)
+        if ids:
+            with contextlib.suppress(pybgworker.TaskStateError):
+                ours(ids[n % len(ids)], now)
+            models(now, ids[n % len(ids)])
+
+    def do_purge(self, now):
+        self.store.purge(None, None, now)
+        self.model.purge(now)
+
+    def do_prune(self, now):
+        self.store.prune(0, now + 10**9, now + 10**9, 10_000)
+        self.model.prune(now)
+
+    def do_pause(self, now, queue):
+        self.store.pause(queue, now)
+        self.model.paused.add(queue)
+
+    def do_resume(self, now, queue):
+        self.store.resume(queue)
+        self.model.paused.discard(queue)
+
+
+def random_program(chance, length=60):
+    now, program = 1_800_000_000_000, []
+    for _ in range(length):
+        now += chance.choice((0, 1, 50, 5000, -2000))
+        program.append(chance.choice((
+            lambda: ("enqueue", now, chance.choice("ab"), chance.randrange(3),
+                     chance.choice((None, None, "k", "l")), chance.randrange(3),
+                     chance.choice((0, 0, 100))),
+            lambda: ("claim", now, chance.randrange(1, 3), chance.randrange(1, 4)),
+            lambda: ("finish", now, chance.randrange(9), chance.choice((4, 4, 5, 6, 1)),
+                     chance.choice((0, 60))),
+            lambda: ("give_back", now, chance.randrange(9), chance.random() < 0.5),
+            lambda: ("reap", now, chance.randrange(1, 3)),
+            lambda: ("cancel", now, chance.randrange(9)),
+            lambda: ("retry", now, chance.randrange(9)),
+            lambda: (chance.choice(("purge", "prune", "claim", "claim")), now),
+            lambda: (chance.choice(("pause", "resume")), now, chance.choice("ab")),
+        ))())
+    return [op if op != ("claim", op[1]) else ("claim", op[1], 1, 3) for op in program]
+
+
+TORTURE = float(os.environ.get("PYBGWORKER_TORTURE", "0"))
+
+
+class AnySequence(Case):
+
+    def failure_of(self, program):
+        """What goes wrong when the program runs on a new database, or None."""
+        path = self.folder / f"model-{random.random()}.db"
+        store = Store(str(path), durability="normal")
+        player = Player(store)
+        try:
+            for operation in program:
+                player.step(operation)
+        except AssertionError as exc:
+            return str(exc) or "an assertion"
+        finally:
+            store.close()
+            for found in self.folder.glob(path.name + "*"):
+                found.unlink()
+
+    def shrunk(self, program):
+        """The program without the operations that its failure does not need."""
+        for i in reversed(range(len(program))):
+            shorter = program[:i] + program[i + 1:]
+            if self.failure_of(shorter):
+                program = shorter
+        return program
+
+    def test_any_sequence_of_operations_agrees_with_the_model(self):
+        seed, end = 0, time.monotonic() + (TORTURE or 8)
+        while seed < 150 or (TORTURE and time.monotonic() < end):
+            seed += 1
+            program = random_program(random.Random(seed))
+            if self.failure_of(program):
+                small = self.shrunk(program)
+                self.fail(f"seed {seed}:\n" + "\n".join(map(str, small))
+                          + f"\n{self.failure_of(small)}")
+            if not TORTURE and time.monotonic() > end:
+                break
+        self.assertGreater(seed, 20)
+
+
+# == Torture ==================================================================
+
+
+class Torture(Served):
+    """kill -9 at random: producers, workers, children; then the invariants."""
+
+    PRODUCER = """
+        import os, random, sys, time
+        sys.path.insert(0, ".")
+        import tasks
+        journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        chance = random.Random(int(sys.argv[1]))
+        while True:
+            n = chance.randrange(1, 5)
+            ids = [r.id for r in tasks.tortured.delay_many([(k,) for k in range(n)])]
+            os.write(journal, "".join(f"{i}\\n" for i in ids).encode())
+            os.fsync(journal)
+            time.sleep(0.003)
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.module(TASKS + """
+    @task(retries=50, retry_delay=0)
+    def tortured(k):
+        t = current_task()
+        fd = os.open("starts", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, f"{t.id} {t.attempt}\\n".encode())
+        os.close(fd)
+        if k == 3:
+            time.sleep(0.02)
+        if k == 4 and t.attempt % 3 == 1:
+            os.kill(os.getpid(), 9)
+        return k
+""")
+
+    def producer(self, seed):
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(self.PRODUCER), str(seed)],
+            cwd=self.folder, env=clean_environment(PYBGWORKER_DB=str(self.db)))
+
+    def torment(self, chance, seconds):
+        workers = [self.worker("--concurrency", 2) for _ in range(2)]
+        producers = [self.producer(n) for n in range(2)]
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(chance.uniform(0.02, 0.2))
+            place = chance.randrange(2)
+            how = chance.randrange(5)
+            if how == 0:
+                producers[place].kill()
+                producers[place].wait()
+                producers[place] = self.producer(chance.random() * 10**6 // 1)
+            elif how == 1:
+                workers[place].kill()
+                workers[place] = self.worker("--concurrency", 2)
+            elif how == 2:
+                workers[place].signal(signal.SIGSTOP)
+                time.sleep(chance.uniform(0.02, 0.3))
+                workers[place].signal(signal.SIGCONT)
+            else:
+                with contextlib.suppress(OSError, IndexError):
+                    os.kill(chance.choice(workers[place].children()), 9)
+        for process in producers:
+            process.kill()
+            process.wait()
+        for worker in workers:
+            worker.kill()
+
+    def test_whoever_is_killed_whenever_nothing_is_lost_or_done_twice(self):
+        seed = int(os.environ.get("PYBGWORKER_SEED", random.randrange(10**6)))
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        with self.subTest(f"PYBGWORKER_SEED={seed}"):
+            self.torment(random.Random(seed), TORTURE or 4)
+            self.assertEqual(self.worker("--concurrency", 2, "--burst").wait(120), 0)
+
+            promised = {int(line) for line in self.lines("journal") if line}
+            states = dict(self.sql("select id, state from bg_task"))
+            self.assertGreater(len(promised), 50)
+            self.assertEqual(promised - states.keys(), set())               # I1
+            self.assertEqual(set(states.values()), {pybgworker.SUCCESS})    # I7
+            starts = self.lines("starts")
+            self.assertEqual(len(starts), len(set(starts)))                 # I3
+            attempts = dict(self.sql("select id, attempt from bg_task"))
+            for line in starts:
+                self.assertLessEqual(int(line.split()[1]), attempts[int(line.split()[0])])
+            self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])  # I8
+            self.assertEqual(self.sql(
+                "select count(*) from bg_payload where id / 8 not in "
+                "(select id from bg_task)"), [(0,)])
+
+    def test_a_power_cut_leaves_a_prefix_of_history(self):
+        """Database and log are copied by another process, the log cut anywhere."""
+        copy = ("import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2]); "
+                "shutil.copy(sys.argv[1] + '-wal', sys.argv[2] + '-wal')")
+        self.store.data_version()
+        sizes = {}
+        for _ in range(25):
+            number = self.app.send("t", "x" * random.randrange(900)).id
+            sizes[number] = self.store.wal_bytes()
+        cut = self.folder / "cut.db"
+        subprocess.run([sys.executable, "-c", copy, str(self.db), str(cut)], check=True)
+        log = Path(f"{cut}-wal").read_bytes()
+        data = cut.read_bytes()
+        chance = random.Random(5)
+        for _ in range(60):
+            size = chance.randrange(len(log))
+            noise = bytes(chance.randrange(256) for _ in range(chance.randrange(300)))
+            cut.write_bytes(data)
+            Path(f"{cut}-wal").write_bytes(log[:size] + noise)
+            Path(f"{cut}-shm").unlink(missing_ok=True)
+            connection = sqlite3.connect(cut)
+            try:
+                check = connection.execute("pragma integrity_check").fetchone()
+                ids = [row[0] for row in connection.execute("select id from bg_task")] \
+                    if connection.execute("select 1 from sqlite_master").fetchone() else []
+            finally:
+                connection.close()
+            self.assertEqual(check, ("ok",))
+            self.assertEqual(ids, list(range(1, len(ids) + 1)))
+            durable = [n for n, end in sizes.items() if end <= size]
+            self.assertGreaterEqual(len(ids), len(durable))
+
+    def test_delay_returns_after_the_log_is_on_disk(self):
+        if not shutil.which("strace"):
+            self.skipTest("needs strace")
+        code = """
+            import os, pybgworker as p
+            app = p.App(); app.send("t"); os.write(2, b"MARK"); app.send("t")
+            os.write(2, b"MARK")
+        """
+        trace = self.folder / "trace"
+        done = subprocess.run(
+            ["strace", "-f", "-y", "-o", str(trace), "-e", "trace=pwrite64,fdatasync,write",
+             sys.executable, "-c", textwrap.dedent(code)], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db)), stderr=subprocess.PIPE)
+        if done.returncode != 0:
+            self.skipTest("strace does not work here")
+        calls = trace.read_text().split('"MARK"')[1].splitlines()
+        calls = [call for call in calls if "queue.db-wal" in call]
+        self.assertTrue(any("pwrite64" in call for call in calls))
+        self.assertIn("fdatasync", calls[-1])
+
+
+# == The README ===============================================================
+
+
+class Readme(Case):
+
+    def setUp(self):
+        super().setUp()
+        self.text = (HERE / "README.md").read_text(encoding="utf-8")
+        shutil.copy(HERE / "pybgworker.py", self.folder)
+
+    def blocks(self, language):
+        return re.findall(rf"(?ms)^```{language}\n(.*?)^```", self.text)
+
+    def test_every_setting_command_and_event_is_in_it(self):
+        names = ["PYBGWORKER_" + s.name.upper() for s in pybgworker.SETTINGS]
+        names += [f"`{command.name}" for command in pybgworker.COMMANDS]
+        source = (HERE / "pybgworker.py").read_text(encoding="utf-8")
+        events = set(re.findall(
+            r'(?:say|run|event|_log)\(\s*"([a-z]+_[a-z_]+|output)"', source))
+        self.assertGreater(len(events), 18)
+        names += [f"`{event}`" for event in events]
+        names += [f"`{state}`" for state in pybgworker.STATE_NAMES]
+        for name in names:
+            with self.subTest(name):
+                self.assertIn(name, self.text)
+
+    def test_every_python_block_runs(self):
+        for number, block in enumerate(self.blocks("python")):
+            (self.folder / f"block{number}.py").write_text(block)
+            done = subprocess.run(
+                [sys.executable, f"block{number}.py"], cwd=self.folder, text=True,
+                env=clean_environment(PYTHONPATH=""), stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=60)
+            with self.subTest(block[:50]):
+                self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_the_first_example_works_as_it_stands(self):
+        first = self.blocks("python")[0]
+        (self.folder / "example.py").write_text(first)
+        environ = clean_environment(PYTHONPATH="")
+        subprocess.run([sys.executable, "example.py"], cwd=self.folder, env=environ,
+                       check=True)
+        done = subprocess.run(
+            [sys.executable, "pybgworker.py", "run", "--app", "example", "--burst"],
+            cwd=self.folder, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+        self.assertIn('"event":"task_success"', done.stdout)
+
+    def test_every_command_line_is_one_that_the_parser_takes(self):
+        lines = re.findall(r"(?m)^(?:\$ )?python (?:pybgworker\.py|-m pybgworker) (.*)$",
+                           "\n".join(self.blocks("(?:sh|console)")))
+        self.assertGreater(len(lines), 12)
+        shlex = pybgworker.importlib.import_module("shlex")
+        for line in lines:
+            with self.subTest(line):
+                pybgworker._parser().parse_args(
+                    shlex.split(line.split("  #")[0].split(" > ")[0]))
+
+    def test_the_example_prints_its_table(self):
+        shutil.copy(HERE / "example.py", self.folder)
+        done = subprocess.run([sys.executable, "example.py"], cwd=self.folder, text=True,
+                              env=clean_environment(PYTHONPATH=""), timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
+        self.assertIn("42.00 at attempt 3", rows["fetch_prices"])
+        self.assertIn("SIGSEGV", rows["crash"])
+        self.assertIn("success", rows["words example.py"])
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()
+                                if p.name != "__pycache__"), ["example.py", "pybgworker.py"])
+
+
+# == The file itself ==========================================================
+
+
+class TheFile(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source = (HERE / "pybgworker.py").read_text(encoding="utf-8")
+        cls.lines = cls.source.splitlines()
+        cls.tree = ast.parse(cls.source)
+        cls.banners = [(number, line.strip("#= ")) for number, line
+                       in enumerate(cls.lines, 1) if line.startswith("# == ")]
+
+    def section_of(self, number):
+        return [name for start, name in self.banners if start <= number][-1:] or ["head"]
+
+    def test_the_map_is_the_list_of_banners(self):
+        text = pybgworker.__doc__.split("Map\n")[1].split("\n\n")[0]
+        self.assertEqual([name.strip() for name in re.sub(r"\s+", " ", text).split("·")],
+                         [name for _, name in self.banners])
+
+    def test_banners_reach_column_79_and_say_what_they_own(self):
+        for number, name in self.banners:
+            self.assertEqual(len(self.lines[number - 1]), 79, name)
+            self.assertTrue(self.lines[number].startswith("# "), name)
+
+    def test_every_function_that_the_docstring_names_exists(self):
+        for name in re.findall(r"`([A-Za-z_.]+)`", pybgworker.__doc__):
+            with self.subTest(name):
+                found = pybgworker
+                for part in name.split("."):
+                    found = getattr(found, part)
+
+    def test_no_section_uses_one_below(self):
+        defined = {}
+        for node in self.tree.body:
+            names = [node.name] if hasattr(node, "name") else [
+                target.id for target in getattr(node, "targets", [])
+                if isinstance(target, ast.Name)]
+            defined.update(dict.fromkeys(names, self.section_of(node.lineno)[0]))
+        order = ["head"] + [name for _, name in self.banners]
+        symtable = pybgworker.importlib.import_module("symtable")
+
+        def check(table):
+            here = self.section_of(table.get_lineno())[0]
+            for symbol in table.get_symbols():
+                home = defined.get(symbol.get_name(), here)
+                if symbol.is_global() and order.index(home) > order.index(here):
+                    self.fail(f"{here}, line {table.get_lineno()}: uses "
+                              f"{symbol.get_name()}, which is below it, in {home}")
+            for child in table.get_children():
+                check(child)
+
+        for child in symtable.symtable(self.source, "pybgworker.py", "exec").get_children():
+            check(child)
+
+    def test_sections_classes_and_functions_have_their_sizes(self):
+        ends = [number for number, _ in self.banners[1:]] + [len(self.lines)]
+        for (start, name), end in zip(self.banners, ends):
+            self.assertLessEqual(end - start, 700, name)
+        for node in ast.walk(self.tree):
+            size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+            if isinstance(node, ast.ClassDef):
+                self.assertLessEqual(size, 350, node.name)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.assertLessEqual(size, 45, node.name)
+
+    def test_sql_is_in_its_sections_only(self):
+        allowed = {"Database", "Queue", "Store", "Bench"}
+        pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
+                             re.S)
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) \
+                    and pattern.match(node.value.strip()):
+                self.assertIn(self.section_of(node.lineno)[0], allowed, node.value)
+
+    def test_only_the_standard_library_is_imported(self):
+        for node in ast.walk(self.tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                if hasattr(sys, "stdlib_module_names"):
+                    self.assertIn(name.split(".")[0],
+                                  sys.stdlib_module_names | {"__future__"})
+                self.assertNotIn(name, ("inspect", "queue"))
+
+    def test_lines_fit_and_nothing_is_unfinished(self):
+        for number, line in enumerate(self.lines, 1):
+            self.assertLessEqual(len(line), 88, f"line {number}")
+            self.assertNotRegex(line, r"\b(TODO|FIXME|XXX)\b")
+
+    def test_what_is_public_says_what_it_does(self):
+        for name in pybgworker.__all__:
+            found = getattr(pybgworker, name)
+            self.assertTrue(found.__doc__, name)
+            if isinstance(found, type):
+                for attribute, value in vars(found).items():
+                    if callable(value) and not attribute.startswith("_"):
+                        self.assertTrue(value.__doc__, f"{name}.{attribute}")
+
+    def test_clock_and_chance_are_asked_in_few_places(self):
+        clock = [self.section_of(n)[0] for n, line in enumerate(self.lines, 1)
+                 if re.search(r"\btime\.time(_ns)?\(", line) and "def " not in line]
+        self.assertLessEqual(set(clock), {"Time and values", "Child", "Bench"})
+
+    def test_every_name_in_all_exists_and_is_sorted(self):
+        self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
+
+
+def run_all():
+    """Run everything; close with one line that counts; return the exit status."""
+    loader = unittest.defaultTestLoader
+    suite = loader.loadTestsFromModule(sys.modules["__main__"])
+    if len(sys.argv) > 1:
+        suite = loader.loadTestsFromNames(sys.argv[1:], sys.modules["__main__"])
+    result = unittest.TextTestRunner(verbosity=1).run(suite)
+    failed = len({str(test).split(" [")[0] for test, _ in result.failures + result.errors})
+    skipped = len(result.skipped)
+    passed = result.testsRun - failed - skipped
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_all())
