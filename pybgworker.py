@@ -1279,11 +1279,11 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
         return
     # A socket of the moment costs 15 µs beside a commit's milliseconds, and there
     # is none to be shared by threads, inherited by forks, or closed by somebody.
-    with contextlib.suppress(OSError):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            for port, token in addresses:
-                sender.sendto(token.encode(), ("127.0.0.1", port))
+    with contextlib.suppress(OSError), \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        for port, token in addresses:
+            sender.sendto(token.encode(), ("127.0.0.1", port))
 
 
 # == Database =================================================================
@@ -1641,6 +1641,17 @@ class Database:
             for statement in statements:
                 connection.execute(statement)
         connection.execute(f"pragma user_version = {len(_MIGRATIONS)}")
+
+    def prepare(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
+        """Return a plain cursor on somebody else's connection to this file.
+
+        Makes the tables if need be, there: its transaction may hold the write lock.
+        """
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        if cursor.execute("pragma user_version").fetchone()[0] != len(_MIGRATIONS):
+            self._migrate_from(cursor)
+        return cursor
 
     def _begin(self, link, durable, patience):
         synchronous = "full" if durable and self.durability == "full" else "normal"
@@ -2876,7 +2887,7 @@ class App:
         texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
         connection = options.get("conn")
         if connection is not None:
-            self._check_connection(connection)
+            connection = self._check_connection(connection)
         ids = self.store.enqueue(row, texts, connection) if texts else []
         return [AsyncResult(number, self) for number in ids]
 
@@ -2896,13 +2907,13 @@ class App:
 
     def _check_connection(self, connection):
         """Refuse a connection to another file: the task would never be found."""
-        self.store.data_version()           # makes the tables, if need be
         rows = connection.execute("pragma database_list").fetchall()
-        path = next((row[2] for row in rows if row[1] == "main"), "")
-        if not path or not os.path.samefile(path, self.store.path):
+        path = next((tuple(row)[2] for row in rows if tuple(row)[1] == "main"), "")
+        if not path or os.path.realpath(path) != os.path.realpath(self.store.path):
             raise ValueError(
                 f"conn= is open on {path or 'memory'}, the queue is {self.store.path}"
             )
+        return self.store.prepare(connection)
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
         """Enqueue a task by its name, which need not be registered here."""
@@ -4143,8 +4154,7 @@ class Pool:
         """Recall what waits behind a slow run, or while another child is idle."""
         working = self._working()
         for member in working:
-            slow = now - member.head_at > _STALL_SECONDS * 1000
-            if slow and len(member.waiting) > 1:
+            if len(member.waiting) > 1 and self._is_slow(member, now):
                 self._recall(member)
         if not self.hand and any(not m.waiting for m in working):
             longest = max(working, key=_load_of)
@@ -4306,8 +4316,7 @@ class Pool:
         """A child is dead: settle its run, free its sockets, start another."""
         if member not in self.members:
             return
-        if member.frames.fileno() >= 0:
-            self._recall(member)
+        self._recall(member)
         self._take_output(member, member.read_output())
         stack = member.read_stack()
         for run in member.waiting:
@@ -4338,9 +4347,9 @@ class Pool:
                     head.cancelled = True
                     self._condemn(member, "cancelled", now, _CANCEL_GRACE)
                     member.interrupt(run_id)
-        for run in [r for r in self.hand if r.id == run_id and isinstance(r, Run)]:
-            self.hand.remove(run)
-            self.ended.append(Ended(run, "cancelled"))
+        found = [r for r in self.hand if r.id == run_id and isinstance(r, Run)]
+        self.hand = collections.deque(r for r in self.hand if r not in found)
+        self.ended += [Ended(run, "cancelled") for run in found]
 
     def check_memory(self, now: int) -> None:
         """Replace idle children over the memory limit; kill those that run."""
@@ -4726,6 +4735,50 @@ class Chore:
             self.act(now)
 
 
+class StopSignals:
+    """Counts SIGTERM and SIGINT; SIGCHLD only ends the loop's sleep.
+
+    The handler does no more than that: the loop does the rest.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self._receiver: Any = None
+
+    @contextlib.contextmanager
+    def caught(self, selector: selectors.BaseSelector) -> Iterator[None]:
+        """Within this block, in the main thread, signals come here."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._receiver, sender = socket.socketpair()
+        for end in (self._receiver, sender):
+            end.setblocking(False)
+        selector.register(self._receiver, selectors.EVENT_READ, "signal")
+        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        before = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            selector.unregister(self._receiver)
+            self._receiver.close()
+            sender.close()
+
+    def _handle(self, number, _frame):
+        if number != signal.SIGCHLD:
+            self.count += 1
+
+    def drain(self) -> None:
+        """Take in what woke the loop."""
+        with contextlib.suppress(OSError):
+            while self._receiver.recv(4096):
+                pass
+
+
 class Worker:
     """Serves one database with a pool of children.
 
@@ -4740,7 +4793,7 @@ class Worker:
         self.settings, self.store = app.settings, app.store
         self.store.follow = False       # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
-        self.signals = 0                # stop signals so far
+        self.stops = StopSignals()
         self.stop_by = 0                # unix ms of the end of a graceful stop
         self.fatal = ""                 # why it must end with status 1
         self.outcomes: list[Outcome] = []       # to be written
@@ -4766,13 +4819,12 @@ class Worker:
         0 after an orderly end, 1 when it cannot go on; standard error says why.
         """
         self.start()
-        restore = self._catch_signals()
         try:
-            while not self._is_done():
-                self.wait()
-                self.step(now_ms())
+            with self.stops.caught(self.selector):
+                while not self._is_done():
+                    self.wait()
+                    self.step(now_ms())
         finally:
-            restore()
             self.stop()
         if self.fatal:
             print(f"pybgworker: {self.fatal}", file=sys.stderr)
@@ -4830,42 +4882,15 @@ class Worker:
             self._cancels, self._crons, self._pruning,
         ]
 
-    def _catch_signals(self):
-        """Count SIGTERM and SIGINT; return what undoes it."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        receiver, sender = socket.socketpair()
-        for end in (receiver, sender):
-            end.setblocking(False)
-        self.selector.register(receiver, selectors.EVENT_READ, "signal")
-        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-        before = [signal.signal(number, self._on_signal) for number in numbers]
-
-        def restore():
-            for number, handler in zip(numbers, before):
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            self.selector.unregister(receiver)
-            receiver.close()
-            sender.close()
-
-        return restore
-
-    def _on_signal(self, number, _frame):
-        """Count it; the loop does the rest."""
-        if number != signal.SIGCHLD:
-            self.signals += 1
-
     def shut_down(self) -> None:
         """Ask for a graceful stop; a second call for one at once."""
-        self.signals += 1
+        self.stops.count += 1
 
     def _is_done(self):
-        if self.fatal or self.signals > 1:
+        if self.fatal or self.stops.count > 1:
             return True
         idle = not (self.outcomes or self.returned or self.pool.in_hand())
-        if self.signals:
+        if self.stops.count:
             return idle or 0 < self.stop_by <= now_ms()
         if not self.burst or not idle or not self._is_ready:
             return False
@@ -4903,22 +4928,17 @@ class Worker:
                 self.look |= self.ear.drain()
                 self._cancels.due = 0       # it may be about a cancellation
             elif key.data == "signal":
-                self._drain(key.fileobj)
+                self.stops.drain()
+                self.pool.notice_deaths(now_ms())
             else:
                 self.heard.append((key.data, key.fd))
-
-    def _drain(self, receiver):
-        with contextlib.suppress(OSError):
-            while receiver.recv(4096):
-                pass
-        self.pool.notice_deaths(now_ms())
 
     def _patience(self):
         """Seconds to sleep at most."""
         if self._trouble_at:
             return _ERROR_PAUSE
         now, longest = now_ms(), _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
-        if self.look and not self.signals and any(self.pool.room(now)):
+        if self.look and not self.stops.count and any(self.pool.room(now)):
             return 0
         due = _earliest(self.next_at, self.pool.next_timer(now))
         if due is not None:
@@ -4931,7 +4951,7 @@ class Worker:
         self.pool.receive(self.heard, now)
         self.pool.enforce(now)
         self.pool.balance(now)
-        if self.signals and not self.stop_by:
+        if self.stops.count and not self.stop_by:
             self.stop_by = now + to_ms(self.settings.shutdown_timeout)
             self.returned += self.pool.recall_all()
         self._settle(now)
@@ -4993,7 +5013,7 @@ class Worker:
     def _order(self, now):
         """What could be claimed now; None while stopping, or without room."""
         free, ahead = self.pool.room(now)
-        if self.signals or free + ahead == 0:
+        if self.stops.count or free + ahead == 0:
             return None
         return ClaimOrder(
             self.liveness.id, self.settings.queues, self.app.tasks, free, ahead,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime as dt
-import io
 import json
 import os
 import random
@@ -35,8 +34,8 @@ sys.path.insert(0, str(HERE))
 
 import pybgworker  # noqa: E402
 from pybgworker import (  # noqa: E402
-    Abort, App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, Retry,
-    RetryPolicy, Run, Store, Worker,
+    App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, RetryPolicy, Run, Store,
+    Worker,
 )
 
 # == Tools ====================================================================
@@ -1427,6 +1426,17 @@ class Enqueueing(QueueCase):
         self.finish(run)
         self.store.prune(0, self.now + 1, None, 100)
         self.assertEqual(self.enqueue(), last + 2)
+
+    def test_the_first_task_ever_may_come_in_a_callers_open_transaction(self):
+        mine = sqlite3.connect(self.db)
+        mine.row_factory = sqlite3.Row
+        mine.execute("create table orders (id)")
+        mine.execute("insert into orders values (1)")
+        result = self.app.send("t", conn=mine)
+        self.assertTrue(mine.in_transaction)
+        mine.commit()
+        mine.close()
+        self.assertEqual(result.status, "queued")
 
     def test_a_connection_to_another_file_is_refused(self):
         other = sqlite3.connect(self.folder / "other.db")
@@ -3463,7 +3473,7 @@ class Torture(Served):
             if how == 0:
                 producers[place].kill()
                 producers[place].wait()
-                producers[place] = self.producer(chance.random() * 10**6 // 1)
+                producers[place] = self.producer(chance.randrange(10**6))
             elif how == 1:
                 workers[place].kill()
                 workers[place] = self.worker("--concurrency", 2)
