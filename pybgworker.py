@@ -4721,6 +4721,14 @@ def _kept_error(error):
     return {part: error[part] for part in parts if error.get(part) not in (None, "")}
 
 
+def _child_spec(app_spec, path, settings):
+    """What children need; each adds its own descriptors."""
+    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
+    values = {name: getattr(settings, name) for name in names}
+    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0,
+                     {"db": path, **values})
+
+
 class Chore:
     """Something to be done every so many seconds of the worker's own time."""
 
@@ -4843,7 +4851,8 @@ class Worker:
         self.scheduler = Scheduler(self.app, self.journal.say)
         self.scheduler.register(now)
         self._say_start()
-        self.pool = Pool(self._child_spec(), self.settings.concurrency, self.settings,
+        spec = _child_spec(self.app_spec, self.store.path, self.settings)
+        self.pool = Pool(spec, self.settings.concurrency, self.settings,
                          self.journal.run, self.selector)
         self.pool.fill(now)
         self._plan_chores()
@@ -4859,16 +4868,6 @@ class Worker:
         if self.scheduler.count():
             self.journal.say("scheduler_start", schedules=self.scheduler.count())
         self.journal.log.flush()
-
-    def _child_spec(self):
-        s = self.settings
-        settings = {
-            "db": self.store.path, "durability": s.durability,
-            "busy_timeout": s.busy_timeout, "max_payload": s.max_payload,
-            "allow_network_fs": s.allow_network_fs,
-        }
-        return ChildSpec(__name__, self.app_spec, sys.path, os.getpid(), 0, 0, 0,
-                         settings)
 
     def _plan_chores(self):
         self._cancels = Chore(0.25, self._heed_cancels)

@@ -2822,7 +2822,7 @@ class Workers(Served):
 
     def test_an_outcome_is_kept_while_the_database_is_locked(self):
         worker = self.started()
-        result = self.tasks.nap.delay(0.05)
+        result = self.tasks.nap.delay(0.4)
         self.wait_for_start(worker)
         other = sqlite3.connect(self.db, isolation_level=None)
         other.execute("begin immediate")
