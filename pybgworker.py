@@ -275,6 +275,11 @@ MOVES = {
 }
 
 
+def state_name(state: int) -> str:
+    """The word for a state; also for one that somebody wrote by hand."""
+    return STATE_NAMES[state] if state in MOVES else f"unknown state {state}"
+
+
 class Retry(PyBgWorkerError):
     """Raise it in a task to run again, in `countdown` seconds.
 
@@ -1385,7 +1390,6 @@ create table bg_meta (
 # MIGRATIONS[n] takes a database from user_version n to n + 1.
 _MIGRATIONS = (_SCHEMA,)
 
-
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
@@ -1736,10 +1740,6 @@ class Database:
         return connection.execute(
             """select port, token from bg_worker where port > 0"""
         ).fetchall()
-
-    def wake_workers(self) -> None:
-        """Tell every worker to look now."""
-        send_wake_ups(self._wake_addresses(self._link().connection))
 
 
 # == Queue ====================================================================
@@ -2191,7 +2191,7 @@ class TaskRow(NamedTuple):
 
     @property
     def status(self) -> str:
-        return STATE_NAMES[self.state] if 0 <= self.state < 7 else "unknown"
+        return state_name(self.state)
 
 
 def _row_id(task_id):
@@ -2319,7 +2319,7 @@ class Operations(Queue):
             state = self._state(task_id)
             if state not in FINISHED:
                 raise TaskStateError(
-                    f"task {task_id} is {STATE_NAMES[state]}: only a finished one "
+                    f"task {task_id} is {state_name(state)}: only a finished one "
                     "can be retried"
                 )
             try:
@@ -2983,6 +2983,8 @@ class AsyncResult:
     """
 
     def __init__(self, id: int, app: App | None = None):
+        if not re.fullmatch(r"[0-9]{1,18}", str(id)):
+            raise TaskNotFound(f"no task {id!r}: an id is a whole number from 1 up")
         self.id = int(id)
         self._app = app or _default_app
 
@@ -3999,6 +4001,22 @@ _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _START_FAILURES = 5         # children in a row that die before they are ready
 
 
+class Starts:
+    """Children that die before they are ready: wait longer each time, then give up."""
+
+    def __init__(self):
+        self.failures = 0       # in a row
+        self.next_at = 0        # unix ms; no child is started before
+        self.given_up = ""      # why none will be started any more
+
+    def failed(self, now: int, reason: str) -> None:
+        """One more could not start, for this reason."""
+        self.failures += 1
+        self.next_at = now + 100 * 2 ** self.failures
+        if self.failures >= _START_FAILURES:
+            self.given_up = reason
+
+
 class Durations:
     """How long runs usually take, by name of the task."""
 
@@ -4047,23 +4065,22 @@ class Pool:
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
-        self._failed_starts = 0     # in a row
-        self._start_at = 0          # unix ms; not before, after a failed start
-        self.broken = ""            # why children cannot start, once given up
+        self.starts = Starts()
 
     # -- children
 
     def fill(self, now: int) -> None:
         """Have all children there should be."""
-        self._guardian.check()
-        while len(self.members) < self._size + 1 and now >= self._start_at:
-            member = Member(self._spec)
+        while len(self.members) < self._size + 1 and now >= self.starts.next_at:
+            try:
+                self._guardian.check()
+                member = Member(self._spec)
+            except OSError as exc:      # no process, or no descriptor, to be had
+                return self.starts.failed(now, str(exc))
             self._guardian.watch(member.pid)
             self.members.append(member)
             self._selector.register(member.messages, selectors.EVENT_READ, member)
             self._selector.register(member.output, selectors.EVENT_READ, member)
-            if self._failed_starts:
-                self._start_at = now + 100 * 2 ** self._failed_starts
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""
@@ -4208,7 +4225,7 @@ class Pool:
             self._take_answer(member, message, now)         # most are
         elif kind == _READY:
             member.ready = True
-            self._failed_starts = 0
+            self.starts.failures = 0
         elif kind == _BROKEN:
             member.keep_output(message.body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -4324,10 +4341,8 @@ class Pool:
             self.ended.append(_death_of(run, member, stack, self._limits, now))
         self._remove(member)
         if not member.ready:
-            self._failed_starts += 1
-            self._start_at = now + 100 * 2 ** self._failed_starts
-            if self._failed_starts >= _START_FAILURES:
-                self.broken = member.printed() or f"they die at once: {member.exit}"
+            reason = member.printed() or f"they die at once: {member.exit}"
+            self.starts.failed(now, reason)
         self.fill(now)
 
     def _remove(self, member):
@@ -4667,7 +4682,7 @@ class Journal:
         """A run whose worker died."""
         self.log.event("task_lost", task_id=lost.id, name=lost.name,
                        attempt=lost.attempt, worker=lost.worker,
-                       state=STATE_NAMES[lost.state])
+                       state=state_name(lost.state))
 
 
 def _rounded(seconds):
@@ -4977,8 +4992,8 @@ class Worker:
             self.fatal = str(exc)
 
     def _say_ready(self):
-        if self.pool.broken:
-            self.fatal = f"its children cannot start:\n{self.pool.broken}"
+        if self.pool.starts.given_up:
+            self.fatal = f"its children cannot start:\n{self.pool.starts.given_up}"
         if not self._is_ready and self.pool.is_ready():
             self._is_ready = True
             self.journal.say("worker_ready", children=self.settings.concurrency)
@@ -5206,7 +5221,7 @@ def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
     states = dict.fromkeys(STATE_NAMES, 0)
     tasks: dict[tuple, dict] = {}
     for queue, name, state, count in store.counts():
-        word = STATE_NAMES[state] if 0 <= state < len(STATE_NAMES) else "unknown"
+        word = state_name(state)
         states[word] = states.get(word, 0) + count
         tasks.setdefault((queue, name), {"queue": queue, "name": name})[word] = count
     return {
@@ -5803,7 +5818,7 @@ def _cancel(args, app):
         before = app.store.cancel(task_id, now_ms())
         if before in FINISHED:
             raise TaskStateError(
-                f"task {task_id} is {STATE_NAMES[before]} already: nothing to cancel"
+                f"task {task_id} is {state_name(before)} already: nothing to cancel"
             )
         deadline = time.monotonic() + _CANCEL_PATIENCE
         while app.store.status(task_id) == RUNNING and time.monotonic() < deadline:
@@ -5811,7 +5826,7 @@ def _cancel(args, app):
         state = app.store.status(task_id)
         if state == RUNNING:
             return f"task {task_id} still runs: its worker has been asked to end it"
-        return f"task {task_id} is {STATE_NAMES[state]}"
+        return f"task {task_id} is {state_name(state)}"
 
     return _each(args.ids, end)
 
@@ -5889,7 +5904,7 @@ _JSON = _flag("--json", action="store_true", help="one JSON document")
 _YES = _flag("--yes", action="store_true", help="do not ask")
 _NAME = _flag("--name", metavar="N", help="only tasks of this name")
 _QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue")
-_LIMIT = _flag("--limit", metavar="N", type=int, default=50, help="rows (50)")
+_LIMIT = _flag("--limit", metavar="N", type=_count, default=50, help="rows (50)")
 
 
 def _setting_flag(setting):

@@ -1643,6 +1643,15 @@ class Operating(QueueCase):
         self.assertRaises(pybgworker.TaskNotFound, self.store.retry, 99, self.now)
         self.assertRaises(pybgworker.TaskNotFound, self.store.forget, 99)
 
+    def test_a_state_written_by_hand_is_named_and_survived(self):
+        self.enqueue()
+        self.sql("update bg_task set state = 42")
+        self.assertEqual(self.status(1), "unknown state 42")
+        self.assertRaisesRegex(pybgworker.TaskStateError, "unknown state 42",
+                               self.store.retry, 1, self.now)
+        self.assertEqual(self.claim(), [])
+        pybgworker.inspect_report(self.store, self.now, 15)
+
     def test_a_running_task_is_not_forgotten(self):
         self.enqueue()
         self.claim()
@@ -2006,6 +2015,11 @@ class Results(QueueCase):
         for read in (lambda: result.status, result.ready, result.get, result.cancel,
                      result.retry, result.forget):
             self.assertRaises(pybgworker.TaskNotFound, read)
+
+    def test_an_id_that_is_no_number_is_not_found(self):
+        for wrong in ("abc", "", None, -1, 1.5, "1 or 1"):
+            self.assertRaises(pybgworker.TaskNotFound, AsyncResult, wrong)
+        self.assertEqual(AsyncResult("7", self.app).id, 7)
 
     def test_outside_of_a_task_there_is_no_current_one(self):
         self.assertIsNone(pybgworker.current_task())
@@ -3083,6 +3097,24 @@ class CommandLine(Served):
     def test_a_flag_beats_the_environment(self):
         worker = self.worker("--concurrency", 1, PYBGWORKER_CONCURRENCY="3")
         self.assertEqual(worker.wait_for("worker_start")["concurrency"], 1)
+
+    def test_random_arguments_never_end_in_a_traceback(self):
+        chance = random.Random(4)
+        words = [c.name for c in pybgworker.COMMANDS if c.name not in ("run", "bench")]
+        more = ["--json", "--limit", "-1", "99", "\ud800", "", "--db", "{}", "--name",
+                "%s", "' or 1", "--yes", "--failed", "9" * 40, "--status", "queued"]
+        main, out = pybgworker.main, open(os.devnull, "w", errors="replace")
+        self.addCleanup(out.close)
+        self.addCleanup(pybgworker._default_app._flags.clear)
+        for _ in range(300):
+            argv = [chance.choice(words)] + chance.choices(more, k=chance.randrange(4))
+            os.chdir(self.folder)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                try:
+                    code = main(argv)
+                except SystemExit as exc:
+                    code = exc.code
+            self.assertIn(code, (0, 1, 2), argv)
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
