@@ -1850,12 +1850,28 @@ class Queue(Database):
         without, they are committed, durably, when this returns.
         """
         if connection is not None:
-            return self._insert(connection, task, calls)
+            return self._enqueue_with(connection, task, calls)
         with self.write() as link:
             ids = self._insert(link.connection, task, calls)
             link.wake = self._wake_addresses(link.connection)
         if link.depth == 0 and link.commits % _CALLER_CHECKPOINT_EVERY == 0:
             self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+        return ids
+
+    def _enqueue_with(self, connection, task, calls):
+        """Insert in the caller's transaction; in one of our own if it opens none."""
+        cursor = self.prepare(connection)
+        # Writes before it reads: a transaction that began with a read could fail.
+        cursor.execute("""update bg_meta set value = value where name = 'last_id'""")
+        if connection.in_transaction:
+            return self._insert(cursor, task, calls)
+        cursor.execute("begin immediate")
+        try:
+            ids = self._insert(cursor, task, calls)
+        except BaseException:
+            cursor.execute("rollback")
+            raise
+        cursor.execute("commit")
         return ids
 
     _INSERT = """
@@ -2887,7 +2903,7 @@ class App:
         texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
         connection = options.get("conn")
         if connection is not None:
-            connection = self._check_connection(connection)
+            self._check_connection(connection)
         ids = self.store.enqueue(row, texts, connection) if texts else []
         return [AsyncResult(number, self) for number in ids]
 
@@ -2913,7 +2929,6 @@ class App:
             raise ValueError(
                 f"conn= is open on {path or 'memory'}, the queue is {self.store.path}"
             )
-        return self.store.prepare(connection)
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
         """Enqueue a task by its name, which need not be registered here."""

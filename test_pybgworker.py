@@ -1438,6 +1438,19 @@ class Enqueueing(QueueCase):
         mine.close()
         self.assertEqual(result.status, "queued")
 
+    def test_a_callers_connection_may_be_of_any_mode(self):
+        self.store.data_version()
+        for level, inside in ((None, False), ("", True), ("IMMEDIATE", True)):
+            mine = sqlite3.connect(self.db, isolation_level=level)
+            result = self.app.send("t", conn=mine)
+            with self.subTest(level):
+                self.assertEqual(mine.in_transaction, inside)
+                if inside:
+                    self.assertRaises(pybgworker.TaskNotFound, result.ready)
+                    mine.commit()
+                self.assertEqual(result.status, "queued")
+            mine.close()
+
     def test_a_connection_to_another_file_is_refused(self):
         other = sqlite3.connect(self.folder / "other.db")
         self.addCleanup(other.close)
