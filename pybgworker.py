@@ -3468,6 +3468,10 @@ def run_child(spec: Sequence) -> None:
     Child(ChildSpec(*spec)).main()
 
 
+class _ResultRefused(Abort):
+    """The task has returned what cannot be sent; its cause says why."""
+
+
 class Child:
     """The child's side.  One task at a time, in the main thread."""
 
@@ -3479,6 +3483,7 @@ class Child:
         # Held while a message is written: threads of a task may print too.
         self.lock = threading.Lock()
         self.sender = 0             # ident of the thread that is writing one
+        self.main_thread = threading.get_ident()
         self.run_id = 0             # of the current run; 0: none
         self.attempt = 0
         self.printed = 0            # characters of the current run
@@ -3494,7 +3499,8 @@ class Child:
             self.app = load_app(self.spec.app)
             self.app.override(**self.spec.settings)
         except BaseException as exc:
-            self._send(_BROKEN, describe_exception(exc)["traceback"].encode())
+            trace = describe_exception(exc)["traceback"]
+            self._send(_BROKEN, trace.encode("utf-8", "backslashreplace"))
             os._exit(1)
         import gc
 
@@ -3565,7 +3571,7 @@ class Child:
         try:
             return self._encode_result(value)
         except (TypeError, PayloadTooLarge) as exc:
-            raise Abort(str(exc)) from exc      # it would fail again
+            raise _ResultRefused(str(exc)) from exc     # it would be again
 
     def _encode_result(self, value):
         if value is None:
@@ -3636,7 +3642,7 @@ class Child:
             error["kind"] = "timeout" if timed_out else "cancelled"
         elif isinstance(exc, Abort):
             error["kind"] = "abort"
-            if exc.__cause__ is not None:       # see _run()
+            if isinstance(exc, _ResultRefused):
                 error.update(kind="exception", type=type(exc.__cause__).__name__)
         elif isinstance(exc, Retry):
             error["countdown"] = _countdown(exc.countdown)
@@ -3672,7 +3678,7 @@ class Child:
                 kill_group(self.pid)
             finally:
                 self.sender = 0
-        if self.pending is not None:
+        if self.pending is not None and threading.get_ident() == self.main_thread:
             exc, self.pending = self.pending, None
             raise exc
 
@@ -4013,6 +4019,7 @@ _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 _EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+_LATEST_MS = 1 << 53        # no clock shows such a unix time
 _START_FAILURES = 5         # children in a row that die before they are ready
 
 
@@ -4027,7 +4034,7 @@ class Starts:
     def failed(self, now: int, reason: str) -> None:
         """One more could not start, for this reason."""
         self.failures += 1
-        self.next_at = now + 100 * 2 ** self.failures
+        self.next_at = now + 100 * 2 ** min(self.failures, 8)
         if self.failures >= _START_FAILURES:
             self.given_up = reason
 
@@ -4227,7 +4234,7 @@ class Pool:
         try:
             for message in member.parse(self._limits.max_payload):
                 self._understand(member, message, now)
-        except ValueError:
+        except (ValueError, TypeError):
             self._condemn(member, "mad", now)
         if not alive:           # dead, or it closed its socket, which is as good
             member.wait(0.1)
@@ -4248,7 +4255,8 @@ class Pool:
         elif head is None or (message.id, message.attempt) != (head.id, head.attempt):
             raise ValueError("an answer that nobody asked for")
         elif kind == _PROGRESSED:
-            self.progress[head.id] = head, message.body.decode("ascii")
+            percent, text = json.loads(message.body)
+            self.progress[head.id] = head, _to_json([percent, text])
         elif kind == _ENDED_BADLY:
             self._take_answer(member, message, now)
         else:
@@ -4256,7 +4264,9 @@ class Pool:
 
     def _take_answer(self, member, message, now):
         run, text = member.waiting[0], message.body.decode("ascii")
-        error = None if message.kind == _SUCCEEDED else json.loads(text)
+        error = None if message.kind == _SUCCEEDED else _error_of(text)
+        if not 0 <= message.started_at < _LATEST_MS:
+            raise ValueError("a time that cannot be")
         self._announce(run)
         self.ended.append(Ended(
             run, error["kind"] if error else "success", None if error else text, error,
@@ -4332,7 +4342,7 @@ class Pool:
     def _hear_last(self, member, now):
         """Take in the answers that were sent before the end."""
         member.read()
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             for message in member.parse(self._limits.max_payload):
                 self._understand(member, message, now)
 
@@ -4410,6 +4420,16 @@ class Pool:
             member.wait(_EXIT_GRACE)
             self._remove(member)
         self._guardian.stop()
+
+
+def _error_of(text):
+    """The error that a child describes.  Raises ValueError when it is none."""
+    error = json.loads(text)
+    if not isinstance(error, dict) or not isinstance(error.get("kind"), str):
+        raise ValueError("an error without a kind")
+    if not isinstance(error.get("countdown"), (int, float, type(None))):
+        raise ValueError("a countdown that is no number")
+    return error
 
 
 def _death_of(run, member, stack, limits, now):
@@ -4759,6 +4779,14 @@ def _child_spec(app_spec, path, settings):
                      {"db": path, **values})
 
 
+def _frame_text(error):
+    """An error as a frame can hold it."""
+    text = _to_json(error)
+    if len(text) > _FRAME_BYTES // 2:
+        text = _to_json({"kind": error["kind"], "type": error.get("type", "")})
+    return text
+
+
 class Chore:
     """Something to be done every so many seconds of the worker's own time."""
 
@@ -5007,7 +5035,7 @@ class Worker:
             self.fatal = str(exc)
 
     def _say_ready(self):
-        if self.pool.starts.given_up:
+        if self.pool.starts.given_up and not self.pool.is_ready():
             self.fatal = f"its children cannot start:\n{self.pool.starts.given_up}"
         if not self._is_ready and self.pool.is_ready():
             self._is_ready = True
@@ -5090,10 +5118,9 @@ class Worker:
         which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(state)
         if which and getattr(task, which):
             limit = task.timeout or _CALLBACK_SECONDS
-            text = _to_json(error)
-            self.pool.hand.append(
-                Callback(run.id, run.name, which, run.attempt, limit, text)
-            )
+            self.pool.hand.append(Callback(
+                run.id, run.name, which, run.attempt, limit, _frame_text(error)
+            ))
 
     def _take_in(self, claimed, now):
         self.pool.hand.extend(claimed.runs)

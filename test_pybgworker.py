@@ -30,6 +30,7 @@ from decimal import Decimal
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.dont_write_bytecode = True      # tests write a module anew within a second
 sys.path.insert(0, str(HERE))
 
 import pybgworker  # noqa: E402
@@ -2415,6 +2416,11 @@ class Children(Served):
         self.assertEqual(Heard.got, ["ab\n", "c\n\n", "d"])
         self.assertRaises(TypeError, stream.write, b"bytes")
 
+    def test_abort_from_another_exception_is_an_abort(self):
+        self.worker()
+        failed = self.failure(self.tasks.abort_from.delay())
+        self.assertEqual((failed.kind, failed.error_type), ("abort", "Abort"))
+
     def test_the_tasks_own_frames_begin_a_traceback(self):
         self.worker()
         failed = self.failure(self.tasks.picky.delay())
@@ -2470,7 +2476,7 @@ class Pools(Served):
 
     def test_a_child_gone_mad_costs_its_own_run(self):
         self.worker("--concurrency", 1)
-        for how in ("noise", "length", "stranger"):
+        for how in ("noise", "length", "stranger", "no error", "no time"):
             with self.subTest(how):
                 failed = self.failure(self.tasks.scribble.delay(how))
                 self.assertEqual(failed.kind, "crash")
@@ -2521,9 +2527,18 @@ Served_TASKS_MORE = """
             "noise": b"\\xff" * 500,
             "length": head.pack(1 << 31, b"S", 1, 1, 0, 0),
             "stranger": head.pack(0, b"S", 12345, 1, 0, 0),
+            "no error": head.pack(2, b"F", child.run_id, child.attempt, 0, 0) + b"[]",
+            "no time": head.pack(0, b"S", child.run_id, child.attempt, 1 << 63, 0),
         }
         child.messages.sendall(frames[how])
         time.sleep(20)
+
+    @task
+    def abort_from():
+        try:
+            1 / 0
+        except ZeroDivisionError as exc:
+            raise Abort("no use") from exc
 
     @task(retries=0)
     def deaf():
