@@ -246,6 +246,11 @@ def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleName
         else:
             value = setting.default
         setattr(found, setting.name, value)
+    if found.worker_timeout <= found.heartbeat_interval:
+        raise SettingError(
+            f"worker_timeout={found.worker_timeout:g}: must be above "
+            f"heartbeat_interval={found.heartbeat_interval:g}"
+        )
     found.concurrency = found.concurrency or os.cpu_count() or 1
     found.worker_name = found.worker_name or f"{socket.gethostname()}-{os.getpid()}"
     return found
@@ -3834,17 +3839,18 @@ class Message(NamedTuple):
 
 
 def _read_all(fd, most):
-    """What a pipe holds now, at most `most` bytes of it; the rest is dropped."""
-    found = bytearray()
+    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
+    found, at_end = bytearray(), False
     while True:
         try:
             chunk = os.read(fd, _READ_BYTES)
         except OSError:
             break
         if not chunk:
+            at_end = True
             break
         found += chunk[: max(0, most - len(found))]
-    return found.decode("utf-8", "backslashreplace")
+    return found.decode("utf-8", "backslashreplace"), at_end
 
 
 class Member:
@@ -3856,6 +3862,7 @@ class Member:
         self.head_at = 0                # unix ms when [0] became the first
         self.ready = False              # it has imported the app
         self.retiring = False           # takes nothing more
+        self.is_mute = False            # nobody can write to its output any more
         self.done = 0                   # runs answered
         self.why = ""                   # condemned: timeout, cancelled, memory, mad
         self.kill_at = 0                # unix ms; 0: not condemned
@@ -3953,7 +3960,8 @@ class Member:
 
     def read_output(self) -> str:
         """What C code, or a subprocess, has written to its stdout and stderr."""
-        return _read_all(self.output, _OUTPUT_CHARS + 1)
+        text, self.is_mute = _read_all(self.output, _OUTPUT_CHARS + 1)
+        return text
 
     def keep_output(self, text: str) -> str:
         """Keep what the run at the head printed; return the part that was kept."""
@@ -3968,7 +3976,7 @@ class Member:
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
-        return _read_all(self.crash, _TRACEBACK_CHARS)
+        return _read_all(self.crash, _TRACEBACK_CHARS)[0]
 
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
@@ -3996,8 +4004,16 @@ class Member:
         self.frames.close()
         self._unread.close()
 
-    def close(self) -> None:
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Have the selector name us when there is something to read."""
+        for channel in (self.messages, self.output):
+            selector.register(channel, selectors.EVENT_READ, self)
+
+    def close(self, selector: selectors.BaseSelector) -> None:
         """Close our ends.  The child must be dead."""
+        for channel in (self.messages, self.output):
+            with contextlib.suppress(KeyError):
+                selector.unregister(channel)
         for end in (self.frames, self.messages, self._unread):
             end.close()
         for fd in (self.output, self.crash):
@@ -4101,8 +4117,7 @@ class Pool:
                 return self.starts.failed(now, str(exc))
             self._guardian.watch(member.pid)
             self.members.append(member)
-            self._selector.register(member.messages, selectors.EVENT_READ, member)
-            self._selector.register(member.output, selectors.EVENT_READ, member)
+            member.watch(self._selector)
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""
@@ -4137,7 +4152,7 @@ class Pool:
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
-        return len(self.hand) + sum(len(m.waiting) for m in self.members)
+        return len(self.hand) + sum(map(_load_of, self.members))
 
     def running(self) -> list[Run]:
         """The runs at the head of each child."""
@@ -4216,6 +4231,8 @@ class Pool:
         for member, fd in heard:
             if fd == member.output and member in self.members:
                 self._take_output(member, member.read_output())
+                if member.is_mute:      # it would be readable for ever
+                    self._selector.unregister(fd)
         for member, fd in heard:
             if fd != member.output and member in self.members:
                 self._hear(member, now)
@@ -4372,9 +4389,7 @@ class Pool:
 
     def _remove(self, member):
         self._guardian.release(member.pid)
-        self._selector.unregister(member.messages)
-        self._selector.unregister(member.output)
-        member.close()
+        member.close(self._selector)
         self.members.remove(member)
 
     def cancel(self, run_id: int, now: int) -> None:
@@ -5137,9 +5152,8 @@ class Worker:
     # -- chores
 
     def _beat(self, now):
-        running = sum(1 for _ in self.pool.running())
         try:
-            alive = self.store.beat(self.liveness.id, running, now)
+            alive = self.store.beat(self.liveness.id, len(self.pool.running()), now)
         except DatabaseUnavailable as exc:
             self.journal.say("heartbeat_error", error=str(exc))
             self.liveness.doubt()

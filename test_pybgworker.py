@@ -722,8 +722,12 @@ class Promises(Served):
         self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
 
     def test_a_task_may_close_its_descriptors(self):
-        self.worker("--concurrency", 1)
+        worker = self.worker("--concurrency", 1)
         self.assertEqual(self.get(self.tasks.close_fds.delay()), "closed")
+        self.get(self.tasks.nap.delay(0.5))
+        with contextlib.suppress(FileNotFoundError):
+            ticks = Path(f"/proc/{worker.pid}/stat").read_text().split()[13:15]
+            self.assertLess(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), 0.6)
         self.assertEqual(self.failure(self.tasks.close_all.delay()).kind, "crash")
         self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
 
@@ -896,6 +900,10 @@ class Settings(unittest.TestCase):
         self.assertEqual(found.concurrency, os.cpu_count())
         self.assertTrue(found.worker_name.endswith(f"-{os.getpid()}"))
         self.assertEqual((found.db, found.durability), ("pybgworker.db", "full"))
+
+    def test_a_worker_must_be_able_to_beat_in_time(self):
+        with self.assertRaisesRegex(pybgworker.SettingError, "must be above heartbeat"):
+            pybgworker.resolve_settings({"heartbeat_interval": 20.0}, {}, {})
 
     def test_configure_refuses_unknown_names_and_bad_values(self):
         self.assertRaisesRegex(pybgworker.SettingError, "unknown setting 'colour'",
@@ -2463,7 +2471,7 @@ class Pools(Served):
     def test_a_child_is_replaced_after_so_many_tasks(self):
         worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 2)
         pids = [self.get(self.tasks.fork_twice.delay()) for _ in range(6)]
-        self.assertEqual(len(set(pids)), 3)
+        self.assertLessEqual(max(map(pids.count, pids)), 2)
         worker.stop()
 
     def test_a_task_over_the_memory_limit_is_killed(self):
