@@ -2621,6 +2621,7 @@ R = TypeVar("R")
 _OPTIONS = frozenset((
     "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
 ))
+_LARGEST = 10**11       # of any number given here; as seconds it is 3,000 years
 _WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between looks of get()
 
 
@@ -2634,8 +2635,9 @@ class Schedule(NamedTuple):
 
 
 def _check_number(name, value, least, kind=(int, float)):
-    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-        raise ValueError(f"{name}={value!r}: must be a number from {least} up")
+    if isinstance(value, bool) or not isinstance(value, kind) \
+            or not least <= value <= _LARGEST:
+        raise ValueError(f"{name}={value!r}: must be a number from {least} to 10**11")
     return value
 
 
@@ -2664,7 +2666,7 @@ def _due_at(now, countdown, eta):
     if countdown is not None:
         if isinstance(countdown, timedelta):
             countdown = countdown.total_seconds()
-        return now + to_ms(_check_number("countdown", countdown, -math.inf))
+        return now + to_ms(_check_number("countdown", countdown, -_LARGEST))
     if eta is not None:
         if not isinstance(eta, datetime):
             raise ValueError(f"eta={eta!r}: must be a datetime (naive: local time)")
@@ -2680,7 +2682,6 @@ class Task(Generic[P, R]):
         self.fn = fn
         self.name = _check_name("name", name)
         self.schedules: list[Schedule] = []
-        self.options_given = options
         self._set(**options)
         functools.update_wrapper(self, fn)
 
@@ -2732,7 +2733,7 @@ class Task(Generic[P, R]):
     def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
                     **options: Any) -> AsyncResult:
         """The same as options(**options).delay(*args, **kwargs)."""
-        return self.app.enqueue(self, [(tuple(args), kwargs or {})], options)[0]
+        return self.options(**options).delay(*args, **(kwargs or {}))
 
     def delay_many(self, calls: Iterable) -> list[AsyncResult]:
         """Enqueue many calls in one transaction: all of them or none.
@@ -3003,7 +3004,7 @@ class AsyncResult:
     """
 
     def __init__(self, id: int, app: App | None = None):
-        if not re.fullmatch(r"[0-9]{1,18}", str(id)):
+        if type(id) is not int and not re.fullmatch(r"[0-9]{1,18}", str(id)):
             raise TaskNotFound(f"no task {id!r}: an id is a whole number from 1 up")
         self.id = int(id)
         self._app = app or _default_app

@@ -1946,7 +1946,8 @@ class Tasks(Case):
         for options in (
             {"nonsense": 1}, {"countdown": 1, "eta": dt.datetime.now()}, {"eta": 5},
             {"countdown": "soon"}, {"retries": -1}, {"key": ""}, {"priority": 1.5},
-            {"countdown": float("nan")},
+            {"countdown": float("nan")}, {"countdown": float("inf")},
+            {"retries": 10**30}, {"timeout": float("inf")}, {"priority": 1 << 40},
         ):
             with self.subTest(options), self.assertRaises((TypeError, ValueError)):
                 task.options(**options).delay()
@@ -2039,7 +2040,7 @@ class Results(QueueCase):
             self.assertRaises(pybgworker.TaskNotFound, read)
 
     def test_an_id_that_is_no_number_is_not_found(self):
-        for wrong in ("abc", "", None, -1, 1.5, "1 or 1"):
+        for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
             self.assertRaises(pybgworker.TaskNotFound, AsyncResult, wrong)
         self.assertEqual(AsyncResult("7", self.app).id, 7)
 
