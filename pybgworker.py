@@ -4109,16 +4109,16 @@ class Pool:
     # -- children
 
     def fill(self, now: int) -> None:
-        """Have all children there should be."""
-        while len(self.members) < self._size + 1 and now >= self.starts.next_at:
-            try:
-                self._guardian.check()
+        """Have all the processes there should be."""
+        try:
+            self._guardian.check()
+            while len(self.members) < self._size + 1 and now >= self.starts.next_at:
                 member = Member(self._spec)
-            except OSError as exc:      # no process, or no descriptor, to be had
-                return self.starts.failed(now, str(exc))
-            self._guardian.watch(member.pid)
-            self.members.append(member)
-            member.watch(self._selector)
+                self._guardian.watch(member.pid)
+                self.members.append(member)
+                member.watch(self._selector)
+        except OSError as exc:          # no process, or no descriptor, to be had
+            self.starts.failed(now, str(exc))
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""

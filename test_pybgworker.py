@@ -2475,6 +2475,32 @@ class Pools(Served):
         self.assertLessEqual(max(map(pids.count, pids)), 2)
         worker.stop()
 
+    def test_a_killed_guardian_is_replaced(self):
+        worker = self.worker("--concurrency", 1)
+        worker.wait_for("worker_ready")
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+
+        def guardians():
+            return {pid for pid in worker.children() if is_alive(pid)
+                    and b"groups.add" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+        old = guardians()
+        self.assertEqual(len(old), 1)
+        os.kill(*old, signal.SIGKILL)
+        until(lambda: guardians() - old)
+        self.tasks.hold_on.delay()
+        pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
+        worker.kill()
+        until(lambda: not any(map(is_alive, pids)), 1)
+
+    def test_a_worker_on_a_file_that_is_no_database_ends_with_one_line(self):
+        (self.folder / "garbage").write_text("garbage " * 1000)
+        worker = self.worker("--db", "garbage")
+        self.assertEqual(worker.wait(), 1)
+        self.assertEqual(len(worker.errors), 1)
+        self.assertIn("it is some other file", worker.errors[0])
+
     def test_a_task_over_the_memory_limit_is_killed(self):
         self.worker("--concurrency", 1, "--max-memory", "150m")
         (self.folder / "eat.py").write_text("")
