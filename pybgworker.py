@@ -5022,6 +5022,7 @@ class Worker:
         """One turn.  Raises nothing that a database in trouble can cause."""
         at = self.liveness.mind_the_time()
         self.pool.receive(self.heard, now)
+        self._say_ready()
         self.pool.enforce(now)
         self.pool.balance(now)
         if self.stops.count and not self.stop_by:
@@ -5036,7 +5037,6 @@ class Worker:
             self._trouble_at, self._trouble_said = 0.0, False
         except DatabaseUnavailable as exc:
             self._in_trouble(exc, at)
-        self._say_ready()
         self.journal.log.flush()
 
     def _in_trouble(self, exc, at):
