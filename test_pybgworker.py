@@ -2929,6 +2929,15 @@ class Workers(Served):
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, "slept")
 
+    def test_a_worker_that_hears_no_wake_up_looks_by_itself(self):
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        worker.selector.unregister(worker.ear.socket)
+        worker.ear.close()
+        result = self.tasks.add.delay(1, 2)
+        self.turn_until(worker, result.ready)
+        self.assertEqual(result.result, 3)
+
     def test_an_unknown_task_waits_for_a_worker_that_knows_it(self):
         worker = self.started()
         stranger = self.app.send("elsewhere.task", 1)
@@ -3379,10 +3388,23 @@ class Player:
 
     def step(self, operation):
         name, now, *rest = operation
+        before = self.states()
         getattr(self, "do_" + name)(now, *rest)
+        for number, state in self.states().items():
+            self.check_move(name, before.get(number, state), state)
         rows = self.store._read(
             "select id, state, attempt, forgiven from bg_task order by id")
         assert rows == self.model.shown(), f"{rows}\n!= {self.model.shown()}"
+
+    def states(self):
+        return dict(self.store._read("select id, state from bg_task"))
+
+    def check_move(self, name, before, after):
+        """Every change is a move of the table, or two (a claim of what is due)."""
+        moves = pybgworker.MOVES[before]
+        two = set().union(*(pybgworker.MOVES[state] for state in moves))
+        assert before == after or after in moves or name == "claim" and after in two
+        assert before == after or before not in pybgworker.FINISHED or name == "retry"
 
     def do_enqueue(self, now, queue, priority, key, retries, wait):
         at = now + wait
