@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pybgworker import AsyncResult, TaskFailed, configure, cron, current_task, task
+from pybgworker import AsyncResult, TaskFailed, cron, current_task, task
 
 
 @task
@@ -82,13 +82,15 @@ def main():
     here = Path(__file__).resolve().parent
     folder = sys.argv[1] if len(sys.argv) > 1 else here
     with tempfile.TemporaryDirectory() as scratch:
-        db = os.environ.get("PYBGWORKER_DB") or str(Path(scratch, "example.db"))
-        configure(db=db)
+        db = os.path.abspath(os.environ.get("PYBGWORKER_DB") or f"{scratch}/example.db")
+        os.environ["PYBGWORKER_DB"] = db
         jobs = enqueue(folder)
         command = [sys.executable, "pybgworker.py", "run", "--app", "example"]
         with open(Path(scratch, "example.log"), "w") as log:
             worker = subprocess.Popen([*command, "--db", db], cwd=here, stdout=log)
+        try:
             rows = [(label, outcome(result), result.status) for label, result in jobs]
+        finally:
             worker.terminate()
             worker.wait()
     width = max(len(label) for label, _, _ in rows)

@@ -637,6 +637,10 @@ class Log:
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Add one line: timestamp, event, then the fields that are not None."""
+        self.line(event, fields)
+
+    def line(self, event: str, fields: dict) -> None:
+        """The same, for callers that have a dict."""
         at = self._clock()
         try:
             if self._style == "text":
@@ -2093,6 +2097,8 @@ class Queue(Database):
         """
         small = [o for o in outcomes if self._fits_row(o)]
         if self._finish_all(small, worker, now):
+            if len(small) == len(outcomes):
+                return []
             outcomes = [o for o in outcomes if not self._fits_row(o)]
         return [o for o in outcomes if not self._finish_one(o, worker, now)]
 
@@ -4693,8 +4699,10 @@ class Journal:
         """An event of a run; None: of no run in particular."""
         if run is None:
             return self.say(event, **fields)
-        return self.log.event(event, task_id=run.id, name=run.name,
-                              attempt=run.attempt, worker=self._worker, **fields)
+        return self.log.line(event, {
+            "task_id": run.id, "name": run.name, "attempt": run.attempt,
+            "worker": self._worker, **fields,
+        })
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""
@@ -4709,10 +4717,10 @@ class Journal:
 
     def outcome(self, outcome: Outcome) -> None:
         """How a run ended; said after the commit, so it is true."""
-        error: dict = outcome.error or {}
         about: dict = {"duration": _rounded(outcome.duration)}
         if outcome.state == SUCCESS:
             return self.run("task_success", outcome.run, **about)
+        error: dict = outcome.error or {}
         if outcome.state == CANCELLED:
             return self.run("task_cancelled", outcome.run, **about)
         about.update(kind=error["kind"], error=str(TaskError(error)))
