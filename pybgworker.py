@@ -7,9 +7,10 @@
     def add(a, b):
         return a + b
 
-    result = add.delay(1, 2)            # durable once this returns
-    # $ python pybgworker.py run --app example
-    print(result.get(timeout=10))       # 3
+    if __name__ == "__main__":
+        result = add.delay(1, 2)            # durable once this returns
+        print(result.get(timeout=60))       # 3, as soon as a worker runs:
+        # $ python pybgworker.py run --app example
 
 Copy this file into a project; it needs CPython 3.9 or newer and nothing else.
 
@@ -401,7 +402,10 @@ def to_ms(seconds: float) -> int:
 
 def iso_time(at: int) -> str:
     """2026-01-02T03:04:05.678Z"""
-    moment = time.gmtime(at // 1000)
+    try:
+        moment = time.gmtime(at // 1000)
+    except (OverflowError, ValueError, OSError):    # written by hand
+        return f"{at} ms"
     return time.strftime("%Y-%m-%dT%H:%M:%S.", moment) + f"{at % 1000:03d}Z"
 
 
@@ -6074,6 +6078,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PyBgWorkerError, ValueError) as exc:
         print(f"pybgworker: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, UsageError) else 1
+    except (TypeError, OverflowError, LookupError) as exc:  # rows edited by hand
+        print(f"pybgworker: {type(exc).__name__}: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                 # … | head: nobody reads any more

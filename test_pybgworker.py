@@ -1036,6 +1036,7 @@ class Values(unittest.TestCase):
     def test_times_are_written_in_utc_with_milliseconds(self):
         self.assertEqual(pybgworker.iso_time(1_800_000_000_007), "2027-01-15T08:00:00.007Z")
         self.assertEqual(pybgworker.to_ms(0.0001), 1)
+        self.assertEqual(pybgworker.iso_time(10**20), f"{10**20} ms")
 
 
 # == Log ======================================================================
@@ -3201,6 +3202,18 @@ class CommandLine(Served):
                 except SystemExit as exc:
                     code = exc.code
             self.assertIn(code, (0, 1, 2), argv)
+
+    def test_rows_edited_by_hand_never_end_in_a_traceback(self):
+        self.tasks.add.delay(1, 2)
+        for column, value in (("run_at", 10**17), ("created_at", "soon"), ("args", "{"),
+                              ("state", 77), ("priority", "x"), ("started_at", -10**15),
+                              ("tick", "never"), ("args", "[1]"), ("name", b"\xff")):
+            self.sql(f"update bg_task set {column} = ?", value)
+            for command in ("list", "show 1", "inspect", "stats", "cancel 1", "retry 1"):
+                done = self.cli(*command.split())
+                with self.subTest(f"{column}={value!r}: {command}"):
+                    self.assertIn(done.returncode, (0, 1))
+                    self.assertNotIn("Traceback", done.stderr)
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
