@@ -2232,6 +2232,11 @@ def _row_id(task_id):
     raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
 
 
+def parse_id(text: str) -> int:
+    """Return the task id that a text names.  Raises TaskNotFound for any other."""
+    return _row_id(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text)
+
+
 class Operations(Queue):
     """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
 
@@ -3014,9 +3019,7 @@ class AsyncResult:
     """
 
     def __init__(self, id: int, app: App | None = None):
-        if type(id) is not int and not re.fullmatch(r"[0-9]{1,18}", str(id)):
-            raise TaskNotFound(f"no task {id!r}: an id is a whole number from 1 up")
-        self.id = int(id)
+        self.id = id if type(id) is int else parse_id(str(id))
         self._app = app or _default_app
 
     @property
@@ -4056,14 +4059,22 @@ class Starts:
     def __init__(self):
         self.failures = 0       # in a row
         self.next_at = 0        # unix ms; no child is started before
-        self.given_up = ""      # why none will be started any more
+        self._reason = ""       # of the last failure
+
+    @property
+    def given_up(self) -> str:
+        """Why no more are worth a try; empty before, and after a success."""
+        return self._reason if self.failures >= _START_FAILURES else ""
 
     def failed(self, now: int, reason: str) -> None:
         """One more could not start, for this reason."""
         self.failures += 1
         self.next_at = now + 100 * 2 ** min(self.failures, 8)
-        if self.failures >= _START_FAILURES:
-            self.given_up = reason
+        self._reason = reason
+
+    def succeeded(self) -> None:
+        """One is ready: earlier failures do not count any more."""
+        self.failures = 0
 
 
 class Durations:
@@ -4275,7 +4286,7 @@ class Pool:
             self._take_answer(member, message, now)         # most are
         elif kind == _READY:
             member.ready = True
-            self.starts.failures = 0
+            self.starts.succeeded()
         elif kind == _BROKEN:
             member.keep_output(message.body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -4966,10 +4977,6 @@ class Worker:
             Chore(1.0, lambda now: self.store.checkpoint_if_large()),
             self._cancels, self._crons, self._pruning,
         ]
-
-    def shut_down(self) -> None:
-        """Ask for a graceful stop; a second call for one at once."""
-        self.stops.count += 1
 
     def _is_done(self):
         if self.fatal or self.stops.count > 1:
@@ -5826,7 +5833,7 @@ def _failed(args, app):
 
 
 def _show(args, app):
-    return _printed(args, show_report(app.store, _id(args.id)), show_text)
+    return _printed(args, show_report(app.store, parse_id(args.id)), show_text)
 
 
 def _stats(args, app):
@@ -5845,19 +5852,12 @@ def _printed(args, report, text):
     return text(report, colour)
 
 
-def _id(text):
-    """A task id from the command line."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise TaskNotFound(f"no task {text!r}: an id is a whole number from 1 up")
-    return int(text)
-
-
 def _each(texts, act):
     """Do it for every id; what fails does not keep the others from being done."""
     lines, problems = [], []
     for text in texts:
         try:
-            lines.append(act(_id(text)))
+            lines.append(act(parse_id(text)))
         except PyBgWorkerError as exc:
             problems.append(str(exc))
     if lines:

@@ -2448,6 +2448,17 @@ class Children(Served):
 
 class Pools(Served):
 
+    def test_children_that_cannot_start_are_given_up_until_one_can(self):
+        starts = pybgworker.Starts()
+        for _ in range(4):
+            starts.failed(0, "no memory")
+        self.assertEqual((starts.given_up, starts.next_at), ("", 1600))
+        starts.failed(0, "no memory")
+        self.assertEqual(starts.given_up, "no memory")
+
+        starts.succeeded()
+        self.assertEqual(starts.given_up, "")
+
     def test_a_task_on_its_last_attempt_never_waits_in_a_pipe(self):
         """So a worker killed with full pipes fails nothing that did not start."""
         self.tasks.once.delay_many([("warm",)] * 50)
