@@ -610,13 +610,18 @@ _SCALARS = {
 }
 
 
-def _text_line(at, event, fields):
-    shown = " ".join(
-        f"{key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
-        for key, value in fields.items()
-        if value is not None
-    )
-    return f"{iso_time(at)} {event:<16} {shown}".rstrip()
+def _text_part(fields):
+    return "".join([
+        f" {key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
+        for key, value in fields.items() if value is not None
+    ])
+
+
+def _json_part(fields):
+    return "".join([
+        f',"{key}":{_SCALARS.get(type(value), _to_json)(value)}'
+        for key, value in fields.items() if value is not None
+    ])
 
 
 def _is_seekable(fd):
@@ -632,40 +637,35 @@ class Log:
 
     def __init__(self, fd: int = 1, style: str = "json", clock=now_ms):
         self._fd = fd
-        self._style = style
+        self._is_text = style == "text"
         self._clock = clock
         self._seekable = _is_seekable(fd)
-        self._second, self._prefix = 0, ""
+        self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
         self._lines: list[str] = []
         self._unsent = b""
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Add one line: timestamp, event, then the fields that are not None."""
-        self.line(event, fields)
+        self.line(event, self.part(fields))
 
-    def line(self, event: str, fields: dict) -> None:
-        """The same, for callers that have a dict."""
-        at = self._clock()
+    def part(self, fields: dict) -> str:
+        """The text of some fields in a line; may be kept and used again."""
         try:
-            if self._style == "text":
-                line = _text_line(at, event, fields)
-            else:
-                line = self._json_line(at, event, fields)
+            return _text_part(fields) if self._is_text else _json_part(fields)
         except Exception as exc:        # a field that cannot be written
-            line = f'{{"event":"{event}","log_error":"{type(exc).__name__}"}}'
-        self._lines.append(line)
+            return self.part({"log_error": type(exc).__name__})
 
-    def _json_line(self, at, event, fields):
-        second = at // 1000
-        if second != self._second:
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._second, self._prefix = second, f'{{"timestamp":"{stamp}.'
-        parts = [f'{self._prefix}{at % 1000:03d}Z","event":"{event}"']
-        for key, value in fields.items():
-            if value is not None:
-                write = _SCALARS.get(type(value), _to_json)
-                parts.append(f'"{key}":{write(value)}')
-        return ",".join(parts) + "}"
+    def line(self, event: str, part: str) -> None:
+        """Add one line, whose fields part() has made into text."""
+        at = self._clock()
+        if at != self._at:
+            self._at, self._stamp = at, iso_time(at)
+        if self._is_text:
+            self._lines.append(f"{self._stamp} {event:<16}{part}")
+        else:
+            self._lines.append(
+                f'{{"timestamp":"{self._stamp}","event":"{event}"{part}}}'
+            )
 
     def flush(self, patience: float = 0.0) -> None:
         """Write what there is; wait at most `patience` seconds for a slow reader."""
@@ -1786,7 +1786,7 @@ class Run:
 
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "announced", "cancelled",
+        "run_at", "tick", "args", "priority", "announced", "cancelled", "about",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -1804,6 +1804,7 @@ class Run:
         self.priority = priority
         self.announced = False          # task_start is logged
         self.cancelled = False          # somebody asked to end it
+        self.about = ""                 # what each of its log lines says
 
     @property
     def used(self) -> int:
@@ -1840,6 +1841,11 @@ class ClaimOrder(NamedTuple):
     ahead_names: Any            # container of the names that may
     rates: dict                 # starts per second by task name; "": over all
 
+    def lets_wait(self, run: Run) -> bool:
+        """True for a run that need not start at once."""
+        name = run.name
+        return name in self.ahead_names and name not in self.rates and not run.is_last
+
 
 class Claimed(NamedTuple):
     runs: list
@@ -1850,6 +1856,11 @@ class Claimed(NamedTuple):
 def _earliest(a, b):
     """The smaller of two times, of which either may be None for never."""
     return b if a is None else a if b is None else min(a, b)
+
+
+def _in_order(cursors):
+    """Merge rows for Run() that come by priority and id from each cursor."""
+    return heapq.merge(*cursors, key=lambda row: (row[10], row[0]))
 
 
 class Queue(Database):
@@ -2046,15 +2057,11 @@ class Queue(Database):
         if "" in order.rates and cursors:
             free, ahead = min(free, *(most for _, _, most in groups)), 0
         runs = []
-        for row in heapq.merge(*cursors, key=lambda row: (row[10], row[0])):
+        for row in cursors[0] if len(cursors) == 1 else _in_order(cursors):
             run = Run(*row)
-            may_wait = (
-                run.name in order.ahead_names and not run.is_last
-                and run.name not in order.rates
-            )
             if free > 0:
                 free -= 1
-            elif ahead > 0 and may_wait:
+            elif ahead > 0 and order.lets_wait(run):
                 ahead -= 1
             else:
                 break
@@ -2086,12 +2093,11 @@ class Queue(Database):
 
     _FINISH = """
         update bg_task set
-            state = case when cancel_asked and :state < 3 then 6 else :state end,
-            finished_at = case when cancel_asked or :state > 3 then :now end,
-            started_at = ifnull(:started_at, started_at),
-            duration = :duration, run_at = :run_at, result = :result,
-            forgiven = forgiven + :forgive, attempt = attempt - :uncount
-        where id = :id and state = 3 and worker = :worker and attempt = :attempt"""
+            state = case when cancel_asked and ?1 < 3 then 6 else ?1 end,
+            finished_at = case when cancel_asked or ?1 > 3 then ?2 end,
+            started_at = ifnull(?3, started_at), duration = ?4, run_at = ?5,
+            result = ?6, forgiven = forgiven + ?7, attempt = attempt - ?8
+        where id = ?9 and state = 3 and worker = ?10 and attempt = ?11"""
 
     def finish(self, outcomes: Sequence[Outcome], worker: int, now: int) -> list:
         """Write what became of the worker's runs; return the outcomes not written.
@@ -2127,14 +2133,11 @@ class Queue(Database):
         )
 
     def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
-        run = outcome.run
-        return {
-            "id": run.id, "attempt": run.attempt, "worker": worker, "now": now,
-            "state": outcome.state, "result": outcome.result,
-            "started_at": outcome.started_at, "duration": outcome.duration,
-            "run_at": run.run_at if outcome.run_at is None else outcome.run_at,
-            "forgive": forgive, "uncount": uncount,
-        }
+        run, state, result, _, _, started_at, duration, run_at = outcome
+        return (
+            state, now, started_at, duration, run.run_at if run_at is None else run_at,
+            result, forgive, uncount, run.id, worker, run.attempt,
+        )
 
     def _finish_one(self, outcome, worker, now):
         connection = self._link().connection
@@ -3822,7 +3825,7 @@ class Ended(NamedTuple):
 class Callback:
     """on_success or on_failure of a finished task, to be run like a task."""
 
-    __slots__ = ("id", "name", "kind", "attempt", "timeout", "text")
+    __slots__ = ("id", "name", "kind", "attempt", "timeout", "text", "about")
     tick = None
     announced = True        # no task_start is logged for it
     is_last = True          # so it gets a free child, and never waits in a pipe
@@ -3830,6 +3833,7 @@ class Callback:
     def __init__(self, id, name, kind, attempt, timeout, text):
         self.id, self.name, self.kind = id, name, kind
         self.attempt, self.timeout, self.text = attempt, timeout, text
+        self.about = ""
 
 
 def _frame(run):
@@ -3839,17 +3843,6 @@ def _frame(run):
     tick = "null" if run.tick is None else run.tick
     head = f'["{kind}",{run.id},{name},{run.attempt},{timeout},{tick}]'
     return f"{head}\n{text or ''}".encode()
-
-
-class Message(NamedTuple):
-    """What a child says; the fields of its header, then the body."""
-
-    kind: bytes
-    id: int
-    attempt: int
-    started_at: int
-    duration: float
-    body: bytes
 
 
 def _read_all(fd, most):
@@ -3955,20 +3948,22 @@ class Member:
             if len(chunk) < _READ_BYTES:
                 return True
 
-    def parse(self, max_payload: int) -> Iterator[Message]:
-        """Yield the whole messages.  Raises ValueError for what cannot be one."""
+    def parse(self, max_payload: int) -> Iterator[tuple]:
+        """Yield (header, body) of the whole messages, the header as _MESSAGE has it.
+
+        Raises ValueError for what cannot be one.
+        """
         buffer, at, size = self._buffer, 0, _MESSAGE.size
         try:
             while len(buffer) - at >= size:
-                length, *fields = _MESSAGE.unpack_from(buffer, at)
-                if length > max_payload + _MESSAGE_EXTRA_BYTES:
+                header = _MESSAGE.unpack_from(buffer, at)
+                if header[0] > max_payload + _MESSAGE_EXTRA_BYTES:
                     raise ValueError("a message that is too long")
-                end = at + size + length
+                start, end = at + size, at + size + header[0]
                 if len(buffer) < end:
                     break
-                body = bytes(buffer[at + size: end])
                 at = end
-                yield Message._make([*fields, body])
+                yield header, buffer[start:end]
         finally:
             del buffer[:at]
 
@@ -4039,7 +4034,7 @@ class Member:
 # replacement.  Knows nothing of the database; what happened to a run is returned as
 # an Ended record.
 
-_AHEAD_FRAMES = 64          # waiting in one child's socket at most
+_AHEAD_FRAMES = 128         # waiting in one child's socket at most
 _AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
 _SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
 _STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
@@ -4185,35 +4180,34 @@ class Pool:
 
         Returns the runs that none could take for a while: others may have time.
         """
-        members, left = self._working(), []
+        places, left = self._places(now), []
         for run in self.hand:
-            member = self._place_for(run, members, now)
-            if member is None or not member.send(run, now):
+            member = min(places, key=_load_of) if places else None
+            is_first = member is not None and not member.waiting
+            if member is None or not (is_first or self._may_wait(run, member)) \
+                    or not member.send(run, now):
                 left.append(run)
                 continue
-            self.hand_at = now
-            if len(member.waiting) == 1:
+            if is_first:
                 self._announce(run)
-        self.hand = collections.deque(left)
-        if not left:
+                if not self.durations.is_short(run.name):
+                    places.remove(member)
+        if len(left) < len(self.hand) or not left:
             self.hand_at = now
+        self.hand = collections.deque(left)
         return self._put_back() if now - self.hand_at > _HAND_SECONDS * 1000 else []
 
-    def _place_for(self, run, members, now):
-        if not members:
-            return None
-        member = min(members, key=_load_of)
-        if not member.waiting or self._may_wait(run, member, now):
-            return member
-        return None
+    def _places(self, now):
+        """The children that can take a frame: idle, or quickly idle again."""
+        return [m for m in self._working() if not m.waiting or not self._is_slow(m, now)]
 
-    def _may_wait(self, run, member, now):
-        if not self.durations.is_short(run.name) or run.is_last:
+    def _may_wait(self, run, member):
+        """True when `run` may wait in the pipe of this child, which is not slow."""
+        if run.is_last or not self.durations.is_short(run.name):
             return False
         behind = len(member.waiting)
         ahead = behind * self.durations.usual(run.name)
-        roomy = behind < _AHEAD_FRAMES and ahead < _AHEAD_SECONDS
-        return roomy and not self._is_slow(member, now)
+        return behind < _AHEAD_FRAMES and ahead < _AHEAD_SECONDS
 
     def _put_back(self):
         """Take the runs out of the hand; callbacks stay, they have no row."""
@@ -4281,44 +4275,44 @@ class Pool:
 
     def _understand(self, member, message, now):
         """Raises ValueError for what a child in its right mind does not say."""
-        kind, head = message.kind, member.waiting[0] if member.waiting else None
-        if kind == _SUCCEEDED and head and message[1:3] == (head.id, head.attempt):
-            self._take_answer(member, message, now)         # most are
+        (_, kind, run_id, attempt, started_at, duration), body = message
+        head = member.waiting[0] if member.waiting else None
+        is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
+        if kind == _SUCCEEDED and is_heads:                 # most are
+            result = body.decode("ascii")
+            self._take_answer(member, None, result, started_at, duration, now)
         elif kind == _READY:
             member.ready = True
             self.starts.succeeded()
         elif kind == _BROKEN:
-            member.keep_output(message.body.decode("utf-8", "replace"))
+            member.keep_output(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
-            self._take_output(member, message.body.decode("utf-8", "replace"))
-        elif head is None or (message.id, message.attempt) != (head.id, head.attempt):
+            self._take_output(member, body.decode("utf-8", "replace"))
+        elif not is_heads:
             raise ValueError("an answer that nobody asked for")
         elif kind == _PROGRESSED:
-            percent, text = json.loads(message.body)
+            percent, text = json.loads(body)
             self.progress[head.id] = head, _to_json([percent, text])
         elif kind == _ENDED_BADLY:
-            self._take_answer(member, message, now)
+            self._take_answer(member, _error_of(body), None, started_at, duration, now)
         else:
             raise ValueError("an unknown kind of message")
 
-    def _take_answer(self, member, message, now):
-        run, text = member.waiting[0], message.body.decode("ascii")
-        error = None if message.kind == _SUCCEEDED else _error_of(text)
-        if not 0 <= message.started_at < _LATEST_MS:
+    def _take_answer(self, member, error, result, started_at, duration, now):
+        if not 0 <= started_at < _LATEST_MS:
             raise ValueError("a time that cannot be")
+        run, kind = member.waiting.popleft(), error["kind"] if error else "success"
         self._announce(run)
         self.ended.append(Ended(
-            run, error["kind"] if error else "success", None if error else text, error,
-            member.printed(), message.started_at, message.duration,
+            run, kind, result, error, member.printed(), started_at, duration
         ))
-        member.waiting.popleft()
         member.begin_head(now)
         member.done += 1
         if member.why in ("timeout", "cancelled"):
             member.why, member.kill_at = "", 0      # it ended within its grace
-        self.durations.learn(run.name, message.duration)
-        interrupted = error is not None and error["kind"] in ("timeout", "cancelled")
-        if interrupted or member.done == self._limits.max_tasks_per_child:
+        self.durations.learn(run.name, duration)
+        if kind in ("timeout", "cancelled") \
+                or member.done == self._limits.max_tasks_per_child:
             self._retire(member)        # with what an interrupted task has started
 
     # -- ending children
@@ -4713,11 +4707,14 @@ class Journal:
     def run(self, event: str, run: Run | Callback | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
-            return self.say(event, **fields)
-        return self.log.line(event, {
-            "task_id": run.id, "name": run.name, "attempt": run.attempt,
-            "worker": self._worker, **fields,
-        })
+            self.say(event, **fields)
+            return
+        if not run.about:
+            run.about = self.log.part({
+                "task_id": run.id, "name": run.name, "attempt": run.attempt,
+                "worker": self._worker,
+            })
+        self.log.line(event, run.about + self.log.part(fields) if fields else run.about)
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""
@@ -4732,17 +4729,18 @@ class Journal:
 
     def outcome(self, outcome: Outcome) -> None:
         """How a run ended; said after the commit, so it is true."""
-        about: dict = {"duration": _rounded(outcome.duration)}
+        run, duration = outcome.run, _rounded(outcome.duration)
         if outcome.state == SUCCESS:
-            return self.run("task_success", outcome.run, **about)
-        error: dict = outcome.error or {}
+            return self.run("task_success", run, duration=duration)
         if outcome.state == CANCELLED:
-            return self.run("task_cancelled", outcome.run, **about)
-        about.update(kind=error["kind"], error=str(TaskError(error)))
+            return self.run("task_cancelled", run, duration=duration)
+        error: dict = outcome.error or {}
+        about = {"kind": error["kind"], "error": str(TaskError(error))}
         if outcome.state == RETRYING:
             retry_at = iso_time(outcome.run_at or 0)
-            return self.run("task_retry", outcome.run, **about, retry_at=retry_at)
-        return self.run("task_failure", outcome.run, **about,
+            return self.run("task_retry", run, duration=duration, **about,
+                            retry_at=retry_at)
+        return self.run("task_failure", run, duration=duration, **about,
                         traceback=error.get("traceback"))
 
     def callback(self, end: Ended) -> None:
@@ -4785,13 +4783,13 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     retried while it may be and retries are left, and fails after that.
     """
     run, error = ended.run, ended.error
-    if error is None and ended.kind == "success":
-        return Outcome(run, SUCCESS, ended.result, None, ended.output, ended.started_at,
-                       ended.duration)
     outcome = Outcome(
-        run, FAILED, ended.result, _kept_error(error), ended.output,
+        run, SUCCESS, ended.result, _kept_error(error), ended.output,
         ended.started_at, ended.duration,
     )
+    if error is None and ended.kind == "success":
+        return outcome
+    outcome = outcome._replace(state=FAILED)
     if ended.kind == "cancelled" or run.cancelled:
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
@@ -5086,7 +5084,8 @@ class Worker:
                 task = self.app.tasks.get(end.run.name)
                 policy = task.policy if task else RetryPolicy()
                 self.outcomes.append(settle(end, policy, now, random.random()))
-                self.journal.death(end)
+                if end.error is not None:
+                    self.journal.death(end)
 
     def _transact(self, now):
         """Write what ended and claim what comes next, in one commit."""

@@ -2554,13 +2554,16 @@ class Pools(Served):
         pool.durations.learn("t", 0.0001)
 
         class Busy:
-            head_at, waiting = 1000, [Run(1, "t", "q", 0, 3, 0, None, 0, None, "", 5)]
+            able, head_at = True, 1000
+            waiting = [Run(1, "t", "q", 0, 3, 0, None, 0, None, "", 5)]
 
+        pool.members = [Busy]
         again = Run(2, "t", "q", 0, 3, 0, None, 0, None, "", 5)
         last = Run(3, "t", "q", 3, 3, 0, None, 0, None, "", 5)
-        self.assertTrue(pool._may_wait(again, Busy, 1001))
-        self.assertFalse(pool._may_wait(last, Busy, 1001))
-        self.assertFalse(pool._may_wait(again, Busy, 1030))
+        self.assertTrue(pool._may_wait(again, Busy))
+        self.assertFalse(pool._may_wait(last, Busy))
+        self.assertEqual(pool._places(1001), [Busy])
+        self.assertEqual(pool._places(1030), [])
 
     def test_durations_decide_what_may_wait_in_a_pipe(self):
         durations = pybgworker.Durations()
