@@ -1337,7 +1337,18 @@ create table bg_task (
     duration    real,                 -- seconds the last run took
     tick        integer,              -- unix s of the cron tick; null: no cron
     args        text,                 -- [args, kwargs]; null: in bg_payload
-    result      text                  -- null: none yet, or in bg_payload
+    result      text,                 -- null: none yet, or in bg_payload
+    -- An edit by hand to what no program could mean is refused there and then.
+    check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
+    check (state between 0 and 99), check (priority between -1e10 and 1e10),
+    check (typeof(attempt) = 'integer' and attempt between 0 and 1e9),
+    check (retries between 0 and 1e12), check (forgiven between 0 and 1e9),
+    check (timeout is null or timeout between 0 and 1e12),
+    check (typeof(run_at) = 'integer' and run_at between 0 and 1e16),
+    check (created_at between 0 and 1e16),
+    check (started_at is null or started_at between 0 and 1e16),
+    check (finished_at is null or finished_at between 0 and 1e16),
+    check (tick is null or typeof(tick) = 'integer' and tick between -1e12 and 1e12)
 )""",
     # A row is in one of these three at a time and in none once it is finished,
     # so history costs nothing and what cannot run stands in nobody's way.
@@ -1386,7 +1397,8 @@ create table bg_schedule (
     """
 create table bg_rate (
     name        text primary key,     -- task name; '' is the limit over all
-    tat         real not null         -- unix ms, see rate_tokens()
+    tat         real not null,        -- unix ms, see rate_tokens()
+    check (tat between 0 and 1e16)
 ) without rowid""",
     """
 create table bg_queue (
@@ -1468,8 +1480,8 @@ class _Link:
         self.identity = identity
         self.forks = _forks
         self.synchronous = None     # what the pragma was last set to
-        self.depth = 0              # nested write() blocks
         self.commits = 0
+        self.undone = True          # the last transaction was, or never began
         self.wake = []              # whom to wake after the commit
         _links.add(self)
 
@@ -1507,23 +1519,25 @@ def _watch_forks():
 
 
 class _Write:
-    """A write transaction; nested ones belong to the outermost."""
+    """A write transaction.  They do not nest."""
 
     def __init__(self, store, durable, patience):
         self.store, self.durable, self.patience = store, durable, patience
+        self.link = None
 
     def __enter__(self):
         self.link = self.store._link()
-        if self.link.depth == 0:
-            self.store._begin(self.link, self.durable, self.patience)
-        self.link.depth += 1
+        self.store._begin(self.link, self.durable, self.patience)
         return self.link
 
-    def __exit__(self, kind, exc, trace):
+    @property
+    def is_committed(self):
+        """True once it is; also where an interrupt hides how the block ended."""
         link = self.link
-        link.depth -= 1
-        if link.depth == 0:
-            self.store._end(link, failed=kind is not None)
+        return link is not None and not (link.undone or link.connection.in_transaction)
+
+    def __exit__(self, kind, exc, trace):
+        self.store._end(self.link, failed=kind is not None)
         if isinstance(exc, sqlite3.Error):
             raise _explain(exc, self.store.path) from exc
         return False
@@ -1554,7 +1568,8 @@ class Database:
         link = getattr(self._local, "link", None)
         if link is None or link.forks != _forks:
             link = self._local.link = self._open()
-        elif link.depth == 0 and link.identity != _file_identity(self.path):
+        elif not link.connection.in_transaction \
+                and link.identity != _file_identity(self.path):
             link = self._reopen(link)
         return link
 
@@ -1674,11 +1689,13 @@ class Database:
         synchronous = "full" if durable and self.durability == "full" else "normal"
         patience = self.busy_timeout if patience is None else patience
         deadline = time.monotonic() + patience
+        self._roll_back(link)       # what an interrupt (Ctrl-C) has left open
         try:
             if link.synchronous != synchronous:
                 link.connection.execute("pragma synchronous = " + synchronous)
                 link.synchronous = synchronous
             self._patiently(link.connection, deadline, "begin immediate")
+            link.undone = False
         except sqlite3.Error as exc:
             raise _explain(exc, self.path) from exc
 
@@ -1698,6 +1715,7 @@ class Database:
 
     def _roll_back(self, link):
         """Leave no transaction open; some errors have already rolled back."""
+        link.undone = True
         if link.connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 link.connection.execute("rollback")
@@ -1764,6 +1782,8 @@ class Database:
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)      # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
 _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+_TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
+_CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 
 
 class NewTask(NamedTuple):
@@ -1863,59 +1883,170 @@ def _in_order(cursors):
     return heapq.merge(*cursors, key=lambda row: (row[10], row[0]))
 
 
+class Request:
+    """Calls of a task that one thread wants enqueued, and then their ids."""
+
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn")
+
+    def __init__(self, task: NewTask, calls: Sequence[str]):
+        self.task = task
+        self.calls = calls          # a text of encoded arguments for each
+        self.ids: list = []
+        self.is_done = False        # committed
+        self.error: DatabaseBusy | None = None
+        self.turn = threading.Lock()        # opens when it is settled, or is to lead
+        self.turn.acquire()
+
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing is left to be done about it."""
+        return self.is_done or self.error is not None
+
+    def call(self) -> None:
+        """Wake its thread."""
+        with contextlib.suppress(RuntimeError):     # somebody has, before
+            self.turn.release()
+
+
+class GroupCommit:
+    """Threads that enqueue at the same time share one commit, and so one fsync.
+
+    Each puts its request down.  One of them leads: it commits all requests that lie
+    there, while the others wait to be called, and then the next is called to lead.
+    """
+
+    def __init__(self, store: Queue):
+        self.forks = _forks         # locks that a fork inherits may never open
+        self._store = store
+        self._leading = threading.Lock()
+        self._requests: collections.deque = collections.deque()
+        self._crowd = 0             # requests that the last leader found
+
+    def submit(self, request: Request) -> list:
+        """Return the ids once they are committed; or raise, with nothing written."""
+        self._requests.append(request)
+        try:
+            while not request.is_settled:
+                self._wait_or_lead(request)
+        except BaseException:       # also Ctrl-C: nobody shall commit it later
+            with contextlib.suppress(ValueError):
+                self._requests.remove(request)
+            raise
+        finally:
+            self._call_next()
+        if request.error:
+            raise request.error
+        return request.ids
+
+    def _wait_or_lead(self, request):
+        if self._leading.locked():
+            request.turn.acquire(timeout=_TURN_SECONDS)
+            return
+        with self._leading:
+            if not request.is_settled:
+                self._lead(request)
+
+    def _call_next(self):
+        if self._requests and not self._leading.locked():
+            with contextlib.suppress(IndexError):       # another was faster
+                self._requests[0].call()
+
+    def _lead(self, own):
+        if self._crowd > 1:
+            time.sleep(_CROWD_SECONDS)
+        others = [self._requests.popleft() for _ in range(len(self._requests))]
+        self._crowd = len(others)
+        requests = [own, *(request for request in others if request is not own)]
+        try:
+            self._commit(requests)
+        except DatabaseBusy as exc:         # they have all waited long enough
+            for request in requests[1:]:
+                request.error = DatabaseBusy(str(exc))
+            raise
+        except (DatabaseUnavailable, ValueError, OverflowError):
+            if len(requests) == 1:
+                raise
+            self._commit([own])     # who is to blame?  Each leads for itself, then
+        finally:
+            for request in requests:
+                request.call()
+
+    def _commit(self, requests):
+        write = self._store.write()
+        try:
+            with write:
+                self._store.insert(requests)
+        finally:
+            for request in requests:
+                request.is_done = write.is_committed
+        if write.link.commits % _CALLER_CHECKPOINT_EVERY == 0:
+            self._store.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+
+
 class Queue(Database):
     """The verbs of callers that enqueue and of workers that claim and finish."""
+
+    _group: GroupCommit | None = None
 
     def enqueue(self, task: NewTask, calls: Sequence[str], connection=None) -> list:
         """Insert a row for each text of encoded arguments; return the ids in order.
 
         If the key is held by an unfinished task, nothing is inserted and that one's
         id is returned.  With `connection` the rows belong to its transaction;
-        without, they are committed, durably, when this returns.
+        without, in a transaction of its own: durable when this returns.
         """
         if connection is not None:
             return self._enqueue_with(connection, task, calls)
-        with self.write() as link:
-            ids = self._insert(link.connection, task, calls)
-            link.wake = self._wake_addresses(link.connection)
-        if link.depth == 0 and link.commits % _CALLER_CHECKPOINT_EVERY == 0:
-            self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
-        return ids
+        group = self._group
+        if group is None or group.forks != _forks:
+            group = self._group = GroupCommit(self)
+        return group.submit(Request(task, calls))
+
+    def insert(self, requests: Sequence[Request]) -> None:
+        """The same for each, in the transaction of the caller's write() block."""
+        link = self._link()
+        link.wake = self._wake_addresses(link.connection)
+        self._insert(link.connection, requests)
 
     def _enqueue_with(self, connection, task, calls):
         """Insert in the caller's transaction; in one of our own if it opens none."""
-        cursor = self.prepare(connection)
+        cursor, request = self.prepare(connection), Request(task, calls)
         # Writes before it reads: a transaction that began with a read could fail.
         cursor.execute("""update bg_meta set value = value where name = 'last_id'""")
         if connection.in_transaction:
-            return self._insert(cursor, task, calls)
+            self._insert(cursor, [request])
+            return request.ids
         cursor.execute("begin immediate")
         try:
-            ids = self._insert(cursor, task, calls)
+            self._insert(cursor, [request])
         except BaseException:
             cursor.execute("rollback")
             raise
         cursor.execute("commit")
-        return ids
+        return request.ids
 
     _INSERT = """
         insert into bg_task (id, name, queue, priority, key, retries, timeout, state,
             run_at, created_at, tick, args)
         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
-    def _insert(self, connection, task, calls):
-        holder = self._key_holder(connection, task.key)
-        if holder is not None:
-            return [holder] * len(calls)
+    def _insert(self, connection, requests):
         first = self._next_id(connection)
-        connection.executemany(self._INSERT, (
-            (number, *task, text if len(text) <= _INLINE_CHARS else None)
-            for number, text in enumerate(calls, first)
-        ))
-        for number, text in enumerate(calls, first):
-            if len(text) > _INLINE_CHARS:
-                self._put_payload(connection, number, _ARGS, text)
-        return list(range(first, first + len(calls)))
+        for request in requests:
+            holder = self._key_holder(connection, request.task.key)
+            if holder is not None:
+                request.ids = [holder] * len(request.calls)
+                continue
+            numbered = list(enumerate(request.calls, first))
+            connection.executemany(self._INSERT, (
+                (number, *request.task, text if len(text) <= _INLINE_CHARS else None)
+                for number, text in numbered
+            ))
+            for number, text in numbered:
+                if len(text) > _INLINE_CHARS:
+                    self._put_payload(connection, number, _ARGS, text)
+            request.ids = [number for number, _ in numbered]
+            first += len(numbered)
 
     def _key_holder(self, connection, key):
         """Id of the unfinished task with this key.  The write lock is held."""
@@ -3768,8 +3899,11 @@ class TaskStream:
 
 
 def _countdown(value):
+    """Seconds, within reason; None, for the task's own delay, when it is no number."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    return float(seconds) if isinstance(seconds, (int, float)) else None
+    if not isinstance(seconds, (int, float)) or seconds != seconds:
+        return None
+    return float(min(max(seconds, 0), _LARGEST))
 
 
 def _text_of(fn, *args):
@@ -4046,6 +4180,8 @@ _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _LATEST_MS = 1 << 53        # no clock shows such a unix time
 _START_FAILURES = 5         # children in a row that die before they are ready
+_KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
+_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading it may raise
 
 
 class Starts:
@@ -4199,7 +4335,8 @@ class Pool:
 
     def _places(self, now):
         """The children that can take a frame: idle, or quickly idle again."""
-        return [m for m in self._working() if not m.waiting or not self._is_slow(m, now)]
+        members = self._working()
+        return [m for m in members if not (m.waiting and self._is_slow(m, now))]
 
     def _may_wait(self, run, member):
         """True when `run` may wait in the pipe of this child, which is not slow."""
@@ -4267,7 +4404,7 @@ class Pool:
         try:
             for message in member.parse(self._limits.max_payload):
                 self._understand(member, message, now)
-        except (ValueError, TypeError):
+        except _NONSENSE:
             self._condemn(member, "mad", now)
         if not alive:           # dead, or it closed its socket, which is as good
             member.wait(0.1)
@@ -4299,7 +4436,7 @@ class Pool:
             raise ValueError("an unknown kind of message")
 
     def _take_answer(self, member, error, result, started_at, duration, now):
-        if not 0 <= started_at < _LATEST_MS:
+        if not (0 <= started_at < _LATEST_MS and 0 <= duration < _LATEST_MS):
             raise ValueError("a time that cannot be")
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
         self._announce(run)
@@ -4375,7 +4512,7 @@ class Pool:
     def _hear_last(self, member, now):
         """Take in the answers that were sent before the end."""
         member.read()
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(*_NONSENSE):
             for message in member.parse(self._limits.max_payload):
                 self._understand(member, message, now)
 
@@ -4456,10 +4593,11 @@ class Pool:
 def _error_of(text):
     """The error that a child describes.  Raises ValueError when it is none."""
     error = json.loads(text)
-    if not isinstance(error, dict) or not isinstance(error.get("kind"), str):
+    if not isinstance(error, dict) or error.get("kind") not in _KINDS:
         raise ValueError("an error without a kind")
-    if not isinstance(error.get("countdown"), (int, float, type(None))):
-        raise ValueError("a countdown that is no number")
+    countdown = error.get("countdown")
+    if countdown is not None and not -_LARGEST <= countdown <= _LARGEST:
+        raise ValueError("a countdown that cannot be")
     return error
 
 
@@ -4580,7 +4718,9 @@ class Scheduler:
                 task.name, task.queue, task.priority, key, task.policy.retries,
                 task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
             )
-            ids += self.store.enqueue(run, ["[[],{}]"])
+            request = Request(run, ["[[],{}]"])
+            self.store.insert([request])
+            ids += request.ids
         return ids
 
     def _report(self, row, plan, ids):
