@@ -1341,11 +1341,10 @@ create table bg_task (
     -- An edit by hand to what no program could mean is refused there and then.
     check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
     check (state between 0 and 99), check (priority between -1e10 and 1e10),
-    check (typeof(attempt) = 'integer' and attempt between 0 and 1e9),
+    check (attempt between 0 and 1e9),
     check (retries between 0 and 1e12), check (forgiven between 0 and 1e9),
     check (timeout is null or timeout between 0 and 1e12),
-    check (typeof(run_at) = 'integer' and run_at between 0 and 1e16),
-    check (created_at between 0 and 1e16),
+    check (run_at between 0 and 1e16), check (created_at between 0 and 1e16),
     check (started_at is null or started_at between 0 and 1e16),
     check (finished_at is null or finished_at between 0 and 1e16),
     check (tick is null or typeof(tick) = 'integer' and tick between -1e12 and 1e12)
@@ -1378,7 +1377,8 @@ create table bg_worker (
     concurrency integer not null,     -- children
     started_at  integer not null,     -- unix ms
     beat_at     integer not null,     -- unix ms of the last heartbeat
-    running     integer not null default 0  -- tasks in hand at that heartbeat
+    running     integer not null default 0, -- tasks in hand at that heartbeat
+    check (beat_at between 0 and 1e16), check (started_at between 0 and 1e16)
 )""",
     """
 create table bg_schedule (
@@ -1392,7 +1392,12 @@ create table bg_schedule (
     next_tick   integer,              -- unix s; null: never
     last_tick   integer,              -- unix s of the last one enqueued
     set_at      integer not null,     -- unix ms when next_tick was written
-    seen_at     integer not null      -- unix ms a worker last registered it
+    seen_at     integer not null,     -- unix ms a worker last registered it
+    check (misfire in ('latest', 'skip', 'all')), check (overlap in ('allow', 'skip')),
+    check (jitter between 0 and 1e12), check (set_at between 0 and 1e16),
+    check (next_tick is null or next_tick between -1e12 and 1e12),
+    check (last_tick is null or last_tick between -1e12 and 1e12),
+    check (seen_at between 0 and 1e16)
 ) without rowid""",
     """
 create table bg_rate (
@@ -2428,7 +2433,10 @@ class Operations(Queue):
     def error(self, task_id: int) -> dict | None:
         """Return what the last failed run left: kind, type, message, traceback."""
         text = self._payload(task_id, _ERROR)
-        return json.loads(text) if text else None
+        error = json.loads(text) if text else None
+        if text and not (isinstance(error, dict) and error.get("kind")):
+            return {"kind": "exception", "message": text}       # edited by hand
+        return error
 
     def output(self, task_id: int) -> str | None:
         """Return what the last run printed, as far as it was kept."""
@@ -5199,6 +5207,7 @@ class Worker:
     def _in_trouble(self, exc, at):
         """Say it once; what is in hand stays there for the next turn."""
         self._trouble_at = self._trouble_at or at
+        self.look = True            # what this turn saw, it may not have claimed
         if isinstance(exc, DatabaseBusy) and at - self._trouble_at < _BUSY_SILENCE:
             return
         if not self._trouble_said:
@@ -5389,7 +5398,10 @@ def _readable(text):
     """An encoded value as JSON can show it: other types as their repr()."""
     if text is None:
         return None
-    value = decode(text)
+    try:
+        value = decode(text)
+    except Exception:               # edited by hand: whatever its types may raise
+        return str(text)
     try:
         return json.loads(json.dumps(value, default=repr))
     except (TypeError, ValueError):
@@ -5415,7 +5427,9 @@ def task_report(store: Store, row: TaskRow) -> dict:
 def show_report(store: Store, task_id: int) -> dict:
     """One task with all that is kept of it.  Raises TaskNotFound."""
     row = store.task(task_id)
-    args, kwargs = json.loads(json.dumps(decode(store.args(task_id)), default=repr))
+    call = _readable(store.args(task_id))
+    is_call = isinstance(call, list) and len(call) == 2
+    args, kwargs = call if is_call else (call, None)
     return {
         **task_report(store, row), "args": args, "kwargs": kwargs,
         "result": _readable(store.result(task_id)), "error": store.error(task_id),
@@ -5586,7 +5600,9 @@ def show_text(report: dict, colour: bool = False) -> str:
 
 
 def _plain(value):
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def inspect_text(report: dict, colour: bool = False) -> str:
@@ -5986,7 +6002,7 @@ def _cron(args, app):
 def _printed(args, report, text):
     """The report as JSON or as text, as the flags and the terminal want it."""
     if args.json:
-        return json.dumps(report, indent=2)
+        return json.dumps(report, indent=2, default=repr)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return text(report, colour)
 
@@ -6217,9 +6233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PyBgWorkerError, ValueError) as exc:
         print(f"pybgworker: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, UsageError) else 1
-    except (TypeError, OverflowError, LookupError) as exc:  # rows edited by hand
-        print(f"pybgworker: {type(exc).__name__}: {exc}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                 # … | head: nobody reads any more

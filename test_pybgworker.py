@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime as dt
+import itertools
 import json
 import os
 import random
@@ -1470,6 +1471,141 @@ class Enqueueing(QueueCase):
             self.app.send("t", conn=other)
 
 
+class Threads(Case):
+    """Several threads that enqueue at once share commits."""
+
+    def setUp(self):
+        super().setUp()
+        self.store.data_version()
+        self.blocker = sqlite3.connect(self.db, isolation_level=None,
+                                       check_same_thread=False)
+        self.addCleanup(self.blocker.close)
+        self.commits, commit = [], pybgworker.GroupCommit._commit
+
+        def counted(group, requests):
+            self.commits.append(len(requests))
+            return commit(group, requests)
+
+        pybgworker.GroupCommit._commit = counted
+        self.addCleanup(setattr, pybgworker.GroupCommit, "_commit", commit)
+
+    def at_once(self, calls, hold=0.0):
+        """Run each in a thread, all while the write lock is held by another."""
+        self.blocker.execute("begin immediate")
+        ended = []
+
+        def run(call):
+            try:
+                ended.append(call())
+            except Exception as exc:
+                ended.append(exc)
+            self.store.close()
+
+        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+        threads[0].start()
+        until(lambda: self.commits)         # it leads, and waits for the lock
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: hold or len(self.store._group._requests) == len(calls) - 1)
+        time.sleep(hold)
+        self.blocker.execute("rollback")
+        for thread in threads:
+            thread.join(20)
+        self.assertEqual(len(ended), len(calls))
+        return ended
+
+    def test_eight_threads_take_two_commits(self):
+        results = self.at_once([lambda n=n: self.app.send("t", n) for n in range(8)])
+        self.assertEqual(sorted(r.id for r in results), list(range(1, 9)))
+        self.assertEqual(self.commits, [1, 7])
+        for result in results:
+            self.assertEqual(result.status, "queued")
+
+    def test_keys_hold_within_one_commit(self):
+        results = self.at_once([lambda: self.app.send("first")]
+                               + [lambda: self.app.send("t", key="k")] * 5)
+        self.assertEqual(sorted(r.id for r in results), [1, 2, 2, 2, 2, 2])
+
+    def test_one_that_cannot_be_inserted_spoils_no_other(self):
+        calls = [lambda: self.app.send("t")] * 6
+        calls[3] = lambda: self.app.send("t", key="\ud800")
+        results = self.at_once(calls)
+        errors = [r for r in results if isinstance(r, Exception)]
+        self.assertEqual([type(e) for e in errors], [UnicodeEncodeError])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(5,)])
+
+    def test_all_give_up_together_on_a_locked_database(self):
+        self.app.configure(busy_timeout=0.3)
+        start = time.monotonic()
+        results = self.at_once([lambda: self.app.send("t")] * 6, hold=1.2)
+        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
+        self.assertLess(time.monotonic() - start, 1.8)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        self.assertEqual(self.app.send("t").id, 1)
+
+    def request(self):
+        task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
+        return pybgworker.Request(task, ["[[],{}]"])
+
+    def interrupted(self, where, name):
+        """What is left of a leader and of a follower after Ctrl-C in `name`."""
+        group, own, other = pybgworker.GroupCommit(self.store), self.request(), self.request()
+        group._requests.append(other)
+        old = getattr(where, name)
+
+        def interrupt(*args):
+            old(*args)
+            raise KeyboardInterrupt
+
+        setattr(where, name, interrupt)
+        self.addCleanup(setattr, where, name, old)
+        with self.assertRaises(KeyboardInterrupt):
+            group.submit(own)
+        setattr(where, name, old)
+        return group, own, other
+
+    def test_an_interrupt_before_the_commit_leaves_the_others_to_themselves(self):
+        group, own, other = self.interrupted(Store, "insert")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        self.assertFalse(own.is_done or other.is_done or group._requests)
+        self.assertEqual(group.submit(other), [1])
+
+    def test_an_interrupt_after_the_commit_enqueues_nothing_twice(self):
+        group, own, other = self.interrupted(pybgworker, "send_wake_ups")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+        self.assertTrue(own.is_done and other.is_done)
+        self.assertEqual(group.submit(other), [2])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+
+    def test_an_interrupted_wait_is_not_enqueued_later(self):
+        group, own, _ = self.interrupted(pybgworker.GroupCommit, "_wait_or_lead")
+        group, own = pybgworker.GroupCommit(self.store), self.request()
+        with group._leading:                        # somebody else leads
+            own.turn = type("Turn", (), {"acquire": self.interrupt})()
+            self.assertRaises(KeyboardInterrupt, group.submit, own)
+        self.assertEqual(list(group._requests), [])
+
+    def interrupt(self, timeout=None):
+        raise KeyboardInterrupt
+
+    def test_a_transaction_left_open_by_an_interrupt_is_undone_by_the_next(self):
+        link = self.store._link()
+        link.connection.execute("begin immediate")
+        link.connection.execute("update bg_meta set value = 77")
+        self.assertEqual(self.app.send("t").id, 1)
+        self.assertEqual(self.sql("select id from bg_task"), [(1,)])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_child_forked_while_a_thread_commits_can_enqueue(self):
+        self.app.send("t")
+        with self.store._group._leading:
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(10)
+                os._exit(0 if self.app.send("t").id == 2 else 1)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+
 class Claiming(QueueCase):
 
     def test_claim_takes_by_priority_then_by_id_over_names_and_queues(self):
@@ -2222,6 +2358,33 @@ class Crons(unittest.TestCase):
         self.assertIsNone(feb29.next(self.utc(9997, 1, 1)))
         self.assertIsNone(feb29.prev(self.utc(3, 1, 1)))
 
+    def test_random_expressions_are_refused_clearly_or_have_ticks(self):
+        chance = random.Random(12)
+        words = ["*", "/", "-", ",", "?", "L", "W", "#", "H", "~", "@daily", "@", "mon",
+                 "jan", "sun", "0", "7", "60", "99999999999", "\u0663", "\u00b2", "\n",
+                 " ", "  ", "\t", "\0", "\ud800", "-1", "1e3", "0x1", "5", "*/5", "1-5"]
+        good = 0
+        at = self.utc(2026, 3, 1)
+        for n in range(6000):
+            parts = chance.choices(words, k=chance.randrange(1, 8))
+            if n % 2:           # five fields, nearly right
+                parts = [chance.choice(("*", "*/2", "1", "5", "0-3", chance.choice(words)))
+                         for _ in range(5)]
+            expr = chance.choice((" ", " ", "")).join(parts)
+            try:
+                cron = Cron(expr, chance.choice(("UTC", "Europe/Paris")))
+            except CronError as exc:
+                self.assertEqual(exc.expr, expr)
+                self.assertTrue(exc.field and str(exc).startswith("bad cron"), expr)
+                continue
+            good += 1
+            tick = cron.next(at)
+            self.assertEqual(tick is None, cron.never, expr)
+            if tick is not None:
+                self.assertTrue(at < tick, expr)
+                self.assertEqual(cron.next(tick - dt.timedelta(seconds=1)), tick, expr)
+        self.assertGreater(good, 300)
+
     def test_a_minute_by_minute_look_agrees(self):
         chance = random.Random(11)
         choices = (["*", "*/7", "5,50", "10-12"], ["*", "3", "*/6", "22-23"],
@@ -2523,6 +2686,55 @@ class Pools(Served):
         self.assertEqual(failed.kind, "crash")
         self.assertIn("max_memory, 150 MiB", str(failed))
 
+    def test_random_messages_of_a_child_never_get_past_the_pool(self):
+        chance = random.Random(6)
+        limits = self.app.settings
+        head = pybgworker._MESSAGE
+        bodies = (b"null", b"[]", b"{}", b"[" * 100_000, b'{"kind":"crash"}', b"\xff\xfe",
+                  b'{"kind":"exception","countdown":NaN}', b'{"kind":["a"]}', b"1" * 5000,
+                  b'{"kind":"exception","countdown":1e999,"retryable":true}',
+                  b'{"kind":"exception","message":[1],"traceback":{},"retryable":[]}')
+        journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
+        said = 0
+        for _ in range(3000):
+            pool = pybgworker.Pool(None, 1, limits, journal.run, None)
+            member = pybgworker.Member.__new__(pybgworker.Member)
+            member.__dict__.update(
+                waiting=pybgworker.collections.deque([self.run_of(7)]), head_at=0, done=0,
+                why="", kill_at=0, ready=True, retiring=False, _printed=[],
+                _printed_chars=0, read=lambda: True, recall=lambda: [])
+            message = bytearray()
+            for _ in range(chance.randrange(1, 4)):
+                body = chance.choice(bodies)
+                message += head.pack(
+                    len(body), chance.choice((b"R", b"B", b"S", b"F", b"F", b"O", b"P", b"x")),
+                    chance.choice((7, 7, 7, 8, -1)), chance.choice((1, 1, 1, 2)),
+                    chance.choice((0, 1, 1, 1, 1 << 60, (1 << 64) - 1)),
+                    chance.choice((0.1,) * 9 + (-1.0, 1e300, float("nan"), float("inf")))
+                ) + body
+            for _ in range(chance.choice((0, 0, 1, 5))):
+                message[chance.randrange(len(message))] = chance.randrange(256)
+            member._buffer = message
+            pool._hear(member, 1)
+            for end in pool.ended:
+                said += 1
+                outcome = pybgworker.settle(end, RetryPolicy(), 1, 0.5)
+                journal.death(end)
+                journal.outcome(outcome)
+                self.assertLess(outcome.run_at or 0, 1 << 53)
+                self.assertLess(outcome.duration, 1 << 53)
+        self.assertGreater(said, 100)
+
+    def run_of(self, number):
+        return Run(number, "t", "q", 0, 3, 0, None, 0, None, "", 5)
+
+    def test_a_retry_in_an_infinite_time_does_not_end_the_worker(self):
+        self.worker("--concurrency", 1)
+        results = [self.tasks.retry_in.delay(text) for text in ("inf", "nan", "1e300")]
+        for result in results:
+            until(lambda result=result: result.status == "retrying")
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+
     def test_a_child_gone_mad_costs_its_own_run(self):
         self.worker("--concurrency", 1)
         for how in ("noise", "length", "stranger", "no error", "no time"):
@@ -2597,6 +2809,10 @@ Served_TASKS_MORE = """
         }
         child.messages.sendall(frames[how])
         time.sleep(20)
+
+    @task
+    def retry_in(seconds):
+        raise Retry(countdown=float(seconds))
 
     @task
     def abort_from():
@@ -2732,6 +2948,13 @@ class Scheduling(Case):
 
         self.assertEqual(tick, self.seconds(5) // 1000)
         self.assertTrue(tick * 1000 < run_at < tick * 1000 + 100_000)
+
+    def test_schedules_are_not_edited_into_nonsense(self):
+        self.scheduler().register(self.seconds(1))
+        for column, value in (("next_tick", "soon"), ("misfire", "odd"), ("jitter", "x"),
+                              ("overlap", 1), ("set_at", "x"), ("last_tick", b"x")):
+            with self.subTest(column), self.assertRaises(sqlite3.IntegrityError):
+                self.sql(f"update bg_schedule set {column} = ?", value)
 
     def test_a_schedule_that_cannot_be_read_is_logged_and_others_go_on(self):
         scheduler = self.scheduler()
@@ -2957,6 +3180,46 @@ class Workers(Served):
         link.connection.execute("pragma max_page_count = 1000000").fetchall()
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, "slept")
+
+    def test_an_error_at_any_statement_of_a_turn_loses_nothing(self):
+        worker = self.started()
+        other = Store(str(self.db))
+        self.addCleanup(other.close)
+        self.turn_until(worker, lambda: worker._is_ready)
+        for n in range(1, 45):
+            results = [self.tasks.add.delay(n, 1), self.tasks.flaky.delay()]
+            link = self.store._link()
+            link.connection = failing = Faults.Failing(link.connection, n)
+            self.turn_until(worker, lambda: {other.status(r.id) for r in results} == {4})
+            link.connection = failing.real
+            with self.subTest(n):
+                self.assertLessEqual(failing.left, 0, "the fault did not come")
+                self.assertEqual([r.result for r in results], [n + 1, 3])
+                self.assertEqual([r.attempt for r in results], [1, 3])
+
+    def test_a_turn_that_finishes_and_claims_takes_few_statements(self):
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        self.tasks.add.delay_many([(1, n) for n in range(40)])
+        self.turn_until(worker, lambda: worker.store.cancels_asked(0) == []
+                        and len(worker.store.finished_runs(99)) == 40)
+        done = [pybgworker.Outcome(self.claim_one(worker), pybgworker.SUCCESS, "1")
+                for _ in range(20)]
+        self.tasks.add.delay_many([(2, n) for n in range(20)])
+        worker.outcomes, found = done, []
+        connection = self.store._link().connection
+        connection.set_trace_callback(found.append)
+        worker._transact(pybgworker.now_ms())
+        connection.set_trace_callback(None)
+        claimed = len(worker.pool.hand)
+        self.assertGreater(claimed, 10)
+        self.assertLessEqual(len(found), len(done) + claimed + 14, found)
+
+    def claim_one(self, worker):
+        self.tasks.add.delay(0, 0)
+        order = worker._order(pybgworker.now_ms())
+        with self.store.write():
+            return self.store.claim(order._replace(free=1, ahead=0), self.now).runs[0]
 
     def test_a_worker_that_hears_no_wake_up_looks_by_itself(self):
         worker = self.started()
@@ -3217,17 +3480,35 @@ class CommandLine(Served):
                     code = exc.code
             self.assertIn(code, (0, 1, 2), argv)
 
-    def test_rows_edited_by_hand_never_end_in_a_traceback(self):
-        self.tasks.add.delay(1, 2)
-        for column, value in (("run_at", 10**17), ("created_at", "soon"), ("args", "{"),
-                              ("state", 77), ("priority", "x"), ("started_at", -10**15),
-                              ("tick", "never"), ("args", "[1]"), ("name", b"\xff")):
-            self.sql(f"update bg_task set {column} = ?", value)
-            for command in ("list", "show 1", "inspect", "stats", "cancel 1", "retry 1"):
-                done = self.cli(*command.split())
-                with self.subTest(f"{column}={value!r}: {command}"):
-                    self.assertIn(done.returncode, (0, 1))
-                    self.assertNotIn("Traceback", done.stderr)
+    def test_rows_edited_by_hand_are_refused_or_survived(self):
+        """By the commands, and by a worker, which goes on with the others."""
+        for column, value in (("run_at", 10**17), ("created_at", "soon"), ("state", "x"),
+                              ("priority", "x"), ("started_at", -10**15), ("attempt", "1x"),
+                              ("tick", "never"), ("name", b"\xff"), ("timeout", "long")):
+            self.tasks.add.delay(1, 2)
+            with self.subTest(column), self.assertRaises(sqlite3.IntegrityError):
+                self.sql(f"update bg_task set {column} = ?", value)
+        self.sql("delete from bg_task")
+        odd = (("args", "{"), ("args", "[1]"), ("args", "5"), ("args", '{"$set": 5}'),
+               ("args", '[[{"$decimal": "x"}], {}]'), ("args", b"\xff"), ("state", 77),
+               ("timeout", 1e-9), ("retries", 10**12), ("attempt", 1.5), ("key", b"\xff"),
+               ("name", "nobody"), ("queue", ""), ("cancel_asked", "yes"), ("worker", "x"))
+        ids = [self.tasks.add.delay(1, 2).id for _ in odd]
+        for task_id, (column, value) in zip(ids, odd):
+            self.sql(f"update bg_task set {column} = ? where id = ?", value, task_id)
+        self.sql("insert into bg_payload values (?, ?)", ids[0] * 8 + 2, "[7]")
+        worker = self.worker("--concurrency", 1)
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        commands = [f"show {n}" for n in ids] + [
+            f"{verb} {' '.join(map(str, ids))}" for verb in ("cancel", "retry")]
+        for command in [*commands, f"show --json {ids[10]}", "list", "failed", "stats",
+                        "inspect"]:
+            done = self.cli(*command.split())
+            with self.subTest(command):
+                self.assertIn(done.returncode, (0, 1), done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+        self.assertEqual(self.get(self.tasks.add.delay(3, 4)), 7)
+        self.assertEqual((worker.stop(), worker.errors), (0, []))
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
@@ -3566,10 +3847,11 @@ class AnySequence(Case):
         return program
 
     def test_any_sequence_of_operations_agrees_with_the_model(self):
-        seed, end = 0, time.monotonic() + (TORTURE or 8)
-        while seed < 150 or (TORTURE and time.monotonic() < end):
+        seed, done, end = 0, 0, time.monotonic() + (TORTURE or 8)
+        while seed < 150 or TORTURE and (time.monotonic() < end or done < 100_000):
             seed += 1
             program = random_program(random.Random(seed))
+            done += len(program)
             if self.failure_of(program):
                 small = self.shrunk(program)
                 self.fail(f"seed {seed}:\n" + "\n".join(map(str, small))
@@ -3577,6 +3859,37 @@ class AnySequence(Case):
             if not TORTURE and time.monotonic() > end:
                 break
         self.assertGreater(seed, 20)
+        if TORTURE:
+            print(f"\nmodel: {seed} programs, {done} operations agree")
+
+    OPERATIONS = (
+        ("claim", 0, 1, 1), ("finish", 0, 0, 4, 0), ("reap", 0, 1), ("cancel", 0, 0),
+        ("finish", 0, 0, 5, 0), ("retry", 0, 0), ("claim", 0, 2, 1),
+    )
+
+    def test_every_order_of_operations_over_two_and_three_connections(self):
+        """claim, finish, reap, cancel, late finish, retry; another claim if long."""
+        operations = self.OPERATIONS if TORTURE else self.OPERATIONS[:6]
+        stores = [Store(str(self.db), durability="normal") for _ in range(3)]
+        for store in stores:
+            self.addCleanup(store.close)
+        for count in (2, 3):
+            for order in itertools.permutations(operations):
+                self.sql_on(stores[0], "delete from bg_task", "delete from bg_payload",
+                            "update bg_meta set value = 0")
+                player = Player(stores[0])
+                program = [("enqueue", 0, "a", 5, "k", 1, 0), *order]
+                for number, (name, _, *rest) in enumerate(program):
+                    player.store = stores[number % count]
+                    try:
+                        player.step((name, self.now + number, *rest))
+                    except AssertionError as exc:
+                        self.fail(f"{count} connections: {program[:number + 1]}\n{exc}")
+
+    def sql_on(self, store, *statements):
+        with store.write() as link:
+            for statement in statements:
+                link.connection.execute(statement)
 
 
 # == Torture ==================================================================
@@ -3722,6 +4035,110 @@ class Torture(Served):
         calls = [call for call in calls if "queue.db-wal" in call]
         self.assertTrue(any("pwrite64" in call for call in calls))
         self.assertIn("fdatasync", calls[-1])
+
+
+    def strace(self, code, calls, *options):
+        """Run a program under strace; return the lines of its trace."""
+        if not shutil.which("strace"):
+            self.skipTest("needs strace")
+        trace = self.folder / "trace"
+        done = subprocess.run(
+            ["strace", *options, "-y", "-o", str(trace), "-e", f"trace={calls}",
+             sys.executable, "-c", textwrap.dedent(code)], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if "ptrace" in done.stderr:
+            self.skipTest("strace does not work here")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return trace.read_text().splitlines()
+
+    def test_only_a_turn_that_finishes_something_waits_for_the_disk(self):
+        code = """
+            import os, sys, time
+            sys.path.insert(0, ".")
+            import pybgworker as p, tasks
+            worker = p.Worker(p._default_app, "tasks", log=p.Log(os.open("log", 66)))
+            def turn():
+                worker.wait()
+                worker.step(p.now_ms())
+            def mark(text):
+                os.write(2, text)
+            worker.start()
+            while not worker._is_ready:
+                turn()
+            result = tasks.nap.delay(0.5)
+            mark(b"CLAIM")
+            while result.status == "queued":
+                turn()
+            mark(b"IDLE")
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                turn()
+            mark(b"FINISH")
+            while not result.ready():
+                turn()
+            mark(b"END")
+            worker.stop()
+        """
+        lines = self.strace(code, "fdatasync,fsync,write,pwrite64")
+        marks = {name: next(n for n, line in enumerate(lines) if f'"{name}"' in line)
+                 for name in ("CLAIM", "IDLE", "FINISH", "END")}
+
+        def syncs(start, end):
+            return [line for line in lines[marks[start]:marks[end]] if "sync(" in line]
+
+        written = [line for line in lines[marks["CLAIM"]:marks["IDLE"]]
+                   if "pwrite64" in line and "-wal" in line]
+        self.assertTrue(written)                            # the claim is committed …
+        self.assertEqual(syncs("CLAIM", "IDLE"), [])        # … and not waited for
+        self.assertEqual(syncs("IDLE", "FINISH"), [])
+        self.assertTrue(syncs("FINISH", "END"))
+
+    def test_a_task_costs_the_worker_few_system_calls(self):
+        code = """
+            import sys
+            sys.path.insert(0, ".")
+            import pybgworker as p, tasks
+            tasks.add.delay_many([(1, 2)] * int(sys.argv[1]))
+            sys.exit(p.main(["run", "--app", "tasks", "--burst", "--concurrency", "2"]))
+        """
+        counts = [len(self.strace(code.replace("sys.argv[1]", str(n)), "all"))
+                  for n in (200, 2200)]
+        self.assertLess((counts[1] - counts[0]) / 2000, 3.0, counts)
+
+    def test_ten_thousand_tasks_with_crashes_and_timeouts_leave_nothing_behind(self):
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        worker = self.worker("--concurrency", 2)
+        bad = 60 if TORTURE else 12
+
+        def all_done():
+            return self.sql("select count(*) from bg_task where state < 4") == [(0,)]
+
+        def at_rest():
+            """Descriptors, processes, bytes of memory."""
+            until(all_done, 120)
+            until(lambda: len(worker.children()) == 4)      # 2, a warm one, the guardian
+            return (len(list(Path(f"/proc/{worker.pid}/fd").iterdir())),
+                    len(worker.children()), pybgworker.memory_bytes(worker.pid))
+
+        def load(count):
+            for n in range(count):
+                self.tasks.die.delay(("exit", "segfault", "kill")[n % 3])
+                self.tasks.clean_up.delay()
+            self.tasks.add.delay_many([(1, n) for n in range(5000 - 2 * count)])
+
+        load(4)
+        fds, processes, memory = at_rest()
+        load(bad)
+        # SQLite keeps one descriptor of a closed helper connection for the next.
+        until(lambda: at_rest()[0] <= fds + 1 and at_rest()[1] == processes)
+        self.assertLess(at_rest()[2] - memory, 4 << 20)
+        states = dict(self.sql("select state, count(*) from bg_task group by state"))
+        self.assertEqual(states, {pybgworker.SUCCESS: 10_000 - 2 * (bad + 4),
+                                  pybgworker.FAILED: 2 * (bad + 4)})
+        self.tasks.add.delay(1, 2).get(timeout=10)          # a new log begins
+        until(lambda: self.store.wal_bytes() <= pybgworker._CHECKPOINT_BYTES + (4 << 20))
 
 
 # == The README ===============================================================
