@@ -3409,6 +3409,14 @@ def memory_bytes(pid: int) -> int:
         return 0
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """What this process, and what its children that have ended, computed so far."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (round(own.ru_utime + own.ru_stime, 3),
+            round(ended.ru_utime + ended.ru_stime, 3))
+
+
 def boot_id() -> str:
     """Identifies this boot of the machine; '' where it cannot be known."""
     try:
@@ -5151,7 +5159,9 @@ class Worker:
         except DatabaseUnavailable as exc:      # the others will reap us
             self.journal.say("database_error", error=str(exc))
             self.liveness.forsake()
-        self.journal.say("worker_stop", handed_back=back)
+        own, childrens = cpu_seconds()
+        self.journal.say("worker_stop", handed_back=back, cpu=own,
+                         children_cpu=childrens)
         self.journal.log.flush(patience=2.0)
         self.ear.close()
         self.selector.close()
@@ -5660,6 +5670,7 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
 
 _ROUNDS = 3
 _SINGLES = 300              # durable inserts in a round, one by one
+_THREADS = 8                # that call delay() at the same time
 _CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
 _LATENCY_CALLS = 150
 _APP_SOURCE = '''
@@ -5669,7 +5680,7 @@ from {module} import App
 app = App(db={db!r}, concurrency={concurrency}, durability="full")
 
 @app.task(name="noop")
-def noop():
+def noop(*payload):
     pass
 
 @app.task(name="clock")
@@ -5677,16 +5688,23 @@ def clock():
     import time
     return time.time()
 '''
+_BENCH_NOTE = (
+    "raw sqlite: the same rows by the shortest code there is: insert + commit; "
+    "executemany; claim\nand acknowledge 100 in a transaction.  limited by: what "
+    "took this share of the time."
+)
 _RAW_INSERT = """
     insert into bg_task (name, queue, priority, key, retries, timeout, state, run_at,
         created_at, tick, args)
     values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
-def _per_second(count, act):
-    start = time.perf_counter()
+def _timed(count, act):
+    """(how many a second, the share of the time that this process computed)."""
+    start, computed = time.perf_counter(), time.process_time()
     act()
-    return count / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return count / seconds, (time.process_time() - computed) / seconds
 
 
 def _middle(values):
@@ -5702,21 +5720,21 @@ def _raw(path):
     return connection
 
 
-def _raw_row():
+def _raw_row(args):
     now = now_ms()
-    return "noop", "default", 5, None, 3, None, QUEUED, now, now, None, "[[],{}]"
+    return "noop", "default", 5, None, 3, None, QUEUED, now, now, None, args
 
 
-def _raw_many(connection, count):
+def _raw_many(connection, count, args):
     connection.execute("begin immediate")
-    connection.executemany(_RAW_INSERT, [_raw_row() for _ in range(count)])
+    connection.executemany(_RAW_INSERT, [_raw_row(args) for _ in range(count)])
     connection.execute("commit")
 
 
-def _raw_singles(connection, count):
+def _raw_singles(connection, count, args):
     for _ in range(count):
         connection.execute("begin immediate")
-        connection.execute(_RAW_INSERT, _raw_row())
+        connection.execute(_RAW_INSERT, _raw_row(args))
         connection.execute("commit")
 
 
@@ -5748,8 +5766,10 @@ def _raw_claim_and_ack(connection):
 class _Place:
     """A temporary folder with an app module in it, and a worker for it."""
 
-    def __init__(self, folder, concurrency):
+    def __init__(self, folder, concurrency, payload):
         import tempfile
+
+        self.call = ("x" * payload,) if payload else ()     # arguments of each task
 
         self.folder = tempfile.mkdtemp(prefix="pybgworker-bench-", dir=folder)
         self.db = os.path.join(self.folder, "bench.db")
@@ -5763,6 +5783,15 @@ class _Place:
         )
         with open(os.path.join(self.folder, "bench_app.py"), "w") as f:
             f.write(source)
+
+    def burst(self):
+        """Run a worker until all is done; return CPU seconds: its own, children's."""
+        if self.worker("--burst").wait() != 0:
+            raise PyBgWorkerError("bench: the worker failed")
+        with open(os.path.join(self.folder, "log.jsonl"), encoding="ascii") as log:
+            *_, last = log
+        stopped = json.loads(last)
+        return stopped["cpu"], stopped["children_cpu"]
 
     def worker(self, *flags):
         """Start a worker; its log goes to a file."""
@@ -5790,47 +5819,87 @@ class _Place:
 
 def _measure_enqueue(place, raw, tasks):
     """delay() and delay_many() against the same inserts, round by round."""
-    ours, theirs, many, their_many = [], [], [], []
-    count = tasks // _ROUNDS
+    count, args = tasks // _ROUNDS, encode_call(place.call, {})
+    rounds = []
     for _ in range(_ROUNDS):
-        theirs.append(_per_second(_SINGLES, lambda: _raw_singles(raw, _SINGLES)))
-        ours.append(_per_second(
-            _SINGLES, lambda: [place.noop.delay() for _ in range(_SINGLES)]
+        rounds.append((
+            _timed(_SINGLES, lambda: _raw_singles(raw, _SINGLES, args)),
+            _timed(_SINGLES, lambda: _call_often(place, _SINGLES)),
+            _timed(_SINGLES * _THREADS, lambda: _call_in_threads(place)),
+            _timed(count, lambda: _raw_many(raw, count, args)),
+            _timed(count, lambda: place.noop.delay_many([place.call] * count)),
         ))
-        their_many.append(_per_second(count, lambda: _raw_many(raw, count)))
-        many.append(_per_second(count, lambda: place.noop.delay_many([()] * count)))
+    raw_one, one, threads, raw_many, many = (_middle(found) for found in zip(*rounds))
     return {
-        "delay_per_second": _pair(_middle(ours), _middle(theirs)),
-        "delay_many_per_second": _pair(_middle(many), _middle(their_many)),
+        "delay_per_second": _figure(one, raw_one, _limit_of_caller(one)),
+        "threads_per_second": _figure(threads, raw_one, _limit_of_caller(threads)),
+        "delay_many_per_second": _figure(many, raw_many, _limit_of_caller(many)),
     }
 
 
-def _pair(ours, raw):
-    return {"ours": round(ours, 1), "raw": round(raw, 1), "ratio": round(ours / raw, 3)}
+def _call_often(place, count):
+    for _ in range(count):
+        place.noop.delay(*place.call)
 
 
-def _measure_throughput(place, raw, tasks):
+def _call_in_threads(place):
+    threads = [
+        threading.Thread(target=_call_often, args=(place, _SINGLES))
+        for _ in range(_THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _figure(ours, raw, limit):
+    """A rate as it is reported, from two results of _timed()."""
+    return {"ours": round(ours[0], 1), "raw": round(raw[0], 1),
+            "ratio": round(ours[0] / raw[0], 3), "limit": limit}
+
+
+def _limit_of_caller(timed):
+    busy = timed[1]
+    return f"caller CPU {busy:.0%}" if busy > 0.5 else f"fsync {1 - busy:.0%}"
+
+
+def _measure_throughput(place, raw):
     """No-op tasks from the first start to the last finish, in the database's words."""
-    queued = sum(count for *_, state, count in place.app.store.counts()
-                 if state == QUEUED)
-    status = place.worker("--burst").wait()
+    counts = place.app.store.counts()
+    queued = sum(count for *_, state, count in counts if state == QUEUED)
+    place.app.store.pause("default", now_ms())
+    before = place.burst()              # what starting and stopping costs
+    place.app.store.resume("default")
+    after = place.burst()
     rows = place.app.store.finished_runs(1 << 40)
-    if status != 0 or len(rows) != queued:
+    if len(rows) != queued:
         raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
     first = min(row[3] for row in rows)
-    last = max(row[4] for row in rows)
+    seconds = max(0.001, (max(row[4] for row in rows) - first) / 1000)
+    busy = [max(0.0, b - a) / seconds for a, b in zip(before, after)]
     left = raw.execute("""select count(*) from bg_task where state = 2""").fetchone()[0]
-    theirs = _per_second(left, lambda: _raw_claim_and_ack(raw))
-    ours = len(rows) / max(0.001, (last - first) / 1000)
-    return {"tasks_per_second": _pair(ours, theirs)}
+    theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
+    limit = _limit_of_worker(*busy, place.app.settings.concurrency)
+    return {"tasks_per_second": _figure((len(rows) / seconds, 0), theirs, limit)}
 
 
-def _measure_latency(place):
+def _limit_of_worker(parent, children, concurrency):
+    """By the share of the time that each computed; 1.0 is one CPU."""
+    each = children / min(concurrency, os.cpu_count() or 1)
+    if max(parent, each) < 0.6:
+        return f"fsync {1 - max(parent, each):.0%}"
+    if parent >= each:
+        return f"parent CPU {min(1, parent):.0%}"
+    return f"child CPU {min(1, each):.0%}"
+
+
+def _measure_latency(place, disk):
     """An idle worker: from delay() to the task's first line, and to its result."""
     worker = place.worker()
     try:
         for _ in range(10):
-            place.clock.delay().get(timeout=30)
+            place.clock.delay().get(timeout=30)     # warm
         picked, got = [], []
         for _ in range(_LATENCY_CALLS):
             start, clock = time.time(), time.perf_counter()
@@ -5841,29 +5910,39 @@ def _measure_latency(place):
     finally:
         worker.terminate()
         worker.wait()
-    return {"pick_up_seconds": _spread(picked), "get_seconds": _spread(got)}
+    return {"pick_up_seconds": _spread(picked, disk, 1),
+            "get_seconds": _spread(got, disk, 2)}
 
 
-def _spread(values):
+def _spread(values, disk, syncs):
+    """p50 and p99, and the part that is `syncs` waits of `disk` seconds."""
     values = sorted(values)
-    return {"p50": round(percentile(values, 0.5), 6),
-            "p99": round(percentile(values, 0.99), 6)}
+    middle = percentile(values, 0.5)
+    return {
+        "p50": round(middle, 6), "p99": round(percentile(values, 0.99), 6),
+        "limit": f"fsync {min(1, syncs * disk / middle):.0%}",
+    }
 
 
-def bench_report(tasks: int = 20000, concurrency: int = 2,
+def bench_report(tasks: int = 20000, concurrency: int = 2, payload: int = 0,
                  folder: str | None = None) -> dict:
-    """Measure in a temporary folder inside `folder`; return figures and ratios."""
-    place = _Place(folder, concurrency)
+    """Measure in a temporary folder inside `folder`; return figures and ratios.
+
+    `payload`: bytes of arguments for each task.  "limit" says what bounds a figure:
+    a CPU, or waiting for the disk, with its share of the time.
+    """
+    place = _Place(folder, concurrency, payload)
     try:
         raw = _raw(os.path.join(place.folder, "raw.db"))
         report = {
             "version": __version__, "python": sys.version.split()[0],
             "sqlite": sqlite3.sqlite_version, "cpus": os.cpu_count(),
-            "tasks": tasks, "concurrency": concurrency, "durability": "full",
-            **_measure_enqueue(place, raw, tasks),
-            **_measure_throughput(place, raw, tasks),
-            **_measure_latency(place),
+            "tasks": tasks, "concurrency": concurrency, "payload": payload,
+            "durability": "full", **_measure_enqueue(place, raw, tasks),
         }
+        disk = 1 / report["delay_per_second"]["raw"]
+        report.update(_measure_throughput(place, raw))
+        report.update(_measure_latency(place, disk))
         raw.close()
         return report
     finally:
@@ -5875,28 +5954,32 @@ def bench_text(report: dict) -> str:
     head = (
         f"pybgworker {report['version']}, Python {report['python']}, SQLite "
         f"{report['sqlite']}, {report['cpus']} CPUs, {report['concurrency']} children, "
-        f"durability {report['durability']}"
+        f"payload {report['payload']}, durability {report['durability']}"
     )
     names = {
-        "delay_per_second": "delay(), durable, a second (raw: insert + commit)",
-        "delay_many_per_second": "delay_many(), a second (raw: executemany)",
-        "tasks_per_second": "no-op tasks, a second (raw: claim + ack by 100)",
+        "delay_per_second": "delay(), durable, a second",
+        "threads_per_second": f"delay() from {_THREADS} threads, a second",
+        "delay_many_per_second": "delay_many(), a second",
+        "tasks_per_second": "no-op tasks, a second",
     }
     rows = [
         {"what": text, "ours": f"{report[key]['ours']:,.0f}",
-         "raw": f"{report[key]['raw']:,.0f}", "ratio": f"{report[key]['ratio']:.2f}"}
+         "raw sqlite": f"{report[key]['raw']:,.0f}",
+         "ratio": f"{report[key]['ratio']:.2f}", "limited by": report[key]["limit"]}
         for key, text in names.items()
     ]
     latencies = {
-        "pick_up_seconds": "delay() to the first line of the task, idle worker",
+        "pick_up_seconds": "delay() to the task's first line, idle worker",
         "get_seconds": "delay().get(), idle worker",
     }
     rows += [
         {"what": text, "ours": f"p50 {span(report[key]['p50'])}",
-         "raw": f"p99 {span(report[key]['p99'])}", "ratio": ""}
+         "raw sqlite": f"p99 {span(report[key]['p99'])}",
+         "ratio": "", "limited by": report[key]["limit"]}
         for key, text in latencies.items()
     ]
-    return head + "\n\n" + table(rows, ["what", "ours", "raw", "ratio"])
+    columns = ["what", "ours", "raw sqlite", "ratio", "limited by"]
+    return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}"
 
 
 # == Command line =============================================================
@@ -6119,7 +6202,7 @@ def _resume(args, app):
 
 def _bench(args, app):
     folder = os.path.dirname(app.store.path)
-    report = bench_report(args.tasks, args.concurrency, folder)
+    report = bench_report(args.tasks, args.concurrency, args.payload, folder)
     return json.dumps(report, indent=2) if args.json else bench_text(report)
 
 
@@ -6194,7 +6277,9 @@ COMMANDS = (
             (_flag("--tasks", metavar="N", type=_count, default=20000,
                    help="no-op tasks to run (20000)"),
              _flag("--concurrency", metavar="N", type=_count, default=2,
-                   help="children (2)"), _JSON)),
+                   help="children (2)"),
+             _flag("--payload", metavar="BYTES", type=_bytes, default=0,
+                   help="arguments of each task: 200, 10k (none)"), _JSON)),
 )
 
 

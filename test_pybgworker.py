@@ -2696,13 +2696,13 @@ class Pools(Served):
                   b'{"kind":"exception","message":[1],"traceback":{},"retryable":[]}')
         journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
         said = 0
-        for _ in range(3000):
+        for _ in range(6000):
             pool = pybgworker.Pool(None, 1, limits, journal.run, None)
             member = pybgworker.Member.__new__(pybgworker.Member)
             member.__dict__.update(
                 waiting=pybgworker.collections.deque([self.run_of(7)]), head_at=0, done=0,
                 why="", kill_at=0, ready=True, retiring=False, _printed=[],
-                _printed_chars=0, read=lambda: True, recall=lambda: [])
+                _printed_chars=0, read=lambda: True, recall=list)
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
                 body = chance.choice(bodies)
@@ -3297,16 +3297,28 @@ class Reports(QueueCase):
 
 class Bench(Case):
 
+    def test_it_says_what_bounds_a_worker(self):
+        limit = pybgworker._limit_of_worker
+        self.assertEqual(limit(0.2, 0.3, 1), "fsync 70%")
+        self.assertEqual(limit(0.9, 0.3, 1), "parent CPU 90%")
+        self.assertEqual(limit(0.5, 0.8, 1), "child CPU 80%")
+
     def test_it_measures_beside_raw_sqlite(self):
-        done = self.cli("bench", "--tasks", 300, "--concurrency", 1, "--json")
+        done = self.cli("bench", "--tasks", 300, "--concurrency", 1, "--payload", "2k",
+                        "--json")
         self.assertEqual(done.stderr, "")
         report = json.loads(done.stdout)
-        for key in ("delay_per_second", "delay_many_per_second", "tasks_per_second"):
+        limit = r"(fsync|(caller|parent|child) CPU) \d+%"
+        for key in ("delay_per_second", "threads_per_second", "delay_many_per_second",
+                    "tasks_per_second"):
             figures = report[key]
             self.assertGreater(figures["ours"], 0)
+            self.assertRegex(figures["limit"], limit)
             self.assertAlmostEqual(figures["ratio"], figures["ours"] / figures["raw"], 1)
         for key in ("pick_up_seconds", "get_seconds"):
             self.assertLessEqual(report[key]["p50"], report[key]["p99"])
+            self.assertRegex(report[key]["limit"], limit)
+        self.assertEqual((report["payload"], report["concurrency"]), (2048, 1))
         text = pybgworker.bench_text(report)
         self.assertIn("delay(), durable, a second", text)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
