@@ -1521,6 +1521,14 @@ class Threads(Case):
         for result in results:
             self.assertEqual(result.status, "queued")
 
+    def test_each_gets_its_own_ids_from_a_shared_commit(self):
+        task = pybgworker.Task(self.app, print, "t", {})
+        found = self.at_once([
+            lambda n=n: [(n, r.id) for r in task.delay_many([(n,)] * n)] for n in range(1, 7)])
+        for n, task_id in sum(found, []):
+            self.assertEqual(self.store.args(task_id), f"[[{n}],{{}}]")
+        self.assertEqual(sorted(i for _, i in sum(found, [])), list(range(1, 22)))
+
     def test_keys_hold_within_one_commit(self):
         results = self.at_once([lambda: self.app.send("first")]
                                + [lambda: self.app.send("t", key="k")] * 5)
@@ -2729,11 +2737,16 @@ class Pools(Served):
         return Run(number, "t", "q", 0, 3, 0, None, 0, None, "", 5)
 
     def test_a_retry_in_an_infinite_time_does_not_end_the_worker(self):
-        self.worker("--concurrency", 1)
+        worker = self.worker("--concurrency", 1)
         results = [self.tasks.retry_in.delay(text) for text in ("inf", "nan", "1e300")]
+        waits = []
         for result in results:
             until(lambda result=result: result.status == "retrying")
+            waits.append(self.store.task(result.id).run_at - pybgworker.now_ms())
+        self.assertLess(waits[1], 2000)             # its own retry_delay
+        self.assertGreater(min(waits[0], waits[2]), 10**13)
         self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertEqual(worker.all("task_crash"), [])
 
     def test_a_child_gone_mad_costs_its_own_run(self):
         self.worker("--concurrency", 1)
@@ -4066,9 +4079,11 @@ class Torture(Served):
 
     def test_only_a_turn_that_finishes_something_waits_for_the_disk(self):
         code = """
-            import os, sys, time
+            import os, signal, sys, time
             sys.path.insert(0, ".")
             import pybgworker as p, tasks
+            signal.alarm(40)
+            p.configure(heartbeat_interval=100, worker_timeout=300)
             worker = p.Worker(p._default_app, "tasks", log=p.Log(os.open("log", 66)))
             def turn():
                 worker.wait()
@@ -4104,7 +4119,8 @@ class Torture(Served):
         self.assertTrue(written)                            # the claim is committed …
         self.assertEqual(syncs("CLAIM", "IDLE"), [])        # … and not waited for
         self.assertEqual(syncs("IDLE", "FINISH"), [])
-        self.assertTrue(syncs("FINISH", "END"))
+        finish = [line for line in lines[marks["FINISH"]:marks["END"]] if "-wal" in line]
+        self.assertIn("fdatasync", finish[-1])              # before anybody sees it
 
     def test_a_task_costs_the_worker_few_system_calls(self):
         code = """
