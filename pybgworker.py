@@ -5668,8 +5668,8 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
 # shortest code there is; each round does both, for disks drift.  The only section
 # but the three of the database that holds SQL: that of the raw side.
 
-_ROUNDS = 3
-_SINGLES = 300              # durable inserts in a round, one by one
+_ROUNDS = 9                 # ours and raw in turn: disks drift
+_SINGLES = 100              # durable inserts in a round, one by one
 _THREADS = 8                # that call delay() at the same time
 _CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
 _LATENCY_CALLS = 150
