@@ -2229,11 +2229,11 @@ class Queue(Database):
 
     _FINISH = """
         update bg_task set
-            state = case when cancel_asked and ?1 < 3 then 6 else ?1 end,
-            finished_at = case when cancel_asked or ?1 > 3 then ?2 end,
-            started_at = ifnull(?3, started_at), duration = ?4, run_at = ?5,
-            result = ?6, forgiven = forgiven + ?7, attempt = attempt - ?8
-        where id = ?9 and state = 3 and worker = ?10 and attempt = ?11"""
+            state = case when cancel_asked and ? < 3 then 6 else ? end,
+            finished_at = case when cancel_asked or ? > 3 then ? end,
+            started_at = ifnull(?, started_at), duration = ?, run_at = ?,
+            result = ?, forgiven = forgiven + ?, attempt = attempt - ?
+        where id = ? and state = 3 and worker = ? and attempt = ?"""
 
     def finish(self, outcomes: Sequence[Outcome], worker: int, now: int) -> list:
         """Write what became of the worker's runs; return the outcomes not written.
@@ -2271,7 +2271,8 @@ class Queue(Database):
     def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
         run, state, result, _, _, started_at, duration, run_at = outcome
         return (
-            state, now, started_at, duration, run.run_at if run_at is None else run_at,
+            state, state, state, now, started_at, duration,
+            run.run_at if run_at is None else run_at,
             result, forgive, uncount, run.id, worker, run.attempt,
         )
 
