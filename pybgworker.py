@@ -70,6 +70,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
@@ -1420,6 +1421,10 @@ create table bg_meta (
 # MIGRATIONS[n] takes a database from user_version n to n + 1.
 _MIGRATIONS = (_SCHEMA,)
 
+_REENTERED = (
+    "database {}: this thread is in the middle of a transaction: a signal handler may "
+    "have interrupted it; let the handler set a flag instead"
+)
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
@@ -1477,6 +1482,10 @@ def _file_system_of(path):
     return kind
 
 
+def _nobody():
+    """Stands for a weak reference whose object is gone."""
+
+
 class _Link:
     """One thread's connection, with what must be remembered beside it."""
 
@@ -1487,6 +1496,7 @@ class _Link:
         self.synchronous = None     # what the pragma was last set to
         self.commits = 0
         self.undone = True          # the last transaction was, or never began
+        self.writer = _nobody       # weak reference to the _Write that is open
         self.wake = []              # whom to wake after the commit
         _links.add(self)
 
@@ -1516,8 +1526,6 @@ def _watch_forks():
     """Once, when the first connection is opened: importing has no effects."""
     global _links
     if _links is None:
-        import weakref
-
         _links = weakref.WeakSet()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_after_fork)
@@ -1533,6 +1541,7 @@ class _Write:
     def __enter__(self):
         self.link = self.store._link()
         self.store._begin(self.link, self.durable, self.patience)
+        self.link.writer = weakref.ref(self)
         return self.link
 
     @property
@@ -1694,6 +1703,8 @@ class Database:
         synchronous = "full" if durable and self.durability == "full" else "normal"
         patience = self.busy_timeout if patience is None else patience
         deadline = time.monotonic() + patience
+        if link.writer() is not None and link.connection.in_transaction:
+            raise DatabaseBusy(_REENTERED.format(self.path))
         self._roll_back(link)       # what an interrupt (Ctrl-C) has left open
         try:
             if link.synchronous != synchronous:
@@ -1926,9 +1937,12 @@ class GroupCommit:
         self._leading = threading.Lock()
         self._requests: collections.deque = collections.deque()
         self._crowd = 0             # requests that the last leader found
+        self._leader = 0            # ident of the thread that leads
 
     def submit(self, request: Request) -> list:
         """Return the ids once they are committed; or raise, with nothing written."""
+        if self._leader == threading.get_ident():       # in a signal handler
+            raise DatabaseBusy(_REENTERED.format(self._store.path))
         self._requests.append(request)
         try:
             while not request.is_settled:
@@ -1948,8 +1962,12 @@ class GroupCommit:
             request.turn.acquire(timeout=_TURN_SECONDS)
             return
         with self._leading:
-            if not request.is_settled:
-                self._lead(request)
+            self._leader = threading.get_ident()
+            try:
+                if not request.is_settled:
+                    self._lead(request)
+            finally:
+                self._leader = 0
 
     def _call_next(self):
         if self._requests and not self._leading.locked():
@@ -1985,7 +2003,8 @@ class GroupCommit:
             for request in requests:
                 request.is_done = write.is_committed
         if write.link.commits % _CALLER_CHECKPOINT_EVERY == 0:
-            self._store.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+            with contextlib.suppress(DatabaseUnavailable):      # it is committed
+                self._store.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
 
 
 class Queue(Database):

@@ -1596,6 +1596,32 @@ class Threads(Case):
     def interrupt(self, timeout=None):
         raise KeyboardInterrupt
 
+    def test_a_signal_handler_in_the_middle_of_a_delay_is_refused(self):
+        inner, next_id = [], Store._next_id
+
+        def handler(store, connection):
+            Store._next_id = next_id
+            for act in (lambda: self.app.send("t"), lambda: self.store.cancel(1, self.now)):
+                try:
+                    inner.append(act())
+                except pybgworker.DatabaseBusy as exc:
+                    inner.append("signal handler" in str(exc))
+            return next_id(store, connection)
+
+        Store._next_id = handler
+        self.addCleanup(setattr, Store, "_next_id", next_id)
+        self.assertEqual(self.app.send("t").status, "queued")
+        self.assertEqual(inner, [True, True])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    def test_a_checkpoint_that_fails_does_not_fail_the_delay(self):
+        def fail(*_):
+            raise pybgworker.DatabaseUnavailable("disk I/O error")
+
+        self.store.checkpoint_if_large = fail
+        self.assertEqual([self.app.send("t").id for _ in range(130)],
+                         list(range(1, 131)))
+
     def test_a_transaction_left_open_by_an_interrupt_is_undone_by_the_next(self):
         link = self.store._link()
         link.connection.execute("begin immediate")
