@@ -611,6 +611,10 @@ _SCALARS = {
 }
 
 
+# Takes no descriptor of its own, and one system call each time.
+_WriteWaiter = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
 def _text_part(fields):
     return "".join([
         f" {key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
@@ -640,7 +644,9 @@ class Log:
         self._fd = fd
         self._is_text = style == "text"
         self._clock = clock
-        self._seekable = _is_seekable(fd)
+        self._waiter = None if _is_seekable(fd) else _WriteWaiter()
+        if self._waiter:
+            self._waiter.register(fd, selectors.EVENT_WRITE)
         self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
         self._lines: list[str] = []
         self._unsent = b""
@@ -684,12 +690,9 @@ class Log:
         """Write a part.  False when no more can be written without waiting."""
         try:
             chunk = self._unsent
-            if not self._seekable:
-                wait = max(0.0, deadline - time.monotonic())
-                with selectors.DefaultSelector() as waiter:
-                    waiter.register(self._fd, selectors.EVENT_WRITE)
-                    if not waiter.select(wait):
-                        return False
+            if self._waiter:
+                if not self._waiter.select(max(0.0, deadline - time.monotonic())):
+                    return False
                 chunk = chunk[:_PIPE_CHUNK_BYTES]
             self._unsent = self._unsent[os.write(self._fd, chunk):]
             return True
