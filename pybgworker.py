@@ -1868,6 +1868,12 @@ class Outcome(NamedTuple):
     duration: float | None = None
     run_at: int | None = None       # when retrying: the next run
 
+    @property
+    def is_plain(self) -> bool:
+        """True for a success that is all in its row: most are."""
+        is_small = len(self.result or "") <= _INLINE_CHARS
+        return self.state == SUCCESS and not self.output and is_small
+
 
 class ClaimOrder(NamedTuple):
     """What a worker can take now."""
@@ -2229,10 +2235,19 @@ class Queue(Database):
         return runs
 
     def _take(self, runs, worker, now):
+        """Mark the picked as running: of each name and priority, a range of ids.
+
+        What else lies in the range is in another state; the write lock is held.
+        """
+        ranges: dict = {}
+        for run in runs:
+            ranges.setdefault((run.queue, run.name, run.priority), []).append(run.id)
         self._link().connection.executemany(
-            """update bg_task set state = 3, worker = ?, attempt = ?, started_at = ?
-                where id = ?""",
-            [(worker, run.attempt, now, run.id) for run in runs],
+            """update bg_task set state = 3, worker = ?, attempt = attempt + 1,
+                    started_at = ?
+                where state = 2 and queue = ? and name = ? and priority = ?
+                    and id between ? and ?""",
+            [(worker, now, *of, ids[0], ids[-1]) for of, ids in ranges.items()],
         )
 
     def _spend(self, runs, rates, now):
@@ -2249,6 +2264,10 @@ class Queue(Database):
 
     # -- ending runs
 
+    _SUCCEED = """
+        update bg_task set state = 4, finished_at = ?,
+            started_at = ifnull(?, started_at), duration = ?, result = ?
+        where id = ? and state = 3 and worker = ? and attempt = ?"""
     _FINISH = """
         update bg_task set
             state = case when cancel_asked and ? < 3 then 6 else ? end,
@@ -2263,32 +2282,27 @@ class Queue(Database):
         Those lost their lease: the row is no longer running, or runs for somebody
         else, and keeps what that one wrote.
         """
-        small = [o for o in outcomes if self._fits_row(o)]
-        if self._finish_all(small, worker, now):
-            if len(small) == len(outcomes):
+        plain = [o for o in outcomes if o.is_plain]
+        if self._succeed_all(plain, worker, now):
+            if len(plain) == len(outcomes):
                 return []
-            outcomes = [o for o in outcomes if not self._fits_row(o)]
+            outcomes = [o for o in outcomes if not o.is_plain]
         return [o for o in outcomes if not self._finish_one(o, worker, now)]
 
-    def _finish_all(self, outcomes, worker, now):
-        """Write small outcomes at once; False, and nothing, if one of them is stale."""
+    def _succeed_all(self, outcomes, worker, now):
+        """Write plain successes at once; False, and nothing, if one is stale."""
         if not outcomes:
             return True
         connection = self._link().connection
-        connection.execute("savepoint finish_all")
-        done = connection.executemany(
-            self._FINISH, [self._finish_values(o, worker, now) for o in outcomes]
-        ).rowcount
+        connection.execute("savepoint plain")
+        done = connection.executemany(self._SUCCEED, [
+            (now, o.started_at, o.duration, o.result, o.run.id, worker, o.run.attempt)
+            for o in outcomes
+        ]).rowcount
         if done != len(outcomes):
-            connection.execute("rollback to finish_all")
-        connection.execute("release finish_all")
+            connection.execute("rollback to plain")
+        connection.execute("release plain")
         return done == len(outcomes)
-
-    def _fits_row(self, outcome):
-        return (
-            outcome.error is None and not outcome.output
-            and len(outcome.result or "") <= _INLINE_CHARS
-        )
 
     def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
         run, state, result, _, _, started_at, duration, run_at = outcome
