@@ -2000,7 +2000,7 @@ class GroupCommit:
                 raise
             self._commit([own])     # who is to blame?  Each leads for itself, then
         finally:
-            for request in requests:
+            for request in requests[1:]:
                 request.call()
 
     def _commit(self, requests):

@@ -4037,37 +4037,81 @@ class Torture(Served):
                 "select count(*) from bg_payload where id / 8 not in "
                 "(select id from bg_task)"), [(0,)])
 
-    def test_a_power_cut_leaves_a_prefix_of_history(self):
-        """Database and log are copied by another process, the log cut anywhere."""
-        copy = ("import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2]); "
+    def copied(self):
+        """Database and log, as another process finds them now."""
+        code = ("import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2]); "
                 "shutil.copy(sys.argv[1] + '-wal', sys.argv[2] + '-wal')")
+        cut = self.folder / "cut.db"
+        subprocess.run([sys.executable, "-c", code, str(self.db), str(cut)], check=True)
+        return cut.read_bytes(), Path(f"{cut}-wal").read_bytes()
+
+    def surviving(self, data, log):
+        """Ids in a database that is left with this content; it must be sound."""
+        cut = self.folder / "cut.db"
+        cut.write_bytes(data)
+        Path(f"{cut}-wal").write_bytes(log)
+        Path(f"{cut}-shm").unlink(missing_ok=True)
+        connection = sqlite3.connect(cut)
+        try:
+            check = connection.execute("pragma integrity_check").fetchone()
+            self.assertEqual(check, ("ok",))
+            if not connection.execute("select 1 from sqlite_master").fetchone():
+                return []
+            return [row[0] for row in connection.execute("select id from bg_task")]
+        finally:
+            connection.close()
+
+    def noise(self, chance):
+        return bytes(chance.randrange(256) for _ in range(chance.randrange(300)))
+
+    def test_a_power_cut_leaves_a_prefix_of_history(self):
+        """The log is cut anywhere, and noise follows the cut."""
         self.store.data_version()
         sizes = {}
         for _ in range(25):
             number = self.app.send("t", "x" * random.randrange(900)).id
             sizes[number] = self.store.wal_bytes()
-        cut = self.folder / "cut.db"
-        subprocess.run([sys.executable, "-c", copy, str(self.db), str(cut)], check=True)
-        log = Path(f"{cut}-wal").read_bytes()
-        data = cut.read_bytes()
+        data, log = self.copied()
         chance = random.Random(5)
         for _ in range(60):
             size = chance.randrange(len(log))
-            noise = bytes(chance.randrange(256) for _ in range(chance.randrange(300)))
-            cut.write_bytes(data)
-            Path(f"{cut}-wal").write_bytes(log[:size] + noise)
-            Path(f"{cut}-shm").unlink(missing_ok=True)
-            connection = sqlite3.connect(cut)
-            try:
-                check = connection.execute("pragma integrity_check").fetchone()
-                ids = [row[0] for row in connection.execute("select id from bg_task")] \
-                    if connection.execute("select 1 from sqlite_master").fetchone() else []
-            finally:
-                connection.close()
-            self.assertEqual(check, ("ok",))
+            ids = self.surviving(data, log[:size] + self.noise(chance))
             self.assertEqual(ids, list(range(1, len(ids) + 1)))
             durable = [n for n, end in sizes.items() if end <= size]
             self.assertGreaterEqual(len(ids), len(durable))
+
+    def test_a_power_cut_at_any_moment_keeps_what_was_acknowledged(self):
+        """Eight threads and two processes enqueue meanwhile."""
+        code = """
+            import os, threading, pybgworker as p
+            app = p.App()
+            journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            def produce():
+                while True:
+                    os.write(journal, f"{app.send('t').id}\\n".encode())
+            for _ in range(8):
+                threading.Thread(target=produce).start()
+        """
+        producers = [subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db))) for _ in range(2)]
+        try:
+            self.wait_lines("journal", 50)
+            chance, end = random.Random(), time.monotonic() + min(TORTURE, 60)
+            rounds = 0
+            while rounds < 6 or time.monotonic() < end:
+                rounds += 1
+                time.sleep(chance.uniform(0, 0.05))
+                acknowledged = {int(line) for line in self.lines("journal")[:-1]}
+                data, log = self.copied()
+                ids = self.surviving(data, log + self.noise(chance))
+                self.assertEqual(acknowledged - set(ids), set())
+                ids = self.surviving(data, log[:chance.randrange(len(log))])
+                self.assertEqual(ids, list(range(1, len(ids) + 1)))
+        finally:
+            for producer in producers:
+                producer.kill()
+                producer.wait()
 
     def test_delay_returns_after_the_log_is_on_disk(self):
         if not shutil.which("strace"):
