@@ -3960,6 +3960,8 @@ class Torture(Served):
         while True:
             n = chance.randrange(1, 5)
             ids = [r.id for r in tasks.tortured.delay_many([(k,) for k in range(n)])]
+            ids.append(tasks.paced.options(key=f"p{chance.randrange(60)}").delay().id)
+            ids.append(tasks.broken.options(key=f"k{n}").delay().id)
             os.write(journal, "".join(f"{i}\\n" for i in ids).encode())
             os.fsync(journal)
             time.sleep(0.003)
@@ -3979,6 +3981,16 @@ class Torture(Served):
         if k == 4 and t.attempt % 3 == 1:
             os.kill(os.getpid(), 9)
         return k
+
+    @task(retries=50, retry_delay=0, rate_limit=40, priority=1)
+    def paced():
+        fd = os.open("paces", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, f"{time.time()}\\n".encode())
+        os.close(fd)
+
+    @task(retries=1, retry_delay=0)
+    def broken():
+        raise ValueError("always")
 """)
 
     def producer(self, seed):
@@ -3992,6 +4004,7 @@ class Torture(Served):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(chance.uniform(0.02, 0.2))
+            self.watch()
             place = chance.randrange(2)
             how = chance.randrange(5)
             if how == 0:
@@ -4014,25 +4027,68 @@ class Torture(Served):
         for worker in workers:
             worker.kill()
 
+    def watch(self):
+        """What must hold at any moment, as far as it can be seen from outside."""
+        with contextlib.suppress(sqlite3.OperationalError):     # no table yet
+            for task_id, *end in self.sql(
+                    "select id, state, finished_at, attempt from bg_task "
+                    "where state > 3 order by id desc limit 300"):
+                self.assertEqual(self.ended.setdefault(task_id, end), end)      # I2, I4
+            self.assertEqual(self.sql(
+                "select key from bg_task where key is not null and state < 4 "
+                "group by key having count(*) > 1"), [])                        # I5
+
+    def of_this_folder(self):
+        """Pids of the processes that run in our folder."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*/cwd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(place) == str(self.folder) and int(place.parts[2]) != os.getpid():
+                    found.append(int(place.parts[2]))
+        return found
+
+    def check_paces(self):
+        times = sorted(float(line) for line in self.lines("paces"))
+        self.assertGreater(len(times), 20)
+        for n, at in enumerate(times):
+            # 40 a second and a burst of 40, and those that a SIGSTOP had held up
+            self.assertLessEqual(sum(at <= t < at + 1 for t in times[n:n + 200]), 120)
+
+    def check_ticks(self):
+        ticks = [row[0] for row in self.sql(
+            "select tick from bg_task where name = 'tasks.tick' order by tick")]
+        first = ticks[0] if ticks else 0
+        self.assertEqual(ticks, [first + 60 * n for n in range(len(ticks))])
+
     def test_whoever_is_killed_whenever_nothing_is_lost_or_done_twice(self):
         seed = int(os.environ.get("PYBGWORKER_SEED", random.randrange(10**6)))
         if not Path("/proc/self/task").exists():
             self.skipTest("needs /proc")
         with self.subTest(f"PYBGWORKER_SEED={seed}"):
+            self.ended = {}
             self.torment(random.Random(seed), TORTURE or 4)
-            self.assertEqual(self.worker("--concurrency", 2, "--burst").wait(120), 0)
+            until(lambda: not self.of_this_folder(), 2)                     # I9
+            self.assertEqual(self.worker("--concurrency", 2, "--burst").wait(300), 0)
+            until(lambda: not self.of_this_folder(), 2)
+            self.watch()
 
             promised = {int(line) for line in self.lines("journal") if line}
             states = dict(self.sql("select id, state from bg_task"))
             self.assertGreater(len(promised), 50)
             self.assertEqual(promised - states.keys(), set())               # I1
-            self.assertEqual(set(states.values()), {pybgworker.SUCCESS})    # I7
+            for name, state in (("tortured", 4), ("paced", 4), ("broken", 5)):
+                self.assertEqual(self.sql(                                  # I7
+                    "select distinct state from bg_task where name = ?",
+                    f"tasks.{name}"), [(state,)])
+            self.check_ticks()                                              # I6
+            self.check_paces()                                              # I10
             starts = self.lines("starts")
             self.assertEqual(len(starts), len(set(starts)))                 # I3
             attempts = dict(self.sql("select id, attempt from bg_task"))
             for line in starts:
                 self.assertLessEqual(int(line.split()[1]), attempts[int(line.split()[0])])
             self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])  # I8
+            self.assertLess(self.store.wal_bytes(), 64 << 20)
             self.assertEqual(self.sql(
                 "select count(*) from bg_payload where id / 8 not in "
                 "(select id from bg_task)"), [(0,)])
