@@ -2114,13 +2114,13 @@ class Queue(Database):
 
     # -- claiming
 
-    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, int | None]:
-        """(a claim would find something, when to look again).  Takes no lock."""
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, int | None, dict]:
+        """(a claim would find something, then as in Claimed).  Takes no lock."""
         due = self._next_due()
         if due is not None and due <= now:
-            return True, now
-        groups, next_at, _ = self._open_groups(order, now)
-        return bool(groups), _earliest(due, next_at)
+            return True, now, {}
+        groups, next_at, limited = self._open_groups(order, now)
+        return bool(groups), _earliest(due, next_at), limited
 
     def claim(self, order: ClaimOrder, now: int) -> Claimed:
         """Take the next runs for a worker: lowest priority number, then lowest id.
@@ -4897,6 +4897,19 @@ class Journal:
         """An event of the worker itself."""
         self.log.event(event, worker=self._worker, **fields)
 
+    def start(self, settings: types.SimpleNamespace, db: str, tasks: list,
+              schedules: int) -> None:
+        """What this worker serves; written at once."""
+        s = settings
+        self.say(
+            "worker_start", pid=os.getpid(), db=db, concurrency=s.concurrency,
+            queues=list(s.queues) if s.queues else "all", durability=s.durability,
+            tasks=tasks, schedules=schedules,
+        )
+        if schedules:
+            self.say("scheduler_start", schedules=schedules)
+        self.log.flush()
+
     def run(self, event: str, run: Run | Callback | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
@@ -5096,6 +5109,7 @@ class Worker:
         self.returned: list[Run] = []           # claimed, not begun, to be queued
         self.next_at: int | None = None         # when a task is due
         self.look = True                # something may be there to claim
+        self.is_held_back = False       # something is, and waits for its rate
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
         self._trouble_at = 0.0          # monotonic; 0: the database works
@@ -5138,24 +5152,13 @@ class Worker:
         self.liveness.register(now)
         self.scheduler = Scheduler(self.app, self.journal.say)
         self.scheduler.register(now)
-        self._say_start()
+        self.journal.start(self.settings, self.store.path, sorted(self.app.tasks),
+                           self.scheduler.count())
         spec = _child_spec(self.app_spec, self.store.path, self.settings)
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
                          self.journal.run, self.selector)
         self.pool.fill(now)
         self._plan_chores()
-
-    def _say_start(self):
-        s = self.settings
-        self.journal.say(
-            "worker_start", pid=os.getpid(), db=self.store.path,
-            queues=list(s.queues) if s.queues else "all", concurrency=s.concurrency,
-            durability=s.durability, tasks=sorted(self.app.tasks),
-            schedules=self.scheduler.count(),
-        )
-        if self.scheduler.count():
-            self.journal.say("scheduler_start", schedules=self.scheduler.count())
-        self.journal.log.flush()
 
     def _plan_chores(self):
         self._cancels = Chore(0.25, self._heed_cancels)
@@ -5177,7 +5180,9 @@ class Worker:
             return idle or 0 < self.stop_by <= now_ms()
         if not self.burst or not idle or not self._is_ready:
             return False
-        return not self.look and (self.next_at is None or self.next_at > now_ms())
+        if self.look or self.is_held_back:
+            return False
+        return self.next_at is None or self.next_at > now_ms()
 
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
@@ -5316,8 +5321,8 @@ class Worker:
         if not (self.look or due or version != self._data_version):
             return False
         self._data_version = version
-        found, self.next_at = self.store.peek(order, now)
-        self.look = False
+        found, self.next_at, limited = self.store.peek(order, now)
+        self.look, self.is_held_back = False, bool(limited)
         return found
 
     def _finish(self, now):
@@ -5354,7 +5359,7 @@ class Worker:
 
     def _take_in(self, claimed, now):
         self.pool.hand.extend(claimed.runs)
-        self.next_at = claimed.next_at
+        self.next_at, self.is_held_back = claimed.next_at, bool(claimed.limited)
         self.look = bool(claimed.runs)      # then perhaps there is more
         for run in claimed.runs:
             if run.timeout is None:

@@ -1717,7 +1717,8 @@ class Claiming(QueueCase):
         self.enqueue(at=self.now + 50)
         other = sqlite3.connect(self.db, isolation_level=None)
         other.execute("begin immediate")
-        self.assertEqual(self.store.peek(self.order(), self.now), (False, self.now + 50))
+        self.assertEqual(self.store.peek(self.order(), self.now),
+                         (False, self.now + 50, {}))
         self.assertTrue(self.store.peek(self.order(), self.now + 50)[0])
         other.close()
 
@@ -3277,6 +3278,13 @@ class Workers(Served):
         known = self.tasks.add.delay(1, 2)
         self.turn_until(worker, known.ready)
         self.assertEqual(stranger.status, "queued")
+
+    def test_a_burst_does_not_leave_what_only_waits_for_its_rate(self):
+        results = self.tasks.limited.delay_many([()] * 30)      # 20 a second
+        later = self.tasks.add.options(countdown=60).delay(1, 2)
+        self.assertEqual(self.worker("--burst").wait(), 0)
+        self.assertEqual({r.status for r in results}, {"success"})
+        self.assertEqual(later.status, "scheduled")
 
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
