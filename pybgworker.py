@@ -2496,9 +2496,9 @@ class Operations(Queue):
         return [row[0] for row in self._read("""select name from bg_queue""")]
 
     def finished_runs(self, limit: int) -> list[tuple]:
-        """(name, state, run_at, started_at, finished_at, duration) of the newest."""
+        """Name, state, run_at, started_at, finished_at, duration, attempt; newest."""
         return self._read(
-            """select name, state, run_at, started_at, finished_at, duration
+            """select name, state, run_at, started_at, finished_at, duration, attempt
                 from bg_task where state > 3 order by id desc limit :limit""",
             {"limit": limit},
         )
@@ -2764,6 +2764,13 @@ class Store(Operations):
                 from bg_worker order by id"""
         )
         return [WorkerRow(*row) for row in rows]
+
+    def running_counts(self) -> dict[int, int]:
+        """How many tasks each worker has claimed and not finished, by its id."""
+        return dict(self._read(
+            """select worker, count(*) from bg_task where state = 3
+                group by worker"""
+        ))
 
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
@@ -5442,6 +5449,32 @@ _STATE_COLOURS = {
 }
 
 
+# What a terminal would obey and not show: controls (C0, DEL, C1), marks that turn
+# the direction of text, and halves of surrogate pairs.
+_UNSHOWN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    "\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """The same text with what a terminal would obey written out: \\x1b."""
+    return _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def local_time(stamp: str | None, shape: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """A time of a report on this machine's clock, for eyes; `-` for none."""
+    try:
+        moment = datetime.fromisoformat((stamp or "").replace("Z", "+00:00"))
+        return moment.astimezone().strftime(shape)
+    except (ValueError, OverflowError, OSError):    # none, or written by hand
+        return stamp or "-"
+
+
+def _clock_note():
+    return time.strftime("times are local: %Z, UTC%z")
+
+
 def _when(at):
     return None if at is None else iso_time(at)
 
@@ -5456,8 +5489,8 @@ def _readable(text):
         return str(text)
     try:
         return json.loads(json.dumps(value, default=repr))
-    except (TypeError, ValueError):
-        return repr(value)
+    except (TypeError, ValueError, RecursionError):
+        return str(text)
 
 
 def task_report(store: Store, row: TaskRow) -> dict:
@@ -5508,17 +5541,25 @@ def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
     return {
         "database": store.path, "states": states, "tasks": list(tasks.values()),
         "paused_queues": store.paused_queues(),
-        "workers": [_worker_report(w, now, worker_timeout) for w in store.workers()],
+        "workers": _worker_reports(store, now, worker_timeout),
         "schedules": cron_report(store),
     }
 
 
-def _worker_report(row, now, worker_timeout):
+def _worker_reports(store, now, worker_timeout):
+    running = store.running_counts()
+    return [
+        _worker_report(row, running.get(row.id, 0), now, worker_timeout)
+        for row in store.workers()
+    ]
+
+
+def _worker_report(row, running, now, worker_timeout):
     age = max(0, now - row.beat_at) / 1000
     return {
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
         "queues": json.loads(row.queues) if row.queues else None,
-        "concurrency": row.concurrency, "running": row.running,
+        "concurrency": row.concurrency, "running": running,
         "started_at": _when(row.started_at), "heartbeat_age": age,
         "stale": age > worker_timeout,
     }
@@ -5548,7 +5589,8 @@ def percentile(values: Sequence[float], part: float) -> float | None:
 def stats_report(store: Store, now: int) -> list[dict]:
     """Per task: how many, how long, how long waited; over what is retained.
 
-    Looks at the newest 100,000 finished tasks.  per_minute counts the last hour.
+    Looks at the newest 100,000 finished tasks; `runs` counts their attempts.
+    per_minute counts the finished of the last hour.
     """
     groups: dict[str, list] = {}
     for name, *rest in store.finished_runs(_STATS_ROWS):
@@ -5561,7 +5603,7 @@ def _task_stats(name, rows, now):
     waited = sorted(max(0, row[2] - row[1]) / 1000 for row in rows if row[2])
     recent = sum(row[3] > now - 3_600_000 for row in rows if row[3])
     report = {
-        "name": name, "runs": len(rows),
+        "name": name, "finished": len(rows), "runs": sum(row[5] for row in rows),
         "failures": sum(row[0] == FAILED for row in rows),
         "per_minute": round(recent / 60, 3),
     }
@@ -5590,7 +5632,7 @@ def _cell(value):
         return "-"
     if isinstance(value, list):
         return ",".join(map(str, value)) or "-"
-    text = " ".join(str(value).split())
+    text = visible(" ".join(str(value).split()))
     return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 1] + "…"
 
 
@@ -5622,7 +5664,7 @@ def _shown(row):
     """A task's dict with its times for eyes."""
     return {
         **row, "ran": span(row["duration"]), "waited": span(row["waited"]),
-        "created": row["created_at"][:19].replace("T", " "),
+        "created": local_time(row["created_at"]),
     }
 
 
@@ -5632,14 +5674,14 @@ def list_text(rows: list[dict], colour: bool = False) -> str:
         return "no tasks"
     columns = ("id", "status", "name", "queue", "attempt", "created", "waited", "ran",
                "error")
-    return table([_shown(row) for row in rows], columns, colour)
+    return f"{table([_shown(row) for row in rows], columns, colour)}\n{_clock_note()}"
 
 
 def show_text(report: dict, colour: bool = False) -> str:
     """Every field on a line of its own, long texts below."""
     long = ("error", "output")
     lines = [
-        f"{key:<14} {_plain(value)}" for key, value in report.items()
+        f"{key:<14} {_plain(key, value)}" for key, value in report.items()
         if key not in long and value not in (None, False)
     ]
     error = report["error"]
@@ -5647,11 +5689,13 @@ def show_text(report: dict, colour: bool = False) -> str:
         lines += [f"{'error':<14} {TaskError(error)}", error.get("traceback", "")]
     if report["output"]:
         lines += ["output:", report["output"]]
-    text = "\n".join(line.rstrip() for line in lines if line)
+    text = visible("\n".join(line.rstrip() for line in lines if line))
     return _coloured(text) if colour else text
 
 
-def _plain(value):
+def _plain(key, value):
+    if key.endswith("_at") or key == "scheduled_for":
+        return local_time(value, "%Y-%m-%d %H:%M:%S %z")
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=repr)
@@ -5670,7 +5714,7 @@ def inspect_text(report: dict, colour: bool = False) -> str:
     parts += ["", _workers_text(report["workers"])]
     if report["schedules"]:
         parts += ["", cron_text(report["schedules"])]
-    text = "\n".join(parts)
+    text = visible("\n".join(parts))
     return _coloured(text) if colour else text
 
 
@@ -5692,16 +5736,20 @@ def stats_text(rows: list[dict], colour: bool = False) -> str:
     """A line for each task, times for eyes."""
     if not rows:
         return "no task has finished yet"
-    times = [key for key in rows[0] if key.startswith(("duration", "waited"))]
+    times = [key for key in rows[0] if key.startswith(("duration_", "waited_"))]
     shown = [{**row, **{key: span(row[key]) for key in times}} for row in rows]
-    return table(shown, ["name", "runs", "failures", "per_minute", *times])
+    columns = ["name", "finished", "runs", "failures", "per_minute", *times]
+    return table(shown, columns)
 
 
 def cron_text(rows: list[dict], colour: bool = False) -> str:
     """A line for each schedule."""
     if not rows:
         return "no schedules: a worker registers them when it starts"
-    return table(rows, ["schedule", "expr", "tz", "last", "next", "misfire", "overlap"])
+    times = ("last", "next")
+    shown = [{**row, **{key: local_time(row[key]) for key in times}} for row in rows]
+    columns = ["schedule", "expr", "tz", *times, "misfire", "overlap"]
+    return f"{table(shown, columns)}\n{_clock_note()}"
 
 
 # == Bench ====================================================================
@@ -6092,7 +6140,7 @@ def _run(args, app):
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
     app = _load(args.app)
     app.override(**flags)
-    log = Log(sys.stdout.fileno(), args.log_format)
+    log = Log(1, args.log_format or ("text" if _is_terminal(sys.stdout) else "json"))
     return Worker(app, args.app, burst=args.burst, log=log).run()
 
 
@@ -6124,11 +6172,15 @@ def _cron(args, app):
     return _printed(args, cron_report(app.store), cron_text)
 
 
+def _is_terminal(stream):
+    return stream is not None and stream.isatty()
+
+
 def _printed(args, report, text):
     """The report as JSON or as text, as the flags and the terminal want it."""
     if args.json:
         return json.dumps(report, indent=2, default=repr)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = _is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     return text(report, colour)
 
 
@@ -6141,7 +6193,7 @@ def _each(texts, act):
         except PyBgWorkerError as exc:
             problems.append(str(exc))
     if lines:
-        print("\n".join(lines))
+        _print("\n".join(lines))
     if problems:
         raise Problem("\n".join(problems))
 
@@ -6203,9 +6255,13 @@ def _prune(args, app):
 
 def _confirm(args, question):
     """Ask on a terminal; elsewhere the command is meant."""
-    if args.yes or not sys.stdin.isatty():
+    if args.yes or not _is_terminal(sys.stdin):
         return
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:                    # Ctrl-D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise Problem("nothing was changed")
 
 
@@ -6217,7 +6273,7 @@ def _enqueue(args, app):
     for text in args.arguments:
         try:
             values.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(
                 f"argument {text!r} is not JSON: a string needs quotes inside the "
                 f"shell's, '\"{text}\"'"
@@ -6248,21 +6304,37 @@ def _bench(args, app):
     return json.dumps(report, indent=2) if args.json else bench_text(report)
 
 
+def _typed(parse):
+    """A parser of settings as argparse wants one: its error says what is allowed."""
+    def parse_flag(text):
+        import argparse
+
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {exc}") from None
+
+    return parse_flag
+
+
+def _whole_number(text):
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise ValueError("a whole number")
+    return int(text)
+
+
 _APP = _flag("--app", metavar="MODULE[:APP]", help="the module that defines the tasks")
 _JSON = _flag("--json", action="store_true", help="one JSON document")
 _YES = _flag("--yes", action="store_true", help="do not ask")
 _NAME = _flag("--name", metavar="N", help="only tasks of this name")
 _QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue")
-_LIMIT = _flag("--limit", metavar="N", type=_count, default=50, help="rows (50)")
+_LIMIT = _flag("--limit", metavar="N", type=_typed(_count), default=50,
+               help="rows (50)")
 
 
 def _setting_flag(setting):
-    def parse(text):
-        return setting.parse(text)
-
-    parse.__name__ = setting.name       # argparse says: invalid NAME value
-    return _flag("--" + setting.name.replace("_", "-"), type=parse, default=None,
-                 metavar="X", help=setting.meaning.replace("%", "%%"))
+    return _flag("--" + setting.name.replace("_", "-"), type=_typed(setting.parse),
+                 default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
 
 
 COMMANDS = (
@@ -6272,8 +6344,8 @@ COMMANDS = (
                       help="the module that defines the tasks"),
                 _flag("--burst", action="store_true",
                       help="end when nothing is due or running"),
-                _flag("--log-format", choices=("json", "text"), default="json",
-                      help="one JSON object a line, or the same for eyes"),
+                _flag("--log-format", choices=("json", "text"),
+                      help="json: an object a line; text: for eyes (on a terminal)"),
                 *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"),
             )),
     Command("inspect", _inspect, "show tasks by state, workers, schedules",
@@ -6300,27 +6372,29 @@ COMMANDS = (
             "purge --queue mail --yes", (_QUEUE, _NAME, _YES)),
     Command("prune", _prune, "delete finished tasks past their retention",
             "prune --older-than 1d --yes",
-            (_flag("--older-than", metavar="T", type=_grace,
+            (_flag("--older-than", metavar="T", type=_typed(_grace),
                    help="finished so long ago: 90s, 12h, 7d"), _YES)),
     Command("enqueue", _enqueue, "enqueue a task by name; each JSON is an argument",
             "enqueue example.add 1 2",
             (_flag("name", metavar="NAME"),
              _flag("arguments", nargs="*", metavar="JSON"), _APP,
              _flag("--queue", metavar="Q", help="instead of the task's own"),
-             _flag("--countdown", metavar="S", type=float, help="seconds from now"),
+             _flag("--countdown", metavar="S", type=_typed(_grace),
+                   help="seconds from now: 90, 15m, 12h, 7d"),
              _flag("--key", metavar="K", help="one unfinished task with this key"),
-             _flag("--priority", metavar="P", type=int, help="lower runs first"))),
+             _flag("--priority", metavar="P", type=_typed(_whole_number),
+                   help="lower runs first"))),
     Command("pause", _pause, "claim nothing from a queue", "pause mail",
             (_flag("queue", metavar="QUEUE"),)),
     Command("resume", _resume, "claim from a queue again", "resume mail",
             (_flag("queue", metavar="QUEUE"),)),
     Command("bench", _bench, "measure this machine, beside raw SQLite",
             "bench --tasks 20000",
-            (_flag("--tasks", metavar="N", type=_count, default=20000,
+            (_flag("--tasks", metavar="N", type=_typed(_count), default=20000,
                    help="no-op tasks to run (20000)"),
-             _flag("--concurrency", metavar="N", type=_count, default=2,
+             _flag("--concurrency", metavar="N", type=_typed(_count), default=2,
                    help="children (2)"),
-             _flag("--payload", metavar="BYTES", type=_bytes, default=0,
+             _flag("--payload", metavar="BYTES", type=_typed(_bytes), default=0,
                    help="arguments of each task: 200, 10k (none)"), _JSON)),
 )
 
@@ -6343,33 +6417,64 @@ def _parser():
         )
         for flag in command.flags + ((_JSON,) if command.reads else ()):
             one.add_argument(*flag.names, **flag.options)
-        one.add_argument("--db", type=_text, metavar="PATH", default=None,
+        one.add_argument("--db", type=_typed(_text), metavar="PATH", default=None,
                          help="the SQLite file (default: PYBGWORKER_DB, pybgworker.db)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 or 2."""
+    """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C."""
+    _fill_standard_descriptors()
     args = _parser().parse_args(argv)
     try:
         printed = _carry_out(args)
         if isinstance(printed, str):
-            print(printed)
-        sys.stdout.flush()
+            _print(printed)
         return printed if isinstance(printed, int) else 0
+    except BrokenPipeError:                 # … | head: nobody reads any more
+        _silence_output()
+        return 0
     except (PyBgWorkerError, ValueError) as exc:
-        print(f"pybgworker: {exc}", file=sys.stderr)
+        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
         return 2 if isinstance(exc, UsageError) else 1
+    except OSError as exc:                  # a full disk, or a file of somebody else
+        _silence_output()
+        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:                 # … | head: nobody reads any more
+
+
+def _fill_standard_descriptors():
+    """A closed descriptor 0, 1 or 2 would be taken by the next file to be opened."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # gets the lowest number: this one
+
+
+def _print(text):
+    """Print in whatever encoding standard output has; what it lacks is written out."""
+    if sys.stdout is None:
+        raise Problem("standard output is closed")
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _silence_output():
+    """Nothing more can be printed; not even at the interpreter's exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _carry_out(args):
     command = next(c for c in COMMANDS if c.name == args.command)
     app = _default_app
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise Problem("the current folder was deleted: cd to another") from None
     app.override(db=args.db)
     if command.reads and not os.path.exists(app.settings.db):
         raise Problem(

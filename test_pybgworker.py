@@ -3330,13 +3330,57 @@ class Reports(QueueCase):
         self.assertEqual((report["output"], report["duration"]), ("said", 0.5))
         self.assertIn("E: m", pybgworker.show_text(report))
 
+    def test_a_terminal_obeys_nothing_that_a_task_left_behind(self):
+        """Controls, marks of direction and lone surrogates: in names, errors, output."""
+        bad = "\x1b]0;owned\x07 \x9b2J \u202egnp.exe"
+        self.enqueue(name=f"n{bad}", retries=0)
+        run, = self.claim(names={f"n{bad}"})
+        error = {"kind": "exception", "type": "E", "message": bad,
+                 "traceback": f"T{bad}\ud800"}
+        self.finish(run, pybgworker.FAILED, error=error, output=f"said\t{bad}\n")
+        self.store.pause(bad, self.now)
+        texts = [
+            pybgworker.show_text(pybgworker.show_report(self.store, 1), colour=False),
+            pybgworker.list_text(pybgworker.list_report(self.store, None, None, None, 9)),
+            pybgworker.inspect_text(pybgworker.inspect_report(self.store, self.now, 15)),
+            pybgworker.stats_text(pybgworker.stats_report(self.store, self.now)),
+        ]
+        for text in texts:
+            self.assertNotRegex(text, "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
+            self.assertIn("\\x1b]0;owned\\x07", text)
+        self.assertIn("said\t", texts[0])
+
+    def test_times_for_eyes_are_local_and_say_so(self):
+        zone = os.environ.get("TZ")
+        os.environ["TZ"] = "XST-5:30"           # POSIX: five and a half hours ahead
+        time.tzset()
+        try:
+            self.assertEqual(pybgworker.local_time("2026-01-31T20:00:00.123Z"),
+                             "2026-02-01 01:30:00")
+            self.enqueue()
+            row = pybgworker.list_report(self.store, None, None, None, 9)
+            self.assertIn("times are local: XST, UTC+0530", pybgworker.list_text(row))
+            text = pybgworker.show_text(pybgworker.show_report(self.store, 1))
+            self.assertRegex(text, r"(?m)^created_at +\S+ \S+ \+0530$")
+        finally:
+            os.environ.pop("TZ") if zone is None else os.environ.update(TZ=zone)
+            time.tzset()
+
+    def test_what_was_written_by_hand_is_shown_as_it_is(self):
+        for stamp in ("soon", "99999-01-01T00:00:00Z", "17 ms"):
+            self.assertEqual(pybgworker.local_time(stamp), stamp)
+        self.assertEqual(pybgworker.local_time(None), "-")
+        deep = "[" * 5000 + "]" * 5000
+        self.assertEqual(pybgworker._readable(deep), deep)
+
     def test_stats_count_and_measure_each_task(self):
         for seconds in (0.1, 0.2, 0.3):
             self.enqueue()
             run, = self.claim()
             self.finish(run, duration=seconds, started_at=self.now + 1000)
         row, = pybgworker.stats_report(self.store, self.now + 1)
-        self.assertEqual((row["name"], row["runs"], row["failures"]), ("t", 3, 0))
+        self.assertEqual((row["name"], row["finished"], row["failures"]), ("t", 3, 0))
+        self.assertEqual(row["runs"], 3)
         self.assertEqual((row["duration_p50"], row["duration_max"]), (0.2, 0.3))
         self.assertEqual((row["waited_max"], row["per_minute"]), (1.0, 0.05))
 
@@ -3570,6 +3614,96 @@ class CommandLine(Served):
                 self.assertNotIn("Traceback", done.stderr)
         self.assertEqual(self.get(self.tasks.add.delay(3, 4)), 7)
         self.assertEqual((worker.stop(), worker.errors), (0, []))
+
+    def test_flags_say_what_is_allowed(self):
+        for argv, words in (
+            (("list", "--limit", "many"), "a whole number from 1 up"),
+            (("prune", "--older-than", "soon"), "a number with s, m, h, d or w"),
+            (("enqueue", "t", "--priority", "high"), "a whole number"),
+            (("enqueue", "t", "--countdown", "later"), "a number with s, m, h, d or w"),
+            (("run", "--app", "t", "--max-memory", "big"), "a number with k, m or g"),
+        ):
+            with self.subTest(argv):
+                message = self.refused(*argv, code=2)
+                self.assertIn(f"argument {argv[-2]}: {argv[-1]!r}: must be", message)
+                self.assertIn(words, message)
+
+    def test_a_narrow_terminal_still_gets_its_listing(self):
+        self.app.send("t\u2026", "\ud800")
+        for extra in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"},
+                      {"PYTHONIOENCODING": "latin-1:strict"}):
+            with self.subTest(extra):
+                self.assertIn("t\\u2026", self.ok("list", **extra))
+                self.ok("show", "1", **extra)
+
+    def shell(self, command, **kwargs):
+        """Run a command line of sh in which $P is `python pybgworker.py`."""
+        return subprocess.run(
+            command.replace("$P", f"{sys.executable} {HERE / 'pybgworker.py'}"),
+            shell=True, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, timeout=60, env=clean_environment(PYBGWORKER_DB=str(self.db)),
+            **kwargs)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_output_that_cannot_be_written_is_one_line(self):
+        self.tasks.add.delay(1, 2)
+        for command, words in (("$P list >/dev/full", "No space left"),
+                               ("$P list >&-", "standard output is closed"),
+                               ("$P list --json </dev/null >&-", "closed")):
+            with self.subTest(command):
+                done = self.shell(command)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, rf"\Apybgworker: [^\n]*{words}[^\n]*\n\Z")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_worker_works_without_standard_streams(self):
+        for streams in (">&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"):
+            result = self.tasks.add.delay(20, 22)
+            with self.subTest(streams):
+                done = self.shell(f"$P run --app tasks --burst {streams}")
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual(result.result, 42)
+
+    def test_a_folder_that_was_deleted_is_one_line(self):
+        done = self.shell("mkdir gone && cd gone && rmdir ../gone && $P list")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Apybgworker: [^\n]*folder was deleted[^\n]*\n\Z")
+
+    def test_json_too_deep_is_one_line(self):
+        message = self.refused("enqueue", "t", "[" * 60_000, code=2)
+        self.assertIn("is not JSON", message)
+
+    def test_the_end_of_input_is_a_no(self):
+        pty = pybgworker.importlib.import_module("pty")
+        self.tasks.add.delay(1, 2)
+        terminal, other = pty.openpty()
+        os.write(terminal, b"\x04")             # Ctrl-D
+        done = self.cli("purge", stdin=other)
+        os.close(terminal)
+        os.close(other)
+        self.assertEqual((done.returncode, self.app.result(1).status), (1, "queued"))
+        self.assertIn("nothing was changed", done.stderr)
+
+    def test_inspect_counts_what_runs_now(self):
+        worker = self.worker("--heartbeat-interval", 10, "--worker-timeout", 60)
+        worker.wait_for("worker_ready")
+        self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        found, = json.loads(self.ok("inspect", "--json"))["workers"]
+        self.assertEqual(found["running"], 1)
+
+    def test_the_log_is_text_on_a_terminal(self):
+        pty = pybgworker.importlib.import_module("pty")
+        for flags, shown in (((), b"Z worker_start "),
+                             (("--log-format", "json"), b'"event":"worker_start"')):
+            terminal, other = pty.openpty()
+            subprocess.run(
+                [sys.executable, str(HERE / "pybgworker.py"), "run", "--app", "tasks",
+                 "--burst", *flags], stdout=other, cwd=self.folder, check=True,
+                env=clean_environment(PYBGWORKER_DB=str(self.db)))
+            os.close(other)
+            self.assertIn(shown, os.read(terminal, 1 << 16))
+            os.close(terminal)
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
