@@ -4917,6 +4917,13 @@ class Journal:
             self.say("scheduler_start", schedules=schedules)
         self.log.flush()
 
+    def stopping(self, running: list, patience: float) -> None:
+        """A signal has come: what is waited for, and how long.  A second ends it."""
+        self.say(
+            "worker_stopping", running=len(running), patience=patience,
+            tasks=[f"{run.id} {run.name}" for run in running],
+        )
+
     def run(self, event: str, run: Run | Callback | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
@@ -5252,6 +5259,7 @@ class Worker:
         if self.stops.count and not self.stop_by:
             self.stop_by = now + to_ms(self.settings.shutdown_timeout)
             self.returned += self.pool.recall_all()
+            self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
         try:
             self._transact(now)

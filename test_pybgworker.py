@@ -564,6 +564,18 @@ class Promises(Served):
         self.assertEqual((running.status, waiting.status), ("success", "queued"))
         self.assertEqual(waiting.attempt, 0)
 
+    def test_the_first_signal_says_what_is_waited_for_while_it_is(self):
+        worker = self.worker("--concurrency", 1, "--shutdown-timeout", 20)
+        result = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        worker.signal(signal.SIGINT)
+        said = worker.wait_for("worker_stopping")
+        self.assertEqual((said["running"], said["patience"]), (1, 20.0))
+        self.assertEqual(said["tasks"], [f"{result.id} tasks.nap"])
+        self.assertIsNone(worker.find("worker_stop"))
+        worker.signal(signal.SIGINT)
+        self.assertEqual(worker.wait(), 0)
+
     def test_the_second_signal_hands_the_run_back_without_a_charge(self):
         worker = self.worker("--concurrency", 1)
         result = self.tasks.nap.delay(30)
