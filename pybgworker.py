@@ -25,7 +25,8 @@ Life of a task
     warm subprocesses with `Pool.dispatch`.  A child (`run_child`) runs one task
     at a time and answers each with one message.  `settle` decides what
     follows: success, failure, or another run after `retry_delay`; and
-    `Store.finish` writes it, if the run is still ours.  `AsyncResult.get` reads
+    `Store.finish` writes it, if the run is still ours, and with it the rows of
+    what follows, such as a call of on_failure.  `AsyncResult.get` reads
     the outcome.  A killed child costs the one task it was running; the tasks of
     a killed worker are found by `Store.reap` and run again.
 
@@ -1334,6 +1335,8 @@ create table bg_task (
     timeout     real,                 -- seconds a run may take; null: no limit
     worker      integer,              -- bg_worker.id that claimed it last
     cancel_asked integer not null default 0, -- 1: its worker shall end the run
+    callbacks   integer not null default 0,  -- 1 on_success 2 on_failure 3 both; set
+                                      -- at the claim, for whoever ends the last run
     run_at      integer not null,     -- unix ms; due, and ready, from then on
     created_at  integer not null,     -- unix ms of delay()
     started_at  integer,              -- unix ms the last run began
@@ -1825,11 +1828,12 @@ class Run:
 
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "announced", "cancelled", "about",
+        "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
+        "about",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
-                 run_at, tick, args, priority):
+                 run_at, tick, args, priority, callbacks=0):
         self.id = id
         self.name = name
         self.queue = queue
@@ -1841,6 +1845,7 @@ class Run:
         self.tick = tick
         self.args = args                # None: the child reads them itself
         self.priority = priority
+        self.callbacks = callbacks      # as in the row
         self.announced = False          # task_start is logged
         self.cancelled = False          # somebody asked to end it
         self.about = ""                 # what each of its log lines says
@@ -1856,6 +1861,34 @@ class Run:
         return self.used > self.retries
 
 
+# What an end calls: the bit in bg_task.callbacks, and the option of @task.
+CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
+_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+
+
+def callback_kind(name: str) -> str:
+    """on_success or on_failure for the name of a callback, else nothing."""
+    of, _, kind = name.rpartition(":")
+    return kind if of and kind in ("on_success", "on_failure") else ""
+
+
+def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
+    """The (NewTask, arguments) to be committed with this end of a run.
+
+    A task of its own, in the queue of the one it is about: what calls back is as
+    durable as what is called back about, and is run again when it fails.
+    """
+    bit, kind = CALLBACKS.get(state, (0, ""))
+    if not run.callbacks & bit:
+        return ()
+    row = NewTask(
+        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
+        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
+    )
+    args = [run.id] if state == SUCCESS else [run.id, error]
+    return (row, _to_json([args, {}])),
+
+
 class Outcome(NamedTuple):
     """What becomes of a run: its new state and what is kept of it."""
 
@@ -1867,12 +1900,13 @@ class Outcome(NamedTuple):
     started_at: int | None = None
     duration: float | None = None
     run_at: int | None = None       # when retrying: the next run
+    then: tuple = ()                # (NewTask, arguments) to be enqueued with it
 
     @property
     def is_plain(self) -> bool:
         """True for a success that is all in its row: most are."""
         is_small = len(self.result or "") <= _INLINE_CHARS
-        return self.state == SUCCESS and not self.output and is_small
+        return self.state == SUCCESS and is_small and not (self.output or self.then)
 
 
 class ClaimOrder(NamedTuple):
@@ -1885,6 +1919,7 @@ class ClaimOrder(NamedTuple):
     ahead: int                  # more places, for tasks that may wait in a pipe
     ahead_names: Any            # container of the names that may
     rates: dict                 # starts per second by task name; "": over all
+    callbacks: dict = {}        # by task name, for those that have one: as in the row
 
     def lets_wait(self, run: Run) -> bool:
         """True for a run that need not start at once."""
@@ -2017,7 +2052,7 @@ class GroupCommit:
 
 
 class Queue(Database):
-    """The verbs of callers that enqueue and of workers that claim and finish."""
+    """The verbs of callers that enqueue and of workers that claim."""
 
     _group: GroupCommit | None = None
 
@@ -2131,7 +2166,7 @@ class Queue(Database):
         self._promote(now)
         groups, next_at, limited = self._open_groups(order, now)
         runs = self._pick(groups, order)
-        self._take(runs, order.worker, now)
+        self._take(runs, order, now)
         self._spend(runs, order.rates, now)
         return Claimed(runs, _earliest(self._next_due(), next_at), limited)
 
@@ -2234,20 +2269,22 @@ class Queue(Database):
             cursor.close()
         return runs
 
-    def _take(self, runs, worker, now):
+    def _take(self, runs, order, now):
         """Mark the picked as running: of each name and priority, a range of ids.
 
         What else lies in the range is in another state; the write lock is held.
         """
         ranges: dict = {}
         for run in runs:
-            ranges.setdefault((run.queue, run.name, run.priority), []).append(run.id)
+            run.callbacks = order.callbacks.get(run.name, 0)
+            of = run.callbacks, run.queue, run.name, run.priority
+            ranges.setdefault(of, []).append(run.id)
         self._link().connection.executemany(
             """update bg_task set state = 3, worker = ?, attempt = attempt + 1,
-                    started_at = ?
+                    started_at = ?, callbacks = ?
                 where state = 2 and queue = ? and name = ? and priority = ?
                     and id between ? and ?""",
-            [(worker, now, *of, ids[0], ids[-1]) for of, ids in ranges.items()],
+            [(order.worker, now, *of, ids[0], ids[-1]) for of, ids in ranges.items()],
         )
 
     def _spend(self, runs, rates, now):
@@ -2262,7 +2299,9 @@ class Queue(Database):
                 {"name": name, "tat": tat},
             )
 
-    # -- ending runs
+
+class Endings(Queue):
+    """The verbs of workers for the ends of runs."""
 
     _SUCCEED = """
         update bg_task set state = 4, finished_at = ?,
@@ -2277,10 +2316,10 @@ class Queue(Database):
         where id = ? and state = 3 and worker = ? and attempt = ?"""
 
     def finish(self, outcomes: Sequence[Outcome], worker: int, now: int) -> list:
-        """Write what became of the worker's runs; return the outcomes not written.
+        """Write what became of the worker's runs, and enqueue what follows it.
 
-        Those lost their lease: the row is no longer running, or runs for somebody
-        else, and keeps what that one wrote.
+        Returns the outcomes not written.  Those lost their lease: the row is no
+        longer running, or runs for somebody else, and keeps what that one wrote.
         """
         plain = [o for o in outcomes if o.is_plain]
         if self._succeed_all(plain, worker, now):
@@ -2305,11 +2344,11 @@ class Queue(Database):
         return done == len(outcomes)
 
     def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
-        run, state, result, _, _, started_at, duration, run_at = outcome
+        run, state = outcome.run, outcome.state
         return (
-            state, state, state, now, started_at, duration,
-            run.run_at if run_at is None else run_at,
-            result, forgive, uncount, run.id, worker, run.attempt,
+            state, state, state, now, outcome.started_at, outcome.duration,
+            run.run_at if outcome.run_at is None else outcome.run_at,
+            outcome.result, forgive, uncount, run.id, worker, run.attempt,
         )
 
     def _finish_one(self, outcome, worker, now):
@@ -2326,6 +2365,8 @@ class Queue(Database):
             self._put_payload(connection, outcome.run.id, _ERROR, error)
         if outcome.output:
             self._put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
+        if outcome.then:
+            self.insert([Request(row, [text]) for row, text in outcome.then])
         return True
 
     def give_back(self, runs: Sequence[Run], worker: int, now: int,
@@ -2413,7 +2454,7 @@ def parse_id(text: str) -> int:
     return _row_id(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text)
 
 
-class Operations(Queue):
+class Operations(Endings):
     """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
 
     def task(self, task_id: int) -> TaskRow:
@@ -2714,17 +2755,22 @@ class Store(Operations):
         error = {"kind": "lost", "message": f"worker {name} died"}
         with self.write(patience=0.5) as link:
             rows = self._read(
-                """select id, name, attempt, retries, forgiven, cancel_asked
+                """select cancel_asked, id, name, queue, attempt - 1, retries, forgiven,
+                        timeout, run_at, tick, null, priority, callbacks
                     from bg_task where state = 3 and worker = :worker""",
                 {"worker": worker},
             )
-            lost = []
-            for task_id, task, attempt, retries, forgiven, cancel_asked in rows:
-                used_up = attempt - forgiven > retries
-                state = CANCELLED if cancel_asked else FAILED if used_up else QUEUED
-                self._lose(link.connection, task_id, state, now)
-                self._put_payload(link.connection, task_id, _ERROR, _to_json(error))
-                lost.append(LostRun(task_id, task, attempt, state, name))
+            lost: list[LostRun] = []
+            then: list[tuple] = []
+            for cancel_asked, *values in rows:
+                run = Run(*values)
+                state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
+                self._lose(link.connection, run.id, state, now)
+                self._put_payload(link.connection, run.id, _ERROR, _to_json(error))
+                lost.append(LostRun(run.id, run.name, run.attempt, state, name))
+                then += callback_rows(run, state, error, now)
+            if then:
+                self.insert([Request(row, [text]) for row, text in then])
             link.connection.execute(
                 """delete from bg_worker where id = :id""", {"id": worker}
             )
@@ -2875,6 +2921,12 @@ def _due_at(now, countdown, eta):
     return now
 
 
+def _check_callback(name, value):
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}={value!r}: must be a function")
+    return value
+
+
 class Task(Generic[P, R]):
     """A registered function.  Calling it calls the function, here and now."""
 
@@ -2894,7 +2946,8 @@ class Task(Generic[P, R]):
         self.priority = _check_priority(priority)
         self.timeout = _check_timeout(timeout)
         self.rate_limit = None if rate_limit is None else _rate(rate_limit)
-        self.on_success, self.on_failure = on_success, on_failure
+        self.on_success = _check_callback("on_success", on_success)
+        self.on_failure = _check_callback("on_failure", on_failure)
         classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
         if not all(isinstance(c, type) and issubclass(c, BaseException)
                    for c in classes):
@@ -2913,6 +2966,20 @@ class Task(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<Task {self.name}>"
+
+    @property
+    def callbacks(self) -> int:
+        """What there is to call at its end: as in bg_task."""
+        return (self.on_success is not None) + 2 * (self.on_failure is not None)
+
+    def companions(self) -> Iterator[Task]:
+        """The tasks that call on_success and on_failure: NAME:on_failure."""
+        for kind in ("on_success", "on_failure"):
+            fn = getattr(self, kind)
+            if fn is not None:
+                task: Task = Task(self.app, _calling(fn), self.name, {})
+                task.name = f"{self.name}:{kind}"
+                yield task
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
         """Enqueue a call; return its AsyncResult.
@@ -2962,6 +3029,18 @@ class Call(Generic[P]):
         """Enqueue many calls, as Task.delay_many() does."""
         found = [_one_call(call) for call in calls]
         return self._task.app.enqueue(self._task, found, self._options)
+
+
+def _calling(fn):
+    """The function of a callback's task: makes a TaskError, drops the result."""
+    async def wait_for(coroutine):
+        await coroutine
+
+    def call(task_id, *error):
+        value = fn(task_id, *map(TaskError, error))
+        return wait_for(value) if isinstance(value, types.CoroutineType) else None
+
+    return call
 
 
 def _one_call(call):
@@ -3052,7 +3131,7 @@ class App:
         schedules = []
         if isinstance(fn, Task):            # @task above @cron
             schedules = fn.schedules
-            self.tasks.pop(fn.name, None)
+            self._unregister(fn.name)
             fn = fn.fn
         if not callable(fn):
             raise TypeError(f"@task needs a function, not {type(fn).__name__}")
@@ -3070,8 +3149,20 @@ class App:
                 f"two tasks are named {task.name!r}: {_place(other.fn)} and "
                 f"{_place(task.fn)}; give one of them @task(name=...)"
             )
+        if callback_kind(task.name):
+            raise AppError(
+                f"task {task.name!r}: names with :on_success or :on_failure at the end "
+                "are for the callbacks of tasks"
+            )
+        self._unregister(task.name)
         self.tasks[task.name] = task
+        for companion in task.companions():
+            self.tasks[companion.name] = companion
         return task
+
+    def _unregister(self, name):
+        for of in (name, name + ":on_success", name + ":on_failure"):
+            self.tasks.pop(of, None)
 
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
              overlap: str = "allow", jitter: float = 0.0) -> Callable:
@@ -3617,8 +3708,7 @@ class LiveFile:
 # claims or retries.
 #
 # A frame to the child is a JSON line and the encoded arguments:
-#     ["run", id, name, attempt, timeout, tick]\n[[1, 2], {}]
-#     ["on_failure", id, name, attempt, timeout, null]\n{"kind": ...}
+#     [id, name, attempt, timeout, tick]\n[[1, 2], {}]
 # A message to the parent is this header and a body of `length` bytes:
 
 _MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
@@ -3748,17 +3838,13 @@ class Child:
 
     def _serve(self, frame):
         head, _, text = frame.partition(b"\n")
-        kind, self.run_id, name, self.attempt, timeout, tick = json.loads(head)
+        self.run_id, name, self.attempt, timeout, tick = json.loads(head)
         self.printed = 0
         self.interrupt = None
         started_at = now_ms()
         start = time.perf_counter()
         try:
-            task = self.app.tasks[name]
-            if kind == "run":
-                message = _SUCCEEDED, self._run(task, text, timeout, tick)
-            else:
-                message = _SUCCEEDED, self._call_back(task, kind, text, timeout)
+            message = _SUCCEEDED, self._run(self.app.tasks[name], text, timeout, tick)
         except BaseException as exc:
             message = _ENDED_BADLY, self._describe(exc, self.app.tasks.get(name))
         if os.getpid() != self.pid:         # the task forked and came back twice
@@ -3797,13 +3883,6 @@ class Child:
                 f"{limit:,}; write it to a file and return its path"
             )
         return body
-
-    def _call_back(self, task, kind, text, timeout):
-        arguments = [self.run_id]
-        if kind == "on_failure":
-            arguments.append(TaskError(json.loads(text)))
-        self._interruptibly(timeout, getattr(task, kind), arguments, {})
-        return b"null"
 
     def _interruptibly(self, timeout, fn, args, kwargs):
         """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
@@ -4007,7 +4086,7 @@ _READ_BYTES = 1 << 18
 class Ended(NamedTuple):
     """How a run ended, as far as the pool knows."""
 
-    run: Any            # Run or Callback
+    run: Run
     kind: str           # success, exception, timeout, crash, abort, cancelled
     result: str | None = None
     error: dict | None = None       # also retryable, countdown; crash: exit data
@@ -4016,27 +4095,12 @@ class Ended(NamedTuple):
     duration: float | None = None
 
 
-class Callback:
-    """on_success or on_failure of a finished task, to be run like a task."""
-
-    __slots__ = ("id", "name", "kind", "attempt", "timeout", "text", "about")
-    tick = None
-    announced = True        # no task_start is logged for it
-    is_last = True          # so it gets a free child, and never waits in a pipe
-
-    def __init__(self, id, name, kind, attempt, timeout, text):
-        self.id, self.name, self.kind = id, name, kind
-        self.attempt, self.timeout, self.text = attempt, timeout, text
-        self.about = ""
-
-
 def _frame(run):
     """The bytes that make a child run this."""
-    kind, text = ("run", run.args) if isinstance(run, Run) else (run.kind, run.text)
     name, timeout = _SCALARS[str](run.name), run.timeout or "null"
     tick = "null" if run.tick is None else run.tick
-    head = f'["{kind}",{run.id},{name},{run.attempt},{timeout},{tick}]'
-    return f"{head}\n{text or ''}".encode()
+    head = f"[{run.id},{name},{run.attempt},{timeout},{tick}]"
+    return f"{head}\n{run.args or ''}".encode()
 
 
 def _read_all(fd, most):
@@ -4098,7 +4162,7 @@ class Member:
         """True when it may be given work."""
         return self.ready and not self.retiring and not self.why
 
-    def send(self, run: Any, now: int) -> bool:
+    def send(self, run: Run, now: int) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
         try:
             self.frames.send(_frame(run)[:_FRAME_BYTES])
@@ -4122,7 +4186,7 @@ class Member:
                 frame = self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
                 if not frame:
                     break
-                ids.add(json.loads(frame.partition(b"\n")[0])[1])
+                ids.add(json.loads(frame.partition(b"\n")[0])[0])
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
         return back
@@ -4237,7 +4301,6 @@ _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 _EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
-_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _LATEST_MS = 1 << 53        # no clock shows such a unix time
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
@@ -4407,9 +4470,9 @@ class Pool:
         return behind < _AHEAD_FRAMES and ahead < _AHEAD_SECONDS
 
     def _put_back(self):
-        """Take the runs out of the hand; callbacks stay, they have no row."""
-        runs = [run for run in self.hand if isinstance(run, Run)]
-        self.hand = collections.deque(r for r in self.hand if r not in runs)
+        """Take the runs out of the hand."""
+        runs = list(self.hand)
+        self.hand.clear()
         return runs
 
     def _announce(self, run):
@@ -4608,14 +4671,14 @@ class Pool:
     def cancel(self, run_id: int, now: int) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""
         for member in self.members:
-            if any(r.id == run_id and isinstance(r, Run) for r in member.waiting):
+            if any(run.id == run_id for run in member.waiting):
                 self._recall(member)        # it may not have begun
                 head = member.waiting[0] if member.waiting else None
                 if head and head.id == run_id and not member.kill_at:
                     head.cancelled = True
                     self._condemn(member, "cancelled", now, _CANCEL_GRACE)
                     member.interrupt(run_id)
-        found = [r for r in self.hand if r.id == run_id and isinstance(r, Run)]
+        found = [run for run in self.hand if run.id == run_id]
         self.hand = collections.deque(r for r in self.hand if r not in found)
         self.ended += [Ended(run, "cancelled") for run in found]
 
@@ -4632,11 +4695,11 @@ class Pool:
 
     def kill_all(self, now: int) -> list[Run]:
         """Kill every child; return the runs this interrupted."""
-        runs = []
+        runs: list[Run] = []
         for member in list(self.members):
             member.wait(0)
             self._hear_last(member, now)
-            runs += [run for run in member.waiting if isinstance(run, Run)]
+            runs += member.waiting
             self._remove(member)
         return runs
 
@@ -4924,7 +4987,7 @@ class Journal:
             tasks=[f"{run.id} {run.name}" for run in running],
         )
 
-    def run(self, event: str, run: Run | Callback | None, /, **fields: Any) -> None:
+    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
             self.say(event, **fields)
@@ -4960,21 +5023,21 @@ class Journal:
             retry_at = iso_time(outcome.run_at or 0)
             return self.run("task_retry", run, duration=duration, **about,
                             retry_at=retry_at)
-        return self.run("task_failure", run, duration=duration, **about,
-                        traceback=error.get("traceback"))
-
-    def callback(self, end: Ended) -> None:
-        """An on_success or on_failure that went wrong."""
-        if end.error is not None:
-            self.run("callback_error", end.run, callback=end.run.kind,
-                     error=str(TaskError(end.error)),
-                     traceback=end.error.get("traceback") or None)
+        self.run("task_failure", run, duration=duration, **about,
+                 traceback=error.get("traceback"))
+        kind = callback_kind(run.name)
+        if kind:
+            self.run("callback_error", run, callback=kind, error=about["error"])
 
     def lost(self, lost: LostRun) -> None:
         """A run whose worker died."""
         self.log.event("task_lost", task_id=lost.id, name=lost.name,
                        attempt=lost.attempt, worker=lost.worker,
                        state=state_name(lost.state))
+        kind = callback_kind(lost.name)
+        if kind and lost.state == FAILED:
+            self.log.event("callback_error", task_id=lost.id, name=lost.name,
+                           callback=kind, error="lost: its worker died")
 
 
 def _rounded(seconds):
@@ -5008,16 +5071,23 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
         ended.started_at, ended.duration,
     )
     if error is None and ended.kind == "success":
-        return outcome
+        return _with_callback(outcome, now)
     outcome = outcome._replace(state=FAILED)
     if ended.kind == "cancelled" or run.cancelled:
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
-        return outcome
+        return _with_callback(outcome, now)
     delay = error.get("countdown")
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
     return outcome._replace(state=RETRYING, run_at=now + to_ms(max(0.0, delay)))
+
+
+def _with_callback(outcome, now):
+    if not outcome.run.callbacks:       # as most
+        return outcome
+    rows = callback_rows(outcome.run, outcome.state, outcome.error, now)
+    return outcome._replace(then=rows)
 
 
 def _kept_error(error):
@@ -5034,14 +5104,6 @@ def _child_spec(app_spec, path, settings):
     values = {name: getattr(settings, name) for name in names}
     return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0,
                      {"db": path, **values})
-
-
-def _frame_text(error):
-    """An error as a frame can hold it."""
-    text = _to_json(error)
-    if len(text) > _FRAME_BYTES // 2:
-        text = _to_json({"kind": error["kind"], "type": error.get("type", "")})
-    return text
 
 
 class Chore:
@@ -5132,6 +5194,7 @@ class Worker:
         self._data_version = -1
         self._prune_cursor = 0
         self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
+        self._callbacks = {n: t.callbacks for n, t in app.tasks.items() if t.callbacks}
         if self.settings.rate_limit:
             self._rates[""] = self.settings.rate_limit
 
@@ -5166,7 +5229,8 @@ class Worker:
         self.liveness.register(now)
         self.scheduler = Scheduler(self.app, self.journal.say)
         self.scheduler.register(now)
-        self.journal.start(self.settings, self.store.path, sorted(self.app.tasks),
+        tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
+        self.journal.start(self.settings, self.store.path, tasks,
                            self.scheduler.count())
         spec = _child_spec(self.app_spec, self.store.path, self.settings)
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
@@ -5294,14 +5358,11 @@ class Worker:
         """Turn what the pool says into outcomes to be written."""
         ended, self.pool.ended = self.pool.ended, []
         for end in ended:
-            if isinstance(end.run, Callback):
-                self.journal.callback(end)
-            else:
-                task = self.app.tasks.get(end.run.name)
-                policy = task.policy if task else RetryPolicy()
-                self.outcomes.append(settle(end, policy, now, random.random()))
-                if end.error is not None:
-                    self.journal.death(end)
+            task = self.app.tasks.get(end.run.name)
+            policy = task.policy if task else RetryPolicy()
+            self.outcomes.append(settle(end, policy, now, random.random()))
+            if end.error is not None:
+                self.journal.death(end)
 
     def _transact(self, now):
         """Write what ended and claim what comes next, in one commit."""
@@ -5324,7 +5385,7 @@ class Worker:
             return None
         return ClaimOrder(
             self.liveness.id, self.settings.queues, self.app.tasks, free, ahead,
-            self.pool.durations.short_names, self._rates,
+            self.pool.durations.short_names, self._rates, self._callbacks,
         )
 
     def _wants(self, order, now):
@@ -5347,7 +5408,7 @@ class Worker:
         return self.store.finish(self.outcomes, self.liveness.id, now)
 
     def _after_finish(self, stale):
-        """The commit is done: say what was written, and call back."""
+        """The commit is done: say what was written."""
         outcomes, self.outcomes, self.returned = self.outcomes, [], []
         self.pool.progress.clear()
         for outcome in outcomes:
@@ -5357,20 +5418,7 @@ class Worker:
             self.journal.outcome(outcome)
             if outcome.state == RETRYING:
                 self.next_at = _earliest(self.next_at, outcome.run_at)
-            else:
-                self._call_back(outcome.run, outcome.state, outcome.error)
-
-    def _call_back(self, run, state, error):
-        """Have a child run on_success or on_failure, if the task has one."""
-        task = self.app.tasks.get(run.name)
-        if task is None or not (task.on_success or task.on_failure):
-            return
-        which = {SUCCESS: "on_success", FAILED: "on_failure"}.get(state)
-        if which and getattr(task, which):
-            limit = task.timeout or _CALLBACK_SECONDS
-            self.pool.hand.append(Callback(
-                run.id, run.name, which, run.attempt, limit, _frame_text(error)
-            ))
+            self.look |= bool(outcome.then)
 
     def _take_in(self, claimed, now):
         self.pool.hand.extend(claimed.runs)
@@ -5414,8 +5462,6 @@ class Worker:
         for lost in self.liveness.reap_dead(now):
             self.look = True
             self.journal.lost(lost)
-            error = {"kind": "lost", "message": f"worker {lost.worker} died"}
-            self._call_back(lost, lost.state, error)
 
     def _heed_cancels(self, now):
         for task_id in self.store.cancels_asked(self.liveness.id):

@@ -385,8 +385,29 @@ TASKS = """
         if how == "crash":
             os._exit(9)
 
-    @task(retries=0, on_success=lambda i: 1 / 0)
+    def refuse(task_id):
+        raise Abort(f"not for {task_id}")
+
+    @task(retries=0, on_success=refuse)
     def bad_callback():
+        pass
+
+    def stay(task_id, error):
+        mark("stay", f"{task_id} {len(error.message)} {os.getpid()}")
+        if len(open("stay").readlines()) == 1:
+            time.sleep(60)
+
+    @task(retries=0, on_failure=stay, timeout=50)
+    def long_story():
+        raise ValueError("\u20ac" * 15_000)
+
+    async def later(task_id):
+        await asyncio.sleep(0)
+        mark("later", f"{task_id} {current_task().name}")
+        return object()                 # nobody asks for it
+
+    @task(on_success=later)
+    def slowly_called_back():
         pass
 
     @task(rate_limit=20, retries=0)
@@ -680,10 +701,32 @@ class Promises(Served):
         lines = sorted(self.wait_lines("bad", 2))
         self.assertEqual(lines[0], f"{bad.id} exception ValueError: oh")
         self.assertTrue(lines[1].startswith(f"{crashed.id} crash crash: the process"))
-        wrong = self.tasks.bad_callback.delay()
-        event = worker.wait_for("callback_error", task_id=wrong.id)
-        self.assertIn("ZeroDivisionError", event["error"])
-        self.assertEqual(wrong.status, "success")
+        slow = self.tasks.slowly_called_back.delay()
+        text = f"{slow.id} tasks.slowly_called_back:on_success"
+        self.assertEqual(self.wait_lines("later"), [text])
+        worker.wait_for("task_success", name="tasks.slowly_called_back:on_success")
+
+    def test_a_callback_that_fails_is_a_failed_task(self):
+        worker = self.worker()
+        result = self.tasks.bad_callback.delay()
+        event = worker.wait_for("callback_error", callback="on_success")
+        self.assertEqual(event["error"], f"Abort: not for {result.id}")
+        self.assertEqual(result.status, "success")
+        failed, = self.store.tasks(name="tasks.bad_callback:on_success")
+        self.assertEqual((failed.status, failed.id), ("failed", event["task_id"]))
+
+    def test_a_callback_is_run_again_when_its_worker_is_killed_and_gets_all_of_the_error(
+            self):
+        first = self.worker("--concurrency", 1)
+        result = self.tasks.long_story.delay()
+        self.wait_lines("stay")
+        first.kill()
+        self.worker("--concurrency", 1)
+
+        lines = self.wait_lines("stay", 2)
+        self.assertEqual({line.split()[0] for line in lines}, {str(result.id)})
+        self.assertEqual({line.split()[1] for line in lines}, {"15000"})
+        self.assertEqual(result.attempt, 1)
 
     def test_progress_is_seen_while_the_task_runs(self):
         self.worker()
@@ -1399,9 +1442,10 @@ class QueueCase(Case):
         return self.store.enqueue(task, [args] * count)[0]
 
     def order(self, worker=1, queues=None, names=("t", "u"), free=100, ahead=0,
-              ahead_names=(), **rates):
+              ahead_names=(), callbacks=None, **rates):
         return pybgworker.ClaimOrder(
-            worker, queues, set(names), free, ahead, set(ahead_names), rates)
+            worker, queues, set(names), free, ahead, set(ahead_names), rates,
+            callbacks or {})
 
     def claim(self, *args, **kwargs):
         order = self.order(*args, **kwargs)
@@ -1769,6 +1813,29 @@ class Finishing(QueueCase):
         self.assertEqual(self.store.output(1), "printed")
         self.assertEqual(self.sql("select result from bg_task"), [(None,)])
 
+    def test_what_follows_is_committed_with_the_outcome_or_not_at_all(self):
+        then = pybgworker.callback_rows
+        for state, kind in ((pybgworker.SUCCESS, "on_success"),
+                            (pybgworker.FAILED, "on_failure")):
+            task_id = self.enqueue("t", "q", 7)
+            run, = self.claim(callbacks={"t": 3})
+            error = {"kind": "exception"} if kind == "on_failure" else None
+            rows = then(run, state, error, self.now)
+            self.assertEqual(len(self.finish(run, state, worker=9, then=rows)), 1)
+            self.assertEqual(self.store.tasks(name="t:" + kind), [])
+            self.finish(run, state, error=error, then=rows)
+            row, = self.store.tasks(name="t:" + kind)
+            with self.subTest(kind):
+                self.assertEqual((row.status, row.queue, row.priority, row.timeout),
+                                 ("queued", "q", 7, 60.0))
+                args = [task_id] if error is None else [task_id, error]
+                self.assertEqual(self.store.args(row.id), json.dumps(
+                    [args, {}], separators=(",", ":")))
+            self.sql("delete from bg_task where name != 't'")
+        self.assertEqual(then(run, pybgworker.RETRYING, None, self.now), ())
+        run.callbacks = 1
+        self.assertEqual(then(run, pybgworker.FAILED, {}, self.now), ())
+
     def test_a_run_that_never_began_is_not_counted(self):
         self.enqueue(retries=0)
         run, = self.claim()
@@ -2062,6 +2129,22 @@ class Tasks(Case):
             with self.subTest(message), self.assertRaises((ValueError, TypeError)) as e:
                 self.app.task(**options)(print)
             self.assertIn(message, str(e.exception))
+
+    def test_callbacks_are_tasks_beside_their_task(self):
+        app = self.app
+
+        @app.task(name="t", on_success=print, on_failure=self.app.task(len, name="l"))
+        def first():
+            pass
+
+        self.assertEqual(sorted(app.tasks), ["l", "t", "t:on_failure", "t:on_success"])
+        self.assertEqual(app.tasks["t"].callbacks, 3)
+        app.task(first, name="t")           # @task again, without any
+        self.assertEqual(sorted(app.tasks), ["l", "t"])
+        with self.assertRaisesRegex(pybgworker.AppError, "callbacks of tasks"):
+            app.task(print, name="t:on_failure")
+        with self.assertRaisesRegex(ValueError, "on_success='f': must be a function"):
+            app.task(on_success="f")(print)
 
     def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
         self.module("@task\ndef f(): pass")
@@ -3057,10 +3140,11 @@ class Lives(Case):
         found.register(self.now)
         return found
 
-    def run_of(self, worker, **options):
+    def run_of(self, worker, callbacks=0, **options):
         task = pybgworker.Task(self.app, print, "t", options)
         self.app.enqueue(task, [((), {})], {})
-        order = pybgworker.ClaimOrder(worker, None, {"t"}, 1, 0, set(), {})
+        order = pybgworker.ClaimOrder(worker, None, {"t"}, 1, 0, set(), {},
+                                      {"t": callbacks})
         with self.store.write():
             return self.store.claim(order, pybgworker.now_ms()).runs[0]
 
@@ -3130,6 +3214,19 @@ class Lives(Case):
         self.assertEqual(states, {last.id: pybgworker.FAILED,
                                   cancelled.id: pybgworker.CANCELLED})
         self.assertEqual(self.store.error(last.id)["kind"], "lost")
+
+    def test_who_reaps_a_last_run_enqueues_its_on_failure_and_need_not_know_it(self):
+        watching, dead = self.liveness(), self.liveness()
+        last = self.run_of(dead.id, callbacks=2, retries=0, queue="q", timeout=7)
+        self.run_of(dead.id, callbacks=2)       # it has retries left
+        self.run_of(dead.id, callbacks=1, retries=0)
+        dead.forsake()
+
+        self.assertEqual(len(watching.reap_dead(self.now)), 3)
+        row, = self.store.tasks(name="t:on_failure")
+        self.assertEqual((row.status, row.queue, row.timeout), ("queued", "q", 7.0))
+        (task_id, error), _ = json.loads(self.store.args(row.id))
+        self.assertEqual((task_id, error["kind"]), (last.id, "lost"))
 
 
 # == Worker ===================================================================
