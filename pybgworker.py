@@ -3058,8 +3058,22 @@ def _rate(value):
         raise ValueError(f"rate_limit={value!r}: must be {exc}") from None
 
 
+def _refuse_at_import(module):
+    """Raise AppError that names the line of the app which enqueues at import."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    raise AppError(
+        f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
+        f"worker imports {module}, and would in each of its children; put it below "
+        '`if __name__ == "__main__":`, or into a function'
+    )
+
+
 class App:
     """One registry of tasks and one database.  Keywords are settings."""
+
+    serving = ""        # the module that a worker or child imports just now
 
     def __init__(self, **settings: Any):
         self.tasks: dict[str, Task] = {}
@@ -3194,6 +3208,8 @@ class App:
 
     def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
         """Insert one row for each (args, kwargs); the work behind delay()."""
+        if App.serving:
+            _refuse_at_import(App.serving)
         row = self._new_task(task, now_ms(), **options)
         if row.key is not None and len(calls) != 1:
             raise ValueError("key= is for one call: each call needs a key of its own")
@@ -3488,6 +3504,14 @@ class Exit(NamedTuple):
     peak_bytes: int             # of resident memory
 
 
+def interpreter() -> list[str]:
+    """The command that starts this Python again, with the flags it was given."""
+    import subprocess
+
+    flags = subprocess._args_from_interpreter_flags()   # type: ignore[attr-defined]
+    return [sys.executable, *flags]
+
+
 def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
     """Start a process in a session and group of its own; return its pid.
 
@@ -3712,8 +3736,9 @@ class LiveFile:
 # A message to the parent is this header and a body of `length` bytes:
 
 _MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
-_READY, _BROKEN = b"R", b"B"            # imported the app, or could not: traceback
+_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
 _SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
+_UNKNOWN = b"U"                         # no task here has this name
 _PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
 
 _FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
@@ -3750,7 +3775,11 @@ def load_app(spec: str) -> App:
     raises passes through.
     """
     module_name, _, attribute = spec.partition(":")
-    module = importlib.import_module(module_name)
+    App.serving = module_name           # the import must not enqueue
+    try:
+        module = importlib.import_module(module_name)
+    finally:
+        App.serving = ""
     if attribute:
         app = getattr(module, attribute, None)
         if not isinstance(app, App):
@@ -3808,7 +3837,7 @@ class Child:
         import gc
 
         gc.freeze()         # what is imported will never be garbage
-        self._send(_READY)
+        self._send(_READY, _to_json(list(self.app.tasks)).encode())
         while True:
             frame = self._receive()
             if not frame:
@@ -3843,10 +3872,14 @@ class Child:
         self.interrupt = None
         started_at = now_ms()
         start = time.perf_counter()
+        task = self.app.tasks.get(name)
         try:
-            message = _SUCCEEDED, self._run(self.app.tasks[name], text, timeout, tick)
+            if task is None:
+                message = _UNKNOWN, b""
+            else:
+                message = _SUCCEEDED, self._run(task, text, timeout, tick)
         except BaseException as exc:
-            message = _ENDED_BADLY, self._describe(exc, self.app.tasks.get(name))
+            message = _ENDED_BADLY, self._describe(exc, task)
         if os.getpid() != self.pid:         # the task forked and came back twice
             os._exit(0)
         duration = time.perf_counter() - start
@@ -3927,20 +3960,18 @@ class Child:
     def _describe(self, exc, task):
         """What the parent needs to decide, as JSON."""
         error = describe_exception(exc)
-        if isinstance(exc, KeyError) and task is None:
-            error["message"] = "this child does not know the task"
-        if self.interrupt is not None:
+        if isinstance(exc, _ResultRefused):
+            error["type"] = type(exc.__cause__).__name__
+        elif isinstance(exc, Abort):        # it wins, also over a time limit
+            error["kind"] = "abort"
+        elif self.interrupt is not None:
             timed_out = isinstance(self.interrupt, TaskTimeout)
             error["kind"] = "timeout" if timed_out else "cancelled"
-        elif isinstance(exc, Abort):
-            error["kind"] = "abort"
-            if isinstance(exc, _ResultRefused):
-                error.update(kind="exception", type=type(exc.__cause__).__name__)
-        elif isinstance(exc, Retry):
+        if isinstance(exc, Retry):
             error["countdown"] = _countdown(exc.countdown)
-        retry_for = task.policy.retry_for if task else ()
-        error["retryable"] = error["kind"] == "timeout" or (
-            not isinstance(exc, Abort) and isinstance(exc, (Retry, *retry_for))
+        error["retryable"] = not isinstance(exc, Abort) and (
+            error["kind"] == "timeout"
+            or isinstance(exc, (Retry, *task.policy.retry_for))
         )
         return _to_json(error).encode()
 
@@ -4087,7 +4118,7 @@ class Ended(NamedTuple):
     """How a run ended, as far as the pool knows."""
 
     run: Run
-    kind: str           # success, exception, timeout, crash, abort, cancelled
+    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
     result: str | None = None
     error: dict | None = None       # also retryable, countdown; crash: exit data
     output: str = ""
@@ -4143,7 +4174,7 @@ class Member:
         self.crash, child_crash = os.pipe()
         ends = child_frames.fileno(), child_messages.fileno(), child_crash
         spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
-        argv = [sys.executable, "-X", "faulthandler", "-c", _CHILD_CODE]
+        argv = [*interpreter(), "-c", _CHILD_CODE]
         null = os.open(os.devnull, os.O_RDONLY)
         self.pid = spawn([*argv, json.dumps(spec)], ends, null, child_output)
         for fd in (null, child_output, child_crash):
@@ -4380,6 +4411,7 @@ class Pool:
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
         self.starts = Starts()
+        self.unknown: set[str] = set()      # names that the newest child lacks
 
     # -- children
 
@@ -4544,6 +4576,7 @@ class Pool:
         elif kind == _READY:
             member.ready = True
             self.starts.succeeded()
+            self.unknown.difference_update(json.loads(body))
         elif kind == _BROKEN:
             member.keep_output(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -4553,6 +4586,10 @@ class Pool:
         elif kind == _PROGRESSED:
             percent, text = json.loads(body)
             self.progress[head.id] = head, _to_json([percent, text])
+        elif kind == _UNKNOWN:
+            self.unknown.add(head.name)
+            self.ended.append(Ended(member.waiting.popleft(), "unknown"))
+            member.begin_head(now)
         elif kind == _ENDED_BADLY:
             self._take_answer(member, _error_of(body), None, started_at, duration, now)
         else:
@@ -5191,6 +5228,7 @@ class Worker:
         self._trouble_at = 0.0          # monotonic; 0: the database works
         self._trouble_said = False
         self._limited: dict[str, int] = {}      # names that wait for their rate
+        self._passed_over: set[str] = set()     # names that children do not know
         self._data_version = -1
         self._prune_cursor = 0
         self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
@@ -5358,6 +5396,10 @@ class Worker:
         """Turn what the pool says into outcomes to be written."""
         ended, self.pool.ended = self.pool.ended, []
         for end in ended:
+            if end.kind == "unknown":       # after a deploy the child's code is newer
+                self.returned.append(end.run)
+                self.journal.run("unknown_task", end.run)
+                continue
             task = self.app.tasks.get(end.run.name)
             policy = task.policy if task else RetryPolicy()
             self.outcomes.append(settle(end, policy, now, random.random()))
@@ -5383,8 +5425,13 @@ class Worker:
         free, ahead = self.pool.room(now)
         if self.stops.count or free + ahead == 0:
             return None
+        if self._passed_over != self.pool.unknown:
+            self._passed_over, self.look = set(self.pool.unknown), True
+        names = self.app.tasks
+        if self._passed_over:
+            names = names.keys() - self._passed_over
         return ClaimOrder(
-            self.liveness.id, self.settings.queues, self.app.tasks, free, ahead,
+            self.liveness.id, self.settings.queues, names, free, ahead,
             self.pool.durations.short_names, self._rates, self._callbacks,
         )
 
