@@ -4112,6 +4112,7 @@ def describe_exception(exc: BaseException) -> dict:
 
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
+_LATEST_MS = 1 << 53                # no clock shows such a unix time
 
 
 class Ended(NamedTuple):
@@ -4248,6 +4249,8 @@ class Member:
                 header = _MESSAGE.unpack_from(buffer, at)
                 if header[0] > max_payload + _MESSAGE_EXTRA_BYTES:
                     raise ValueError("a message that is too long")
+                if not (0 <= header[4] < _LATEST_MS and 0 <= header[5] < _LATEST_MS):
+                    raise ValueError("a time that cannot be")
                 start, end = at + size, at + size + header[0]
                 if len(buffer) < end:
                     break
@@ -4271,6 +4274,10 @@ class Member:
     def printed(self) -> str:
         """All that is kept of the output of the run at the head."""
         return "".join(self._printed)
+
+    def last_words(self) -> str:
+        """Why it could not start."""
+        return self.printed() or f"they die at once: {self.exit}"
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
@@ -4332,7 +4339,6 @@ _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 _EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
-_LATEST_MS = 1 << 53        # no clock shows such a unix time
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
 _NONSENSE = (ValueError, TypeError, RecursionError)     # what reading it may raise
@@ -4345,6 +4351,7 @@ class Starts:
         self.failures = 0       # in a row
         self.next_at = 0        # unix ms; no child is started before
         self._reason = ""       # of the last failure
+        self.unknown: set[str] = set()      # tasks that a new child did not know
 
     @property
     def given_up(self) -> str:
@@ -4357,9 +4364,10 @@ class Starts:
         self.next_at = now + 100 * 2 ** min(self.failures, 8)
         self._reason = reason
 
-    def succeeded(self) -> None:
-        """One is ready: earlier failures do not count any more."""
+    def succeeded(self, names: Iterable[str] = ()) -> None:
+        """One is ready, with these tasks: earlier failures do not count any more."""
         self.failures = 0
+        self.unknown.difference_update(names)
 
 
 class Durations:
@@ -4411,7 +4419,6 @@ class Pool:
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
         self.starts = Starts()
-        self.unknown: set[str] = set()      # names that the newest child lacks
 
     # -- children
 
@@ -4575,8 +4582,7 @@ class Pool:
             self._take_answer(member, None, result, started_at, duration, now)
         elif kind == _READY:
             member.ready = True
-            self.starts.succeeded()
-            self.unknown.difference_update(json.loads(body))
+            self.starts.succeeded(json.loads(body))
         elif kind == _BROKEN:
             member.keep_output(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -4587,7 +4593,7 @@ class Pool:
             percent, text = json.loads(body)
             self.progress[head.id] = head, _to_json([percent, text])
         elif kind == _UNKNOWN:
-            self.unknown.add(head.name)
+            self.starts.unknown.add(head.name)
             self.ended.append(Ended(member.waiting.popleft(), "unknown"))
             member.begin_head(now)
         elif kind == _ENDED_BADLY:
@@ -4596,8 +4602,6 @@ class Pool:
             raise ValueError("an unknown kind of message")
 
     def _take_answer(self, member, error, result, started_at, duration, now):
-        if not (0 <= started_at < _LATEST_MS and 0 <= duration < _LATEST_MS):
-            raise ValueError("a time that cannot be")
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
         self._announce(run)
         self.ended.append(Ended(
@@ -4696,8 +4700,7 @@ class Pool:
             self.ended.append(_death_of(run, member, stack, self._limits, now))
         self._remove(member)
         if not member.ready:
-            reason = member.printed() or f"they die at once: {member.exit}"
-            self.starts.failed(now, reason)
+            self.starts.failed(now, member.last_words())
         self.fill(now)
 
     def _remove(self, member):
@@ -5425,8 +5428,8 @@ class Worker:
         free, ahead = self.pool.room(now)
         if self.stops.count or free + ahead == 0:
             return None
-        if self._passed_over != self.pool.unknown:
-            self._passed_over, self.look = set(self.pool.unknown), True
+        if self._passed_over != self.pool.starts.unknown:
+            self._passed_over, self.look = set(self.pool.starts.unknown), True
         names = self.app.tasks
         if self._passed_over:
             names = names.keys() - self._passed_over

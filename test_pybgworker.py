@@ -2700,6 +2700,66 @@ class Children(Served):
         self.assertEqual(worker.wait(), 1)
         self.assertIn("ValueError: only in children", "".join(worker.errors))
 
+    def test_a_child_that_does_not_know_the_task_hands_it_back(self):
+        """After a deploy: the worker's code is old, that of a new child is new."""
+        path = self.folder / "deployed.py"
+        both = ("from pybgworker import task\n@task(retries=0)\ndef stays(): pass\n"
+                "@task(retries=0)\ndef goes(): return 'done'\n")
+        path.write_text(both)
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 1,
+                             app="deployed")
+        worker.wait_for("worker_ready")
+        path.write_text(both.partition("@task(retries=0)\ndef goes")[0])
+        send = pybgworker._default_app.send
+        for _ in range(3):                  # now every child is a new one
+            self.get(send("deployed.stays", retries=0))
+        gone = send("deployed.goes", retries=0)
+        worker.wait_for("unknown_task", task_id=gone.id, name="deployed.goes")
+        self.get(send("deployed.stays", retries=0))
+
+        self.assertEqual((gone.status, gone.attempt), ("queued", 0))
+        path.write_text(both)
+        for _ in range(3):
+            self.get(send("deployed.stays", retries=0))
+        self.assertEqual(self.get(gone), "done")
+        self.assertEqual(gone.attempt, 1)
+        self.assertEqual(len(worker.all("unknown_task")), 1)
+
+    def test_an_import_that_enqueues_is_an_error_that_names_the_line(self):
+        self.module("@task\ndef f(): pass", name="other")
+        for line in ("f.delay()", "f.delay_many([()])", "app.send('other.f')"):
+            (self.folder / "eager.py").write_text(
+                "from pybgworker import App, task\napp = App()\n"
+                f"@task\ndef f(): pass\n{line}\n")
+            worker = self.worker(app="eager")
+            with self.subTest(line):
+                self.assertEqual(worker.wait(), 1)
+                text = "".join(worker.errors)
+                self.assertIn("eager.py:5: this line enqueues while a worker", text)
+                self.assertIn('if __name__ == "__main__":', text)
+                self.assertEqual(self.sql("select count(*) from bg_task")
+                                 if self.db.exists() else [(0,)], [(0,)])
+
+    def test_children_get_the_flags_of_the_interpreter(self):
+        (self.folder / "flags.py").write_text(
+            "import sys\nfrom pybgworker import task\n@task(retries=0)\n"
+            "def flags(): return [sys.flags.optimize, sys.flags.utf8_mode, "
+            "sys.flags.dev_mode, 'error' in sys.warnoptions]\n")
+        result = pybgworker._default_app.send("flags.flags", retries=0)
+        done = subprocess.run(
+            [sys.executable, "-O", "-W", "error", "-X", "utf8", "-X", "dev", "-m",
+             "pybgworker", "run", "--app", "flags", "--burst"], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db), PYTHONWARNINGS=""),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(self.get(result), [1, 1, True, True])
+
+    def test_abort_wins_over_the_time_limit_it_answers(self):
+        self.worker()
+        failed = self.failure(self.tasks.abort_at_timeout.delay())
+
+        self.assertEqual((failed.kind, failed.error_type), ("abort", "Abort"))
     def test_output_is_cut_at_its_limit_and_says_so(self):
         cut, limit = pybgworker.cut_output, pybgworker._OUTPUT_CHARS
         self.assertEqual(cut("abc", 0), "abc")
@@ -2950,6 +3010,13 @@ Served_TASKS_MORE = """
     @task
     def retry_in(seconds):
         raise Retry(countdown=float(seconds))
+
+    @task(timeout=0.1)
+    def abort_at_timeout():
+        try:
+            time.sleep(10)
+        except pybgworker.TaskTimeout:
+            raise Abort("half done")
 
     @task
     def abort_from():
