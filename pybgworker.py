@@ -5226,6 +5226,7 @@ class Worker:
         self.next_at: int | None = None         # when a task is due
         self.look = True                # something may be there to claim
         self.is_held_back = False       # something is, and waits for its rate
+        self._room = 0, 0               # what the pool had a turn ago
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
         self._trouble_at = 0.0          # monotonic; 0: the database works
@@ -5424,8 +5425,14 @@ class Worker:
             self._take_in(claimed, now)
 
     def _order(self, now):
-        """What could be claimed now; None while stopping, or without room."""
-        free, ahead = self.pool.room(now)
+        """What could be claimed now; None while stopping, or without room.
+
+        More room than a turn ago is worth a look: the last one may have found what
+        needs a free child.  Whatever made the room.
+        """
+        free, ahead = room = self.pool.room(now)
+        self.look |= any(n > before for n, before in zip(room, self._room))
+        self._room = room
         if self.stops.count or free + ahead == 0:
             return None
         if self._passed_over != self.pool.starts.unknown:

@@ -30,6 +30,7 @@ import time
 import unittest
 from decimal import Decimal
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.dont_write_bytecode = True      # tests write a module anew within a second
@@ -236,6 +237,12 @@ TASKS = """
     @task(retries=0)
     def once(name):
         mark("ran", name)
+
+    @task
+    def hold():
+        mark("held")
+        while not Path("go").exists():
+            time.sleep(0.005)
 
     @task(retries=3)
     def started(n):
@@ -3447,6 +3454,44 @@ class Workers(Served):
         result = self.tasks.add.delay(1, 2)
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, 3)
+
+    # How the only child that works becomes free, or is replaced.
+    FREED = {
+        "end": lambda case, worker, held: (case.folder / "go").touch(),
+        "crash": lambda case, worker, held: os.kill(case.busy(worker).pid, 9),
+        "both crash": lambda case, worker, held: [
+            os.kill(member.pid, 9) for member in worker.pool.members],
+        "cancel": lambda case, worker, held: held.cancel(),
+        "time limit": lambda case, worker, held: setattr(
+            case.busy(worker).waiting[0], "timeout", 0.01),
+        "retired": lambda case, worker, held: [
+            setattr(worker.settings, "max_tasks_per_child", 1),
+            (case.folder / "go").touch()],
+    }
+
+    def busy(self, worker):
+        return next(member for member in worker.pool.members if member.waiting)
+
+    def test_who_waits_for_a_child_starts_when_one_becomes_free_whatever_freed_it(self):
+        patient = mock.patch.multiple(pybgworker, _POLL_SECONDS=60, _STALL_SECONDS=60)
+        for how, free in self.FREED.items():
+            with self.subTest(how), patient:
+                worker = self.started()
+                self.turn_until(worker, lambda: worker.pool.members[-1].ready)
+                worker.pool.durations.short_names.add("tasks.hold")
+                held = self.tasks.hold.options(retries=0).delay()
+                self.turn_until(worker, lambda: self.lines("held"))
+                waits = self.tasks.once.delay(how)      # needs a free child
+                self.turn_until(worker, lambda: not worker.look)
+                self.assertEqual(waits.status, "queued")
+
+                freed_at = time.monotonic()
+                free(self, worker, held)
+                self.turn_until(worker, waits.ready)
+                self.assertLess(time.monotonic() - freed_at, 5)
+                worker.stop()
+                for name in ("go", "held"):
+                    (self.folder / name).unlink(missing_ok=True)
 
     def test_an_unknown_task_waits_for_a_worker_that_knows_it(self):
         worker = self.started()
