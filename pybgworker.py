@@ -4109,6 +4109,9 @@ def describe_exception(exc: BaseException) -> dict:
 # Several frames may wait in a child's socket, so that it is never idle while the
 # worker commits.  The worker keeps a duplicate of the receiving end and can read
 # back what the child has not taken: each frame is got by exactly one of the two.
+#
+# `at`, here and in the Pool, is monotonic seconds: every span is measured by a
+# clock that nobody can set.
 
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
@@ -4156,13 +4159,13 @@ class Member:
     def __init__(self, spec: ChildSpec):
         self._open(spec)
         self.waiting: collections.deque = collections.deque()   # sent; [0] runs
-        self.head_at = 0                # unix ms when [0] became the first
+        self.began = 0.0                # when [0] became the first
         self.ready = False              # it has imported the app
         self.retiring = False           # takes nothing more
         self.is_mute = False            # nobody can write to its output any more
         self.done = 0                   # runs answered
         self.why = ""                   # condemned: timeout, cancelled, memory, mad
-        self.kill_at = 0                # unix ms; 0: not condemned
+        self.kill_due = 0.0             # 0: not condemned
         self.exit: Exit | None = None   # once it is dead
         self._buffer = bytearray()      # of messages, not yet whole
         self._printed: list[str] = []   # by the run at the head
@@ -4194,20 +4197,20 @@ class Member:
         """True when it may be given work."""
         return self.ready and not self.retiring and not self.why
 
-    def send(self, run: Run, now: int) -> bool:
+    def send(self, run: Run, at: float) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
         try:
             self.frames.send(_frame(run)[:_FRAME_BYTES])
         except OSError:
             return False
         if not self.waiting:
-            self.begin_head(now)
+            self.begin_head(at)
         self.waiting.append(run)
         return True
 
-    def begin_head(self, now: int) -> None:
+    def begin_head(self, at: float) -> None:
         """From now on the first of `waiting` runs."""
-        self.head_at = now
+        self.began = at
         self._printed, self._printed_chars = [], 0
 
     def recall(self) -> list:
@@ -4349,7 +4352,7 @@ class Starts:
 
     def __init__(self):
         self.failures = 0       # in a row
-        self.next_at = 0        # unix ms; no child is started before
+        self.next_start = 0.0   # no child is started before
         self._reason = ""       # of the last failure
         self.unknown: set[str] = set()      # tasks that a new child did not know
 
@@ -4358,10 +4361,10 @@ class Starts:
         """Why no more are worth a try; empty before, and after a success."""
         return self._reason if self.failures >= _START_FAILURES else ""
 
-    def failed(self, now: int, reason: str) -> None:
+    def failed(self, at: float, reason: str) -> None:
         """One more could not start, for this reason."""
         self.failures += 1
-        self.next_at = now + 100 * 2 ** min(self.failures, 8)
+        self.next_start = at + 0.1 * 2 ** min(self.failures, 8)
         self._reason = reason
 
     def succeeded(self, names: Iterable[str] = ()) -> None:
@@ -4414,7 +4417,7 @@ class Pool:
         self._guardian = Guardian()
         self.members: list[Member] = []
         self.hand: collections.deque = collections.deque()     # claimed, not sent
-        self.hand_at = 0            # unix ms when a run last left the hand
+        self.hand_since = 0.0       # when a run last left the hand
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
@@ -4422,17 +4425,17 @@ class Pool:
 
     # -- children
 
-    def fill(self, now: int) -> None:
+    def fill(self, at: float) -> None:
         """Have all the processes there should be."""
         try:
             self._guardian.check()
-            while len(self.members) < self._size + 1 and now >= self.starts.next_at:
+            while len(self.members) < self._size + 1 and at >= self.starts.next_start:
                 member = Member(self._spec)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
                 member.watch(self._selector)
         except OSError as exc:          # no process, or no descriptor, to be had
-            self.starts.failed(now, str(exc))
+            self.starts.failed(at, str(exc))
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""
@@ -4447,23 +4450,23 @@ class Pool:
 
     # -- giving out work
 
-    def room(self, now: int) -> tuple[int, int]:
+    def room(self, at: float) -> tuple[int, int]:
         """(children with nothing to do, further places in pipes)."""
         free = ahead = 0
         for member in self._working():
             if not member.waiting:
                 free += 1
                 ahead += _AHEAD_FRAMES - 1
-            elif not self._is_slow(member, now):
+            elif not self._is_slow(member, at):
                 ahead += max(0, _AHEAD_FRAMES - len(member.waiting))
         taken = len(self.hand)
         return max(0, free - taken), max(0, ahead - max(0, taken - free))
 
-    def _is_slow(self, member, now):
+    def _is_slow(self, member, at):
         """True when nothing should wait behind what this child runs."""
-        age = now - member.head_at
+        age = at - member.began
         is_short = self.durations.is_short(member.waiting[0].name)
-        return not is_short or age > _STALL_SECONDS * 1000
+        return not is_short or age >= _STALL_SECONDS
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
@@ -4473,17 +4476,17 @@ class Pool:
         """The runs at the head of each child."""
         return [m.waiting[0] for m in self.members if m.waiting]
 
-    def dispatch(self, now: int) -> list[Run]:
+    def dispatch(self, at: float) -> list[Run]:
         """Send what is in hand, to the child that has least.
 
         Returns the runs that none could take for a while: others may have time.
         """
-        places, left = self._places(now), []
+        places, left = self._places(at), []
         for run in self.hand:
             member = min(places, key=_load_of) if places else None
             is_first = member is not None and not member.waiting
             if member is None or not (is_first or self._may_wait(run, member)) \
-                    or not member.send(run, now):
+                    or not member.send(run, at):
                 left.append(run)
                 continue
             if is_first:
@@ -4491,14 +4494,14 @@ class Pool:
                 if not self.durations.is_short(run.name):
                     places.remove(member)
         if len(left) < len(self.hand) or not left:
-            self.hand_at = now
+            self.hand_since = at
         self.hand = collections.deque(left)
-        return self._put_back() if now - self.hand_at > _HAND_SECONDS * 1000 else []
+        return self._put_back() if at - self.hand_since >= _HAND_SECONDS else []
 
-    def _places(self, now):
+    def _places(self, at):
         """The children that can take a frame: idle, or quickly idle again."""
         members = self._working()
-        return [m for m in members if not (m.waiting and self._is_slow(m, now))]
+        return [m for m in members if not (m.waiting and self._is_slow(m, at))]
 
     def _may_wait(self, run, member):
         """True when `run` may wait in the pipe of this child, which is not slow."""
@@ -4519,11 +4522,11 @@ class Pool:
             run.announced = True
             self._log("task_start", run)
 
-    def balance(self, now: int) -> None:
+    def balance(self, at: float) -> None:
         """Recall what waits behind a slow run, or while another child is idle."""
         working = self._working()
         for member in working:
-            if len(member.waiting) > 1 and self._is_slow(member, now):
+            if len(member.waiting) > 1 and self._is_slow(member, at):
                 self._recall(member)
         if not self.hand and any(not m.waiting for m in working):
             longest = max(working, key=_load_of)
@@ -4541,7 +4544,7 @@ class Pool:
 
     # -- hearing from children
 
-    def receive(self, heard: Iterable, now: int) -> None:
+    def receive(self, heard: Iterable, at: float) -> None:
         """Read from the (member, descriptor) that the selector named."""
         for member, fd in heard:
             if fd == member.output and member in self.members:
@@ -4550,7 +4553,7 @@ class Pool:
                     self._selector.unregister(fd)
         for member, fd in heard:
             if fd != member.output and member in self.members:
-                self._hear(member, now)
+                self._hear(member, at)
 
     def _take_output(self, member, text):
         """What is written belongs to the run at the head."""
@@ -4561,25 +4564,25 @@ class Pool:
                 self._announce(run)
             self._log("output", run, text=text.rstrip("\n"))
 
-    def _hear(self, member, now):
+    def _hear(self, member, at):
         alive = member.read()
         try:
             for message in member.parse(self._limits.max_payload):
-                self._understand(member, message, now)
+                self._understand(member, message, at)
         except _NONSENSE:
-            self._condemn(member, "mad", now)
+            self._condemn(member, "mad", at)
         if not alive:           # dead, or it closed its socket, which is as good
             member.wait(0.1)
-            self._bury(member, now)
+            self._bury(member, at)
 
-    def _understand(self, member, message, now):
+    def _understand(self, member, message, at):
         """Raises ValueError for what a child in its right mind does not say."""
         (_, kind, run_id, attempt, started_at, duration), body = message
         head = member.waiting[0] if member.waiting else None
         is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
         if kind == _SUCCEEDED and is_heads:                 # most are
             result = body.decode("ascii")
-            self._take_answer(member, None, result, started_at, duration, now)
+            self._take_answer(member, None, result, started_at, duration, at)
         elif kind == _READY:
             member.ready = True
             self.starts.succeeded(json.loads(body))
@@ -4595,22 +4598,22 @@ class Pool:
         elif kind == _UNKNOWN:
             self.starts.unknown.add(head.name)
             self.ended.append(Ended(member.waiting.popleft(), "unknown"))
-            member.begin_head(now)
+            member.begin_head(at)
         elif kind == _ENDED_BADLY:
-            self._take_answer(member, _error_of(body), None, started_at, duration, now)
+            self._take_answer(member, _error_of(body), None, started_at, duration, at)
         else:
             raise ValueError("an unknown kind of message")
 
-    def _take_answer(self, member, error, result, started_at, duration, now):
+    def _take_answer(self, member, error, result, started_at, duration, at):
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
         self._announce(run)
         self.ended.append(Ended(
             run, kind, result, error, member.printed(), started_at, duration
         ))
-        member.begin_head(now)
+        member.begin_head(at)
         member.done += 1
         if member.why in ("timeout", "cancelled"):
-            member.why, member.kill_at = "", 0      # it ended within its grace
+            member.why, member.kill_due = "", 0.0      # it ended within its grace
         self.durations.learn(run.name, duration)
         if kind in ("timeout", "cancelled") \
                 or member.done == self._limits.max_tasks_per_child:
@@ -4618,77 +4621,77 @@ class Pool:
 
     # -- ending children
 
-    def next_timer(self, now: int) -> int | None:
-        """Unix ms at which enforce(), balance() or dispatch() has something to do."""
-        due = self.hand_at + to_ms(_HAND_SECONDS) + 1 if self.hand else None
+    def next_timer(self) -> float | None:
+        """When enforce(), balance() or dispatch() has something to do."""
+        due = self.hand_since + _HAND_SECONDS if self.hand else None
         for member in self.members:
-            if member.kill_at:
-                due = _earliest(due, member.kill_at)
+            if member.kill_due:
+                due = _earliest(due, member.kill_due)
             elif member.waiting:
                 head = member.waiting[0]
                 if head.timeout:
-                    due = _earliest(due, member.head_at + to_ms(head.timeout))
+                    due = _earliest(due, member.began + head.timeout)
                 if len(member.waiting) > 1 or not head.announced:
-                    due = _earliest(due, member.head_at + to_ms(_STALL_SECONDS) + 1)
+                    due = _earliest(due, member.began + _STALL_SECONDS)
         return due
 
-    def enforce(self, now: int) -> None:
+    def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
         for member in list(self.members):
-            if member.kill_at:
-                if now >= member.kill_at:
-                    self._kill(member, now)
+            if member.kill_due:
+                if at >= member.kill_due:
+                    self._kill(member, at)
             elif member.waiting:
-                head, age = member.waiting[0], now - member.head_at
-                if age > _STALL_SECONDS * 1000:
+                head, age = member.waiting[0], at - member.began
+                if age >= _STALL_SECONDS:
                     self._announce(head)
-                if head.timeout and age >= head.timeout * 1000:
-                    self._condemn(member, "timeout", now, _TIMEOUT_GRACE)
+                if head.timeout and age >= head.timeout:
+                    self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
             elif member.retiring:
                 member.hang_up()
                 member.wait(_EXIT_GRACE)
-                self._bury(member, now)
+                self._bury(member, at)
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""
         self._recall(member)
         member.retiring = True
 
-    def _condemn(self, member, why, now, grace=0.0):
+    def _condemn(self, member, why, at, grace=0.0):
         """Kill it in `grace` seconds, unless it answers before.
 
         What waits behind is recalled first, so that nothing else can begin in it.
         """
-        if not member.kill_at:
+        if not member.kill_due:
             self._recall(member)
-            member.why, member.kill_at = why, now + to_ms(grace)
+            member.why, member.kill_due = why, at + grace
 
-    def _kill(self, member, now):
+    def _kill(self, member, at):
         """Kill it with its group; a stuck one first dumps its Python stack."""
         if member.why == "timeout":
-            member.why, member.kill_at = "timeout, killed", now + to_ms(_STACK_GRACE)
+            member.why, member.kill_due = "timeout, killed", at + _STACK_GRACE
             send_signal(member.pid, signal.SIGUSR2)
         else:
             member.wait(0)
-            self._hear_last(member, now)
-            self._bury(member, now)
+            self._hear_last(member, at)
+            self._bury(member, at)
 
-    def _hear_last(self, member, now):
+    def _hear_last(self, member, at):
         """Take in the answers that were sent before the end."""
         member.read()
         with contextlib.suppress(*_NONSENSE):
             for message in member.parse(self._limits.max_payload):
-                self._understand(member, message, now)
+                self._understand(member, message, at)
 
-    def notice_deaths(self, now: int) -> None:
+    def notice_deaths(self, at: float) -> None:
         """Find the dead whose socket a grandchild keeps open."""
         for member in list(self.members):
             if member.poll():
                 member.wait(0)
-                self._hear_last(member, now)
-                self._bury(member, now)
+                self._hear_last(member, at)
+                self._bury(member, at)
 
-    def _bury(self, member, now):
+    def _bury(self, member, at):
         """A child is dead: settle its run, free its sockets, start another."""
         if member not in self.members:
             return
@@ -4697,48 +4700,48 @@ class Pool:
         stack = member.read_stack()
         for run in member.waiting:
             self._announce(run)
-            self.ended.append(_death_of(run, member, stack, self._limits, now))
+            self.ended.append(_death_of(run, member, stack, self._limits, at))
         self._remove(member)
         if not member.ready:
-            self.starts.failed(now, member.last_words())
-        self.fill(now)
+            self.starts.failed(at, member.last_words())
+        self.fill(at)
 
     def _remove(self, member):
         self._guardian.release(member.pid)
         member.close(self._selector)
         self.members.remove(member)
 
-    def cancel(self, run_id: int, now: int) -> None:
+    def cancel(self, run_id: int, at: float) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""
         for member in self.members:
             if any(run.id == run_id for run in member.waiting):
                 self._recall(member)        # it may not have begun
                 head = member.waiting[0] if member.waiting else None
-                if head and head.id == run_id and not member.kill_at:
+                if head and head.id == run_id and not member.kill_due:
                     head.cancelled = True
-                    self._condemn(member, "cancelled", now, _CANCEL_GRACE)
+                    self._condemn(member, "cancelled", at, _CANCEL_GRACE)
                     member.interrupt(run_id)
         found = [run for run in self.hand if run.id == run_id]
         self.hand = collections.deque(r for r in self.hand if r not in found)
         self.ended += [Ended(run, "cancelled") for run in found]
 
-    def check_memory(self, now: int) -> None:
+    def check_memory(self, at: float) -> None:
         """Replace idle children over the memory limit; kill those that run."""
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
             if memory_bytes(member.pid) <= limit or member.retiring:
                 continue
             if member.waiting:
-                self._condemn(member, "memory", now)
+                self._condemn(member, "memory", at)
             else:
                 self._retire(member)
 
-    def kill_all(self, now: int) -> list[Run]:
+    def kill_all(self, at: float) -> list[Run]:
         """Kill every child; return the runs this interrupted."""
         runs: list[Run] = []
         for member in list(self.members):
             member.wait(0)
-            self._hear_last(member, now)
+            self._hear_last(member, at)
             runs += member.waiting
             self._remove(member)
         return runs
@@ -4764,7 +4767,7 @@ def _error_of(text):
     return error
 
 
-def _death_of(run, member, stack, limits, now):
+def _death_of(run, member, stack, limits, at):
     """The Ended of a run whose child died."""
     error: dict = {"traceback": stack, "retryable": True}
     if member.why == "cancelled":
@@ -4774,9 +4777,8 @@ def _death_of(run, member, stack, limits, now):
         error.update(kind="timeout", message=message)
     else:
         error.update(_crash(member.why, member.exit, limits.max_memory))
-    seconds = max(0, now - member.head_at) / 1000
-    return Ended(run, error["kind"], None, error, member.printed(), member.head_at,
-                 seconds)
+    return Ended(run, error["kind"], None, error, member.printed(), None,
+                 at - member.began)
 
 
 def _crash(why, found, max_memory):
@@ -5106,9 +5108,12 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     retried while it may be and retries are left, and fails after that.
     """
     run, error = ended.run, ended.error
+    started_at = ended.started_at
+    if started_at is None and ended.duration is not None:   # its child is dead
+        started_at = now - to_ms(ended.duration)
     outcome = Outcome(
-        run, SUCCESS, ended.result, _kept_error(error), ended.output,
-        ended.started_at, ended.duration,
+        run, SUCCESS, ended.result, _kept_error(error), ended.output, started_at,
+        ended.duration,
     )
     if error is None and ended.kind == "success":
         return _with_callback(outcome, now)
@@ -5219,7 +5224,7 @@ class Worker:
         self.store.follow = False       # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.stops = StopSignals()
-        self.stop_by = 0                # unix ms of the end of a graceful stop
+        self.stop_by = 0.0              # monotonic: the end of a graceful stop
         self.fatal = ""                 # why it must end with status 1
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
@@ -5229,7 +5234,7 @@ class Worker:
         self._room = 0, 0               # what the pool had a turn ago
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
-        self._trouble_at = 0.0          # monotonic; 0: the database works
+        self._trouble_since = 0.0       # monotonic; 0: the database works
         self._trouble_said = False
         self._limited: dict[str, int] = {}      # names that wait for their rate
         self._passed_over: set[str] = set()     # names that children do not know
@@ -5277,7 +5282,7 @@ class Worker:
         spec = _child_spec(self.app_spec, self.store.path, self.settings)
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
                          self.journal.run, self.selector)
-        self.pool.fill(now)
+        self.pool.fill(time.monotonic())
         self._plan_chores()
 
     def _plan_chores(self):
@@ -5297,7 +5302,7 @@ class Worker:
             return True
         idle = not (self.outcomes or self.returned or self.pool.in_hand())
         if self.stops.count:
-            return idle or 0 < self.stop_by <= now_ms()
+            return idle or 0 < self.stop_by <= time.monotonic()
         if not self.burst or not idle or not self._is_ready:
             return False
         if self.look or self.is_held_back:
@@ -5308,7 +5313,8 @@ class Worker:
         """Hand back what runs, end the children, and leave the database."""
         now = now_ms()
         self.returned += self.pool.recall_all()
-        interrupted = self.pool.kill_all(now) if self.pool.in_hand() else []
+        busy = self.pool.in_hand()
+        interrupted = self.pool.kill_all(time.monotonic()) if busy else []
         self._settle(now)
         self.pool.stop()
         back = len(self.returned) + len(interrupted)
@@ -5339,49 +5345,53 @@ class Worker:
                 self._cancels.due = 0       # it may be about a cancellation
             elif key.data == "signal":
                 self.stops.drain()
-                self.pool.notice_deaths(now_ms())
+                self.pool.notice_deaths(time.monotonic())
             else:
                 self.heard.append((key.data, key.fd))
 
     def _patience(self):
         """Seconds to sleep at most."""
-        if self._trouble_at:
+        if self._trouble_since:
             return _ERROR_PAUSE
-        now, longest = now_ms(), _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
-        if self.look and not self.stops.count and any(self.pool.room(now)):
-            return 0
-        due = _earliest(self.next_at, self.pool.next_timer(now))
-        if due is not None:
-            longest = min(longest, max(0, due - now) / 1000)
-        return max(0.0, min(longest, self._crons.due - time.monotonic()))
+        longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
+        at = time.monotonic()
+        # What no child could take is not due: the end of a run wakes us.  Guarded
+        # by test_a_turn_that_can_do_nothing_is_not_due.
+        if not self.stops.count and any(self.pool.room(at)):
+            if self.look:
+                return 0
+            if self.next_at is not None:
+                longest = min(longest, (self.next_at - now_ms()) / 1000)
+        due = _earliest(self._crons.due, self.pool.next_timer())
+        return max(0.0, min(longest, due - at))
 
     def step(self, now: int) -> None:
         """One turn.  Raises nothing that a database in trouble can cause."""
         at = self.liveness.mind_the_time()
-        self.pool.receive(self.heard, now)
+        self.pool.receive(self.heard, at)
         self._say_ready()
-        self.pool.enforce(now)
-        self.pool.balance(now)
+        self.pool.enforce(at)
+        self.pool.balance(at)
         if self.stops.count and not self.stop_by:
-            self.stop_by = now + to_ms(self.settings.shutdown_timeout)
+            self.stop_by = at + self.settings.shutdown_timeout
             self.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
         try:
-            self._transact(now)
-            self.returned += self.pool.dispatch(now)
+            self._transact(now, at)
+            self.returned += self.pool.dispatch(at)
             for chore in self.chores:
                 chore.run_if_due(now, at)
-            self._trouble_at, self._trouble_said = 0.0, False
+            self._trouble_since, self._trouble_said = 0.0, False
         except DatabaseUnavailable as exc:
             self._in_trouble(exc, at)
         self.journal.log.flush()
 
     def _in_trouble(self, exc, at):
         """Say it once; what is in hand stays there for the next turn."""
-        self._trouble_at = self._trouble_at or at
+        self._trouble_since = self._trouble_since or at
         self.look = True            # what this turn saw, it may not have claimed
-        if isinstance(exc, DatabaseBusy) and at - self._trouble_at < _BUSY_SILENCE:
+        if isinstance(exc, DatabaseBusy) and at - self._trouble_since < _BUSY_SILENCE:
             return
         if not self._trouble_said:
             self._trouble_said = True
@@ -5410,9 +5420,9 @@ class Worker:
             if end.error is not None:
                 self.journal.death(end)
 
-    def _transact(self, now):
+    def _transact(self, now, at):
         """Write what ended and claim what comes next, in one commit."""
-        order = self._order(now)
+        order = self._order(at)
         durable = bool(self.outcomes or self.returned)
         if not (durable or self.pool.progress or self._wants(order, now)):
             return
@@ -5424,13 +5434,13 @@ class Worker:
         if claimed:
             self._take_in(claimed, now)
 
-    def _order(self, now):
+    def _order(self, at):
         """What could be claimed now; None while stopping, or without room.
 
         More room than a turn ago is worth a look: the last one may have found what
         needs a free child.  Whatever made the room.
         """
-        free, ahead = room = self.pool.room(now)
+        free, ahead = room = self.pool.room(at)
         self.look |= any(n > before for n, before in zip(room, self._room))
         self._room = room
         if self.stops.count or free + ahead == 0:
@@ -5507,13 +5517,14 @@ class Worker:
         Guarded by test_a_worker_that_was_given_up_kills_its_runs.
         """
         self.pool.recall_all()
-        for run in self.pool.kill_all(now):
+        at = time.monotonic()
+        for run in self.pool.kill_all(at):
             self.journal.run("task_lost", run, reason="this worker was given up")
         self.pool.ended, self.outcomes, self.returned = [], [], []
         self.pool.progress.clear()
         self.liveness.forsake()
         self.liveness.register(now)
-        self.pool.fill(now)
+        self.pool.fill(at)
 
     def _reap(self, now):
         for lost in self.liveness.reap_dead(now):
@@ -5522,12 +5533,13 @@ class Worker:
 
     def _heed_cancels(self, now):
         for task_id in self.store.cancels_asked(self.liveness.id):
-            self.pool.cancel(task_id, now)
+            self.pool.cancel(task_id, time.monotonic())
 
     def _look_after_children(self, now):
-        self.pool.notice_deaths(now)
-        self.pool.check_memory(now)
-        self.pool.fill(now)
+        at = time.monotonic()
+        self.pool.notice_deaths(at)
+        self.pool.check_memory(at)
+        self.pool.fill(at)
 
     def _fire_crons(self, now):
         fired, wait = self.scheduler.fire(now)

@@ -2814,7 +2814,7 @@ class Pools(Served):
         starts = pybgworker.Starts()
         for _ in range(4):
             starts.failed(0, "no memory")
-        self.assertEqual((starts.given_up, starts.next_at), ("", 1600))
+        self.assertEqual((starts.given_up, starts.next_start), ("", 1.6))
         starts.failed(0, "no memory")
         self.assertEqual(starts.given_up, "no memory")
 
@@ -2899,8 +2899,8 @@ class Pools(Served):
             pool = pybgworker.Pool(None, 1, limits, journal.run, None)
             member = pybgworker.Member.__new__(pybgworker.Member)
             member.__dict__.update(
-                waiting=pybgworker.collections.deque([self.run_of(7)]), head_at=0, done=0,
-                why="", kill_at=0, ready=True, retiring=False, _printed=[],
+                waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
+                why="", kill_due=0, ready=True, retiring=False, _printed=[],
                 _printed_chars=0, read=lambda: True, recall=list)
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
@@ -2970,7 +2970,7 @@ class Pools(Served):
         pool.durations.learn("t", 0.0001)
 
         class Busy:
-            able, head_at = True, 1000
+            able, began = True, 1000
             waiting = [Run(1, "t", "q", 0, 3, 0, None, 0, None, "", 5)]
 
         pool.members = [Busy]
@@ -2978,8 +2978,8 @@ class Pools(Served):
         last = Run(3, "t", "q", 3, 3, 0, None, 0, None, "", 5)
         self.assertTrue(pool._may_wait(again, Busy))
         self.assertFalse(pool._may_wait(last, Busy))
-        self.assertEqual(pool._places(1001), [Busy])
-        self.assertEqual(pool._places(1030), [])
+        self.assertEqual(pool._places(1000.001), [Busy])
+        self.assertEqual(pool._places(1000.03), [])
 
     def test_durations_decide_what_may_wait_in_a_pipe(self):
         durations = pybgworker.Durations()
@@ -3374,6 +3374,76 @@ class Workers(Served):
         self.turn_until(worker, later.ready, lambda: pybgworker.now_ms() + 3_600_000)
         self.assertEqual(later.result, 3)
 
+    def set_the_clock(self, hours):
+        """The wall clock of this process, from now on off by so much."""
+        real = pybgworker._real_now_ms = getattr(
+            pybgworker, "_real_now_ms", pybgworker.now_ms)
+        self.addCleanup(setattr, pybgworker, "now_ms", real)
+        pybgworker.now_ms = lambda: real() + hours * 3_600_000
+        return lambda: pybgworker.now_ms()
+
+    def test_a_clock_set_while_a_task_runs_neither_hurries_nor_saves_it(self):
+        worker = self.started()
+        for hours in (1, -1):
+            clock = self.set_the_clock(0)
+            slow = self.tasks.nap.options(timeout=600).delay(0.3)
+            self.turn_until(worker, lambda: self.lines("nap"), clock)
+            clock = self.set_the_clock(hours)
+            self.turn_until(worker, slow.ready, clock)
+            self.assertEqual(slow.error, None)
+            os.remove("nap")
+
+            stuck = self.tasks.stuck_in_c.delay()
+            self.turn_until(worker, lambda: self.lines("stuck"), clock)
+            clock = self.set_the_clock(-hours)
+            self.turn_until(worker, stuck.ready, clock)
+            self.assertEqual(stuck.error.kind, "timeout")
+            row = self.store.task(stuck.id)
+            self.assertLess(abs(row.finished_at - row.started_at), 10_000)
+            os.remove("stuck")
+
+    def test_a_clock_set_during_a_stop_neither_hurries_nor_prolongs_it(self):
+        worker = self.started(shutdown_timeout=0.4)
+        self.tasks.long_nap.delay(30)
+        self.turn_until(worker, lambda: self.lines("nap"))
+        worker.stops.count, began = 1, time.monotonic()
+        worker.step(pybgworker.now_ms())
+        for hours in (1, -1):
+            self.set_the_clock(hours)
+            self.assertFalse(worker._is_done())
+        until(lambda: worker.step(pybgworker.now_ms()) or worker._is_done(), 5)
+        self.assertLess(0.4, time.monotonic() - began)
+
+    def test_a_turn_that_can_do_nothing_is_not_due(self):
+        """Something falls due while all children are busy, or during a stop."""
+        worker = self.started()
+        self.tasks.nap.delay(0.6)
+        self.wait_for_start(worker)
+        due = self.tasks.add.options(countdown=0.01).delay(1, 2)
+        limited = self.tasks.limited.delay_many([()] * 30)
+        turns, end = 0, time.monotonic() + 0.4
+        while time.monotonic() < end:
+            worker.wait()
+            worker.step(pybgworker.now_ms())
+            turns += 1
+        self.assertLess(turns, 30)
+        self.turn_until(worker, due.ready)              # at once when there is room
+        row = self.store.task(due.id)
+        nap = self.store.tasks(name="tasks.nap")[0]
+        self.assertLess(row.started_at - nap.finished_at, 80)
+        self.turn_until(worker, limited[25].ready)
+
+        self.tasks.nap.delay(0.6)
+        until(lambda: worker.step(pybgworker.now_ms()) or worker.pool.running())
+        self.tasks.add.options(countdown=0.01).delay(1, 2)
+        worker.next_at = pybgworker.now_ms() + 10       # it has seen it
+        worker.stops.count, turns, end = 1, 0, time.monotonic() + 0.3
+        while time.monotonic() < end:
+            worker.wait()
+            worker.step(pybgworker.now_ms())
+            turns += 1
+        self.assertLess(turns, 30)
+
     def test_an_outcome_is_kept_while_the_database_is_locked(self):
         worker = self.started()
         result = self.tasks.nap.delay(0.4)
@@ -3434,7 +3504,7 @@ class Workers(Served):
         worker.outcomes, found = done, []
         connection = self.store._link().connection
         connection.set_trace_callback(found.append)
-        worker._transact(pybgworker.now_ms())
+        worker._transact(pybgworker.now_ms(), time.monotonic())
         connection.set_trace_callback(None)
         claimed = len(worker.pool.hand)
         self.assertGreater(claimed, 10)
@@ -3442,7 +3512,7 @@ class Workers(Served):
 
     def claim_one(self, worker):
         self.tasks.add.delay(0, 0)
-        order = worker._order(pybgworker.now_ms())
+        order = worker._order(time.monotonic())
         with self.store.write():
             return self.store.claim(order._replace(free=1, ahead=0), self.now).runs[0]
 
