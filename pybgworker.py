@@ -53,6 +53,7 @@ import bisect
 import calendar
 import collections
 import contextlib
+import errno
 import functools
 import heapq
 import importlib
@@ -1385,6 +1386,8 @@ create table bg_worker (
     started_at  integer not null,     -- unix ms
     beat_at     integer not null,     -- unix ms of the last heartbeat
     running     integer not null default 0, -- tasks in hand at that heartbeat
+    live        integer not null default 0, -- inode of the *-live whose byte it has
+                                      -- locked; 0: unknown, only its beats count
     check (beat_at between 0 and 1e16), check (started_at between 0 and 1e16)
 )""",
     """
@@ -2695,6 +2698,7 @@ class WorkerRow(NamedTuple):
     started_at: int
     beat_at: int
     running: int
+    live: int
 
 
 class ScheduleRow(NamedTuple):
@@ -2733,21 +2737,22 @@ class Store(Operations):
         with self.write(durable=False) as link:
             worker = link.connection.execute(
                 """insert into bg_worker (name, pid, host, boot, port, token, queues,
-                        concurrency, started_at, beat_at)
+                        concurrency, started_at, beat_at, live)
                     values (:name, :pid, :host, :boot, :port, :token, :queues,
-                        :concurrency, :now, :now)""",
+                        :concurrency, :now, :now, :live)""",
                 values,
             ).lastrowid
             lock(worker)
             return worker
 
-    def beat(self, worker: int, running: int, now: int) -> bool:
+    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
         """Write a heartbeat.  False: the worker was taken for dead and reaped."""
         with self.write(durable=False, patience=0.5) as link:
             return link.connection.execute(
-                """update bg_worker set beat_at = :now, running = :running
+                """update bg_worker
+                    set beat_at = :now, running = :running, live = :live
                     where id = :id""",
-                {"id": worker, "running": running, "now": now},
+                {"id": worker, "running": running, "live": live, "now": now},
             ).rowcount == 1
 
     def reap(self, worker: int, name: str, now: int) -> list[LostRun]:
@@ -2806,7 +2811,7 @@ class Store(Operations):
         """All registered workers, alive or not."""
         rows = self._read(
             """select id, name, pid, host, boot, port, token, queues, concurrency,
-                    started_at, beat_at, running
+                    started_at, beat_at, running, live
                 from bg_worker order by id"""
         )
         return [WorkerRow(*row) for row in rows]
@@ -3677,6 +3682,9 @@ class LiveFile:
     clock is asked.  The file is opened once per process and never closed: closing
     any descriptor of it would drop all locks.  A lock does not keep out its own
     process, so `_held` knows the bytes that are ours.
+
+    Somebody may remove the file: then those who come next lock a new one, and a
+    free byte there says nothing about a worker that has locked another `number`.
     """
 
     _open: dict[str, LiveFile] = {}
@@ -3685,6 +3693,8 @@ class LiveFile:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._pid = os.getpid()
         self._held: set[int] = set()
+        # Fits an integer of SQLite; unique while one of those who lock it lives.
+        self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
 
     @classmethod
     def of(cls, path: str) -> LiveFile:
@@ -3699,10 +3709,10 @@ class LiveFile:
         found = os.fstat(self._fd)
         return _file_identity(path) == (found.st_dev, found.st_ino)
 
-    def hold(self, worker: int) -> None:
-        """Lock our byte.  Where locks do not work, the heartbeat has to do."""
+    def hold(self, worker: int) -> bool:
+        """Lock our byte.  False: it is somebody else's, so no proof that we live."""
         self._held.add(worker)
-        self._try_lock(worker)
+        return self._try_lock(worker) is not False
 
     def drop(self, worker: int) -> None:
         """Unlock it, when the worker has ended in an orderly way."""
@@ -3710,19 +3720,22 @@ class LiveFile:
         with contextlib.suppress(OSError):
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
 
-    def is_dead(self, worker: int) -> bool:
-        """True when no process holds this byte.  The caller is to reap it then."""
-        if worker in self._held or not self._try_lock(worker):
-            return False
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
-        return True
+    def is_held(self, worker: int) -> bool | None:
+        """True when a process holds this byte; None where locks do not work."""
+        if worker in self._held:
+            return True
+        free = self._try_lock(worker)
+        if free:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+        return None if free is None else not free
 
     def _try_lock(self, worker):
+        """True: it is locked now; False: somebody else's; None: it cannot be."""
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
             return True
-        except OSError:
-            return False
+        except OSError as exc:
+            return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
 
 
 # == Child ====================================================================
@@ -4917,13 +4930,26 @@ def _carry_over(old, new):
 # the judgement that another is dead.  A dead worker's tasks go on within a second.
 
 
+def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:
+    """True when the kernel says so: by its lock, or by a restart of `machine`.
+
+    A lock tells only of those who have locked the same file, and '' is no boot: who
+    cannot read it is not from another one.  False: its heartbeats have to tell.
+    """
+    held = locks.is_held(row.id) if row.live == locks.number else None
+    if held is not None:
+        return not held
+    host, boot = machine
+    return row.host == host and "" not in (row.boot, boot) and row.boot != boot
+
+
 class Liveness:
     """One worker's place in bg_worker."""
 
     def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
         self.store, self.settings, self._ear = store, settings, ear
         self.id = 0                     # bg_worker.id; 0: not registered
-        self._host, self._boot = socket.gethostname(), boot_id()
+        self._machine = socket.gethostname(), boot_id()
         self._locks = LiveFile.of(store.path + "-live")
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
         self._awake = 0.0               # seconds of turns; a long one counts as 1
@@ -4931,14 +4957,25 @@ class Liveness:
 
     def register(self, now: int) -> None:
         """Get a new id, with its byte locked."""
-        s = self.settings
+        s, (host, boot) = self.settings, self._machine
+        self._locks = LiveFile.of(self.store.path + "-live")
         row = {
-            "name": s.worker_name, "pid": os.getpid(), "host": self._host,
-            "boot": self._boot, "port": self._ear.port, "token": self._ear.token,
+            "name": s.worker_name, "pid": os.getpid(), "host": host, "boot": boot,
+            "port": self._ear.port, "token": self._ear.token,
             "queues": json.dumps(s.queues) if s.queues else None,
-            "concurrency": s.concurrency, "now": now,
+            "concurrency": s.concurrency, "now": now, "live": self._locks.number,
         }
         self.id = self.store.add_worker(row, self._locks.hold)
+
+    def beat(self, running: int, now: int) -> bool:
+        """Write a heartbeat.  False: we were taken for dead and reaped.
+
+        If somebody has removed the file of locks, lock our byte in the new one.
+        """
+        with contextlib.suppress(OSError):      # then the beats have to do
+            self._locks = LiveFile.of(self.store.path + "-live")
+        live = self._locks.number if self._locks.hold(self.id) else 0
+        return self.store.beat(self.id, running, live, now)
 
     def leave(self) -> None:
         """Take the entry off, and the lock."""
@@ -4979,14 +5016,12 @@ class Liveness:
         return lost
 
     def _is_dead(self, row):
-        """By its lock; or by its heartbeat, timed by our own waking time.
+        """By what the kernel knows; or by its heartbeat, timed by our waking time.
 
         So a set clock, a laptop's sleep or a stall of ours never looks like the
         death of somebody else.
         """
-        if row.host == self._host and row.boot != self._boot:
-            return True                 # the machine has been restarted since
-        if self._locks.is_dead(row.id):
+        if is_surely_dead(row, self._locks, self._machine):
             return True
         beat_at, seen = self._seen.get(row.id, (None, 0.0))
         if beat_at != row.beat_at:
@@ -5503,7 +5538,7 @@ class Worker:
 
     def _beat(self, now):
         try:
-            alive = self.store.beat(self.liveness.id, len(self.pool.running()), now)
+            alive = self.liveness.beat(len(self.pool.running()), now)
         except DatabaseUnavailable as exc:
             self.journal.say("heartbeat_error", error=str(exc))
             self.liveness.doubt()

@@ -2646,21 +2646,33 @@ class Processes(Case):
         )
         self.assertEqual(other.stdout.readline(), b"held\n")
         mine = pybgworker.LiveFile.of(path)
-        self.assertFalse(mine.is_dead(7))
+        self.assertTrue(mine.is_held(7))
         other.kill()
         other.communicate()
 
-        self.assertTrue(mine.is_dead(7))
-        self.assertTrue(mine.is_dead(8))
+        self.assertIs(mine.is_held(7), False)
+        self.assertIs(mine.is_held(8), False)
+
+    def test_where_locks_do_not_work_they_say_nothing(self):
+        mine = pybgworker.LiveFile.of(str(self.folder / "live"))
+        real = pybgworker.fcntl.lockf
+        self.addCleanup(setattr, pybgworker.fcntl, "lockf", real)
+
+        def refuse(*_):
+            raise OSError(pybgworker.errno.ENOLCK, "no locks here")
+
+        pybgworker.fcntl.lockf = refuse
+        mine.hold(7)
+        self.assertIsNone(mine.is_held(8))
 
     def test_our_own_lock_is_alive_and_shared_by_all_users_of_the_file(self):
         path = str(self.folder / "live")
         pybgworker.LiveFile.of(path).hold(1)
 
         self.assertIs(pybgworker.LiveFile.of(path), pybgworker.LiveFile.of(path))
-        self.assertFalse(pybgworker.LiveFile.of(path).is_dead(1))
+        self.assertTrue(pybgworker.LiveFile.of(path).is_held(1))
         pybgworker.LiveFile.of(path).drop(1)
-        self.assertTrue(pybgworker.LiveFile.of(path).is_dead(1))
+        self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
 
     def test_signals_and_exit_codes_have_names(self):
         self.assertEqual(pybgworker.signal_name(11), "SIGSEGV")
@@ -3233,7 +3245,8 @@ class Lives(Case):
             other.close()
 
         row = {"name": "w", "pid": 1, "host": "h", "boot": "b", "port": 0, "token": "",
-               "queues": None, "concurrency": 1, "now": self.now}
+               "queues": None, "concurrency": 1, "now": self.now,
+               "live": pybgworker.LiveFile.of(self.store.path + "-live").number}
         worker = self.store.add_worker(row, lock)
         self.assertEqual(seen, [[watching.id]])
         self.assertEqual(watching.reap_dead(self.now), [])
@@ -3269,8 +3282,44 @@ class Lives(Case):
     def test_another_boot_of_this_machine_is_dead(self):
         watching, old = self.liveness(), self.liveness()
         self.run_of(old.id)
-        self.sql("update bg_worker set boot = 'before' where id = ?", old.id)
+        self.sql("update bg_worker set boot = 'before', live = 0 where id = ?", old.id)
         self.assertEqual(len(watching.reap_dead(self.now)), 1)
+
+    def test_a_boot_that_cannot_be_read_is_no_other_boot(self):
+        watching, other = self.liveness(), self.liveness()
+        for mine, its in (("a", ""), ("", "a"), ("", "")):
+            watching._machine = watching._machine[0], mine
+            self.sql("update bg_worker set boot = ?, live = 0 where id = ?", its, other.id)
+            self.assertEqual(watching.reap_dead(self.now), [], (mine, its))
+
+    def test_a_held_lock_knows_better_than_the_boot(self):
+        watching, other = self.liveness(), self.liveness()
+        self.sql("update bg_worker set boot = 'before' where id = ?", other.id)
+        self.assertEqual(watching.reap_dead(self.now), [])
+
+    def test_a_removed_lock_file_kills_nobody_and_is_made_again(self):
+        """As by a cleaner of /tmp.  Each locks its byte in the new file."""
+        old = self.liveness()
+        self.run_of(old.id)
+        os.remove(f"{self.db}-live")
+        young = self.liveness()
+        self.assertNotEqual(old._locks.number, young._locks.number)
+        self.assertEqual(young.reap_dead(self.now) + old.reap_dead(self.now), [])
+
+        self.assertTrue(old.beat(1, self.now))
+        self.assertIs(old._locks, young._locks)
+        self.assertEqual(young.reap_dead(self.now), [])
+        old.forsake()
+        self.assertEqual(len(young.reap_dead(self.now)), 1)
+
+    def test_a_worker_that_was_given_up_locks_its_byte_in_the_new_file(self):
+        old = self.liveness()
+        os.remove(f"{self.db}-live")
+        young = self.liveness()
+        self.sql("delete from bg_worker where id = ?", old.id)
+        self.assertFalse(old.beat(0, self.now))
+        old.register(self.now)
+        self.assertEqual(young.reap_dead(self.now), [])
 
     def test_runs_of_an_unknown_worker_are_found(self):
         watching = self.liveness()
