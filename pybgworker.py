@@ -82,10 +82,11 @@ from typing import Any, Callable, NamedTuple
 
 __version__ = "2.0.0"
 __all__ = [
-    "Abort", "App", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
-    "DatabaseUnavailable", "PyBgWorkerError", "Retry", "SettingError",
-    "TaskCancelled", "TaskFailed", "TaskNotFound", "TaskTimeout", "configure",
-    "cron", "current_task", "main", "task",
+    "Abort", "App", "AppError", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
+    "DatabaseUnavailable", "DatabaseUnusable", "OptionError", "PayloadTooLarge",
+    "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError", "TaskCancelled",
+    "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout", "configure", "cron",
+    "current_task", "main", "task",
 ]
 
 
@@ -94,24 +95,59 @@ __all__ = [
 # variable PYBGWORKER_X, the keyword x of configure() and App(), and --x of `run`
 # where that makes sense.  Flag beats environment beats code beats default.
 # Values are checked here, once, and passed down; nothing else reads os.environ.
+# What options of tasks and calls have in common with settings is checked here too.
 
 
 class PyBgWorkerError(Exception):
     """The base of every error this module raises on purpose."""
+
+    def __reduce__(self):
+        """Pickled and copied as it is: its __init__ may want other arguments."""
+        return _error_again, (type(self), self.args, self.__dict__)
+
+
+def _error_again(kind, args, state):
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class SettingError(PyBgWorkerError, ValueError):
     """A setting has a value it cannot have.  The message says what is allowed."""
 
 
+class OptionError(PyBgWorkerError, ValueError, TypeError):
+    """An option or an argument cannot be what it is.  Nothing was changed."""
+
+
 _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
+_LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
+_LARGEST = 10**11           # of any other number
+_LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
+_NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
+
+
 def _text(value):
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) \
+            or "\0" in str(value):
         raise ValueError("a text that is not empty")
     return os.fspath(value)
+
+
+def _name(value):
+    if not isinstance(value, str) or not 0 < len(value) <= 200 \
+            or _NOT_IN_NAMES.search(value):
+        raise ValueError("a text of 1 to 200 characters")
+    return value
+
+
+def _queue_name(value):
+    if "," in _name(value) or value != value.strip():
+        raise ValueError("a name without a comma, or spaces around it")
+    return value
 
 
 def _count(value):
@@ -121,21 +157,32 @@ def _count(value):
     return number
 
 
+def _amount(value, units):
+    """What a number, or a text of one and perhaps a unit, stands for; else nan."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if abs(value) < 1e18 else math.nan
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,30})?)([a-z]?)", str(value))
+    unit = units.get(found[2], math.nan) if found else math.nan
+    return float(found[1]) * unit if found else math.nan
+
+
 def _seconds(value):
     """Parse `2.5`, `"90s"`, `"15m"`, `"12h"` or `"7d"` into seconds above 0."""
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhdw]?)", str(value))
-    number = float(found[1]) * _UNIT_SECONDS[found[2]] if found else 0
-    if number <= 0:
-        raise ValueError("seconds above 0, or a number with s, m, h, d or w")
+    number = _amount(value, _UNIT_SECONDS)
+    if not 0 < number <= _LONGEST_SECONDS:
+        raise ValueError(
+            "seconds above 0, or a number with s, m, h, d or w; at most 31 years"
+        )
     return number
 
 
 def _grace(value):
-    return 0.0 if str(value) in ("0", "0.0") else _seconds(value)
+    return 0.0 if _amount(value, _UNIT_SECONDS) == 0 else _seconds(value)
 
 
 def _retention(value):
-    return None if str(value) == "forever" else _grace(value)
+    """Seconds; infinite for `"forever"`, for None means that nothing was said."""
+    return math.inf if value in ("forever", math.inf) else _grace(value)
 
 
 def _bytes(value):
@@ -147,9 +194,16 @@ def _bytes(value):
     return number
 
 
+def _payload_bytes(value):
+    if _bytes(value) > _LARGEST_PAYLOAD:
+        raise ValueError("at most 900m, for SQLite holds no longer text")
+    return _bytes(value)
+
+
 def _names(value):
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    names = tuple(part.strip() for part in parts if part.strip())
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    names = tuple(_queue_name(name) for name in value)
     if not names:
         raise ValueError("queue names with commas between them")
     return names
@@ -172,11 +226,37 @@ def parse_rate(value: float | str) -> float:
 
     Raises ValueError for anything else, for 0, and for what is not finite.
     """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(?:/([smhd]))?", str(value))
-    rate = float(found[1]) / _UNIT_SECONDS[found[2] or "s"] if found else 0.0
-    if rate <= 0:
+    number, unit = value, "s"
+    if isinstance(value, str) and re.search(r"/[smhd]\Z", value):
+        number, unit = value[:-2], value[-1]
+    rate = _amount(number, {"": 1}) / _UNIT_SECONDS[unit]
+    if not 1e-9 <= rate <= 1e9:
         raise ValueError('starts per second above 0, or "5/s", "100/m", "1000/h"')
     return rate
+
+
+def _checked(option, parse, value):
+    """Parse the value of an option as that of a setting is parsed."""
+    try:
+        return parse(value)
+    except (ValueError, TypeError) as exc:
+        raise OptionError(f"{option}={value!r}: must be {exc}") from None
+
+
+def _check_number(name, value, least=0, most=_LARGEST, kind=(int, float)):
+    if isinstance(value, bool) or not isinstance(value, kind) \
+            or not least <= value <= most:
+        raise OptionError(
+            f"{name}={value!r}: must be a number from {least:,} to {most:,}"
+        )
+    return value
+
+
+def _check_span(name, value, least=0):
+    """Check a number of seconds, or a timedelta; return seconds."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    return _check_number(name, value, least, _LONGEST_SECONDS)
 
 
 class Setting(NamedTuple):
@@ -200,7 +280,7 @@ SETTINGS = (
             'starts over all tasks and workers: 5, "5/s", "100/m", "1000/h"'),
     Setting("timeout", None, _seconds, True,
             "limit of a run, for tasks that name none (default: none)"),
-    Setting("worker_name", None, _text, True,
+    Setting("worker_name", None, _name, True,
             "name shown in logs and inspect (default: host-pid)"),
     Setting("heartbeat_interval", 5.0, _seconds, True,
             "seconds between two heartbeats of a worker"),
@@ -216,8 +296,8 @@ SETTINGS = (
             "replace a child after so many tasks (default: never)"),
     Setting("max_memory", None, _bytes, True,
             "bytes of memory a child may use: 512m, 2g (default: no limit)"),
-    Setting("max_payload", 64 << 20, _bytes, False,
-            "bytes of the arguments, or the result, of one task at most"),
+    Setting("max_payload", 64 << 20, _payload_bytes, False,
+            "bytes of the arguments, or the result, of one task at most (to 900m)"),
     Setting("durability", "full", _durability, True,
             "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("busy_timeout", 30.0, _seconds, False,
@@ -290,12 +370,17 @@ def state_name(state: int) -> str:
 
 
 class Retry(PyBgWorkerError):
-    """Raise it in a task to run again, in `countdown` seconds.
+    """Raise it in a task to run again, in `countdown` seconds (or a timedelta).
 
-    It spends a retry; without a countdown the task's own delay holds.
+    It spends a retry; without a countdown the task's own delay holds.  `Retry(30)`
+    is `Retry(countdown=30)`.  Raises OptionError for what is no time to wait.
     """
 
-    def __init__(self, message: str = "retry asked for", countdown=None):
+    def __init__(self, message: Any = "retry asked for", countdown: Any = None):
+        if countdown is None and isinstance(message, (int, float, timedelta)):
+            message, countdown = "retry asked for", message
+        if countdown is not None:
+            countdown = _check_span("countdown", countdown, -_LONGEST_SECONDS)
         super().__init__(message)
         self.countdown = countdown
 
@@ -334,6 +419,10 @@ class TaskError(str):
         error.traceback = found.get("traceback", "")
         return error
 
+    def __getnewargs__(self):
+        """Pickled by its parts."""
+        return (dict(self.__dict__),)
+
 
 class TaskFailed(PyBgWorkerError):
     """get(): the task failed for good.  `.error` is the TaskError, `.kind`,
@@ -361,6 +450,10 @@ class PayloadTooLarge(PyBgWorkerError, ValueError):
     """Arguments, or a result, are larger than max_payload."""
 
 
+class PayloadTypeError(PyBgWorkerError, TypeError):
+    """A value that would not arrive as it was sent.  The message has its path."""
+
+
 class AppError(PyBgWorkerError):
     """The app cannot be loaded or defines something twice."""
 
@@ -386,7 +479,7 @@ class DatabaseUnusable(DatabaseUnavailable):
 
 # == Time and values ==========================================================
 # Owns the clock, and the text form of arguments and results.  What arrives
-# equals what was sent, or encode() raises TypeError; nothing is ever pickled.
+# equals what was sent, or encode() raises a TypeError; nothing is ever pickled.
 # Plain JSON values are themselves; every other type is an object with one key:
 #     {"$tuple": [1, 2]}   {"$datetime": "2026-01-02T03:04:05+00:00"}
 # and a dict that JSON would change, or that looks like one of those, becomes
@@ -416,18 +509,28 @@ class _Refused(Exception):
     """A value that has no text form; encode() turns it into a TypeError."""
 
 
-# A longer integer would trip the interpreter's limit on decimal digits.
-_LONGEST_DECIMAL_BITS = 10_000
+# A longer integer could trip the interpreter's limit on decimal digits, which a
+# program may set as low as 640, here or where it is read.
+_LONGEST_DECIMAL_BITS = 2_000
+# Two lone surrogates in this order: JSON's escapes would make one character.
+_SURROGATE_PAIR = re.compile("(?<=[\ud800-\udbff])(?=[\udc00-\udfff])")
 
 
 def _pack(value):
     kind = type(value)
-    if kind is str or value is None or kind is bool:
+    if kind is str:
+        return value if value.isascii() else _pack_text(value)
+    if value is None or kind is bool:
         return value
     packer = _PACKERS.get(kind)
     if packer is None:
         packer = _late_packer(kind)
     return packer(value)
+
+
+def _pack_text(value):
+    parts = _SURROGATE_PAIR.split(value)
+    return value if len(parts) == 1 else {"$str": parts}
 
 
 def _pack_int(value):
@@ -446,7 +549,8 @@ def _pack_list(value):
 
 def _pack_dict(value):
     for key in value:
-        if type(key) is not str or key.startswith("$"):
+        if type(key) is not str or key.startswith("$") \
+                or not key.isascii() and _SURROGATE_PAIR.search(key):
             return {"$dict": [[_pack(k), _pack(v)] for k, v in value.items()]}
     return {key: _pack(item) for key, item in value.items()}
 
@@ -500,6 +604,7 @@ _PACKERS = {
     timedelta: lambda v: {"$timedelta": [v.days, v.seconds, v.microseconds]},
 }
 _UNPACKERS = {
+    "$str": "".join,
     "$int": lambda body: int(body, 16),
     "$float": float,
     "$dict": dict,
@@ -541,19 +646,21 @@ _to_json = json.JSONEncoder(separators=(",", ":")).encode
 def encode(value: Any, path: str) -> str:
     """Return the text of `value`, ASCII only.  `path` is its name in messages.
 
-    Raises TypeError with the path of what cannot be sent unchanged:
+    Raises PayloadTypeError with the path of what cannot be sent unchanged:
     `args[0]["user"]: <class User>`.
     """
     try:
         return _to_json(_pack(value))
     except _Refused:
-        raise TypeError(_blame(value, path)) from None
+        raise PayloadTypeError(_blame(value, path)) from None
     except RecursionError:
-        raise TypeError(f"{path}: nested too deeply, or contains itself") from None
+        raise PayloadTypeError(
+            f"{path}: nested too deeply, or contains itself"
+        ) from None
 
 
 def encode_call(args: tuple, kwargs: dict) -> str:
-    """Return the text of a call's arguments.  Raises TypeError as encode() does."""
+    """Return the text of a call's arguments.  Raises as encode() does."""
     try:
         return _to_json([_pack_list(args), _pack_dict(kwargs)])
     except (_Refused, RecursionError):
@@ -2509,11 +2616,18 @@ class Operations(Endings):
         rows = self._read(
             """select result from bg_task where id = :id""", {"id": _row_id(task_id)}
         )
-        return rows[0][0] if rows and rows[0][0] else self._payload(task_id, _RESULT)
+        return rows[0][0] if rows and rows[0][0] else self._kept(task_id, _RESULT)
+
+    def _kept(self, task_id, kind):
+        """A payload; None where the task has none.  Raises TaskNotFound."""
+        text = self._payload(_row_id(task_id), kind)
+        if text is None:
+            self._state(task_id)
+        return text
 
     def error(self, task_id: int) -> dict | None:
         """Return what the last failed run left: kind, type, message, traceback."""
-        text = self._payload(task_id, _ERROR)
+        text = self._kept(task_id, _ERROR)
         error = json.loads(text) if text else None
         if text and not (isinstance(error, dict) and error.get("kind")):
             return {"kind": "exception", "message": text}       # edited by hand
@@ -2521,11 +2635,11 @@ class Operations(Endings):
 
     def output(self, task_id: int) -> str | None:
         """Return what the last run printed, as far as it was kept."""
-        return self._payload(task_id, _OUTPUT)
+        return self._kept(task_id, _OUTPUT)
 
     def progress(self, task_id: int) -> list | None:
         """Return [percent, message] as the task last set it, or None."""
-        text = self._payload(task_id, _PROGRESS)
+        text = self._kept(task_id, _PROGRESS)
         return json.loads(text) if text else None
 
     def counts(self) -> list[tuple[str, str, int, int]]:
@@ -2870,10 +2984,13 @@ else:
     P = TypeVar("P")
 R = TypeVar("R")
 
+_TASK_OPTIONS = frozenset((
+    "queue", "priority", "retries", "retry_delay", "retry_backoff", "retry_max_delay",
+    "retry_jitter", "retry_for", "timeout", "rate_limit", "on_success", "on_failure",
+))
 _OPTIONS = frozenset((
     "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
 ))
-_LARGEST = 10**11       # of any number given here; as seconds it is 3,000 years
 _WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between looks of get()
 
 
@@ -2886,50 +3003,39 @@ class Schedule(NamedTuple):
     jitter: float = 0.0         # seconds a run may be put off, never the tick
 
 
-def _check_number(name, value, least, kind=(int, float)):
-    if isinstance(value, bool) or not isinstance(value, kind) \
-            or not least <= value <= _LARGEST:
-        raise ValueError(f"{name}={value!r}: must be a number from {least} to 10**11")
-    return value
-
-
-def _check_name(what, value):
-    if not isinstance(value, str) or not value or len(value) > 200:
-        raise ValueError(f"{what}={value!r}: must be a text of 1 to 200 characters")
-    return value
-
-
 def _check_timeout(value):
-    if value is not None and _check_number("timeout", value, 0) == 0:
-        raise ValueError("timeout=0: must be seconds above 0, or None for no limit")
-    return value
+    seconds = None if value is None else _check_span("timeout", value)
+    if seconds == 0:
+        raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
+    return seconds
 
 
 def _check_priority(value):
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
-        raise ValueError(f"priority={value!r}: must be a whole number")
+        raise OptionError(f"priority={value!r}: must be a whole number")
+    return value
+
+
+def _check_callback(name, value):
+    if value is not None and not callable(value):
+        raise OptionError(f"{name}={value!r}: must be a function")
     return value
 
 
 def _due_at(now, countdown, eta):
     """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
     if countdown is not None and eta is not None:
-        raise ValueError("give countdown= or eta=, not both")
+        raise OptionError("give countdown= or eta=, not both")
     if countdown is not None:
-        if isinstance(countdown, timedelta):
-            countdown = countdown.total_seconds()
-        return now + to_ms(_check_number("countdown", countdown, -_LARGEST))
+        return now + to_ms(_check_span("countdown", countdown, -_LONGEST_SECONDS))
     if eta is not None:
         if not isinstance(eta, datetime):
-            raise ValueError(f"eta={eta!r}: must be a datetime (naive: local time)")
-        return to_ms(eta.timestamp())
+            raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
+        try:
+            return to_ms(eta.timestamp())
+        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
+            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
     return now
-
-
-def _check_callback(name, value):
-    if value is not None and not callable(value):
-        raise ValueError(f"{name}={value!r}: must be a function")
-    return value
 
 
 class Task(Generic[P, R]):
@@ -2938,35 +3044,45 @@ class Task(Generic[P, R]):
     def __init__(self, app: App, fn: Callable, name: str, options: dict):
         self.app = app
         self.fn = fn
-        self.name = _check_name("name", name)
+        self.name = _checked("name", _name, name)
         self.schedules: list[Schedule] = []
+        self.origin = _origin(fn)
+        unknown = options.keys() - _TASK_OPTIONS
+        if unknown:
+            known = ", ".join(sorted(_TASK_OPTIONS))
+            raise OptionError(f"unknown option {min(unknown)!r}; there are {known}")
         self._set(**options)
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):    # an option, or delay(), goes before
+                setattr(self, attribute, value)
 
     def _set(self, queue="default", priority=5, retries=3, retry_delay=1.0,
              retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
              retry_for=(Exception,), timeout=None, rate_limit=None,
              on_success=None, on_failure=None):
-        self.queue = _check_name("queue", queue)
+        self.queue = _checked("queue", _queue_name, queue)
         self.priority = _check_priority(priority)
         self.timeout = _check_timeout(timeout)
-        self.rate_limit = None if rate_limit is None else _rate(rate_limit)
+        self.rate_limit = rate_limit
+        if rate_limit is not None:
+            self.rate_limit = _checked("rate_limit", parse_rate, rate_limit)
         self.on_success = _check_callback("on_success", on_success)
         self.on_failure = _check_callback("on_failure", on_failure)
         classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
         if not all(isinstance(c, type) and issubclass(c, BaseException)
                    for c in classes):
-            raise ValueError(f"retry_for={retry_for!r}: must be exception classes")
+            raise OptionError(f"retry_for={retry_for!r}: must be exception classes")
         self.policy = RetryPolicy(
-            _check_number("retries", retries, 0, int),
-            _check_number("retry_delay", retry_delay, 0),
-            _check_number("retry_backoff", retry_backoff, 0),
-            _check_number("retry_max_delay", retry_max_delay, 0),
-            _check_number("retry_jitter", retry_jitter, 0),
+            _check_number("retries", retries, kind=int),
+            _check_span("retry_delay", retry_delay),
+            _check_number("retry_backoff", retry_backoff),
+            _check_span("retry_max_delay", retry_max_delay),
+            _check_number("retry_jitter", retry_jitter, most=1),
             tuple(classes),
         )
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.fn(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -2986,15 +3102,19 @@ class Task(Generic[P, R]):
                 task.name = f"{self.name}:{kind}"
                 yield task
 
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+    def __reduce__(self) -> str:
+        """Pickled as functions are: by the name under which its module has it."""
+        return getattr(self, "__qualname__", self.name)
+
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
         """Enqueue a call; return its AsyncResult.
 
-        Durable once it returns.  Raises TypeError for an argument that would not
-        arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
+        Durable once it returns.  Raises PayloadTypeError for an argument that would
+        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
         """
         return self.app.enqueue(self, [(args, kwargs)], {})[0]
 
-    def options(self, **options: Any) -> Call[P]:
+    def options(self, /, **options: Any) -> Call[P]:
         """Return something with delay() and delay_many() that uses these options.
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
@@ -3023,10 +3143,10 @@ class Call(Generic[P]):
         unknown = options.keys() - _OPTIONS
         if unknown:
             known = ", ".join(sorted(_OPTIONS))
-            raise TypeError(f"unknown option {min(unknown)!r}; there are {known}")
+            raise OptionError(f"unknown option {min(unknown)!r}; there are {known}")
         self._task, self._options = task, options
 
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
         """Enqueue a call, as Task.delay() does."""
         return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
 
@@ -3050,17 +3170,14 @@ def _calling(fn):
 
 def _one_call(call):
     if isinstance(call, dict):
+        if not all(isinstance(name, str) for name in call):
+            raise OptionError(f"delay_many(): {call!r} has a keyword that is no text")
         return (), call
     if isinstance(call, (tuple, list)):
         return tuple(call), {}
-    raise TypeError(f"delay_many() takes tuples and dicts, not {type(call).__name__}")
-
-
-def _rate(value):
-    try:
-        return parse_rate(value)
-    except ValueError as exc:
-        raise ValueError(f"rate_limit={value!r}: must be {exc}") from None
+    raise OptionError(
+        f"delay_many() takes tuples and dicts, not {type(call).__name__}"
+    )
 
 
 def _refuse_at_import(module):
@@ -3088,6 +3205,17 @@ class App:
         self._settings: types.SimpleNamespace | None = None
         self._store: Store | None = None
         self.configure(**settings)
+
+    def __copy__(self) -> App:
+        """An app is one thing: its copies, and those of its results, share it."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> App:
+        return self
+
+    def __reduce__(self):
+        """Pickled as its database: no other process has its functions."""
+        return _app_on, (os.path.abspath(self.settings.db),)
 
     # -- settings
 
@@ -3152,21 +3280,21 @@ class App:
             schedules = fn.schedules
             self._unregister(fn.name)
             fn = fn.fn
-        if not callable(fn):
-            raise TypeError(f"@task needs a function, not {type(fn).__name__}")
+        _check_function(fn)
         try:
-            task: Task = Task(self, fn, name or _default_name(fn), options)
-        except (TypeError, ValueError) as exc:
-            raise type(exc)(f"@task of {_default_name(fn)}: {exc}") from None
+            task: Task = Task(self, fn, name or _own_name(fn), options)
+        except OptionError as exc:
+            raise OptionError(f"@task of {_default_name(fn)}: {exc}") from None
         task.schedules = schedules
         return self._register(task)
 
     def _register(self, task):
         other = self.tasks.get(task.name)
-        if other is not None and not _is_reload(other.fn, task.fn):
+        if other is not None and not _is_reload(other, task):
             raise AppError(
                 f"two tasks are named {task.name!r}: {_place(other.fn)} and "
-                f"{_place(task.fn)}; give one of them @task(name=...)"
+                f"{_place(task.fn)}; give one of them @task(name=...), or their "
+                "decorator functools.wraps()"
             )
         if callback_kind(task.name):
             raise AppError(
@@ -3196,10 +3324,10 @@ class App:
         if parsed.never:
             raise CronError(expr, "fields", expr, "no year has such a date")
         if misfire not in ("latest", "skip", "all"):
-            raise ValueError(f"misfire={misfire!r}: must be latest, skip or all")
+            raise OptionError(f"misfire={misfire!r}: must be latest, skip or all")
         if overlap not in ("allow", "skip"):
-            raise ValueError(f"overlap={overlap!r}: must be allow or skip")
-        _check_number("jitter", jitter, 0)
+            raise OptionError(f"overlap={overlap!r}: must be allow or skip")
+        _check_span("jitter", jitter)
         schedule = Schedule(parsed, misfire, overlap, jitter)
 
         def decorate(fn):
@@ -3217,7 +3345,7 @@ class App:
             _refuse_at_import(App.serving)
         row = self._new_task(task, now_ms(), **options)
         if row.key is not None and len(calls) != 1:
-            raise ValueError("key= is for one call: each call needs a key of its own")
+            raise OptionError("key= is for one call: each call needs one of its own")
         limit = self.settings.max_payload
         texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
         connection = options.get("conn")
@@ -3231,11 +3359,11 @@ class App:
         run_at = _due_at(now, countdown, eta)
         return NewTask(
             task.name,
-            task.queue if queue is None else _check_name("queue", queue),
+            task.queue if queue is None else _checked("queue", _queue_name, queue),
             task.priority if priority is None else _check_priority(priority),
-            None if key is None else _check_name("key", key),
+            None if key is None else _checked("key", _name, key),
             (task.policy.retries if retries is None
-             else _check_number("retries", retries, 0, int)),
+             else _check_number("retries", retries, kind=int)),
             task.timeout if timeout is None else _check_timeout(timeout),
             SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
         )
@@ -3245,18 +3373,34 @@ class App:
         rows = connection.execute("pragma database_list").fetchall()
         path = next((tuple(row)[2] for row in rows if tuple(row)[1] == "main"), "")
         if not path or os.path.realpath(path) != os.path.realpath(self.store.path):
-            raise ValueError(
+            raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {self.store.path}"
             )
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
-        """Enqueue a task by its name, which need not be registered here."""
+        """Enqueue a task by its name, which need not be registered here.
+
+        Then it has the options of a bare @task, but for those that are given.
+        """
         task = self.tasks.get(name) or Task(self, _nothing, name, {})
         return self.enqueue(task, [(args, {})], options)[0]
 
     def result(self, task_id: int) -> AsyncResult:
         """Return the AsyncResult of an id of this app's database."""
         return AsyncResult(task_id, self)
+
+
+_apps_by_path: dict[str, App] = {}
+
+
+def _app_on(path):
+    """The default App, if that is its database; else one for all results of `path`."""
+    if os.path.abspath(_default_app.settings.db) == path:
+        return _default_app
+    if path not in _apps_by_path:
+        app = _apps_by_path[path] = App()
+        app.override(db=path)       # whatever the environment says
+    return _apps_by_path[path]
 
 
 def _encode_call(args, kwargs, limit):
@@ -3273,9 +3417,9 @@ def _nothing():
     """Stands for a function that only a worker knows."""
 
 
-def _default_name(fn):
-    """module.function; for a script the module is the name of its file."""
-    module = getattr(fn, "__module__", None) or "?"
+def _module_name(space):
+    """Of a module's globals; that of a script is the name of its file."""
+    module = space.get("__name__") or "?"
     if module == "__main__":
         main = sys.modules["__main__"]
         spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
@@ -3283,7 +3427,52 @@ def _default_name(fn):
             module = spec.name.removesuffix(".__main__") if spec.name else module
         elif path:
             module = os.path.splitext(os.path.basename(path))[0]
+    return module
+
+
+def _default_name(fn):
+    """module.function, as far as it has such a name."""
+    module = _module_name({"__name__": getattr(fn, "__module__", None)})
     return f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
+
+
+def _own_name(fn):
+    """The default name of a function; an object has none that other processes know."""
+    if not hasattr(fn, "__qualname__") or isinstance(fn, types.MethodType):
+        raise OptionError(
+            f"@task of {_default_name(fn)}: it is no plain function, so it needs a "
+            "name of its own: task(name=...)(it)"
+        )
+    return _default_name(fn)
+
+
+def _code_of(fn):
+    """The code that a call runs, where it is Python."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return getattr(fn, "__code__", getattr(type(fn).__call__, "__code__", None))
+
+
+_CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
+
+
+def _check_function(fn):
+    """Refuse what can be called here, and can never do its work in a worker."""
+    if not callable(fn) or isinstance(fn, type):
+        raise OptionError(f"@task needs a function, not {fn!r}")
+    code, path = _code_of(fn), getattr(fn, "__qualname__", "").split(".")
+    if code and code.co_flags & _CO_GENERATORS:
+        raise OptionError(
+            f"@task of {_default_name(fn)}: it yields, so a call of it does nothing: "
+            "return a list"
+        )
+    is_in_class = len(path) > 1 and path[-2] != "<locals>"
+    if is_in_class and isinstance(fn, types.FunctionType) \
+            and code.co_varnames[:code.co_argcount][:1] in (("self",), ("cls",)):
+        raise OptionError(
+            f"@task of {_default_name(fn)}: a worker has no {code.co_varnames[0]} to "
+            "give to a method: make it a function"
+        )
 
 
 def _place(fn):
@@ -3291,18 +3480,59 @@ def _place(fn):
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
 
 
-def _is_reload(old, new):
-    """True when `new` is `old` defined again by another execution of its module."""
-    def execution(fn):
-        space = getattr(fn, "__globals__", {})
-        return id(space.get("__spec__")) if space.get("__spec__") else None
+class _Origin(NamedTuple):
+    """Which execution of which modules made a task: of its function, and of @task.
 
-    same = _default_name(old) == _default_name(new)
-    interactive = "__file__" not in getattr(new, "__globals__", {})
-    first = getattr(old, "__code__", None), getattr(new, "__code__", None)
-    return old is new or same and (
-        interactive or execution(old) != execution(new) or first[0] == first[1]
+    They differ where a decorator of another module has wrapped the function.  A
+    module that is executed again has a new __spec__ in the same globals.
+    """
+
+    names: tuple
+    specs: tuple
+    is_interactive: bool
+
+
+def _origin(fn):
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals is globals():
+        frame = frame.f_back
+    spaces = getattr(fn, "__globals__", {}), frame.f_globals
+    return _Origin(
+        (_default_name(fn), *map(_module_name, spaces)),
+        tuple(space.get("__spec__") for space in spaces),
+        "__file__" not in frame.f_globals,
     )
+
+
+def _is_reload(old, new):
+    """True when `new` is `old` defined again, by another execution of its module."""
+    if old.fn is new.fn:
+        return True
+    if old.origin.names != new.origin.names:
+        return False
+    specs = zip(old.origin.specs, new.origin.specs)
+    if any(before is not after for before, after in specs):     # they may be equal
+        return True
+    # In a session a name is for the newest; but <locals>.wrapper is no name.
+    return new.origin.is_interactive and "<locals>" not in new.origin.names[0] \
+        or _is_same_function(old.fn, new.fn)
+
+
+def _is_same_function(a, b):
+    """True for one `def` executed twice, with the same things around it."""
+    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
+        return False
+    return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and (
+        _surroundings(a) == _surroundings(b)
+    )
+
+
+def _surroundings(fn):
+    """What it closes over, by identity, for that may change; and its defaults."""
+    with contextlib.suppress(ValueError):       # a cell that is still empty
+        cells = [id(cell.cell_contents) for cell in fn.__closure__ or ()]
+        return cells, fn.__defaults__, fn.__kwdefaults__
+    return fn
 
 
 class Progress(NamedTuple):
@@ -3453,9 +3683,7 @@ class CurrentTask:
 
     def set_progress(self, percent: float, message: str | None = None) -> None:
         """Show how far the task has come, in AsyncResult.progress and `show`."""
-        if not 0 <= percent <= 100:
-            raise ValueError(f"percent={percent!r}: must be from 0 to 100")
-        self._report(percent, message)
+        self._report(_check_number("percent", percent, 0, 100), message)
 
 
 _current_task: CurrentTask | None = None
@@ -4086,7 +4314,7 @@ def _countdown(value):
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if not isinstance(seconds, (int, float)) or seconds != seconds:
         return None
-    return float(min(max(seconds, 0), _LARGEST))
+    return float(min(max(seconds, 0), _LONGEST_SECONDS))
 
 
 def _text_of(fn, *args):
@@ -5585,7 +5813,7 @@ class Worker:
         """Delete old finished tasks, a batch at a time; soon again if it was full."""
         s = self.settings
         before, failed_before = (
-            None if keep is None else now - to_ms(keep)
+            None if keep == math.inf else now - to_ms(keep)
             for keep in (s.retention, s.retention_failed)
         )
         _, self._prune_cursor = self.store.prune(
@@ -6402,7 +6630,7 @@ def _prune(args, app):
     keep, keep_failed = s.retention, s.retention_failed
     if args.older_than is not None:
         keep = keep_failed = args.older_than
-    limits = [None if k is None else now - to_ms(k) for k in (keep, keep_failed)]
+    limits = [None if k == math.inf else now - to_ms(k) for k in (keep, keep_failed)]
     _confirm(args, "Delete finished tasks that are older than their retention?")
     deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
     while cursor:

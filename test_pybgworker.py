@@ -12,10 +12,12 @@ from __future__ import annotations
 import ast
 import collections
 import contextlib
+import copy
 import datetime as dt
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -777,7 +779,7 @@ class Promises(Served):
     def test_a_result_that_json_cannot_hold_fails_with_its_path(self):
         self.worker()
         failed = self.failure(self.tasks.not_json.delay())
-        self.assertEqual(failed.error_type, "TypeError")
+        self.assertEqual(failed.error_type, "PayloadTypeError")
         self.assertIn("result: <class object>", str(failed))
 
     def test_a_task_that_forks_answers_once(self):
@@ -913,7 +915,9 @@ class Settings(unittest.TestCase):
         timeout              2m         120.0
         shutdown_timeout     0          0.0
         retention            7d         604800.0
-        retention            forever    None
+        retention            forever    1e999
+        retention            0s         0.0
+        timeout              0.30000000000000004 0.30000000000000004
         max_memory           2g         2147483648
         max_memory           512k       524288
         durability           normal     'normal'
@@ -928,11 +932,28 @@ class Settings(unittest.TestCase):
         rate_limit           5/week     starts per second
         timeout              -1         seconds above 0
         timeout              nan        seconds above 0
+        timeout              99999w     at most 31 years
+        worker_name          a\ud800b   1 to 200 characters
+        max_payload          2g         at most 900m
+        rate_limit           5/         starts per second
         retention            soon       seconds above 0
         max_memory           lots       bytes above 0
         durability           maybe      full or normal
         allow_network_fs     perhaps    1 or 0
     """
+
+    def test_a_parsed_value_may_be_parsed_again(self):
+        values = [(name, text) for name, text, _ in self.rows(self.GOOD)]
+        for name, value in [*values, ("rate_limit", 1 / 3), ("timeout", 0.1 + 0.2),
+                            ("rate_limit", "100/m"), ("heartbeat_interval", 1e-05)]:
+            with self.subTest(name, value=value):
+                parsed = pybgworker.check_setting(name, value, name)
+                self.assertEqual(pybgworker.check_setting(name, parsed, name), parsed)
+
+    def test_a_list_of_queues_has_names_that_a_queue_can_have(self):
+        self.assertEqual(App(queues=["a", "b"]).settings.queues, ("a", "b"))
+        for queues in (["a,b"], [" a"], [], [1], 7):
+            self.assertRaises(pybgworker.SettingError, App, queues=queues)
 
     def rows(self, table):
         return [line.split(None, 2) for line in table.strip().splitlines()]
@@ -980,6 +1001,14 @@ class Settings(unittest.TestCase):
 # == States and errors ========================================================
 
 
+class Refused(pybgworker.Abort):
+    """What a program may derive from ours."""
+
+    def __init__(self, number, *, why):
+        super().__init__(f"{number}: {why}")
+        self.number = number
+
+
 class States(unittest.TestCase):
 
     def test_every_state_has_its_moves(self):
@@ -1004,6 +1033,37 @@ class States(unittest.TestCase):
         self.assertEqual(error, "ValueError: no")
         self.assertEqual((error.kind, error.type, error.message, error.traceback),
                          ("exception", "ValueError", "no", "T"))
+
+    def test_errors_survive_pickle_and_copy(self):
+        kept = pybgworker.TaskError({"kind": "crash", "message": "m", "traceback": "T"})
+        told = [pybgworker.TaskFailed(7, kept), pybgworker.Retry(30), Refused(3, why="w"),
+                pybgworker.Retry("why", 5), pybgworker.Abort("why"), kept,
+                CronError("61 * * * *", "minute", "61", "too late")]
+        told += [e("said") for e in map(vars(pybgworker).get, pybgworker.__all__)
+                 if isinstance(e, type) and issubclass(e, pybgworker.PyBgWorkerError)
+                 and e not in map(type, told)]
+        self.assertGreater(len(told), 18)
+        ways = [lambda e, n=n: pickle.loads(pickle.dumps(e, n)) for n in range(6)]
+        for error in told:
+            for again in (*ways, copy.copy, copy.deepcopy):
+                found = again(error)
+                self.assertIs(type(found), type(error))
+                self.assertEqual((str(found), str(vars(found))),
+                                 (str(error), str(vars(error))))
+        self.assertEqual(pickle.loads(pickle.dumps(told[0])).error.kind, "crash")
+
+    def test_retry_takes_seconds_first_and_refuses_what_is_no_time(self):
+        half = dt.timedelta(seconds=0.5)
+        for arguments, message, countdown in (
+            ((), "retry asked for", None), ((30,), "retry asked for", 30),
+            ((half,), "retry asked for", 0.5), (("why",), "why", None),
+            (("why", 2.5), "why", 2.5), ((5, 6), "5", 6),
+        ):
+            error = pybgworker.Retry(*arguments)
+            self.assertEqual((str(error), error.countdown), (message, countdown))
+        for wrong in (float("nan"), float("inf"), True, 10**10, dt.timedelta(10**6)):
+            self.assertRaises(pybgworker.OptionError, pybgworker.Retry, wrong)
+        self.assertRaises(ValueError, pybgworker.Retry, countdown="soon")
 
 
 # == Time and values ==========================================================
@@ -1039,6 +1099,20 @@ class Values(unittest.TestCase):
 
     def test_an_integer_may_have_any_length(self):
         self.assertEqual(self.trip(10**5000 + 1), 10**5000 + 1)
+        if hasattr(sys, "set_int_max_str_digits"):
+            self.addCleanup(sys.set_int_max_str_digits, sys.get_int_max_str_digits())
+            sys.set_int_max_str_digits(640)
+        for digits in (600, 639, 640, 641, 2000):
+            self.assertEqual(self.trip([10**digits + 1, -10**digits]),
+                             [10**digits + 1, -10**digits])
+
+    def test_any_text_arrives_also_one_that_is_no_unicode(self):
+        parts = ["\ud83d", "\ude00", "\U0001f600", "\ud83d\ude00", "a", "\0", "ü", "$str"]
+        for text in map("".join, itertools.product(parts, repeat=3)):
+            for value in (text, {text: text}, [{text: 1, 2: (text,)}], {"$str": [text]}):
+                self.assertEqual(self.trip(value), value)
+        both = {"\ud83d\ude00": 1, "\U0001f600": 2}
+        self.assertEqual(self.trip(both), both)
 
     def test_a_zone_arrives_by_its_name(self):
         zoneinfo = pybgworker.importlib.import_module("zoneinfo")
@@ -2153,6 +2227,131 @@ class Tasks(Case):
         with self.assertRaisesRegex(ValueError, "on_success='f': must be a function"):
             app.task(on_success="f")(print)
 
+    def test_what_refuses_an_option_is_one_kind_of_error(self):
+        task = self.app.task(print)
+        for wrong in (
+            lambda: self.app.task(retries=-1), lambda: self.app.task(nonsense=1),
+            lambda: self.app.task(on_failure="me"), lambda: self.app.task(retry_jitter=2),
+            lambda: self.app.task(queue="a,b"), lambda: self.app.task(queue=" a"),
+            lambda: self.app.task(name="\ud800"), lambda: self.app.task(retry_delay=1e10),
+        ):
+            self.assertRaises(pybgworker.OptionError, wrong(), print)
+        for wrong in (
+            lambda: task.options(nonsense=1), lambda: task.options(queue="a ").delay(),
+            lambda: task.options(timeout=10**10).delay(),
+            lambda: task.options(countdown=10**10).delay(),
+            lambda: task.options(eta=dt.datetime.min).delay(),
+            lambda: task.options(key="a\0").delay(), lambda: task.delay_many(["ab"]),
+            lambda: task.delay_many([{1: 2}]), lambda: self.app.task(5),
+            lambda: self.app.cron("* * * * *", jitter=1e10),
+        ):
+            self.assertRaises(pybgworker.OptionError, wrong)
+        self.assertTrue(issubclass(pybgworker.OptionError, ValueError))
+        self.assertTrue(issubclass(pybgworker.OptionError, TypeError))
+
+    def test_the_longest_time_that_is_accepted_works(self):
+        longest = dt.timedelta(seconds=10**9)
+        task = self.app.task(timeout=10**9, retry_delay=10**9, retry_max_delay=10**9,
+                             retry_jitter=1)(print)
+        for options in ({"countdown": longest}, {"eta": dt.datetime(9999, 12, 30)},
+                        {"timeout": longest, "countdown": -10**9}):
+            self.store.task(task.options(**options).delay().id)
+        old = signal.setitimer(signal.ITIMER_REAL, task.timeout)
+        signal.setitimer(signal.ITIMER_REAL, *old)
+
+    def test_any_keyword_reaches_the_function(self):
+        seen = self.app.task(name="seen")(lambda *args, **kwargs: kwargs)
+        words = dict.fromkeys(("self", "task", "args", "kwargs", "calls", "options", "fn",
+                               "name", "countdown", "text", "connection"), 1)
+        self.assertEqual(seen(**words), words)
+        for result in (seen.delay(**words), seen.options(retries=1).delay(**words),
+                       seen.apply_async(kwargs=words), seen.delay_many([words])[0]):
+            text = self.store.args(result.id)
+            self.assertEqual(pybgworker.decode(text), [[], words])
+
+    def test_attributes_of_a_function_replace_no_option(self):
+        def f():
+            pass
+
+        vars(f).update(timeout="x", name="y", queue="z", policy=1, delay=2, colour="red",
+                       schedules=3, app=4, rate_limit=5)
+        task = self.app.task(name="f", queue="q", timeout=7)(f)
+        self.assertEqual((task.name, task.queue, task.timeout, task.rate_limit, task.app),
+                         ("f", "q", 7, None, self.app))
+        self.assertEqual((task.policy.retries, task.schedules, task.colour), (3, [], "red"))
+        self.assertEqual(task.delay().status, "queued")
+
+    def test_what_is_no_function_needs_a_name_or_is_refused(self):
+        class Mailer:
+            def send(self):
+                pass
+
+            def __call__(self):
+                yield
+
+        mailer, twice = Mailer(), pybgworker.functools.partial(print, 2)
+        for fn in (twice, mailer.send):
+            self.assertRaisesRegex(pybgworker.OptionError, "name=", self.app.task, fn)
+        for name, fn in (("twice", twice), ("send", mailer.send)):
+            self.assertEqual(self.app.task(name=name)(fn).name, name)
+
+        async def ticks():
+            yield 1
+
+        for fn in (mailer, ticks, Mailer, Mailer.send, Mailer.__call__,
+                   pybgworker.functools.partial(ticks)):
+            self.assertRaises(pybgworker.OptionError, self.app.task(name="x"), fn)
+        self.assertNotIn("x", self.app.tasks)
+
+        def self_is_a_name(self):
+            return self
+
+        self.assertEqual(self.app.task(self_is_a_name)(3), 3)
+
+    def test_two_functions_under_one_wrapper_are_an_error(self):
+        wrapped = """
+            def log(fn):
+                def wrapper(*args):
+                    return fn(*args)
+                return wrapper
+        """
+        two = "@task\n@log\ndef charge(): pass\n\n@task\n@log\ndef refund(): pass\n"
+        with self.assertRaisesRegex(pybgworker.AppError, r"functools.wraps"):
+            self.module(textwrap.dedent(wrapped) + two)
+        self.module(textwrap.dedent(wrapped).replace(
+            "    def wrapper", "    import functools\n    @functools.wraps(fn)\n"
+            "    def wrapper") + two)
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
+            self.module("def make(n):\n  @task\n  def f(): return n\n  return f\n"
+                        "make([]); make([])")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
+            self.module("import functools\nfor n in 1, 2:\n"
+                        "  task(name='f')(functools.partial(print, n))")
+        self.module("def setup():\n  @task\n  def f(a=[]): pass\nsetup(); setup()")
+        done = self.python(textwrap.dedent(wrapped) + "from pybgworker import task\n"
+                           + two, check=False)
+        self.assertIn("AppError: two tasks", done.stderr)
+
+    def test_a_module_may_be_reloaded_with_wrappers_and_edits(self):
+        (self.folder / "tools.py").write_text(
+            "def log(fn):\n  def wrapper(): return fn()\n  return wrapper\n")
+        source = ("from tools import log\nfrom pybgworker import task\n"
+                  "@task\ndef a(): return {0}\n@task(name='b')\n@log\n"
+                  "def b(): return {0}\n")
+        code = """
+            import importlib, pathlib, sys
+            sys.dont_write_bytecode = True
+            sys.path.insert(0, ".")
+            path, source = pathlib.Path("jobs.py"), sys.argv[1]
+            path.write_text(source.format(1))
+            import jobs
+            path.write_text("# moved\\n" + source.format(22))
+            importlib.reload(jobs)
+            print(jobs.a(), jobs.b(), sorted(jobs.task.__self__.tasks))
+        """
+        done = self.python(code, source)
+        self.assertEqual(done.stdout, "22 22 ['b', 'jobs.a']\n")
+
     def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
         self.module("@task\ndef f(): pass")
         self.module("@task\ndef f(): return 1")
@@ -2260,6 +2459,47 @@ class Tasks(Case):
 
 
 class Results(QueueCase):
+
+    def test_what_is_kept_of_a_missing_row_is_not_found(self):
+        result = self.task.delay()
+        self.assertEqual((result.result, result.error, result.progress), (None,) * 3)
+        result.forget()
+        for what in ("result", "error", "progress", "attempt"):
+            self.assertRaises(pybgworker.TaskNotFound, getattr, result, what)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.output, result.id)
+
+    def test_results_apps_and_tasks_survive_pickle_and_copy(self):
+        result = self.task.delay()
+        for found in (copy.copy(result), copy.deepcopy(result)):
+            self.assertIs(found._app, self.app)
+        found = pickle.loads(pickle.dumps([result, self.app]))
+        self.assertEqual(found[0], result)
+        self.assertEqual((found[0].status, found[0]._app), ("queued", found[1]))
+        found[1].store.close()
+
+        code = """
+            import concurrent.futures, copy, multiprocessing, pickle, sys
+            from pybgworker import AsyncResult, Cron, configure, task
+            @task
+            def double(n): return 2 * n
+            def outcome(result):
+                return result.get(timeout=20)
+            if __name__ == "__main__":
+                context = multiprocessing.get_context("spawn")
+                failed = AsyncResult(int(sys.argv[1]))
+                with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                    print(list(pool.map(double, [1, 2])))
+                    print(repr(pool.submit(outcome, failed).exception()))
+                cron = Cron("0 1 * * *")
+                assert pickle.loads(pickle.dumps(cron)) == copy.copy(cron) == cron
+        """
+        (self.folder / "script.py").write_text(textwrap.dedent(code))
+        failed = self.finished(pybgworker.FAILED, error={"kind": "crash", "message": "m"})
+        done = subprocess.run(
+            [sys.executable, "script.py", str(failed.id)], cwd=self.folder, text=True,
+            env=clean_environment(PYBGWORKER_DB=str(self.db)), stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout.splitlines(), [
+            "[2, 4]", f"TaskFailed('task {failed.id} failed: crash: m')"])
 
     def setUp(self):
         super().setUp()
@@ -2947,7 +3187,7 @@ class Pools(Served):
             until(lambda result=result: result.status == "retrying")
             waits.append(self.store.task(result.id).run_at - pybgworker.now_ms())
         self.assertLess(waits[1], 2000)             # its own retry_delay
-        self.assertGreater(min(waits[0], waits[2]), 10**13)
+        self.assertGreater(min(waits[0], waits[2]), 10**11)
         self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
         self.assertEqual(worker.all("task_crash"), [])
 
@@ -3028,7 +3268,9 @@ Served_TASKS_MORE = """
 
     @task
     def retry_in(seconds):
-        raise Retry(countdown=float(seconds))
+        retry = Retry()
+        retry.countdown = float(seconds)        # past the check of Retry()
+        raise retry
 
     @task(timeout=0.1)
     def abort_at_timeout():
