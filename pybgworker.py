@@ -31,10 +31,11 @@ Life of a task
     a killed worker are found by `Store.reap` and run again.
 
 Map
-    Settings · States and errors · Time and values · Log · Cron · Retry and rate
-    · Wake-up · Database · Queue · Store · Tasks and results · Processes · Child
-    · Member · Pool · Scheduler · Liveness · Journal · Worker · Reports · Bench
-    · Command line · Old import paths
+    Settings · States and errors · Time and values · Log · Cron
+    · Retry and rate · Wake-up · Database · Queue · Store · Functions
+    · Tasks and results · Processes · Child · Member · Pool · Scheduler
+    · Liveness · Journal · Worker · Reports · Bench · Command line
+    · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -2969,6 +2970,129 @@ class Store(Operations):
         ).rowcount == 1
 
 
+# == Functions ================================================================
+# Owns what a task may be made of: which functions, under which name, and whether
+# two of them are one.  Knows nothing of tasks but their function and origin.
+
+
+def _module_name(space):
+    """Of a module's globals; that of a script is the name of its file."""
+    module = space.get("__name__") or "?"
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        if spec is not None:                # python -m package.module
+            module = spec.name.removesuffix(".__main__") if spec.name else module
+        elif path:
+            module = os.path.splitext(os.path.basename(path))[0]
+    return module
+
+
+def _default_name(fn):
+    """module.function, as far as it has such a name."""
+    module = _module_name({"__name__": getattr(fn, "__module__", None)})
+    return f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
+
+
+def _own_name(fn):
+    """The default name of a function; an object has none that other processes know."""
+    if not hasattr(fn, "__qualname__") or isinstance(fn, types.MethodType):
+        raise OptionError(
+            f"@task of {_default_name(fn)}: it is no plain function, so it needs a "
+            "name of its own: task(name=...)(it)"
+        )
+    return _default_name(fn)
+
+
+def _code_of(fn):
+    """The code that a call runs, where it is Python."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return getattr(fn, "__code__", getattr(type(fn).__call__, "__code__", None))
+
+
+_CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
+
+
+def _check_function(fn):
+    """Refuse what can be called here, and can never do its work in a worker."""
+    if not callable(fn) or isinstance(fn, type):
+        raise OptionError(f"@task needs a function, not {fn!r}")
+    code, path = _code_of(fn), getattr(fn, "__qualname__", "").split(".")
+    if code and code.co_flags & _CO_GENERATORS:
+        raise OptionError(
+            f"@task of {_default_name(fn)}: it yields, so a call of it does nothing: "
+            "return a list"
+        )
+    is_in_class = len(path) > 1 and path[-2] != "<locals>"
+    if is_in_class and isinstance(fn, types.FunctionType) \
+            and code.co_varnames[:code.co_argcount][:1] in (("self",), ("cls",)):
+        raise OptionError(
+            f"@task of {_default_name(fn)}: a worker has no {code.co_varnames[0]} to "
+            "give to a method: make it a function"
+        )
+
+
+def _place(fn):
+    code = getattr(fn, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
+
+
+class _Origin(NamedTuple):
+    """Which execution of which modules made a task: of its function, and of @task.
+
+    They differ where a decorator of another module has wrapped the function.  A
+    module that is executed again has a new __spec__ in the same globals.
+    """
+
+    names: tuple
+    specs: tuple
+    is_interactive: bool
+
+
+def _origin(fn):
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals is globals():
+        frame = frame.f_back
+    spaces = getattr(fn, "__globals__", {}), frame.f_globals
+    return _Origin(
+        (_default_name(fn), *map(_module_name, spaces)),
+        tuple(space.get("__spec__") for space in spaces),
+        "__file__" not in frame.f_globals,
+    )
+
+
+def _is_reload(old, new):
+    """True when `new` is `old` defined again, by another execution of its module."""
+    if old.fn is new.fn:
+        return True
+    if old.origin.names != new.origin.names:
+        return False
+    specs = zip(old.origin.specs, new.origin.specs)
+    if any(before is not after for before, after in specs):     # they may be equal
+        return True
+    # In a session a name is for the newest; but <locals>.wrapper is no name.
+    return new.origin.is_interactive and "<locals>" not in new.origin.names[0] \
+        or _is_same_function(old.fn, new.fn)
+
+
+def _is_same_function(a, b):
+    """True for one `def` executed twice, with the same things around it."""
+    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
+        return False
+    return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and (
+        _surroundings(a) == _surroundings(b)
+    )
+
+
+def _surroundings(fn):
+    """What it closes over, by identity, for that may change; and its defaults."""
+    with contextlib.suppress(ValueError):       # a cell that is still empty
+        cells = [id(cell.cell_contents) for cell in fn.__closure__ or ()]
+        return cells, fn.__defaults__, fn.__kwdefaults__
+    return fn
+
+
 # == Tasks and results ========================================================
 # Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
 # current_task().  An App holds one registry and one database; the names of this
@@ -3415,124 +3539,6 @@ def _encode_call(args, kwargs, limit):
 
 def _nothing():
     """Stands for a function that only a worker knows."""
-
-
-def _module_name(space):
-    """Of a module's globals; that of a script is the name of its file."""
-    module = space.get("__name__") or "?"
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        if spec is not None:                # python -m package.module
-            module = spec.name.removesuffix(".__main__") if spec.name else module
-        elif path:
-            module = os.path.splitext(os.path.basename(path))[0]
-    return module
-
-
-def _default_name(fn):
-    """module.function, as far as it has such a name."""
-    module = _module_name({"__name__": getattr(fn, "__module__", None)})
-    return f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
-
-
-def _own_name(fn):
-    """The default name of a function; an object has none that other processes know."""
-    if not hasattr(fn, "__qualname__") or isinstance(fn, types.MethodType):
-        raise OptionError(
-            f"@task of {_default_name(fn)}: it is no plain function, so it needs a "
-            "name of its own: task(name=...)(it)"
-        )
-    return _default_name(fn)
-
-
-def _code_of(fn):
-    """The code that a call runs, where it is Python."""
-    while isinstance(fn, (functools.partial, types.MethodType)):
-        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-    return getattr(fn, "__code__", getattr(type(fn).__call__, "__code__", None))
-
-
-_CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
-
-
-def _check_function(fn):
-    """Refuse what can be called here, and can never do its work in a worker."""
-    if not callable(fn) or isinstance(fn, type):
-        raise OptionError(f"@task needs a function, not {fn!r}")
-    code, path = _code_of(fn), getattr(fn, "__qualname__", "").split(".")
-    if code and code.co_flags & _CO_GENERATORS:
-        raise OptionError(
-            f"@task of {_default_name(fn)}: it yields, so a call of it does nothing: "
-            "return a list"
-        )
-    is_in_class = len(path) > 1 and path[-2] != "<locals>"
-    if is_in_class and isinstance(fn, types.FunctionType) \
-            and code.co_varnames[:code.co_argcount][:1] in (("self",), ("cls",)):
-        raise OptionError(
-            f"@task of {_default_name(fn)}: a worker has no {code.co_varnames[0]} to "
-            "give to a method: make it a function"
-        )
-
-
-def _place(fn):
-    code = getattr(fn, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
-
-
-class _Origin(NamedTuple):
-    """Which execution of which modules made a task: of its function, and of @task.
-
-    They differ where a decorator of another module has wrapped the function.  A
-    module that is executed again has a new __spec__ in the same globals.
-    """
-
-    names: tuple
-    specs: tuple
-    is_interactive: bool
-
-
-def _origin(fn):
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals is globals():
-        frame = frame.f_back
-    spaces = getattr(fn, "__globals__", {}), frame.f_globals
-    return _Origin(
-        (_default_name(fn), *map(_module_name, spaces)),
-        tuple(space.get("__spec__") for space in spaces),
-        "__file__" not in frame.f_globals,
-    )
-
-
-def _is_reload(old, new):
-    """True when `new` is `old` defined again, by another execution of its module."""
-    if old.fn is new.fn:
-        return True
-    if old.origin.names != new.origin.names:
-        return False
-    specs = zip(old.origin.specs, new.origin.specs)
-    if any(before is not after for before, after in specs):     # they may be equal
-        return True
-    # In a session a name is for the newest; but <locals>.wrapper is no name.
-    return new.origin.is_interactive and "<locals>" not in new.origin.names[0] \
-        or _is_same_function(old.fn, new.fn)
-
-
-def _is_same_function(a, b):
-    """True for one `def` executed twice, with the same things around it."""
-    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
-        return False
-    return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and (
-        _surroundings(a) == _surroundings(b)
-    )
-
-
-def _surroundings(fn):
-    """What it closes over, by identity, for that may change; and its defaults."""
-    with contextlib.suppress(ValueError):       # a cell that is still empty
-        cells = [id(cell.cell_contents) for cell in fn.__closure__ or ()]
-        return cells, fn.__defaults__, fn.__kwdefaults__
-    return fn
 
 
 class Progress(NamedTuple):

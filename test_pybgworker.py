@@ -2184,6 +2184,92 @@ class Faults(QueueCase):
                     break
 
 
+# == Functions ================================================================
+
+
+class Functions(Case):
+
+    def test_what_is_no_function_needs_a_name_or_is_refused(self):
+        class Mailer:
+            def send(self):
+                pass
+
+            def __call__(self):
+                yield
+
+        mailer, twice = Mailer(), pybgworker.functools.partial(print, 2)
+        for fn in (twice, mailer.send):
+            self.assertRaisesRegex(pybgworker.OptionError, "name=", self.app.task, fn)
+        for name, fn in (("twice", twice), ("send", mailer.send)):
+            self.assertEqual(self.app.task(name=name)(fn).name, name)
+
+        async def ticks():
+            yield 1
+
+        for fn in (mailer, ticks, Mailer, Mailer.send, Mailer.__call__,
+                   pybgworker.functools.partial(ticks)):
+            self.assertRaises(pybgworker.OptionError, self.app.task(name="x"), fn)
+        self.assertNotIn("x", self.app.tasks)
+
+        def self_is_a_name(self):
+            return self
+
+        self.assertEqual(self.app.task(self_is_a_name)(3), 3)
+
+    def test_two_functions_under_one_wrapper_are_an_error(self):
+        wrapped = """
+            def log(fn):
+                def wrapper(*args):
+                    return fn(*args)
+                return wrapper
+        """
+        two = "@task\n@log\ndef charge(): pass\n\n@task\n@log\ndef refund(): pass\n"
+        with self.assertRaisesRegex(pybgworker.AppError, r"functools.wraps"):
+            self.module(textwrap.dedent(wrapped) + two)
+        self.module(textwrap.dedent(wrapped).replace(
+            "    def wrapper", "    import functools\n    @functools.wraps(fn)\n"
+            "    def wrapper") + two)
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
+            self.module("def make(n):\n  @task\n  def f(): return n\n  return f\n"
+                        "make([]); make([])")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
+            self.module("import functools\nfor n in 1, 2:\n"
+                        "  task(name='f')(functools.partial(print, n))")
+        self.module("def setup():\n  @task\n  def f(a=[]): pass\nsetup(); setup()")
+        done = self.python(textwrap.dedent(wrapped) + "from pybgworker import task\n"
+                           + two, check=False)
+        self.assertIn("AppError: two tasks", done.stderr)
+
+    def test_a_module_may_be_reloaded_with_wrappers_and_edits(self):
+        (self.folder / "tools.py").write_text(
+            "def log(fn):\n  def wrapper(): return fn()\n  return wrapper\n")
+        source = ("from tools import log\nfrom pybgworker import task\n"
+                  "@task\ndef a(): return {0}\n@task(name='b')\n@log\n"
+                  "def b(): return {0}\n")
+        code = """
+            import importlib, pathlib, sys
+            sys.dont_write_bytecode = True
+            sys.path.insert(0, ".")
+            path, source = pathlib.Path("jobs.py"), sys.argv[1]
+            path.write_text(source.format(1))
+            import jobs
+            path.write_text("# moved\\n" + source.format(22))
+            importlib.reload(jobs)
+            print(jobs.a(), jobs.b(), sorted(jobs.task.__self__.tasks))
+        """
+        done = self.python(code, source)
+        self.assertEqual(done.stdout, "22 22 ['b', 'jobs.a']\n")
+
+    def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
+        self.module("@task\ndef f(): pass")
+        self.module("@task\ndef f(): return 1")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'tasks.f'"):
+            self.module("@task\ndef f(): pass\n@task\ndef f(): return 2")
+        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'same'"):
+            self.module("@task(name='same')\ndef f(): pass\n"
+                        "@task(name='same')\ndef g(): pass")
+
+
 # == Tasks and results ========================================================
 
 
@@ -2280,86 +2366,6 @@ class Tasks(Case):
                          ("f", "q", 7, None, self.app))
         self.assertEqual((task.policy.retries, task.schedules, task.colour), (3, [], "red"))
         self.assertEqual(task.delay().status, "queued")
-
-    def test_what_is_no_function_needs_a_name_or_is_refused(self):
-        class Mailer:
-            def send(self):
-                pass
-
-            def __call__(self):
-                yield
-
-        mailer, twice = Mailer(), pybgworker.functools.partial(print, 2)
-        for fn in (twice, mailer.send):
-            self.assertRaisesRegex(pybgworker.OptionError, "name=", self.app.task, fn)
-        for name, fn in (("twice", twice), ("send", mailer.send)):
-            self.assertEqual(self.app.task(name=name)(fn).name, name)
-
-        async def ticks():
-            yield 1
-
-        for fn in (mailer, ticks, Mailer, Mailer.send, Mailer.__call__,
-                   pybgworker.functools.partial(ticks)):
-            self.assertRaises(pybgworker.OptionError, self.app.task(name="x"), fn)
-        self.assertNotIn("x", self.app.tasks)
-
-        def self_is_a_name(self):
-            return self
-
-        self.assertEqual(self.app.task(self_is_a_name)(3), 3)
-
-    def test_two_functions_under_one_wrapper_are_an_error(self):
-        wrapped = """
-            def log(fn):
-                def wrapper(*args):
-                    return fn(*args)
-                return wrapper
-        """
-        two = "@task\n@log\ndef charge(): pass\n\n@task\n@log\ndef refund(): pass\n"
-        with self.assertRaisesRegex(pybgworker.AppError, r"functools.wraps"):
-            self.module(textwrap.dedent(wrapped) + two)
-        self.module(textwrap.dedent(wrapped).replace(
-            "    def wrapper", "    import functools\n    @functools.wraps(fn)\n"
-            "    def wrapper") + two)
-        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
-            self.module("def make(n):\n  @task\n  def f(): return n\n  return f\n"
-                        "make([]); make([])")
-        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
-            self.module("import functools\nfor n in 1, 2:\n"
-                        "  task(name='f')(functools.partial(print, n))")
-        self.module("def setup():\n  @task\n  def f(a=[]): pass\nsetup(); setup()")
-        done = self.python(textwrap.dedent(wrapped) + "from pybgworker import task\n"
-                           + two, check=False)
-        self.assertIn("AppError: two tasks", done.stderr)
-
-    def test_a_module_may_be_reloaded_with_wrappers_and_edits(self):
-        (self.folder / "tools.py").write_text(
-            "def log(fn):\n  def wrapper(): return fn()\n  return wrapper\n")
-        source = ("from tools import log\nfrom pybgworker import task\n"
-                  "@task\ndef a(): return {0}\n@task(name='b')\n@log\n"
-                  "def b(): return {0}\n")
-        code = """
-            import importlib, pathlib, sys
-            sys.dont_write_bytecode = True
-            sys.path.insert(0, ".")
-            path, source = pathlib.Path("jobs.py"), sys.argv[1]
-            path.write_text(source.format(1))
-            import jobs
-            path.write_text("# moved\\n" + source.format(22))
-            importlib.reload(jobs)
-            print(jobs.a(), jobs.b(), sorted(jobs.task.__self__.tasks))
-        """
-        done = self.python(code, source)
-        self.assertEqual(done.stdout, "22 22 ['b', 'jobs.a']\n")
-
-    def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
-        self.module("@task\ndef f(): pass")
-        self.module("@task\ndef f(): return 1")
-        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'tasks.f'"):
-            self.module("@task\ndef f(): pass\n@task\ndef f(): return 2")
-        with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'same'"):
-            self.module("@task(name='same')\ndef f(): pass\n"
-                        "@task(name='same')\ndef g(): pass")
 
     def test_a_scripts_tasks_are_named_by_its_file(self):
         path = self.folder / "script.py"
