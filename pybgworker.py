@@ -5939,19 +5939,32 @@ def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
 
 
 def _worker_reports(store, now, worker_timeout):
-    running = store.running_counts()
+    running, is_dead = store.running_counts(), _judge_of(store)
     return [
-        _worker_report(row, running.get(row.id, 0), now, worker_timeout)
+        {**_worker_report(row, now, worker_timeout), "dead": is_dead(row),
+         "running": running.get(row.id, 0)}
         for row in store.workers()
     ]
 
 
-def _worker_report(row, running, now, worker_timeout):
+def _judge_of(store):
+    """A function that tells of a worker's row whether the kernel knows it is dead."""
+    path = store.path + "-live"
+    if fcntl is None or not os.path.exists(path):
+        return lambda row: False
+    try:
+        locks, machine = LiveFile.of(path), (socket.gethostname(), boot_id())
+    except OSError:                     # not ours to open: the heartbeat has to do
+        return lambda row: False
+    return lambda row: is_surely_dead(row, locks, machine)
+
+
+def _worker_report(row, now, worker_timeout):
     age = max(0, now - row.beat_at) / 1000
     return {
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
         "queues": json.loads(row.queues) if row.queues else None,
-        "concurrency": row.concurrency, "running": running,
+        "concurrency": row.concurrency,
         "started_at": _when(row.started_at), "heartbeat_age": age,
         "stale": age > worker_timeout,
     }
@@ -6117,11 +6130,16 @@ def _workers_text(workers):
     rows = [
         {
             **row, "worker": row["name"], "queues": row["queues"] or "all",
-            "heartbeat": span(row["heartbeat_age"]) + " ago" + " STALE" * row["stale"],
+            "heartbeat": f"{span(row['heartbeat_age'])} ago{_doubts(row)}",
         }
         for row in workers
     ]
     return table(rows, columns)
+
+
+def _doubts(row):
+    """Why a worker may do nothing; its tasks go on as soon as another one looks."""
+    return " DEAD" if row["dead"] else " STALE" if row["stale"] else ""
 
 
 def stats_text(rows: list[dict], colour: bool = False) -> str:

@@ -4280,6 +4280,20 @@ class CommandLine(Served):
         found, = json.loads(self.ok("inspect", "--json"))["workers"]
         self.assertEqual(found["running"], 1)
 
+    def test_inspect_knows_at_once_that_a_worker_was_killed(self):
+        worker = self.worker("--worker-name", "w1")
+        worker.wait_for("worker_ready")
+        found, = json.loads(self.ok("inspect", "--json"))["workers"]
+        self.assertEqual((found["dead"], found["stale"]), (False, False))
+        worker.kill()
+        found, = json.loads(self.ok("inspect", "--json"))["workers"]
+        self.assertEqual((found["dead"], found["stale"]), (True, False))
+        self.assertRegex(self.ok("inspect"), r"(?m)^w1 .* ago DEAD$")
+        os.unlink(f"{self.db}-live")            # then nobody can know
+        found, = json.loads(self.ok("inspect", "--json"))["workers"]
+        self.assertFalse(found["dead"])
+        self.assertFalse(os.path.exists(f"{self.db}-live"))
+
     def test_the_log_is_text_on_a_terminal(self):
         pty = pybgworker.importlib.import_module("pty")
         for flags, shown in (((), b"Z worker_start "),
