@@ -32,7 +32,7 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Database · Queue · Store · Functions
+    · Retry and rate · Wake-up · Database · Queue · Store · Functions · Waiting
     · Tasks and results · Processes · Child · Member · Pool · Scheduler
     · Liveness · Journal · Worker · Reports · Bench · Command line
     · Old import paths
@@ -1869,6 +1869,11 @@ class Database:
         """A number that changes when another connection has committed."""
         return self._read("pragma data_version")[0][0]
 
+    def version(self) -> tuple:
+        """Equal for two looks of one thread if nothing was committed in between."""
+        link = self._link()
+        return weakref.ref(link), self.data_version(), link.commits
+
     def wal_bytes(self) -> int:
         """The size of the write-ahead log."""
         try:
@@ -2526,6 +2531,13 @@ class Endings(Queue):
 # Every verb that writes makes its own transaction, unless it says otherwise.
 
 
+ID_BATCH = 100          # ids that one statement looks up
+_UNFINISHED = (
+    """select id from bg_task where state < 4 and id in (?"""
+    + ", ?" * (ID_BATCH - 1) + ")"
+)
+
+
 class TaskRow(NamedTuple):
     """A task as the reports see it."""
 
@@ -2602,6 +2614,11 @@ class Operations(Endings):
     def status(self, task_id: int) -> int:
         """Return the state of one task.  Raises TaskNotFound."""
         return self._state(task_id)
+
+    def unfinished(self, ids: list[int]) -> set[int]:
+        """Those of at most ID_BATCH ids that are unfinished: others ended, or went."""
+        padded = ids + ids[-1:] * (ID_BATCH - len(ids))
+        return {row[0] for row in self._read(_UNFINISHED, padded)}
 
     def args(self, task_id: int) -> str:
         """Return the encoded arguments.  Raises TaskNotFound."""
@@ -3093,6 +3110,122 @@ def _surroundings(fn):
     return fn
 
 
+# == Waiting ==================================================================
+# Owns how often a waiting caller looks at what it waits for.  In asyncio one timer
+# for each event loop and app looks for all that is awaited there, in statements
+# of ID_BATCH ids.  What became of a task is found out by who awaits it.
+
+_WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between two looks
+
+
+def _longer(pause):
+    return min(pause * 1.1, _WAIT_LONGEST)
+
+
+def growing_pauses() -> Iterator[float]:
+    """Seconds to sleep between two looks: short at first, then cheap."""
+    pause = _WAIT_SHORTEST
+    while True:
+        yield pause
+        pause = _longer(pause)
+
+
+class Watch:
+    """The tasks that one event loop awaits of one app.  Only its thread comes here.
+
+    It is in `watches` while something is awaited.  What was cancelled is dropped when
+    it is next due; a loop that was closed in the middle, when another one begins.
+    """
+
+    def __init__(self, watches: dict, store: Callable, loop: Any):
+        self._watches, self._store, self._loop = watches, store, loop
+        # A heap of batches: (due, number, pause, version of the database that was
+        # looked at, [(task id, future)]).  Those that are due together become one.
+        self._batches: list = []
+        self._count = 0             # numbers given, so that no more is compared
+        self._timer: Any = None     # at the first of the heap
+
+    @classmethod
+    def of(cls, watches: dict, store: Callable, loop: Any) -> Watch:
+        """Return the one of this loop.  `store()` is asked at each look."""
+        if loop not in watches:
+            for other in list(watches):
+                if other.is_closed():
+                    watches.pop(other, None)
+            watches[loop] = cls(watches, store, loop)
+        return watches[loop]
+
+    def change(self, task_id: int) -> Any:
+        """Return a future that is done once the task has ended, or gone.
+
+        It gets the error when nothing can be seen.
+        """
+        future = self._loop.create_future()
+        self._put(_WAIT_SHORTEST, None, [(task_id, future)])
+        self._wind()
+        return future
+
+    def _put(self, pause, version, awaited):
+        due = self._loop.time() + pause
+        if pause == _WAIT_LONGEST:          # all at the same moments, then
+            due -= due % pause
+        self._count += 1
+        heapq.heappush(self._batches, (due, self._count, pause, version, awaited))
+
+    def _wind(self):
+        due = self._batches[0][0]
+        if self._timer is None or due < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self):
+        self._timer = None
+        soon, due = self._loop.time() + _WAIT_SHORTEST / 2, []
+        while self._batches and self._batches[0][0] <= soon:
+            due.append(heapq.heappop(self._batches))
+        try:
+            version = self._store().version()   # before the look: what comes is new
+            left = self._look_for(due, version)
+        except PyBgWorkerError as exc:
+            left = {}
+            for _, future in _pending(due):
+                future.set_exception(type(exc)(*exc.args))
+        for pause, awaited in left.items():
+            self._put(pause, version, awaited)
+        if self._batches:
+            self._wind()
+        else:
+            self._watches.pop(self._loop, None)
+
+    def _look_for(self, due, version):
+        """Settle what has ended; return the rest by its next pause."""
+        left = collections.defaultdict(list)
+        for batch in due:
+            awaited = _pending([batch])
+            if batch[3] != version:
+                awaited = _unfinished(self._store(), awaited)
+            if awaited:
+                left[_longer(batch[2])].extend(awaited)
+        return left
+
+
+def _pending(batches):
+    """What of them was neither settled nor cancelled."""
+    return [one for batch in batches for one in batch[4] if not one[1].done()]
+
+
+def _unfinished(store, awaited):
+    found = set()
+    for start in range(0, len(awaited), ID_BATCH):
+        part = awaited[start:start + ID_BATCH]
+        found |= store.unfinished([task_id for task_id, _ in part])
+    for task_id, future in awaited:
+        if task_id not in found:
+            future.set_result(None)
+    return [one for one in awaited if one[0] in found]
+
+
 # == Tasks and results ========================================================
 # Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
 # current_task().  An App holds one registry and one database; the names of this
@@ -3115,7 +3248,6 @@ _TASK_OPTIONS = frozenset((
 _OPTIONS = frozenset((
     "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
 ))
-_WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between looks of get()
 
 
 class Schedule(NamedTuple):
@@ -3328,6 +3460,7 @@ class App:
         self._lock = threading.RLock()      # guards _settings and _store
         self._settings: types.SimpleNamespace | None = None
         self._store: Store | None = None
+        self.watches: dict = {}             # by event loop, see Watch
         self.configure(**settings)
 
     def __copy__(self) -> App:
@@ -3623,7 +3756,7 @@ class AsyncResult:
         Raises TaskFailed, TaskCancelled, or TimeoutError: then the task goes on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _growing_pauses():
+        for pause in growing_pauses():
             if self.ready():
                 return self._outcome()
             if deadline is not None:
@@ -3638,10 +3771,10 @@ class AsyncResult:
     async def _wait(self):
         import asyncio
 
-        for pause in _growing_pauses():
-            if self.ready():
-                return self._outcome()
-            await asyncio.sleep(pause)
+        app, loop = self._app, asyncio.get_running_loop()
+        while not self.ready():
+            await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
+        return self._outcome()
 
     def _outcome(self):
         row = self._app.store.task(self.id)
@@ -3665,14 +3798,6 @@ class AsyncResult:
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
         self._app.store.forget(self.id)
-
-
-def _growing_pauses():
-    """Seconds to sleep between two looks: short at first, then cheap."""
-    pause = _WAIT_SHORTEST
-    while True:
-        yield pause
-        pause = min(pause * 1.1, _WAIT_LONGEST)
 
 
 class CurrentTask:

@@ -2270,6 +2270,140 @@ class Functions(Case):
                         "@task(name='same')\ndef g(): pass")
 
 
+# == Waiting ==================================================================
+
+
+class Waiting(QueueCase):
+
+    def setUp(self):
+        super().setUp()
+        self.task = self.app.task(name="t")(print)
+        self.asyncio = pybgworker.importlib.import_module("asyncio")
+
+    def later(self, act):
+        """Run it in a thread, so that the loop's own connection does not see it."""
+        thread = threading.Thread(target=lambda: (act(), self.store.close()))
+        self.addCleanup(thread.join)
+        thread.start()
+
+    def succeed(self, *results):
+        """Finish them, as a worker in another process does."""
+        ids = ", ".join(str(result.id) for result in results)
+        self.sql(f"update bg_task set state = 4, result = '7' where id in ({ids})")
+
+    def statements(self, busy):
+        """What the loop's connection ran while it awaited a thousand tasks for long."""
+        results, seen = self.task.delay_many([()] * 1000), []
+
+        async def outcome(result):
+            return await result
+
+        async def run():
+            waits = [self.asyncio.ensure_future(outcome(result)) for result in results]
+            for _ in range(40):
+                await self.asyncio.sleep(0)
+            link = self.store._link()
+            link.connection.set_trace_callback(seen.append)
+            looks = 0
+            while looks < 40:
+                if busy:
+                    await self.asyncio.get_running_loop().run_in_executor(
+                        None, self.sql, "update bg_meta set value = value")
+                await self.asyncio.sleep(0.002)
+                looks = sum("data_version" in statement for statement in seen)
+            link.connection.set_trace_callback(None)
+            self.later(lambda: self.succeed(*results))
+            return await self.asyncio.gather(*waits)
+
+        self.assertEqual(self.asyncio.run(run()), [7] * 1000)
+        self.assertEqual(self.app.watches, {})
+        return seen
+
+    def test_a_thousand_are_looked_for_together_and_only_after_a_commit(self):
+        self.assertLess(len(self.statements(busy=True)), 41 * 11 + 20)
+        self.assertLess(len(self.statements(busy=False)), 100)
+
+    def test_one_of_many_is_seen_at_once_also_in_its_own_thread(self):
+        results = self.task.delay_many([()] * 250)
+
+        async def outcome(result):
+            return await result
+
+        async def run():
+            waits = [self.asyncio.ensure_future(outcome(result)) for result in results]
+            await self.asyncio.sleep(0.4)       # the pauses are at their longest
+            started = time.monotonic()
+            self.later(lambda: self.succeed(results[7]))
+            self.assertEqual(await waits[7], 7)
+            results[8].cancel()
+            with self.assertRaises(pybgworker.TaskCancelled):
+                await waits[8]
+            self.later(results[9].forget)
+            with self.assertRaises(pybgworker.TaskNotFound):
+                await waits[9]
+            last = self.task.delay()
+            self.later(lambda: self.succeed(last))
+            self.assertEqual(await last, 7)
+            self.assertLess(time.monotonic() - started, 1.5)
+            self.assertFalse(any(wait.done() for wait in waits[10:]))
+            for wait in waits[10:]:
+                wait.cancel()
+
+        self.asyncio.run(run())
+
+    def test_a_wait_that_is_cancelled_leaves_the_others(self):
+        results = self.task.delay_many([()] * 3)
+
+        async def run():
+            for _ in range(3):
+                with self.assertRaises(self.asyncio.TimeoutError):
+                    await self.asyncio.wait_for(results[0]._wait(), 0.01)
+            wait = self.asyncio.ensure_future(results[1]._wait())
+            both = self.asyncio.ensure_future(results[1]._wait())
+            await self.asyncio.sleep(0.01)
+            both.cancel()
+            self.later(lambda: self.succeed(results[1]))
+            self.assertEqual(await wait, 7)
+            while self.app.watches:
+                await self.asyncio.sleep(0.001)
+
+        self.asyncio.run(run())
+
+    def test_a_loop_may_end_in_the_middle_and_two_may_run_at_once(self):
+        first, second = self.task.delay_many([()] * 2)
+
+        def die():
+            loop = self.asyncio.new_event_loop()
+            loop.run_until_complete(self.asyncio.wait([loop.create_task(first._wait())],
+                                                      timeout=0.01))
+            for wait in self.asyncio.all_tasks(loop):
+                wait._log_destroy_pending = False
+            loop.close()
+
+        die()
+        found = []
+        self.later(lambda: found.append(self.asyncio.run(second._wait())))
+        until(lambda: len(self.app.watches) == 1)
+        self.later(lambda: found.append(self.asyncio.run(second._wait())))
+        self.succeed(second)
+        until(lambda: found == [7, 7])
+        self.assertEqual(self.app.watches, {})
+
+    def test_what_goes_wrong_is_told_to_all_who_wait(self):
+        results = self.task.delay_many([()] * 3)
+
+        async def run():
+            waits = [self.asyncio.ensure_future(result._wait()) for result in results]
+            await self.asyncio.sleep(0.01)
+            busy = pybgworker.DatabaseBusy("locked")
+            with mock.patch.object(self.store, "version", side_effect=busy):
+                return await self.asyncio.gather(*waits, return_exceptions=True)
+
+        found = self.asyncio.run(run())
+        self.assertEqual([type(e) for e in found], [pybgworker.DatabaseBusy] * 3)
+        self.assertEqual(len(set(map(id, found))), 3)
+
+
 # == Tasks and results ========================================================
 
 
