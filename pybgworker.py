@@ -68,6 +68,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import sys
 import threading
@@ -1530,25 +1531,34 @@ create table bg_queue (
 ) without rowid""",
     """
 create table bg_meta (
-    name        text primary key,     -- last_id
-    value       integer not null      -- the highest task id ever deleted
+    name        text primary key,     -- last_id, schema
+    value       integer not null      -- the highest task id ever deleted; the
+                                      -- version of these tables
 ) without rowid""",
-    """insert into bg_meta values ('last_id', 0)""",
+    """insert into bg_meta values ('last_id', 0), ('schema', 0)""",
 )
-# MIGRATIONS[n] takes a database from user_version n to n + 1.
+# _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
+# bg_meta: user_version is for the program whose file it may be.
 _MIGRATIONS = (_SCHEMA,)
 
 _REENTERED = (
     "database {}: this thread is in the middle of a transaction: a signal handler may "
     "have interrupted it; let the handler set a flag instead"
 )
+_NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+# As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
+# virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
 _NETWORK_FILESYSTEMS = frozenset((
-    "9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs", "nfs",
-    "nfs4", "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs",
+    "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse",
+    "gfs2", "glusterfs", "gpfs", "juicefs", "lustre", "mfs", "ncpfs", "nfs", "nfs4",
+    "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb2", "smb3", "smbfs",
+    "sshfs",
+    "9p", "drvfs", "fakeowner", "grpcfuse", "osxfs", "prl_fs", "vboxsf", "virtiofs",
+    "vmhgfs", "vmhgfs-fuse",
 ))
 
 
@@ -1560,6 +1570,8 @@ def _explain(exc, path):
         ("is full", DatabaseUnavailable, "free some disk space"),
         ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
         ("unable to open", DatabaseUnavailable, "is there such a folder?"),
+        ("already exists", DatabaseUnusable,
+         "it is another program's: give us another file with PYBGWORKER_DB"),
         ("not a database", DatabaseUnusable, "it is some other file; name another"),
         ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
         ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
@@ -1582,25 +1594,75 @@ def _file_identity(path):
     return found.st_dev, found.st_ino
 
 
-def _file_system_of(path):
-    """The file system type that holds `path`, by the longest mount point; Linux."""
-    best, kind = "", ""
+def _mounts():
+    """The text of this process's mount table; Linux, elsewhere empty."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
-            mounts = f.read().splitlines()
+            return f.read()
     except OSError:
         return ""
-    for mount in mounts:
+
+
+def _mount_of(path, mounts):
+    """(mount point, file system type) of what holds `path`; ("", "") if unknown."""
+    best, kind = "", ""
+    for mount in mounts.splitlines():
         left, _, right = mount.partition(" - ")
-        point = left.split()[4].replace("\\040", " ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
             best, kind = point, right.split()[0]
-    return kind
+    return best, kind
+
+
+def _check_place(path, mounts, allow_network_fs):
+    """Refuse a file that SQLite would damage where, or as, it lies.
+
+    Its -wal is found by the file's name.  One file with two names in different
+    folders has two of them, and each program overwrites what the other wrote.
+    """
+    point, kind = _mount_of(path, mounts)
+    if kind.removeprefix("fuse.") in _NETWORK_FILESYSTEMS and not allow_network_fs:
+        raise DatabaseUnusable(
+            f"database {path}: on a network file system ({kind}), where SQLite loses "
+            "data: choose a local path with PYBGWORKER_DB, or set "
+            "PYBGWORKER_ALLOW_NETWORK_FS=1"
+        )
+    if point == path and not os.path.isdir(path):
+        raise DatabaseUnusable(
+            f"database {path}: mounted as a single file, so its -wal is not the one "
+            "that other programs see: mount the folder that it lies in"
+        )
+    if os.path.isfile(path) and os.stat(path).st_nlink > 1:
+        raise DatabaseUnusable(
+            f"database {path}: a hard link gives it a second name, and SQLite loses "
+            f"data by two names: remove the other (find -samefile {path})"
+        )
+
+
+def _open_uri(path, **options):
+    """Connect to a file that exists; sqlite3.connect(path) would make one."""
+    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    if os.sep != "/":
+        name = "/" + name.replace(os.sep, "/")
+    return sqlite3.connect(
+        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
+        **options,
+    )
 
 
 def _nobody():
     """Stands for a weak reference whose object is gone."""
+
+
+@contextlib.contextmanager
+def _missing_is_none():
+    """Go on where a table or column is missing."""
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        if "no such" not in str(exc):
+            raise
 
 
 class _Link:
@@ -1615,6 +1677,7 @@ class _Link:
         self.undone = True          # the last transaction was, or never began
         self.writer = _nobody       # weak reference to the _Write that is open
         self.wake = []              # whom to wake after the commit
+        self.is_stale = False       # opened while the file could not be written
         _links.add(self)
 
     def __del__(self):
@@ -1670,8 +1733,15 @@ class _Write:
     def __exit__(self, kind, exc, trace):
         self.store._end(self.link, failed=kind is not None)
         if isinstance(exc, sqlite3.Error):
+            self.link.is_stale = "readonly" in str(exc)
             raise _explain(exc, self.store.path) from exc
         return False
+
+
+# Real paths that this process has opened.  A file that was there and is gone (a
+# disk that is not mounted any more) is never made anew: that would be an empty
+# queue, which gives the ids of the other once more.
+_known_paths: set[str] = set()
 
 
 class Database:
@@ -1679,12 +1749,52 @@ class Database:
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
-        self.path = os.path.abspath(path)
+        self.name = os.path.abspath(path)           # as it was given
+        self.path = os.path.realpath(self.name)     # its one name for all
         self.durability = durability
         self.busy_timeout = busy_timeout
         self.allow_network_fs = allow_network_fs
         self.follow = True          # to the new file, when ours is replaced
+        self._may_create = True     # until it is opened
         self._local = threading.local()
+
+    def create(self) -> None:
+        """Open the database; make file and tables if there are none.
+
+        Only delay() and a worker's start do; all else wants a queue that is there.
+        Raises DatabaseUnavailable for one that this process has used and lost.
+        """
+        if not self._may_create:
+            self._link()
+            return
+        is_new = self.path not in _known_paths
+        if is_new:
+            self._make_file()
+        self._local.link = self._open(create=is_new)
+
+    def _make_file(self):
+        """Make it empty, not for others to read: arguments may be secrets.
+
+        By mknod, for closing a descriptor would drop SQLite's locks on a file that
+        another thread has just opened.  Guarded by test_a_new_database_is_private.
+        """
+        if os.path.exists(self.path):
+            return
+        try:
+            os.mknod(self.path, stat.S_IFREG | _NEW_FILE_MODE)
+        except FileExistsError:
+            pass
+        except (AttributeError, PermissionError):   # Windows; macOS; no permission
+            try:
+                sqlite3.connect(self.path).execute("pragma user_version").close()
+                os.chmod(self.path, os.stat(self.path).st_mode & _NEW_FILE_MODE)
+            except sqlite3.Error as exc:
+                raise _explain(exc, self.path) from exc
+        except OSError as exc:
+            raise DatabaseUnavailable(
+                f"database {self.path}: unable to make it: {exc.strerror}: is there "
+                "such a folder?"
+            ) from exc
 
     def write(self, durable: bool = True, patience: float | None = None) -> _Write:
         """A transaction that begins by taking the write lock.
@@ -1699,20 +1809,22 @@ class Database:
         link = getattr(self._local, "link", None)
         if link is None or link.forks != _forks:
             link = self._local.link = self._open()
-        elif not link.connection.in_transaction \
-                and link.identity != _file_identity(self.path):
+        elif not link.connection.in_transaction and (
+            link.is_stale or link.identity != _file_identity(self.name)
+        ):
             link = self._reopen(link)
         return link
 
     def _reopen(self, link):
         """The file was replaced: a write to the old one would vanish with it."""
-        if not self.follow:
+        if not self.follow and link.identity != _file_identity(self.name):
             raise DatabaseUnusable(
                 f"database {self.path}: the file was replaced or deleted while in "
                 "use: start the worker again"
             )
         self._local.link = None
         link.connection.close()
+        self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
         self._local.link = link = self._open()
         return link
 
@@ -1722,27 +1834,39 @@ class Database:
         if link and link.forks == _forks:
             link.connection.close()
 
-    def _open(self):
+    def _open(self, create=False):
         _watch_forks()
-        kind = _file_system_of(os.path.realpath(self.path))
-        if kind in _NETWORK_FILESYSTEMS and not self.allow_network_fs:
-            raise DatabaseUnusable(
-                f"database {self.path}: on a network file system ({kind}), where "
-                "SQLite loses data: choose a local path with PYBGWORKER_DB, or set "
-                "PYBGWORKER_ALLOW_NETWORK_FS=1"
-            )
+        self._check_exists()
+        _check_place(self.path, _mounts(), self.allow_network_fs)
         try:
             connection = self._connect()
-            self._migrate(connection)
+            try:
+                self._migrate(connection, create)
+            except BaseException:
+                connection.close()
+                raise
         except sqlite3.Error as exc:
             raise _explain(exc, self.path) from exc
+        self._may_create = False
+        _known_paths.add(self.path)
         return _Link(connection, _file_identity(self.path))
 
+    def _check_exists(self):
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            raise DatabaseUnavailable(
+                f"database {self.path}: it is gone: deleted, moved, or on a disk that "
+                "is not mounted: bring it back, or start anew with a new process"
+                if self.path in _known_paths else
+                f"there is no database {self.path}: name one with --db or PYBGWORKER_DB"
+            ) from None
+        except OSError as exc:
+            raise _explain(exc, self.path) from exc
+
     def _connect(self):
-        connection = sqlite3.connect(
-            self.path, timeout=0.005, isolation_level=None, check_same_thread=False,
-            cached_statements=256,
-        )
+        connection = _open_uri(
+            self.path, check_same_thread=False, cached_statements=256)
         deadline = time.monotonic() + self.busy_timeout
         for pragma in (
             "wal_autocheckpoint = 0",       # see checkpoint()
@@ -1753,12 +1877,14 @@ class Database:
             "fullfsync = on",               # macOS: reach the platter
         ):
             self._patiently(connection, deadline, "pragma " + pragma)
-        while self._patiently(connection, deadline, "pragma journal_mode") != "wal":
-            # Needs the file alone for a moment; SQLite does not wait for that.
-            mode = self._patiently(connection, deadline, "pragma journal_mode = wal")
+        return connection
+
+    def _use_wal(self, ask):
+        """Needs the file alone for a moment; SQLite does not wait for that."""
+        while ask("pragma journal_mode") != "wal":
+            mode = ask("pragma journal_mode = wal")
             if mode != "wal":
                 raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
-        return connection
 
     def _patiently(self, connection, deadline, statement):
         """Run one statement until it is not locked out; return its first value."""
@@ -1772,49 +1898,59 @@ class Database:
             # Short and uneven: SQLite's own waiting grows, so newcomers would win.
             time.sleep(random.uniform(0.0005, 0.003))
 
-    def _migrate(self, connection):
+    def _migrate(self, connection, create):
+        """Bring our tables up to date, if there are any, or if they may be made."""
         deadline = time.monotonic() + self.busy_timeout
-        version = self._patiently(connection, deadline, "pragma user_version")
+        ask = functools.partial(self._patiently, connection, deadline)
+        version = self._schema_version(ask)
+        if not version and not create:
+            raise DatabaseUnusable(
+                f"database {self.path}: there is no queue in it: name another with "
+                "--db or PYBGWORKER_DB; the first delay() or run makes one"
+            )
+        self._use_wal(ask)
         if version == len(_MIGRATIONS):
             return
-        self._patiently(connection, deadline, "begin immediate")
+        ask("begin immediate")
         try:
-            self._migrate_from(connection)
+            self._migrate_from(ask)
             connection.execute("commit")
         except BaseException:
             connection.execute("rollback")
             raise
 
-    def _migrate_from(self, connection):
-        version = connection.execute("pragma user_version").fetchone()[0]
-        ours = connection.execute(
-            """select count(*) from sqlite_master where name = 'bg_task'"""
-        ).fetchone()[0]
-        if version > len(_MIGRATIONS) and ours:
+    def _schema_version(self, ask):
+        """The version of our tables, 0 for none; `ask(query)` returns one value."""
+        if not ask("""select count(*) from sqlite_master
+                        where name in ('bg_meta', 'bg_task')"""):
+            return 0
+        version = None
+        with _missing_is_none():
+            version = ask("""select value + 0 from bg_meta where name = 'schema'""")
+        if version is None:
+            raise sqlite3.OperationalError("table bg_task already exists")
+        if version > len(_MIGRATIONS):
             raise DatabaseUnusable(
                 f"database {self.path}: made by a newer pybgworker (schema {version}, "
                 f"this one knows {len(_MIGRATIONS)}): update this file"
             )
-        if bool(version) != bool(ours):
-            raise DatabaseUnusable(
-                f"database {self.path}: its user_version {version} belongs to another "
-                "program: give pybgworker a file of its own with PYBGWORKER_DB"
-            )
-        for statements in _MIGRATIONS[version:]:
+        return version
+
+    def _migrate_from(self, ask):
+        """Under the write lock: another may have done it meanwhile."""
+        for statements in _MIGRATIONS[self._schema_version(ask):]:
             for statement in statements:
-                connection.execute(statement)
-        connection.execute(f"pragma user_version = {len(_MIGRATIONS)}")
+                ask(statement)
+            ask("""update bg_meta set value = value + 1 where name = 'schema'""")
 
-    def prepare(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
-        """Return a plain cursor on somebody else's connection to this file.
+    def prepare(self, cursor: sqlite3.Cursor) -> None:
+        """Make the tables, if need be, in somebody else's transaction on this file."""
+        def ask(statement):
+            row = cursor.execute(statement).fetchone()
+            return row and row[0]
 
-        Makes the tables if need be, there: its transaction may hold the write lock.
-        """
-        cursor = connection.cursor()
-        cursor.row_factory = None
-        if cursor.execute("pragma user_version").fetchone()[0] != len(_MIGRATIONS):
-            self._migrate_from(cursor)
-        return cursor
+        if self._schema_version(ask) != len(_MIGRATIONS):
+            self._migrate_from(ask)
 
     def _begin(self, link, durable, patience):
         synchronous = "full" if durable and self.durability == "full" else "normal"
@@ -1830,6 +1966,7 @@ class Database:
             self._patiently(link.connection, deadline, "begin immediate")
             link.undone = False
         except sqlite3.Error as exc:
+            link.is_stale = "readonly" in str(exc)
             raise _explain(exc, self.path) from exc
 
     def _end(self, link, failed):
@@ -1889,7 +2026,7 @@ class Database:
         held meanwhile, by a second connection.
         https://sqlite.org/wal.html#walresetbug
         """
-        helper = sqlite3.connect(self.path, timeout=0.005, isolation_level=None)
+        helper = _open_uri(self.path)
         try:
             with self.write(durable=False, patience=0.05):
                 helper.execute("pragma wal_autocheckpoint = 0").fetchall()
@@ -2167,6 +2304,95 @@ class GroupCommit:
                 self._store.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
 
 
+class CallersTransaction:
+    """A transaction on the caller's own connection (`conn=`), for delay() to share.
+
+    It stays open, unless the connection is one that commits by itself.  An error
+    takes back all that was written inside the block, and nothing else.
+    """
+
+    def __init__(self, store: Queue, connection: sqlite3.Connection):
+        if not isinstance(connection, sqlite3.Connection):
+            raise OptionError(
+                f"conn= must be an sqlite3.Connection, not {type(connection)}: see "
+                "the attribute driver_connection in SQLAlchemy, connection in Django"
+            )
+        self.store, self.connection = store, connection
+        self._began = False         # here
+
+    def __enter__(self) -> sqlite3.Cursor:
+        try:
+            self._check_file()
+            cursor = sqlite3.Cursor(self.connection)    # plain: no row_factory
+            self._began = not self.connection.in_transaction
+            # Writes before it reads.  Then SQLite waits for its turn, and a
+            # transaction that has read before another's commit never gets one.
+            if self._began:
+                cursor.execute("begin immediate")
+            else:
+                with _missing_is_none():
+                    cursor.execute(
+                        """update bg_meta set value = value where name = 'last_id'"""
+                    )
+            cursor.execute("savepoint bg_enqueue")
+            self.store.prepare(cursor)
+            return cursor
+        except BaseException as exc:
+            self._undo()
+            self._refuse(exc)
+            raise
+
+    def __exit__(self, kind, exc, trace):
+        if exc is None:
+            try:
+                self.connection.execute("release bg_enqueue")
+                if self._began and self._commits_by_itself():
+                    self.connection.execute("commit")
+                return False
+            except sqlite3.Error as failed:
+                exc = failed
+        self._undo()
+        self._refuse(exc)
+        return False
+
+    def _commits_by_itself(self):
+        mode = getattr(self.connection, "autocommit", None)     # from 3.12 on
+        return mode is True or mode is not False and not (
+            self.connection.isolation_level is not None)
+
+    def _undo(self):
+        with contextlib.suppress(sqlite3.Error):    # it may be undone already
+            if self._began:
+                self.connection.execute("rollback")
+            else:
+                self.connection.execute("rollback to bg_enqueue")
+                self.connection.execute("release bg_enqueue")
+
+    def _check_file(self):
+        """Refuse a connection to another file: the task would never be found."""
+        factory, self.connection.text_factory = self.connection.text_factory, bytes
+        try:                # reads nothing from the file, unlike a select
+            row = sqlite3.Cursor(self.connection).execute("pragma database_list")
+            path = os.fsdecode(row.fetchone()[2] or b"")
+        finally:
+            self.connection.text_factory = factory
+        ours = self.store.path
+        if not path or os.path.realpath(path) != ours and (
+            _file_identity(path) != _file_identity(ours) or os.stat(path).st_nlink > 1
+        ):
+            raise OptionError(
+                f"conn= is open on {path or 'memory'}, the queue is {ours}")
+
+    def _refuse(self, exc):
+        """Raise what says what to do about an error of the caller's connection."""
+        if isinstance(exc, sqlite3.ProgrammingError):   # closed, or another thread's
+            raise OptionError(f"conn=: {exc}") from exc
+        if isinstance(exc, sqlite3.Error):
+            if "readonly" in str(exc):
+                raise DatabaseUnavailable("conn= was opened read-only") from exc
+            raise _explain(exc, self.store.path) from exc
+
+
 class Queue(Database):
     """The verbs of callers that enqueue and of workers that claim."""
 
@@ -2181,6 +2407,8 @@ class Queue(Database):
         """
         if connection is not None:
             return self._enqueue_with(connection, task, calls)
+        if self._may_create:
+            self.create()
         group = self._group
         if group is None or group.forks != _forks:
             group = self._group = GroupCommit(self)
@@ -2193,20 +2421,9 @@ class Queue(Database):
         self._insert(link.connection, requests)
 
     def _enqueue_with(self, connection, task, calls):
-        """Insert in the caller's transaction; in one of our own if it opens none."""
-        cursor, request = self.prepare(connection), Request(task, calls)
-        # Writes before it reads: a transaction that began with a read could fail.
-        cursor.execute("""update bg_meta set value = value where name = 'last_id'""")
-        if connection.in_transaction:
+        request = Request(task, calls)
+        with CallersTransaction(self, connection) as cursor:
             self._insert(cursor, [request])
-            return request.ids
-        cursor.execute("begin immediate")
-        try:
-            self._insert(cursor, [request])
-        except BaseException:
-            cursor.execute("rollback")
-            raise
-        cursor.execute("commit")
         return request.ids
 
     _INSERT = """
@@ -3606,8 +3823,6 @@ class App:
         limit = self.settings.max_payload
         texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
         connection = options.get("conn")
-        if connection is not None:
-            self._check_connection(connection)
         ids = self.store.enqueue(row, texts, connection) if texts else []
         return [AsyncResult(number, self) for number in ids]
 
@@ -3624,15 +3839,6 @@ class App:
             task.timeout if timeout is None else _check_timeout(timeout),
             SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
         )
-
-    def _check_connection(self, connection):
-        """Refuse a connection to another file: the task would never be found."""
-        rows = connection.execute("pragma database_list").fetchall()
-        path = next((tuple(row)[2] for row in rows if tuple(row)[1] == "main"), "")
-        if not path or os.path.realpath(path) != os.path.realpath(self.store.path):
-            raise OptionError(
-                f"conn= is open on {path or 'memory'}, the queue is {self.store.path}"
-            )
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
         """Enqueue a task by its name, which need not be registered here.
@@ -5665,7 +5871,7 @@ class Worker:
         self.ear = WakeSocket()
         if self.ear.socket:
             self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
-        self.store.data_version()           # opens, migrates, or raises
+        self.store.create()
         self.liveness = Liveness(self.store, self.settings, self.ear)
         self.liveness.register(now)
         self.scheduler = Scheduler(self.app, self.journal.say)
@@ -6338,7 +6544,7 @@ def _middle(values):
 
 def _raw(path):
     """A plain connection to a database that has our schema."""
-    Store(path).data_version()
+    Store(path).create()
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("pragma synchronous = full")
     connection.execute("pragma wal_autocheckpoint = 0").fetchall()
@@ -6636,7 +6842,7 @@ class Command(NamedTuple):
     help: str
     example: str
     flags: tuple
-    reads: bool = False     # takes --json, and needs a database that exists
+    reads: bool = False     # takes --json
 
 
 def _flag(*names, **options):
@@ -7011,11 +7217,6 @@ def _carry_out(args):
     except FileNotFoundError:
         raise Problem("the current folder was deleted: cd to another") from None
     app.override(db=args.db)
-    if command.reads and not os.path.exists(app.settings.db):
-        raise Problem(
-            f"there is no database {os.path.abspath(app.settings.db)}: name one with "
-            "--db or PYBGWORKER_DB"
-        )
     return command.act(args, app)
 
 

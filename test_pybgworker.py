@@ -14,6 +14,7 @@ import collections
 import contextlib
 import copy
 import datetime as dt
+import io
 import itertools
 import json
 import os
@@ -92,6 +93,8 @@ class Case(unittest.TestCase):
 
     @property
     def store(self):
+        """The queue, with its file and tables made."""
+        self.app.store.create()
         return self.app.store
 
     def sql(self, statement, *parameters):
@@ -1370,23 +1373,97 @@ class Databases(Case):
 
     def test_files_that_are_not_ours_are_refused_and_left_alone(self):
         rows = (
-            ("a newer one", "create table bg_task (id); pragma user_version = 99",
-             "made by a newer pybgworker"),
-            ("another program's", "create table t (id); pragma user_version = 7",
-             "belongs to another program"),
+            ("a newer one", "create table bg_meta (name, value); "
+             "insert into bg_meta values ('schema', 99)", "made by a newer pybgworker"),
+            ("another's task", "create table bg_task (x)", "another program's"),
+            ("another's meta", "create table bg_meta (x)", "another program's"),
+            ("another's rate", "create table bg_rate (x)", "another program's"),
         )
         for name, script, message in rows:
             path = self.folder / name
             connection = sqlite3.connect(path)
             connection.executescript(script)
             connection.close()
-            with self.subTest(name), self.assertRaises(pybgworker.DatabaseUnusable) as e:
-                Store(str(path)).data_version()
-            self.assertIn(message, str(e.exception))
+            before = path.read_bytes()
+            with self.subTest(name):
+                with self.assertRaisesRegex(pybgworker.DatabaseUnusable, message):
+                    Store(str(path)).create()
+                if name != "another's rate":        # seen only when it is in the way
+                    self.assertEqual(path.read_bytes(), before)
+                connection = sqlite3.connect(path)
+                tables = connection.execute("select count(*) from sqlite_master")
+                self.assertEqual(tables.fetchall(), [(1,)])
+                connection.close()
 
     def test_a_database_with_other_tables_can_be_shared(self):
         self.sql("create table mine (id)")
+        self.sql("pragma user_version = 7")     # the other program's own
         self.assertEqual(self.app.send("t").id, 1)
+        self.sql("pragma user_version = 8")
+        self.assertEqual(App(db=str(self.db)).send("t").id, 2)
+        self.assertEqual(self.sql("pragma user_version"), [(8,)])
+
+    def further_schema(self, *statements):
+        """Let this pybgworker be a newer one, with a further schema."""
+        old = pybgworker._MIGRATIONS
+        pybgworker._MIGRATIONS = (*old, statements)
+        self.addCleanup(setattr, pybgworker, "_MIGRATIONS", old)
+
+    def test_an_older_schema_is_brought_up_to_date_with_its_rows(self):
+        self.app.send("t")
+        self.store.close()
+        self.further_schema("alter table bg_task add column extra",
+                            "update bg_task set extra = id")
+        self.assertEqual(App(db=str(self.db)).result(1).status, "queued")
+        self.assertEqual(self.sql("select extra from bg_task"), [(1,)])
+        self.assertEqual(App(db=str(self.db)).send("t").id, 2)
+        self.assertEqual(self.sql("select value from bg_meta where name = 'schema'"),
+                         [(2,)])
+        fresh = App(db=str(self.folder / "fresh.db"))       # both steps at once
+        self.addCleanup(fresh.store.close)
+        self.assertEqual(fresh.send("t").id, 1)
+
+    def test_an_older_schema_is_brought_up_to_date_by_a_callers_connection(self):
+        self.app.send("t")
+        self.further_schema("alter table bg_task add column extra")
+        mine = sqlite3.connect(self.db)
+        self.addCleanup(mine.close)
+        self.app.send("t", conn=mine)
+        mine.rollback()
+        self.assertEqual(self.sql("select value from bg_meta where name = 'schema'"),
+                         [(1,)])
+        self.app.send("t", conn=mine)
+        mine.commit()
+        self.assertEqual(self.sql("select id, extra from bg_task"),
+                         [(1, None), (2, None)])
+
+    def test_a_migration_that_fails_half_way_changes_nothing(self):
+        self.app.send("t")
+        before = self.sql("select sql from sqlite_master order by name")
+        self.further_schema("alter table bg_task add column extra", "nonsense")
+        with self.assertRaises(pybgworker.DatabaseUnavailable):
+            App(db=str(self.db)).send("t")
+        self.assertEqual(self.sql("select sql from sqlite_master order by name"), before)
+        self.assertEqual(self.app.send("t").id, 2)
+
+    def test_several_migrate_at_once_and_one_does_it(self):
+        self.app.send("t")
+        self.further_schema("alter table bg_task add column extra")
+        start, ids, problems = threading.Barrier(6), [], []
+
+        def go():
+            start.wait()
+            try:
+                ids.append(App(db=str(self.db)).send("t").id)
+            except Exception as exc:
+                problems.append(exc)
+
+        threads = [threading.Thread(target=go) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((sorted(ids), problems), ([2, 3, 4, 5, 6, 7], []))
 
     def test_what_is_wrong_with_the_file_is_said_with_what_to_do(self):
         garbage = self.folder / "garbage"
@@ -1394,10 +1471,11 @@ class Databases(Case):
         for path, kind, words in (
             (garbage, pybgworker.DatabaseUnusable, "it is some other file"),
             (self.folder / "no" / "folder", pybgworker.DatabaseUnavailable, "such a folder"),
+            (garbage / "queue.db", pybgworker.DatabaseUnavailable, "Not a directory"),
             (self.folder, pybgworker.DatabaseUnavailable, "unable to open"),
         ):
             with self.subTest(path), self.assertRaises(kind) as caught:
-                Store(str(path)).data_version()
+                Store(str(path)).create()
             self.assertIn(words, str(caught.exception))
 
     def test_a_read_only_database_is_refused_without_loss(self):
@@ -1436,22 +1514,264 @@ class Databases(Case):
         other.close()
         self.assertEqual(self.app.send("t").id, 1)
 
+    def test_network_file_systems_are_known_by_their_names(self):
+        line = "36 35 98:0 / /home/a\\040b rw - {} none rw\n1 1 0:1 / / rw - ext4 x rw\n"
+        for kind in ("nfs4", "fakeowner", "fuse.grpcfuse", "osxfs", "drvfs", "smb2",
+                     "fuse.glusterfs", "fuse.sshfs", "9p", "fuse.rclone"):
+            with self.subTest(kind), \
+                    self.assertRaisesRegex(pybgworker.DatabaseUnusable, re.escape(kind)):
+                pybgworker._check_place("/home/a b/q.db", line.format(kind), False)
+            pybgworker._check_place("/home/a b/q.db", line.format(kind), True)
+            pybgworker._check_place("/home/a bc/q.db", line.format(kind), False)
+        for kind in ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "fuseblk", "zfs"):
+            pybgworker._check_place("/home/a b/q.db", line.format(kind), False)
+
     def test_a_network_file_system_is_refused_unless_allowed(self):
-        old = pybgworker._file_system_of
-        pybgworker._file_system_of = lambda path: "nfs4"
-        self.addCleanup(setattr, pybgworker, "_file_system_of", old)
+        old = pybgworker._mount_of
+        pybgworker._mount_of = lambda path, mounts: ("/", "nfs4")
+        self.addCleanup(setattr, pybgworker, "_mount_of", old)
         with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "PYBGWORKER_ALLOW_NET"):
-            self.store.data_version()
+            self.app.store.create()
         self.app.configure(allow_network_fs=True)
         self.store.data_version()
 
     def test_callers_follow_a_file_that_was_replaced(self):
+        other = App(db=str(self.folder / "restored.db"))
+        other.send("restored")
+        other.store.close()
         self.app.send("t")
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{self.db}{suffix}", self.folder / f"old{suffix}")
-        self.assertEqual(self.app.send("t").id, 1)
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.db}-wal")
+        os.rename(self.folder / "restored.db", self.db)
+        self.assertEqual(self.app.send("t").id, 2)
+        self.assertEqual(self.sql("select name from bg_task"), [("restored",), ("t",)])
+
+    def test_callers_follow_a_link_that_leads_elsewhere_now(self):
+        link = self.folder / "current"
+        for name in ("a", "b"):
+            (self.folder / name).mkdir()
+        link.symlink_to("a")
+        app = App(db=str(link / "queue.db"))
+        app.send("in a")
+        App(db=str(self.folder / "b" / "queue.db")).send("in b")
+        link.unlink()
+        link.symlink_to("b")
+        self.assertEqual(app.send("in b, too").id, 2)
+        self.assertEqual(app.store.path, str(self.folder / "b" / "queue.db"))
+
+    def test_a_lost_database_is_never_made_anew(self):
+        inside, away = self.folder / "disk", self.folder / "away"
+        inside.mkdir()
+        app = App(db=str(inside / "queue.db"))
+        self.assertEqual(app.send("t").id, 1)
+        os.rename(inside, away)
+        inside.mkdir()                          # as an unmounted disk looks
+        for one in (app, App(db=str(inside / "queue.db"))):
+            for use in (lambda: one.send("t"), lambda: one.result(1).get(timeout=1),
+                        lambda: Worker(one, "tasks").start()):
+                with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
+                    use()
+        self.assertEqual(os.listdir(inside), [])
+        (inside / "queue.db").touch()           # nor is an empty file filled
+        with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "no queue in it"):
+            app.send("t")
+        shutil.rmtree(inside)
+        os.rename(away, inside)
+        self.assertEqual(app.send("t").id, 2)
+
+    def in_a_mount_namespace(self, code):
+        """Run a program that may mount; skip the test where that is not allowed."""
+        if not sys.platform.startswith("linux") or subprocess.run(
+                ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(self.folder)],
+                capture_output=True).returncode:
+            self.skipTest("needs a mount namespace")
+        preamble = """
+            import os, subprocess, sys
+            import pybgworker as p
+            def run(*command): subprocess.run(command, check=True)
+        """
+        return subprocess.run(
+            ["unshare", "-rm", sys.executable, "-c",
+             textwrap.dedent(preamble) + textwrap.dedent(code)], cwd=self.folder,
+            env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=60).stdout
+
+    def test_an_unmounted_database_is_never_made_anew(self):
+        self.assertEqual(self.in_a_mount_namespace("""
+            os.mkdir("disk")
+            run("mount", "-t", "tmpfs", "none", "disk")
+            app = p.App(db="disk/queue.db")
+            print(app.send("t").id)
+            run("umount", "--lazy", "disk")
+            try: app.send("t")
+            except p.DatabaseUnavailable as exc: print("gone" in str(exc))
+            print(os.listdir("disk"))
+        """), "1\nTrue\n[]\n")
+
+    def test_only_delay_and_run_make_a_database(self):
+        result = self.app.result(1)
+        for use in (lambda: result.status, lambda: result.get(timeout=0), result.cancel,
+                    result.retry, result.forget, self.app.store.tasks,
+                    lambda: self.app.store.pause("q", 1)):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable,
+                                        "there is no database .*--db"):
+                use()
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_commands_leave_a_file_that_is_no_queue_as_it_is(self):
+        other = self.folder / "other.db"
+        connection = sqlite3.connect(other)
+        connection.execute("create table t (id)")
+        connection.close()
+        before = other.read_bytes()
+        for path, words in ((other, "there is no queue in it"),
+                            (self.folder / "mistyped.db", "there is no database")):
+            for command in (["inspect"], ["show", "1"], ["retry", "1"], ["purge"],
+                            ["retry", "--failed"], ["cancel", "1"], ["prune"],
+                            ["pause", "q"], ["resume", "q"]):
+                errors = io.StringIO()
+                with self.subTest(command), contextlib.redirect_stderr(errors):
+                    status = pybgworker.main([*command, "--db", str(path)])
+                    self.assertEqual(status, 1)
+                    self.assertIn(words, errors.getvalue())
+        pybgworker.configure(db=str(self.db))
+        pybgworker._default_app._flags.clear()
+        self.assertEqual(other.read_bytes(), before)
+        self.assertEqual(os.listdir(self.folder), ["other.db"])
+
+    @contextlib.contextmanager
+    def unprivileged(self):
+        """For root nothing is read-only: be nobody meanwhile."""
+        if os.geteuid():
+            yield
+            return
+        os.chmod(self.folder, 0o777)
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    def test_a_file_that_was_read_only_is_written_once_it_can_be(self):
+        self.app.send("t")
+        files = [f"{self.db}{end}" for end in ("", "-wal", "-shm")]
+        for path in files:
+            os.chmod(path, 0o444)
+        app = App(db=str(self.db))
+        with self.unprivileged():
+            for _ in range(2):
+                with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "writable"):
+                    app.send("t")
+        for path in files:
+            os.chmod(path, 0o666)
+        with self.unprivileged():
+            self.assertEqual(app.send("t").id, 2)
+
+    def test_all_names_of_a_file_are_one_database(self):
+        (self.folder / "real").mkdir()
+        (self.folder / "linked").symlink_to("real")
+        (self.folder / "link.db").symlink_to("real/queue.db")
+        home = os.getcwd()
+        self.addCleanup(os.chdir, home)
+        os.chdir(self.folder)
+        names = ("real/queue.db", "linked/queue.db", "link.db", "./real/../link.db")
+        stores = [App(db=name).store for name in names]
+        os.chdir(home)                          # where a name was given counts
+        for number, store in enumerate(stores, 1):
+            task = NewTask("t", "q", 5, None, 0, None, pybgworker.QUEUED, 1, 1)
+            self.assertEqual(store.enqueue(task, ["[[],{}]"]), [number])
+            self.assertEqual(store.wal_bytes(), stores[0].wal_bytes())
+            self.assertGreater(store.wal_bytes(), 0)
+            store.close()
+        self.assertEqual({store.path for store in stores},
+                         {str(self.folder / "real" / "queue.db")})
+
+    def test_workers_by_two_names_do_not_reap_each_other(self):
+        self.app.send("t")
+        link = self.folder / "link.db"
+        link.symlink_to(self.db)
+        code = """
+            import sys, pybgworker as p
+            app = p.App(db=sys.argv[1])
+            live = p.Liveness(app.store, app.settings, p.WakeSocket())
+            live.register(p.now_ms())
+            print("up", flush=True)
+            sys.stdin.read()
+        """
+        other = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(link)], text=True,
+            env=clean_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(other.stdout.close)
+        self.assertEqual(other.stdout.readline(), "up\n")
+        ear = pybgworker.WakeSocket()
+        self.addCleanup(ear.close)
+        live = pybgworker.Liveness(self.store, self.app.settings, ear)
+        live.reap_dead(pybgworker.now_ms())
+        self.assertEqual(len(self.store.workers()), 1)
+        other.stdin.close()
+        other.wait()
+        live.reap_dead(pybgworker.now_ms())
+        self.assertEqual(self.store.workers(), [])
+
+    def test_a_folder_may_be_mounted_twice_and_a_single_file_not(self):
+        self.assertEqual(self.in_a_mount_namespace("""
+            os.mkdir("here"), os.mkdir("there")
+            first = p.App(db="here/queue.db")
+            first.send("t")
+            run("mount", "--bind", "here", "there")
+            second = p.App(db="there/queue.db")
+            print(second.send("t").id, first.send("t").id, second.result(3).status)
+            print(first.store.wal_bytes() == second.store.wal_bytes() > 0)
+            open("alone.db", "w").close()
+            run("mount", "--bind", "here/queue.db", "alone.db")
+            try: p.App(db="alone.db").send("t")
+            except p.DatabaseUnusable as exc: print("mount the folder" in str(exc))
+        """), "2 3 queued\nTrue\nTrue\n")
+
+    def test_a_second_hard_link_is_refused(self):
+        self.app.send("t")
+        os.link(self.db, self.folder / "second.db")
+        for path in (self.db, self.folder / "second.db"):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "hard link"):
+                App(db=str(path)).send("t")
+        mine = sqlite3.connect(self.folder / "second.db")
+        self.addCleanup(mine.close)
+        with self.assertRaisesRegex(ValueError, "the queue is"):
+            self.app.send("t", conn=mine)
+        os.unlink(self.folder / "second.db")
+        self.assertEqual(App(db=str(self.db)).send("t").id, 2)
+
+    def test_a_new_database_is_private(self):
+        """Others get nothing, the group what the umask leaves it."""
+        for umask, mode in ((0o022, 0o640), (0o002, 0o660), (0o077, 0o600), (0, 0o660)):
+            path = self.folder / f"{umask:o}.db"
+            old = os.umask(umask)
+            try:
+                app = App(db=str(path))
+                app.send("t")
+            finally:
+                os.umask(old)
+            for end in ("", "-wal", "-shm"):
+                with self.subTest(f"umask {umask:o} {end}"):
+                    self.assertEqual(os.stat(f"{path}{end}").st_mode & 0o777, mode)
+            app.store.close()
+
+    def test_a_new_database_is_private_also_without_mknod(self):
+        old = os.mknod
+        self.addCleanup(setattr, os, "mknod", old)
+
+        def refused(*args):
+            raise PermissionError(1, "Operation not permitted")     # as on macOS
+
+        os.mknod = refused
+        self.app.send("t")
+        self.assertEqual(os.stat(self.db).st_mode & 0o007, 0)
+
+    def test_the_mode_of_a_database_that_exists_is_left_alone(self):
+        self.sql("create table mine (id)")
+        os.chmod(self.db, 0o604)
+        self.app.send("t")
+        self.assertEqual(os.stat(self.db).st_mode & 0o777, 0o604)
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_fork_leaves_the_parents_connection_alone(self):
@@ -3455,6 +3775,7 @@ class Scheduling(Case):
         source = source.replace("*/5 * * * *", expr or "*/5 * * * *")
         self.module(source)
         self.app = pybgworker._default_app
+        self.app.store.create()
         self.events = []
         return pybgworker.Scheduler(
             self.app, lambda event, **fields: self.events.append((event, fields))
@@ -4249,6 +4570,7 @@ class CommandLine(Served):
             os.close(other)
 
     def test_pause_and_resume(self):
+        self.store.create()
         self.ok("pause", "mail")
         self.assertEqual(self.store.paused_queues(), ["mail"])
         self.ok("resume", "mail")
@@ -4758,6 +5080,7 @@ class AnySequence(Case):
         """What goes wrong when the program runs on a new database, or None."""
         path = self.folder / f"model-{random.random()}.db"
         store = Store(str(path), durability="normal")
+        store.create()
         player = Player(store)
         try:
             for operation in program:
@@ -4803,6 +5126,7 @@ class AnySequence(Case):
         operations = self.OPERATIONS if TORTURE else self.OPERATIONS[:6]
         stores = [Store(str(self.db), durability="normal") for _ in range(3)]
         for store in stores:
+            store.create()
             self.addCleanup(store.close)
         for count in (2, 3):
             for order in itertools.permutations(operations):
