@@ -2633,6 +2633,22 @@ class Queue(Database):
             )
 
 
+# What SQLite says to values that it cannot take: too long, too large, against a
+# check.  Anything else is about the database and not about what is written.
+_REFUSALS = (
+    sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError,
+    ValueError, MemoryError,
+)
+
+
+class OutcomeRefused(PyBgWorkerError):
+    """An outcome cannot be written, nor could it be later: `.outcome`."""
+
+    def __init__(self, outcome: Outcome, reason: Exception):
+        super().__init__(f"it cannot be stored: {type(reason).__name__}: {reason}")
+        self.outcome = outcome
+
+
 class Endings(Queue):
     """The verbs of workers for the ends of runs."""
 
@@ -2653,24 +2669,37 @@ class Endings(Queue):
 
         Returns the outcomes not written.  Those lost their lease: the row is no
         longer running, or runs for somebody else, and keeps what that one wrote.
+        Raises OutcomeRefused for the first that can never be written; the
+        transaction must be rolled back then.
         """
         plain = [o for o in outcomes if o.is_plain]
         if self._succeed_all(plain, worker, now):
             if len(plain) == len(outcomes):
                 return []
             outcomes = [o for o in outcomes if not o.is_plain]
-        return [o for o in outcomes if not self._finish_one(o, worker, now)]
+        stale = []
+        for outcome in outcomes:
+            try:
+                if not self._finish_one(outcome, worker, now):
+                    stale.append(outcome)
+            except _REFUSALS as exc:
+                raise OutcomeRefused(outcome, exc) from exc
+        return stale
 
     def _succeed_all(self, outcomes, worker, now):
-        """Write plain successes at once; False, and nothing, if one is stale."""
+        """Write plain successes at once; False, and nothing, if one does not go."""
         if not outcomes:
             return True
         connection = self._link().connection
         connection.execute("savepoint plain")
-        done = connection.executemany(self._SUCCEED, [
-            (now, o.started_at, o.duration, o.result, o.run.id, worker, o.run.attempt)
-            for o in outcomes
-        ]).rowcount
+        try:
+            done = connection.executemany(self._SUCCEED, [
+                (now, o.started_at, o.duration, o.result, o.run.id, worker,
+                 o.run.attempt)
+                for o in outcomes
+            ]).rowcount
+        except _REFUSALS:           # which one is it?
+            done = -1
         if done != len(outcomes):
             connection.execute("rollback to plain")
         connection.execute("release plain")
@@ -4693,6 +4722,7 @@ def describe_exception(exc: BaseException) -> dict:
 
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
+_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
 _LATEST_MS = 1 << 53                # no clock shows such a unix time
 
 
@@ -4742,10 +4772,11 @@ class Member:
         self.retiring = False           # takes nothing more
         self.is_mute = False            # nobody can write to its output any more
         self.done = 0                   # runs answered
-        self.why = ""                   # condemned: timeout, cancelled, memory, mad
+        self.why = ""                   # condemned: timeout, cancelled, see _crash()
         self.kill_due = 0.0             # 0: not condemned
         self.exit: Exit | None = None   # once it is dead
         self._buffer = bytearray()      # of messages, not yet whole
+        self._is_deaf = False           # nothing is taken in any more
         self._printed: list[str] = []   # by the run at the head
         self._printed_chars = 0
 
@@ -4815,9 +4846,27 @@ class Member:
                 return False
             if not chunk:
                 return False
-            self._buffer += chunk
+            if not self._is_deaf:
+                self._buffer += chunk
             if len(chunk) < _READ_BYTES:
                 return True
+
+    def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
+        """Call understand(self, message, at) with all that it sent.
+
+        Returns (False when the socket is at its end, what was wrong or "").
+        """
+        alive, wrong = True, ""
+        try:
+            alive = self.read()
+            for message in self.parse(max_payload):
+                understand(self, message, at)
+        except _NONSENSE:
+            wrong = "mad"
+        except MemoryError:             # costs this run, not the worker
+            wrong = "too much"
+            self._buffer, self._is_deaf = bytearray(), True
+        return alive, wrong
 
     def parse(self, max_payload: int) -> Iterator[tuple]:
         """Yield (header, body) of the whole messages, the header as _MESSAGE has it.
@@ -4922,7 +4971,6 @@ _EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
-_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading it may raise
 
 
 class Starts:
@@ -5143,12 +5191,9 @@ class Pool:
             self._log("output", run, text=text.rstrip("\n"))
 
     def _hear(self, member, at):
-        alive = member.read()
-        try:
-            for message in member.parse(self._limits.max_payload):
-                self._understand(member, message, at)
-        except _NONSENSE:
-            self._condemn(member, "mad", at)
+        alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        if wrong:
+            self._condemn(member, wrong, at)
         if not alive:           # dead, or it closed its socket, which is as good
             member.wait(0.1)
             self._bury(member, at)
@@ -5250,22 +5295,19 @@ class Pool:
             member.why, member.kill_due = "timeout, killed", at + _STACK_GRACE
             send_signal(member.pid, signal.SIGUSR2)
         else:
-            member.wait(0)
             self._hear_last(member, at)
             self._bury(member, at)
 
     def _hear_last(self, member, at):
-        """Take in the answers that were sent before the end."""
-        member.read()
-        with contextlib.suppress(*_NONSENSE):
-            for message in member.parse(self._limits.max_payload):
-                self._understand(member, message, at)
+        """Take in the answers that were sent before the end, which is now."""
+        member.wait(0)
+        _, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        member.why = member.why or wrong
 
     def notice_deaths(self, at: float) -> None:
         """Find the dead whose socket a grandchild keeps open."""
         for member in list(self.members):
             if member.poll():
-                member.wait(0)
                 self._hear_last(member, at)
                 self._bury(member, at)
 
@@ -5318,7 +5360,6 @@ class Pool:
         """Kill every child; return the runs this interrupted."""
         runs: list[Run] = []
         for member in list(self.members):
-            member.wait(0)
             self._hear_last(member, at)
             runs += member.waiting
             self._remove(member)
@@ -5363,6 +5404,8 @@ def _crash(why, found, max_memory):
     """signal or exit_code, and a sentence for people, with the peak memory."""
     if why == "mad":
         text = "the child sent what is no message: did the task write to its sockets?"
+    elif why == "too much":
+        text = "the worker has not the memory to read its result"
     elif why == "memory":
         text = f"killed: it used more than max_memory, {max_memory >> 20} MiB"
     elif found.signal == "SIGKILL":
@@ -5725,7 +5768,21 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     delay = error.get("countdown")
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
-    return outcome._replace(state=RETRYING, run_at=now + to_ms(max(0.0, delay)))
+    run_at = min(now + to_ms(max(0.0, delay)), _LATEST_MS)
+    return outcome._replace(state=RETRYING, run_at=run_at)
+
+
+def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
+    """The outcome to write instead of one that cannot be stored: a failure.
+
+    None when this is what was refused: then there is nothing to be written.
+    """
+    run, before = refused.outcome.run, refused.outcome.error or {}
+    kind = type(refused).__name__
+    if before.get("type") == kind:
+        return None
+    error = {"kind": "exception", "type": kind, "message": str(refused)}
+    return _with_callback(Outcome(run, FAILED, error=error), now)
 
 
 def _with_callback(outcome, now):
@@ -5763,6 +5820,80 @@ class Chore:
         if at >= self.due:
             self.due = at + self.seconds
             self.act(now)
+
+
+class Outbox:
+    """What became of runs and is not in the database yet; kept until it is."""
+
+    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
+        self._store, self._journal = store, journal
+        self._tasks = tasks                     # by name
+        self._progress = progress               # of the pool: by id, (run, text)
+        self.outcomes: list[Outcome] = []       # to be written
+        self.returned: list[Run] = []           # claimed, not begun, to be queued
+
+    @property
+    def is_full(self) -> bool:
+        """True when something must not be lost in a power cut."""
+        return bool(self.outcomes or self.returned)
+
+    def clear(self) -> None:
+        """It is written, or does not matter any more."""
+        self.outcomes, self.returned = [], []
+        self._progress.clear()
+
+    def settle(self, ended: Sequence[Ended], now: int) -> None:
+        """Turn what the pool says into outcomes to be written."""
+        for end in ended:
+            if end.kind == "unknown":       # after a deploy the child's code is newer
+                self.returned.append(end.run)
+                self._journal.run("unknown_task", end.run)
+                continue
+            task = self._tasks.get(end.run.name)
+            policy = task.policy if task else RetryPolicy()
+            self.outcomes.append(settle(end, policy, now, random.random()))
+            if end.error is not None:
+                self._journal.death(end)
+
+    def commit(self, also: Callable, worker: int, durable: bool, patience: float,
+               now: int) -> tuple[Any, list[Outcome]]:
+        """Write all, and what `also` does, in one transaction: all or nothing.
+
+        But one outcome that cannot be stored must not hold up the others for ever:
+        that run fails, and the rest is written.  Returns what `also` returned, and
+        the outcomes written.
+        """
+        while True:
+            try:
+                with self._store.write(durable, patience):
+                    stale = self._write(worker, now)
+                    found = also()
+                break
+            except OutcomeRefused as exc:
+                self._replace(exc, now)
+        written = self.outcomes
+        if stale:
+            written = [outcome for outcome in written if outcome not in stale]
+        for outcome in stale:
+            self._journal.run("task_lost", outcome.run, reason="it was given away")
+        for outcome in written:
+            self._journal.outcome(outcome)
+        self.clear()
+        return found, written
+
+    def _write(self, worker, now):
+        for run, progress in self._progress.values():
+            self._store.set_progress(run, worker, progress)
+        self._store.give_back(self.returned, worker, now, started=False)
+        return self._store.finish(self.outcomes, worker, now)
+
+    def _replace(self, refused, now):
+        """Have the run fail; if not even that can be written, leave it to be reaped."""
+        place = self.outcomes.index(refused.outcome)
+        instead = fail_refused(refused, now)
+        self.outcomes[place : place + 1] = [instead] if instead else []
+        if instead is None:
+            self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
 
 
 class StopSignals:
@@ -5826,8 +5957,6 @@ class Worker:
         self.stops = StopSignals()
         self.stop_by = 0.0              # monotonic: the end of a graceful stop
         self.fatal = ""                 # why it must end with status 1
-        self.outcomes: list[Outcome] = []       # to be written
-        self.returned: list[Run] = []           # claimed, not begun, to be queued
         self.next_at: int | None = None         # when a task is due
         self.look = True                # something may be there to claim
         self.is_held_back = False       # something is, and waits for its rate
@@ -5858,8 +5987,10 @@ class Worker:
                 while not self._is_done():
                     self.wait()
                     self.step(now_ms())
-        finally:
-            self.stop()
+        except BaseException as exc:
+            self._break_off(exc)
+            raise
+        self.stop()
         if self.fatal:
             print(f"pybgworker: {self.fatal}", file=sys.stderr)
         return 1 if self.fatal else 0
@@ -5882,6 +6013,8 @@ class Worker:
         spec = _child_spec(self.app_spec, self.store.path, self.settings)
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
                          self.journal.run, self.selector)
+        self.outbox = Outbox(self.store, self.journal, self.app.tasks,
+                             self.pool.progress)
         self.pool.fill(time.monotonic())
         self._plan_chores()
 
@@ -5900,7 +6033,7 @@ class Worker:
     def _is_done(self):
         if self.fatal or self.stops.count > 1:
             return True
-        idle = not (self.outcomes or self.returned or self.pool.in_hand())
+        idle = not (self.outbox.is_full or self.pool.in_hand())
         if self.stops.count:
             return idle or 0 < self.stop_by <= time.monotonic()
         if not self.burst or not idle or not self._is_ready:
@@ -5912,17 +6045,17 @@ class Worker:
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
         now = now_ms()
-        self.returned += self.pool.recall_all()
+        self.outbox.returned += self.pool.recall_all()
         busy = self.pool.in_hand()
         interrupted = self.pool.kill_all(time.monotonic()) if busy else []
         self._settle(now)
         self.pool.stop()
-        back = len(self.returned) + len(interrupted)
+        back, worker = len(self.outbox.returned) + len(interrupted), self.liveness.id
         try:
-            with self.store.write(patience=2.0):
-                stale = self._finish(now)
-                self.store.give_back(interrupted, self.liveness.id, now, started=True)
-            self._after_finish(stale)
+            self.outbox.commit(
+                lambda: self.store.give_back(interrupted, worker, now, started=True),
+                worker, True, 2.0, now,
+            )
             self.liveness.leave()
         except DatabaseUnavailable as exc:      # the others will reap us
             self.journal.say("database_error", error=str(exc))
@@ -5930,6 +6063,22 @@ class Worker:
         own, childrens = cpu_seconds()
         self.journal.say("worker_stop", handed_back=back, cpu=own,
                          children_cpu=childrens)
+        self._close()
+
+    def _break_off(self, exc):
+        """End as if killed: who reaps us charges what was running.
+
+        What no code expected may have come of one of the runs.  Handed back it would
+        be forgiven, and come again for ever.  Guarded by
+        test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end.
+        """
+        self.pool.kill_all(time.monotonic())
+        self.pool.stop()
+        self.liveness.forsake()
+        self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
+        self._close()
+
+    def _close(self):
         self.journal.log.flush(patience=2.0)
         self.ear.close()
         self.selector.close()
@@ -5974,12 +6123,12 @@ class Worker:
         self.pool.balance(at)
         if self.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
-            self.returned += self.pool.recall_all()
+            self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
         try:
             self._transact(now, at)
-            self.returned += self.pool.dispatch(at)
+            self.outbox.returned += self.pool.dispatch(at)
             for chore in self.chores:
                 chore.run_if_due(now, at)
             self._trouble_since, self._trouble_said = 0.0, False
@@ -6007,30 +6156,24 @@ class Worker:
             self.journal.say("worker_ready", children=self.settings.concurrency)
 
     def _settle(self, now):
-        """Turn what the pool says into outcomes to be written."""
         ended, self.pool.ended = self.pool.ended, []
-        for end in ended:
-            if end.kind == "unknown":       # after a deploy the child's code is newer
-                self.returned.append(end.run)
-                self.journal.run("unknown_task", end.run)
-                continue
-            task = self.app.tasks.get(end.run.name)
-            policy = task.policy if task else RetryPolicy()
-            self.outcomes.append(settle(end, policy, now, random.random()))
-            if end.error is not None:
-                self.journal.death(end)
+        self.outbox.settle(ended, now)
 
     def _transact(self, now, at):
         """Write what ended and claim what comes next, in one commit."""
         order = self._order(at)
-        durable = bool(self.outcomes or self.returned)
+        durable = self.outbox.is_full
         if not (durable or self.pool.progress or self._wants(order, now)):
             return
-        with self.store.write(durable, _BUSY_PATIENCE):
-            stale = self._finish(now)
-            claimed = self.store.claim(order, now) if order else None
-        self.look |= bool(self.returned)
-        self._after_finish(stale)
+        self.look |= bool(self.outbox.returned)
+        claimed, written = self.outbox.commit(
+            lambda: self.store.claim(order, now) if order else None,
+            self.liveness.id, durable, _BUSY_PATIENCE, now,
+        )
+        for outcome in written:
+            self.look |= bool(outcome.then)
+            if outcome.state == RETRYING:
+                self.next_at = _earliest(self.next_at, outcome.run_at)
         if claimed:
             self._take_in(claimed, now)
 
@@ -6068,25 +6211,6 @@ class Worker:
         self.look, self.is_held_back = False, bool(limited)
         return found
 
-    def _finish(self, now):
-        for run, progress in self.pool.progress.values():
-            self.store.set_progress(run, self.liveness.id, progress)
-        self.store.give_back(self.returned, self.liveness.id, now, started=False)
-        return self.store.finish(self.outcomes, self.liveness.id, now)
-
-    def _after_finish(self, stale):
-        """The commit is done: say what was written."""
-        outcomes, self.outcomes, self.returned = self.outcomes, [], []
-        self.pool.progress.clear()
-        for outcome in outcomes:
-            if stale and outcome in stale:
-                self.journal.run("task_lost", outcome.run, reason="it was given away")
-                continue
-            self.journal.outcome(outcome)
-            if outcome.state == RETRYING:
-                self.next_at = _earliest(self.next_at, outcome.run_at)
-            self.look |= bool(outcome.then)
-
     def _take_in(self, claimed, now):
         self.pool.hand.extend(claimed.runs)
         self.next_at, self.is_held_back = claimed.next_at, bool(claimed.limited)
@@ -6120,8 +6244,8 @@ class Worker:
         at = time.monotonic()
         for run in self.pool.kill_all(at):
             self.journal.run("task_lost", run, reason="this worker was given up")
-        self.pool.ended, self.outcomes, self.returned = [], [], []
-        self.pool.progress.clear()
+        self.pool.ended = []
+        self.outbox.clear()
         self.liveness.forsake()
         self.liveness.register(now)
         self.pool.fill(at)

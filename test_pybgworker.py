@@ -941,6 +941,8 @@ class Settings(unittest.TestCase):
         rate_limit           5/         starts per second
         retention            soon       seconds above 0
         max_memory           lots       bytes above 0
+        max_payload          2g         at most 900m
+        max_payload          0          bytes above 0
         durability           maybe      full or normal
         allow_network_fs     perhaps    1 or 0
     """
@@ -2746,6 +2748,7 @@ class Tasks(Case):
             ({"priority": "high"}, "priority='high'"), ({"queue": ""}, "queue=''"),
             ({"retry_for": "x"}, "retry_for='x'"), ({"nonsense": 1}, "nonsense"),
             ({"retry_delay": float("nan")}, "retry_delay=nan"),
+            ({"retry_jitter": 1.5}, "from 0 to 1"), ({"retry_jitter": -1}, "from 0"),
         ):
             with self.subTest(message), self.assertRaises((ValueError, TypeError)) as e:
                 self.app.task(**options)(print)
@@ -3563,6 +3566,33 @@ class Pools(Served):
         self.assertLessEqual(max(map(pids.count, pids)), 2)
         worker.stop()
 
+    @unittest.skipUnless(Path("/proc/self/statm").exists(), "needs /proc")
+    def test_a_result_that_the_worker_has_no_memory_for_costs_its_own_run(self):
+        (self.folder / "small.py").write_text(textwrap.dedent("""
+            import resource, sys
+            from pybgworker import task
+
+            limit = resource.RLIM_INFINITY
+            if sys.argv[0] != "-c":         # the worker, not a child
+                pages = int(open("/proc/self/statm").read().split()[0])
+                limit = pages * resource.getpagesize() + (120 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+            @task(name="big", retries=1, retry_delay=0)
+            def big(n): return "x" * n
+
+            @task(name="small", retries=0)
+            def small(): return 1
+        """))
+        big = self.app.send("big", 60_000_000, retries=1)
+        small = [self.app.send("small") for _ in range(5)]
+        worker = self.worker("--concurrency", 1, app="small")
+        self.assertEqual([self.get(result) for result in small], [1] * 5)
+        failed = self.failure(big)
+        self.assertRegex(str(failed), "memory|MemoryError")
+        self.assertLessEqual(big.attempt, 2)
+        self.assertEqual(worker.stop(), 0)
+
     def test_a_killed_guardian_is_replaced(self):
         worker = self.worker("--concurrency", 1)
         worker.wait_for("worker_ready")
@@ -4095,6 +4125,76 @@ class Settling(unittest.TestCase):
             found = pybgworker.settle(end, RetryPolicy(jitter=0), 1000, 0.5)
             self.assertEqual(found.run_at, 1000 + wait)
 
+    def test_no_delay_is_too_long_for_its_column(self):
+        run = Run(1, "t", "q", 9, 99, 0, None, 0, None, "", 5)
+        end = pybgworker.Ended(run, "crash", None, {"kind": "crash", "retryable": True})
+        policy = RetryPolicy(delay=10**11, max_delay=10**11, jitter=1000)
+        self.assertLess(pybgworker.settle(end, policy, 10**15, 0.99).run_at, 10**16)
+
+
+class Outboxes(QueueCase):
+
+    def setUp(self):
+        super().setUp()
+        self.log = self.folder / "log"
+        journal = pybgworker.Journal(Log(os.open(self.log, os.O_CREAT | os.O_WRONLY)), "w")
+        self.outbox = pybgworker.Outbox(self.store, journal, {}, {})
+
+    def commit(self):
+        return self.outbox.commit(lambda: "also", 1, True, 5.0, self.now)
+
+    # What SQLite does not take, by a constraint, by its size, by its characters.
+    POISON = (
+        dict(state=pybgworker.RETRYING, run_at=10**18, error={"kind": "crash"}),
+        dict(state=pybgworker.SUCCESS, result="1", started_at=10**17),
+        dict(state=pybgworker.SUCCESS, result="1", started_at=10**30),
+        dict(state=pybgworker.SUCCESS, result="1", output="\udc80"),
+    )
+
+    def test_what_cannot_be_stored_fails_and_holds_up_nothing_else(self):
+        self.enqueue(count=len(self.POISON) * 2 + 1)
+        runs = self.claim(callbacks={"t": 2})
+        self.outbox.outcomes = [
+            Outcome(run, **(self.POISON[n // 2] if n % 2 else dict(state=4, result="1")))
+            for n, run in enumerate(runs)]
+
+        found, written = self.commit()
+
+        self.assertEqual((found, len(written)), ("also", len(runs)))
+        for n, run in enumerate(runs):
+            with self.subTest(n):
+                wanted = "failed" if n % 2 else "success"
+                self.assertEqual(self.status(run.id), wanted)
+                if n % 2:
+                    error = self.store.error(run.id)
+                    self.assertEqual(error["type"], "OutcomeRefused")
+                    self.assertIn("cannot be stored", error["message"])
+        called = self.store.tasks(name="t:on_failure")
+        self.assertEqual(len(called), len(self.POISON))
+        self.assertFalse(self.outbox.is_full)
+
+    @unittest.skipUnless(hasattr(sqlite3.Connection, "setlimit"), "needs Python 3.11")
+    def test_a_result_above_the_limit_of_this_sqlite_fails_its_task(self):
+        self.enqueue(count=2)
+        big, small = self.claim()
+        self.store._link().connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 20_000)
+        self.outbox.outcomes = [Outcome(big, 4, "1" * 30_000), Outcome(small, 4, "1")]
+        self.commit()
+        self.assertEqual(self.status(small.id), "success")
+        self.assertIn("too big", self.store.error(big.id)["message"])
+
+    def test_a_run_that_cannot_even_fail_is_left_to_be_reaped(self):
+        self.enqueue(count=2)
+        first, second = self.claim()
+        self.sql("""create trigger mine before update on bg_task
+            when new.id = 1 and new.state > 3 begin select raise(abort, 'no'); end""")
+        self.outbox.outcomes = [Outcome(first, 4, "1"), Outcome(second, 4, "1")]
+        self.commit()
+        self.assertEqual(self.status(first.id), "running")
+        self.assertEqual(self.status(second.id), "success")
+        self.sql("drop trigger mine")
+        self.assertEqual(self.store.reap(1, "w", self.now)[0].id, first.id)
+
 
 class Workers(Served):
 
@@ -4202,7 +4302,7 @@ class Workers(Served):
         self.wait_for_start(worker)
         other = sqlite3.connect(self.db, isolation_level=None)
         other.execute("begin immediate")
-        self.turn_until(worker, lambda: worker.outcomes)
+        self.turn_until(worker, lambda: worker.outbox.outcomes)
         other.execute("rollback")
         other.close()
         self.turn_until(worker, result.ready)
@@ -4253,7 +4353,7 @@ class Workers(Served):
         done = [pybgworker.Outcome(self.claim_one(worker), pybgworker.SUCCESS, "1")
                 for _ in range(20)]
         self.tasks.add.delay_many([(2, n) for n in range(20)])
-        worker.outcomes, found = done, []
+        worker.outbox.outcomes, found = done, []
         connection = self.store._link().connection
         connection.set_trace_callback(found.append)
         worker._transact(pybgworker.now_ms(), time.monotonic())
@@ -4328,6 +4428,31 @@ class Workers(Served):
         self.assertEqual(self.worker("--burst").wait(), 0)
         self.assertEqual({r.status for r in results}, {"success"})
         self.assertEqual(later.status, "scheduled")
+
+    def test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end(self):
+        result = self.tasks.hold.options(retries=1).delay()
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+        os.chdir(self.folder)
+        self.app.tasks.update(pybgworker._default_app.tasks)
+        self.app.override(concurrency=1)
+        step = Worker.step
+
+        def break_down(worker, *args):
+            step(worker, *args)
+            if len(self.lines("held")) == starts:
+                raise MemoryError("what no code expects")
+
+        for starts in (1, 2):
+            worker = Worker(self.app, "tasks", log=Log(os.open(os.devnull, os.O_WRONLY)))
+            with mock.patch.object(Worker, "step", break_down), \
+                    self.assertRaises(MemoryError):
+                worker.run()
+            self.assertEqual((result.status, result.attempt), ("running", starts))
+        worker = self.started()
+        self.turn_until(worker, result.ready)
+        self.assertEqual(result.error.kind, "lost")
+        self.assertEqual(len(self.lines("held")), 2)
 
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
