@@ -941,8 +941,6 @@ class Settings(unittest.TestCase):
         rate_limit           5/         starts per second
         retention            soon       seconds above 0
         max_memory           lots       bytes above 0
-        max_payload          2g         at most 900m
-        max_payload          0          bytes above 0
         durability           maybe      full or normal
         allow_network_fs     perhaps    1 or 0
     """
