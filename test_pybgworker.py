@@ -4397,7 +4397,7 @@ class Workers(Served):
         for how, free in self.FREED.items():
             with self.subTest(how), patient:
                 worker = self.started()
-                self.turn_until(worker, lambda: worker.pool.members[-1].ready)
+                self.turn_until(worker, lambda: all(m.ready for m in worker.pool.members))
                 worker.pool.durations.short_names.add("tasks.hold")
                 held = self.tasks.hold.options(retries=0).delay()
                 self.turn_until(worker, lambda: self.lines("held"))
