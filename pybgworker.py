@@ -32,8 +32,8 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Database · Queue · Store · Functions · Waiting
-    · Tasks and results · Processes · Child · Member · Pool · Scheduler
+    · Retry and rate · Wake-up · Database · Queue · Endings · Store · Functions
+    · Waiting · Tasks and results · Processes · Child · Member · Pool · Scheduler
     · Liveness · Journal · Worker · Reports · Bench · Command line
     · Old import paths
 
@@ -2049,9 +2049,9 @@ class Database:
 
 
 # == Queue ====================================================================
-# Owns the SQL of a task's way through the queue: enqueue, claim, finish.  A verb
-# that writes is called inside `with store.write():`, unless it says that it makes
-# a transaction of its own; verbs in one block commit together or not at all.
+# Owns the SQL of a task's way to its worker: enqueue and claim.  A verb of this
+# section or the next that writes is called inside `with store.write():`, unless it
+# says that it makes a transaction of its own; verbs in one block commit together.
 # Rows leave as small objects; nothing above knows a column.
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)      # kinds in bg_payload
@@ -2112,54 +2112,6 @@ class Run:
     def is_last(self) -> bool:
         """True when a failure of this attempt is final."""
         return self.used > self.retries
-
-
-# What an end calls: the bit in bg_task.callbacks, and the option of @task.
-CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
-_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
-
-
-def callback_kind(name: str) -> str:
-    """on_success or on_failure for the name of a callback, else nothing."""
-    of, _, kind = name.rpartition(":")
-    return kind if of and kind in ("on_success", "on_failure") else ""
-
-
-def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
-    """The (NewTask, arguments) to be committed with this end of a run.
-
-    A task of its own, in the queue of the one it is about: what calls back is as
-    durable as what is called back about, and is run again when it fails.
-    """
-    bit, kind = CALLBACKS.get(state, (0, ""))
-    if not run.callbacks & bit:
-        return ()
-    row = NewTask(
-        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
-        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
-    )
-    args = [run.id] if state == SUCCESS else [run.id, error]
-    return (row, _to_json([args, {}])),
-
-
-class Outcome(NamedTuple):
-    """What becomes of a run: its new state and what is kept of it."""
-
-    run: Run
-    state: int
-    result: str | None = None
-    error: dict | None = None
-    output: str = ""
-    started_at: int | None = None
-    duration: float | None = None
-    run_at: int | None = None       # when retrying: the next run
-    then: tuple = ()                # (NewTask, arguments) to be enqueued with it
-
-    @property
-    def is_plain(self) -> bool:
-        """True for a success that is all in its row: most are."""
-        is_small = len(self.result or "") <= _INLINE_CHARS
-        return self.state == SUCCESS and is_small and not (self.output or self.then)
 
 
 class ClaimOrder(NamedTuple):
@@ -2631,6 +2583,59 @@ class Queue(Database):
                 """insert or replace into bg_rate (name, tat) values (:name, :tat)""",
                 {"name": name, "tat": tat},
             )
+
+
+# == Endings ==================================================================
+# Owns what becomes of runs, and the SQL that writes it: success, failure, another
+# run, a hand-back, and what is enqueued with an end.  An end is only written while
+# the run is still its worker's.  Knows nothing of when to retry: see settle().
+
+# What an end calls: the bit in bg_task.callbacks, and the option of @task.
+CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
+_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+
+
+def callback_kind(name: str) -> str:
+    """on_success or on_failure for the name of a callback, else nothing."""
+    of, _, kind = name.rpartition(":")
+    return kind if of and kind in ("on_success", "on_failure") else ""
+
+
+def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
+    """The (NewTask, arguments) to be committed with this end of a run.
+
+    A task of its own, in the queue of the one it is about: what calls back is as
+    durable as what is called back about, and is run again when it fails.
+    """
+    bit, kind = CALLBACKS.get(state, (0, ""))
+    if not run.callbacks & bit:
+        return ()
+    row = NewTask(
+        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
+        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
+    )
+    args = [run.id] if state == SUCCESS else [run.id, error]
+    return (row, _to_json([args, {}])),
+
+
+class Outcome(NamedTuple):
+    """What becomes of a run: its new state and what is kept of it."""
+
+    run: Run
+    state: int
+    result: str | None = None
+    error: dict | None = None
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+    run_at: int | None = None       # when retrying: the next run
+    then: tuple = ()                # (NewTask, arguments) to be enqueued with it
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a success that is all in its row: most are."""
+        is_small = len(self.result or "") <= _INLINE_CHARS
+        return self.state == SUCCESS and is_small and not (self.output or self.then)
 
 
 # What SQLite says to values that it cannot take: too long, too large, against a
