@@ -4274,6 +4274,42 @@ class Guardian:
         self._pid = 0
 
 
+def _open_live(path):
+    """Open, or make, DATABASE-live for exactly those who may write the database.
+
+    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
+    where others may write, somebody may have put something else there.
+    """
+    try:
+        database = os.stat(path.removesuffix("-live"))
+    except OSError:                     # none yet: for us alone
+        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
+    writers = database.st_mode & 0o222
+    mode = 0o600 | writers | writers << 1
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise DatabaseUnavailable(
+            f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
+            "must not be a link"
+        ) from None
+    found = os.fstat(fd)
+    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
+    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
+            and ours):
+        os.close(fd)
+        raise DatabaseUnavailable(
+            f"{path}: somebody else has put this here: remove it, once no worker runs"
+        )
+    with contextlib.suppress(OSError):      # of another owner: it is as he made it
+        if os.geteuid() == 0 or mode & 0o060:
+            owner = database.st_uid if os.geteuid() == 0 else -1
+            os.fchown(fd, owner, database.st_gid)
+        os.fchmod(fd, mode)
+    return fd
+
+
 class LiveFile:
     """Byte n of the file `path` is locked for as long as worker n lives.
 
@@ -4289,7 +4325,7 @@ class LiveFile:
     _open: dict[str, LiveFile] = {}
 
     def __init__(self, path: str):
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = _open_live(path)
         self._pid = os.getpid()
         self._held: set[int] = set()
         # Fits an integer of SQLite; unique while one of those who lock it lives.
@@ -4298,7 +4334,6 @@ class LiveFile:
     @classmethod
     def of(cls, path: str) -> LiveFile:
         """The one instance for this path in this process."""
-        path = os.path.realpath(path)
         known = cls._open.get(path)
         if known is None or known._pid != os.getpid() or not known._is_current(path):
             known = cls._open[path] = cls(path)
@@ -5585,7 +5620,7 @@ class Liveness:
 
         If somebody has removed the file of locks, lock our byte in the new one.
         """
-        with contextlib.suppress(OSError):      # then the beats have to do
+        with contextlib.suppress(DatabaseUnavailable):  # then beats have to do
             self._locks = LiveFile.of(self.store.path + "-live")
         live = self._locks.number if self._locks.hold(self.id) else 0
         return self.store.beat(self.id, running, live, now)
@@ -6414,7 +6449,7 @@ def _judge_of(store):
         return lambda row: False
     try:
         locks, machine = LiveFile.of(path), (socket.gethostname(), boot_id())
-    except OSError:                     # not ours to open: the heartbeat has to do
+    except DatabaseUnavailable:         # not ours to open: the heartbeat has to do
         return lambda row: False
     return lambda row: is_surely_dead(row, locks, machine)
 

@@ -3378,6 +3378,66 @@ class Processes(Case):
         pybgworker.LiveFile.of(path).drop(1)
         self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
 
+    def test_the_live_file_is_for_those_who_may_write_the_database(self):
+        live = f"{self.db}-live"
+        self.app.send("t")
+        for database, mode in ((0o644, 0o600), (0o640, 0o600), (0o660, 0o660),
+                               (0o664, 0o660), (0o666, 0o666), (0o600, 0o600)):
+            os.chmod(self.db, database)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(live)
+            for _ in range(2):          # made, and found with a mode of before
+                with self.subTest(f"{database:o}"):
+                    self.forget_live_files()
+                    pybgworker.LiveFile.of(live)
+                    self.assertEqual(os.stat(live).st_mode & 0o777, mode)
+                os.chmod(live, 0o644)
+
+    def forget_live_files(self):
+        """As in a new process."""
+        pybgworker.LiveFile._open.clear()
+
+    def test_what_others_have_planted_as_the_live_file_is_refused(self):
+        live, target = self.folder / "queue.db-live", self.folder / "target"
+        self.app.send("t")
+        target.write_text("of somebody")
+        os.chmod(target, 0o644)
+        for plant in (lambda: os.symlink(target, live), lambda: os.link(target, live),
+                      lambda: os.symlink("nowhere", live), lambda: os.mkfifo(live),
+                      lambda: os.mkdir(live), lambda: shutil.copy(target, live)):
+            plant()
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "-live: "):
+                pybgworker.LiveFile.of(str(live))
+            done = self.cli("run", "--app", "example")
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
+            self.assertIn("-live: ", done.stderr)
+            os.rmdir(live) if live.is_dir() else os.unlink(live)
+        self.assertEqual(target.read_text(), "of somebody")
+        self.assertEqual(target.stat().st_mode & 0o777, 0o644)
+        self.assertFalse((self.folder / "nowhere").exists())
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_the_live_file_of_a_stranger_is_refused_and_of_our_group_is_not(self):
+        live = self.folder / "queue.db-live"
+        self.app.send("t")
+        live.touch()
+        os.chown(live, 4711, 4711)
+        os.chmod(self.db, 0o644)
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "somebody else"):
+            pybgworker.LiveFile.of(str(live))
+        os.chmod(self.db, 0o660)
+        pybgworker.LiveFile.of(str(live))
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_what_root_makes_belongs_to_the_owner_of_the_database(self):
+        self.app.send("t")
+        self.app.store.close()
+        os.chown(self.db, 4711, 4712)
+        pybgworker.LiveFile.of(f"{self.db}-live")
+        found = os.stat(f"{self.db}-live")
+        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o777),
+                         (4711, 4712, 0o600))
+
     def test_signals_and_exit_codes_have_names(self):
         self.assertEqual(pybgworker.signal_name(11), "SIGSEGV")
         self.assertEqual(pybgworker.signal_name(250), "signal 250")
