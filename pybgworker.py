@@ -2633,9 +2633,10 @@ class Outcome(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True for a success that is all in its row: most are."""
+        """True for a first success that is all in its row: most are."""
+        is_first = self.state == SUCCESS and self.run.attempt == 1
         is_small = len(self.result or "") <= _INLINE_CHARS
-        return self.state == SUCCESS and is_small and not (self.output or self.then)
+        return is_first and is_small and not (self.output or self.then)
 
 
 # What SQLite says to values that it cannot take: too long, too large, against a
@@ -2725,6 +2726,7 @@ class Endings(Queue):
         values = self._finish_values(row, worker, now)
         if connection.execute(self._FINISH, values).rowcount == 0:
             return False
+        self._drop_old(connection, outcome.run, outcome.state)
         if large:
             self._put_payload(connection, outcome.run.id, _RESULT, outcome.result)
         if outcome.error is not None:
@@ -2735,6 +2737,21 @@ class Endings(Queue):
         if outcome.then:
             self.insert([Request(row, [text]) for row, text in outcome.then])
         return True
+
+    def _drop_old(self, connection, run, state):
+        """Delete what an attempt before has left behind.
+
+        Progress goes at the end of its own attempt, if another follows: what a
+        later one finds is of that one itself.
+        """
+        if run.attempt > 1 or state not in FINISHED:
+            connection.execute(
+                """delete from bg_payload where id > :args and id <= :last""",
+                {
+                    "args": run.id * 8 + _ARGS,
+                    "last": run.id * 8 + (_OUTPUT if state in FINISHED else _PROGRESS),
+                },
+            )
 
     def give_back(self, runs: Sequence[Run], worker: int, now: int,
                   started: bool) -> None:
@@ -2753,6 +2770,9 @@ class Endings(Queue):
                 for run in runs
             ],
         )
+        if started:
+            for run in runs:
+                self._drop_old(self._link().connection, run, QUEUED)
 
     def set_progress(self, run: Run, worker: int, progress: str) -> None:
         """Store what a running task last said of its progress."""
@@ -3154,6 +3174,7 @@ class Store(Operations):
                 run = Run(*values)
                 state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
                 self._lose(link.connection, run.id, state, now)
+                self._drop_old(link.connection, run, state)
                 self._put_payload(link.connection, run.id, _ERROR, _to_json(error))
                 lost.append(LostRun(run.id, run.name, run.attempt, state, name))
                 then += callback_rows(run, state, error, now)

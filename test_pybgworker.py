@@ -2240,6 +2240,53 @@ class Finishing(QueueCase):
         run.callbacks = 1
         self.assertEqual(then(run, pybgworker.FAILED, {}, self.now), ())
 
+    def kept(self, task_id):
+        """(error, output, progress) that are kept of a task."""
+        store = self.store
+        return store.error(task_id), store.output(task_id), store.progress(task_id)
+
+    def run_once(self, state, progress=None, **values):
+        run, = self.claim()
+        if progress is not None:
+            with self.store.write():
+                self.store.set_progress(run, 1, json.dumps([progress, None]))
+        self.assertEqual(self.finish(run, state, run_at=self.now, **values), [])
+        self.sql("update bg_task set state = 2 where state = 1")
+        return run
+
+    def test_what_an_attempt_before_has_left_is_not_shown_as_that_of_the_last(self):
+        error = {"kind": "exception"}
+        lasts = (
+            ({}, (None, None, None)),
+            (dict(output="b", progress=7), (None, "b", [7, None])),
+            (dict(state=pybgworker.FAILED, error={"kind": "crash"}),
+             ({"kind": "crash"}, None, None)),
+        )
+        for last, wanted in lasts:
+            with self.subTest(last=last):
+                task_id = self.enqueue()
+                self.run_once(pybgworker.RETRYING, 40, error=error, output="a",
+                              result="2" * 2000)
+                self.assertEqual(self.kept(task_id), (error, "a", None))
+                self.run_once(**{"state": pybgworker.SUCCESS, "result": "1", **last})
+                self.assertEqual(self.kept(task_id), wanted)
+
+    def test_progress_of_a_lost_or_interrupted_run_is_not_that_of_the_next(self):
+        for how in ("lost", "interrupted"):
+            task_id = self.enqueue()
+            run, = self.claim()
+            with self.store.write():
+                self.store.set_progress(run, 1, "[40,null]")
+            if how == "lost":
+                self.store.reap(1, "w", self.now)
+            else:
+                with self.store.write():
+                    self.store.give_back([run], 1, self.now, started=True)
+            with self.subTest(how):
+                self.assertIsNone(self.store.progress(task_id))
+                self.finish(self.claim()[0], pybgworker.SUCCESS, result="1")
+                self.assertEqual(self.kept(task_id), (None, None, None))
+
     def test_a_run_that_never_began_is_not_counted(self):
         self.enqueue(retries=0)
         run, = self.claim()
