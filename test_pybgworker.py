@@ -2678,7 +2678,7 @@ class Waiting(QueueCase):
             while looks < 40:
                 if busy:
                     await self.asyncio.get_running_loop().run_in_executor(
-                        None, self.sql, "update bg_meta set value = value")
+                        None, self.sql, "update bg_meta set value = value + 1")
                 await self.asyncio.sleep(0.002)
                 looks = sum("data_version" in statement for statement in seen)
             link.connection.set_trace_callback(None)
