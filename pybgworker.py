@@ -2891,6 +2891,20 @@ class Operations(Endings):
         padded = ids + ids[-1:] * (ID_BATCH - len(ids))
         return {row[0] for row in self._read(_UNFINISHED, padded)}
 
+    def newest_options(self, name: str) -> dict:
+        """Queue, priority, retries, timeout of the newest task of a name, or nothing.
+
+        Looks at the newest 100,000 tasks, for names have no index.
+        """
+        rows = self._read(
+            """select queue, priority, retries, timeout from bg_task
+                where id > (select max(id) from bg_task) - 100000 and name = :name
+                order by id desc limit 1""",
+            {"name": name},
+        )
+        names = ("queue", "priority", "retries", "timeout")
+        return dict(zip(names, rows[0])) if rows else {}
+
     def args(self, task_id: int) -> str:
         """Return the encoded arguments.  Raises TaskNotFound."""
         rows = self._read(
@@ -7204,9 +7218,23 @@ def _enqueue(args, app):
                 f"argument {text!r} is not JSON: a string needs quotes inside the "
                 f"shell's, '\"{text}\"'"
             ) from None
-    options = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
-    options = {k: v for k, v in options.items() if v is not None}
+    given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
+    options = {k: v for k, v in given.items() if v is not None}
+    if args.name not in app.tasks:
+        options = {**_newest_options(app, args.name, given), **options}
     return str(app.send(args.name, *values, **options).id)
+
+
+def _newest_options(app, name, given):
+    """What is known of a task without its app: how it was enqueued the last time."""
+    app.store.create()
+    found = app.store.newest_options(name)
+    if not found and given["queue"] is None:
+        print(
+            f"pybgworker: no task {name!r} was here before, so it goes to the queue "
+            "default; --queue or --app says which", file=sys.stderr,
+        )
+    return found
 
 
 class UsageError(PyBgWorkerError):

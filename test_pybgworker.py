@@ -4745,12 +4745,24 @@ class CommandLine(Served):
 
     def test_enqueue_takes_json_and_prints_the_id(self):
         self.worker()
+        self.get(self.tasks.add.delay(1, 2))
         task_id = int(self.ok("enqueue", "tasks.add", "20", "22"))
         self.assertEqual(self.get(self.app.result(task_id)), 42)
         self.assertIn('\'"hello"\'', self.refused("enqueue", "t", "hello", code=2))
         self.ok("enqueue", "t", "--queue", "q", "--key", "k", "--countdown", "60")
         row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
         self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
+
+    def test_enqueue_without_an_app_goes_by_the_newest_of_the_name(self):
+        first = self.cli("enqueue", "mail")
+        self.assertIn("so it goes to the queue default; --queue", first.stderr)
+        self.app.send("mail", queue="slow", priority=2, retries=0, timeout=1.5)
+        self.app.send("other", queue="fast")
+        row = self.store.task(int(self.ok("enqueue", "mail", "--priority", "1")))
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("slow", 1, 0, 1.5))
+        row = self.store.task(int(self.ok("enqueue", "mail", "--queue", "new")))
+        self.assertEqual((row.queue, row.retries), ("new", 0))
 
     def test_enqueue_with_an_app_takes_the_tasks_own_options(self):
         task_id = int(self.ok("enqueue", "--app", "tasks", "tasks.nap", "1"))
@@ -5082,7 +5094,7 @@ class OldImportPaths(Case):
             self.setUp()
             self.prepare(package)
             for form in forms:
-                self.start(*form, "enqueue", "old")
+                self.start(*form, "enqueue", "old", "--queue", "default")
                 out = self.start(*form, "run", "--app", "oldapp", "--burst")
                 with self.subTest(form):
                     self.assertIn('"tasks":["old"]', out)
