@@ -957,6 +957,22 @@ class Cron:
         except (OverflowError, ValueError, OSError):        # before the year 1
             return None
 
+    def place(self, tick: int) -> int:
+        """What a tick is known by, and rises from tick to tick.
+
+        For a fixed time the seconds of the wall clock, so that it stays the same
+        tick when new zone data moves it; for any other its unix seconds.
+        """
+        return tick if self._is_wildcard else tick + self._offset(tick)
+
+    def tick_beyond(self, place: int) -> int | None:
+        """The first tick whose place is above this one, in unix seconds."""
+        start = place if self._is_wildcard else self._instant(place // 60)
+        tick = self.tick_after(place - self._offset(place) if start is None else start)
+        while tick is not None and self.place(tick) <= place:
+            tick = self.tick_after(tick)
+        return tick
+
     # -- instants
 
     def _offset(self, instant):
@@ -1249,53 +1265,71 @@ class TickPlan(NamedTuple):
     ticks: list[int]        # to be enqueued, oldest first; unix seconds
     next_at: int | None     # the tick to wait for
     missed: int             # ticks dropped, counted up to the cap
-    reset: bool             # True: the clock was set back, next_at is new
+    done: list              # the ranges of ticks dealt with, from now on
 
 
 _MISFIRE_GRACE = 30         # seconds late that a tick may be and not count as missed
 _MISFIRE_CAP = 1000         # ticks that are caught up with, or counted, at most
+_DONE_RANGES = 8            # kept; of more, those nearest to each other are joined
 
 
-def plan_ticks(cron: Cron, next_at: int | None, set_at: float, now: float,
-               misfire: str = "latest") -> TickPlan:
+def plan_ticks(cron: Cron, done: list, now: float, misfire: str = "latest") -> TickPlan:
     """Decide which ticks of a schedule to enqueue at unix time `now`.
 
-    `next_at` is the tick waited for, `set_at` when that was written: a clock that
-    is now more than three hours before it was set back, and next_at is computed
-    anew; after less, it is kept, so that nothing runs twice.
+    `done` is what was dealt with before: ranges [first, last] of Cron.place(), in
+    order; empty for a new schedule, whose first tick is after now.  The section
+    Scheduler says why these are ranges.
     """
-    if next_at is None or next_at > now:
-        if next_at is not None and now < set_at - _LARGEST_SHIFT:
-            return TickPlan([], cron.tick_after(now), 0, True)
-        return TickPlan([], next_at, 0, False)
     latest = cron.tick_before(math.floor(now) + 1)
-    latest = next_at if latest is None else max(latest, next_at)
-    ticks = _ticks_back(cron, latest, next_at, now, misfire)
-    first = ticks[0] if ticks else latest + 1
-    missed = _count_ticks(cron, next_at, first)
-    return TickPlan(ticks, cron.tick_after(now), missed, False)
+    if latest is None:                                  # before the year 1
+        return TickPlan([], cron.tick_after(now), 0, done)
+    end = cron.place(latest)
+    here = bisect.bisect_right(done, [end, math.inf])
+    before, after = done[:here], done[here:]
+    ticks, missed = [], 0
+    if not before:                      # new, or the clock is behind all we know
+        before = [[end, end]]
+    elif before[-1][1] < end:
+        ticks, missed = _choose_ticks(cron, latest, before[-1][1], now, misfire)
+        first = cron.place(ticks[0]) if ticks else end
+        # What was dropped is left as a gap: the clock may have leapt.
+        before.append([first if missed else before.pop()[0], end])
+    next_at = _next_undone(cron, before[-1][1], after)
+    return TickPlan(ticks, next_at, missed, _joined(before + after))
 
 
-def _ticks_back(cron, latest, oldest, now, misfire):
-    """The ticks to run, oldest first, of those from `oldest` to `latest`."""
+def _choose_ticks(cron, latest, last_done, now, misfire):
+    """The ticks to run, oldest first, from `latest` back to the last one done; and
+    how many others there are."""
     most = {"latest": 1, "skip": _MISFIRE_CAP, "all": _MISFIRE_CAP}[misfire]
     ticks: list[int] = []
-    tick = latest
-    while tick is not None and tick >= oldest and len(ticks) < most:
-        if misfire == "skip" and now - tick >= _MISFIRE_GRACE:
-            break
-        ticks.append(tick)
+    missed, tick = 0, latest
+    while tick is not None and cron.place(tick) > last_done and missed < _MISFIRE_CAP:
+        is_late = misfire == "skip" and now - tick >= _MISFIRE_GRACE
+        if is_late or len(ticks) == most:
+            missed += 1
+        else:
+            ticks.append(tick)
         tick = cron.tick_before(tick)
-    return ticks[::-1]
+    return ticks[::-1], missed
 
 
-def _count_ticks(cron, first, end):
-    """How many ticks there are from `first` to before `end`, up to the cap."""
-    count, tick = 0, first
-    while tick is not None and tick < end and count < _MISFIRE_CAP:
-        count += 1
-        tick = cron.tick_after(tick)
-    return count
+def _joined(ranges):
+    """The ranges, or few enough of them to be kept."""
+    while len(ranges) > _DONE_RANGES:
+        gaps = [right[0] - left[1] for left, right in zip(ranges, ranges[1:])]
+        at = gaps.index(min(gaps))
+        ranges[at:at + 2] = [[ranges[at][0], ranges[at + 1][1]]]
+    return ranges
+
+
+def _next_undone(cron, place, ranges):
+    """The first tick beyond a place that is in none of these ranges."""
+    tick = cron.tick_beyond(place)
+    for first, last in ranges:
+        if tick is not None and first <= cron.place(tick) <= last:
+            tick = cron.tick_beyond(last)
+    return tick
 
 
 def jitter_offset(name: str, seconds: float) -> float:
@@ -1501,23 +1535,27 @@ create table bg_worker (
 )""",
     """
 create table bg_schedule (
-    name        text primary key,     -- the task, with #2, #3 for further @cron
     task        text not null,        -- name of the task to enqueue
     expr        text not null,        -- cron expression
     tz          text not null,        -- IANA name
+    number      integer not null,     -- 0; 1, 2 … for further ones that are equal
     misfire     text not null,        -- latest, skip or all
     overlap     text not null,        -- allow or skip
     jitter      real not null,        -- seconds; 0: none
     next_tick   integer,              -- unix s; null: never
     last_tick   integer,              -- unix s of the last one enqueued
+    done        text not null,        -- JSON, see plan_ticks()
     set_at      integer not null,     -- unix ms when next_tick was written
     seen_at     integer not null,     -- unix ms a worker last registered it
+    primary key (task, expr, tz, number),
     check (misfire in ('latest', 'skip', 'all')), check (overlap in ('allow', 'skip')),
     check (jitter between 0 and 1e12), check (set_at between 0 and 1e16),
     check (next_tick is null or next_tick between -1e12 and 1e12),
     check (last_tick is null or last_tick between -1e12 and 1e12),
-    check (seen_at between 0 and 1e16)
+    check (seen_at between 0 and 1e16), check (typeof(done) = 'text')
 ) without rowid""",
+    """create index bg_schedule_due on bg_schedule (next_tick)""",
+    """create index bg_schedule_set on bg_schedule (set_at)""",
     """
 create table bg_rate (
     name        text primary key,     -- task name; '' is the limit over all
@@ -3119,17 +3157,33 @@ class WorkerRow(NamedTuple):
 
 
 class ScheduleRow(NamedTuple):
-    name: str
+    """A schedule is known by its first four fields: by what it says."""
+
     task: str
     expr: str
     tz: str
+    number: int
     misfire: str
     overlap: str
     jitter: float
     next_tick: int | None
     last_tick: int | None
+    done: str
     set_at: int
     seen_at: int
+
+    @property
+    def name(self) -> str:
+        """For people: the task, and a number if several are equal."""
+        return f"{self.task}#{self.number + 1}" if self.number else self.task
+
+
+class ScheduleStep(NamedTuple):
+    """A schedule as it was read and as it shall be, and the runs that it owes."""
+
+    row: ScheduleRow
+    new: ScheduleRow
+    runs: list[NewTask]         # one for each tick; of those with a key the first
 
 
 class LostRun(NamedTuple):
@@ -3244,33 +3298,87 @@ class Store(Operations):
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
         rows = self._read(
-            """select name, task, expr, tz, misfire, overlap, jitter, next_tick,
-                    last_tick, set_at, seen_at
-                from bg_schedule order by name"""
+            """select task, expr, tz, number, misfire, overlap, jitter, next_tick,
+                    last_tick, done, set_at, seen_at
+                from bg_schedule order by task, expr, tz, number"""
         )
         return [ScheduleRow(*row) for row in rows]
 
-    def put_schedule(self, row: ScheduleRow) -> None:
-        """Insert or replace a schedule's row, in the caller's transaction."""
-        self._link().connection.execute(
-            """insert or replace into bg_schedule (name, task, expr, tz, misfire,
-                    overlap, jitter, next_tick, last_tick, set_at, seen_at)
-                values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-            row,
+    def due_schedules(self, now: int) -> list[ScheduleRow]:
+        """Those whose time has come, or was set by a clock ahead of ours."""
+        rows = self._read(
+            """select task, expr, tz, number, misfire, overlap, jitter, next_tick,
+                    last_tick, done, set_at, seen_at
+                from bg_schedule where next_tick <= :tick or set_at > :now + 60000""",
+            {"tick": now // 1000, "now": now},
         )
+        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
+        return sorted(found, key=lambda row: (row.next_tick or 0, row))
 
-    def advance_schedule(self, row: ScheduleRow, next_tick: int | None,
-                         last_tick: int | None, now: int) -> bool:
-        """Move a schedule on from row.next_tick.  False: another worker just did."""
-        return self._link().connection.execute(
-            """update bg_schedule
-                set next_tick = :next_tick, last_tick = :last_tick, set_at = :now
-                where name = :name and next_tick is :old_tick and set_at = :set_at""",
+    def next_tick(self, now: int) -> int | None:
+        """Unix seconds of the first tick of any schedule after now."""
+        return self._read(
+            """select min(next_tick) from bg_schedule where next_tick > :tick""",
+            {"tick": now // 1000},
+        )[0][0]
+
+    def put_schedules(self, rows: Sequence[ScheduleRow]) -> None:
+        """Register schedules.  Known ones keep their ticks, and take the next one
+        only if nobody has moved them on since `done` was read.
+
+        Drops those that nobody has served or registered for a day, if their task
+        is registered here with others: an expression that the program had before.
+        """
+        with self.write() as link:
+            link.connection.executemany(self._PUT_SCHEDULE, rows)
+            link.connection.executemany(
+                """delete from bg_schedule where task = :task
+                    and seen_at < :now - 86400000
+                    and (next_tick is null or next_tick < :now / 1000 - 86400)""",
+                [{"task": row.task, "now": row.seen_at} for row in rows],
+            )
+
+    _PUT_SCHEDULE = """
+        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
+            next_tick, last_tick, done, set_at, seen_at)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
+            overlap = excluded.overlap, jitter = excluded.jitter,
+            seen_at = excluded.seen_at, next_tick = case done when excluded.done
+                then excluded.next_tick else next_tick end"""
+
+    def fire(self, steps: Sequence[ScheduleStep],
+             patience: float | None = None) -> list[list[int] | None]:
+        """Move schedules on and insert the runs they owe, all in one transaction.
+
+        Returns the ids of the runs of each: fewer than there are if one with its key
+        is unfinished; None if another worker has moved that schedule before.
+        """
+        with self.write(patience=patience) as link:
+            requests = [self._fire_one(link.connection, step) for step in steps]
+            if any(requests):
+                self.insert([r for found in requests for r in found or ()])
+        return [None if found is None else [r.ids[0] for r in found]
+                for found in requests]
+
+    def _fire_one(self, connection, step):
+        old, new, runs = step
+        if runs and runs[0].key is not None:
+            held = self._key_holder(connection, runs[0].key) is not None
+            runs = [] if held else runs[:1]
+        moved = connection.execute(
+            """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
+                    done = :done, set_at = :set_at
+                where task = :task and expr = :expr and tz = :tz and number = :number
+                    and done = :old_done and set_at = :old_set_at""",
             {
-                "name": row.name, "old_tick": row.next_tick, "set_at": row.set_at,
-                "next_tick": next_tick, "last_tick": last_tick, "now": now,
+                "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
+                "last_tick": runs[-1].tick if runs else old.last_tick,
+                "task": old.task, "expr": old.expr, "tz": old.tz,
+                "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
             },
-        ).rowcount == 1
+        ).rowcount
+        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
 
 
 # == Functions ================================================================
@@ -5498,20 +5606,26 @@ def _crash(why, found, max_memory):
 
 # == Scheduler ================================================================
 # Owns what happens at a cron tick.  Every worker does it; the database lets one of
-# them advance a schedule's row, in the transaction that enqueues the runs, so each
-# tick is enqueued once.  It fires only what its own registry knows, by the
-# expression in the row: the one registered last.
+# them move a schedule's row on, in the transaction that enqueues the runs, so each
+# tick is enqueued once.
+#
+# A schedule is what it says: task, expression and zone, wherever it stands in the
+# program.  A worker fires those that its own program has, as that one has them; so
+# an old and a new version side by side share what they agree on and each serve the
+# rest, and neither undoes what the other wrote.
+#
+# The clock may leap and come back, so what a row remembers is no single last tick.
+# It is the ranges of ticks dealt with: a normal day extends the last range, and a
+# leap forward that drops ticks (a downtime, or a wrong clock: who knows) begins
+# another one.  No tick inside a range is enqueued, so nothing runs twice.  The range
+# at or below now is the one that goes on, so a clock that was a year ahead for a
+# moment leaves one tick of next year behind and silences nothing; and after a clock
+# that was behind, even in 1970, the range of before goes on where it was.
 
 _CRON_POLL = 30.0           # seconds; the clock may be set at any time
 _BUSY_PATIENCE = 0.25       # seconds a worker's turn waits for the write lock
-
-
-def _schedule_row(name, task, schedule, now):
-    cron = schedule.cron
-    return ScheduleRow(
-        name, task.name, cron.expr, cron.tz, schedule.misfire, schedule.overlap,
-        schedule.jitter, cron.tick_after(now / 1000), None, now, now,
-    )
+_CRON_BATCH = 50            # schedules moved on by one transaction …
+_CRON_BATCH_TICKS = 1000    # … as long as they have fewer ticks than this
 
 
 class Scheduler:
@@ -5524,88 +5638,116 @@ class Scheduler:
         """How many @cron there are in the app."""
         return sum(len(task.schedules) for task in self.app.tasks.values())
 
-    def register(self, now: int) -> None:
-        """Make the rows of our schedules; one that is unchanged is left alone."""
-        if not self.count():
-            return
-        with self.store.write():
-            known = {row.name: row for row in self.store.schedules()}
-            for name, task, schedule in self._own():
-                new = _schedule_row(name, task, schedule, now)
-                self.store.put_schedule(_carry_over(known.get(name), new))
-
     def _own(self):
+        """(task, schedule) by what makes a schedule known."""
+        own: dict = {}
         for task in self.app.tasks.values():
-            for number, schedule in enumerate(task.schedules, 1):
-                suffix = f"#{number}" if number > 1 else ""
-                yield task.name + suffix, task, schedule
+            for schedule in task.schedules:
+                cron = schedule.cron
+                says = task.name, " ".join(cron.expr.split()), cron.tz, 0
+                while says in own:
+                    says = (*says[:3], says[3] + 1)
+                own[says] = task, schedule
+        return own
+
+    def register(self, now: int) -> None:
+        """Make the rows of our schedules; one that is there keeps its ticks."""
+        own = self._own()
+        if own:
+            known = {row[:4]: row for row in self.store.schedules()}
+            self.store.put_schedules([
+                self._registered(known.get(says), says, schedule, now)
+                for says, (_, schedule) in own.items()
+            ])
+
+    def _registered(self, row, says, schedule, now):
+        """The row of a schedule; its next tick is that of our zone data."""
+        about = schedule.misfire, schedule.overlap, schedule.jitter
+        if row is None:
+            row = ScheduleRow(*says, *about, None, None, "[]", now, now)
+            plan = self._plan(row, schedule, now)
+            return row._replace(next_tick=plan.next_at, done=json.dumps(plan.done))
+        plan = self._plan(row, schedule, now)
+        is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
+        next_tick = now // 1000 if is_due else plan.next_at
+        return ScheduleRow(*says, *about, next_tick, None, row.done, now, now)
 
     def fire(self, now: int) -> tuple[bool, float]:
-        """Enqueue what is due; return (was there any, seconds until the next look)."""
-        own = {name: task for name, task, _ in self._own()}
-        rows = [r for r in self.store.schedules() if r.name in own] if own else []
-        plans = [(row, plan) for row in rows for plan in self._plans(row, now)]
-        due = [(r, p) for r, p in plans if p.ticks or p.missed or p.reset]
-        if due:
-            with self.store.write(patience=_BUSY_PATIENCE):
-                done = [(*d, self._enqueue(*d, own[d[0].name], now)) for d in due]
-            for row, plan, ids in done:
-                self._report(row, plan, ids)
-        ticks = [plan.next_at for _, plan in plans if plan.next_at is not None]
-        wait = min(ticks) - now / 1000 if ticks else _CRON_POLL
-        return bool(due), min(_CRON_POLL, max(0.0, wait))
+        """Enqueue what is due, or a part of it; return (was there any, seconds until
+        the next look)."""
+        own = self._own()
+        if not own:
+            return False, _CRON_POLL
+        due = [row for row in self.store.due_schedules(now) if row[:4] in own]
+        steps: list = []
+        ticks = 0
+        while len(steps) < min(len(due), _CRON_BATCH) and ticks < _CRON_BATCH_TICKS:
+            row = due[len(steps)]
+            task, schedule = own[row[:4]]
+            plan = self._plan(row, schedule, now)
+            steps.append((_step_of(row, plan, task, schedule, now), plan))
+            ticks += len(plan.ticks) + plan.missed
+        if steps:
+            found = self.store.fire([step for step, _ in steps], _BUSY_PATIENCE)
+            for (step, plan), ids in zip(steps, found):
+                self._report(step.row, plan, ids, own[step.row[:4]][1], now)
+        fired = any(step.runs for step, _ in steps)
+        if len(due) > len(steps):
+            return fired, 0.0
+        tick = self.store.next_tick(now)
+        wait = _CRON_POLL if tick is None else tick - now / 1000
+        return fired, min(_CRON_POLL, max(0.0, wait))
 
-    def _plans(self, row, now):
-        """The plan of a schedule; none when this process cannot read it."""
+    def _plan(self, row, schedule, now):
+        """The plan of a schedule; a row that cannot be read starts anew."""
         try:
-            cron = Cron(row.expr, row.tz)
-            at, set_at = now / 1000, row.set_at / 1000
-            return [plan_ticks(cron, row.next_tick, set_at, at, row.misfire)]
-        except ValueError as exc:
-            self._log("cron_error", schedule=row.name, error=str(exc))
-            return []
+            done = _ranges_of(row.done)
+            return plan_ticks(schedule.cron, done, now / 1000, schedule.misfire)
+        except (ValueError, TypeError, OverflowError, OSError) as exc:
+            error = f"{type(exc).__name__}: {exc}"
+            self._log("cron_error", schedule=row.name, expr=row.expr, error=error)
+            return plan_ticks(schedule.cron, [], now / 1000, schedule.misfire)
 
-    def _enqueue(self, row, plan, task, now):
-        """Insert the runs of one schedule; None when another worker was first."""
-        last = plan.ticks[-1] if plan.ticks else row.last_tick
-        if not self.store.advance_schedule(row, plan.next_at, last, now):
-            return None
-        key = f"cron {row.name}" if row.overlap == "skip" else None
-        late = to_ms(jitter_offset(row.name, row.jitter)) if row.jitter else 0
-        ids = []
-        for tick in plan.ticks:
-            run_at = max(now, tick * 1000 + late)
-            run = NewTask(
-                task.name, task.queue, task.priority, key, task.policy.retries,
-                task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
-            )
-            request = Request(run, ["[[],{}]"])
-            self.store.insert([request])
-            ids += request.ids
-        return ids
-
-    def _report(self, row, plan, ids):
-        if ids is None:
+    def _report(self, row, plan, ids, schedule, now):
+        if ids is None:                 # another worker was first, and says it
             return
-        about = {"schedule": row.name, "name": row.task}
+        about = {"schedule": row.name, "name": row.task, "expr": row.expr}
         for tick, task_id in zip(plan.ticks, ids):
             at = iso_time(tick * 1000)
             self._log("cron_fired", **about, task_id=task_id, tick=at)
-        if plan.missed or plan.reset:
-            self._log("cron_missed", **about, ticks=plan.missed, misfire=row.misfire,
-                      clock_set_back=plan.reset or None)
+        if len(ids) < len(plan.ticks):
+            left_out = len(plan.ticks) - len(ids)
+            self._log("cron_missed", **about, ticks=left_out, overlap="skip")
+        if plan.missed:
+            self._log("cron_missed", **about, ticks=plan.missed,
+                      misfire=schedule.misfire)
+        if row.set_at > now + 60_000:
+            self._log("cron_missed", **about, ticks=0, clock_set_back=True)
 
 
-def _carry_over(old, new):
-    """Keep the next tick of a schedule that is unchanged, or a deploy would put it
-    off for ever; a changed one starts anew, from now."""
-    if old is None:
-        return new
-    if (old.expr, old.tz) != (new.expr, new.tz):
-        return new._replace(last_tick=old.last_tick)
-    return new._replace(
-        next_tick=old.next_tick, last_tick=old.last_tick, set_at=old.set_at
-    )
+def _ranges_of(text):
+    """What bg_schedule.done says.  Raises ValueError or TypeError."""
+    ranges = [[first, last] for first, last in json.loads(text)]
+    ends = sum(ranges, [])
+    if not all(type(end) is int for end in ends) or ends != sorted(ends):
+        raise ValueError(f"done is {text[:80]!r}")
+    return ranges
+
+
+def _step_of(row, plan, task, schedule, now):
+    """What becomes of a schedule's row by a plan, with the runs of its ticks."""
+    says = " ".join(str(part) for part in row[:4])
+    key = f"cron {says}" if schedule.overlap == "skip" else None
+    late = to_ms(jitter_offset(says, schedule.jitter)) if schedule.jitter else 0
+    new = row._replace(next_tick=plan.next_at, done=json.dumps(plan.done), set_at=now)
+    runs = []
+    for tick in plan.ticks:
+        run_at = max(now, tick * 1000 + late)
+        runs.append(NewTask(
+            task.name, task.queue, task.priority, key, task.policy.retries,
+            task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
+        ))
+    return ScheduleStep(row, new, runs)
 
 
 # == Liveness =================================================================

@@ -655,7 +655,7 @@ class Promises(Served):
 
     def test_a_cron_tick_is_run_once_by_two_workers(self):
         self.worker("--burst").wait()
-        self.sql("update bg_schedule set next_tick = 1700000040, set_at = 1700000000000")
+        self.sql("update bg_schedule set done = '[[1700000040, 1700000040]]'")
         workers = [self.worker("--concurrency", 1) for _ in range(2)]
         fired = until(lambda: [e for w in workers for e in w.all("cron_fired")])
         for worker in workers:
@@ -3367,11 +3367,50 @@ class Crons(unittest.TestCase):
     def test_what_is_done_about_ticks_that_are_late(self):
         cron, tick = Cron("*/5 * * * *"), 1_700_000_100
         for misfire, late, ticks, missed in self.rows(self.PLANS):
-            plan = pybgworker.plan_ticks(cron, tick, tick - 60, tick + int(late), misfire)
+            done = [[tick - 300, tick - 300]]
+            plan = pybgworker.plan_ticks(cron, done, tick + int(late), misfire)
             with self.subTest(f"{misfire} {late}"):
                 self.assertEqual((len(plan.ticks), plan.missed), (int(ticks), int(missed)))
                 self.assertEqual(plan.ticks, sorted(plan.ticks))
                 self.assertEqual(plan.next_at, cron.tick_after(tick + int(late)))
+
+    LEAPING = """
+        */5 * * * *     UTC
+        30 2 * * *      Europe/Paris
+        */20 2,3 * * *  Europe/Paris
+        15 * * * *      Australia/Lord_Howe
+        0 9 * * mon     America/New_York
+        0 */6 * * *     Asia/Kolkata
+    """
+
+    def test_no_tick_twice_and_none_lost_however_the_clock_leaps(self):
+        """A tick is not *lost* if a look at that very time has dealt with it before."""
+        chance = random.Random(7)
+        self.addCleanup(setattr, pybgworker, "_MISFIRE_CAP", pybgworker._MISFIRE_CAP)
+        pybgworker._MISFIRE_CAP = 30
+        schedules = [line.rsplit(None, 1) for line in self.LEAPING.strip().splitlines()]
+        for round_ in range(60):
+            cron = Cron(*chance.choice(schedules))
+            misfire = chance.choice(("latest", "skip", "all"))
+            now = 1_790_000_000 + chance.randrange(10**7)       # clocks change soon
+            done = pybgworker.plan_ticks(cron, [], now).done
+            off, ran, seen = 0, [], {cron.tick_before(now + 1)}
+            for _ in range(40):
+                if chance.random() < 0.1:
+                    off = chance.choice((0, 0, 3600, 400 * 86400, -3 * 3600, -(10**9)))
+                    leapt = True
+                else:
+                    leapt = False
+                    now = chance.choice((now + 1, cron.tick_after(now + off) - off))
+                plan = pybgworker.plan_ticks(cron, done, now + off, misfire)
+                latest = cron.tick_before(now + off + 1)
+                with self.subTest(f"{round_} {cron} {misfire} {now} {off:+}"):
+                    self.assertFalse(set(plan.ticks) & set(ran))
+                    self.assertEqual(sorted(sum(plan.done, [])), sum(plan.done, []))
+                    if latest == now + off and not leapt and len(plan.done) < 8:
+                        self.assertTrue(latest in plan.ticks or latest in {*ran, *seen})
+                ran, done = ran + plan.ticks, plan.done
+                seen.add(latest)
 
     def test_jitter_is_the_same_for_a_name(self):
         offsets = {pybgworker.jitter_offset(f"task {n}", 60) for n in range(50)}
@@ -3922,6 +3961,9 @@ class Scheduling(Case):
     def ticks(self):
         return [row[0] for row in self.sql("select tick from bg_task order by id")]
 
+    def said(self):
+        return [event for event, _ in self.events]
+
     def seconds(self, minutes):
         return (self.now // 300_000 * 300 + minutes * 60) * 1000
 
@@ -3967,11 +4009,12 @@ class Scheduling(Case):
         scheduler = self.scheduler()
         scheduler.register(self.seconds(1))
         row, = scheduler.store.schedules()
-        plan, = scheduler._plans(row, self.seconds(6))
         task = self.app.tasks["tasks.report"]
-        with scheduler.store.write():
-            self.assertEqual(len(scheduler._enqueue(row, plan, task, self.seconds(6))), 1)
-            self.assertIsNone(scheduler._enqueue(row, plan, task, self.seconds(6)))
+        plan = scheduler._plan(row, task.schedules[0], self.seconds(6))
+        step = pybgworker._step_of(row, plan, task, task.schedules[0], self.seconds(6))
+        self.assertEqual(scheduler.store.fire([step]), [[1]])
+        self.assertEqual(scheduler.store.fire([step]), [None])
+        self.assertEqual(len(self.ticks()), 1)
 
     def test_misfire_decides_about_ticks_missed_in_a_day(self):
         late = 24 * 60 + 3
@@ -3999,10 +4042,21 @@ class Scheduling(Case):
         scheduler.fire(self.seconds(5))
         scheduler.fire(self.seconds(10))
         self.assertEqual(len(self.ticks()), 1)
+        self.assertEqual(self.said(), ["cron_fired", "cron_missed"])
+        self.assertEqual(self.events[-1][1]["overlap"], "skip")
+        row, = scheduler.store.schedules()
+        self.assertEqual(row.last_tick, self.seconds(5) // 1000)
 
         self.sql("update bg_task set state = 4")
         scheduler.fire(self.seconds(15))
         self.assertEqual(len(self.ticks()), 2)
+
+    def test_overlap_skip_runs_one_of_all_missed_ticks_and_says_so(self):
+        scheduler = self.scheduler(misfire="all", overlap="skip")
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(31))
+        self.assertEqual(self.said(), ["cron_fired", "cron_missed"])
+        self.assertEqual(self.events[-1][1]["ticks"], 5)
 
     def test_jitter_puts_the_run_off_but_not_the_tick(self):
         scheduler = self.scheduler(jitter=100)
@@ -4016,29 +4070,213 @@ class Scheduling(Case):
     def test_schedules_are_not_edited_into_nonsense(self):
         self.scheduler().register(self.seconds(1))
         for column, value in (("next_tick", "soon"), ("misfire", "odd"), ("jitter", "x"),
-                              ("overlap", 1), ("set_at", "x"), ("last_tick", b"x")):
+                              ("overlap", 1), ("set_at", "x"), ("last_tick", b"x"),
+                              ("done", b"x")):
             with self.subTest(column), self.assertRaises(sqlite3.IntegrityError):
                 self.sql(f"update bg_schedule set {column} = ?", value)
 
     def test_a_schedule_that_cannot_be_read_is_logged_and_others_go_on(self):
+        for done in ("nonsense", "[[1]]", "[[1e300, 2]]", '[["a", "b"]]', "null",
+                     "[[1800000000, 1700000000]]", "[[true, 2]]"):
+            with self.subTest(done):
+                self.setUp()
+                scheduler = self.scheduler()
+                self.app.tasks["tasks.report"].schedules *= 2
+                scheduler.register(self.seconds(1))
+                self.sql("update bg_schedule set done = ? where number = 1", done)
+                scheduler.fire(self.seconds(5))
+                scheduler.fire(self.seconds(10))
+                self.assertEqual(self.ticks().count(self.seconds(5) // 1000), 1)
+                self.assertEqual(self.ticks().count(self.seconds(10) // 1000), 2)
+                self.assertIn("cron_error", self.said()[:2])
+
+    def test_many_schedules_of_one_tick_fire_in_bounded_batches(self):
+        scheduler = self.scheduler(misfire="all")
+        self.app.tasks["tasks.report"].schedules *= 400
+        scheduler.register(self.seconds(1))
+        connection, statements = scheduler.store._link().connection, []
+        looks = [True]
+        while looks[-1]:
+            del statements[:]
+            connection.set_trace_callback(statements.append)
+            fired, wait = scheduler.fire(self.seconds(5))
+            connection.set_trace_callback(None)
+            looks.append(fired)
+            self.assertEqual(wait > 0, not fired or len(looks) == 9)
+            self.assertLess(len(statements), 50 * 3 + 12)
+        self.assertEqual(len(looks) - 2, 8)
+        self.assertEqual(len(self.ticks()), 400)
+
+    def test_ticks_missed_for_long_fire_in_bounded_batches(self):
+        scheduler = self.scheduler(misfire="all")
+        self.app.tasks["tasks.report"].schedules *= 5
+        scheduler.register(self.seconds(1))
+        counts = [0]
+        while scheduler.fire(self.seconds(5 * 700))[0]:
+            counts.append(len(self.ticks()))
+        self.assertEqual(counts, [0, 1400, 2800, 3500])
+
+    def test_a_look_reads_only_the_schedules_that_are_due(self):
         scheduler = self.scheduler()
         scheduler.register(self.seconds(1))
-        self.sql("insert into bg_schedule select 'tasks.report#2', task, 'nonsense', tz, "
-                 "misfire, overlap, jitter, next_tick, last_tick, set_at, seen_at "
+        for statement in self.statements_of(scheduler, self.seconds(2)):
+            plan = " ".join(row[-1] for row in self.sql("explain query plan " + statement))
+            self.assertNotRegex(plan, "SCAN (TABLE )?bg_schedule")
+            self.assertIn("bg_schedule_", plan)
+
+    def statements_of(self, scheduler, now):
+        found, connection = [], scheduler.store._link().connection
+        connection.set_trace_callback(found.append)
+        scheduler.fire(now)
+        connection.set_trace_callback(None)
+        return found
+
+    def test_a_schedule_of_others_that_is_never_served_makes_nobody_busy(self):
+        scheduler = self.scheduler()
+        scheduler.register(self.seconds(1))
+        self.sql("insert into bg_schedule select 'gone', expr, tz, number, misfire, "
+                 "overlap, jitter, next_tick, last_tick, done, set_at, seen_at "
                  "from bg_schedule")
-        self.app.tasks["tasks.report"].schedules *= 2
         scheduler.fire(self.seconds(5))
-
+        self.assertEqual(scheduler.fire(self.seconds(6)), (False, 30.0))
         self.assertEqual(len(self.ticks()), 1)
-        self.assertEqual([e for e, _ in self.events], ["cron_error", "cron_fired"])
 
-    def test_five_hundred_schedules_of_one_tick_all_fire_in_one_transaction(self):
-        scheduler = self.scheduler()
-        task = self.app.tasks["tasks.report"]
-        task.schedules *= 500
-        scheduler.register(self.seconds(1))
+    # -- what a schedule is known by
+
+    def scheduler_of(self, *decorators, name="t"):
+        """A program with one task, and @cron of these arguments from top to bottom."""
+        app = App(db=str(self.db))
+        self.addCleanup(app.store.close)
+        made = app.task(lambda: None, name=name)
+        for arguments in decorators:
+            made = app.cron(*arguments)(made)
+        self.events = getattr(self, "events", [])
+        return pybgworker.Scheduler(
+            app, lambda event, **fields: self.events.append((event, fields)))
+
+    def test_a_schedule_added_above_another_moves_no_tick_of_it(self):
+        for extra in (("*/10 * * * *",), ("*/5 * * * *", "Europe/Paris"), ("@hourly",)):
+            with self.subTest(extra):
+                self.setUp()
+                before = self.scheduler_of(("*/5 * * * *",))
+                before.register(self.seconds(1))
+                before.fire(self.seconds(5))
+                # Down while the tick at 10 goes by; the new one begins after now.
+                after = self.scheduler_of(extra, ("*/5  * * * *",))
+                after.register(self.seconds(11))
+                after.fire(self.seconds(12))
+                self.assertEqual(self.ticks(), [self.seconds(m) // 1000 for m in (5, 10)])
+
+    def test_a_task_whose_name_ends_in_a_number_is_no_schedule_of_another(self):
+        one = self.scheduler_of(("*/5 * * * *",), ("*/10 * * * *",))
+        two = self.scheduler_of(("0 0 1 1 *",), name="t#2")
+        one.register(self.seconds(1))
+        two.register(self.seconds(1))
+        self.assertEqual(len(one.store.schedules()), 3)
+        for scheduler in (one, two):
+            scheduler.fire(self.seconds(300))
+        self.assertEqual(len(self.ticks()), 2)
+
+    def test_two_versions_side_by_side_serve_what_each_of_them_says(self):
+        old = self.scheduler_of(("*/5 * * * *",), ("1-59/10 * * * *",))
+        new = self.scheduler_of(("*/5 * * * *", "UTC", "all"), ("3-59/10 * * * *",))
+        old.register(self.seconds(0))
+        new.register(self.seconds(0))
+        for minute in range(1, 31):
+            for scheduler in (old, new, old):
+                scheduler.fire(self.seconds(minute))
+            if minute % 7 == 0:             # restarts of both
+                old.register(self.seconds(minute))
+                new.register(self.seconds(minute))
+        wanted = [m for m in range(1, 31) for s in (0, 5, 1, 3) if m % 10 == s]
+        base = self.seconds(0) // 1000
+        of_hour = base % 3600 // 60
+        wanted = sorted(base + m * 60 for m in range(1, 31)
+                        if (of_hour + m) % 5 == 0 or (of_hour + m) % 10 in (1, 3))
+        self.assertEqual(sorted(self.ticks()), wanted)
+
+    def test_a_schedule_that_the_program_had_before_is_dropped_after_a_day(self):
+        self.scheduler_of(("*/5 * * * *",), ("0 * * * *",)).register(self.seconds(1))
+        self.scheduler_of(("*/5 * * * *",), name="other").register(self.seconds(1))
+        new = self.scheduler_of(("*/5 * * * *",))
+        new.register(self.seconds(60))
+        self.assertEqual(len(new.store.schedules()), 3)
+        new.register(self.seconds(27 * 60))
+        self.assertEqual([(r.task, r.expr) for r in new.store.schedules()],
+                         [("other", "*/5 * * * *"), ("t", "*/5 * * * *")])
+
+    # -- the clock and the zone
+
+    def test_a_clock_that_was_behind_and_is_corrected_repeats_nothing(self):
+        for misfire in ("latest", "skip", "all"):
+            for wrong in (-4 * 60, -30 * 60, -self.now // 60_000):      # minutes
+                with self.subTest(f"{misfire} {wrong}"):
+                    self.setUp()
+                    scheduler = self.scheduler(misfire=misfire)
+                    scheduler.register(self.seconds(1))
+                    scheduler.fire(self.seconds(5))
+                    true = [self.seconds(m) // 1000 for m in (5, 10, 15)]
+                    for minute in (6, 7, 8):
+                        scheduler.fire(self.seconds(minute + wrong))
+                    self.scheduler(misfire=misfire).register(self.seconds(8 + wrong))
+                    for minute in (9, 10, 11, 15):
+                        scheduler.fire(self.seconds(minute))
+                    self.assertEqual(self.ticks(), true)
+
+    def test_a_clock_that_was_years_ahead_silences_nothing(self):
+        year = 366 * 24 * 60
+        for first_seen in (1, year, 3 * year):
+            with self.subTest(first_seen):
+                self.setUp()
+                scheduler = self.scheduler()
+                scheduler.register(self.seconds(first_seen))
+                scheduler.fire(self.seconds(5))
+                scheduler.fire(self.seconds(year + 6))
+                found, wait = scheduler.fire(self.seconds(7))
+                self.assertLessEqual(wait, 30)
+                for minute in (10, 11, 15):
+                    scheduler.fire(self.seconds(minute))
+                base = self.seconds(0) // 1000
+                near = [(tick - base) // 60 for tick in self.ticks()
+                        if tick < self.seconds(20) // 1000]
+                self.assertEqual(near[-2:], [10, 15])
+
+                scheduler.fire(self.seconds(year + 5))      # a year later
+                scheduler.fire(self.seconds(year + 10))
+                self.assertEqual(len(self.ticks()), len(set(self.ticks())))
+                self.assertIn(self.seconds(year + 10) // 1000, self.ticks())
+
+    def test_a_worker_that_starts_with_a_clock_behind_repeats_nothing(self):
+        scheduler = self.scheduler(misfire="all")
+        scheduler.register(self.seconds(-60))
         scheduler.fire(self.seconds(5))
-        self.assertEqual(len(self.ticks()), 500)
+        ran = self.ticks()
+        again = self.scheduler(misfire="all")
+        again.register(self.seconds(-30))
+        for minute in (-29, -25, 0, 5, 6):
+            again.fire(self.seconds(minute))
+        self.assertEqual(self.ticks(), ran)
+
+    def test_new_zone_data_neither_loses_nor_doubles_a_tick(self):
+        """The clocks of the zone do not go back on the day that was foreseen."""
+        day = self.now // 86_400_000 * 86_400       # unix seconds of a midnight, UTC
+        for before, after in ((1, 2), (2, 1)):
+            for ran in (False, True):       # today's tick, before the data is new
+                with self.subTest(f"{before} to {after}, ran: {ran}"):
+                    self.setUp()
+                    scheduler = self.scheduler(expr="0 9 * * *")
+                    cron = self.app.tasks["tasks.report"].schedules[0].cron
+                    zone = {h: dt.timezone(dt.timedelta(hours=h)) for h in (1, 2)}
+                    cron._zone, cron.tz = zone[before], "Nowhere/Land"
+                    scheduler.register((day + 1 * 3600) * 1000)
+                    if ran:
+                        scheduler.fire((day + (9 - before) * 3600) * 1000)
+                    cron._zone = zone[after]
+                    scheduler.register((day + (6 + 2 * ran) * 3600) * 1000 + 1)
+                    for hour in range(7 + ran, 24):
+                        scheduler.fire((day + hour * 3600) * 1000 + 1)
+                    hours = [(tick - day) // 3600 for tick in self.ticks()]
+                    self.assertEqual(hours, [9 - before if ran else 9 - after])
 
     def test_a_clock_set_back_a_little_repeats_nothing_and_a_lot_starts_anew(self):
         scheduler = self.scheduler()
