@@ -4146,6 +4146,7 @@ class Scheduling(Case):
     def scheduler_of(self, *decorators, name="t"):
         """A program with one task, and @cron of these arguments from top to bottom."""
         app = App(db=str(self.db))
+        app.store.create()
         self.addCleanup(app.store.close)
         made = app.task(lambda: None, name=name)
         for arguments in decorators:
