@@ -2847,6 +2847,13 @@ _UNFINISHED = (
 )
 
 
+def _read_error(text):
+    error = json.loads(text) if text else None
+    if text and not (isinstance(error, dict) and error.get("kind")):
+        return {"kind": "exception", "message": text}       # edited by hand
+    return error
+
+
 class TaskRow(NamedTuple):
     """A task as the reports see it."""
 
@@ -2968,11 +2975,22 @@ class Operations(Endings):
 
     def error(self, task_id: int) -> dict | None:
         """Return what the last failed run left: kind, type, message, traceback."""
-        text = self._kept(task_id, _ERROR)
-        error = json.loads(text) if text else None
-        if text and not (isinstance(error, dict) and error.get("kind")):
-            return {"kind": "exception", "message": text}       # edited by hand
-        return error
+        return _read_error(self._kept(task_id, _ERROR))
+
+    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
+        """Return state, encoded result and error, all of one moment."""
+        rows = self._read(
+            """select state,
+                    ifnull(task.result, (
+                        select body from bg_payload where id = :id * 8 + 1)),
+                    (select body from bg_payload where id = :id * 8 + 2)
+                from bg_task as task where id = :id""",
+            {"id": _row_id(task_id)},
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        state, result, error = rows[0]
+        return state, result, _read_error(error)
 
     def output(self, task_id: int) -> str | None:
         """Return what the last run printed, as far as it was kept."""
@@ -4062,6 +4080,10 @@ class Progress(NamedTuple):
     message: str | None
 
 
+class _Unfinished(Exception):
+    """There is no outcome yet, or no longer."""
+
+
 class AsyncResult:
     """A handle on one enqueued task; cheap, and good in any process.
 
@@ -4141,7 +4163,8 @@ class AsyncResult:
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in growing_pauses():
             if self.ready():
-                return self._outcome()
+                with contextlib.suppress(_Unfinished):
+                    return self._outcome()
             if deadline is not None:
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
@@ -4155,17 +4178,21 @@ class AsyncResult:
         import asyncio
 
         app, loop = self._app, asyncio.get_running_loop()
-        while not self.ready():
+        while True:
+            if self.ready():
+                with contextlib.suppress(_Unfinished):
+                    return self._outcome()
             await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
-        return self._outcome()
 
     def _outcome(self):
-        row = self._app.store.task(self.id)
-        if row.state == SUCCESS:
-            return self.result
-        if row.state == FAILED:
-            raise TaskFailed(self.id, self.error or TaskError({"kind": "exception"}))
-        raise TaskCancelled(f"task {self.id} was cancelled")
+        state, result, error = self._app.store.outcome(self.id)
+        if state == SUCCESS:
+            return None if result is None else decode(result)
+        if state == FAILED:
+            raise TaskFailed(self.id, TaskError(error or {"kind": "exception"}))
+        if state == CANCELLED:
+            raise TaskCancelled(f"task {self.id} was cancelled")
+        raise _Unfinished       # somebody has retried it a moment ago
 
     def _too_late(self, timeout):
         return TimeoutError(f"task {self.id} is {self.status} after {timeout} s")

@@ -2678,7 +2678,7 @@ class Waiting(QueueCase):
             while looks < 40:
                 if busy:
                     await self.asyncio.get_running_loop().run_in_executor(
-                        None, self.sql, "update bg_meta set value = value + 1")
+                        None, self.sql, "update bg_task set retries = retries + 1")
                 await self.asyncio.sleep(0.002)
                 looks = sum("data_version" in statement for statement in seen)
             link.connection.set_trace_callback(None)
@@ -2751,9 +2751,10 @@ class Waiting(QueueCase):
             loop.close()
 
         die()
+        dead, = self.app.watches
         found = []
         self.later(lambda: found.append(self.asyncio.run(second._wait())))
-        until(lambda: len(self.app.watches) == 1)
+        until(lambda: self.app.watches and dead not in self.app.watches)
         self.later(lambda: found.append(self.asyncio.run(second._wait())))
         self.succeed(second)
         until(lambda: found == [7, 7])
@@ -3042,6 +3043,13 @@ class Results(QueueCase):
         cancelled = self.finished(pybgworker.CANCELLED)
         self.assertRaises(pybgworker.TaskCancelled, cancelled.get)
         self.assertTrue(cancelled.cancelled())
+
+    def test_a_retry_just_when_it_is_read_is_waited_for(self):
+        result = self.finished(pybgworker.SUCCESS, result="7")
+        with mock.patch.object(AsyncResult, "ready", lambda self: True):
+            result.retry()          # between the look and the reading
+            with self.assertRaisesRegex(TimeoutError, "is queued"):
+                result.get(timeout=0.02)
 
     def test_get_gives_up_after_its_timeout(self):
         result = self.task.delay()
