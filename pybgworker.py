@@ -32,9 +32,9 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Database · Queue · Endings · Store · Functions
-    · Waiting · Tasks and results · Processes · Child · Member · Pool · Scheduler
-    · Liveness · Journal · Worker · Reports · Bench · Command line
+    · Retry and rate · Wake-up · Database · Queue · Claiming · Endings · Store
+    · Functions · Waiting · Tasks and results · Processes · Child · Member · Pool
+    · Scheduler · Liveness · Journal · Worker · Reports · Bench · Command line
     · Old import paths
 
 Guarantees
@@ -1371,14 +1371,23 @@ def retry_delay(policy: RetryPolicy, n: int, chance: float) -> float:
 # of the clock by at most the burst, one second's worth of starts.
 # https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
 
+_LATE_TURN_MS = 10_000      # a turn reads the clock, then waits for the write lock
+
 
 def _burst_ms(rate):
     return max(1.0, rate) * 1000 / rate
 
 
 def _valid_tat(tat, now, rate):
-    """A tat further ahead than the burst means the clock was set back."""
-    return min(max(tat, now), now + _burst_ms(rate))
+    """A tat far beyond the burst was made by another clock, or for a lower limit.
+
+    It says nothing about this limit, then, and would keep it shut for as long.  A
+    little beyond is only the older `now` of a turn that waited for the write lock.
+    """
+    latest = now + _burst_ms(rate)
+    if tat > latest + _LATE_TURN_MS:
+        return now
+    return min(max(tat, now), latest)
 
 
 def rate_tokens(tat: float, now: int, rate: float) -> int:
@@ -1396,6 +1405,46 @@ def rate_next_at(tat: float, now: int, rate: float) -> int:
     """When the next start is allowed, in unix ms; now if one is already."""
     ahead = _valid_tat(tat, now, rate) + 1000 / rate - _burst_ms(rate)
     return max(now, math.ceil(ahead - 1e-6))
+
+
+class Rates:
+    """The limits that one look for work meets, and the starts that it takes.
+
+    `rates` are starts a second by task name, "" over all; `tat_of(limit)` reads
+    what is stored.
+    """
+
+    def __init__(self, rates: dict, tat_of: Callable[[str], float], now: int):
+        self._rates, self._tat_of, self._now = rates, tat_of, now
+        self._tats: dict[str, float] = {}       # of the limits met
+        self._spent: set[str] = set()
+
+    def opens_at(self, name: str) -> int | None:
+        """None when one more start of `name` is allowed now; else when it is."""
+        until = None
+        for limit, rate in self._limits_of(name):
+            tat = self._tats.get(limit)
+            if tat is None:
+                tat = self._tats[limit] = self._tat_of(limit)
+            if rate_tokens(tat, self._now, rate) < 1:
+                until = max(until or 0, rate_next_at(tat, self._now, rate))
+        return until
+
+    def spend(self, name: str) -> tuple:
+        """Count a start that opens_at() has allowed; return its tokens."""
+        tokens = []
+        for limit, rate in self._limits_of(name):
+            self._tats[limit] = rate_spend(self._tats[limit], self._now, rate, 1)
+            self._spent.add(limit)
+            tokens.append((limit, 1000 / rate))
+        return tuple(tokens)
+
+    def spent(self) -> list[tuple]:
+        """(limit, tat) of those that gave a start, to be stored."""
+        return [(limit, self._tats[limit]) for limit in sorted(self._spent)]
+
+    def _limits_of(self, name):
+        return [(n, self._rates[n]) for n in {name, ""} if n in self._rates]
 
 
 # == Wake-up ==================================================================
@@ -1472,6 +1521,8 @@ create table bg_task (
     queue       text not null,        -- name of the queue it waits in
     name        text not null,        -- name of the task, as @task registered it
     priority    integer not null,     -- lower runs first
+    place       integer not null default 0,  -- then lower; then lower id.  Rises
+                                      -- when a retry queues again: bg_meta.place
     key         text,                 -- one unfinished row per key; null: no key
     attempt     integer not null default 0,  -- runs claimed so far; fencing token
     retries     integer not null,     -- runs allowed after the first
@@ -1490,6 +1541,7 @@ create table bg_task (
     args        text,                 -- [args, kwargs]; null: in bg_payload
     result      text,                 -- null: none yet, or in bg_payload
     -- An edit by hand to what no program could mean is refused there and then.
+    check (id between 1 and 1e15), check (place between 0 and 1e15),
     check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
     check (state between 0 and 99), check (priority between -1e10 and 1e10),
     check (attempt between 0 and 1e9),
@@ -1500,10 +1552,12 @@ create table bg_task (
     check (finished_at is null or finished_at between 0 and 1e16),
     check (tick is null or typeof(tick) = 'integer' and tick between -1e12 and 1e12)
 )""",
-    # A row is in one of these three at a time and in none once it is finished,
-    # so history costs nothing and what cannot run stands in nobody's way.
+    # A row is in the index of its state, and in none once it is finished, so
+    # history costs nothing.  What is ready is in two: in the order of claims, and
+    # by group, so that what cannot run now is passed over in one seek.
     """create index bg_delayed on bg_task (run_at) where state < 2""",
-    """create index bg_ready on bg_task (queue, name, priority, id)
+    """create index bg_ready on bg_task (priority, place) where state = 2""",
+    """create index bg_group on bg_task (queue, name, priority, place)
         where state = 2""",
     """create index bg_running on bg_task (worker) where state = 3""",
     """create unique index bg_key on bg_task (key)
@@ -1569,11 +1623,13 @@ create table bg_queue (
 ) without rowid""",
     """
 create table bg_meta (
-    name        text primary key,     -- last_id, schema
-    value       integer not null      -- the highest task id ever deleted; the
-                                      -- version of these tables
+    name        text primary key,     -- last_id, schema, place
+    value       integer not null,     -- the highest task id ever deleted; the
+                                      -- version of these tables; the place of the
+                                      -- last retry that queued again
+    check (value between 0 and 1e15)
 ) without rowid""",
-    """insert into bg_meta values ('last_id', 0), ('schema', 0)""",
+    """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
 )
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
@@ -2087,14 +2143,13 @@ class Database:
 
 
 # == Queue ====================================================================
-# Owns the SQL of a task's way to its worker: enqueue and claim.  A verb of this
-# section or the next that writes is called inside `with store.write():`, unless it
-# says that it makes a transaction of its own; verbs in one block commit together.
+# Owns the SQL of how tasks come in.  A verb of this section or the next two that
+# writes is called inside `with store.write():`, unless it says that it makes a
+# transaction of its own; verbs in one block commit together or not at all.
 # Rows leave as small objects; nothing above knows a column.
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)      # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
-_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 
@@ -2120,7 +2175,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about",
+        "about", "tokens",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -2140,6 +2195,7 @@ class Run:
         self.announced = False          # task_start is logged
         self.cancelled = False          # somebody asked to end it
         self.about = ""                 # what each of its log lines says
+        self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
 
     @property
     def used(self) -> int:
@@ -2152,38 +2208,9 @@ class Run:
         return self.used > self.retries
 
 
-class ClaimOrder(NamedTuple):
-    """What a worker can take now."""
-
-    worker: int
-    queues: tuple | None        # None: all
-    names: Any                  # container of the task names it knows
-    free: int                   # children that have nothing to do
-    ahead: int                  # more places, for tasks that may wait in a pipe
-    ahead_names: Any            # container of the names that may
-    rates: dict                 # starts per second by task name; "": over all
-    callbacks: dict = {}        # by task name, for those that have one: as in the row
-
-    def lets_wait(self, run: Run) -> bool:
-        """True for a run that need not start at once."""
-        name = run.name
-        return name in self.ahead_names and name not in self.rates and not run.is_last
-
-
-class Claimed(NamedTuple):
-    runs: list
-    next_at: int | None         # when to look again, if nobody enqueues
-    limited: dict               # names at their rate limit: when the next may start
-
-
 def _earliest(a, b):
     """The smaller of two times, of which either may be None for never."""
     return b if a is None else a if b is None else min(a, b)
-
-
-def _in_order(cursors):
-    """Merge rows for Run() that come by priority and id from each cursor."""
-    return heapq.merge(*cursors, key=lambda row: (row[10], row[0]))
 
 
 class Request:
@@ -2384,7 +2411,7 @@ class CallersTransaction:
 
 
 class Queue(Database):
-    """The verbs of callers that enqueue and of workers that claim."""
+    """The verbs of callers that enqueue."""
 
     _group: GroupCommit | None = None
 
@@ -2417,12 +2444,12 @@ class Queue(Database):
         return request.ids
 
     _INSERT = """
-        insert into bg_task (id, name, queue, priority, key, retries, timeout, state,
-            run_at, created_at, tick, args)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
+            state, run_at, created_at, tick, args)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
     def _insert(self, connection, requests):
-        first = self._next_id(connection)
+        first, place = self._next_id(connection)
         for request in requests:
             holder = self._key_holder(connection, request.task.key)
             if holder is not None:
@@ -2430,7 +2457,8 @@ class Queue(Database):
                 continue
             numbered = list(enumerate(request.calls, first))
             connection.executemany(self._INSERT, (
-                (number, *request.task, text if len(text) <= _INLINE_CHARS else None)
+                (number, place, *request.task,
+                 text if len(text) <= _INLINE_CHARS else None)
                 for number, text in numbered
             ))
             for number, text in numbered:
@@ -2451,11 +2479,17 @@ class Queue(Database):
         return row and row[0]
 
     def _next_id(self, connection):
-        """One above every id ever given, also those of deleted rows."""
+        """One above every id ever given, and the place of what is new.
+
+        Also above ids of deleted rows; and behind every retry that queued again,
+        which takes a place of its own behind all that were new before: Claims.
+        """
         return connection.execute(
-            """select 1 + max(value, ifnull((select max(id) from bg_task), 0))
-                from bg_meta where name = 'last_id'"""
-        ).fetchone()[0]
+            """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
+                    place.value + 1
+                from bg_meta last, bg_meta place
+                where last.name = 'last_id' and place.name = 'place'"""
+        ).fetchone()
 
     def _put_payload(self, connection, task_id, kind, body):
         connection.execute(
@@ -2470,39 +2504,183 @@ class Queue(Database):
         )
         return rows[0][0] if rows else None
 
-    # -- claiming
 
-    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, int | None, dict]:
-        """(a claim would find something, then as in Claimed).  Takes no lock."""
+# == Claiming =================================================================
+# Owns the choice of what a worker runs next, and the mark that makes it its own.
+# The order is by priority, then by place, then by id.  A look reads what it takes
+# and a fixed number of rows and seeks, however much lies there that this worker
+# cannot take: what is paused, unknown, not served, or over its rate.  What one
+# look does not reach, the next ones do: see Round.  Knows nothing of outcomes.
+
+_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+_PASS_ROWS = 32             # rows that a look passes over, in the order of claims
+_SEEK_STEPS = 128           # … and then goes so far from group to group
+_TASK_ROW = """
+    select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
+        priority, place,
+        exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
+    from bg_task where state = 2"""
+
+
+class Round(NamedTuple):
+    """How far a worker has looked through what is ready.
+
+    A look costs a bounded number of seeks.  Where more (queue, name) groups lie
+    that it cannot take, further looks go on from there, until all were seen.
+    """
+
+    after: tuple | None = None  # the group seen last; None: all were
+    limited: dict = {}          # names at their rate limit: when the next may start
+    again: bool = False         # something new came meanwhile
+
+    @property
+    def is_over(self) -> bool:
+        """True when nothing is left to be seen before something new comes."""
+        return self.after is None
+
+    def renewed(self) -> Round:
+        """The round after something may have become ready anywhere."""
+        return Round() if self.is_over else self._replace(again=True)
+
+    def ended(self, limited: dict) -> Round:
+        """The round when its last group was seen."""
+        return Round(_START if self.again else None, limited)
+
+
+_START = ("", "")               # stands before every group
+
+
+class ClaimOrder(NamedTuple):
+    """What a worker can take now."""
+
+    worker: int
+    queues: tuple | None        # None: all
+    names: Any                  # container of the task names it knows
+    free: int                   # children that have nothing to do
+    ahead: int                  # more places, for tasks that may wait in a pipe
+    ahead_names: Any            # container of the names that may
+    rates: dict                 # starts per second by task name; "": over all
+    callbacks: dict = {}        # by task name, for those that have one: as in the row
+    round: Round = Round()      # as the claim before has left it
+
+
+class Claimed(NamedTuple):
+    """What a claim took, or a peek would take."""
+
+    runs: list
+    next_at: int | None         # when to look again, if nobody enqueues
+    round: Round
+    is_registered: bool = True  # False: the worker has no row, so it gets nothing
+
+
+def _order_of(row):
+    """Where a row of _TASK_ROW stands in the order of claims."""
+    return row[10], row[11], row[0]
+
+
+class _Pick:
+    """Is offered rows in order, and keeps those that the worker can take."""
+
+    def __init__(self, order: ClaimOrder, rates: Rates | None):
+        self.order, self.rates = order, rates
+        self.free, self.ahead = order.free, order.ahead
+        self.runs: list[Run] = []
+        self.ranges: list[list] = []    # [callbacks, priority, place, first id, last]
+        self.limited: dict[str, int] = {}
+        self.offered = 0
+        self.is_full = False            # nothing behind can be taken, either
+        self._range: list = []          # the last one; empty: a row was passed over
+
+    def offer(self, row: tuple, follows: bool = True) -> bool:
+        """Take the run if it can be taken.  False: nor can others of its group.
+
+        `follows`: nothing lies between this row and the one offered before.
+        """
+        self.offered += 1
+        if not follows:
+            self._range = []
+        order, name = self.order, row[1]
+        if row[12] or name not in order.names \
+                or order.queues is not None and row[2] not in order.queues \
+                or self.rates and self.waits(name):
+            self._range = []
+            return False
+        run = Run(*row[:11])
+        if self.free:
+            self.free -= 1
+        elif self.ahead and self._lets_wait(run):
+            self.ahead -= 1
+        else:
+            self.is_full = True     # it needs a free child: none may pass it
+            return False
+        if self.rates:
+            run.tokens = self.rates.spend(name)
+        self.runs.append(run)
+        run.callbacks = order.callbacks.get(name, 0)
+        self._mark(row, run.callbacks)
+        self.is_full = not (self.free or self.ahead)
+        return True
+
+    def waits(self, name: str) -> bool:
+        """True when the name is at its rate limit, and so are all when all are."""
+        if not self.rates:
+            return False
+        until = self.rates.opens_at(name)
+        if until is not None:
+            self.limited[name] = until
+            self.is_full = self.rates.opens_at("") is not None
+        return until is not None
+
+    def _lets_wait(self, run):
+        """True for a run that need not start at once."""
+        of, limits = self.order, {run.name, ""}
+        return run.name in of.ahead_names and not run.is_last \
+            and not limits & of.rates.keys()
+
+    def _mark(self, row, callbacks):
+        """Add the row to the ranges: of rows that follow each other, only the ends."""
+        last = self._range
+        if last and last[:3] == [callbacks, row[10], row[11]]:
+            last[4] = row[0]
+        else:
+            self._range = [callbacks, row[10], row[11], row[0], row[0]]
+            self.ranges.append(self._range)
+
+
+class Claims(Queue):
+    """The verbs of workers that look for work."""
+
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
+        """(a claim would find something, what this look saw).  Takes no lock."""
         due = self._next_due()
         if due is not None and due <= now:
-            return True, now, {}
-        groups, next_at, limited = self._open_groups(order, now)
-        return bool(groups), _earliest(due, next_at), limited
+            return True, Claimed([], now, order.round)
+        free = min(order.free, 1)
+        ahead = 0 if free else min(order.ahead, 1)
+        try:
+            pick, found = self._look(order._replace(free=free, ahead=ahead), now)
+        except sqlite3.Error as exc:
+            raise _explain(exc, self.path) from exc
+        return bool(pick.runs), self._claimed(pick, found, due)
 
     def claim(self, order: ClaimOrder, now: int) -> Claimed:
-        """Take the next runs for a worker: lowest priority number, then lowest id.
+        """Take the next runs for a worker that still has its row in bg_worker.
 
         Stops at the first task that needs a free child when none is left, so that
         those behind it cannot pass it for ever.
         """
+        if not self._read(
+            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
+        ):
+            return Claimed([], None, Round(), is_registered=False)
         self._promote(now)
-        groups, next_at, limited = self._open_groups(order, now)
-        runs = self._pick(groups, order)
-        self._take(runs, order, now)
-        self._spend(runs, order.rates, now)
-        return Claimed(runs, _earliest(self._next_due(), next_at), limited)
+        pick, found = self._look(order, now)
+        self._take(pick, now)
+        return self._claimed(pick, found, self._next_due())
 
-    def _promote(self, now):
-        """Make ready what was waiting for its time."""
-        due = self._next_due()
-        if due is not None and due <= now:
-            self._link().connection.execute(
-                """update bg_task set state = 2 where id in (
-                    select id from bg_task where state < 2 and run_at <= :now
-                    order by run_at limit :batch)""",
-                {"now": now, "batch": _PROMOTE_BATCH},
-            )
+    def _claimed(self, pick, found, due):
+        opens_at = min(found.limited.values(), default=None)
+        return Claimed(pick.runs, _earliest(due, opens_at), found)
 
     def _next_due(self):
         rows = self._read(
@@ -2510,116 +2688,177 @@ class Queue(Database):
         )
         return rows[0][0] if rows else None
 
-    def _open_groups(self, order, now):
-        """List (queue, name, at most so many) that may be claimed from now.
+    def _promote(self, now):
+        """Make ready what was waiting for its time.
 
-        Paused, unknown and rate-limited tasks are passed over a group at a time,
-        whatever their number.
+        A retry goes behind all that is ready or was enqueued by then, or one that
+        asks for no delay would run again and again before the others.
         """
-        paused = {row[0] for row in self._read("""select name from bg_queue""")}
-        groups, next_at, limited = [], None, {}
-        total = order.free + order.ahead
-        for queue, name in self._ready_groups():
-            if queue in paused or name not in order.names:
-                continue
-            if order.queues is not None and queue not in order.queues:
-                continue
-            tokens = total
-            for limit in {name, ""} & order.rates.keys():
-                tat, rate = self._tat(limit), order.rates[limit]
-                tokens = min(tokens, rate_tokens(tat, now, rate))
-                if tokens == 0:
-                    limited[name] = rate_next_at(tat, now, rate)
-                    next_at = _earliest(next_at, limited[name])
-            if tokens > 0:
-                groups.append((queue, name, tokens))
-        return groups, next_at, limited
+        due = self._next_due()
+        if due is None or due > now:
+            return
+        ready = self._read(
+            """select id, state from bg_task where state < 2 and run_at <= :now
+                order by run_at limit :batch""",
+            {"now": now, "batch": _PROMOTE_BATCH},
+        )
+        connection = self._link().connection
+        connection.executemany(
+            """update bg_task set state = 2 where id = ?""",
+            [(task_id,) for task_id, state in ready if state == SCHEDULED],
+        )
+        self._queue_behind([task_id for task_id, state in ready if state == RETRYING])
 
-    def _ready_groups(self):
-        """Yield each (queue, name) that has queued tasks: two index seeks each.
+    def _queue_behind(self, ids):
+        """Make tasks ready, each with a place of its own behind all others.
 
-        (queue, name) > (:queue, :name) in one would walk through all of a group.
+        What is new takes an odd place, one above bg_meta.place; see _next_id().
         """
-        queue = name = ""
-        while True:
-            rows = self._read(
-                """select queue, name from bg_task
-                    where state = 2 and queue = :queue and name > :name
-                    order by name limit 1""",
-                {"queue": queue, "name": name},
-            ) or self._read(
-                """select queue, name from bg_task
-                    where state = 2 and queue > :queue order by queue, name limit 1""",
-                {"queue": queue},
-            )
-            if not rows:
-                return
-            yield rows[0]
-            queue, name = rows[0]
+        if not ids:
+            return
+        connection = self._link().connection
+        place, = connection.execute(
+            """select value from bg_meta where name = 'place'"""
+        ).fetchone()
+        connection.executemany(
+            """update bg_task set state = 2, place = ? where id = ?""",
+            [(place + 2 * n, task_id) for n, task_id in enumerate(ids, 1)],
+        )
+        connection.execute(
+            """update bg_meta set value = value + :more where name = 'place'""",
+            {"more": 2 * len(ids)},
+        )
 
-    def _tat(self, name):
+    def _look(self, order, now):
+        """Offer rows to a _Pick; return it, and where the round stands then."""
+        rates = Rates(order.rates, self._tat, now) if order.rates else None
+        pick = _Pick(order, rates)
+        round_, limited = order.round, pick.limited
+        if order.queues is None and self._offer_in_order(pick):
+            return pick, Round(None, limited)
+        for name in round_.limited:         # they need no seek to be passed over
+            pick.waits(name)
+        if pick.is_full:
+            return pick, round_._replace(limited=limited)
+        heads, after = self._groups(pick)
+        if order.queues is not None and (round_.after or after):
+            self._offer_in_order(pick)      # too many to see the first among them
+        self._offer_groups(pick, heads)
+        if after is None:
+            return pick, round_.ended(limited)
+        return pick, Round(after, limited, round_.again)
+
+    def _offer_in_order(self, pick):
+        """Offer what comes first over all.  True: this was all there is."""
+        most = pick.free + pick.ahead + _PASS_ROWS
+        rows = self._link().connection.execute(
+            _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
+        )
+        with contextlib.closing(rows):
+            for row in rows:
+                pick.offer(row)
+                if pick.is_full:
+                    return False
+        return pick.offered < most
+
+    def _groups(self, pick):
+        """(the first rows of groups from the round's last one on, the last one seen).
+
+        Leaps from one known name to the next, so what is unknown, paused or not
+        served costs one seek, however much it is.  Goes so many steps at most; the
+        last one seen is None when no group is left.
+        """
+        queue, name = pick.order.round.after or _START
+        names = sorted(n for n in pick.order.names if n not in pick.limited)
+        queues = pick.order.queues and sorted(pick.order.queues)
+        heads: list[tuple] = []
+        for _ in range(_SEEK_STEPS):
+            i = bisect.bisect_right(names, name)
+            row = self._head(queue, names[i]) if i < len(names) else None
+            if row is None or row[12]:
+                queue, name = self._next_queue(queues, queue), ""
+                if queue is None or not names:
+                    return heads, None
+                continue
+            name = row[1]
+            if i == len(names) or name not in pick.order.names:
+                continue
+            if pick.waits(name):
+                names.remove(name)
+            else:
+                heads.append(row)
+        return heads, (queue, name)
+
+    def _head(self, queue, name):
+        """The first row of a queue in order of name, from this name on."""
         rows = self._read(
-            """select tat from bg_rate where name = :name""", {"name": name}
+            _TASK_ROW + """ and queue = :queue and name >= :name
+                order by name, priority, place, id limit 1""",
+            {"queue": queue, "name": name},
+        )
+        return rows[0] if rows else None
+
+    def _next_queue(self, queues, queue):
+        """The next queue that has something ready; the next of `queues`, if given."""
+        if queues is not None:
+            i = bisect.bisect_right(queues, queue)
+            return queues[i] if i < len(queues) else None
+        rows = self._read(
+            """select queue from bg_task where state = 2 and queue > :queue
+                order by queue limit 1""",
+            {"queue": queue},
+        )
+        return rows[0][0] if rows else None
+
+    def _offer_groups(self, pick, heads):
+        """Offer the rows of these groups in order, reading no further than needed."""
+        heap = [(_order_of(head), head, None) for head in heads]
+        heapq.heapify(heap)
+        taken = {run.id for run in pick.runs}
+        with contextlib.ExitStack() as cursors:
+            while heap and not pick.is_full:
+                _, row, rest = heapq.heappop(heap)
+                if row[0] not in taken and not pick.offer(row, follows=False):
+                    continue                # nor can the others of its group
+                if rest is None:
+                    rest = self._rest(row, pick.free + pick.ahead + len(taken))
+                    cursors.enter_context(contextlib.closing(rest))
+                row = next(rest, None)
+                if row is not None:
+                    heapq.heappush(heap, (_order_of(row), row, rest))
+
+    def _rest(self, head, most):
+        """A cursor on the rows of a group behind its first."""
+        return self._link().connection.execute(
+            _TASK_ROW + """ and queue = :queue and name = :name
+                order by priority, place, id limit :most offset 1""",
+            {"queue": head[2], "name": head[1], "most": most},
+        )
+
+    def _tat(self, limit):
+        rows = self._read(
+            """select tat from bg_rate where name = :name""", {"name": limit}
         )
         return rows[0][0] if rows else 0.0
 
-    def _pick(self, groups, order):
-        """Choose runs over all groups in order, reading no further than needed."""
-        cursors = [
-            self._link().connection.execute(
-                """select id, name, queue, attempt, retries, forgiven, timeout, run_at,
-                        tick, args, priority
-                    from bg_task where state = 2 and queue = :queue and name = :name
-                    order by priority, id limit :most""",
-                {"queue": queue, "name": name, "most": most},
-            )
-            for queue, name, most in groups
-        ]
-        free, ahead = order.free, order.ahead
-        if "" in order.rates and cursors:
-            free, ahead = min(free, *(most for _, _, most in groups)), 0
-        runs = []
-        for row in cursors[0] if len(cursors) == 1 else _in_order(cursors):
-            run = Run(*row)
-            if free > 0:
-                free -= 1
-            elif ahead > 0 and order.lets_wait(run):
-                ahead -= 1
-            else:
-                break
-            runs.append(run)
-        for cursor in cursors:
-            cursor.close()
-        return runs
+    def _take(self, pick, now):
+        """Mark the picked as running, and their starts as spent.
 
-    def _take(self, runs, order, now):
-        """Mark the picked as running: of each name and priority, a range of ids.
-
-        What else lies in the range is in another state; the write lock is held.
+        What else lies in a range of ids is in another state or place: the write
+        lock is held since the rows were read.
         """
-        ranges: dict = {}
-        for run in runs:
-            run.callbacks = order.callbacks.get(run.name, 0)
-            of = run.callbacks, run.queue, run.name, run.priority
-            ranges.setdefault(of, []).append(run.id)
-        self._link().connection.executemany(
+        connection = self._link().connection
+        connection.executemany(
             """update bg_task set state = 3, worker = ?, attempt = attempt + 1,
                     started_at = ?, callbacks = ?
-                where state = 2 and queue = ? and name = ? and priority = ?
+                where state = 2 and priority = ? and place = ?
                     and id between ? and ?""",
-            [(order.worker, now, *of, ids[0], ids[-1]) for of, ids in ranges.items()],
+            [(pick.order.worker, now, *ids) for ids in pick.ranges],
         )
-
-    def _spend(self, runs, rates, now):
-        """Take the tokens in the claim's own transaction: exact over all workers."""
-        starts = collections.Counter(run.name for run in runs if run.name in rates)
-        if "" in rates:
-            starts[""] = len(runs)
-        for name, count in starts.items():
-            tat = rate_spend(self._tat(name), now, rates[name], count)
-            self._link().connection.execute(
-                """insert or replace into bg_rate (name, tat) values (:name, :tat)""",
-                {"name": name, "tat": tat},
+        if pick.rates:
+            connection.executemany(
+                """insert or replace into bg_rate (name, tat) values (?, ?)""",
+                pick.rates.spent(),
             )
 
 
@@ -2693,7 +2932,7 @@ class OutcomeRefused(PyBgWorkerError):
         self.outcome = outcome
 
 
-class Endings(Queue):
+class Endings(Claims):
     """The verbs of workers for the ends of runs."""
 
     _SUCCEED = """
@@ -3074,6 +3313,7 @@ class Operations(Endings):
             """delete from bg_payload where id > :args and id < :args + 8""",
             {"args": task_id * 8 + _ARGS},
         )
+        self._queue_behind([task_id])
 
     def _state(self, task_id):
         rows = self._read(
@@ -5891,6 +6131,7 @@ class Journal:
 
     def __init__(self, log: Log, worker: str):
         self.log, self._worker = log, worker
+        self._limited: dict[str, int] = {}      # names that wait for their rate
 
     def say(self, event: str, /, **fields: Any) -> None:
         """An event of the worker itself."""
@@ -5957,6 +6198,13 @@ class Journal:
         kind = callback_kind(run.name)
         if kind:
             self.run("callback_error", run, callback=kind, error=about["error"])
+
+    def limited(self, limited: dict, now: int) -> None:
+        """Names that begin to wait for their rate, each until a time."""
+        for name, until in limited.items():
+            if self._limited.get(name, 0) <= now:
+                self.say("rate_limited", name=name, until=iso_time(until))
+            self._limited[name] = until
 
     def lost(self, lost: LostRun) -> None:
         """A run whose worker died."""
@@ -6203,13 +6451,12 @@ class Worker:
         self.fatal = ""                 # why it must end with status 1
         self.next_at: int | None = None         # when a task is due
         self.look = True                # something may be there to claim
-        self.is_held_back = False       # something is, and waits for its rate
+        self.round = Round()            # how far it was looked for
         self._room = 0, 0               # what the pool had a turn ago
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
         self._trouble_since = 0.0       # monotonic; 0: the database works
         self._trouble_said = False
-        self._limited: dict[str, int] = {}      # names that wait for their rate
         self._passed_over: set[str] = set()     # names that children do not know
         self._data_version = -1
         self._prune_cursor = 0
@@ -6282,7 +6529,7 @@ class Worker:
             return idle or 0 < self.stop_by <= time.monotonic()
         if not self.burst or not idle or not self._is_ready:
             return False
-        if self.look or self.is_held_back:
+        if self.look or self.round.limited or not self.round.is_over:
             return False
         return self.next_at is None or self.next_at > now_ms()
 
@@ -6351,7 +6598,7 @@ class Worker:
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
         if not self.stops.count and any(self.pool.room(at)):
-            if self.look:
+            if self.look or not self.round.is_over:
                 return 0
             if self.next_at is not None:
                 longest = min(longest, (self.next_at - now_ms()) / 1000)
@@ -6411,7 +6658,7 @@ class Worker:
             return
         self.look |= bool(self.outbox.returned)
         claimed, written = self.outbox.commit(
-            lambda: self.store.claim(order, now) if order else None,
+            lambda: order and self.store.claim(self._in_round(order), now),
             self.liveness.id, durable, _BUSY_PATIENCE, now,
         )
         for outcome in written:
@@ -6446,26 +6693,35 @@ class Worker:
         """True when it is worth taking the write lock just to claim."""
         if order is None:
             return False
-        version = self.store.data_version()
-        due = self.next_at is not None and self.next_at <= now
-        if not (self.look or due or version != self._data_version):
+        version, before = self.store.data_version(), self._data_version
+        self.look |= version != before or (self.next_at or now + 1) <= now
+        if not self.look and self.round.is_over:
             return False
         self._data_version = version
-        found, self.next_at, limited = self.store.peek(order, now)
-        self.look, self.is_held_back = False, bool(limited)
+        found, seen = self.store.peek(self._in_round(order), now)
+        if not found:
+            self._learn(seen, now)
         return found
 
+    def _in_round(self, order):
+        if self.look:
+            self.look, self.round = False, self.round.renewed()
+        return order._replace(round=self.round)
+
+    def _learn(self, seen, now):
+        """Keep what a look saw beside the runs it found."""
+        self.next_at, self.round = seen.next_at, seen.round
+        self.journal.limited(seen.round.limited, now)
+
     def _take_in(self, claimed, now):
+        if not claimed.is_registered:
+            return self._start_over(now)
+        self._learn(claimed, now)
         self.pool.hand.extend(claimed.runs)
-        self.next_at, self.is_held_back = claimed.next_at, bool(claimed.limited)
-        self.look = bool(claimed.runs)      # then perhaps there is more
+        self.look |= bool(claimed.runs)     # then perhaps there is more
         for run in claimed.runs:
             if run.timeout is None:
                 run.timeout = self.settings.timeout
-        for name, until in claimed.limited.items():
-            if self._limited.get(name, 0) <= now:
-                self.journal.say("rate_limited", name=name, until=iso_time(until))
-            self._limited[name] = until
 
     # -- chores
 

@@ -1306,11 +1306,28 @@ class RetryAndRate(unittest.TestCase):
             self.assertEqual(pybgworker.rate_tokens(tat, at - 1, rate), 0)
             self.assertEqual(pybgworker.rate_tokens(tat, at, rate), 1)
 
-    def test_a_clock_set_back_blocks_nobody(self):
+    def test_a_clock_set_back_or_another_limit_blocks_nobody(self):
+        """`tat` is stored as it is: it must not stand in the way for as long."""
+        for before, after, back in (
+            (5, 5, 3_600_000), (1 / 3600, 10, 0), (1 / 60, 1 / 60, 86_400_000),
+            (5, 5, 9_000), (1 / 3600, 0.5, 60_000),
+        ):
+            now = 1_800_000_000_000
+            tat = pybgworker.rate_spend(0, now, before, 1 + int(before - 0.5))
+            now -= back
+            starts = []
+            for ms in range(0, 20_000, 100):
+                if pybgworker.rate_tokens(tat, now + ms, after):
+                    tat = pybgworker.rate_spend(tat, now + ms, after, 1)
+                    starts.append(ms)
+            with self.subTest((before, after, back)):
+                self.assertLessEqual(starts[0], 10_000)
+                self.assertGreaterEqual(len(starts), min(1, int(after * 9)))
+
+    def test_a_turn_that_waited_for_the_lock_spends_nothing_twice(self):
         now = 1_800_000_000_000
-        tat = pybgworker.rate_spend(0, now, 5, 5)
-        at = pybgworker.rate_next_at(tat, now - 3_600_000, 5)
-        self.assertLessEqual(at, now - 3_600_000 + 1000)
+        tat = pybgworker.rate_spend(0, now + 250, 5, 5)     # by another, meanwhile
+        self.assertEqual(pybgworker.rate_tokens(tat, now, 5), 0)
 
 
 # == Wake-up ==================================================================
@@ -1832,8 +1849,22 @@ class Databases(Case):
 # == Queue ====================================================================
 
 
+def add_workers(store, *ids):
+    """Rows for workers that are driven by hand: only who has one may claim."""
+    with store.write() as link:
+        link.connection.executemany(
+            """insert or ignore into bg_worker (id, name, pid, host, boot, port, token,
+                concurrency, started_at, beat_at)
+                values (?, 'w', 1, 'h', 'b', 0, '', 1, 1, 1)""",
+            [(worker,) for worker in ids])
+
+
 class QueueCase(Case):
     """Tasks and claims by hand, with the test's clock."""
+
+    def setUp(self):
+        super().setUp()
+        add_workers(self.store, 1, 2)
 
     def enqueue(self, name="t", queue="default", priority=5, key=None, retries=3,
                 at=None, args="[[],{}]", count=1):
@@ -1843,10 +1874,10 @@ class QueueCase(Case):
         return self.store.enqueue(task, [args] * count)[0]
 
     def order(self, worker=1, queues=None, names=("t", "u"), free=100, ahead=0,
-              ahead_names=(), callbacks=None, **rates):
+              ahead_names=(), callbacks=None, round=pybgworker.Round(), **rates):
         return pybgworker.ClaimOrder(
             worker, queues, set(names), free, ahead, set(ahead_names), rates,
-            callbacks or {})
+            callbacks or {}, round)
 
     def claim(self, *args, **kwargs):
         order = self.order(*args, **kwargs)
@@ -1860,6 +1891,15 @@ class QueueCase(Case):
 
     def status(self, task_id):
         return self.store.task(task_id).status
+
+    def fill(self, count, queue="'default'", name="'t'"):
+        """Queued tasks by the thousand; `queue` and `name` are SQL over the number i."""
+        self.sql(f"""
+            with recursive n (i) as (select 1 union all select i + 1 from n where i < ?)
+            insert into bg_task (id, state, queue, name, priority, retries, run_at,
+                created_at, args)
+            select i + (select ifnull(max(id), 0) from bg_task), 2, {queue}, {name},
+                5, 3, 0, 0, '[[],{{}}]' from n""", count)
 
 
 class Enqueueing(QueueCase):
@@ -2099,6 +2139,9 @@ class Threads(Case):
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
 
+# == Claiming =================================================================
+
+
 class Claiming(QueueCase):
 
     def test_claim_takes_by_priority_then_by_id_over_names_and_queues(self):
@@ -2151,7 +2194,7 @@ class Claiming(QueueCase):
         self.assertEqual([r.name for r in runs], ["t", "t", "u"])
         self.assertEqual(runs[-1].id, other)
         self.assertEqual(self.claim(t=2), [])
-        self.assertEqual(self.claimed.limited, {"t": self.now + 500})
+        self.assertEqual(self.claimed.round.limited, {"t": self.now + 500})
         self.assertEqual(self.claimed.next_at, self.now + 500)
         self.now += 500
         self.assertEqual(len(self.claim(t=2)), 1)
@@ -2174,10 +2217,133 @@ class Claiming(QueueCase):
         self.enqueue(at=self.now + 50)
         other = sqlite3.connect(self.db, isolation_level=None)
         other.execute("begin immediate")
-        self.assertEqual(self.store.peek(self.order(), self.now),
-                         (False, self.now + 50, {}))
+        found, seen = self.store.peek(self.order(), self.now)
+        self.assertEqual((found, seen.next_at, seen.round.is_over),
+                         (False, self.now + 50, True))
         self.assertTrue(self.store.peek(self.order(), self.now + 50)[0])
         other.close()
+
+    def test_only_a_worker_with_a_row_may_claim(self):
+        self.enqueue(count=2)
+        self.store.reap(1, "w", self.now)
+        self.assertEqual(self.claim(worker=1), [])
+        self.assertFalse(self.claimed.is_registered)
+        self.assertEqual(len(self.claim(worker=2)), 2)
+
+    def test_a_retry_in_no_time_goes_behind_all_others(self):
+        """Three tasks that ask for it for ever take turns with each other and others."""
+        self.enqueue(count=3)
+        starts = []
+        for n in range(12):
+            if n == 6:
+                self.enqueue()
+            run, = self.claim(free=1)
+            starts.append(run.id)
+            self.finish(run, pybgworker.RETRYING, run_at=self.now)
+        self.assertEqual(starts, [1, 2, 3] * 2 + [1, 2, 4, 3] + [1, 2])
+
+    def test_retries_queue_in_the_order_of_their_times(self):
+        first = self.enqueue(count=4)
+        for n, run in enumerate(self.claim()):
+            self.finish(run, pybgworker.RETRYING, run_at=self.now + 40 - 10 * n)
+        new = self.enqueue()
+        self.now += 100
+        ids = [run.id for run in self.claim()]
+        self.assertEqual(ids, [new] + [first + n for n in (3, 2, 1, 0)])
+
+    def test_what_was_scheduled_keeps_its_place_and_what_is_handed_back_too(self):
+        first = self.enqueue(at=self.now + 50)
+        rest = self.enqueue(count=2)
+        runs = self.claim(free=1)
+        with self.store.write():
+            self.store.give_back(runs, 1, self.now, started=True)
+        self.now += 50
+        self.assertEqual([run.id for run in self.claim()], [first, rest, rest + 1])
+
+    def test_a_retry_by_hand_goes_behind_what_waits(self):
+        self.enqueue()
+        run, = self.claim()
+        self.finish(run, pybgworker.FAILED, error={"kind": "exception"})
+        self.enqueue(count=2)
+        self.store.retry(1, self.now)
+        self.assertEqual([run.id for run in self.claim()], [2, 3, 1])
+
+    def looks(self, **order):
+        """Claim until a round is over and has found nothing; return what each took."""
+        taken, found = [], pybgworker.Round()
+        while True:
+            self.claim(round=found, **order)
+            found = self.claimed.round
+            taken.append([run.id for run in self.claimed.runs])
+            if found.is_over and not taken[-1]:
+                return taken
+            if taken[-1]:
+                found = found.renewed()
+
+    def test_everything_is_found_in_a_round_behind_any_number_of_groups(self):
+        self.fill(3000, "'stopped' || i")
+        self.sql("insert into bg_queue select queue, 0 from bg_task")
+        self.fill(3000, "'open' || i", "'unknown' || (i % 7)")
+        self.fill(500, "'open' || (i * 5)", "'u'")
+        for order in ({"free": 10}, {"free": 300},
+                      {"queues": {f"open{n}" for n in range(2501)}}):
+            self.sql("update bg_task set state = 2 where state = 3")
+            taken = self.looks(**order)
+            with self.subTest(str(order)[:20]):
+                missing = set(range(6001, 6501)) - set(sum(taken, []))
+                self.assertEqual(missing, set())
+                self.assertEqual(len(sum(taken, [])), 500)
+                self.assertLess(len(taken), 300)
+
+    def test_something_new_behind_the_look_is_found_by_the_next_round(self):
+        self.fill(1000, "'q' || i", "'t'")
+        self.sql("insert into bg_queue select queue, 0 from bg_task")
+        self.claim()
+        self.assertFalse(self.claimed.round.is_over)
+        new = self.enqueue(queue="a", priority=9)
+        found, looks = self.claimed.round.renewed(), 0
+        while not self.claim(round=found):
+            found, looks = self.claimed.round, looks + 1
+        self.assertEqual([run.id for run in self.claimed.runs], [new])
+        self.assertLess(looks, 30)
+
+    def test_groups_without_number_take_turns(self):
+        """A neighbourhood of groups with much to do does not keep others waiting."""
+        self.fill(100, "'stopped'")
+        self.store.pause("stopped", self.now)
+        self.fill(6000, "'q' || (i % 600)")
+        queues, found, seen = sorted(f"q{n}" for n in range(600)), pybgworker.Round(), set()
+        for _ in range(12):
+            self.claim(free=10, round=found)
+            found = self.claimed.round.renewed()
+            seen |= {queues.index(run.queue) // 64 for run in self.claimed.runs}
+        self.assertEqual(seen, set(range(10)))
+
+    def test_the_order_holds_past_what_cannot_be_taken(self):
+        self.fill(300, "'stopped'")
+        self.store.pause("stopped", self.now)
+        self.fill(300, "'q' || (i % 5)", "iif(i % 2, 't', 'u')")
+        self.sql("update bg_task set priority = id % 3")
+        expected = self.sql("""select id from bg_task where queue != 'stopped'
+                               order by priority, id""")
+        for queues in (None, ("q0", "q1", "q2", "q3", "q4")):
+            self.sql("update bg_task set state = 2")
+            taken = self.looks(free=7, queues=queues)
+            self.assertEqual(sum(taken, []), [row[0] for row in expected])
+
+    def test_a_rate_is_one_over_all_queues(self):
+        for queue in "abcd":
+            self.enqueue("t", queue, count=2)
+        self.assertEqual(len(self.claim(t=1)), 1)
+        self.assertEqual(len(self.claim(t=1)), 0)
+        self.assertEqual(len(self.claim(t=1, queues=("c",))), 0)
+        self.now += 1000
+        self.assertEqual(len(self.claim(t=1)), 1)
+
+    def test_a_name_at_its_limit_is_said_by_the_claim_that_spends_the_last(self):
+        self.enqueue("t", count=3)
+        self.claim(t=2)
+        self.assertEqual(self.claimed.round.limited, {"t": self.now + 500})
 
 
 # == Endings ==================================================================
@@ -2279,6 +2445,7 @@ class Finishing(QueueCase):
                 self.store.set_progress(run, 1, "[40,null]")
             if how == "lost":
                 self.store.reap(1, "w", self.now)
+                add_workers(self.store, 1)
             else:
                 with self.store.write():
                     self.store.give_back([run], 1, self.now, started=True)
@@ -2409,9 +2576,10 @@ class Budgets(QueueCase):
             self.store.give_back([runs[2]], 1, self.now, started=False)
         self.store.cancels_asked(1)
         self.store.peek(self.order(), self.now)
-        self.store.cancel(2, self.now)
-        self.store.retry(1, self.now)
+        self.store.cancel(runs[1].id, self.now)
+        self.store.retry(runs[0].id, self.now)
         self.store.reap(1, "w", self.now)
+        add_workers(self.store, 1)
 
     def test_every_hot_statement_uses_its_index(self):
         self.enqueue(count=500)
@@ -2444,7 +2612,57 @@ class Budgets(QueueCase):
         self.sql("update bg_task set state = 4 where id between 1000 and 9000")
         self.store.pause("stopped", self.now)
         self.enqueue(queue="stopped", priority=0, count=20_000)
-        self.assertLess(steps(), few * 1.5)
+        self.assertLess(steps(), few + 2000)        # the rows and seeks it may pass
+
+    def steps(self, act):
+        """Virtual machine steps of SQLite, not seconds."""
+        count = [0]
+        connection = self.store._link().connection
+        connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 1)
+        act()
+        connection.set_progress_handler(None, 1)
+        return count[0]
+
+    def test_ten_thousand_queues_cost_a_claim_no_more_than_one(self):
+        self.fill(10_000)
+        one = self.steps(lambda: self.claim(free=50))
+        pages = self.pages(lambda: self.claim(free=1))
+        self.sql("delete from bg_task")
+        self.fill(10_000, "'q' || i")
+        self.assertLess(self.steps(lambda: self.claim(free=50)), 2 * one)
+        self.assertLessEqual(self.pages(lambda: self.claim(free=1)), pages)
+        self.assertLess(len(self.traced(lambda: self.claim(free=50))), 14)
+
+    def test_no_look_costs_more_for_what_it_cannot_take(self):
+        for queue, name in (("'q' || i", "'t'"), ("'q' || i", "'unknown'"),
+                            ("'q' || i", "'unknown' || i"), ("'q'", "'unknown' || i")):
+            self.sql("delete from bg_task")
+            self.fill(10_000, queue, name)
+            self.sql("insert or ignore into bg_queue select queue, 0 from bg_task")
+            for order in ({}, {"t": 1.0, "u": 1.0}, {"queues": ("a", "q7", "z")}):
+                def look(found, order=order):
+                    return self.store.peek(self.order(round=found, **order), self.now)
+
+                found = pybgworker.Round()
+                for _ in range(3):
+                    with self.subTest(queue=queue, name=name, order=order):
+                        traced = self.traced(lambda f=found: look(f))
+                        self.assertLess(len(traced), 2 * pybgworker._SEEK_STEPS + 20)
+                        self.assertLess(self.steps(lambda f=found: look(f)), 15_000)
+                    found = look(found)[1].round
+
+    def test_names_without_number_are_passed_in_one_look(self):
+        self.fill(20_000, name="'s' || i")
+        self.fill(20_000, name="'unknown' || i")
+        mine = self.enqueue("u", priority=9)
+        self.assertEqual([run.id for run in self.claim()], [mine])
+
+    def test_a_worker_of_few_queues_looks_at_no_others(self):
+        self.fill(10_000, "'q' || i")
+        mine = self.enqueue("u", "q77x")
+        traced = self.traced(lambda: self.claim(queues=("q77x", "q78x")))
+        self.assertEqual([run.id for run in self.claimed.runs], [mine])
+        self.assertLess(len(traced), 20)
 
     def test_a_turn_takes_few_statements(self):
         self.enqueue(count=100)
@@ -4411,7 +4629,9 @@ class Lives(Case):
 
     def test_runs_of_an_unknown_worker_are_found(self):
         watching = self.liveness()
+        add_workers(self.store, 4711)
         run = self.run_of(4711)
+        self.sql("delete from bg_worker where id = 4711")
         self.assertEqual([lost.id for lost in watching.reap_dead(self.now)], [run.id])
 
     def test_a_used_up_task_of_a_dead_worker_fails_and_a_cancelled_one_is_cancelled(self):
@@ -5367,10 +5587,14 @@ class OldImportPaths(Case):
 
 
 class Model:
-    """What the Store should do, as a dict: state, attempt, forgiven, worker, key."""
+    """What the Store should do, as a dict: state, attempt, forgiven, worker, key.
+
+    `place` is what the Store's means: a retry goes behind all that is there.
+    """
 
     def __init__(self):
         self.rows, self.paused, self.last = {}, set(), 0
+        self.workers, self.behind = {1, 2}, 0
 
     def enqueue(self, now, queue, priority, key, retries, at):
         for number, row in self.rows.items():
@@ -5379,17 +5603,29 @@ class Model:
         self.last += 1
         self.rows[self.last] = dict(
             state=0 if at > now else 2, queue=queue, priority=priority, key=key,
-            retries=retries, run_at=at, attempt=0, forgiven=0, worker=None, asked=False)
+            retries=retries, run_at=at, attempt=0, forgiven=0, worker=None, asked=False,
+            place=(self.behind, "new"))
         return self.last
 
+    def queue_behind(self, row):
+        self.behind += 1
+        row.update(state=2, place=(self.behind - 1, "retried"))
+
     def claim(self, now, worker, free):
-        for row in self.rows.values():
-            if row["state"] < 2 and row["run_at"] <= now:
-                row["state"] = 2
-        ready = sorted((row["priority"], number) for number, row in self.rows.items()
+        if worker not in self.workers:
+            return []
+        due = sorted((row["run_at"], number) for number, row in self.rows.items()
+                     if row["state"] < 2 and row["run_at"] <= now)
+        for _, number in due:
+            row = self.rows[number]
+            if row["state"] == 1:
+                self.queue_behind(row)
+            row["state"] = 2
+        ready = sorted((row["priority"], row["place"], number)
+                       for number, row in self.rows.items()
                        if row["state"] == 2 and row["queue"] not in self.paused)
         taken = []
-        for _, number in ready[:free]:
+        for _, _, number in ready[:free]:
             row = self.rows[number]
             row.update(state=3, worker=worker, attempt=row["attempt"] + 1)
             taken.append((number, row["attempt"]))
@@ -5415,6 +5651,7 @@ class Model:
             row["forgiven" if started else "attempt"] += 1 if started else -1
 
     def reap(self, now, worker):
+        self.workers.discard(worker)
         for row in self.rows.values():
             if row["state"] == 3 and row["worker"] == worker:
                 used = row["attempt"] - row["forgiven"] > row["retries"]
@@ -5433,7 +5670,8 @@ class Model:
         taken = row["key"] and any(
             r["key"] == row["key"] and r["state"] < 4 for r in self.rows.values())
         if row["state"] > 3 and not taken:
-            row.update(state=2, forgiven=row["attempt"], asked=False, run_at=now)
+            self.queue_behind(row)
+            row.update(forgiven=row["attempt"], asked=False, run_at=now)
 
     def purge(self, now):
         for row in self.rows.values():
@@ -5452,6 +5690,7 @@ class Player:
 
     def __init__(self, store):
         self.store, self.model, self.runs = store, Model(), []
+        add_workers(store, *self.model.workers)
 
     def step(self, operation):
         name, now, *rest = operation
@@ -5512,6 +5751,10 @@ class Player:
         self.store.reap(worker, "w", now)
         self.model.reap(now, worker)
 
+    def do_register(self, now, worker):
+        add_workers(self.store, worker)
+        self.model.workers.add(worker)
+
     def do_cancel(self, now, n):
         self.on_row(n, self.store.cancel, self.model.cancel, now)
 
@@ -5555,6 +5798,7 @@ def random_program(chance, length=60):
                      chance.choice((0, 60))),
             lambda: ("give_back", now, chance.randrange(9), chance.random() < 0.5),
             lambda: ("reap", now, chance.randrange(1, 3)),
+            lambda: ("register", now, chance.randrange(1, 3)),
             lambda: ("cancel", now, chance.randrange(9)),
             lambda: ("retry", now, chance.randrange(9)),
             lambda: (chance.choice(("purge", "prune", "claim", "claim")), now),
@@ -5623,7 +5867,7 @@ class AnySequence(Case):
         for count in (2, 3):
             for order in itertools.permutations(operations):
                 self.sql_on(stores[0], "delete from bg_task", "delete from bg_payload",
-                            "update bg_meta set value = 0")
+                            "delete from bg_worker", "update bg_meta set value = 0")
                 player = Player(stores[0])
                 program = [("enqueue", 0, "a", 5, "k", 1, 0), *order]
                 for number, (name, _, *rest) in enumerate(program):
@@ -6145,7 +6389,7 @@ class TheFile(unittest.TestCase):
                 self.assertLessEqual(size, 45, node.name)
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Database", "Queue", "Endings", "Store", "Bench"}
+        allowed = {"Database", "Queue", "Claiming", "Endings", "Store", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
