@@ -1566,7 +1566,8 @@ create table bg_task (
 create table bg_payload (             -- what is too large for the hot row
     id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
                                       -- 2 error 3 output 4 progress
-    body        text not null         -- JSON; plain text for output
+                                      -- 5 mark
+    body        text not null         -- JSON; plain text for output and mark
 )""",
     """
 create table bg_worker (
@@ -2148,7 +2149,7 @@ class Database:
 # transaction of its own; verbs in one block commit together or not at all.
 # Rows leave as small objects; nothing above knows a column.
 
-_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS = range(5)      # kinds in bg_payload
+_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
@@ -2335,12 +2336,13 @@ class CallersTransaction:
                 "the attribute driver_connection in SQLAlchemy, connection in Django"
             )
         self.store, self.connection = store, connection
+        self._cursor: Any = None    # of ours: no factory of the caller's
         self._began = False         # here
 
     def __enter__(self) -> sqlite3.Cursor:
         try:
             self._check_file()
-            cursor = sqlite3.Cursor(self.connection)    # plain: no row_factory
+            cursor = self._cursor = sqlite3.Cursor(self.connection)     # a plain one
             self._began = not self.connection.in_transaction
             # Writes before it reads.  Then SQLite waits for its turn, and a
             # transaction that has read before another's commit never gets one.
@@ -2362,9 +2364,9 @@ class CallersTransaction:
     def __exit__(self, kind, exc, trace):
         if exc is None:
             try:
-                self.connection.execute("release bg_enqueue")
+                self._cursor.execute("release bg_enqueue")
                 if self._began and self._commits_by_itself():
-                    self.connection.execute("commit")
+                    self._cursor.execute("commit")
                 return False
             except sqlite3.Error as failed:
                 exc = failed
@@ -2378,12 +2380,14 @@ class CallersTransaction:
             self.connection.isolation_level is not None)
 
     def _undo(self):
+        if self._cursor is None:
+            return
         with contextlib.suppress(sqlite3.Error):    # it may be undone already
             if self._began:
-                self.connection.execute("rollback")
+                self._cursor.execute("rollback")
             else:
-                self.connection.execute("rollback to bg_enqueue")
-                self.connection.execute("release bg_enqueue")
+                self._cursor.execute("rollback to bg_enqueue")
+                self._cursor.execute("release bg_enqueue")
 
     def _check_file(self):
         """Refuse a connection to another file: the task would never be found."""
@@ -2393,9 +2397,9 @@ class CallersTransaction:
             path = os.fsdecode(row.fetchone()[2] or b"")
         finally:
             self.connection.text_factory = factory
-        ours = self.store.path
-        if not path or os.path.realpath(path) != ours and (
-            _file_identity(path) != _file_identity(ours) or os.stat(path).st_nlink > 1
+        ours, found = self.store.path, _file_identity(path)
+        if found is None or found != _file_identity(ours) or (
+            os.path.realpath(path) != ours and os.stat(path).st_nlink > 1
         ):
             raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")
@@ -2407,6 +2411,11 @@ class CallersTransaction:
         if isinstance(exc, sqlite3.Error):
             if "readonly" in str(exc):
                 raise DatabaseUnavailable("conn= was opened read-only") from exc
+            if _is_busy(exc):
+                raise DatabaseBusy(
+                    f"conn=: {exc}: another connection is writing; a transaction that "
+                    "reads before it enqueues must start with 'begin immediate'"
+                ) from exc
             raise _explain(exc, self.store.path) from exc
 
 
@@ -2415,15 +2424,12 @@ class Queue(Database):
 
     _group: GroupCommit | None = None
 
-    def enqueue(self, task: NewTask, calls: Sequence[str], connection=None) -> list:
+    def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
         """Insert a row for each text of encoded arguments; return the ids in order.
 
         If the key is held by an unfinished task, nothing is inserted and that one's
-        id is returned.  With `connection` the rows belong to its transaction;
-        without, in a transaction of its own: durable when this returns.
+        id is returned.  Durable when this returns.
         """
-        if connection is not None:
-            return self._enqueue_with(connection, task, calls)
         if self._may_create:
             self.create()
         group = self._group
@@ -2437,11 +2443,31 @@ class Queue(Database):
         link.wake = self._wake_addresses(link.connection)
         self._insert(link.connection, requests)
 
-    def _enqueue_with(self, connection, task, calls):
+    def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
+                     calls: Sequence[str]) -> tuple[list, str | None]:
+        """The same in the transaction of a caller's connection; also return a mark.
+
+        A rollback leaves the ids to whoever enqueues next.  Only rows that are ours
+        have this mark.  None: all know the row, a key's holder, as committed.
+        """
         request = Request(task, calls)
         with CallersTransaction(self, connection) as cursor:
+            holder = self._key_holder(cursor, task.key)
             self._insert(cursor, [request])
-        return request.ids
+            if holder is not None:      # as bytes: text is for the caller's factory
+                mark = cursor.execute(
+                    """select cast(body as blob) from bg_payload where id = :id""",
+                    {"id": holder * 8 + _MARK},
+                ).fetchone()
+                return request.ids, mark and mark[0].decode()
+            mark = os.urandom(8).hex()
+            for task_id in request.ids:
+                self._put_payload(cursor, task_id, _MARK, mark)
+        return request.ids, mark
+
+    def has_mark(self, task_id: int, mark: str) -> bool:
+        """True for a task that was committed by the enqueue_with() of this mark."""
+        return self._payload(task_id, _MARK) == mark
 
     _INSERT = """
         insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
@@ -2472,7 +2498,7 @@ class Queue(Database):
         if key is None:
             return None
         row = connection.execute(
-            """select id from bg_task
+            """select id + 0 from bg_task
                 where key = :key and key is not null and state < 4""",
             {"key": key},
         ).fetchone()
@@ -3310,8 +3336,8 @@ class Operations(Endings):
             {"id": task_id, "now": now},
         )
         connection.execute(
-            """delete from bg_payload where id > :args and id < :args + 8""",
-            {"args": task_id * 8 + _ARGS},
+            """delete from bg_payload where id > :args and id < :mark""",
+            {"args": task_id * 8 + _ARGS, "mark": task_id * 8 + _MARK},
         )
         self._queue_behind([task_id])
 
@@ -4257,9 +4283,12 @@ class App:
             raise OptionError("key= is for one call: each call needs one of its own")
         limit = self.settings.max_payload
         texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
-        connection = options.get("conn")
-        ids = self.store.enqueue(row, texts, connection) if texts else []
-        return [AsyncResult(number, self) for number in ids]
+        if not texts:
+            return []
+        if options.get("conn") is None:
+            return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
+        ids, mark = self.store.enqueue_with(options["conn"], row, texts)
+        return [AsyncResult(number, self, mark) for number in ids]
 
     def _new_task(self, task, now, countdown=None, eta=None, priority=None, queue=None,
                   retries=None, timeout=None, key=None, conn=None):
@@ -4327,12 +4356,27 @@ class _Unfinished(Exception):
 class AsyncResult:
     """A handle on one enqueued task; cheap, and good in any process.
 
-    Every method raises TaskNotFound once the row is gone.
+    Every method raises TaskNotFound once the row is gone.  So does a handle that
+    was got with conn= until the caller commits, and for ever after a rollback,
+    whoever has got the id then.
     """
 
-    def __init__(self, id: int, app: App | None = None):
+    def __init__(self, id: int, app: App | None = None, mark: str | None = None):
         self.id = id if type(id) is int else parse_id(str(id))
         self._app = app or _default_app
+        self._mark = mark       # of our row, until it has been seen committed
+
+    @property
+    def _store(self):
+        store = self._app.store
+        if self._mark is not None:
+            if not store.has_mark(self.id, self._mark):
+                raise TaskNotFound(
+                    f"no task {self.id}: its transaction is not committed, or was "
+                    "rolled back, or it was deleted"
+                )
+            self._mark = None
+        return store
 
     @property
     def task_id(self) -> int:
@@ -4354,46 +4398,46 @@ class AsyncResult:
     @property
     def status(self) -> str:
         """scheduled, queued, running, retrying, success, failed or cancelled."""
-        return self._app.store.task(self.id).status
+        return self._store.task(self.id).status
 
     @property
     def attempt(self) -> int:
         """The number of the last run; 0 before the first."""
-        return self._app.store.task(self.id).attempt
+        return self._store.task(self.id).attempt
 
     @property
     def result(self) -> Any:
         """What the task returned; None while, or when, it did not."""
-        text = self._app.store.result(self.id)
+        text = self._store.result(self.id)
         return None if text is None else decode(text)
 
     @property
     def error(self) -> TaskError | None:
         """What ended the last run that failed, or None."""
-        error = self._app.store.error(self.id)
+        error = self._store.error(self.id)
         return TaskError(error) if error else None
 
     @property
     def progress(self) -> Progress | None:
         """(percent, message) as the task last set them, or None."""
-        found = self._app.store.progress(self.id)
+        found = self._store.progress(self.id)
         return Progress(*found) if found else None
 
     def ready(self) -> bool:
         """True once it has finished, however it did."""
-        return self._app.store.status(self.id) in FINISHED
+        return self._store.status(self.id) in FINISHED
 
     def successful(self) -> bool:
         """True once it has succeeded."""
-        return self._app.store.status(self.id) == SUCCESS
+        return self._store.status(self.id) == SUCCESS
 
     def failed(self) -> bool:
         """True once it has failed for good."""
-        return self._app.store.status(self.id) == FAILED
+        return self._store.status(self.id) == FAILED
 
     def cancelled(self) -> bool:
         """True once it has been cancelled."""
-        return self._app.store.status(self.id) == CANCELLED
+        return self._store.status(self.id) == CANCELLED
 
     def get(self, timeout: float | None = None) -> Any:
         """Wait for the end and return the result; at most `timeout` seconds.
@@ -4425,7 +4469,7 @@ class AsyncResult:
             await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
 
     def _outcome(self):
-        state, result, error = self._app.store.outcome(self.id)
+        state, result, error = self._store.outcome(self.id)
         if state == SUCCESS:
             return None if result is None else decode(result)
         if state == FAILED:
@@ -4439,15 +4483,15 @@ class AsyncResult:
 
     def cancel(self) -> bool:
         """Cancel it, or have its run ended within a second; False when finished."""
-        return self._app.store.cancel(self.id, now_ms()) not in FINISHED
+        return self._store.cancel(self.id, now_ms()) not in FINISHED
 
     def retry(self) -> None:
         """Run a finished task again.  Raises TaskStateError when it is unfinished."""
-        self._app.store.retry(self.id, now_ms())
+        self._store.retry(self.id, now_ms())
 
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
-        self._app.store.forget(self.id)
+        self._store.forget(self.id)
 
 
 class CurrentTask:

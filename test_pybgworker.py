@@ -1962,6 +1962,202 @@ class Enqueueing(QueueCase):
                 self.assertEqual(result.status, "queued")
             mine.close()
 
+    def connect(self, path=None, **options):
+        mine = sqlite3.connect(path or self.db, **options)
+        self.addCleanup(mine.close)
+        return mine
+
+    def test_a_rolled_back_handle_never_names_somebody_elses_task(self):
+        self.store.create()
+        mine = self.connect()
+        lost = self.app.send("t", conn=mine)
+        copies = [lost, copy.copy(lost)]
+        mine.rollback()
+        other = self.app.send("other")
+        self.assertEqual(other.id, lost.id)
+        for handle in copies:
+            for use in (lambda: handle.status, lambda: handle.result,
+                        lambda: handle.error, lambda: handle.progress,
+                        lambda: handle.attempt, handle.ready, handle.get, handle.cancel,
+                        handle.retry, handle.forget):
+                self.assertRaises(pybgworker.TaskNotFound, use)
+        self.assertEqual(other.status, "queued")
+
+    def test_a_handle_of_a_savepoint_rolled_back_is_no_other_task_of_the_same(self):
+        mine = self.connect(isolation_level=None)
+        mine.execute("begin")
+        mine.execute("savepoint s")
+        lost = pybgworker.Task(self.app, print, "t", {}).options(conn=mine).delay_many(
+            [(1,), (2,)])
+        mine.execute("rollback to s")
+        kept = [self.app.send("u", conn=mine, key=key) for key in ("k", "k", None)]
+        mine.execute("commit")
+        self.assertEqual([handle.id for handle in lost + kept], [1, 2, 1, 1, 2])
+        for handle in lost:
+            self.assertRaises(pybgworker.TaskNotFound, handle.cancel)
+        self.assertEqual({handle.status for handle in kept}, {"queued"})
+
+    def test_the_handle_of_a_keys_holder_follows_the_holders_commit(self):
+        committed = self.app.send("t", key="a")
+        mine = self.connect()
+        first, second = (self.app.send("t", key="b", conn=mine) for _ in range(2))
+        held = self.app.send("t", key="a", conn=mine)
+        mine.rollback()
+        self.assertEqual(self.app.send("other").id, second.id)
+        self.assertRaises(pybgworker.TaskNotFound, lambda: first.status)
+        self.assertRaises(pybgworker.TaskNotFound, lambda: second.status)
+        self.assertEqual((held, held.status), (committed, "queued"))
+
+    def test_a_committed_handle_outlives_a_retry_and_not_the_row(self):
+        mine = self.connect()
+        looks_late = self.app.send("t", conn=mine)
+        mine.commit()
+        self.finish(self.claim()[0], pybgworker.FAILED)
+        self.app.result(looks_late.id).retry()
+        self.assertEqual(looks_late.status, "queued")
+        self.app.result(looks_late.id).forget()
+        self.assertRaises(pybgworker.TaskNotFound, lambda: looks_late.status)
+        self.assertEqual(self.sql("select count(*) from bg_payload"), [(0,)])
+
+    def connect_in_transaction(self, **options):
+        """A connection that always is in one which has not begun yet."""
+        if sys.version_info >= (3, 12):
+            return self.connect(autocommit=False, **options)
+        mine = self.connect(isolation_level=None, **options)
+        mine.execute("begin")
+        return mine
+
+    def test_a_deferred_transaction_is_patient_beside_a_writer(self):
+        self.store.create()
+        beside, stopping = threading.Event(), threading.Event()
+
+        def write():
+            other = sqlite3.connect(self.db, isolation_level=None, timeout=20)
+            while not stopping.is_set():
+                other.execute("begin immediate")
+                other.execute("update bg_meta set value = value")
+                beside.set()
+                other.execute("commit")
+            other.close()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        beside.wait()
+        try:
+            for _ in range(40):
+                mine = self.connect_in_transaction(timeout=20)
+                self.app.send("t", conn=mine)
+                mine.commit()
+                mine.close()
+        finally:
+            stopping.set()
+            writer.join()
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(40,)])
+
+    def test_a_transaction_that_has_read_too_early_is_told_so(self):
+        self.app.send("t")
+        mine = self.connect_in_transaction(timeout=0.05)
+        mine.execute("select count(*) from bg_task").fetchall()
+        self.app.send("t")
+        with self.assertRaisesRegex(pybgworker.DatabaseBusy, "begin immediate"):
+            self.app.send("t", conn=mine)
+
+    def test_the_first_task_ever_may_come_in_a_transaction_of_any_kind(self):
+        for number, connect in enumerate((
+            self.connect_in_transaction, self.connect,
+            lambda **o: self.connect(isolation_level=None, **o),
+        )):
+            path = self.folder / f"{number}.db"
+            app = App(db=str(path))
+            mine = connect(path=path)
+            self.addCleanup(app.store.close)
+            result = app.send("t", conn=mine)
+            mine.commit()
+            self.assertEqual(result.status, "queued")
+
+    def test_a_first_task_that_fails_leaves_no_tables(self):
+        old = pybgworker._MIGRATIONS
+        pybgworker._MIGRATIONS = (old[0][:4] + ("nonsense",),)
+        self.addCleanup(setattr, pybgworker, "_MIGRATIONS", old)
+        for level in (None, ""):
+            mine = self.connect(isolation_level=level)
+            with self.assertRaises(pybgworker.DatabaseUnavailable):
+                self.app.send("t", conn=mine)
+            self.assertFalse(mine.in_transaction)
+            self.assertEqual(self.sql("select * from sqlite_master"), [])
+
+    def test_a_connections_factories_and_converters_do_not_matter(self):
+        def as_dict(cursor, row):
+            return {column[0]: value for column, value in zip(cursor.description, row)}
+
+        class Cursor(sqlite3.Cursor):
+            def execute(self, *args):
+                raise AssertionError("the caller's own cursor")
+
+        class Connection(sqlite3.Connection):
+            def cursor(self, factory=Cursor):
+                return super().cursor(factory)
+
+        sqlite3.register_converter("integer", lambda text: "odd")
+        self.addCleanup(sqlite3.converters.pop, "INTEGER")
+        for number, (options, attributes) in enumerate((
+            ({}, {"text_factory": bytes}),
+            ({}, {"text_factory": lambda raw: None}),
+            ({}, {"row_factory": sqlite3.Row}), ({}, {"row_factory": as_dict}),
+            ({"detect_types": sqlite3.PARSE_DECLTYPES}, {}), ({"factory": Connection}, {}),
+        ), 1):
+            mine = self.connect(**options)
+            for name, value in attributes.items():
+                setattr(mine, name, value)
+            with self.subTest(number):
+                results = [self.app.send("t", conn=mine, key=f"k{number}")
+                           for _ in range(2)]
+                mine.commit()
+                self.assertEqual([(r.id, r.status) for r in results],
+                                 [(number, "queued")] * 2)
+                for name, value in attributes.items():
+                    self.assertIs(getattr(mine, name), value)
+
+    def test_a_connection_that_cannot_be_used_says_why(self):
+        self.store.create()
+        made = []
+        thread = threading.Thread(target=lambda: made.append(sqlite3.connect(self.db)))
+        thread.start()
+        thread.join()
+        closed = self.connect()
+        closed.close()
+        query_only = self.connect()
+        query_only.execute("pragma query_only = on")
+        for connection, error, words in (
+            (self.connect(f"file:{self.db}?mode=ro", uri=True),
+             pybgworker.DatabaseUnavailable, "read-only"),
+            (query_only, pybgworker.DatabaseUnavailable, "read-only"),
+            (made[0], pybgworker.OptionError, "thread"),
+            (closed, pybgworker.OptionError, "closed"),
+            ("shop.db", pybgworker.OptionError, "sqlite3.Connection"),
+            (self.connect(":memory:"), pybgworker.OptionError, "open on memory"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(error, words):
+                self.app.send("t", conn=connection)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
+    def test_an_error_takes_back_what_was_enqueued_and_nothing_else(self):
+        self.store.create()
+        self.sql("create table orders (id)")
+        self.sql("create trigger t before insert on bg_task when new.args like '%bad%' "
+                 "begin select raise(abort, 'refused'); end")
+        many = pybgworker.Task(self.app, print, "t", {})
+        mine = self.connect()
+        for before in (True, False):
+            if before:
+                mine.execute("insert into orders values (1)")
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "refused"):
+                many.options(conn=mine).delay_many([("good",), ("bad",)])
+            self.assertEqual(mine.in_transaction, before)
+            mine.commit()
+            self.assertEqual(self.sql("select count(*) from orders"), [(1,)])
+            self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
     def test_a_connection_to_another_file_is_refused(self):
         other = sqlite3.connect(self.folder / "other.db")
         self.addCleanup(other.close)
@@ -3720,10 +3916,11 @@ class Processes(Case):
             plant()
             with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "-live: "):
                 pybgworker.LiveFile.of(str(live))
-            done = self.cli("run", "--app", "example")
-            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
-            self.assertIn("-live: ", done.stderr)
             os.rmdir(live) if live.is_dir() else os.unlink(live)
+        os.symlink(target, live)
+        done = self.cli("run", "--app", "example")
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
+        self.assertIn("-live: ", done.stderr)
         self.assertEqual(target.read_text(), "of somebody")
         self.assertEqual(target.stat().st_mode & 0o777, 0o644)
         self.assertFalse((self.folder / "nowhere").exists())
