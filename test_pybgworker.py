@@ -2079,12 +2079,13 @@ class Enqueueing(QueueCase):
         old = pybgworker._MIGRATIONS
         pybgworker._MIGRATIONS = (old[0][:4] + ("nonsense",),)
         self.addCleanup(setattr, pybgworker, "_MIGRATIONS", old)
+        app = App(db=str(self.folder / "fresh.db"))
         for level in (None, ""):
-            mine = self.connect(isolation_level=level)
+            mine = self.connect(app.settings.db, isolation_level=level)
             with self.assertRaises(pybgworker.DatabaseUnavailable):
-                self.app.send("t", conn=mine)
+                app.send("t", conn=mine)
             self.assertFalse(mine.in_transaction)
-            self.assertEqual(self.sql("select * from sqlite_master"), [])
+            self.assertEqual(mine.execute("select * from sqlite_master").fetchall(), [])
 
     def test_a_connections_factories_and_converters_do_not_matter(self):
         def as_dict(cursor, row):
