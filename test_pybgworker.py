@@ -749,6 +749,14 @@ class Promises(Served):
         self.assertEqual(result.progress, (40, "nearly"))
         result.cancel()
 
+    def test_any_keyword_text_and_number_reach_the_function(self):
+        words = ("self", "task", "fn", "args", "kwargs", "name", "timeout", "text", "a b",
+                 "\ud83d\ude00", "\udc00")
+        kwargs = {word: word for word in words}
+        self.worker()
+        result = self.tasks.echo.delay("\ud83d\ude00", 10**639, -10**641, **kwargs)
+        self.assertEqual(self.get(result), [("\ud83d\ude00", 10**639, -10**641), kwargs])
+
     def test_async_functions_are_tasks(self):
         self.worker()
         self.assertEqual(self.get(self.tasks.wait_a_moment.delay(21)), 42)
@@ -5459,6 +5467,24 @@ class CommandLine(Served):
         self.wait_lines("nap")
         self.assertIn("is running: only", self.refused("retry", result.id))
         self.assertEqual(self.ok("cancel", result.id), f"task {result.id} is cancelled\n")
+
+    def test_forever_and_a_rate_go_from_the_flag_to_the_worker(self):
+        args = pybgworker._parser().parse_args(
+            ["run", "--app", "x", "--retention", "forever", "--rate-limit", "100/m",
+             "--retention-failed", "1d", "--timeout", "0.30000000000000004"])
+        app = App(retention="1h", timeout=5)
+        app.override(**{s.name: getattr(args, s.name)
+                        for s in pybgworker.SETTINGS if s.flag})
+        found = app.settings
+        self.assertEqual((found.retention, found.retention_failed, found.rate_limit,
+                          found.timeout), (float("inf"), 86400, 100 / 60, 0.1 + 0.2))
+
+    def test_what_is_kept_forever_is_not_pruned(self):
+        self.app.send("t").cancel()
+        self.sql("update bg_task set finished_at = 1")
+        for keep, left in (("forever", 1), ("1d", 0)):
+            self.ok("prune", "--yes", PYBGWORKER_RETENTION=keep)
+            self.assertEqual(len(self.store.tasks()), left)
 
     def test_purge_and_prune_act_without_a_terminal_and_count(self):
         self.tasks.add.delay_many([(1, 2)] * 3)
