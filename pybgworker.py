@@ -894,7 +894,7 @@ class Cron:
 
     def __init__(self, expr: str, tz: str = "UTC"):
         if not isinstance(expr, str):
-            raise TypeError(f"a cron expression is a str, not {type(expr).__name__}")
+            raise OptionError(f"a cron expression is a str, not {type(expr).__name__}")
         self.expr, self.tz = expr, tz
         parts = _split(expr)
         self._zone = _zone(expr, tz)
@@ -1145,7 +1145,7 @@ class Cron:
 def _seconds_of(moment):
     """Unix time of an aware datetime, by way of UTC: a zone may repeat an hour."""
     if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise ValueError(f"{moment!r} must be a datetime with a time zone")
+        raise OptionError(f"{moment!r} must be a datetime with a time zone")
     since = moment.astimezone(timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)
     return since.days * 86400 + since.seconds + since.microseconds / 1e6
 
@@ -4309,7 +4309,8 @@ class App:
 
         Then it has the options of a bare @task, but for those that are given.
         """
-        task = self.tasks.get(name) or Task(self, _nothing, name, {})
+        task = self.tasks.get(_checked("name", _name, name))
+        task = task or Task(self, _nothing, name, {})
         return self.enqueue(task, [(args, {})], options)[0]
 
     def result(self, task_id: int) -> AsyncResult:
@@ -4444,6 +4445,8 @@ class AsyncResult:
 
         Raises TaskFailed, TaskCancelled, or TimeoutError: then the task goes on.
         """
+        if timeout is not None:
+            _check_number("timeout", timeout, -math.inf, math.inf)
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in growing_pauses():
             if self.ready():

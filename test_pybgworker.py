@@ -3264,6 +3264,26 @@ class Tasks(Case):
         self.assertTrue(issubclass(pybgworker.OptionError, ValueError))
         self.assertTrue(issubclass(pybgworker.OptionError, TypeError))
 
+    def test_any_value_of_any_option_is_refused_as_such_or_can_be_stored(self):
+        base = dt.datetime.min.replace(tzinfo=dt.timezone(dt.timedelta(hours=14)))
+        values = [None, True, 0, -1, 3, 2.5, 10**9, 10**30, 1e-300, 1e300, float("nan"),
+                  float("inf"), "", "x", "a,b", "5/s", "7d", "\ud800", "a\0b", b"x", [], [1],
+                  (), {}, object(), print, ValueError, (KeyError,), dt.timedelta(1),
+                  dt.timedelta.max, dt.datetime.min, dt.datetime.max, base, Decimal("NaN"),
+                  sqlite3.connect(":memory:")]
+        task = self.app.task(print)
+        for value, option in itertools.product(values, sorted(pybgworker._OPTIONS)):
+            with contextlib.suppress(pybgworker.OptionError):
+                task.options(**{option: value}).delay()
+        for value, option in itertools.product(values, sorted(pybgworker._TASK_OPTIONS)):
+            with contextlib.suppress(pybgworker.OptionError):
+                pybgworker.Task(self.app, print, "odd", {option: value}).delay()
+        for value, setting in itertools.product(values, pybgworker.SETTINGS):
+            with contextlib.suppress(pybgworker.SettingError):
+                _ = App(**{setting.name: value}).settings
+        self.assertGreater(len(self.store.tasks(limit=1000)), 70)
+        values[-1].close()
+
     def test_the_longest_time_that_is_accepted_works(self):
         longest = dt.timedelta(seconds=10**9)
         task = self.app.task(timeout=10**9, retry_delay=10**9, retry_max_delay=10**9,
