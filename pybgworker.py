@@ -34,8 +34,8 @@ Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Database · Queue · Claiming · Endings · Store
     · Functions · Waiting · Tasks and results · Processes · Child · Member · Pool
-    · Scheduler · Liveness · Journal · Worker · Reports · Bench · Command line
-    · Old import paths
+    · Scheduler · Liveness · Journal · Upkeep · Worker · Reports · Bench
+    · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1624,10 +1624,10 @@ create table bg_queue (
 ) without rowid""",
     """
 create table bg_meta (
-    name        text primary key,     -- last_id, schema, place
+    name        text primary key,     -- last_id, schema, place, clock, clock_doubted
     value       integer not null,     -- the highest task id ever deleted; the
                                       -- version of these tables; the place of the
-                                      -- last retry that queued again
+                                      -- last retry that queued again; see ClockView
     check (value between 0 and 1e15)
 ) without rowid""",
     """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
@@ -3424,6 +3424,13 @@ class Operations(Endings):
             ).rowcount > 0
 
 
+class ClockView(NamedTuple):
+    """What the workers of a database believe about the wall clock, in unix ms."""
+
+    seen: int               # the last look at a clock that was believed
+    doubted: int | None     # the first look after a leap forward that is not, yet
+
+
 class WorkerRow(NamedTuple):
     id: int
     name: str
@@ -3579,6 +3586,52 @@ class Store(Operations):
                 group by worker"""
         ))
 
+    def clock(self) -> ClockView | None:
+        """What was last put by put_clock(); None: nothing yet."""
+        found = dict(self._read("""select name, value from bg_meta"""))
+        if "clock" not in found:
+            return None
+        return ClockView(found["clock"], found.get("clock_doubted"))
+
+    def put_clock(self, view: ClockView) -> None:
+        """Keep what is believed about the clock."""
+        names = {"clock": view.seen, "clock_doubted": view.doubted}
+        with self.write(durable=False, patience=0.5) as link:
+            link.connection.execute(
+                """delete from bg_meta where name in ('clock', 'clock_doubted')"""
+            )
+            link.connection.executemany(
+                """insert into bg_meta (name, value) values (?, ?)""",
+                [item for item in names.items() if item[1] is not None],
+            )
+
+    def shorten_waits(self, now: int, batch: int) -> int:
+        """Count the waits over an hour that began at a time that has not come yet,
+        as a clock ahead of ours wrote it, and let them begin now: those of retries,
+        and of cron runs put off by jitter.
+        """
+        rows = self._read(
+            """select id, began from (
+                    select id, case state when 0 then created_at else
+                        started_at + cast(ifnull(duration, 0) * 1000 as integer)
+                        end as began
+                    from bg_task where state < 2 and run_at > :now + 3600000
+                        and (state = 1 or tick is not null))
+                where began > :now + 3600000 limit :batch""",
+            {"now": now, "batch": batch},
+        )
+        if rows:
+            with self.write(patience=0.5) as link:
+                link.connection.executemany(
+                    """update bg_task set run_at = max(0, run_at - :ahead),
+                            started_at = max(0, started_at - :ahead),
+                            created_at = min(created_at, :now)
+                        where id = :id and state < 2 and run_at > :now + 3600000""",
+                    [{"id": task_id, "now": now, "ahead": began - now}
+                     for task_id, began in rows],
+                )
+        return len(rows)
+
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
         rows = self._read(
@@ -3606,12 +3659,12 @@ class Store(Operations):
             {"tick": now // 1000},
         )[0][0]
 
-    def put_schedules(self, rows: Sequence[ScheduleRow]) -> None:
+    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
         """Register schedules.  Known ones keep their ticks, and take the next one
         only if nobody has moved them on since `done` was read.
 
-        Drops those that nobody has served or registered for a day, if their task
-        is registered here with others: an expression that the program had before.
+        With `drop`, those go that nobody has served or registered for a day, if their
+        task is registered here with others: what the program said before.
         """
         with self.write() as link:
             link.connection.executemany(self._PUT_SCHEDULE, rows)
@@ -3619,7 +3672,7 @@ class Store(Operations):
                 """delete from bg_schedule where task = :task
                     and seen_at < :now - 86400000
                     and (next_tick is null or next_tick < :now / 1000 - 86400)""",
-                [{"task": row.task, "now": row.seen_at} for row in rows],
+                [{"task": row.task, "now": row.seen_at} for row in rows if drop],
             )
 
     _PUT_SCHEDULE = """
@@ -5964,15 +6017,16 @@ class Scheduler:
                 own[says] = task, schedule
         return own
 
-    def register(self, now: int) -> None:
-        """Make the rows of our schedules; one that is there keeps its ticks."""
+    def register(self, now: int, drop: bool = True) -> None:
+        """Make the rows of our schedules; one that is there keeps its ticks.  `drop`
+        old ones, if the clock can be believed."""
         own = self._own()
         if own:
             known = {row[:4]: row for row in self.store.schedules()}
             self.store.put_schedules([
                 self._registered(known.get(says), says, schedule, now)
                 for says, (_, schedule) in own.items()
-            ])
+            ], drop)
 
     def _registered(self, row, says, schedule, now):
         """The row of a schedule; its next tick is that of our zone data."""
@@ -6268,6 +6322,91 @@ def _rounded(seconds):
     return None if seconds is None else round(seconds, 6)
 
 
+# == Upkeep ===================================================================
+# Owns what is done for the database by and by: old finished tasks are deleted, and
+# what a wrong clock has written is put right.
+#
+# A wall clock that leapt forward looks like a machine that was off, but a wrong one
+# is mostly put right soon.  So a leap of more than an hour since any worker's last
+# look is not believed at once, but after a 24th of its length, an hour at least and
+# a day at most; until then nothing is deleted.  Cron ticks and delays do not wait for
+# that: a leap costs them nothing, see Scheduler and Store.shorten_waits().
+
+_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+_CLOCK_KEEP_MS = 60_000     # between two writes of the time last seen
+_PRUNE_BATCH = 1000         # rows looked at by one pass
+_SHORTEN_BATCH = 500        # waits put right by one transaction
+
+
+def look_at_clock(view: ClockView | None, now: int) -> ClockView:
+    """What to believe after a look at the clock; in doubt, `doubted` is set.
+
+    A second look that comes after more than twice the leap is another leap.
+    """
+    if view is None or now <= view.seen + _HOUR_MS:
+        return ClockView(now, None)
+    seen, doubted = view
+    if doubted is None or not -_HOUR_MS <= now - doubted <= 2 * (doubted - seen):
+        return ClockView(seen, now)
+    is_settled = now - doubted >= min(_DAY_MS, max(_HOUR_MS, (doubted - seen) // 24))
+    return ClockView(now, None) if is_settled else view
+
+
+class Upkeep:
+    """Of one worker's database.  `log` takes an event and fields."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, log: Callable):
+        self.store, self.settings, self._log = store, settings, log
+        self.is_in_doubt = False        # about the clock: nothing is deleted
+        self._offset: float | None = None       # ms of wall clock ahead of monotonic
+        self._kept_at = -math.inf       # monotonic: when the clock was last looked up
+        self._wrong_waits = False       # some may be too long, and are looked for
+        self._cursor = 0
+
+    def mind_clock(self, now: int, at: float) -> bool:
+        """Notice a leap of the wall clock against the monotonic `at`, also one since
+        the last worker.  True: tasks may be due earlier than they were."""
+        offset = now - at * 1000
+        leap = 0.0 if self._offset is None else offset - self._offset
+        if abs(leap) > _HOUR_MS or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
+            self._look(now, leap < -_HOUR_MS)
+            self._kept_at = at
+        self._offset = offset
+        if not self._wrong_waits:
+            return False
+        count = self.store.shorten_waits(now, _SHORTEN_BATCH)
+        self._wrong_waits = count == _SHORTEN_BATCH
+        return count > 0
+
+    def _look(self, now, went_back):
+        old = self.store.clock()
+        new = look_at_clock(old, now)
+        self.is_in_doubt = new.doubted is not None
+        ahead = max(old.seen, old.doubted or 0) - now if old else 0     # it was
+        is_back = ahead > _HOUR_MS
+        self._wrong_waits |= went_back or is_back
+        if is_back or self.is_in_doubt and new != old:
+            leap = -ahead if is_back else now - new.seen
+            self._log("clock_leap", seconds=leap / 1000, in_doubt=self.is_in_doubt)
+        if old is None or old.doubted != new.doubted \
+                or abs(new.seen - old.seen) >= _CLOCK_KEEP_MS:
+            self.store.put_clock(new)
+
+    def prune(self, now: int) -> bool:
+        """Delete a batch of old finished tasks; True: look for more soon."""
+        if self.is_in_doubt:
+            return False
+        s = self.settings
+        before, failed_before = (
+            None if keep == math.inf else now - to_ms(keep)
+            for keep in (s.retention, s.retention_failed)
+        )
+        _, self._cursor = self.store.prune(
+            self._cursor, before, failed_before, _PRUNE_BATCH
+        )
+        return self._cursor > 0
+
+
 # == Worker ===================================================================
 # Owns the loop.  Each turn is step(now): hear the children, settle and claim in
 # one transaction, dispatch, then whatever housekeeping is due.  One thread, one
@@ -6278,7 +6417,6 @@ _POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
 _DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
 _BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
 _ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
-_PRUNE_BATCH = 1000         # rows looked at by one pass
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
 
@@ -6308,7 +6446,10 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
     run_at = min(now + to_ms(max(0.0, delay)), _LATEST_MS)
-    return outcome._replace(state=RETRYING, run_at=run_at)
+    # The delay is counted from the end of the run by this very clock, so that
+    # shorten_waits() knows it when the clock was set during the run.
+    began = now - to_ms(ended.duration or 0.0)
+    return outcome._replace(state=RETRYING, run_at=run_at, started_at=max(0, began))
 
 
 def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
@@ -6506,7 +6647,6 @@ class Worker:
         self._trouble_said = False
         self._passed_over: set[str] = set()     # names that children do not know
         self._data_version = -1
-        self._prune_cursor = 0
         self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
         self._callbacks = {n: t.callbacks for n, t in app.tasks.items() if t.callbacks}
         if self.settings.rate_limit:
@@ -6544,7 +6684,9 @@ class Worker:
         self.liveness = Liveness(self.store, self.settings, self.ear)
         self.liveness.register(now)
         self.scheduler = Scheduler(self.app, self.journal.say)
-        self.scheduler.register(now)
+        self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
+        self.upkeep.mind_clock(now, time.monotonic())
+        self.scheduler.register(now, drop=not self.upkeep.is_in_doubt)
         tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
         self.journal.start(self.settings, self.store.path, tasks,
                            self.scheduler.count())
@@ -6565,6 +6707,7 @@ class Worker:
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
             Chore(1.0, lambda now: self.store.checkpoint_if_large()),
+            Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
             self._cancels, self._crons, self._pruning,
         ]
 
@@ -6818,17 +6961,13 @@ class Worker:
         self._crons.due = time.monotonic() + wait
 
     def _prune(self, now):
-        """Delete old finished tasks, a batch at a time; soon again if it was full."""
-        s = self.settings
-        before, failed_before = (
-            None if keep == math.inf else now - to_ms(keep)
-            for keep in (s.retention, s.retention_failed)
-        )
-        _, self._prune_cursor = self.store.prune(
-            self._prune_cursor, before, failed_before, _PRUNE_BATCH
-        )
-        if self._prune_cursor:
+        """Delete old finished tasks; by a clock that is looked at first."""
+        self._mind_clock(now)
+        if self.upkeep.prune(now):
             self._pruning.due = time.monotonic() + 0.1
+
+    def _mind_clock(self, now):
+        self.look |= self.upkeep.mind_clock(now, time.monotonic())
 
 
 # == Reports ==================================================================

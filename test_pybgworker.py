@@ -4886,6 +4886,127 @@ class Lives(Case):
         self.assertEqual((task_id, error["kind"]), (last.id, "lost"))
 
 
+# == Upkeep ===================================================================
+
+
+HOUR, DAY, YEAR = 3_600_000, 86_400_000, 366 * 86_400_000      # ms
+
+
+class Upkeeps(QueueCase):
+
+    def upkeep(self):
+        """That of a worker that starts."""
+        self.events = getattr(self, "events", [])
+        self.app.override(retention="7d", retention_failed="30d")
+        return pybgworker.Upkeep(
+            self.store, self.app.settings,
+            lambda event, **fields: self.events.append((event, fields)))
+
+    def look(self, upkeep, now, awake=0.0):
+        """A look and a pruning; the monotonic clock goes on by `awake` seconds."""
+        self.at = getattr(self, "at", 100.0) + awake
+        upkeep.mind_clock(now, self.at)
+        upkeep.prune(now)
+        return len(self.sql("select 1 from bg_task where state > 3"))
+
+    def finished(self, age, count=3):
+        self.enqueue(count=count)
+        for run in self.claim():
+            self.finish(run)
+        self.sql("update bg_task set finished_at = ?", self.now - age)
+
+    LOOKS = """
+        hours of the looks          believed
+        0 1 2                       yes yes yes
+        0 9000 9000.02 1            yes no no yes
+        0 9000 9000.02 9024         yes no no yes
+        0 9000 9023                 yes no no
+        0 48 49 50.1                yes no no yes
+        0 24 48 72                  yes no yes no
+        0 24 9000 48                yes no no no
+        0 -9000 0 1.1 24            yes yes no no yes
+    """
+
+    def test_when_a_leap_of_the_clock_is_believed(self):
+        for line in self.LOOKS.strip().splitlines()[1:]:
+            hours, wanted = re.split(r"\s{4,}", line.strip())
+            view, believed = None, []
+            for hour in hours.split():
+                now = self.now + int(float(hour) * HOUR)
+                view = pybgworker.look_at_clock(view, now)
+                believed.append("yes" if view.doubted is None else "no")
+            with self.subTest(hours):
+                self.assertEqual(" ".join(believed), wanted)
+
+    def test_a_clock_a_year_ahead_while_a_worker_starts_prunes_nothing(self):
+        self.finished(HOUR)
+        self.look(self.upkeep(), self.now)
+        wrong = self.upkeep()
+        self.assertEqual(self.look(wrong, self.now + YEAR), 3)
+        self.assertEqual(self.look(wrong, self.now + YEAR + HOUR, awake=3600), 3)
+        self.assertEqual(self.look(self.upkeep(), self.now + YEAR + 2 * HOUR), 3)
+        self.assertEqual(self.look(self.upkeep(), self.now + HOUR // 2), 3)
+        self.sql("update bg_task set finished_at = finished_at - ?", 8 * DAY)
+        self.assertEqual(self.look(self.upkeep(), self.now + HOUR // 2 + 1), 0)
+
+    def test_a_clock_that_leaps_under_a_running_worker_prunes_nothing(self):
+        self.finished(HOUR)
+        upkeep = self.upkeep()
+        for turn in range(10):
+            self.look(upkeep, self.now + turn, awake=0.001)
+        self.assertEqual(self.look(upkeep, self.now + 40 * DAY, awake=0.001), 3)
+        self.assertEqual([(e, f["seconds"]) for e, f in self.events],
+                         [("clock_leap", 40 * 86400)])
+        self.assertEqual(self.look(upkeep, self.now + 60, awake=0.06), 3)
+        self.assertEqual(self.events[-1][1]["in_doubt"], False)
+
+    def test_after_a_long_pause_old_tasks_go_within_a_day(self):
+        self.finished(HOUR)
+        upkeep = self.upkeep()
+        self.look(upkeep, self.now)
+        kept = [self.look(upkeep, self.now + 40 * DAY + n * HOUR, awake=3600.0)
+                for n in range(26)]
+        self.assertEqual((kept[22], kept[-1]), (3, 0))
+
+    def test_an_hour_of_the_same_clock_costs_few_writes(self):
+        upkeep = self.upkeep()
+        self.look(upkeep, self.now)
+        writes, connection = [], self.store._link().connection
+        connection.set_trace_callback(
+            lambda text: writes.append(text) if "begin" in text.lower() else None)
+        for second in range(3600):
+            upkeep.mind_clock(self.now + second * 1000, self.at + second)
+        connection.set_trace_callback(None)
+        self.assertLessEqual(len(writes), 61)
+
+    def test_waits_from_a_time_that_has_not_come_begin_now(self):
+        ahead = self.now + YEAR
+        self.look(self.upkeep(), ahead)
+        self.enqueue(count=600)
+        for run in self.claim(free=600):
+            self.finish(run, pybgworker.RETRYING, run_at=ahead + 5000,
+                        error={"kind": "x"}, started_at=ahead - 2000, duration=2.0)
+        for name, created, run_at, tick in (
+            ("jitter", ahead, ahead + 50_000, ahead // 1000),   # of a cron run
+            ("eta", ahead, ahead + 50_000, None),               # a time, not a span
+            ("patient", self.now - 9, self.now + 9 * HOUR, None),
+        ):
+            task = pybgworker.NewTask(
+                name, "q", 5, None, 0, None, pybgworker.SCHEDULED, run_at, created, tick)
+            with self.store.write():
+                self.store.insert([pybgworker.Request(task, ["[[],{}]"])])
+        upkeep = self.upkeep()
+        self.at += 1
+        self.assertTrue(upkeep.mind_clock(self.now, self.at))
+        self.assertTrue(upkeep.mind_clock(self.now, self.at))
+        self.assertFalse(upkeep.mind_clock(self.now, self.at))
+        self.assertEqual(
+            self.sql("select name, run_at - ?, count(*) from bg_task group by 1, 2 "
+                     "order by 1", self.now),
+            [("eta", YEAR + 50_000, 1), ("jitter", 50_000, 1),
+             ("patient", 9 * HOUR, 1), ("t", 5000, 600)])
+
+
 # == Worker ===================================================================
 
 
@@ -5255,11 +5376,29 @@ class Workers(Served):
         self.assertEqual(result.error.kind, "lost")
         self.assertEqual(len(self.lines("held")), 2)
 
+    def test_a_retry_put_off_by_a_clock_that_was_ahead_comes_when_it_is_right(self):
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        for early in (True, False):         # the clock is set before or during the run
+            clock = self.set_the_clock(9000 if early else 0)
+            if early:
+                result = self.tasks.again.delay()
+            else:
+                result = self.tasks.nap.options(retries=1, timeout=0.3).delay(9)
+                self.turn_until(worker, lambda: self.lines("nap"), clock)
+                clock = self.set_the_clock(9000)
+            self.turn_until(worker, lambda: result.status == "retrying", clock)
+            clock, began = self.set_the_clock(0), time.monotonic()
+            self.turn_until(worker, result.ready, clock)
+            self.assertLess(time.monotonic() - began, 8)
+            self.assertEqual(result.attempt, 2)
+
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
         good, bad = self.tasks.add.delay(1, 2), self.tasks.die.delay("exit")
         self.turn_until(worker, lambda: good.ready() and bad.ready())
-        worker._prune(pybgworker.now_ms() + 7_200_000)
+        self.sql("update bg_task set finished_at = finished_at - 7200000")
+        worker._prune(pybgworker.now_ms())
 
         self.assertRaises(pybgworker.TaskNotFound, good.ready)
         self.assertTrue(bad.failed())
