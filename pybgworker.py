@@ -1710,6 +1710,14 @@ def _mount_of(path, mounts):
     return best, kind
 
 
+def _links_to(path):
+    """The number of names that a file has in its file system; 0: there is none."""
+    try:
+        return os.stat(path).st_nlink
+    except OSError:
+        return 0
+
+
 def _check_place(path, mounts, allow_network_fs):
     """Refuse a file that SQLite would damage where, or as, it lies.
 
@@ -1728,7 +1736,7 @@ def _check_place(path, mounts, allow_network_fs):
             f"database {path}: mounted as a single file, so its -wal is not the one "
             "that other programs see: mount the folder that it lies in"
         )
-    if os.path.isfile(path) and os.stat(path).st_nlink > 1:
+    if _links_to(path) > 1 and not os.path.isdir(path):
         raise DatabaseUnusable(
             f"database {path}: a hard link gives it a second name, and SQLite loses "
             f"data by two names: remove the other (find -samefile {path})"
@@ -2399,7 +2407,7 @@ class CallersTransaction:
             self.connection.text_factory = factory
         ours, found = self.store.path, _file_identity(path)
         if found is None or found != _file_identity(ours) or (
-            os.path.realpath(path) != ours and os.stat(path).st_nlink > 1
+            os.path.realpath(path) != ours and _links_to(path) > 1
         ):
             raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")

@@ -1792,6 +1792,76 @@ class Databases(Case):
         self.app.send("t")
         self.assertEqual(os.stat(self.db).st_mode & 0o007, 0)
 
+    @contextlib.contextmanager
+    def user(self, uid, gid):
+        """Be another user meanwhile, as a service with umask 007."""
+        groups, umask = os.getgroups(), os.umask(0o007)
+        os.setgroups([])
+        os.setegid(gid)
+        os.seteuid(uid)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(groups)
+            os.umask(umask)
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_users_of_a_common_group_share_a_database_and_others_do_not(self):
+        """A web server and a worker, each with a user of its own."""
+        os.chown(self.folder, 0, 4711)
+        os.chmod(self.folder, 0o2770)
+        ear = pybgworker.WakeSocket()
+        self.addCleanup(ear.close)
+        pybgworker.boot_id()                    # all that others may not import
+        with self.user(4001, 4711):
+            web = App(db=str(self.db))
+            self.assertEqual(web.send("t").id, 1)
+        with self.user(4002, 4711):
+            app = App(db=str(self.db))
+            app.store.create()
+            worker = pybgworker.Liveness(app.store, app.settings, ear)
+            worker.register(1)
+            app.store.pause("q", 1)
+            app.store.checkpoint()
+        pybgworker.LiveFile._open.clear()       # as in another process
+        with self.user(4001, 4711):
+            self.assertEqual(web.send("t").id, 2)
+            pybgworker.LiveFile.of(web.store.path + "-live")
+        with self.user(4003, 4712):
+            stranger = App(db=str(self.db))
+            for use in (lambda: stranger.send("t"), stranger.store.tasks,
+                        lambda: pybgworker.LiveFile.of(f"{self.db}-live")):
+                self.assertRaises(pybgworker.DatabaseUnavailable, use)
+        for end in ("", "-wal", "-shm", "-live"):
+            found = os.stat(f"{self.db}{end}")
+            self.assertEqual((found.st_gid, found.st_mode & 0o777), (4711, 0o660), end)
+        app.store.close()
+        web.store.close()
+
+    def test_another_program_cannot_end_the_wal_mode_while_we_are_there(self):
+        self.app.send("t")
+        with self.assertRaisesRegex(sqlite3.OperationalError, "locked"):
+            self.sql("pragma journal_mode = delete")
+        self.app.store.close()
+        self.assertEqual(self.sql("pragma journal_mode = delete"), [("delete",)])
+        self.assertEqual(self.app.send("t").id, 2)
+        self.assertEqual(self.sql("pragma journal_mode"), [("wal",)])
+
+    def test_a_backup_may_be_restored_while_we_are_there(self):
+        self.app.send("t")
+        copy = sqlite3.connect(self.folder / "copy.db")
+        live = sqlite3.connect(self.db)
+        live.backup(copy)
+        later = [self.app.send("t") for _ in range(50)]
+        copy.backup(live)                       # what .restore does
+        copy.close()
+        live.close()
+        self.assertRaises(pybgworker.TaskNotFound, lambda: later[0].status)
+        self.assertEqual(self.app.send("u").id, 2)
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+
     def test_the_mode_of_a_database_that_exists_is_left_alone(self):
         self.sql("create table mine (id)")
         os.chmod(self.db, 0o604)
