@@ -64,6 +64,7 @@ import math
 import os
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -712,8 +713,9 @@ def decode(text: str) -> Any:
 # A pipe whose reader sleeps may hold up this many bytes here; then lines are
 # dropped and counted, and the count is the first line after.
 _LOG_BACKLOG_BYTES = 4 << 20
-# poll() calls a pipe writable when so much fits; a longer write could block.
-_PIPE_CHUNK_BYTES = 4096
+# What one write puts into a pipe as a whole, or not at all, also where several
+# processes write to it.
+_PIPE_CHUNK_BYTES = getattr(select, "PIPE_BUF", 512)
 
 # The encoder's own parts, without the cost of setting it up for every line.
 _SCALARS = {
@@ -748,6 +750,44 @@ def _is_seekable(fd):
         return False
 
 
+def _never_waiting(fd, owner):
+    """A function that writes to a pipe, socket or terminal, or raises BlockingIOError.
+
+    O_NONBLOCK belongs to the open file, which others share: a shell, its other
+    jobs.  So the file is opened again, until `owner` is gone.
+    """
+    try:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            end = socket.socket(fileno=os.dup(fd))
+            weakref.finalize(owner, end.close)
+            return lambda chunk: end.send(chunk, socket.MSG_DONTWAIT)
+        path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
+        own = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        weakref.finalize(owner, os.close, own)
+        return functools.partial(os.write, own)
+    except OSError:             # no /proc, or not ours to open: poll() has to do
+        return functools.partial(_write_if_writable, fd)
+
+
+def _write_if_writable(fd, chunk):
+    if not _is_writable(fd, 0):
+        raise BlockingIOError
+    return os.write(fd, chunk)
+
+
+def _is_writable(fd, seconds):
+    with _WriteWaiter() as waiter:
+        waiter.register(fd, selectors.EVENT_WRITE)
+        return bool(waiter.select(seconds))
+
+
+def _first_chunk(unsent):
+    """What to write next to a pipe: whole lines, where a line fits into a chunk."""
+    if len(unsent) <= _PIPE_CHUNK_BYTES:
+        return unsent
+    return unsent[: unsent.rfind(b"\n", 0, _PIPE_CHUNK_BYTES) + 1 or _PIPE_CHUNK_BYTES]
+
+
 class Log:
     """Collects event lines and writes them to the file descriptor `fd`."""
 
@@ -755,12 +795,12 @@ class Log:
         self._fd = fd
         self._is_text = style == "text"
         self._clock = clock
-        self._waiter = None if _is_seekable(fd) else _WriteWaiter()
-        if self._waiter:
-            self._waiter.register(fd, selectors.EVENT_WRITE)
+        self._is_file = _is_seekable(fd)
+        self._write = functools.partial(os.write, fd) if self._is_file \
+            else _never_waiting(fd, self)
         self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
         self._lines: list[str] = []
-        self._unsent = b""
+        self._unsent = bytearray()          # its beginning is cheap to take off
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Add one line: timestamp, event, then the fields that are not None."""
@@ -798,17 +838,14 @@ class Log:
             self._drop()
 
     def _write_some(self, deadline):
-        """Write a part.  False when no more can be written without waiting."""
+        """Write a part.  False when no more can be written in time."""
         try:
-            chunk = self._unsent
-            if self._waiter:
-                if not self._waiter.select(max(0.0, deadline - time.monotonic())):
-                    return False
-                chunk = chunk[:_PIPE_CHUNK_BYTES]
-            self._unsent = self._unsent[os.write(self._fd, chunk):]
+            chunk = self._unsent if self._is_file else _first_chunk(self._unsent)
+            del self._unsent[: self._write(chunk)]
             return True
         except BlockingIOError:
-            return False
+            left = deadline - time.monotonic()
+            return left > 0 and _is_writable(self._fd, left)
         except (OSError, ValueError):       # closed, or its disk is full
             self._drop()
             return False
@@ -4765,12 +4802,14 @@ class Guardian:
         if self._pid and poll_exit(self._pid) is None:
             return
         self._close()
-        receiver, self._pipe = os.pipe()
-        null = os.open(os.devnull, os.O_WRONLY)
+        self._pid = 0
         argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
-        self._pid = spawn(argv, [], receiver, null)
-        os.close(receiver)
-        os.close(null)
+        with contextlib.ExitStack() as theirs:
+            receiver, self._pipe = os.pipe()
+            theirs.callback(os.close, receiver)
+            null = os.open(os.devnull, os.O_WRONLY)
+            theirs.callback(os.close, null)
+            self._pid = spawn(argv, [], receiver, null)
         for pid in self._groups:
             self._tell(f"+{pid}\n")
 
@@ -5319,6 +5358,14 @@ def _read_all(fd, most):
     return found.decode("utf-8", "backslashreplace"), at_end
 
 
+def _pipe(undo, theirs):
+    """A pipe from a child: one end to be closed if it fails, one in any case."""
+    reader, writer = os.pipe()
+    undo.callback(os.close, reader)
+    theirs.callback(os.close, writer)
+    return reader, writer
+
+
 class Member:
     """One child of the pool."""
 
@@ -5339,17 +5386,20 @@ class Member:
         self._printed_chars = 0
 
     def _open(self, spec):
-        self.frames, child_frames = frame_pair()
-        self.messages, child_messages = socket.socketpair()
-        self.output, child_output = os.pipe()
-        self.crash, child_crash = os.pipe()
-        ends = child_frames.fileno(), child_messages.fileno(), child_crash
-        spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
-        argv = [*interpreter(), "-c", _CHILD_CODE]
-        null = os.open(os.devnull, os.O_RDONLY)
-        self.pid = spawn([*argv, json.dumps(spec)], ends, null, child_output)
-        for fd in (null, child_output, child_crash):
-            os.close(fd)
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            self.frames, child_frames = frame_pair()
+            self.messages, child_messages = socket.socketpair()
+            for end in (self.frames, child_frames, self.messages, child_messages):
+                undo.enter_context(end)
+            self.output, child_output = _pipe(undo, theirs)
+            self.crash, child_crash = _pipe(undo, theirs)
+            null = os.open(os.devnull, os.O_RDONLY)
+            theirs.callback(os.close, null)
+            ends = child_frames.fileno(), child_messages.fileno(), child_crash
+            spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
+            argv = [*interpreter(), "-c", _CHILD_CODE, json.dumps(spec)]
+            self.pid = spawn(argv, ends, null, child_output)
+            undo.pop_all()
         child_messages.close()
         # The duplicate that frames are read back by.  It shares its flags with the
         # child's end, so it must stay blocking.
@@ -5498,9 +5548,17 @@ class Member:
         self._unread.close()
 
     def watch(self, selector: selectors.BaseSelector) -> None:
-        """Have the selector name us when there is something to read."""
-        for channel in (self.messages, self.output):
-            selector.register(channel, selectors.EVENT_READ, self)
+        """Have the selector name us when there is something to read.
+
+        Raises OSError, and kills the child, when it cannot.
+        """
+        try:
+            for channel in (self.messages, self.output):
+                selector.register(channel, selectors.EVENT_READ, self)
+        except OSError:
+            self.wait(0)
+            self.close(selector)
+            raise
 
     def close(self, selector: selectors.BaseSelector) -> None:
         """Close our ends.  The child must be dead."""
@@ -5615,9 +5673,9 @@ class Pool:
             self._guardian.check()
             while len(self.members) < self._size + 1 and at >= self.starts.next_start:
                 member = Member(self._spec)
+                member.watch(self._selector)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
-                member.watch(self._selector)
         except OSError as exc:          # no process, or no descriptor, to be had
             self.starts.failed(at, str(exc))
 
@@ -6584,47 +6642,89 @@ class Outbox:
             self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
 
 
+def _stop_signals():
+    """What ends a worker.  A hangup does not where it was ignored: nohup."""
+    hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP][hangup:]]
+
+
+@contextlib.contextmanager
+def _handling(numbers, handler):
+    """Within this block these signals come to `handler`, however we were started.
+
+    Who starts a worker may have blocked or ignored what it needs, and its children
+    inherit that.  Ignored from here on: the stop of a background process that
+    writes to its terminal.
+    """
+    needed = {*numbers, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
+    changes = {signal.SIGTTOU: signal.SIG_IGN, **dict.fromkeys(numbers, handler)}
+    before = {number: signal.signal(number, to) for number, to in changes.items()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def quitting_at_once() -> contextlib.AbstractContextManager:
+    """A block in which a stop signal ends this process, with status 0 and one line.
+
+    For as long as there is nothing that wants an orderly end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return contextlib.nullcontext()
+    return _handling(_stop_signals(), _quit)
+
+
+def _quit(*_):
+    with contextlib.suppress(OSError):
+        os.write(2, b"pybgworker: stopped before it began\n")
+    os._exit(0)
+
+
 class StopSignals:
-    """Counts SIGTERM and SIGINT; SIGCHLD only ends the loop's sleep.
+    """Counts what asks for a stop; SIGCHLD only ends the loop's sleep.
 
     The handler does no more than that: the loop does the rest.
     """
 
     def __init__(self):
         self.count = 0
-        self._receiver: Any = None
+        self.begun = False          # there is something to be stopped in good order
+        self.receiver: Any = None   # readable after a signal
 
     @contextlib.contextmanager
-    def caught(self, selector: selectors.BaseSelector) -> Iterator[None]:
+    def caught(self) -> Iterator[None]:
         """Within this block, in the main thread, signals come here."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._receiver, sender = socket.socketpair()
-        for end in (self._receiver, sender):
+        self.receiver, sender = socket.socketpair()
+        for end in (self.receiver, sender):
             end.setblocking(False)
-        selector.register(self._receiver, selectors.EVENT_READ, "signal")
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-        before = [signal.signal(number, self._handle) for number in numbers]
         try:
-            yield
+            with _handling([*_stop_signals(), signal.SIGCHLD], self._handle):
+                yield
         finally:
-            for number, handler in zip(numbers, before):
-                signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
-            selector.unregister(self._receiver)
-            self._receiver.close()
+            self.receiver.close()
             sender.close()
 
     def _handle(self, number, _frame):
-        if number != signal.SIGCHLD:
+        if number == signal.SIGHUP:         # it may come twice: from the shell too
+            self.count = max(1, self.count)
+        elif number != signal.SIGCHLD:
             self.count += 1
+        if self.count and not self.begun:
+            _quit()
 
     def drain(self) -> None:
         """Take in what woke the loop."""
         with contextlib.suppress(OSError):
-            while self._receiver.recv(4096):
+            while self.receiver.recv(4096):
                 pass
 
 
@@ -6667,16 +6767,21 @@ class Worker:
 
         0 after an orderly end, 1 when it cannot go on; standard error says why.
         """
-        self.start()
-        try:
-            with self.stops.caught(self.selector):
+        with self.stops.caught():
+            self.start()
+            try:
                 while not self._is_done():
                     self.wait()
                     self.step(now_ms())
+<<<<<<< HEAD
         except BaseException as exc:
             self._break_off(exc)
             raise
         self.stop()
+=======
+            finally:
+                self.stop()
+>>>>>>> 41d88e1 (Signals: a hangup is a graceful stop, also during the import; what the starter blocked or ignored does not matter; the log waits for nobody and tears no line; failed forks leave no descriptor)
         if self.fatal:
             print(f"pybgworker: {self.fatal}", file=sys.stderr)
         return 1 if self.fatal else 0
@@ -6698,6 +6803,9 @@ class Worker:
         tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
         self.journal.start(self.settings, self.store.path, tasks,
                            self.scheduler.count())
+        self.stops.begun = True
+        if self.stops.receiver:
+            self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
         spec = _child_spec(self.app_spec, self.store.path, self.settings)
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
                          self.journal.run, self.selector)
@@ -7697,7 +7805,8 @@ def _without_our_frames(exc):
 
 def _run(args, app):
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
-    app = _load(args.app)
+    with quitting_at_once():
+        app = _load(args.app)
     app.override(**flags)
     log = Log(1, args.log_format or ("text" if _is_terminal(sys.stdout) else "json"))
     return Worker(app, args.app, burst=args.burst, log=log).run()

@@ -140,9 +140,12 @@ class Case(unittest.TestCase):
         self.addCleanup(pybgworker._default_app.tasks.clear)
         return found
 
-    def worker(self, *flags, app="tasks", **environment):
-        """A worker in a process of its own; ended with the test."""
-        worker = RealWorker(self, app, flags, environment)
+    def worker(self, *flags, app="tasks", before=None, **environment):
+        """A worker in a process of its own; ended with the test.
+
+        `before()` is called in that process, before it becomes the worker.
+        """
+        worker = RealWorker(self, app, flags, environment, before)
         self.addCleanup(worker.kill)
         return worker
 
@@ -150,14 +153,14 @@ class Case(unittest.TestCase):
 class RealWorker:
     """`pybgworker.py run` in another process, and the events it has logged."""
 
-    def __init__(self, case, app, flags, environment):
+    def __init__(self, case, app, flags, environment, before=None):
         self.events = []
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "pybgworker.py"), "run", "--app", app,
              *map(str, flags)],
             cwd=case.folder, stdin=subprocess.DEVNULL, text=True,
             env=clean_environment(PYBGWORKER_DB=str(case.db), **environment),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before,
         )
         self.pid = self.process.pid
         self.errors = []
@@ -369,6 +372,10 @@ TASKS = """
         os.close(2)
         print("still here")
         return "closed"
+
+    @task(retries=0)
+    def call_false():
+        subprocess.check_call(["false"])
 
     @task(retries=0)
     def close_all():
@@ -608,6 +615,55 @@ class Promises(Served):
         self.assertIsNone(worker.find("worker_stop"))
         worker.signal(signal.SIGINT)
         self.assertEqual(worker.wait(), 0)
+
+    def test_a_closed_terminal_is_a_graceful_stop_however_often_it_says_so(self):
+        result = self.tasks.nap.delay(0.5)
+        worker = self.worker("--concurrency", 1)
+        self.wait_lines("nap")
+        worker.signal(signal.SIGHUP)
+        worker.signal(signal.SIGHUP)
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(result.result, "slept")
+        self.assertTrue(worker.find("worker_stop"))
+
+    def test_under_nohup_a_hangup_is_ignored(self):
+        worker = self.worker(
+            "--concurrency", 1, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        worker.wait_for("worker_ready")
+        worker.signal(signal.SIGHUP)
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_worker_is_stopped_while_it_imports_the_app(self):
+        (self.folder / "slow.py").write_text(
+            "import time\nopen('importing', 'w').write('1\\n')\ntime.sleep(60)\n")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            worker = self.worker(app="slow")
+            self.wait_lines("importing")
+            worker.signal(number)
+            self.assertEqual(worker.wait(), 0)
+            self.assertEqual(worker.errors, ["pybgworker: stopped before it began\n"])
+            os.remove("importing" if os.getcwd() == str(self.folder)
+                      else self.folder / "importing")
+
+    def test_it_does_not_matter_what_signals_the_starter_blocked_or_ignored(self):
+        def before():
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+        worker = self.worker("--concurrency", 2, before=before)
+        crash = self.tasks.die.delay("exit")
+        self.assertEqual(self.failure(crash).kind, "crash")
+        self.assertEqual(worker.find("task_crash")["exit_code"], 7)
+        self.assertEqual(self.failure(self.tasks.clean_up.delay()).kind, "timeout")
+        self.assertEqual(self.lines("cleaned"), [""])
+        self.assertIn("CalledProcessError", str(self.failure(self.tasks.call_false.delay())))
+        napping = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        napping.cancel()
+        self.assertRaises(pybgworker.TaskCancelled, self.get, napping)
+        self.assertEqual(worker.stop(), 0)
 
     def test_the_second_signal_hands_the_run_back_without_a_charge(self):
         worker = self.worker("--concurrency", 1)
@@ -1248,6 +1304,87 @@ class Logs(unittest.TestCase):
         dropped = [json.loads(line)["lines"] for line in found.splitlines()[:-1]
                    if b"log_dropped" in line]
         self.assertTrue(dropped and sum(dropped) > 1000)
+
+    def test_two_who_write_to_one_pipe_tear_no_line(self):
+        os.set_blocking(self.reader, False)
+        logs, found = [self.log(), self.log("json")], b""
+        for n in range(600):
+            for log in logs:            # they meet a full pipe, in mid-flush
+                log.event("output", text="x" * (n * 7 % 900))
+                log.flush()
+            if n % 50 == 49:
+                found += os.read(self.reader, 3000)
+        while any(log._unsent for log in logs):
+            logs.reverse()
+            for log in logs:
+                log.flush()
+            found += os.read(self.reader, 5000)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found += os.read(self.reader, 1 << 20)
+        self.assertEqual({len(json.loads(line)["text"]) for line in found.splitlines()},
+                         {n * 7 % 900 for n in range(600)})
+        self.assertEqual(found.count(b"\n"), 1200)
+
+    def assert_never_waits(self, fd, read):
+        """Nobody reads: flush() comes back, and what is written arrives later."""
+        log = Log(fd)
+        blocking = os.get_blocking(fd)
+        for _ in range(3000):
+            log.event("output", text="x" * 100)
+
+        def flush():
+            log.flush()
+
+        thread = threading.Thread(target=flush, daemon=True)
+        thread.start()
+        thread.join(5)
+        self.assertFalse(thread.is_alive(), "it waits")
+        self.assertTrue(log._unsent)
+        self.assertEqual(os.get_blocking(fd), blocking)      # others share it
+        left = len(log._unsent)
+        read()
+        log.flush()
+        self.assertLess(len(log._unsent), left)
+
+    def test_a_terminal_that_does_not_read_is_not_waited_for(self):
+        reader, writer = os.openpty()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        self.assert_never_waits(writer, lambda: os.read(reader, 4000))
+
+    def test_a_pipe_or_a_socket_that_does_not_read_is_not_waited_for(self):
+        self.assert_never_waits(self.writer, lambda: os.read(self.reader, 20_000))
+        socket = pybgworker.socket
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
+            with mine, theirs:
+                self.assert_never_waits(mine.fileno(), lambda at=theirs: at.recv(50_000))
+
+    def test_where_a_pipe_cannot_be_opened_again_poll_says_what_fits(self):
+        real = os.open
+        self.addCleanup(setattr, os, "open", real)
+
+        def refuse(path, *rest):
+            raise OSError(path)
+
+        os.open = refuse
+        log = self.log()
+        os.open = real
+        log.event("said")
+        log.flush()
+        self.assertIn(b"said", os.read(self.reader, 1000))
+        os.open = refuse
+        self.assert_never_waits(self.writer, lambda: os.read(self.reader, 20_000))
+
+    def test_a_log_that_is_gone_leaves_no_descriptor(self):
+        before = os.dup(self.reader)
+        os.close(before)
+        for _ in range(10):
+            self.log()
+        after = os.dup(self.reader)
+        os.close(after)
+        self.assertEqual(after, before)
 
     def test_a_closed_or_full_output_is_survived(self):
         os.close(self.writer)
@@ -4057,6 +4194,45 @@ class Processes(Case):
             os.close(null)
             found = until(lambda pid=pid: pybgworker.poll_exit(pid))
             self.assertEqual((found.signal, found.code), expected)
+
+    def test_a_process_that_cannot_start_leaves_no_descriptor(self):
+        def refuse(*_):
+            raise BlockingIOError(pybgworker.errno.EAGAIN, "no process to be had")
+
+        real = pybgworker.spawn
+        self.addCleanup(setattr, pybgworker, "spawn", real)
+        pybgworker.spawn = refuse
+        spec = pybgworker.ChildSpec("m", "a", [], 1, 0, 0, 0, {})
+        guardian = pybgworker.Guardian()
+
+        def lowest_free():
+            fd = os.dup(0)
+            os.close(fd)
+            return fd
+
+        before = lowest_free()
+        for _ in range(3):
+            self.assertRaises(BlockingIOError, pybgworker.Member, spec)
+            self.assertRaises(BlockingIOError, guardian.check)
+        guardian.stop()
+        self.assertEqual(lowest_free(), before)
+
+        pybgworker.spawn = real                     # and one that cannot be watched
+        selector = pybgworker.selectors.DefaultSelector()
+        before = lowest_free()
+        member = pybgworker.Member(spec)
+        selector.register(member.output, pybgworker.selectors.EVENT_READ)
+
+        class Full:
+            unregister = selector.unregister
+
+            def register(self, *_):
+                raise OSError(pybgworker.errno.ENOSPC, "no more")
+
+        self.assertRaises(OSError, member.watch, Full())
+        self.assertFalse(is_alive(member.pid))
+        self.assertEqual(lowest_free(), before)
+        selector.close()
 
     def test_the_guardian_kills_the_groups_it_still_knows(self):
         null = os.open(os.devnull, os.O_RDWR)
