@@ -6561,11 +6561,55 @@ class Chore:
         self.seconds, self.act = seconds, act
         self.due = 0.0
 
-    def run_if_due(self, now: int, at: float) -> None:
-        """`at` is monotonic: setting the clock neither hurries nor stops it."""
-        if at >= self.due:
-            self.due = at + self.seconds
+    def run_if_due(self, now: int, at: float) -> bool:
+        """`at` is monotonic: setting the clock neither hurries nor stops it.
+
+        False: not due yet.  One that fails is due again at once, not a period later.
+        """
+        if at < self.due:
+            return False
+        self.due = at + self.seconds
+        try:
             self.act(now)
+        except BaseException:
+            self.due = at + _ERROR_PAUSE
+            raise
+        return True
+
+
+class Trouble:
+    """What of a worker's dealings with the database fails now.
+
+    An episode is as long as anything that failed has not worked again.  Each event
+    is said once in it; a lock is worth no line before _BUSY_SILENCE.
+    """
+
+    def __init__(self, say: Callable):
+        self._say = say
+        self._since = 0.0           # monotonic; of the episode
+        self._said: set[str] = set()
+        self.failing: set = set()   # the acts, as they were called
+
+    def attempt(self, at: float, act: Callable, *args: Any) -> Any:
+        """Call `act`; return what the database made it raise.  False: not done."""
+        try:
+            if act(*args) is not False:
+                self.failing.discard(act)
+        except DatabaseUnavailable as exc:
+            self._since = self._since if self.failing else at
+            self.failing.add(act)
+            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
+                self.say_once("database_error", exc)
+            return exc
+        if not self.failing:
+            self._said.clear()
+        return None
+
+    def say_once(self, event: str, exc: Exception) -> None:
+        """A log line, unless this episode has had it."""
+        if event not in self._said:
+            self._said.add(event)
+            self._say(event, error=str(exc))
 
 
 class Outbox:
@@ -6751,8 +6795,7 @@ class Worker:
         self._room = 0, 0               # what the pool had a turn ago
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
-        self._trouble_since = 0.0       # monotonic; 0: the database works
-        self._trouble_said = False
+        self.trouble = Trouble(self.journal.say)
         self._passed_over: set[str] = set()     # names that children do not know
         self._data_version = -1
         self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
@@ -6773,15 +6816,10 @@ class Worker:
                 while not self._is_done():
                     self.wait()
                     self.step(now_ms())
-<<<<<<< HEAD
-        except BaseException as exc:
-            self._break_off(exc)
-            raise
-        self.stop()
-=======
-            finally:
-                self.stop()
->>>>>>> 41d88e1 (Signals: a hangup is a graceful stop, also during the import; what the starter blocked or ignored does not matter; the log waits for nobody and tears no line; failed forks leave no descriptor)
+            except BaseException as exc:
+                self._break_off(exc)
+                raise
+            self.stop()
         if self.fatal:
             print(f"pybgworker: {self.fatal}", file=sys.stderr)
         return 1 if self.fatal else 0
@@ -6897,7 +6935,7 @@ class Worker:
 
     def _patience(self):
         """Seconds to sleep at most."""
-        if self._trouble_since:
+        if self._transact in self.trouble.failing:
             return _ERROR_PAUSE
         longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
         at = time.monotonic()
@@ -6923,27 +6961,22 @@ class Worker:
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
-        try:
-            self._transact(now, at)
-            self.outbox.returned += self.pool.dispatch(at)
-            for chore in self.chores:
-                chore.run_if_due(now, at)
-            self._trouble_since, self._trouble_said = 0.0, False
-        except DatabaseUnavailable as exc:
-            self._in_trouble(exc, at)
+        if self._attempt(at, self._transact, now, at):
+            self.look = True            # what it saw, it may not have claimed
+        self.outbox.returned += self.pool.dispatch(at)
+        for chore in list(self.chores):
+            if self._attempt(at, chore.run_if_due, now, at):
+                self.chores.remove(chore)
+                self.chores.append(chore)       # the others come first in a next turn
+                break                           # … and this one has waited enough
         self.journal.log.flush()
 
-    def _in_trouble(self, exc, at):
-        """Say it once; what is in hand stays there for the next turn."""
-        self._trouble_since = self._trouble_since or at
-        self.look = True            # what this turn saw, it may not have claimed
-        if isinstance(exc, DatabaseBusy) and at - self._trouble_since < _BUSY_SILENCE:
-            return
-        if not self._trouble_said:
-            self._trouble_said = True
-            self.journal.say("database_error", error=str(exc))
-        if exc.fatal:
+    def _attempt(self, at, act, *args):
+        """What is in hand stays there for the next turn, when the database fails."""
+        exc = self.trouble.attempt(at, act, *args)
+        if exc is not None and exc.fatal:
             self.fatal = str(exc)
+        return exc
 
     def _say_ready(self):
         if self.pool.starts.given_up and not self.pool.is_ready():
@@ -7035,7 +7068,7 @@ class Worker:
         try:
             alive = self.liveness.beat(len(self.pool.running()), now)
         except DatabaseUnavailable as exc:
-            self.journal.say("heartbeat_error", error=str(exc))
+            self.trouble.say_once("heartbeat_error", exc)
             self.liveness.doubt()
             raise
         if not alive:
