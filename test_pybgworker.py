@@ -5519,6 +5519,7 @@ class Workers(Served):
         self.assertFalse(worker.trouble.failing)
 
         self.sql("alter table bg_schedule rename to gone")
+        worker._crons.due = 0
         self.turn_until(worker, lambda: worker._fire_crons in
                         [chore.__self__.act for chore in worker.trouble.failing])
         before = beats()
