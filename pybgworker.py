@@ -522,7 +522,9 @@ _SURROGATE_PAIR = re.compile("(?<=[\ud800-\udbff])(?=[\udc00-\udfff])")
 def _pack(value):
     kind = type(value)
     if kind is str:
-        return value if value.isascii() else _pack_text(value)
+        if value.isascii() or not _has_pair(value):
+            return value
+        return {"$str": _SURROGATE_PAIR.split(value)}
     if value is None or kind is bool:
         return value
     packer = _PACKERS.get(kind)
@@ -531,9 +533,12 @@ def _pack(value):
     return packer(value)
 
 
-def _pack_text(value):
-    parts = _SURROGATE_PAIR.split(value)
-    return value if len(parts) == 1 else {"$str": parts}
+def _has_pair(text):
+    try:
+        text.encode()           # the fastest way to see that there is no surrogate
+    except UnicodeEncodeError:
+        return _SURROGATE_PAIR.search(text) is not None
+    return False
 
 
 def _pack_int(value):
@@ -553,7 +558,7 @@ def _pack_list(value):
 def _pack_dict(value):
     for key in value:
         if type(key) is not str or key.startswith("$") \
-                or not key.isascii() and _SURROGATE_PAIR.search(key):
+                or not key.isascii() and _has_pair(key):
             return {"$dict": [[_pack(k), _pack(v)] for k, v in value.items()]}
     return {key: _pack(item) for key, item in value.items()}
 
