@@ -1312,6 +1312,7 @@ class TickPlan(NamedTuple):
 
 _MISFIRE_GRACE = 30         # seconds late that a tick may be and not count as missed
 _MISFIRE_CAP = 1000         # ticks that are caught up with, or counted, at most
+_OLDEST = 1_600_000_000     # unix seconds; a clock that shows less is wrong
 _DONE_RANGES = 8            # kept; of more, those nearest to each other are joined
 
 
@@ -1329,8 +1330,9 @@ def plan_ticks(cron: Cron, done: list, now: float, misfire: str = "latest") -> T
     here = bisect.bisect_right(done, [end, math.inf])
     before, after = done[:here], done[here:]
     ticks, missed = [], 0
-    if not before:                      # new, or the clock is behind all we know
-        before = [[end, end]]
+    if not before or before[-1][1] < _OLDEST <= end:
+        # New; or the clock is behind all we know; or it was, and no downtime.
+        before.append([end, end])
     elif before[-1][1] < end:
         ticks, missed = _choose_ticks(cron, latest, before[-1][1], now, misfire)
         first = cron.place(ticks[0]) if ticks else end

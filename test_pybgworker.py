@@ -4920,6 +4920,17 @@ class Scheduling(Case):
                         scheduler.fire(self.seconds(minute))
                     self.assertEqual(self.ticks(), true)
 
+    def test_a_machine_that_starts_in_1970_owes_no_ticks_of_half_a_century(self):
+        for misfire in ("latest", "skip", "all"):
+            with self.subTest(misfire):
+                self.setUp()
+                scheduler = self.scheduler(misfire=misfire)
+                scheduler.register(30_000)
+                scheduler.fire(300_000)
+                for minute in (6, 10):
+                    scheduler.fire(self.seconds(minute))
+                self.assertEqual(self.ticks(), [300, self.seconds(10) // 1000])
+
     def test_a_clock_that_was_years_ahead_silences_nothing(self):
         year = 366 * 24 * 60
         for first_seen in (1, year, 3 * year):
@@ -5696,6 +5707,23 @@ class Workers(Served):
         self.turn_until(worker, result.ready)
         self.assertEqual(result.error.kind, "lost")
         self.assertEqual(len(self.lines("held")), 2)
+
+    def test_a_tick_that_meets_a_lock_comes_as_soon_as_that_is_gone(self):
+        for seconds in (0.1, 1.9):
+            worker = self.started()
+            self.turn_until(worker, lambda: worker._is_ready)
+            self.sql("update bg_schedule set next_tick = 1, "
+                     "done = '[[1700000040, 1700000040]]'")
+            other = sqlite3.connect(self.db, isolation_level=None)
+            other.execute("begin immediate")
+            worker._crons.due = 0.0
+            until(lambda end=time.monotonic() + seconds:
+                  worker.step(pybgworker.now_ms()) or time.monotonic() > end)
+            other.close()
+            began = time.monotonic()
+            self.turn_until(worker, lambda: self.sql("select 1 from bg_task"))
+            self.assertLess(time.monotonic() - began, 1.5)
+            self.sql("delete from bg_task")
 
     def test_a_retry_put_off_by_a_clock_that_was_ahead_comes_when_it_is_right(self):
         worker = self.started()
