@@ -140,6 +140,12 @@ def _text(value):
     return os.fspath(value)
 
 
+def _path(value):
+    if str(value) == ":memory:" or str(value).startswith("file:"):
+        raise ValueError("the path of a file, which workers can open as well")
+    return _text(value)
+
+
 def _name(value):
     if not isinstance(value, str) or not 0 < len(value) <= 200 \
             or _NOT_IN_NAMES.search(value):
@@ -273,7 +279,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("db", "pybgworker.db", _text, True,
+    Setting("db", "pybgworker.db", _path, True,
             "path of the SQLite file"),
     Setting("concurrency", None, _count, True,
             "children, that is tasks at a time (default: the CPU count)"),
@@ -8139,7 +8145,7 @@ def _parser():
         )
         for flag in command.flags + ((_JSON,) if command.reads else ()):
             one.add_argument(*flag.names, **flag.options)
-        one.add_argument("--db", type=_typed(_text), metavar="PATH", default=None,
+        one.add_argument("--db", type=_typed(_path), metavar="PATH", default=None,
                          help="the SQLite file (default: PYBGWORKER_DB, pybgworker.db)")
     return parser
 

@@ -1827,6 +1827,23 @@ class Databases(Case):
         with self.unprivileged():
             self.assertEqual(app.send("t").id, 2)
 
+    def test_a_path_may_have_any_name(self):
+        names = ["a?b#c%41&mode=memory", "a b\n'\"", "\u00fc", ":x:", "-x"]
+        if sys.platform.startswith("linux"):
+            names.append(os.fsdecode(b"\xff"))
+        for name in names:
+            app = App(db=self.folder / name)
+            with self.subTest(ascii(name)):
+                self.assertEqual(app.send("t").id, 1)
+                self.assertIn(name, os.listdir(self.folder))
+                mine = sqlite3.connect(app.store.path)
+                self.assertEqual(app.send("t", conn=mine).id, 2)
+                mine.close()
+            app.store.close()
+        for name in (":memory:", "file:queue.db?mode=memory"):
+            with self.assertRaisesRegex(pybgworker.SettingError, "path of a file"):
+                App(db=name)
+
     def test_all_names_of_a_file_are_one_database(self):
         (self.folder / "real").mkdir()
         (self.folder / "linked").symlink_to("real")
