@@ -1638,6 +1638,7 @@ create table bg_worker (
                                       -- locked; 0: unknown, only its beats count
     check (beat_at between 0 and 1e16), check (started_at between 0 and 1e16)
 )""",
+    """create index bg_beat on bg_worker (beat_at) where port > 0""",
     """
 create table bg_schedule (
     task        text not null,        -- name of the task to enqueue
@@ -1691,6 +1692,7 @@ _REENTERED = (
     "have interrupted it; let the handler set a flag instead"
 )
 _NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
+_WAKE_WORKERS = 32                  # how many are sent a hint
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
 _CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
@@ -2196,8 +2198,14 @@ class Database:
                 self.checkpoint()
 
     def _wake_addresses(self, connection):
+        """Of the workers that beat last: those of the dead may lie there by thousands.
+
+        A worker that gets no hint looks by itself, a little later.
+        """
         return connection.execute(
-            """select port, token from bg_worker where port > 0"""
+            """select port, token from bg_worker where port > 0
+                order by beat_at desc limit :most""",
+            {"most": _WAKE_WORKERS},
         ).fetchall()
 
 
@@ -2945,6 +2953,14 @@ class Claims(Queue):
                 pick.rates.spent(),
             )
 
+    def _return_tokens(self, runs):
+        """Give the limits back what runs have spent that never began."""
+        tokens = [(ms, limit) for run in runs for limit, ms in run.tokens]
+        if tokens:
+            self._link().connection.executemany(
+                """update bg_rate set tat = tat - ? where name = ?""", tokens
+            )
+
 
 # == Endings ==================================================================
 # Owns what becomes of runs, and the SQL that writes it: success, failure, another
@@ -3039,6 +3055,7 @@ class Endings(Claims):
         Raises OutcomeRefused for the first that can never be written; the
         transaction must be rolled back then.
         """
+        self._return_tokens(o.run for o in outcomes if not o.run.announced)
         plain = [o for o in outcomes if o.is_plain]
         if self._succeed_all(plain, worker, now):
             if len(plain) == len(outcomes):
@@ -3134,6 +3151,8 @@ class Endings(Claims):
         if started:
             for run in runs:
                 self._drop_old(self._link().connection, run, QUEUED)
+        else:
+            self._return_tokens(runs)
 
     def set_progress(self, run: Run, worker: int, progress: str) -> None:
         """Store what a running task last said of its progress."""
@@ -3204,9 +3223,13 @@ class TaskRow(NamedTuple):
         return state_name(self.state)
 
 
+_BATCH = 500                # tasks that one transaction of a command changes
+_MOST_ID = 10 ** 15         # as in bg_task; times 8 it is still a row id
+
+
 def _row_id(task_id):
-    """Refuse what cannot be a row id before SQLite does, in its own words."""
-    if isinstance(task_id, int) and 0 < task_id < 1 << 63:
+    """Refuse what cannot be a task's id before SQLite does, in its own words."""
+    if isinstance(task_id, int) and 0 < task_id <= _MOST_ID:
         return task_id
     raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
 
@@ -3399,6 +3422,45 @@ class Operations(Endings):
         )
         self._queue_behind([task_id])
 
+    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
+        """Queue all failed tasks again, or those of a name.
+
+        Returns (the ids queued, the ids left because another task has their key).
+        """
+        done: list[int] = []
+        left: list[int] = []
+
+        def again(connection, ids):
+            for task_id in ids:
+                try:
+                    if self._state(task_id) == FAILED:
+                        self._queue_again(connection, task_id, now)
+                        done.append(task_id)
+                except TaskNotFound:            # somebody was faster
+                    pass
+                except sqlite3.IntegrityError:
+                    left.append(task_id)
+
+        self._in_batches(
+            """select id from bg_task where state = 5
+                and (:name is null or name = :name) order by id""",
+            {"name": name}, again,
+        )
+        return done, left
+
+    def _in_batches(self, select, parameters, act):
+        """Do something with many tasks, so many in a transaction.
+
+        Nobody waits long for the write lock, and the log does not grow.  They are
+        found before it is held: `act` has to see that they are still what they were.
+        """
+        ids = [row[0] for row in self._read(select, parameters)]
+        for first in range(0, len(ids), _BATCH):
+            with self.write() as link:
+                act(link.connection, ids[first : first + _BATCH])
+                link.wake = self._wake_addresses(link.connection)
+            self.checkpoint_if_large()
+
     def _state(self, task_id):
         rows = self._read(
             """select state from bg_task where id = :id""", {"id": _row_id(task_id)}
@@ -3431,16 +3493,24 @@ class Operations(Endings):
 
     def purge(self, queue: str | None, name: str | None, now: int) -> int:
         """Cancel all waiting tasks of a queue, of a name, or of both; count them."""
-        with self.write() as link:
-            return link.connection.execute(
-                """update bg_task set state = 6, finished_at = :now
-                    where id in (
-                        select id from bg_task where state < 2
-                        union all select id from bg_task where state = 2)
-                    and (:queue is null or queue = :queue)
+        counts = []
+
+        def end(connection, ids):
+            counts.append(connection.executemany(
+                """update bg_task set state = 6, finished_at = ?
+                    where id = ? and state < 3""",
+                [(now, task_id) for task_id in ids],
+            ).rowcount)
+
+        self._in_batches(
+            """select id from (
+                    select id, queue, name from bg_task where state < 2
+                    union all select id, queue, name from bg_task where state = 2)
+                where (:queue is null or queue = :queue)
                     and (:name is null or name = :name)""",
-                {"queue": queue, "name": name, "now": now},
-            ).rowcount
+            {"queue": queue, "name": name}, end,
+        )
+        return sum(counts)
 
     def prune(self, cursor: int, before: int | None, failed_before: int | None,
               batch: int) -> tuple[int, int]:
@@ -3449,20 +3519,27 @@ class Operations(Endings):
         Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
         with cursor 0 once the end is reached.
         """
-        rows = self._read(
-            """select id, state, finished_at from bg_task where id > :cursor
-                order by id limit :batch""",
-            {"cursor": cursor, "batch": batch},
-        )
         limits = {SUCCESS: before, CANCELLED: before, FAILED: failed_before}
-        old = [
-            task_id for task_id, state, at in rows
-            if at is not None and limits.get(state) is not None and at < limits[state]
-        ]
+
+        def look():
+            rows = self._read(
+                """select id, state, finished_at from bg_task where id > :cursor
+                    order by id limit :batch""",
+                {"cursor": cursor, "batch": batch},
+            )
+            ids = [
+                task_id for task_id, state, at in rows if at is not None
+                and limits.get(state) is not None and at < limits[state]
+            ]
+            return ids, rows[-1][0] if len(rows) == batch else 0
+
+        old, after = look()
         if old:
             with self.write(durable=False, patience=0.5) as link:
-                self._delete(link.connection, old)
-        return len(old), rows[-1][0] if len(rows) == batch else 0
+                old, after = look()     # again: a retry may have come in between
+                if old:
+                    self._delete(link.connection, old)
+        return len(old), after
 
     def pause(self, queue: str, now: int) -> None:
         """Claim nothing from this queue, until resume()."""
@@ -3575,10 +3652,19 @@ class Store(Operations):
                 {"id": worker, "running": running, "live": live, "now": now},
             ).rowcount == 1
 
-    def reap(self, worker: int, name: str, now: int) -> list[LostRun]:
-        """Remove a dead worker; put each run it held where it goes from there."""
+    def reap(self, worker: int, name: str, now: int,
+             beat_at: int | None = None) -> list[LostRun]:
+        """Remove a dead worker; put each run it held where it goes from there.
+
+        Does nothing if it has beaten since `beat_at`: it is not dead, then.
+        """
         error = {"kind": "lost", "message": f"worker {name} died"}
         with self.write(patience=0.5) as link:
+            if beat_at is not None and not self._read(
+                """select 1 from bg_worker where id = :id and beat_at = :beat_at""",
+                {"id": worker, "beat_at": beat_at},
+            ):
+                return []
             rows = self._read(
                 """select cancel_asked, id, name, queue, attempt - 1, retries, forgiven,
                         timeout, run_at, tick, null, priority, callbacks
@@ -3628,12 +3714,22 @@ class Store(Operations):
                 {"id": worker},
             )
 
-    def workers(self) -> list[WorkerRow]:
-        """All registered workers, alive or not."""
+    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
+        """Take dead workers off that hold no task and have not beaten since."""
+        with self.write(durable=False, patience=0.5) as link:
+            link.connection.executemany(
+                """delete from bg_worker where id = ?1 and beat_at = ?2 and not exists (
+                    select 1 from bg_task where state = 3 and worker = ?1)""",
+                [(row.id, row.beat_at) for row in rows],
+            )
+
+    def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
+        """The registered workers, alive or not; `limit` of them above an id."""
         rows = self._read(
             """select id, name, pid, host, boot, port, token, queues, concurrency,
                     started_at, beat_at, running, live
-                from bg_worker order by id"""
+                from bg_worker where id > :after order by id limit :limit""",
+            {"after": after, "limit": limit},
         )
         return [WorkerRow(*row) for row in rows]
 
@@ -6215,6 +6311,10 @@ def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:
     return row.host == host and "" not in (row.boot, boot) and row.boot != boot
 
 
+_REAP_ROWS = 200            # workers that one look for dead ones is about
+_REAP_WORKERS = 10          # … and those of them whose runs it gives back
+
+
 class Liveness:
     """One worker's place in bg_worker."""
 
@@ -6224,6 +6324,7 @@ class Liveness:
         self._machine = socket.gethostname(), boot_id()
         self._locks = LiveFile.of(store.path + "-live")
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
+        self._looked_at = 0             # the last worker looked at; 0: all were
         self._awake = 0.0               # seconds of turns; a long one counts as 1
         self._turn_at = time.monotonic()
 
@@ -6277,15 +6378,43 @@ class Liveness:
         self._seen.clear()
 
     def reap_dead(self, now: int) -> list[LostRun]:
-        """Give the runs of dead workers back; return them."""
+        """Give the runs of dead workers back; return them.
+
+        Looks at so many workers at a time, from where it was, and reaps so many:
+        rows of the dead may lie there by thousands, and each reap waits for the disk.
+        """
+        rows = self.store.workers(self._looked_at, _REAP_ROWS)
+        self._looked_at = rows[-1].id if len(rows) == _REAP_ROWS else 0
+        dead = [row for row in rows if row.id != self.id and self._is_dead(row)]
+        holding = self.store.running_counts() if dead else {}
+        idle = [row for row in dead if row.id not in holding]
+        if idle:
+            self.store.remove_dead(idle)
+        for row in dead:
+            self._seen.pop(row.id, None)
+        busy: list[tuple] = [(row.id, row.name, now, row.beat_at) for row in dead
+                             if row.id in holding]
+        busy += [(n, f"#{n}", now, None) for n in self.store.unknown_workers()]
+        return self._reap(busy)
+
+    def _reap(self, workers):
         lost: list[LostRun] = []
-        for row in self.store.workers():
-            if row.id != self.id and self._is_dead(row):
-                self._seen.pop(row.id, None)
-                lost += self.store.reap(row.id, row.name, now)
-        for worker in self.store.unknown_workers():
-            lost += self.store.reap(worker, f"#{worker}", now)
+        for n, values in enumerate(workers):
+            if n == _REAP_WORKERS:
+                self._looked_at = workers[n - 1][0]
+                break
+            try:
+                lost += self.store.reap(*values)
+            except DatabaseUnavailable:
+                if not lost:
+                    raise
+                break           # say first what is done; the others come again
         return lost
+
+    @property
+    def is_behind(self) -> bool:
+        """True when reap_dead() has not looked at all workers yet."""
+        return self._looked_at > 0
 
     def _is_dead(self, row):
         """By what the kernel knows; or by its heartbeat, timed by our waking time.
@@ -6498,6 +6627,7 @@ _BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
 _ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
+_REAP_PAUSE = 0.05          # … while there are more than one look is about
 
 
 def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
@@ -6869,9 +6999,10 @@ class Worker:
         self._cancels = Chore(0.25, self._heed_cancels)
         self._crons = Chore(_CRON_POLL, self._fire_crons)
         self._pruning = Chore(_PRUNE_SECONDS, self._prune)
+        self._reaping = Chore(_REAP_SECONDS, self._reap)
         self.chores = [
             Chore(self.settings.heartbeat_interval, self._beat),
-            Chore(_REAP_SECONDS, self._reap),
+            self._reaping,
             Chore(1.0, self._look_after_children),
             Chore(1.0, lambda now: self.store.checkpoint_if_large()),
             Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
@@ -7106,6 +7237,8 @@ class Worker:
         for lost in self.liveness.reap_dead(now):
             self.look = True
             self.journal.lost(lost)
+        if self.liveness.is_behind:
+            self._reaping.due = time.monotonic() + _REAP_PAUSE
 
     def _heed_cancels(self, now):
         for task_id in self.store.cancels_asked(self.liveness.id):
@@ -7919,13 +8052,19 @@ def _retry(args, app):
 
     if args.failed == bool(args.ids):
         raise Problem("retry takes the ids of tasks, or --failed")
-    ids = args.ids
-    if args.failed:
-        rows = app.store.tasks(state=FAILED, name=args.name, limit=1 << 40)
-        ids = [str(row.id) for row in reversed(rows)]
-        if not ids:
-            raise Problem("nothing to retry: no task is failed")
-    return _each(ids, again)
+    if args.ids:
+        return _each(args.ids, again)
+    done, left = app.store.retry_failed(args.name, now_ms())
+    for task_id in done:
+        print(f"task {task_id} is queued again")
+    if left:
+        raise Problem("\n".join(
+            f"task {task_id}: another task with its key is unfinished"
+            for task_id in left
+        ))
+    if not done:
+        raise Problem("nothing to retry: no task is failed")
+    return None
 
 
 def _cancel(args, app):
@@ -7964,6 +8103,7 @@ def _prune(args, app):
     while cursor:
         more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
         deleted += more
+        app.store.checkpoint_if_large()
     return f"{deleted} tasks deleted"
 
 

@@ -106,6 +106,15 @@ class Case(unittest.TestCase):
         finally:
             connection.close()
 
+    def fill(self, count, queue="'default'", name="'t'"):
+        """Queued tasks by the thousand; `queue` and `name` are SQL over the number i."""
+        self.sql(f"""
+            with recursive n (i) as (select 1 union all select i + 1 from n where i < ?)
+            insert into bg_task (id, state, queue, name, priority, retries, run_at,
+                created_at, args)
+            select i + (select ifnull(max(id), 0) from bg_task), 2, {queue}, {name},
+                5, 3, 0, 0, '[[],{{}}]' from n""", count)
+
     def python(self, code, *argv, check=True, timeout=60, **environment):
         """Run a program in the folder; return it when it has ended."""
         done = subprocess.run(
@@ -2122,15 +2131,6 @@ class QueueCase(Case):
     def status(self, task_id):
         return self.store.task(task_id).status
 
-    def fill(self, count, queue="'default'", name="'t'"):
-        """Queued tasks by the thousand; `queue` and `name` are SQL over the number i."""
-        self.sql(f"""
-            with recursive n (i) as (select 1 union all select i + 1 from n where i < ?)
-            insert into bg_task (id, state, queue, name, priority, retries, run_at,
-                created_at, args)
-            select i + (select ifnull(max(id), 0) from bg_task), 2, {queue}, {name},
-                5, 3, 0, 0, '[[],{{}}]' from n""", count)
-
 
 class Enqueueing(QueueCase):
 
@@ -2772,6 +2772,39 @@ class Claiming(QueueCase):
         self.claim(t=2)
         self.assertEqual(self.claimed.round.limited, {"t": self.now + 500})
 
+    def test_a_token_comes_back_from_a_run_that_never_began(self):
+        """Handed back, or cancelled before its start; not from one that has begun."""
+        rates = {"t": 1 / 3600, "": 10}
+        for end in ("handed back", "cancelled", "interrupted"):
+            self.sql("delete from bg_rate")
+            self.sql("delete from bg_task")
+            self.enqueue("t", count=2)
+            run, = self.claim(**rates)
+            self.now += 100
+            if end == "cancelled":
+                self.finish(run, pybgworker.CANCELLED)
+            else:
+                run.announced = end == "interrupted"
+                with self.store.write():
+                    self.store.give_back([run], 1, self.now, run.announced)
+            with self.subTest(end):
+                self.assertEqual(len(self.claim(**rates)), int(end != "interrupted"))
+
+    def test_a_token_over_all_comes_back_too(self):
+        self.enqueue("t", count=40)
+        runs = self.claim(**{"": 10})
+        with self.store.write():
+            self.store.give_back(runs[:4], 1, self.now, started=False)
+        self.assertEqual([r.id for r in self.claim(**{"": 10})], [1, 2, 3, 4])
+
+    def test_what_comes_back_never_fills_a_bucket_beyond_its_burst(self):
+        self.enqueue("t", count=40)
+        runs = self.claim(t=5)
+        self.now += 60_000
+        with self.store.write():
+            self.store.give_back(runs, 1, self.now, started=False)
+        self.assertEqual(len(self.claim(t=5)), 5)
+
 
 # == Endings ==================================================================
 
@@ -2957,9 +2990,73 @@ class Operating(QueueCase):
         self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
         self.assertEqual(self.sql("select count(*) from bg_payload"), [(0,)])
 
+    def between(self, statement):
+        """Run SQL of somebody else's just before our next transaction begins."""
+        begin = self.store._begin
+
+        def late(*args):
+            self.store._begin = begin
+            self.sql(statement)
+            begin(*args)
+
+        self.store._begin = late
+        self.addCleanup(self.store.__dict__.pop, "_begin", None)
+
+    def test_what_changed_between_the_look_and_the_lock_is_left_alone(self):
+        self.enqueue(count=3)
+        self.sql("update bg_task set state = 5, finished_at = 1")
+        self.between("update bg_task set state = 2, finished_at = null where id = 2")
+        self.assertEqual(self.store.prune(0, self.now, self.now, 10)[0], 2)
+        self.assertEqual(self.sql("select id from bg_task"), [(2,)])
+
+        self.enqueue(count=2)
+        self.between("update bg_task set state = 3, worker = 1 where id = 4")
+        self.assertEqual(self.store.purge(None, None, self.now), 2)
+        self.assertEqual(self.status(4), "running")
+
+        self.sql("update bg_task set state = 5")
+        self.between("update bg_task set state = 6 where id = 4")
+        self.assertEqual(self.store.retry_failed(None, self.now), ([2, 5], []))
+        self.assertEqual(self.status(4), "cancelled")
+
+    def test_a_worker_that_beats_before_the_lock_is_not_reaped(self):
+        self.enqueue()
+        run, = self.claim()
+        row = self.store.workers()[0]
+        self.between("update bg_worker set beat_at = 2")
+        self.assertEqual(self.store.reap(1, "w", self.now, row.beat_at), [])
+        self.between("update bg_worker set beat_at = 3")
+        self.store.remove_dead(self.store.workers())
+        self.assertEqual([w.id for w in self.store.workers()], [1, 2])
+        self.assertEqual(self.finish(run), [])
+
+    def test_commands_about_many_tasks_work_in_batches(self):
+        """No transaction holds the lock for long, and the log stays small."""
+        self.fill(20_000, name="iif(i % 2, 't', 'u')")
+        self.sql("update bg_task set state = 5, finished_at = 1, key = 'k' || (id / 3)")
+        self.store.checkpoint()
+        done, left = self.store.retry_failed("t", self.now)
+        self.assertEqual((len(done), len(left)), (6667, 3333))
+        self.assertLess(self.store.wal_bytes(), 12 << 20)
+        self.assertEqual(self.store.purge(None, "t", self.now), 6667)
+        self.assertLess(self.store.wal_bytes(), 12 << 20)
+
+    def test_an_id_by_hand_that_no_program_gives_is_refused(self):
+        self.enqueue()
+        for task_id in (1 << 60, 1 << 62, 10 ** 15 + 1, 0, -1):
+            with self.assertRaises(sqlite3.IntegrityError):
+                self.sql("update bg_task set id = ?", task_id)
+        self.sql("update bg_task set id = ?", 10 ** 15 - 1)
+        large = self.enqueue(args=json.dumps([["x" * 3000], {}]))
+        self.finish(self.claim()[1], result='"' + "y" * 3000 + '"')
+        self.assertEqual(len(self.store.result(large)), 3002)
+
     def test_an_unknown_id_is_not_found(self):
-        for task_id in (0, -1, 99, 1 << 70, "7", None, 1.5):
-            for verb in (self.store.task, self.store.status, self.store.args):
+        for task_id in (0, -1, 99, 1 << 70, 1 << 61, "7", None, 1.5):
+            for verb in (self.store.task, self.store.status, self.store.args,
+                         self.store.result, self.store.progress):
+                if verb in (self.store.result, self.store.progress) and task_id == 99:
+                    continue
                 self.assertRaises(pybgworker.TaskNotFound, verb, task_id)
         self.assertRaises(pybgworker.TaskNotFound, self.store.cancel, 99, self.now)
         self.assertRaises(pybgworker.TaskNotFound, self.store.retry, 99, self.now)
@@ -3124,6 +3221,48 @@ class Budgets(QueueCase):
                 self.store.finish(outcomes, 1, self.now)
 
         self.assertLess(self.pages(finish), 25)
+
+
+class ManyWorkers(QueueCase):
+    """Rows of thousands of workers that died with their machine."""
+
+    def setUp(self):
+        super().setUp()
+        add_workers(self.store, *range(10, 5010))
+        self.sql("update bg_worker set port = 9, host = 'elsewhere', beat_at = id")
+
+    def test_few_are_sent_a_hint_and_those_that_beat_last(self):
+        self.sql("update bg_worker set beat_at = 9000 where id = 77")
+        sent = []
+        with mock.patch.object(pybgworker, "send_wake_ups", sent.extend):
+            self.enqueue()
+        self.assertLessEqual(len(sent), 32)
+        connection = self.store._link().connection
+        plan = self.sql("explain query plan select port, token from bg_worker "
+                        "where port > 0 order by beat_at desc limit 32")
+        self.assertIn("bg_beat", plan[0][-1])
+        self.sql("update bg_worker set token = 'alive' where id = 77")
+        self.assertEqual(self.store._wake_addresses(connection)[0], (9, "alive"))
+
+    def test_they_are_reaped_a_bounded_number_at_a_time(self):
+        watching = pybgworker.Liveness(self.store, self.app.settings,
+                                       mock.Mock(port=0, token=""))
+        watching.register(self.now)
+        watching._is_dead = lambda row: True
+        self.enqueue(count=30)
+        for worker in range(4000, 4030):
+            self.claim(worker=worker, free=1)
+        looks, lost = 0, []
+        while looks == 0 or watching.is_behind:
+            looks += 1
+            before = self.store._link().commits
+            found = watching.reap_dead(self.now)
+            self.assertLessEqual(len(found), 10)
+            self.assertLessEqual(self.store._link().commits - before, 11)
+            lost += found
+        self.assertEqual(len(lost), 30)
+        self.assertLess(looks, 40)
+        self.assertEqual([w.id for w in self.store.workers()], [watching.id])
 
 
 class Faults(QueueCase):
@@ -5758,6 +5897,32 @@ class Workers(Served):
             self.turn_until(worker, result.ready, clock)
             self.assertLess(time.monotonic() - began, 8)
             self.assertEqual(result.attempt, 2)
+
+    def test_a_task_behind_many_that_cannot_run_starts_in_a_few_turns(self):
+        """No hint and no poll is waited for; and then the worker sleeps."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        self.fill(1000, "'q' || i", f"'{self.tasks.add.name}'")
+        self.sql("insert into bg_queue select queue, 0 from bg_task")
+        worker.step(pybgworker.now_ms())        # the round has begun without it
+        worker.ear.close()
+        result = self.tasks.add.options(queue="a", priority=9).delay(1, 2)
+        for _ in range(60):
+            if not worker.pool.in_hand():
+                worker.step(pybgworker.now_ms())
+        self.assertEqual(worker.pool.in_hand(), 1)
+        self.turn_until(worker, result.ready)
+        for _ in range(60):
+            worker.step(pybgworker.now_ms())
+        self.assertGreater(worker._patience(), 0)
+
+    def test_a_new_worker_says_what_waits_for_its_rate(self):
+        worker, said = self.started(), []
+        name = self.tasks.limited.name
+        self.sql("insert into bg_rate values (?, ?)", name, pybgworker.now_ms() + 9_000)
+        self.tasks.limited.delay()
+        worker.journal.say = lambda event, **about: said.append((event, about.get("name")))
+        self.turn_until(worker, lambda: ("rate_limited", name) in said)
 
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
