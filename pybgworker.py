@@ -6222,24 +6222,30 @@ class Scheduler:
         if not own:
             return False, _CRON_POLL
         due = [row for row in self.store.due_schedules(now) if row[:4] in own]
-        steps: list = []
-        ticks = 0
-        while len(steps) < min(len(due), _CRON_BATCH) and ticks < _CRON_BATCH_TICKS:
-            row = due[len(steps)]
-            task, schedule = own[row[:4]]
-            plan = self._plan(row, schedule, now)
-            steps.append((_step_of(row, plan, task, schedule, now), plan))
-            ticks += len(plan.ticks) + plan.missed
-        if steps:
-            found = self.store.fire([step for step, _ in steps], _BUSY_PATIENCE)
-            for (step, plan), ids in zip(steps, found):
+        batch = self._batch(due, own, now)
+        if batch:
+            found = self.store.fire([step for step, _ in batch], _BUSY_PATIENCE)
+            for (step, plan), ids in zip(batch, found):
                 self._report(step.row, plan, ids, own[step.row[:4]][1], now)
-        fired = any(step.runs for step, _ in steps)
-        if len(due) > len(steps):
+        fired = any(step.runs for step, _ in batch)
+        if len(due) > len(batch):
             return fired, 0.0
         tick = self.store.next_tick(now)
         wait = _CRON_POLL if tick is None else tick - now / 1000
         return fired, min(_CRON_POLL, max(0.0, wait))
+
+    def _batch(self, due, own, now):
+        """(step, plan) of as many schedules as one transaction shall move on."""
+        batch: list = []
+        ticks = 0
+        for row in due[:_CRON_BATCH]:
+            task, schedule = own[row[:4]]
+            plan = self._plan(row, schedule, now)
+            batch.append((_step_of(row, plan, task, schedule, now), plan))
+            ticks += len(plan.ticks) + plan.missed
+            if ticks >= _CRON_BATCH_TICKS:
+                break
+        return batch
 
     def _plan(self, row, schedule, now):
         """The plan of a schedule; a row that cannot be read starts anew."""
@@ -6593,12 +6599,12 @@ class Upkeep:
         ahead = max(old.seen, old.doubted or 0) - now if old else 0     # it was
         is_back = ahead > _HOUR_MS
         self._wrong_waits |= went_back or is_back
-        if is_back or self.is_in_doubt and new != old:
-            leap = -ahead if is_back else now - new.seen
-            self._log("clock_leap", seconds=leap / 1000, in_doubt=self.is_in_doubt)
         if old is None or old.doubted != new.doubted \
                 or abs(new.seen - old.seen) >= _CLOCK_KEEP_MS:
             self.store.put_clock(new)
+        if is_back or self.is_in_doubt and new != old:
+            leap = -ahead if is_back else now - new.seen
+            self._log("clock_leap", seconds=leap / 1000, in_doubt=self.is_in_doubt)
 
     def prune(self, now: int) -> bool:
         """Delete a batch of old finished tasks; True: look for more soon."""
@@ -6979,7 +6985,8 @@ class Worker:
         self.liveness.register(now)
         self.scheduler = Scheduler(self.app, self.journal.say)
         self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
-        self.upkeep.mind_clock(now, time.monotonic())
+        with contextlib.suppress(DatabaseBusy):     # the first turn looks again
+            self.upkeep.mind_clock(now, time.monotonic())
         self.scheduler.register(now, drop=not self.upkeep.is_in_doubt)
         tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
         self.journal.start(self.settings, self.store.path, tasks,

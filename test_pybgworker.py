@@ -5041,7 +5041,6 @@ class Scheduling(Case):
             if minute % 7 == 0:             # restarts of both
                 old.register(self.seconds(minute))
                 new.register(self.seconds(minute))
-        wanted = [m for m in range(1, 31) for s in (0, 5, 1, 3) if m % 10 == s]
         base = self.seconds(0) // 1000
         of_hour = base % 3600 // 60
         wanted = sorted(base + m * 60 for m in range(1, 31)
@@ -5370,6 +5369,18 @@ class Upkeeps(QueueCase):
                          [("clock_leap", 40 * 86400)])
         self.assertEqual(self.look(upkeep, self.now + 60, awake=0.06), 3)
         self.assertEqual(self.events[-1][1]["in_doubt"], False)
+
+    def test_a_leap_that_meets_a_lock_is_doubted_and_said_once(self):
+        self.finished(HOUR)
+        self.look(self.upkeep(), self.now)
+        upkeep, other = self.upkeep(), sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        self.assertRaises(pybgworker.DatabaseBusy, self.look, upkeep, self.now + YEAR)
+        self.assertTrue(upkeep.is_in_doubt)
+        other.close()
+        for turn in range(3):
+            self.assertEqual(self.look(upkeep, self.now + YEAR + turn), 3)
+        self.assertEqual([event for event, _ in self.events], ["clock_leap"])
 
     def test_after_a_long_pause_old_tasks_go_within_a_day(self):
         self.finished(HOUR)
