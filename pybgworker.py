@@ -3254,7 +3254,7 @@ class Operations(Endings):
         """The newest tasks first, as many as `limit`."""
         return self._select(state=state, name=name, queue=queue, limit=limit)
 
-    def _select(self, first=0, last=(1 << 63) - 1, state=None, name=None, queue=None,
+    def _select(self, first=0, last=_MOST_ID, state=None, name=None, queue=None,
                 limit=50):
         rows = self._read(
             """select id, state, queue, name, priority, key, attempt, retries, forgiven,
@@ -3990,7 +3990,11 @@ def _is_same_function(a, b):
 def _surroundings(fn):
     """What it closes over, by identity, for that may change; and its defaults."""
     with contextlib.suppress(ValueError):       # a cell that is still empty
-        cells = [id(cell.cell_contents) for cell in fn.__closure__ or ()]
+        cells = [
+            id(cell.cell_contents)
+            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ())
+            if name != fn.__name__          # it calls itself
+        ]
         return cells, fn.__defaults__, fn.__kwdefaults__
     return fn
 
@@ -4357,7 +4361,7 @@ class App:
 
     def __reduce__(self):
         """Pickled as its database: no other process has its functions."""
-        return _app_on, (os.path.abspath(self.settings.db),)
+        return _app_on, (self.store.name,)
 
     # -- settings
 
@@ -4530,7 +4534,7 @@ _apps_by_path: dict[str, App] = {}
 
 def _app_on(path):
     """The default App, if that is its database; else one for all results of `path`."""
-    if os.path.abspath(_default_app.settings.db) == path:
+    if _default_app.store.name == path:
         return _default_app
     if path not in _apps_by_path:
         app = _apps_by_path[path] = App()

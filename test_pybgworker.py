@@ -3389,7 +3389,7 @@ class Functions(Case):
         with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named"):
             self.module("import functools\nfor n in 1, 2:\n"
                         "  task(name='f')(functools.partial(print, n))")
-        self.module("def setup():\n  @task\n  def f(a=[]): pass\nsetup(); setup()")
+        self.module("def setup():\n  @task\n  def f(a=[]): f.delay()\nsetup(); setup()")
         done = self.python(textwrap.dedent(wrapped) + "from pybgworker import task\n"
                            + two, check=False)
         self.assertIn("AppError: two tasks", done.stderr)
@@ -3780,8 +3780,9 @@ class Results(QueueCase):
         result = self.task.delay()
         self.assertEqual((result.result, result.error, result.progress), (None,) * 3)
         result.forget()
-        for what in ("result", "error", "progress", "attempt"):
-            self.assertRaises(pybgworker.TaskNotFound, getattr, result, what)
+        for what in ("result", "error", "progress", "attempt", "status"):
+            for gone in (result, *(AsyncResult(2**n, self.app) for n in (50, 60, 63))):
+                self.assertRaises(pybgworker.TaskNotFound, getattr, gone, what)
         self.assertRaises(pybgworker.TaskNotFound, self.store.output, result.id)
 
     def test_results_apps_and_tasks_survive_pickle_and_copy(self):
