@@ -88,8 +88,8 @@ __all__ = [
     "Abort", "App", "AppError", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
     "DatabaseUnavailable", "DatabaseUnusable", "OptionError", "PayloadTooLarge",
     "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError", "TaskCancelled",
-    "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout", "configure", "cron",
-    "current_task", "main", "task",
+    "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout",
+    "configure", "cron", "current_task", "main", "task",
 ]
 
 
@@ -445,6 +445,10 @@ class TaskFailed(PyBgWorkerError):
         self.error_type = error.type
         self.traceback = error.traceback
         super().__init__(f"task {task_id} failed: {error}")
+
+
+class WaitTimeout(PyBgWorkerError, TimeoutError):
+    """get(): the task has not finished within the timeout; it goes on."""
 
 
 class TaskNotFound(PyBgWorkerError, LookupError):
@@ -4654,7 +4658,8 @@ class AsyncResult:
     def get(self, timeout: float | None = None) -> Any:
         """Wait for the end and return the result; at most `timeout` seconds.
 
-        Raises TaskFailed, TaskCancelled, or TimeoutError: then the task goes on.
+        Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
+        then the task goes on.
         """
         if timeout is not None:
             _check_number("timeout", timeout, -math.inf, math.inf)
@@ -4693,7 +4698,7 @@ class AsyncResult:
         raise _Unfinished       # somebody has retried it a moment ago
 
     def _too_late(self, timeout):
-        return TimeoutError(f"task {self.id} is {self.status} after {timeout} s")
+        return WaitTimeout(f"task {self.id} is {self.status} after {timeout} s")
 
     def cancel(self) -> bool:
         """Cancel it, or have its run ended within a second; False when finished."""

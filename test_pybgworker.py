@@ -3858,7 +3858,7 @@ class Results(QueueCase):
 
     def test_get_gives_up_after_its_timeout(self):
         result = self.task.delay()
-        with self.assertRaisesRegex(TimeoutError, f"task {result.id} is queued"):
+        with self.assertRaisesRegex(pybgworker.WaitTimeout, f"task {result.id} is queued"):
             result.get(timeout=0.02)
 
     def test_a_result_can_be_awaited(self):
