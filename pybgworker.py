@@ -6184,13 +6184,14 @@ class Scheduler:
 
     def __init__(self, app: App, log: Callable):
         self.app, self.store, self._log = app, app.store, log
+        self._own: dict = {}            # (task, schedule) by what makes it known
+        self._due: list = []            # rows read before, left for the next batch
 
     def count(self) -> int:
         """How many @cron there are in the app."""
         return sum(len(task.schedules) for task in self.app.tasks.values())
 
-    def _own(self):
-        """(task, schedule) by what makes a schedule known."""
+    def _known_by(self):
         own: dict = {}
         for task in self.app.tasks.values():
             for schedule in task.schedules:
@@ -6204,12 +6205,12 @@ class Scheduler:
     def register(self, now: int, drop: bool = True) -> None:
         """Make the rows of our schedules; one that is there keeps its ticks.  `drop`
         old ones, if the clock can be believed."""
-        own = self._own()
-        if own:
+        self._own = self._known_by()
+        if self._own:
             known = {row[:4]: row for row in self.store.schedules()}
             self.store.put_schedules([
                 self._registered(known.get(says), says, schedule, now)
-                for says, (_, schedule) in own.items()
+                for says, (_, schedule) in self._own.items()
             ], drop)
 
     def _registered(self, row, says, schedule, now):
@@ -6227,28 +6228,29 @@ class Scheduler:
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until
         the next look)."""
-        own = self._own()
-        if not own:
+        if not self._own:
             return False, _CRON_POLL
-        due = [row for row in self.store.due_schedules(now) if row[:4] in own]
-        batch = self._batch(due, own, now)
+        due = self._due or self.store.due_schedules(now)
+        due = [row for row in due if row[:4] in self._own]
+        batch = self._batch(due, now)
         if batch:
             found = self.store.fire([step for step, _ in batch], _BUSY_PATIENCE)
             for (step, plan), ids in zip(batch, found):
-                self._report(step.row, plan, ids, own[step.row[:4]][1], now)
+                self._report(step.row, plan, ids, now)
         fired = any(step.runs for step, _ in batch)
-        if len(due) > len(batch):
+        self._due = due[len(batch):]
+        if self._due:
             return fired, 0.0
         tick = self.store.next_tick(now)
         wait = _CRON_POLL if tick is None else tick - now / 1000
         return fired, min(_CRON_POLL, max(0.0, wait))
 
-    def _batch(self, due, own, now):
+    def _batch(self, due, now):
         """(step, plan) of as many schedules as one transaction shall move on."""
         batch: list = []
         ticks = 0
         for row in due[:_CRON_BATCH]:
-            task, schedule = own[row[:4]]
+            task, schedule = self._own[row[:4]]
             plan = self._plan(row, schedule, now)
             batch.append((_step_of(row, plan, task, schedule, now), plan))
             ticks += len(plan.ticks) + plan.missed
@@ -6266,9 +6268,10 @@ class Scheduler:
             self._log("cron_error", schedule=row.name, expr=row.expr, error=error)
             return plan_ticks(schedule.cron, [], now / 1000, schedule.misfire)
 
-    def _report(self, row, plan, ids, schedule, now):
+    def _report(self, row, plan, ids, now):
         if ids is None:                 # another worker was first, and says it
             return
+        _, schedule = self._own[row[:4]]
         about = {"schedule": row.name, "name": row.task, "expr": row.expr}
         for tick, task_id in zip(plan.ticks, ids):
             at = iso_time(tick * 1000)
