@@ -1899,8 +1899,8 @@ class _Write:
 
 # Real paths that this process has opened.  A file that was there and is gone (a
 # disk that is not mounted any more) is never made anew: that would be an empty
-# queue, which gives the ids of the other once more.
-_known_paths: set[str] = set()
+# queue, which gives the ids of the other once more.  True: our tables were in it.
+_known_paths: dict[str, bool] = {}
 
 
 class Database:
@@ -1926,10 +1926,9 @@ class Database:
         if not self._may_create:
             self._link()
             return
-        is_new = self.path not in _known_paths
-        if is_new:
+        if self.path not in _known_paths:
             self._make_file()
-        self._local.link = self._open(create=is_new)
+        self._local.link = self._open(create=not _known_paths.get(self.path))
 
     def _make_file(self):
         """Make it empty, not for others to read: arguments may be secrets.
@@ -2007,7 +2006,7 @@ class Database:
         except sqlite3.Error as exc:
             raise _explain(exc, self.path) from exc
         self._may_create = False
-        _known_paths.add(self.path)
+        _known_paths[self.path] = True
         return _Link(connection, _file_identity(self.path))
 
     def _check_exists(self):
@@ -2473,6 +2472,7 @@ class CallersTransaction:
         ):
             raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")
+        _known_paths.setdefault(ours, False)
 
     def _refuse(self, exc):
         """Raise what says what to do about an error of the caller's connection."""

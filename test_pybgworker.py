@@ -1748,6 +1748,21 @@ class Databases(Case):
         os.rename(away, inside)
         self.assertEqual(app.send("t").id, 2)
 
+    def test_a_lost_database_of_a_callers_connection_is_not_made_anew_either(self):
+        for path in (self.db, self.folder / "second.db"):
+            mine = sqlite3.connect(path)
+            app = App(db=str(path))
+            app.send("t", conn=mine)
+            mine.rollback()
+            if path != self.db:
+                self.assertEqual(app.send("t").id, 1)       # makes the tables
+            app.store.close()
+            mine.close()
+            os.rename(path, self.folder / "away")
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
+                app.send("t")
+            self.assertFalse(path.exists())
+
     def in_a_mount_namespace(self, code):
         """Run a program that may mount; skip the test where that is not allowed."""
         if not sys.platform.startswith("linux") or subprocess.run(
