@@ -4997,7 +4997,7 @@ class LiveFile:
     free byte there says nothing about a worker that has locked another `number`.
     """
 
-    _open: dict[str, LiveFile] = {}
+    _open: dict[tuple | None, LiveFile] = {}        # by device and inode
 
     def __init__(self, path: str):
         self._fd = _open_live(path)
@@ -5008,15 +5008,13 @@ class LiveFile:
 
     @classmethod
     def of(cls, path: str) -> LiveFile:
-        """The one instance for this path in this process."""
-        known = cls._open.get(path)
-        if known is None or known._pid != os.getpid() or not known._is_current(path):
-            known = cls._open[path] = cls(path)
+        """The one instance for this file in this process, by whatever name."""
+        known = cls._open.get(_file_identity(path))
+        if known is None or known._pid != os.getpid():
+            known = cls(path)
+            found = os.fstat(known._fd)
+            cls._open[found.st_dev, found.st_ino] = known
         return known
-
-    def _is_current(self, path):
-        found = os.fstat(self._fd)
-        return _file_identity(path) == (found.st_dev, found.st_ino)
 
     def hold(self, worker: int) -> bool:
         """Lock our byte.  False: it is somebody else's, so no proof that we live."""

@@ -4288,6 +4288,9 @@ class Processes(Case):
         pybgworker.LiveFile.of(path).hold(1)
 
         self.assertIs(pybgworker.LiveFile.of(path), pybgworker.LiveFile.of(path))
+        (self.folder / "linked").symlink_to(self.folder)
+        by_other_name = pybgworker.LiveFile.of(str(self.folder / "linked" / "live"))
+        self.assertTrue(by_other_name.is_held(1))
         self.assertTrue(pybgworker.LiveFile.of(path).is_held(1))
         pybgworker.LiveFile.of(path).drop(1)
         self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
