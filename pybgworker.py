@@ -3920,23 +3920,38 @@ def _code_of(fn):
 _CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
 
 
+def _yields(fn):
+    code = _code_of(fn)
+    return code is not None and bool(code.co_flags & _CO_GENERATORS)
+
+
+def _needs_arguments(fn):
+    """True for a plain function that cannot be called without any."""
+    if not isinstance(fn, types.FunctionType):
+        return False
+    code = fn.__code__
+    only_named = code.co_varnames[code.co_argcount:][:code.co_kwonlyargcount]
+    missing = set(only_named).difference(fn.__kwdefaults__ or ())
+    return code.co_argcount > len(fn.__defaults__ or ()) or bool(missing)
+
+
 def _check_function(fn):
     """Refuse what can be called here, and can never do its work in a worker."""
     if not callable(fn) or isinstance(fn, type):
         raise OptionError(f"@task needs a function, not {fn!r}")
-    code, path = _code_of(fn), getattr(fn, "__qualname__", "").split(".")
-    if code and code.co_flags & _CO_GENERATORS:
+    path = getattr(fn, "__qualname__", "").split(".")
+    if _yields(fn):
         raise OptionError(
             f"@task of {_default_name(fn)}: it yields, so a call of it does nothing: "
             "return a list"
         )
-    is_in_class = len(path) > 1 and path[-2] != "<locals>"
-    if is_in_class and isinstance(fn, types.FunctionType) \
-            and code.co_varnames[:code.co_argcount][:1] in (("self",), ("cls",)):
-        raise OptionError(
-            f"@task of {_default_name(fn)}: a worker has no {code.co_varnames[0]} to "
-            "give to a method: make it a function"
-        )
+    if isinstance(fn, types.FunctionType) and len(path) > 1 and path[-2] != "<locals>":
+        first = fn.__code__.co_varnames[:fn.__code__.co_argcount][:1]
+        if first in (("self",), ("cls",)):
+            raise OptionError(
+                f"@task of {_default_name(fn)}: a worker has no {first[0]} to give to "
+                "a method: make it a function"
+            )
 
 
 def _place(fn):
@@ -4166,8 +4181,8 @@ def _check_priority(value):
 
 
 def _check_callback(name, value):
-    if value is not None and not callable(value):
-        raise OptionError(f"{name}={value!r}: must be a function")
+    if value is not None and (not callable(value) or _yields(value)):
+        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
     return value
 
 
@@ -4481,6 +4496,11 @@ class App:
         schedule = Schedule(parsed, misfire, overlap, jitter)
 
         def decorate(fn):
+            if _needs_arguments(getattr(fn, "fn", fn)):
+                raise OptionError(
+                    f"@cron of {_default_name(fn)}: it is run without arguments, and "
+                    "needs some"
+                )
             task = fn if isinstance(fn, Task) else self.task(fn)
             task.schedules.append(schedule)
             return task

@@ -3375,6 +3375,8 @@ class Functions(Case):
         async def ticks():
             yield 1
 
+        with self.assertRaisesRegex(pybgworker.OptionError, "on_failure=.*not yield"):
+            self.app.task(print, name="y", on_failure=ticks)
         for fn in (mailer, ticks, Mailer, Mailer.send, Mailer.__call__,
                    pybgworker.functools.partial(ticks)):
             self.assertRaises(pybgworker.OptionError, self.app.task(name="x"), fn)
@@ -3726,6 +3728,15 @@ class Tasks(Case):
             (("* * * * *", "UTC", "latest", "perhaps"), ValueError),
         ):
             self.assertRaises(error, self.app.cron, *arguments)
+
+    def test_what_cron_runs_needs_no_arguments(self):
+        cron = self.app.cron("* * * * *")
+        for needs in (lambda a: a, lambda a, b=1: a, lambda *, a: a,
+                      self.app.task(name="x")(lambda a, *, b=1: a)):
+            with self.assertRaisesRegex(pybgworker.OptionError, "without arguments"):
+                App().cron("* * * * *")(needs)
+        for number, fine in enumerate((lambda: 1, lambda a=1, *b, c=2, **d: 1)):
+            cron(self.app.task(fine, name=f"fine{number}"))
 
     def test_options_of_a_call_go_before_those_of_the_task(self):
         task = self.app.task(queue="a", priority=3)(print)
