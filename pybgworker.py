@@ -4496,7 +4496,7 @@ class App:
         schedule = Schedule(parsed, misfire, overlap, jitter)
 
         def decorate(fn):
-            if _needs_arguments(getattr(fn, "fn", fn)):
+            if _needs_arguments(fn.fn if isinstance(fn, Task) else fn):
                 raise OptionError(
                     f"@cron of {_default_name(fn)}: it is run without arguments, and "
                     "needs some"
