@@ -1837,6 +1837,7 @@ class _Link:
         self.writer = _nobody       # weak reference to the _Write that is open
         self.wake = []              # whom to wake after the commit
         self.is_stale = False       # opened while the file could not be written
+        self.wal = None             # identity of the -wal when it was opened
         _links.add(self)
 
     def __del__(self):
@@ -1980,9 +1981,16 @@ class Database:
                 f"database {self.path}: the file was replaced or deleted while in "
                 "use: start the worker again"
             )
+        self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
+        is_replaced = _file_identity(self.path) not in (None, link.identity)
+        if is_replaced and link.wal and link.wal == _file_identity(self.path + "-wal"):
+            raise DatabaseUnusable(
+                f"database {self.path}: the file was replaced, and the -wal of the old "
+                "one lies before it, which may destroy it: stop all programs that use "
+                "it, put the file in place again, delete its -wal and -shm"
+            )
         self._local.link = None
         link.connection.close()
-        self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
         self._local.link = link = self._open()
         return link
 
@@ -2007,7 +2015,9 @@ class Database:
             raise _explain(exc, self.path) from exc
         self._may_create = False
         _known_paths[self.path] = True
-        return _Link(connection, _file_identity(self.path))
+        link = _Link(connection, _file_identity(self.path))
+        link.wal = _file_identity(self.path + "-wal")
+        return link
 
     def _check_exists(self):
         try:

@@ -1709,9 +1709,12 @@ class Databases(Case):
         other.send("restored")
         other.store.close()
         self.app.send("t")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.db}-wal")
         os.rename(self.folder / "restored.db", self.db)
+        for _ in range(2):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "-wal of the old"):
+                self.app.send("t")
+        os.unlink(f"{self.db}-wal")
+        os.unlink(f"{self.db}-shm")
         self.assertEqual(self.app.send("t").id, 2)
         self.assertEqual(self.sql("select name from bg_task"), [("restored",), ("t",)])
 
