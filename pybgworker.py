@@ -2638,15 +2638,18 @@ class Round(NamedTuple):
     after: tuple | None = None  # the group seen last; None: all were
     limited: dict = {}          # names at their rate limit: when the next may start
     again: bool = False         # something new came meanwhile
+    halted: bool = False        # what comes next waits for a child, or all for a rate
 
     @property
     def is_over(self) -> bool:
-        """True when nothing is left to be seen before something new comes."""
-        return self.after is None
+        """True when looking on is of no use before something new comes."""
+        return self.after is None or self.halted
 
     def renewed(self) -> Round:
         """The round after something may have become ready anywhere."""
-        return Round() if self.is_over else self._replace(again=True)
+        if self.after is None:
+            return Round()
+        return self._replace(again=True, halted=False)
 
     def ended(self, limited: dict) -> Round:
         """The round when its last group was seen."""
@@ -2845,11 +2848,13 @@ class Claims(Queue):
         for name in round_.limited:         # they need no seek to be passed over
             pick.waits(name)
         if pick.is_full:
-            return pick, round_._replace(limited=limited)
+            return pick, round_._replace(limited=limited, halted=not pick.runs)
         heads, after = self._groups(pick)
         if order.queues is not None and (round_.after or after):
             self._offer_in_order(pick)      # too many to see the first among them
         self._offer_groups(pick, heads)
+        if pick.is_full and not pick.runs:
+            return pick, round_._replace(limited=limited, halted=True)
         if after is None:
             return pick, round_.ended(limited)
         return pick, Round(after, limited, round_.again)
@@ -2891,6 +2896,8 @@ class Claims(Queue):
                 continue
             if pick.waits(name):
                 names.remove(name)
+                if pick.is_full:
+                    break
             else:
                 heads.append(row)
         return heads, (queue, name)

@@ -2776,6 +2776,33 @@ class Claiming(QueueCase):
             taken = self.looks(free=7, queues=queues)
             self.assertEqual(sum(taken, []), [row[0] for row in expected])
 
+    def look_on(self, found, **order):
+        """Claim until something is found or the round is over; return the round."""
+        for _ in range(40):
+            self.claim(round=found, **order)
+            found = self.claimed.round
+            if self.claimed.runs or found.is_over:
+                return found
+        self.fail("it looks on without end")
+
+    def test_a_round_that_waits_for_a_child_or_a_rate_is_not_looked_on_with(self):
+        """Or the worker would turn without end.  It goes on from there later."""
+        self.fill(1000, "'q' || i")
+        self.sql("insert into bg_queue select queue, 0 from bg_task where id != 990")
+        self.sql("insert into bg_rate values ('', ?)", self.now + 1000)
+        self.sql("update bg_task set retries = 0")
+        for waits, goes in (
+            ({"free": 0, "ahead": 9, "ahead_names": ("t",)}, {"free": 1}),
+            ({"": 1}, {"": 1}),
+        ):
+            self.sql("update bg_task set state = 2")
+            found = self.look_on(pybgworker.Round(after=("q3", "t")), **waits)
+            self.assertEqual((self.claimed.runs, found.halted), ([], True))
+            self.now += 1000
+            self.look_on(found.renewed(), **goes)
+            self.assertEqual([run.queue for run in self.claimed.runs], ["q990"])
+            self.now -= 1000
+
     def test_a_rate_is_one_over_all_queues(self):
         for queue in "abcd":
             self.enqueue("t", queue, count=2)
@@ -3117,7 +3144,9 @@ class Budgets(QueueCase):
         with self.store.write():
             self.store.give_back([runs[2]], 1, self.now, started=False)
         self.store.cancels_asked(1)
-        self.store.peek(self.order(), self.now)
+        for queues in (None, ("default", "other")):
+            with mock.patch.object(Store, "_offer_in_order", return_value=False):
+                self.store.peek(self.order(queues=queues, t=0.1), self.now)
         self.store.cancel(runs[1].id, self.now)
         self.store.retry(runs[0].id, self.now)
         self.store.reap(1, "w", self.now)
@@ -5685,6 +5714,19 @@ class Workers(Served):
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, "slept")
 
+    def test_a_worker_that_was_given_up_claims_nothing_and_starts_over(self):
+        """A run with retries=0, claimed and killed, would have failed."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        before = worker.liveness.id
+        self.store.reap(before, "w", pybgworker.now_ms())
+        for chore in worker.chores:             # it has not beaten since
+            chore.due = time.monotonic() + 3600
+        result = self.tasks.add.options(retries=0).delay(1, 2)
+        self.turn_until(worker, result.ready)
+        self.assertEqual((result.result, result.attempt), (3, 1))
+        self.assertNotEqual(worker.liveness.id, before)
+
     def wait_for_start(self, worker):
         self.turn_until(worker, lambda: self.lines("nap"))
 
@@ -6679,8 +6721,10 @@ class Player:
 
     def do_claim(self, now, worker, free):
         order = pybgworker.ClaimOrder(worker, None, {"t"}, free, 0, set(), {})
+        found, _ = self.store.peek(order, now)
         with self.store.write():
             runs = self.store.claim(order, now).runs
+        assert found or not runs or worker not in self.model.workers
         assert [(r.id, r.attempt) for r in runs] == self.model.claim(now, worker, free)
         self.runs += [(worker, run) for run in runs]
 
@@ -6770,8 +6814,11 @@ TORTURE = float(os.environ.get("PYBGWORKER_TORTURE", "0"))
 
 class AnySequence(Case):
 
-    def failure_of(self, program):
+    def failure_of(self, program, groups=False):
         """What goes wrong when the program runs on a new database, or None."""
+        if groups:
+            with mock.patch.object(Store, "_offer_in_order", return_value=False):
+                return self.failure_of(program)
         path = self.folder / f"model-{random.random()}.db"
         store = Store(str(path), durability="normal")
         store.create()
@@ -6786,11 +6833,11 @@ class AnySequence(Case):
             for found in self.folder.glob(path.name + "*"):
                 found.unlink()
 
-    def shrunk(self, program):
+    def shrunk(self, program, groups):
         """The program without the operations that its failure does not need."""
         for i in reversed(range(len(program))):
             shorter = program[:i] + program[i + 1:]
-            if self.failure_of(shorter):
+            if self.failure_of(shorter, groups):
                 program = shorter
         return program
 
@@ -6800,10 +6847,11 @@ class AnySequence(Case):
             seed += 1
             program = random_program(random.Random(seed))
             done += len(program)
-            if self.failure_of(program):
-                small = self.shrunk(program)
+            groups = seed % 2       # every other one is claimed from group to group
+            if self.failure_of(program, groups):
+                small = self.shrunk(program, groups)
                 self.fail(f"seed {seed}:\n" + "\n".join(map(str, small))
-                          + f"\n{self.failure_of(small)}")
+                          + f"\n{self.failure_of(small, groups)}")
             if not TORTURE and time.monotonic() > end:
                 break
         self.assertGreater(seed, 20)
