@@ -8174,6 +8174,7 @@ def _confirm(args, question):
 
 
 def _enqueue(args, app):
+    _checked("name", _name, args.name)
     if args.app:
         app = _load(args.app)
         app.override(db=args.db)

@@ -6203,6 +6203,7 @@ class CommandLine(Served):
         self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
 
     def test_enqueue_without_an_app_goes_by_the_newest_of_the_name(self):
+        self.assertIn("1 to 200 characters", self.refused("enqueue", "\udcff"))
         first = self.cli("enqueue", "mail")
         self.assertIn("so it goes to the queue default; --queue", first.stderr)
         self.app.send("mail", queue="slow", priority=2, retries=0, timeout=1.5)
