@@ -2455,8 +2455,8 @@ class CallersTransaction:
 
     def _commits_by_itself(self):
         mode = getattr(self.connection, "autocommit", None)     # from 3.12 on
-        return mode is True or mode is not False and not (
-            self.connection.isolation_level is not None)
+        return mode is True or (
+            mode is not False and self.connection.isolation_level is None)
 
     def _undo(self):
         if self._cursor is None:

@@ -1731,6 +1731,14 @@ class Databases(Case):
         self.assertEqual(app.send("in b, too").id, 2)
         self.assertEqual(app.store.path, str(self.folder / "b" / "queue.db"))
 
+    def start_a_worker(self, app):
+        worker = Worker(app, "tasks")
+        try:
+            worker.start()
+        finally:
+            worker.ear.close()
+            worker.selector.close()
+
     def test_a_lost_database_is_never_made_anew(self):
         inside, away = self.folder / "disk", self.folder / "away"
         inside.mkdir()
@@ -1740,7 +1748,7 @@ class Databases(Case):
         inside.mkdir()                          # as an unmounted disk looks
         for one in (app, App(db=str(inside / "queue.db"))):
             for use in (lambda: one.send("t"), lambda: one.result(1).get(timeout=1),
-                        lambda: Worker(one, "tasks").start()):
+                        lambda: self.start_a_worker(one)):
                 with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
                     use()
         self.assertEqual(os.listdir(inside), [])
