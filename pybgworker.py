@@ -1943,17 +1943,12 @@ class Database:
             os.mknod(self.path, stat.S_IFREG | _NEW_FILE_MODE)
         except FileExistsError:
             pass
-        except (AttributeError, PermissionError):   # Windows; macOS; no permission
+        except (AttributeError, OSError):       # Windows; macOS; some sandboxes
             try:
-                sqlite3.connect(self.path).execute("pragma user_version").close()
+                sqlite3.connect(self.path).close()
                 os.chmod(self.path, os.stat(self.path).st_mode & _NEW_FILE_MODE)
-            except sqlite3.Error as exc:
+            except (sqlite3.Error, OSError) as exc:
                 raise _explain(exc, self.path) from exc
-        except OSError as exc:
-            raise DatabaseUnavailable(
-                f"database {self.path}: unable to make it: {exc.strerror}: is there "
-                "such a folder?"
-            ) from exc
 
     def write(self, durable: bool = True, patience: float | None = None) -> _Write:
         """A transaction that begins by taking the write lock.

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import copy
 import datetime as dt
+import errno
 import io
 import itertools
 import json
@@ -1640,7 +1641,7 @@ class Databases(Case):
         for path, kind, words in (
             (garbage, pybgworker.DatabaseUnusable, "it is some other file"),
             (self.folder / "no" / "folder", pybgworker.DatabaseUnavailable, "such a folder"),
-            (garbage / "queue.db", pybgworker.DatabaseUnavailable, "Not a directory"),
+            (garbage / "queue.db", pybgworker.DatabaseUnavailable, "such a folder"),
             (self.folder, pybgworker.DatabaseUnavailable, "unable to open"),
         ):
             with self.subTest(path), self.assertRaises(kind) as caught:
@@ -1972,12 +1973,15 @@ class Databases(Case):
         old = os.mknod
         self.addCleanup(setattr, os, "mknod", old)
 
-        def refused(*args):
-            raise PermissionError(1, "Operation not permitted")     # as on macOS
+        for error in (errno.EPERM, errno.EINVAL):       # as on macOS
+            def refused(*args, error=error):
+                raise OSError(error, os.strerror(error))
 
-        os.mknod = refused
-        self.app.send("t")
-        self.assertEqual(os.stat(self.db).st_mode & 0o007, 0)
+            os.mknod = refused
+            app = App(db=str(self.folder / f"{error}.db"))
+            app.send("t")
+            self.assertEqual(os.stat(app.store.path).st_mode & 0o007, 0)
+            app.store.close()
 
     @contextlib.contextmanager
     def user(self, uid, gid):
