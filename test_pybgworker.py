@@ -5214,6 +5214,9 @@ class Scheduling(Case):
                         scheduler.fire((day + hour * 3600) * 1000 + 1)
                     hours = [(tick - day) // 3600 for tick in self.ticks()]
                     self.assertEqual(hours, [9 - before if ran else 9 - after])
+                    self.assertLessEqual(
+                        self.sql("select max(created_at - tick * 1000) from bg_task"),
+                        [(1,)])
 
     def test_a_clock_set_back_a_little_repeats_nothing_and_a_lot_starts_anew(self):
         scheduler = self.scheduler()
