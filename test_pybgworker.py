@@ -1812,6 +1812,8 @@ class Databases(Case):
             with self.assertRaisesRegex(pybgworker.DatabaseUnavailable,
                                         "there is no database .*--db"):
                 use()
+        with self.assertRaises(sqlite3.OperationalError):   # gone at the last moment
+            pybgworker._open_uri(str(self.db)).execute("select 1")
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_commands_leave_a_file_that_is_no_queue_as_it_is(self):
