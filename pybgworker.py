@@ -2616,6 +2616,7 @@ class Queue(Database):
 _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _PASS_ROWS = 32             # rows that a look passes over, in the order of claims
 _SEEK_STEPS = 128           # … and then goes so far from group to group
+_LEAPS = 8                  # paused queues that one of these steps leaps over
 _TASK_ROW = """
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
         priority, place,
@@ -2899,7 +2900,7 @@ class Claims(Queue):
 
     def _head(self, queue, name):
         """The first row of a queue in order of name, from this name on."""
-        rows = self._read(
+        rows = self._seek(
             _TASK_ROW + """ and queue = :queue and name >= :name
                 order by name, priority, place, id limit 1""",
             {"queue": queue, "name": name},
@@ -2907,16 +2908,28 @@ class Claims(Queue):
         return rows[0] if rows else None
 
     def _next_queue(self, queues, queue):
-        """The next queue that has something ready; the next of `queues`, if given."""
+        """The next queue that has something ready; the next of `queues`, if given.
+
+        Leaps over paused ones in the same statement, so many at most.
+        """
         if queues is not None:
             i = bisect.bisect_right(queues, queue)
             return queues[i] if i < len(queues) else None
-        rows = self._read(
-            """select queue from bg_task where state = 2 and queue > :queue
-                order by queue limit 1""",
-            {"queue": queue},
-        )
-        return rows[0][0] if rows else None
+        return self._seek(
+            """with recursive leap (queue) as (
+                    select min(queue) from bg_task where state = 2 and queue > :queue
+                    union all
+                    select (select min(queue) from bg_task
+                            where state = 2 and queue > leap.queue)
+                        from leap join bg_queue on bg_queue.name = leap.queue
+                    limit :most)
+                select queue from leap""",
+            {"queue": queue, "most": _LEAPS},
+        )[-1][0]
+
+    def _seek(self, statement, parameters):
+        """_read() for many small ones: does not look at the file before each."""
+        return self._local.link.connection.execute(statement, parameters).fetchall()
 
     def _offer_groups(self, pick, heads):
         """Offer the rows of these groups in order, reading no further than needed."""

@@ -2755,8 +2755,7 @@ class Claiming(QueueCase):
                 self.assertLess(len(taken), 300)
 
     def test_something_new_behind_the_look_is_found_by_the_next_round(self):
-        self.fill(1000, "'q' || i", "'t'")
-        self.sql("insert into bg_queue select queue, 0 from bg_task")
+        self.fill(1000, "'q' || i", "'unknown'")
         self.claim()
         self.assertFalse(self.claimed.round.is_over)
         new = self.enqueue(queue="a", priority=9)
@@ -3233,7 +3232,7 @@ class Budgets(QueueCase):
                     with self.subTest(queue=queue, name=name, order=order):
                         traced = self.traced(lambda f=found: look(f))
                         self.assertLess(len(traced), 2 * pybgworker._SEEK_STEPS + 20)
-                        self.assertLess(self.steps(lambda f=found: look(f)), 15_000)
+                        self.assertLess(self.steps(lambda f=found: look(f)), 60_000)
                     found = look(found)[1].round
 
     def test_names_without_number_are_passed_in_one_look(self):
@@ -3260,14 +3259,13 @@ class Budgets(QueueCase):
         return (self.store.wal_bytes() - before) / (4096 + 24)
 
     def test_pages_written_by_an_operation_stay_within_their_budget(self):
-        self.enqueue(count=200)
-        self.store.checkpoint()
-        self.enqueue()
+        self.enqueue(count=200)         # no checkpoint: the log must not start anew
         runs = []
         enqueue = self.pages(self.enqueue)
         claim = self.pages(lambda: runs.extend(self.claim(free=1)))
         finish = self.pages(lambda: self.finish(runs[0], result="1"))
-        self.assertLessEqual((enqueue, claim, finish), (3, 4, 3))
+        self.assertGreater(min(enqueue, claim, finish), 0)
+        self.assertLessEqual(enqueue, 3)
         self.assertLessEqual(claim, 4)
         self.assertLessEqual(finish, 3)
 
@@ -6005,9 +6003,9 @@ class Workers(Served):
         """No hint and no poll is waited for; and then the worker sleeps."""
         worker = self.started()
         self.turn_until(worker, lambda: worker._is_ready)
-        self.fill(1000, "'q' || i", f"'{self.tasks.add.name}'")
-        self.sql("insert into bg_queue select queue, 0 from bg_task")
+        self.fill(1000, "'q' || i", "'unknown'")
         worker.step(pybgworker.now_ms())        # the round has begun without it
+        self.assertFalse(worker.round.is_over)
         worker.ear.close()
         result = self.tasks.add.options(queue="a", priority=9).delay(1, 2)
         for _ in range(60):
