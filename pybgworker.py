@@ -3046,10 +3046,10 @@ class Outcome(NamedTuple):
 
 
 # What SQLite says to values that it cannot take: too long, too large, against a
-# check.  Anything else is about the database and not about what is written.
+# check, no Unicode.  Anything else is about the database, not about what is written.
 _REFUSALS = (
     sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError,
-    ValueError, MemoryError,
+    UnicodeError, MemoryError,
 )
 
 
