@@ -33,9 +33,9 @@ Life of a task
 Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Database · Queue · Claiming · Endings · Store
-    · Functions · Waiting · Tasks and results · Processes · Child · Member · Pool
-    · Scheduler · Liveness · Journal · Upkeep · Worker · Reports · Bench
-    · Command line · Old import paths
+    · Functions · Waiting · Tasks and results · Processes · Child · Member
+    · Placement · Pool · Scheduler · Liveness · Journal · Upkeep · Worker
+    · Reports · Bench · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -59,6 +59,7 @@ import functools
 import heapq
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -2676,6 +2677,7 @@ class Claimed(NamedTuple):
     next_at: int | None         # when to look again, if nobody enqueues
     round: Round
     is_registered: bool = True  # False: the worker has no row, so it gets nothing
+    waits: int | None = None    # priority of the first that needs a free child
 
 
 def _order_of(row):
@@ -2694,6 +2696,7 @@ class _Pick:
         self.limited: dict[str, int] = {}
         self.offered = 0
         self.is_full = False            # nothing behind can be taken, either
+        self.needs_child: int | None = None     # priority of what does
         self._range: list = []          # the last one; empty: a row was passed over
 
     def offer(self, row: tuple, follows: bool = True) -> bool:
@@ -2717,6 +2720,7 @@ class _Pick:
             self.ahead -= 1
         else:
             self.is_full = True     # it needs a free child: none may pass it
+            self.needs_child = run.priority
             return False
         if self.rates:
             run.tokens = self.rates.spend(name)
@@ -2785,7 +2789,8 @@ class Claims(Queue):
 
     def _claimed(self, pick, found, due):
         opens_at = min(found.limited.values(), default=None)
-        return Claimed(pick.runs, _earliest(due, opens_at), found)
+        return Claimed(pick.runs, _earliest(due, opens_at), found,
+                       waits=pick.needs_child)
 
     def _next_due(self):
         rows = self._read(
@@ -3571,8 +3576,9 @@ class Operations(Endings):
         return len(old), after
 
     def pause(self, queue: str, now: int) -> None:
-        """Claim nothing from this queue, until resume()."""
+        """Claim nothing from this queue until resume(); what has not begun returns."""
         with self.write() as link:
+            link.wake = self._wake_addresses(link.connection)
             link.connection.execute(
                 """insert or ignore into bg_queue (name, paused_at)
                     values (:name, :now)""",
@@ -5732,15 +5738,124 @@ class Member:
             os.close(fd)
 
 
-# == Pool =====================================================================
-# Owns the set of children: who runs what, time limits, recall of what has not begun,
-# replacement.  Knows nothing of the database; what happened to a run is returned as
-# an Ended record.
+# == Placement ================================================================
+# Owns the choice of the child that a run goes to: where there is room, what may
+# wait in a pipe, and what is taken back from one.  Looks at the children and
+# changes nothing.
 
 _AHEAD_FRAMES = 128         # waiting in one child's socket at most
 _AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
 _SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
 _STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
+
+
+class Durations:
+    """How long runs usually take, by name of the task."""
+
+    def __init__(self):
+        self._usual: dict[str, float] = {}      # seconds
+        self.short_names: set[str] = set()      # tasks that may wait in a pipe
+
+    def usual(self, name: str) -> float:
+        """Seconds that a run of this task usually takes; 0 for the unknown."""
+        return self._usual.get(name, 0.0)
+
+    def is_short(self, name: str) -> bool:
+        """True when a run of this task may wait in a pipe, or be waited for."""
+        return name in self.short_names
+
+    def learn(self, name: str, seconds: float) -> None:
+        """Take a run into account; a long one counts at once."""
+        usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
+        if seconds > _SHORT_SECONDS:
+            usual = max(usual, seconds)
+        self._usual[name] = usual
+        if usual < _SHORT_SECONDS:
+            self.short_names.add(name)
+        else:
+            self.short_names.discard(name)
+
+
+def _load_of(member):
+    return len(member.waiting)
+
+
+class Placement:
+    """Where runs go, by what the `members` of a pool have now.
+
+    `size` of them work at a time.  None is ever sent more runs than `most`.
+    """
+
+    def __init__(self, size: int, most: int | None, durations: Durations):
+        self._size, self._most, self._durations = size, most or sys.maxsize, durations
+
+    def working(self, members: Sequence[Member]) -> list[Member]:
+        """The children that may be given work: not more than `size` have any."""
+        able = [m for m in members if m.able]
+        able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
+        others = sum(bool(m.waiting) for m in members if not m.able)
+        return able[: max(0, self._size - others)]
+
+    def room(self, members: Sequence[Member], taken: int, at: float) -> tuple[int, int]:
+        """(children with nothing to do, further places in pipes), but for `taken`."""
+        free = ahead = 0
+        for member in self.working(members):
+            if not member.waiting:
+                free += 1
+                ahead += self._places_in(member) - 1
+            elif not self._is_slow(member, at):
+                ahead += self._places_in(member)
+        return max(0, free - taken), max(0, ahead - max(0, taken - free))
+
+    def _places_in(self, member):
+        has = len(member.waiting)
+        return max(0, min(_AHEAD_FRAMES, self._most - member.done) - has)
+
+    def _is_slow(self, member, at):
+        """True when nothing should wait behind what this child runs."""
+        age = at - member.began
+        is_short = self._durations.is_short(member.waiting[0].name)
+        return not is_short or age >= _STALL_SECONDS
+
+    def takers(self, members: Sequence[Member], at: float) -> list[Member]:
+        """The children that can take a frame: idle, or quickly idle again."""
+        members = self.working(members)
+        return [m for m in members if not (m.waiting and self._is_slow(m, at))]
+
+    def may_wait(self, run: Run, member: Member) -> bool:
+        """True when `run` may wait in the pipe of this child, which is not slow."""
+        if run.is_last or not self._durations.is_short(run.name):
+            return False
+        behind = len(member.waiting)
+        ahead = behind * self._durations.usual(run.name)
+        return ahead < _AHEAD_SECONDS and behind < _AHEAD_FRAMES \
+            and behind + member.done < self._most
+
+    def overloaded(self, members: Sequence[Member], at: float,
+                   is_spare: bool) -> list[Member]:
+        """Those in whose pipe something waits behind a slow run.
+
+        And, if there is nothing else for an idle one to do (`is_spare`), the one
+        with the longest queue.
+        """
+        working = self.working(members)
+        found = [m for m in working if len(m.waiting) > 1 and self._is_slow(m, at)]
+        if is_spare and not found and any(not m.waiting for m in working):
+            longest = max(working, key=_load_of)
+            found += [longest] if len(longest.waiting) > 2 else []
+        return found
+
+    def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
+        """Those in whose pipe something less urgent waits; its end is the least."""
+        return [m for m in members
+                if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
+
+
+# == Pool =====================================================================
+# Owns the set of children: who runs what, time limits, recall of what has not begun,
+# replacement.  Knows nothing of the database; what happened to a run is returned as
+# an Ended record.
+
 _HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
 _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
@@ -5776,35 +5891,8 @@ class Starts:
         self.unknown.difference_update(names)
 
 
-class Durations:
-    """How long runs usually take, by name of the task."""
-
-    def __init__(self):
-        self._usual: dict[str, float] = {}      # seconds
-        self.short_names: set[str] = set()      # tasks that may wait in a pipe
-
-    def usual(self, name: str) -> float:
-        """Seconds that a run of this task usually takes; 0 for the unknown."""
-        return self._usual.get(name, 0.0)
-
-    def is_short(self, name: str) -> bool:
-        """True when a run of this task may wait in a pipe, or be waited for."""
-        return name in self.short_names
-
-    def learn(self, name: str, seconds: float) -> None:
-        """Take a run into account; a long one counts at once."""
-        usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
-        if seconds > _SHORT_SECONDS:
-            usual = max(usual, seconds)
-        self._usual[name] = usual
-        if usual < _SHORT_SECONDS:
-            self.short_names.add(name)
-        else:
-            self.short_names.discard(name)
-
-
-def _load_of(member):
-    return len(member.waiting)
+def _urgency(run):
+    return run.priority
 
 
 class Pool:
@@ -5824,6 +5912,8 @@ class Pool:
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
+        most = limits.max_tasks_per_child
+        self.placement = Placement(size, most, self.durations)
         self.starts = Starts()
 
     # -- children
@@ -5844,32 +5934,41 @@ class Pool:
         """True when a child has imported the app."""
         return any(member.ready for member in self.members)
 
-    def _working(self):
-        """The children that may be given work: not more than `size` have any."""
-        able = [m for m in self.members if m.able]
-        able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
-        others = sum(bool(m.waiting) for m in self.members if not m.able)
-        return able[: max(0, self._size - others)]
-
     # -- giving out work
 
     def room(self, at: float) -> tuple[int, int]:
         """(children with nothing to do, further places in pipes)."""
-        free = ahead = 0
-        for member in self._working():
-            if not member.waiting:
-                free += 1
-                ahead += _AHEAD_FRAMES - 1
-            elif not self._is_slow(member, at):
-                ahead += max(0, _AHEAD_FRAMES - len(member.waiting))
-        taken = len(self.hand)
-        return max(0, free - taken), max(0, ahead - max(0, taken - free))
+        return self.placement.room(self.members, len(self.hand), at)
 
-    def _is_slow(self, member, at):
-        """True when nothing should wait behind what this child runs."""
-        age = at - member.began
-        is_short = self.durations.is_short(member.waiting[0].name)
-        return not is_short or age >= _STALL_SECONDS
+    def take(self, runs: Sequence[Run]) -> None:
+        """Have claimed runs in hand, the most urgent first; none waits for others."""
+        behind = self.placement.behind(self.members, min(r.priority for r in runs))
+        for member in behind:
+            self._recall(member)
+        self.hand.extend(runs)
+        if len(self.hand) > len(runs):
+            self.hand = collections.deque(sorted(self.hand, key=_urgency))
+
+    def make_way(self, priority: int) -> list[Run]:
+        """Take back what has not begun and is less urgent: for one that waits.
+
+        It needs a child with nothing to do.  Guarded by
+        test_an_urgent_task_does_not_wait_for_what_was_prefetched.
+        """
+        return self._take_back(lambda run: run.priority > priority)
+
+    def leave(self, queues: Sequence[str]) -> list[Run]:
+        """Take back what has not begun and is of these queues: they are paused."""
+        return self._take_back(lambda run: run.queue in queues)
+
+    def _take_back(self, unwanted):
+        for member in self.members:
+            if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
+                self._recall(member)
+        back = [run for run in self.hand if unwanted(run)]
+        if back:
+            self.hand = collections.deque(r for r in self.hand if not unwanted(r))
+        return back
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
@@ -5884,11 +5983,12 @@ class Pool:
 
         Returns the runs that none could take for a while: others may have time.
         """
-        places, left = self._places(at), []
+        places, left = self.placement.takers(self.members, at), []
         for run in self.hand:
             member = min(places, key=_load_of) if places else None
             is_first = member is not None and not member.waiting
-            if member is None or not (is_first or self._may_wait(run, member)) \
+            if member is None \
+                    or not (is_first or self.placement.may_wait(run, member)) \
                     or not member.send(run, at):
                 left.append(run)
                 continue
@@ -5900,19 +6000,6 @@ class Pool:
             self.hand_since = at
         self.hand = collections.deque(left)
         return self._put_back() if at - self.hand_since >= _HAND_SECONDS else []
-
-    def _places(self, at):
-        """The children that can take a frame: idle, or quickly idle again."""
-        members = self._working()
-        return [m for m in members if not (m.waiting and self._is_slow(m, at))]
-
-    def _may_wait(self, run, member):
-        """True when `run` may wait in the pipe of this child, which is not slow."""
-        if run.is_last or not self.durations.is_short(run.name):
-            return False
-        behind = len(member.waiting)
-        ahead = behind * self.durations.usual(run.name)
-        return behind < _AHEAD_FRAMES and ahead < _AHEAD_SECONDS
 
     def _put_back(self):
         """Take the runs out of the hand."""
@@ -5927,14 +6014,9 @@ class Pool:
 
     def balance(self, at: float) -> None:
         """Recall what waits behind a slow run, or while another child is idle."""
-        working = self._working()
-        for member in working:
-            if len(member.waiting) > 1 and self._is_slow(member, at):
-                self._recall(member)
-        if not self.hand and any(not m.waiting for m in working):
-            longest = max(working, key=_load_of)
-            if len(longest.waiting) > 2:
-                self._recall(longest)
+        is_spare = not self.hand
+        for member in self.placement.overloaded(self.members, at, is_spare):
+            self._recall(member)
 
     def _recall(self, member):
         self.hand.extendleft(reversed(member.recall()))
@@ -6016,7 +6098,7 @@ class Pool:
             member.why, member.kill_due = "", 0.0      # it ended within its grace
         self.durations.learn(run.name, duration)
         if kind in ("timeout", "cancelled") \
-                or member.done == self._limits.max_tasks_per_child:
+                or member.done >= (self._limits.max_tasks_per_child or math.inf):
             self._retire(member)        # with what an interrupted task has started
 
     # -- ending children
@@ -6793,9 +6875,10 @@ class Trouble:
         self._since = 0.0           # monotonic; of the episode
         self._said: set[str] = set()
         self.failing: set = set()   # the acts, as they were called
+        self.fatal = ""             # what no later turn can mend
 
-    def attempt(self, at: float, act: Callable, *args: Any) -> Any:
-        """Call `act`; return what the database made it raise.  False: not done."""
+    def survives(self, at: float, act: Callable, *args: Any) -> bool:
+        """Call `act`; True if the database let it.  It returns False: nothing done."""
         try:
             if act(*args) is not False:
                 self.failing.discard(act)
@@ -6804,10 +6887,23 @@ class Trouble:
             self.failing.add(act)
             if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
                 self.say_once("database_error", exc)
-            return exc
+            if exc.fatal:
+                self.fatal = str(exc)
+            return False
         if not self.failing:
             self._said.clear()
-        return None
+        return True
+
+    def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
+        """Do those that are due, up to the first that fails: it has waited enough.
+
+        That one goes to the end, so that it keeps no other from its turn.
+        """
+        for chore in list(chores):
+            if not self.survives(at, chore.run_if_due, now, at):
+                chores.remove(chore)
+                chores.append(chore)
+                break
 
     def say_once(self, event: str, exc: Exception) -> None:
         """A log line, unless this episode has had it."""
@@ -7058,7 +7154,7 @@ class Worker:
         self._plan_chores()
 
     def _plan_chores(self):
-        self._cancels = Chore(0.25, self._heed_cancels)
+        self._wishes = Chore(0.25, self._heed_wishes)
         self._crons = Chore(_CRON_POLL, self._fire_crons)
         self._pruning = Chore(_PRUNE_SECONDS, self._prune)
         self._reaping = Chore(_REAP_SECONDS, self._reap)
@@ -7068,7 +7164,7 @@ class Worker:
             Chore(1.0, self._look_after_children),
             Chore(1.0, lambda now: self.store.checkpoint_if_large()),
             Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
-            self._cancels, self._crons, self._pruning,
+            self._wishes, self._crons, self._pruning,
         ]
 
     def _is_done(self):
@@ -7132,7 +7228,7 @@ class Worker:
         for key, _ in self.selector.select(self._patience()):
             if key.data == "ear":
                 self.look |= self.ear.drain()
-                self._cancels.due = 0       # it may be about a cancellation
+                self._wishes.due = 0        # it may be about a cancellation
             elif key.data == "signal":
                 self.stops.drain()
                 self.pool.notice_deaths(time.monotonic())
@@ -7167,22 +7263,12 @@ class Worker:
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
-        if self._attempt(at, self._transact, now, at):
+        if not self.trouble.survives(at, self._transact, now, at):
             self.look = True            # what it saw, it may not have claimed
         self.outbox.returned += self.pool.dispatch(at)
-        for chore in list(self.chores):
-            if self._attempt(at, chore.run_if_due, now, at):
-                self.chores.remove(chore)
-                self.chores.append(chore)       # the others come first in a next turn
-                break                           # … and this one has waited enough
+        self.trouble.do_chores(self.chores, now, at)
+        self.fatal = self.fatal or self.trouble.fatal
         self.journal.log.flush()
-
-    def _attempt(self, at, act, *args):
-        """What is in hand stays there for the next turn, when the database fails."""
-        exc = self.trouble.attempt(at, act, *args)
-        if exc is not None and exc.fatal:
-            self.fatal = str(exc)
-        return exc
 
     def _say_ready(self):
         if self.pool.starts.given_up and not self.pool.is_ready():
@@ -7256,14 +7342,17 @@ class Worker:
     def _learn(self, seen, now):
         """Keep what a look saw beside the runs it found."""
         self.next_at, self.round = seen.next_at, seen.round
+        if seen.waits is not None:
+            self.outbox.returned += self.pool.make_way(seen.waits)
         self.journal.limited(seen.round.limited, now)
 
     def _take_in(self, claimed, now):
         if not claimed.is_registered:
             return self._start_over(now)
         self._learn(claimed, now)
-        self.pool.hand.extend(claimed.runs)
-        self.look |= bool(claimed.runs)     # then perhaps there is more
+        if claimed.runs:
+            self.pool.take(claimed.runs)
+            self.look = True                # then perhaps there is more
         for run in claimed.runs:
             if run.timeout is None:
                 run.timeout = self.settings.timeout
@@ -7302,9 +7391,12 @@ class Worker:
         if self.liveness.is_behind:
             self._reaping.due = time.monotonic() + _REAP_PAUSE
 
-    def _heed_cancels(self, now):
+    def _heed_wishes(self, now):
+        """Cancellations, and pauses: what was claimed before has not begun yet."""
         for task_id in self.store.cancels_asked(self.liveness.id):
             self.pool.cancel(task_id, time.monotonic())
+        if self.pool.in_hand():
+            self.outbox.returned += self.pool.leave(self.store.paused_queues())
 
     def _look_after_children(self, now):
         at = time.monotonic()

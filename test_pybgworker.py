@@ -383,6 +383,23 @@ TASKS = """
         print("still here")
         return "closed"
 
+    @task
+    def my_pid():
+        return os.getpid()
+
+    @task
+    def step_of(n):
+        mark("steps", n)
+        time.sleep(0.004)
+
+    @task(retries=0)
+    def urgent():
+        mark("steps", "urgent")
+
+    @task(retries=1)
+    def urgent_twice():
+        mark("steps", "urgent")
+
     @task(retries=0)
     def call_false():
         subprocess.check_call(["false"])
@@ -4637,6 +4654,15 @@ class Pools(Served):
         self.assertEqual([self.get(r) for r in results], list(range(300)))
         self.assertEqual({r.attempt for r in results}, {1})
 
+    def test_a_child_gets_no_more_tasks_than_it_may_run(self):
+        """However short they are, and however many could wait in its pipe."""
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 3)
+        results = self.tasks.my_pid.delay_many([()] * 31)
+        pids = [self.get(result) for result in results]
+        self.assertEqual(max(map(pids.count, pids)), 3)
+        self.assertEqual({r.attempt for r in results}, {1})
+        worker.stop()
+
     def test_a_child_is_replaced_after_so_many_tasks(self):
         worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 2)
         pids = [self.get(self.tasks.fork_twice.delay()) for _ in range(6)]
@@ -4785,20 +4811,60 @@ class Pools(Served):
         self.assertLess(time.monotonic() - asked_at, 1.5)
 
     def test_the_last_attempt_and_a_slow_head_let_nothing_wait(self):
-        pool = pybgworker.Pool(None, 1, None, None, None)
-        pool.durations.learn("t", 0.0001)
+        durations = pybgworker.Durations()
+        durations.learn("t", 0.0001)
+        placement = pybgworker.Placement(1, 7, durations)
 
         class Busy:
-            able, began = True, 1000
+            able, began, done = True, 1000, 5
             waiting = [Run(1, "t", "q", 0, 3, 0, None, 0, None, "", 5)]
 
-        pool.members = [Busy]
         again = Run(2, "t", "q", 0, 3, 0, None, 0, None, "", 5)
         last = Run(3, "t", "q", 3, 3, 0, None, 0, None, "", 5)
-        self.assertTrue(pool._may_wait(again, Busy))
-        self.assertFalse(pool._may_wait(last, Busy))
-        self.assertEqual(pool._places(1000.001), [Busy])
-        self.assertEqual(pool._places(1000.03), [])
+        self.assertTrue(placement.may_wait(again, Busy))
+        self.assertFalse(placement.may_wait(last, Busy))
+        self.assertEqual(placement.takers([Busy], 1000.001), [Busy])
+        self.assertEqual(placement.takers([Busy], 1000.03), [])
+        self.assertEqual(placement.room([Busy], 0, 1000.001), (0, 1))   # of 7
+        Busy.done = 6
+        self.assertFalse(placement.may_wait(again, Busy))
+
+    def ready_member(self, *runs):
+        """A member whose pipe holds `runs`; the child has taken the first."""
+        member = pybgworker.Member.__new__(pybgworker.Member)
+        member.__dict__.update(
+            waiting=pybgworker.collections.deque(runs), began=time.monotonic(), done=0,
+            why="", kill_due=0.0, ready=True, retiring=False)
+
+        def recall():
+            back = list(member.waiting)[1:]
+            member.waiting = pybgworker.collections.deque(list(member.waiting)[:1])
+            return back
+
+        member.recall = recall
+        return member
+
+    def test_what_is_urgent_or_of_a_paused_queue_is_sorted_out_of_the_pipes(self):
+        def run(number, priority=5, queue="q"):
+            return Run(number, "t", queue, 0, 3, 0, None, 0, None, "", priority)
+
+        pool = pybgworker.Pool(None, 2, self.app.settings, None, None)
+        pool.members = [self.ready_member(run(1), run(2), run(3)),
+                        self.ready_member(run(4), run(5, queue="paused"))]
+        pool.take([run(6)])
+        self.assertEqual([r.id for r in pool.hand], [6])        # as urgent as they
+        pool.take([run(7, priority=1)])
+        self.assertEqual([r.id for r in pool.hand][0], 7)
+        self.assertEqual({r.id for r in pool.hand}, {7, 6, 2, 3, 5})
+        self.assertEqual([r.id for r in pool.leave(["paused"])], [5])
+        self.assertEqual({r.id for r in pool.make_way(1)}, {6, 2, 3})
+        self.assertEqual([r.id for r in pool.hand], [7])
+        self.assertEqual([len(m.waiting) for m in pool.members], [1, 1])
+
+        pool.hand.clear()
+        pool.members = [self.ready_member(run(1, 1), run(2, 2), run(3, 9))]
+        self.assertEqual([r.id for r in pool.make_way(4)], [3])
+        self.assertEqual([r.id for r in pool.hand], [2])
 
     def test_durations_decide_what_may_wait_in_a_pipe(self):
         durations = pybgworker.Durations()
@@ -5729,6 +5795,65 @@ class Workers(Served):
             turns += 1
         self.assertLess(turns, 30)
 
+    def prefetched(self, worker):
+        """As many runs of step_of() as may be are claimed; some have begun."""
+        self.turn_until(worker, lambda: worker._is_ready)
+        worker.pool.durations.learn("tasks.step_of", 0.0001)
+        worker.pool.durations.learn("tasks.urgent_twice", 0.0001)
+        results = self.tasks.step_of.delay_many([(n,) for n in range(150)])
+        self.turn_until(worker, lambda: worker.pool.in_hand() > 100
+                        and self.lines("steps"))
+        return results
+
+    def test_an_urgent_task_does_not_wait_for_what_was_prefetched(self):
+        worker = self.started()
+        for name in ("urgent", "urgent_twice"):     # needs a free child, and does not
+            with self.subTest(name):
+                results = self.prefetched(worker)
+                before = len(self.lines("steps"))
+                urgent = getattr(self.tasks, name).options(priority=1).delay()
+                self.turn_until(worker, urgent.ready)
+                place = self.lines("steps").index("urgent")
+                self.assertLess(place - before, 30)
+                self.turn_until(worker, lambda results=results: all(
+                    r.ready() for r in results[-3:]))
+                self.assertEqual({r.attempt for r in results}, {1})
+                os.remove("steps")
+
+    def test_a_pause_recalls_what_has_not_begun(self):
+        worker = self.started()
+        results = self.prefetched(worker)
+        self.store.pause("default", self.now)
+        self.turn_until(worker, lambda: not worker.pool.in_hand()
+                        and not worker.outbox.is_full)
+        self.assertLess(len(self.lines("steps")), 60)
+        self.assertEqual({r.status for r in results}, {"success", "queued"})
+        self.store.resume("default")
+        self.turn_until(worker, lambda: all(r.ready() for r in results[-3:]))
+        self.assertEqual({r.attempt for r in results}, {1})
+
+    def test_a_worker_learns_that_it_was_given_up_before_it_claims(self):
+        """After a stall: what it would claim must neither be killed nor fail."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        old = worker.liveness.id
+        self.sql("delete from bg_worker")
+        result = self.tasks.once.delay("x")
+        worker.chores = []                  # also without a heartbeat
+        self.turn_until(worker, result.ready)
+        self.assertEqual((result.status, result.attempt), ("success", 1))
+        self.assertNotEqual(worker.liveness.id, old)
+
+        self.tasks.long_nap.delay(30)       # one in hand is given up, as is its worker
+        self.turn_until(worker, lambda: self.lines("nap"))
+        self.sql("update bg_task set state = 2 where state = 3")
+        self.sql("delete from bg_worker")
+        again = self.tasks.once.options(priority=1).delay("y")
+        worker.look = True
+        worker._beat(pybgworker.now_ms())
+        self.turn_until(worker, again.ready)
+        self.assertEqual((again.status, again.attempt), ("success", 1))
+
     def test_an_outcome_is_kept_while_the_database_is_locked(self):
         worker = self.started()
         result = self.tasks.nap.delay(0.4)
@@ -5835,12 +5960,12 @@ class Workers(Served):
             raise pybgworker.DatabaseUnusable("no")
 
         chore = pybgworker.Chore(3600, fail)
-        self.assertTrue(trouble.attempt(1000.0, chore.run_if_due, 0, 1000.0))
+        self.assertFalse(trouble.survives(1000.0, chore.run_if_due, 0, 1000.0))
         self.assertLess(chore.due, 1001)
-        self.assertFalse(trouble.attempt(1000.05, chore.run_if_due, 0, 1000.05))
+        self.assertTrue(trouble.survives(1000.05, chore.run_if_due, 0, 1000.05))
         self.assertTrue(trouble.failing)        # not due is not well
         chore.act = done.append
-        self.assertFalse(trouble.attempt(1000.2, chore.run_if_due, 7, 1000.2))
+        self.assertTrue(trouble.survives(1000.2, chore.run_if_due, 7, 1000.2))
         self.assertEqual((done, chore.due), (["bad", 7], 4600.2))
         self.assertFalse(trouble.failing)
 
