@@ -2585,10 +2585,11 @@ class Queue(Database):
 
         Also above ids of deleted rows; and behind every retry that queued again,
         which takes a place of its own behind all that were new before: Claims.
+        Both are expressions: a converter of the caller's does not get at them.
         """
         return connection.execute(
             """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
-                    place.value + 1
+                    place.value + 0
                 from bg_meta last, bg_meta place
                 where last.name = 'last_id' and place.name = 'place'"""
         ).fetchone()
@@ -2822,7 +2823,7 @@ class Claims(Queue):
     def _queue_behind(self, ids):
         """Make tasks ready, each with a place of its own behind all others.
 
-        What is new takes an odd place, one above bg_meta.place; see _next_id().
+        What is enqueued after that takes the same place, but has a higher id.
         """
         if not ids:
             return
@@ -2832,11 +2833,11 @@ class Claims(Queue):
         ).fetchone()
         connection.executemany(
             """update bg_task set state = 2, place = ? where id = ?""",
-            [(place + 2 * n, task_id) for n, task_id in enumerate(ids, 1)],
+            [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
         )
         connection.execute(
             """update bg_meta set value = value + :more where name = 'place'""",
-            {"more": 2 * len(ids)},
+            {"more": len(ids)},
         )
 
     def _look(self, order, now):

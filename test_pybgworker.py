@@ -2823,13 +2823,12 @@ class Claiming(QueueCase):
         """Or the worker would turn without end.  It goes on from there later."""
         self.fill(1000, "'q' || i")
         self.sql("insert into bg_queue select queue, 0 from bg_task where id != 990")
-        self.sql("insert into bg_rate values ('', ?)", self.now + 1000)
         self.sql("update bg_task set retries = 0")
-        for waits, goes in (
-            ({"free": 0, "ahead": 9, "ahead_names": ("t",)}, {"free": 1}),
-            ({"": 1}, {"": 1}),
-        ):
+        child = {"free": 0, "ahead": 9, "ahead_names": ("t",)}, {"free": 1}
+        for (waits, goes), priority in itertools.product((child, ({"": 1},) * 2), (5, 0)):
             self.sql("update bg_task set state = 2")
+            self.sql("update bg_task set priority = ? where id = 990", priority)
+            self.sql("insert or replace into bg_rate values ('', ?)", self.now + 1000)
             found = self.look_on(pybgworker.Round(after=("q3", "t")), **waits)
             self.assertEqual((self.claimed.runs, found.halted), ([], True))
             self.now += 1000
@@ -6162,6 +6161,7 @@ class Workers(Served):
         result = self.tasks.add.options(queue="a", priority=9).delay(1, 2)
         for _ in range(60):
             if not worker.pool.in_hand():
+                self.assertEqual(worker.round.is_over or worker._patience(), 0)
                 worker.step(pybgworker.now_ms())
         self.assertEqual(worker.pool.in_hand(), 1)
         self.turn_until(worker, result.ready)
