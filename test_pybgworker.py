@@ -2515,7 +2515,8 @@ class Threads(Case):
 
     def test_one_that_cannot_be_inserted_spoils_no_other(self):
         calls = [lambda: self.app.send("t")] * 6
-        calls[3] = lambda: self.app.send("t", key="\ud800")
+        bad = NewTask("t", "q", 5, "\ud800", 0, None, pybgworker.QUEUED, 1, 1)
+        calls[3] = lambda: self.store.enqueue(bad, ["[[],{}]"])     # send() refuses it
         results = self.at_once(calls)
         errors = [r for r in results if isinstance(r, Exception)]
         self.assertEqual([type(e) for e in errors], [UnicodeEncodeError])
