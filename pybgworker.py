@@ -32,8 +32,8 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Database · Queue · Claiming · Endings · Store
-    · Functions · Waiting · Tasks and results · Processes · Child · Member
+    · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
+    · Store · Functions · Waiting · Tasks and results · Processes · Child · Member
     · Placement · Pool · Scheduler · Liveness · Journal · Upkeep · Worker
     · Reports · Bench · Command line · Old import paths
 
@@ -1508,6 +1508,7 @@ class Rates:
 # a worker also looks when PRAGMA data_version says that somebody committed.
 
 _WAKE_TOKEN_BYTES = 8
+_BAD_ADDRESS = (AttributeError, TypeError, ValueError, OverflowError)   # by hand
 
 
 class WakeSocket:
@@ -1554,7 +1555,374 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
         for port, token in addresses:
-            sender.sendto(token.encode(), ("127.0.0.1", port))
+            with contextlib.suppress(OSError, *_BAD_ADDRESS):
+                sender.sendto(token.encode(), ("127.0.0.1", port))
+
+
+# == Forks ====================================================================
+# Owns what a fork must not break.  SQLite keeps a table of its process's locks,
+# and a forked child inherits the table, but not the locks: a connection that it
+# opens takes none, and the next to close deletes the -wal that it writes to.  So
+# no connection of ours is open while the process forks: the fork waits for those
+# in use and closes all, and each opens again when it is used.  Where one stays
+# open (the caller's own), a Guard keeps the files in place for the child.
+# https://sqlite.org/howtocorrupt.html, "Carrying an open database connection"
+
+_FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
+_READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
+_SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
+_WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
+_FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
+_NO_HOOKS = (
+    "this process was forked while the file was open, by code that runs no Python "
+    "fork hooks, so SQLite would lose data here: use it only after such a fork"
+)
+_IN_TRANSACTION = (
+    "this process was forked while a transaction on the file was open, so SQLite "
+    "would wait for itself here for ever: end it before the fork"
+)
+_FORKED = (
+    "database {}: the process forked in the middle of this: nothing was written, "
+    "do it again"
+)
+_LOG_LOST = (
+    "its -wal was deleted while in use, and what this program wrote last is lost: "
+    "never delete or copy its files by hand; restart all programs that use it"
+)
+_LEFT_OPEN = (
+    "this process was forked while a connection to the file was open, so SQLite "
+    "would lose data here: close it before the fork"
+)
+
+
+def _file_identity(path):
+    """(device, inode), by stat: opening the file would drop SQLite's locks."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _descriptors():
+    """The descriptors of this process by the (device, inode) they are open on."""
+    found: dict[tuple, set] = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError, ValueError):
+                status = os.fstat(int(name))
+                found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
+    return found
+
+
+class _StepAside(Exception):
+    """Raised where a thread waits for a lock while another one forks."""
+
+
+class _Undone(DatabaseUnavailable):
+    """A transaction was undone for no fault of its own: do it again."""
+
+
+class Guard:
+    """Read locks that keep a file's -wal and -shm in place while we live.
+
+    They belong to the open file, so children inherit them, and SQLite, whose locks
+    belong to the process, cannot drop them.  Never closed: closing any descriptor
+    of a file drops all of SQLite's locks on it.  Linux only.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._shm = path, -1
+        self.file = self._lock(path, *_READERS_LOCK)
+
+    def renew(self) -> None:
+        """Lock the -shm of today."""
+        if self._shm < 0 or _file_identity(self._shm) != _file_identity(
+                self._path + "-shm"):
+            self._shm = self._lock(self._path + "-shm", *_SHM_LOCK)
+
+    def _lock(self, path, start, length):
+        """A descriptor with the lock, or -1."""
+        if not sys.platform.startswith("linux"):    # others have another struct
+            return -1
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._ask(fd, "F_OFD_SETLK", "F_RDLCK", start, length)
+            return fd
+        except (OSError, AttributeError):       # no -shm; no OFD locks
+            return -1
+
+    def _ask(self, fd, command, kind, start, length):
+        import fcntl
+
+        lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
+        return _FLOCK.unpack(fcntl.fcntl(fd, getattr(fcntl, command), lock))
+
+    @property
+    def holds(self) -> bool:
+        """True if nobody can delete the -wal now."""
+        return self.file >= 0
+
+    def is_writing(self) -> bool:
+        """True while this process holds the write lock."""
+        try:
+            found = self._ask(self._shm, "F_OFD_GETLK", "F_WRLCK", *_WRITERS_LOCK)
+        except (OSError, AttributeError, ValueError):   # there is no -shm
+            return False
+        return found[4] == os.getpid()
+
+
+class Forks:
+    """Where this process stands among its forks, and what it has open meanwhile."""
+
+    def __init__(self):
+        self.count = 0              # of forks that led to this process
+        self.links = weakref.WeakValueDictionary()      # our connections, by id()
+        self.refused = {}           # (device, inode): why it cannot be used here
+        self._pid = os.getpid()
+        self._is_watching = False
+        self._forking = []          # threads that fork now
+        self._users = {}            # threads that open or close a file, by token
+        self._files = {}            # (device, inode) of all files used: the path
+        self._guards = {}           # the same: its Guard
+        self._dangers = {}          # the same: what the next child is to refuse
+
+    def generation(self) -> int:
+        """A number that is another one after a fork, whoever forked."""
+        if self._pid != os.getpid():
+            self._after_in_child()
+        return self.count
+
+    def check(self, identity: tuple | None, path: str) -> None:
+        """Refuse a file that cannot be used here; care for it at every fork."""
+        self.generation()
+        reason = self.refused.get(identity)
+        if reason:
+            raise DatabaseUnusable(f"database {path}: {reason}")
+        if identity is not None:
+            self._files[identity] = path
+        self._watch()
+
+    def _watch(self):
+        if not self._is_watching and hasattr(os, "register_at_fork"):
+            self._is_watching = True        # not at import, which has no effects
+            os.register_at_fork(
+                before=self._before, after_in_parent=self._after_in_parent,
+                after_in_child=self._after_in_child,
+            )
+
+    # -- for those who use a file
+
+    def is_on(self) -> bool:
+        """True while another thread forks: begin nothing."""
+        return bool(self._forking) and threading.get_ident() not in self._forking
+
+    def wait(self) -> None:
+        """Let the fork happen."""
+        while self.is_on():
+            time.sleep(0.001)
+
+    @contextlib.contextmanager
+    def using(self):
+        """A fork waits for the end of this block; not for long."""
+        token, is_inside = object(), self._is_inside()
+        try:
+            while True:
+                self._users[token] = threading.get_ident()
+                if is_inside or not self.is_on():
+                    break
+                del self._users[token]
+                self.wait()
+            yield
+        finally:
+            self._users.pop(token, None)
+
+    def _is_inside(self):
+        """True for a thread that a fork waits for already."""
+        ident = threading.get_ident()
+        return ident in list(self._users.values()) or any(
+            link.is_busy for link in self._open_links() if link.thread == ident)
+
+    # -- the fork itself
+
+    def _before(self):
+        self.generation()
+        self._forking.append(threading.get_ident())
+        deadline = time.monotonic() + _FORK_PATIENCE
+        while self._is_busy() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        for link in self._open_links():
+            if not self._holds_up(link):
+                link.close()
+        self._guard_what_is_open()
+
+    def _open_links(self):
+        found = [ref() for ref in self.links.valuerefs()]
+        return [link for link in found if link is not None and not link.is_closed]
+
+    def _holds_up(self, link):
+        """A thread that forks is not in the middle of a call of SQLite."""
+        return link.is_busy and link.thread not in self._forking
+
+    def _is_busy(self):
+        return any(ident not in self._forking for ident in list(self._users.values())) \
+            or any(map(self._holds_up, self._open_links()))
+
+    def _guard_what_is_open(self):
+        """The caller's own connections, and ours that were not done in time."""
+        self._dangers = {}
+        found = _descriptors() if self._files else {}
+        for identity, path in list(self._files.items()):
+            if _file_identity(path) == identity and self._is_open(identity, found):
+                guard = self.guard(identity)
+                if guard is None:
+                    self._dangers[identity] = _LEFT_OPEN
+                elif guard.is_writing():
+                    self._dangers[identity] = _IN_TRANSACTION
+
+    def _is_open(self, identity, found):
+        guard = self._guards.get(identity)
+        return bool(found.get(identity, set()) - {guard.file if guard else -1})
+
+    def guard(self, identity: tuple) -> Guard | None:
+        """Keep the -wal of this file in place from now on; None: impossible."""
+        path = self._files[identity]
+        if identity not in self._guards and _file_identity(path) == identity:
+            self._guards[identity] = Guard(path)
+        found = self._guards.get(identity)
+        if found is None or not found.holds:
+            return None
+        found.renew()
+        return found
+
+    def _after_in_parent(self):
+        with contextlib.suppress(ValueError):
+            self._forking.remove(threading.get_ident())
+        if not self._forking:
+            self._dangers = {}
+
+    def _after_in_child(self):
+        """Only the thread that forked is left, and no lock of ours is held by it."""
+        for link in self._open_links():
+            link.leak()
+            self.refused[link.identity] = (
+                _NO_HOOKS if not self._forking else _IN_TRANSACTION)
+        self.refused.update(self._dangers)
+        self.links = weakref.WeakValueDictionary()
+        self._users, self._forking, self._dangers = {}, [], {}
+        self.count += 1
+        self._pid = os.getpid()
+
+    # -- a -wal that was lost
+
+    def let_go(self, identity: tuple) -> bool:
+        """Close our connections and write nothing more to this file's lost -wal.
+
+        A Guard first: the last to close would copy a stale log into the file.
+        """
+        if self.guard(identity) is None and _file_identity(
+                self._files[identity]) == identity:
+            return False
+        self._before()
+        self._after_in_parent()
+        return not self._is_open(identity, _descriptors())
+
+
+_forks = Forks()
+
+
+class _Log:
+    """The -wal and -shm of `path` as they are now."""
+
+    def __init__(self, path):
+        self._wal_path, self._shm_path = path + "-wal", path + "-shm"
+        self._wal = _file_identity(self._wal_path)
+        self._shm = _file_identity(self._shm_path)
+
+    def is_there(self):
+        """True while the -wal is still the one that others read; one stat."""
+        return self._wal == _file_identity(self._wal_path)
+
+    def lies_before(self, path):
+        """True if SQLite would read this -wal together with that file."""
+        return self._wal is not None and self._wal == _file_identity(path + "-wal")
+
+    def was_deleted_by_hand(self):
+        """True where only the -wal is another.  SQLite deletes both."""
+        return self._shm == _file_identity(self._shm_path)
+
+
+def _nobody():
+    """Stands for a weak reference whose object is gone."""
+
+
+class _Link:
+    """One thread's connection, with what must be remembered beside it."""
+
+    def __init__(self, connection, identity):
+        self.connection = connection
+        self.identity = identity
+        self.log = None             # identity of the -wal that it writes to
+        self.thread = threading.get_ident()
+        self.generation = _forks.count
+        self.is_closed = False
+        self.synchronous = None     # what the pragma was last set to
+        self.commits = 0
+        self.undone = True          # the last transaction was, or never began
+        self.writer = _nobody       # weak reference to the _Write that is open
+        self.is_reading = False
+        self.wake = []              # whom to wake after the commit
+        self.is_stale = False       # opened while the file could not be written
+        _forks.links[id(self)] = self
+
+    @property
+    def is_busy(self):
+        """True from before its thread uses SQLite until after."""
+        return self.is_reading or self.writer() is not None
+
+    @property
+    def is_open(self):
+        """True in a transaction."""
+        try:
+            return self.connection.in_transaction
+        except sqlite3.ProgrammingError:        # a fork has closed it
+            return False
+
+    def close(self):
+        """Undo what is open, and close.  May be called twice."""
+        if self.is_closed:
+            return
+        self.undone = self.undone or self.is_open
+        self.is_closed = True
+        with _forks.using(), contextlib.suppress(sqlite3.Error):
+            self.connection.close()
+
+    def leak(self):
+        """Never close it: in a forked child that would edit the parent's memory."""
+        import ctypes
+
+        self.is_closed = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
+
+    def __del__(self):
+        if self.generation == _forks.generation():
+            self.close()
+
+
+class ProcessLock:
+    """A lock for the threads of a process.  A forked child finds it open."""
+
+    def __init__(self):
+        self._locks = {}            # the lock of each process, by pid
+
+    def __enter__(self):
+        pid = os.getpid()
+        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
+        lock.acquire()
+
+    def __exit__(self, kind, exc, trace):
+        with contextlib.suppress(KeyError):     # forked inside the block
+            self._locks[os.getpid()].release()
 
 
 # == Database =================================================================
@@ -1717,6 +2085,8 @@ _NETWORK_FILESYSTEMS = frozenset((
 def _explain(exc, path):
     """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
     text = str(exc)
+    if "closed database" in text:
+        return _Undone(_FORKED.format(path))
     for words, kind, advice in (
         ("locked", DatabaseBusy, "another process holds its write lock"),
         ("is full", DatabaseUnavailable, "free some disk space"),
@@ -1735,15 +2105,6 @@ def _explain(exc, path):
 
 def _is_busy(exc):
     return "locked" in str(exc) or "busy" in str(exc)
-
-
-def _file_identity(path):
-    """(device, inode), by stat: opening the file would drop SQLite's locks."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _mounts():
@@ -1811,10 +2172,6 @@ def _open_uri(path, **options):
     )
 
 
-def _nobody():
-    """Stands for a weak reference whose object is gone."""
-
-
 @contextlib.contextmanager
 def _missing_is_none():
     """Go on where a table or column is missing."""
@@ -1825,53 +2182,6 @@ def _missing_is_none():
             raise
 
 
-class _Link:
-    """One thread's connection, with what must be remembered beside it."""
-
-    def __init__(self, connection, identity):
-        self.connection = connection
-        self.identity = identity
-        self.forks = _forks
-        self.synchronous = None     # what the pragma was last set to
-        self.commits = 0
-        self.undone = True          # the last transaction was, or never began
-        self.writer = _nobody       # weak reference to the _Write that is open
-        self.wake = []              # whom to wake after the commit
-        self.is_stale = False       # opened while the file could not be written
-        self.wal = None             # identity of the -wal when it was opened
-        _links.add(self)
-
-    def __del__(self):
-        if self.forks == _forks:
-            with contextlib.suppress(sqlite3.Error):
-                self.connection.close()
-
-
-# A connection must not be used, nor even closed, in a forked child: it would
-# edit the parent's shared memory.  So the child leaks what it inherited.
-# Guarded by test_fork_leaves_the_parents_connection_alone.
-_forks = 0
-_links: Any = None
-
-
-def _after_fork():
-    global _forks
-    _forks += 1
-    import ctypes
-
-    for link in list(_links):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(link.connection))
-
-
-def _watch_forks():
-    """Once, when the first connection is opened: importing has no effects."""
-    global _links
-    if _links is None:
-        _links = weakref.WeakSet()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_after_fork)
-
-
 class _Write:
     """A write transaction.  They do not nest."""
 
@@ -1880,16 +2190,14 @@ class _Write:
         self.link = None
 
     def __enter__(self):
-        self.link = self.store._link()
-        self.store._begin(self.link, self.durable, self.patience)
-        self.link.writer = weakref.ref(self)
+        self.link = self.store._begin(self)
         return self.link
 
     @property
     def is_committed(self):
         """True once it is; also where an interrupt hides how the block ended."""
         link = self.link
-        return link is not None and not (link.undone or link.connection.in_transaction)
+        return link is not None and not (link.undone or link.is_open)
 
     def __exit__(self, kind, exc, trace):
         self.store._end(self.link, failed=kind is not None)
@@ -1962,10 +2270,12 @@ class Database:
 
     def _link(self):
         link = getattr(self._local, "link", None)
-        if link is None or link.forks != _forks:
+        if link is not None and link.writer() is not None:
+            return link         # of the block we are in; if closed, it has failed
+        if link is None or link.generation != _forks.generation():
             link = self._local.link = self._open()
-        elif not link.connection.in_transaction and (
-            link.is_stale or link.identity != _file_identity(self.name)
+        elif not link.is_open and (
+            link.is_closed or link.is_stale or link.identity != _file_identity(self.name)
         ):
             link = self._reopen(link)
         return link
@@ -1979,40 +2289,51 @@ class Database:
             )
         self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
         is_replaced = _file_identity(self.path) not in (None, link.identity)
-        if is_replaced and link.wal and link.wal == _file_identity(self.path + "-wal"):
+        if is_replaced and link.log.lies_before(self.path):
             raise DatabaseUnusable(
                 f"database {self.path}: the file was replaced, and the -wal of the old "
                 "one lies before it, which may destroy it: stop all programs that use "
                 "it, put the file in place again, delete its -wal and -shm"
             )
         self._local.link = None
-        link.connection.close()
+        link.close()
         self._local.link = link = self._open()
         return link
 
     def close(self) -> None:
         """Close this thread's connection.  It opens again when used again."""
         link, self._local.link = getattr(self._local, "link", None), None
-        if link and link.forks == _forks:
-            link.connection.close()
+        if link and link.generation == _forks.generation():
+            link.close()
 
     def _open(self, create=False):
-        _watch_forks()
-        self._check_exists()
-        _check_place(self.path, _mounts(), self.allow_network_fs)
-        try:
-            connection = self._connect()
+        while True:
+            self._check_exists()
+            _check_place(self.path, _mounts(), self.allow_network_fs)
             try:
-                self._migrate(connection, create)
-            except BaseException:
-                connection.close()
-                raise
-        except sqlite3.Error as exc:
-            raise _explain(exc, self.path) from exc
+                with _forks.using():
+                    return self._open_now(create)
+            except _StepAside:
+                continue
+            except sqlite3.Error as exc:
+                raise _explain(exc, self.path) from exc
+
+    def _open_now(self, create):
+        identity = _file_identity(self.path)
+        _forks.check(identity, self.path)
+        link = _Link(
+            _open_uri(self.path, check_same_thread=False, cached_statements=256),
+            identity,
+        )
+        try:
+            self._set_up(link.connection)
+            self._migrate(link.connection, create)
+        except BaseException:
+            link.close()
+            raise
+        link.log = _Log(self.path)
         self._may_create = False
         _known_paths[self.path] = True
-        link = _Link(connection, _file_identity(self.path))
-        link.wal = _file_identity(self.path + "-wal")
         return link
 
     def _check_exists(self):
@@ -2028,9 +2349,7 @@ class Database:
         except OSError as exc:
             raise _explain(exc, self.path) from exc
 
-    def _connect(self):
-        connection = _open_uri(
-            self.path, check_same_thread=False, cached_statements=256)
+    def _set_up(self, connection):
         deadline = time.monotonic() + self.busy_timeout
         for pragma in (
             "wal_autocheckpoint = 0",       # see checkpoint()
@@ -2041,7 +2360,6 @@ class Database:
             "fullfsync = on",               # macOS: reach the platter
         ):
             self._patiently(connection, deadline, "pragma " + pragma)
-        return connection
 
     def _use_wal(self, ask):
         """Needs the file alone for a moment; SQLite does not wait for that."""
@@ -2059,6 +2377,8 @@ class Database:
             except sqlite3.OperationalError as exc:
                 if not _is_busy(exc) or time.monotonic() > deadline:
                     raise
+                if _forks.is_on():
+                    raise _StepAside from exc
             # Short and uneven: SQLite's own waiting grows, so newcomers would win.
             time.sleep(random.uniform(0.0005, 0.003))
 
@@ -2116,12 +2436,35 @@ class Database:
         if self._schema_version(ask) != len(_MIGRATIONS):
             self._migrate_from(ask)
 
-    def _begin(self, link, durable, patience):
-        synchronous = "full" if durable and self.durability == "full" else "normal"
-        patience = self.busy_timeout if patience is None else patience
+    def _begin(self, write):
+        """Take the write lock; return the link that has it."""
+        patience = self.busy_timeout if write.patience is None else write.patience
         deadline = time.monotonic() + patience
-        if link.writer() is not None and link.connection.in_transaction:
-            raise DatabaseBusy(_REENTERED.format(self.path))
+        while True:
+            link = self._free_link()
+            try:
+                link.writer = weakref.ref(write)    # from here on a fork waits for us
+                if not _forks.is_on():
+                    self._take_lock(link, write.durable, deadline)
+                    return link
+            except _StepAside:
+                pass
+            except BaseException:
+                link.writer = _nobody
+                raise
+            link.writer = _nobody
+            _forks.wait()
+
+    def _free_link(self):
+        link = getattr(self._local, "link", None)
+        if link is not None and link.writer() is not None:
+            if link.is_open:
+                raise DatabaseBusy(_REENTERED.format(self.path))
+            link.writer = _nobody
+        return self._link()
+
+    def _take_lock(self, link, durable, deadline):
+        synchronous = "full" if durable and self.durability == "full" else "normal"
         self._roll_back(link)       # what an interrupt (Ctrl-C) has left open
         try:
             if link.synchronous != synchronous:
@@ -2137,33 +2480,66 @@ class Database:
         wake, link.wake = link.wake, []
         try:
             if not failed:
-                link.connection.execute("commit")
-                send_wake_ups(wake)
-                link.commits += 1
+                self._commit(link)
         except sqlite3.Error as exc:
             failed = True
             raise _explain(exc, self.path) from exc
+        except DatabaseUnavailable:
+            failed = True
+            raise
         finally:
             if failed:
                 self._roll_back(link)
+            link.writer = _nobody
+        if not failed:
+            link.commits += 1
+            send_wake_ups(wake)
+
+    def _commit(self, link):
+        """Return once it is committed, to the log that all others read."""
+        if link.generation != _forks.generation():
+            raise _Undone(_FORKED.format(self.path))
+        link.connection.execute("commit")
+        if not link.log.is_there():
+            self._save_from_lost_log(link)
+
+    def _save_from_lost_log(self, link):
+        """The -wal was deleted under us, so nobody will ever see what is in ours.
+
+        A stray close() of the file in this process, or an inherited connection,
+        has dropped our locks, and another program took itself for the last user:
+        it moved all that was there to the file and deleted the log.  Where only
+        the -wal is missing, somebody deleted it by hand, and nothing is saved.
+        """
+        if link.log.was_deleted_by_hand() or not _forks.let_go(link.identity):
+            _forks.refused[link.identity] = _LOG_LOST
+            _forks.check(link.identity, self.path)
+        raise _Undone(f"database {self.path}: its -wal was deleted while in use: "
+                      "nothing was written, do it again")
 
     def _roll_back(self, link):
         """Leave no transaction open; some errors have already rolled back."""
         link.undone = True
-        if link.connection.in_transaction:
+        if not link.is_closed and link.is_open:
             with contextlib.suppress(sqlite3.Error):
                 link.connection.execute("rollback")
 
     def _read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
-        connection = self._link().connection
         deadline = time.monotonic() + self.busy_timeout
         while True:
+            link = self._link()
+            outer, inside = link.is_reading, link.writer() is not None
             try:
-                return connection.execute(statement, parameters).fetchall()
+                link.is_reading = True      # from here on a fork waits for us
+                if inside or not _forks.is_on():
+                    return link.connection.execute(statement, parameters).fetchall()
             except sqlite3.Error as exc:
-                if not _is_busy(exc) or time.monotonic() > deadline:
+                is_forked = link.is_closed and not inside
+                if not is_forked and (not _is_busy(exc) or time.monotonic() > deadline):
                     raise _explain(exc, self.path) from exc
+            finally:
+                link.is_reading = outer
             time.sleep(random.uniform(0.0005, 0.003))
 
     def data_version(self) -> int:
@@ -2190,15 +2566,10 @@ class Database:
         held meanwhile, by a second connection.
         https://sqlite.org/wal.html#walresetbug
         """
-        helper = _open_uri(self.path)
-        try:
-            with self.write(durable=False, patience=0.05):
-                helper.execute("pragma wal_autocheckpoint = 0").fetchall()
-                helper.execute("pragma wal_checkpoint(passive)").fetchall()
-        except sqlite3.Error as exc:
-            raise _explain(exc, self.path) from exc
-        finally:
-            helper.close()
+        with self.write(durable=False, patience=0.05), \
+                contextlib.closing(_open_uri(self.path)) as helper:
+            helper.execute("pragma wal_autocheckpoint = 0").fetchall()
+            helper.execute("pragma wal_checkpoint(passive)").fetchall()
 
     def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
         """checkpoint() when the log has grown; a busy database is left for later."""
@@ -2322,7 +2693,7 @@ class GroupCommit:
     """
 
     def __init__(self, store: Queue):
-        self.forks = _forks         # locks that a fork inherits may never open
+        self.generation = _forks.count      # inherited locks may never open
         self._store = store
         self._leading = threading.Lock()
         self._requests: collections.deque = collections.deque()
@@ -2336,6 +2707,8 @@ class GroupCommit:
         self._requests.append(request)
         try:
             while not request.is_settled:
+                if self.generation != _forks.generation():
+                    raise DatabaseUnavailable(_FORKED.format(self._store.path))
                 self._wait_or_lead(request)
         except BaseException:       # also Ctrl-C: nobody shall commit it later
             with contextlib.suppress(ValueError):
@@ -2385,6 +2758,15 @@ class GroupCommit:
                 request.call()
 
     def _commit(self, requests):
+        while True:
+            if self.generation != _forks.generation():  # not ours to commit again
+                raise DatabaseUnavailable(_FORKED.format(self._store.path))
+            try:
+                return self._commit_once(requests)
+            except _Undone:
+                continue
+
+    def _commit_once(self, requests):
         write = self._store.write()
         try:
             with write:
@@ -2509,7 +2891,7 @@ class Queue(Database):
         if self._may_create:
             self.create()
         group = self._group
-        if group is None or group.forks != _forks:
+        if group is None or group.generation != _forks.generation():
             group = self._group = GroupCommit(self)
         return group.submit(Request(task, calls))
 
@@ -2527,7 +2909,8 @@ class Queue(Database):
         have this mark.  None: all know the row, a key's holder, as committed.
         """
         request = Request(task, calls)
-        with CallersTransaction(self, connection) as cursor:
+        _forks.check(_file_identity(self.path), self.path)
+        with _forks.using(), CallersTransaction(self, connection) as cursor:
             holder = self._key_holder(cursor, task.key)
             self._insert(cursor, [request])
             if holder is not None:      # as bytes: text is for the caller's factory
@@ -4397,7 +4780,7 @@ class App:
         self.tasks: dict[str, Task] = {}
         self._code: dict = {}
         self._flags: dict = {}
-        self._lock = threading.RLock()      # guards _settings and _store
+        self._lock = ProcessLock()  # guards _settings and _store
         self._settings: types.SimpleNamespace | None = None
         self._store: Store | None = None
         self.watches: dict = {}             # by event loop, see Watch

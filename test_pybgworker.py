@@ -1526,6 +1526,326 @@ class WakeUps(unittest.TestCase):
         self.assertFalse(ear.drain())
 
 
+# == Forks ====================================================================
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+class Forking(Case):
+    """Parent and child both enqueue for as long as they live; nothing is lost."""
+
+    PROGRAM = """
+        import contextlib, ctypes, os, signal, sqlite3, sys, threading, time, warnings
+        import pybgworker as p
+        warnings.simplefilter("ignore")
+        signal.alarm(50)
+        app = p.App(); t = p.Task(app, print, "t", {})
+
+        def say(*words):
+            os.write(1, (" ".join(map(str, words)) + chr(10)).encode())
+
+        def delay(*args):
+            say("id", t.delay(*args).id)
+
+        class Signs:
+            # Who waits for a sign that the other will never give has failed.
+            def __init__(self):
+                self.ends = os.pipe()
+            def give(self):
+                os.write(self.ends[1], b".")
+            def wait(self):
+                os.read(self.ends[0], 1)
+
+        def end():
+            # As sys.exit does, but for the streams: connections are closed.
+            del t.app
+            app.store.close()
+            os._exit(0)
+    """
+
+    def ran(self, code, **options):
+        """What a program says; all ids that it got are tasks, and nothing else."""
+        code = textwrap.dedent(self.PROGRAM) + textwrap.dedent(code)
+        done = self.python(code, **options)
+        self.assertEqual(done.stderr, "")
+        said = done.stdout.splitlines()
+        ids = [int(line.split()[1]) for line in said if line.startswith("id ")]
+        self.assertEqual(len(ids), len(set(ids)))
+        kept = self.sql("select id from bg_task order by id")
+        self.assertEqual([row[0] for row in kept], sorted(ids))
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+        return said
+
+    def test_a_daemon_enqueues_on_when_its_parents_have_ended(self):
+        said = self.ran("""
+            delay()
+            first, second, gone = os.getpid(), Signs(), Signs()
+            for _ in range(2):                  # the usual double fork
+                if os.fork():
+                    sys.exit(0)
+                os.setsid() if _ == 0 else None
+            while os.getppid() == first:
+                time.sleep(0.01)
+            for i in range(30):
+                delay(i)
+        """)
+        self.assertEqual(len(said), 31)
+
+    def test_both_enqueue_whoever_ends_first(self):
+        for first in ("parent", "child"):
+            with self.subTest(first):
+                self.tearDown()
+                self.setUp()
+                said = self.ran(f"""
+                    delay()
+                    to_parent, to_child = Signs(), Signs()
+                    who = "parent" if os.fork() else "child"
+                    mine, other = ((to_parent, to_child) if who == "parent"
+                                   else (to_child, to_parent))
+                    delay()
+                    other.give(); mine.wait()
+                    delay()
+                    if who == {first!r}:
+                        app.store.close()
+                        other.give()
+                        os._exit(0)
+                    mine.wait()
+                    [delay(i) for i in range(5)]
+                    if who == "parent":
+                        os.wait()
+                    else:
+                        sys.exit()
+                """)
+                self.assertEqual(len(said), 10)
+
+    def test_multiprocessing_forks_children_that_enqueue(self):
+        said = self.ran("""
+            import multiprocessing
+            context = multiprocessing.get_context("fork")
+            def work(n):
+                delay(n)
+                return os.getpid()
+            delay()
+            for _ in range(2):
+                with context.Pool(3) as pool:
+                    pool.map(work, range(12), 1)
+                delay()
+        """)
+        self.assertEqual(len(said), 27)
+
+    def test_a_fork_while_eight_threads_enqueue(self):
+        said = self.ran("""
+            going = True
+            def go():
+                while going:
+                    delay()
+            threads = [threading.Thread(target=go) for _ in range(8)]
+            [thread.start() for thread in threads]
+            for _ in range(12):
+                start = time.monotonic()
+                pid = os.fork()
+                if pid == 0:
+                    [delay() for _ in range(3)]
+                    say("child", time.monotonic() - start < 4)
+                    os._exit(0)
+                os.waitpid(pid, 0)
+            going = False
+            [thread.join() for thread in threads]
+            delay()
+        """)
+        self.assertEqual(said.count("child True"), 12)
+
+    def test_a_fork_inside_a_transaction_undoes_it_in_both(self):
+        said = self.ran("""
+            delay()
+            try:
+                with app.store.write():
+                    app.store.pause
+                    app.store._link().connection.execute("delete from bg_task")
+                    pid = os.fork()
+            except p.DatabaseUnavailable as exc:
+                say("undone", "forked" in str(exc), "do it again" in str(exc))
+            delay()
+            os.waitpid(pid, 0) if pid else os._exit(0)
+            delay()
+        """)
+        self.assertEqual(said.count("undone True True"), 2)
+        self.assertEqual(len(said), 6)
+
+    def test_a_fork_by_a_signal_handler_in_a_delay(self):
+        """It happens once, in the parent; the child has forgotten the others too."""
+        said = self.ran("""
+            insert = p.Store.insert
+            def forking(store, requests):
+                insert(store, requests)
+                p.Store.insert = insert
+                global pid
+                pid = os.fork()
+            delay()
+            p.Store.insert = forking
+            try:
+                delay()
+            except p.DatabaseUnavailable as exc:
+                say("child", pid == 0, "forked" in str(exc))
+            delay()
+            os.waitpid(pid, 0) if pid else os._exit(0)
+        """)
+        self.assertEqual(said.count("child True True"), 1)
+        self.assertEqual(len(said), 5)
+
+    def test_a_connection_of_ones_own_may_be_open_at_the_fork(self):
+        said = self.ran("""
+            conn = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
+            app.store.create()
+            app.store.close()
+            say("id", t.options(conn=conn).delay().id)
+            gone = Signs()
+            if os.fork():
+                conn.close()                # the last that SQLite knows of
+                gone.give()
+                os._exit(0)
+            gone.wait()
+            [delay(i) for i in range(9)]
+            os.close(1)
+        """)
+        self.assertEqual(len(said), 10)
+
+    def test_a_transaction_of_ones_own_at_the_fork_is_refused_in_the_child(self):
+        said = self.ran("""
+            conn = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
+            app.store.create()
+            conn.execute("begin immediate")
+            say("id", t.options(conn=conn).delay().id)
+            if os.fork() == 0:
+                for connection in (None, sqlite3.connect(app.store.path)):
+                    try:
+                        t.options(conn=connection).delay()
+                    except p.DatabaseUnusable as exc:
+                        say("refused", "end it before the fork" in str(exc))
+                os._exit(0)
+            os.wait()
+            conn.execute("commit")
+            delay()
+        """)
+        self.assertEqual(said, ["id 1", "refused True", "refused True", "id 2"])
+
+    def test_a_fork_that_runs_no_hooks_is_noticed_and_refused(self):
+        said = self.ran("""
+            libc = ctypes.CDLL(None)
+            if libc.fork() == 0:            # nothing is open yet
+                delay()
+                end()
+            os.wait()
+            delay()
+            if libc.fork() == 0:
+                for act in (t.delay, lambda: p.AsyncResult(1, app).status):
+                    try:
+                        act()
+                    except p.DatabaseUnusable as exc:
+                        say("refused", "fork hooks" in str(exc))
+                end()
+            os.wait()
+            delay()
+        """)
+        self.assertEqual(said, ["id 1", "id 2", "refused True", "refused True", "id 3"])
+
+    def test_a_fork_waits_for_transactions_but_not_for_those_that_wait(self):
+        said = self.ran("""
+            app.store.create()
+            other = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
+            other.execute("begin immediate")
+            started = threading.Event()
+            take_lock = p.Store._take_lock
+            def noted(*args):
+                started.set()
+                return take_lock(*args)
+            p.Store._take_lock = noted
+            thread = threading.Thread(target=delay)
+            thread.start()
+            started.wait()
+            start = time.monotonic()
+            if os.fork() == 0:
+                os._exit(0)
+            say("fork", time.monotonic() - start < 2)
+            other.execute("rollback"); other.close()
+            thread.join()
+        """)
+        self.assertEqual(said, ["fork True", "id 1"])
+
+    @unittest.skipUnless(os.path.exists("/proc/locks"), "needs /proc/locks")
+    def test_the_child_holds_locks_of_its_own(self):
+        said = self.ran("""
+            delay()
+            if os.fork() == 0:
+                delay()
+                locks = [line.split() for line in open("/proc/locks")]
+                file, shm = (str(os.stat(app.store.path + s).st_ino) for s in ("", "-shm"))
+                mine = {(lock[5].split(":")[2], lock[6]) for lock in locks
+                        if lock[4] == str(os.getpid())}
+                say({(file, "1073741826"), (shm, "128")} <= mine)
+                os._exit(0)
+            os.wait()
+        """)
+        self.assertEqual(said[-1], "True")
+
+    def test_a_lock_that_a_thread_held_is_open_in_the_child(self):
+        lock = pybgworker.ProcessLock()
+        held, go = threading.Event(), threading.Event()
+
+        def hold():
+            with lock:
+                held.set()
+                go.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            with lock:
+                os._exit(0)
+        go.set()
+        thread.join()
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertIsInstance(self.app._lock, pybgworker.ProcessLock)
+
+    def test_a_log_that_was_deleted_takes_no_commit(self):
+        """A stray close() drops SQLite's locks; then another program is the last."""
+        other = """
+            import os, sqlite3
+            connection = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+            connection.execute("update bg_meta set value = value")
+            connection.commit()
+            connection.close()
+        """
+        for act in ("enqueue", "cancel"):
+            self.setUp()
+            self.app.send("before")
+            open(self.db, "rb").close()
+            self.python(other)
+            self.assertFalse(os.path.exists(f"{self.db}-wal"))
+            if act == "enqueue":
+                self.app.send("after")
+            else:
+                with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "do it again"):
+                    self.store.cancel(1, self.now)
+                self.assertEqual(self.store.task(1).status, "queued")
+                self.store.cancel(1, self.now)
+            self.app.send("last")
+            rows = self.sql("select name, state from bg_task order by id")
+            self.assertEqual(rows, [("before", 2), ("after", 2), ("last", 2)]
+                             if act == "enqueue" else [("before", 6), ("last", 2)])
+            self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+
+    def test_a_log_deleted_by_hand_is_an_error_that_stays(self):
+        self.app.send("t")
+        self.addCleanup(pybgworker._forks.refused.clear)
+        os.unlink(f"{self.db}-wal")
+        for _ in range(2):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "-wal was deleted"):
+                self.app.send("t")
+
+
 # == Database =================================================================
 
 
@@ -2082,25 +2402,6 @@ class Databases(Case):
         self.app.send("t")
         self.assertEqual(os.stat(self.db).st_mode & 0o777, 0o604)
 
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_fork_leaves_the_parents_connection_alone(self):
-        self.app.send("before")
-        with self.store.write():
-            pid = os.fork()
-            if pid == 0:
-                os._exit(0)
-            os.waitpid(pid, 0)
-        inherited = self.store._link().connection
-        pid = os.fork()
-        if pid == 0:
-            self.app.send("child")
-            os._exit(self.store._link().connection is inherited)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
-        self.app.send("after")
-        names = [row[0] for row in self.sql("select name from bg_task order by id")]
-        self.assertEqual(names, ["before", "child", "after"])
-        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
-
     def test_threads_have_connections_of_their_own(self):
         threads = [threading.Thread(target=lambda: [self.app.send("t") for _ in range(20)])
                    for _ in range(8)]
@@ -2608,16 +2909,6 @@ class Threads(Case):
         link.connection.execute("update bg_meta set value = 77")
         self.assertEqual(self.app.send("t").id, 1)
         self.assertEqual(self.sql("select id from bg_task"), [(1,)])
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
-    def test_a_child_forked_while_a_thread_commits_can_enqueue(self):
-        self.app.send("t")
-        with self.store._group._leading:
-            pid = os.fork()
-            if pid == 0:
-                signal.alarm(10)
-                os._exit(0 if self.app.send("t").id == 2 else 1)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
 
 # == Claiming =================================================================
