@@ -1841,7 +1841,10 @@ class _Log:
 
     def is_there(self):
         """True while the -wal is still the one that others read; one stat."""
-        return self._wal == _file_identity(self._wal_path)
+        found = _file_identity(self._wal_path)
+        if self._wal is None:       # our first write has made it
+            self._wal = found
+        return found is not None and self._wal == found
 
     def lies_before(self, path):
         """True if SQLite would read this -wal together with that file."""
@@ -1896,6 +1899,13 @@ class _Link:
         self.is_closed = True
         with _forks.using(), contextlib.suppress(sqlite3.Error):
             self.connection.close()
+
+    def roll_back(self):
+        """Leave no transaction open; some errors have already rolled back."""
+        self.undone = True
+        if not self.is_closed and self.is_open:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("rollback")
 
     def leak(self):
         """Never close it: in a forked child that would edit the parent's memory."""
@@ -2182,6 +2192,33 @@ def _missing_is_none():
             raise
 
 
+def _patiently(connection, deadline, statement):
+    """Run one statement until it is not locked out; return its first value."""
+    while True:
+        try:
+            rows = connection.execute(statement).fetchall()
+            return rows[0][0] if rows else None
+        except sqlite3.OperationalError as exc:
+            if not _is_busy(exc) or time.monotonic() > deadline:
+                raise
+            if _forks.is_on():
+                raise _StepAside from exc
+        # Short and uneven: SQLite's own waiting grows, so newcomers would win.
+        time.sleep(random.uniform(0.0005, 0.003))
+
+
+def _set_up(connection, deadline):
+    for pragma in (
+        "wal_autocheckpoint = 0",       # see checkpoint()
+        f"journal_size_limit = {_WAL_KEEP_BYTES}",
+        "secure_delete = off",          # on by default in some builds
+        "temp_store = memory",
+        "cache_size = -8000",           # KiB
+        "fullfsync = on",               # macOS: reach the platter
+    ):
+        _patiently(connection, deadline, "pragma " + pragma)
+
+
 class _Write:
     """A write transaction.  They do not nest."""
 
@@ -2275,7 +2312,8 @@ class Database:
         if link is None or link.generation != _forks.generation():
             link = self._local.link = self._open()
         elif not link.is_open and (
-            link.is_closed or link.is_stale or link.identity != _file_identity(self.name)
+            link.is_closed or link.is_stale
+            or link.identity != _file_identity(self.name)
         ):
             link = self._reopen(link)
         return link
@@ -2326,7 +2364,7 @@ class Database:
             identity,
         )
         try:
-            self._set_up(link.connection)
+            _set_up(link.connection, time.monotonic() + self.busy_timeout)
             self._migrate(link.connection, create)
         except BaseException:
             link.close()
@@ -2349,18 +2387,6 @@ class Database:
         except OSError as exc:
             raise _explain(exc, self.path) from exc
 
-    def _set_up(self, connection):
-        deadline = time.monotonic() + self.busy_timeout
-        for pragma in (
-            "wal_autocheckpoint = 0",       # see checkpoint()
-            f"journal_size_limit = {_WAL_KEEP_BYTES}",
-            "secure_delete = off",          # on by default in some builds
-            "temp_store = memory",
-            "cache_size = -8000",           # KiB
-            "fullfsync = on",               # macOS: reach the platter
-        ):
-            self._patiently(connection, deadline, "pragma " + pragma)
-
     def _use_wal(self, ask):
         """Needs the file alone for a moment; SQLite does not wait for that."""
         while ask("pragma journal_mode") != "wal":
@@ -2368,24 +2394,10 @@ class Database:
             if mode != "wal":
                 raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
 
-    def _patiently(self, connection, deadline, statement):
-        """Run one statement until it is not locked out; return its first value."""
-        while True:
-            try:
-                rows = connection.execute(statement).fetchall()
-                return rows[0][0] if rows else None
-            except sqlite3.OperationalError as exc:
-                if not _is_busy(exc) or time.monotonic() > deadline:
-                    raise
-                if _forks.is_on():
-                    raise _StepAside from exc
-            # Short and uneven: SQLite's own waiting grows, so newcomers would win.
-            time.sleep(random.uniform(0.0005, 0.003))
-
     def _migrate(self, connection, create):
         """Bring our tables up to date, if there are any, or if they may be made."""
         deadline = time.monotonic() + self.busy_timeout
-        ask = functools.partial(self._patiently, connection, deadline)
+        ask = functools.partial(_patiently, connection, deadline)
         version = self._schema_version(ask)
         if not version and not create:
             raise DatabaseUnusable(
@@ -2465,12 +2477,12 @@ class Database:
 
     def _take_lock(self, link, durable, deadline):
         synchronous = "full" if durable and self.durability == "full" else "normal"
-        self._roll_back(link)       # what an interrupt (Ctrl-C) has left open
+        link.roll_back()       # what an interrupt (Ctrl-C) has left open
         try:
             if link.synchronous != synchronous:
                 link.connection.execute("pragma synchronous = " + synchronous)
                 link.synchronous = synchronous
-            self._patiently(link.connection, deadline, "begin immediate")
+            _patiently(link.connection, deadline, "begin immediate")
             link.undone = False
         except sqlite3.Error as exc:
             link.is_stale = "readonly" in str(exc)
@@ -2489,7 +2501,7 @@ class Database:
             raise
         finally:
             if failed:
-                self._roll_back(link)
+                link.roll_back()
             link.writer = _nobody
         if not failed:
             link.commits += 1
@@ -2516,13 +2528,6 @@ class Database:
             _forks.check(link.identity, self.path)
         raise _Undone(f"database {self.path}: its -wal was deleted while in use: "
                       "nothing was written, do it again")
-
-    def _roll_back(self, link):
-        """Leave no transaction open; some errors have already rolled back."""
-        link.undone = True
-        if not link.is_closed and link.is_open:
-            with contextlib.suppress(sqlite3.Error):
-                link.connection.execute("rollback")
 
     def _read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
