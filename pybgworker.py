@@ -2602,6 +2602,7 @@ class Database:
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+_TRIES = 5                  # of a commit, when forks or a lost -wal undo it
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 
@@ -2712,8 +2713,6 @@ class GroupCommit:
         self._requests.append(request)
         try:
             while not request.is_settled:
-                if self.generation != _forks.generation():
-                    raise DatabaseUnavailable(_FORKED.format(self._store.path))
                 self._wait_or_lead(request)
         except BaseException:       # also Ctrl-C: nobody shall commit it later
             with contextlib.suppress(ValueError):
@@ -2728,6 +2727,7 @@ class GroupCommit:
     def _wait_or_lead(self, request):
         if self._leading.locked():
             request.turn.acquire(timeout=_TURN_SECONDS)
+            self._check_process()
             return
         with self._leading:
             self._leader = threading.get_ident()
@@ -2762,14 +2762,19 @@ class GroupCommit:
             for request in requests[1:]:
                 request.call()
 
+    def _check_process(self):
+        """The requests of a parent, inherited in the middle, are not ours."""
+        if self.generation != _forks.generation():
+            raise DatabaseUnavailable(_FORKED.format(self._store.path))
+
     def _commit(self, requests):
-        while True:
-            if self.generation != _forks.generation():  # not ours to commit again
-                raise DatabaseUnavailable(_FORKED.format(self._store.path))
+        for left in reversed(range(_TRIES)):
             try:
                 return self._commit_once(requests)
             except _Undone:
-                continue
+                self._check_process()
+                if not left:
+                    raise
 
     def _commit_once(self, requests):
         write = self._store.write()
@@ -4830,12 +4835,15 @@ class App:
     @property
     def settings(self) -> types.SimpleNamespace:
         """All settings, resolved when first asked for."""
-        with self._lock:
-            if self._settings is None:
-                self._settings = resolve_settings(
-                    self._code, dict(os.environ), self._flags
-                )
-            return self._settings
+        settings = self._settings
+        if settings is None:
+            with self._lock:
+                if self._settings is None:
+                    self._settings = resolve_settings(
+                        self._code, dict(os.environ), self._flags
+                    )
+                settings = self._settings
+        return settings
 
     @property
     def store(self) -> Store:

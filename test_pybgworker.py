@@ -2895,6 +2895,41 @@ class Threads(Case):
         self.assertEqual(inner, [True, True])
         self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
 
+    def test_a_delay_without_a_descriptor_left_is_committed_or_raises(self):
+        """The checkpoint's second connection fails, and the wake-up's socket."""
+        code = """
+            import os, resource, sys, pybgworker as p
+            p._CALLER_CHECKPOINT_BYTES = 1
+            app = p.App(); t = p.Task(app, print, "t", {})
+            ids = [t.delay().id]
+            os.listdir(".")
+            limit = max(map(int, os.listdir("/dev/fd"))) + 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            try:
+                while True:
+                    os.dup(0)
+            except OSError:
+                pass
+            ids += [t.delay().id for _ in range(300)]
+            try:
+                app.store.checkpoint()
+            except p.DatabaseUnavailable:
+                print(len(ids), ids[-1])
+        """
+        self.assertEqual(self.python(code).stdout, "301 301\n")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(301,)])
+
+    def test_whatever_a_worker_says_of_its_port_a_delay_is_committed(self):
+        self.store.create()
+        for n, (port, token) in enumerate(
+                ((1 << 40, "x"), (70000, "\ud800"), (9, b"x"), (9, ""))):
+            self.sql("insert into bg_worker (name, pid, host, boot, port, token, queues,"
+                     " concurrency, started_at, beat_at) values "
+                     "('w', 1, 'h', '', ?, cast(? as blob), null, 1, 1, 1)", port,
+                     token.encode("utf-8", "surrogatepass") if isinstance(token, str)
+                     else token)
+            self.assertEqual(self.app.send("t").id, n + 1)
+
     def test_a_checkpoint_that_fails_does_not_fail_the_delay(self):
         def fail(*_):
             raise pybgworker.DatabaseUnavailable("disk I/O error")
@@ -3367,7 +3402,7 @@ class Operating(QueueCase):
         def late(*args):
             self.store._begin = begin
             self.sql(statement)
-            begin(*args)
+            return begin(*args)
 
         self.store._begin = late
         self.addCleanup(self.store.__dict__.pop, "_begin", None)
