@@ -49,6 +49,7 @@ in seconds; any other unit is in the name.
 
 from __future__ import annotations
 
+import _socket
 import base64
 import bisect
 import calendar
@@ -774,7 +775,7 @@ def _never_waiting(fd, owner):
     """
     try:
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            end = socket.socket(fileno=os.dup(fd))
+            end = _socket.socket(fileno=os.dup(fd))
             weakref.finalize(owner, end.close)
             return lambda chunk: end.send(chunk, socket.MSG_DONTWAIT)
         path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
@@ -1519,7 +1520,7 @@ class WakeSocket:
         self.port = 0
         self.socket = None
         try:
-            self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self.socket = _socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self.socket.bind(("127.0.0.1", 0))
             self.socket.setblocking(False)
             self.port = self.socket.getsockname()[1]
@@ -5207,6 +5208,28 @@ except ImportError:                         # Windows
 _IS_LINUX = sys.platform.startswith("linux")
 
 
+# A worker imports the app, and an app may replace what the standard library gives:
+# gevent.monkey.patch_all() makes sockets that wait by themselves, a close() that
+# closes later, and a SIGCHLD that it alone hears.  What a worker lives by is the
+# system's own: bound here, before an app can be imported, or from the C module
+# _socket.  Guarded by test_an_app_may_replace_the_standard_library.
+OwnSelector = selectors.DefaultSelector
+set_signal = signal.signal
+close_fd = os.close
+own_sleep = time.sleep
+_waitpid = os.waitpid
+
+
+@functools.cache
+def _own_subprocess():
+    """The module subprocess once more, for ourselves."""
+    spec = importlib.util.find_spec("subprocess")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def check_platform() -> None:
     """Raise AppError where workers cannot run."""
     if fcntl is None:
@@ -5231,9 +5254,7 @@ class Exit(NamedTuple):
 
 def interpreter() -> list[str]:
     """The command that starts this Python again, with the flags it was given."""
-    import subprocess
-
-    flags = subprocess._args_from_interpreter_flags()   # type: ignore[attr-defined]
+    flags = _own_subprocess()._args_from_interpreter_flags()
     return [sys.executable, *flags]
 
 
@@ -5242,9 +5263,7 @@ def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
 
     It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
     """
-    import subprocess
-
-    process = subprocess.Popen(
+    process = _own_subprocess().Popen(
         argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep,
         start_new_session=True, close_fds=True,
     )
@@ -5278,10 +5297,10 @@ def send_signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def frame_pair() -> tuple[socket.socket, socket.socket]:
+def frame_pair() -> tuple[_socket.socket, _socket.socket]:
     """A socket pair that keeps frames whole, so that either side can read one."""
     kind = socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM
-    return socket.socketpair(socket.AF_UNIX, kind)
+    return _socket.socketpair(socket.AF_UNIX, kind)
 
 
 def memory_bytes(pid: int) -> int:
@@ -5372,9 +5391,9 @@ class Guardian:
         argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
         with contextlib.ExitStack() as theirs:
             receiver, self._pipe = os.pipe()
-            theirs.callback(os.close, receiver)
+            theirs.callback(close_fd, receiver)
             null = os.open(os.devnull, os.O_WRONLY)
-            theirs.callback(os.close, null)
+            theirs.callback(close_fd, null)
             self._pid = spawn(argv, [], receiver, null)
         for pid in self._groups:
             self._tell(f"+{pid}\n")
@@ -5385,7 +5404,7 @@ class Guardian:
 
     def _close(self):
         if self._pipe >= 0:
-            os.close(self._pipe)
+            close_fd(self._pipe)
         self._pipe = -1
 
     def stop(self) -> None:
@@ -5393,7 +5412,7 @@ class Guardian:
         self._close()
         if self._pid:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(self._pid, 0)
+                _waitpid(self._pid, 0)
         self._pid = 0
 
 
@@ -5421,7 +5440,7 @@ def _open_live(path):
     ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
     if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
             and ours):
-        os.close(fd)
+        close_fd(fd)
         raise DatabaseUnavailable(
             f"{path}: somebody else has put this here: remove it, once no worker runs"
         )
@@ -5925,8 +5944,8 @@ def _read_all(fd, most):
 def _pipe(undo, theirs):
     """A pipe from a child: one end to be closed if it fails, one in any case."""
     reader, writer = os.pipe()
-    undo.callback(os.close, reader)
-    theirs.callback(os.close, writer)
+    undo.callback(close_fd, reader)
+    theirs.callback(close_fd, writer)
     return reader, writer
 
 
@@ -5952,13 +5971,13 @@ class Member:
     def _open(self, spec):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             self.frames, child_frames = frame_pair()
-            self.messages, child_messages = socket.socketpair()
+            self.messages, child_messages = _socket.socketpair()
             for end in (self.frames, child_frames, self.messages, child_messages):
-                undo.enter_context(end)
+                undo.callback(end.close)
             self.output, child_output = _pipe(undo, theirs)
             self.crash, child_crash = _pipe(undo, theirs)
             null = os.open(os.devnull, os.O_RDONLY)
-            theirs.callback(os.close, null)
+            theirs.callback(close_fd, null)
             ends = child_frames.fileno(), child_messages.fileno(), child_crash
             spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
             argv = [*interpreter(), "-c", _CHILD_CODE, json.dumps(spec)]
@@ -6102,7 +6121,7 @@ class Member:
         while not self.poll():
             if time.monotonic() >= deadline:
                 send_signal(self.pid, signal.SIGKILL)
-            time.sleep(0.001)
+            own_sleep(0.001)
         kill_group(self.pid)            # what it has left behind
         return self.poll() or Exit(None, None, 0)
 
@@ -6132,7 +6151,7 @@ class Member:
         for end in (self.frames, self.messages, self._unread):
             end.close()
         for fd in (self.output, self.crash):
-            os.close(fd)
+            close_fd(fd)
 
 
 # == Placement ================================================================
@@ -7400,12 +7419,12 @@ def _handling(numbers, handler):
     needed = {*numbers, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2}
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
     changes = {signal.SIGTTOU: signal.SIG_IGN, **dict.fromkeys(numbers, handler)}
-    before = {number: signal.signal(number, to) for number, to in changes.items()}
+    before = {number: set_signal(number, to) for number, to in changes.items()}
     try:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
+            set_signal(number, old or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
@@ -7442,7 +7461,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.receiver, sender = socket.socketpair()
+        self.receiver, sender = _socket.socketpair()
         for end in (self.receiver, sender):
             end.setblocking(False)
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -7524,7 +7543,7 @@ class Worker:
     def start(self) -> None:
         """Register, say what is served, start the children."""
         now = now_ms()
-        self.selector = selectors.DefaultSelector()
+        self.selector = OwnSelector()
         self.ear = WakeSocket()
         if self.ear.socket:
             self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import copy
 import datetime as dt
+import importlib.util
 import errno
 import io
 import itertools
@@ -695,6 +696,66 @@ class Promises(Served):
         napping.cancel()
         self.assertRaises(pybgworker.TaskCancelled, self.get, napping)
         self.assertEqual(worker.stop(), 0)
+
+    PATCHED = """
+        import os, selectors, signal, socket, subprocess, time
+        from pybgworker import *
+
+        class Waiting(socket.socket):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                os.set_blocking(self.fileno(), False)
+            def recv(self, size, flags=0):
+                while True:
+                    try:
+                        return super().recv(size)
+                    except BlockingIOError:
+                        pass
+
+        def refuse(*_, **__):
+            raise AssertionError("patched")
+
+        def set_signal(number, handler, real=signal.signal):
+            return refuse() if number == signal.SIGCHLD else real(number, handler)
+
+        subprocess.Popen, subprocess._fork_exec = refuse, None
+        selectors.DefaultSelector = socket.socketpair = refuse
+        socket.socket, signal.signal = Waiting, set_signal
+        os.waitpid = time.sleep = refuse
+    """
+    SUMS = """
+        import os, time
+        @task
+        def sum_of(a, b):
+            return a + b
+        @task(retries=0)
+        def leave():
+            os._exit(7)
+    """
+
+    def serve_patched(self, name, source):
+        (self.folder / f"{name}.py").write_text(
+            textwrap.dedent(source) + textwrap.dedent(self.SUMS))
+        worker = self.worker("--concurrency", 1, app=name)
+        results = [self.app.send(f"{name}.sum_of", n, 1) for n in range(5)]
+        self.assertEqual([self.get(r) for r in results], [1, 2, 3, 4, 5])
+        self.assertEqual(self.failure(self.app.send(f"{name}.leave")).kind, "crash")
+        self.assertEqual(worker.find("task_crash")["exit_code"], 7)
+        self.assertEqual(self.get(self.app.send(f"{name}.sum_of", 2, 2)), 4)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_an_app_may_replace_the_standard_library(self):
+        """As gevent does, but worse."""
+        self.serve_patched("patched", self.PATCHED)
+
+    def test_an_app_may_use_gevent(self):
+        if importlib.util.find_spec("gevent") is None:
+            self.skipTest("gevent is not installed")
+        self.serve_patched("green", """
+            from gevent import monkey
+            monkey.patch_all()
+            from pybgworker import *
+        """)
 
     def test_the_second_signal_hands_the_run_back_without_a_charge(self):
         worker = self.worker("--concurrency", 1)
