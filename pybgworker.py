@@ -1616,6 +1616,16 @@ def _descriptors():
     return found
 
 
+def _leads_to(name):
+    """A predicate of descriptors; Linux, elsewhere always false."""
+    def leads(fd):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}") == name
+        return False
+
+    return leads
+
+
 class _StepAside(Exception):
     """Raised where a thread waits for a lock while another one forks."""
 
@@ -1703,6 +1713,23 @@ class Forks:
         if identity is not None:
             self._files[identity] = path
         self._watch()
+
+    def has_others(self, identity: tuple) -> bool:
+        """True where somebody else's connection is open before the first of ours.
+
+        It may be inherited, from a fork before anybody told us of the file.
+        """
+        return identity not in self._guards and not any(
+            link.identity == identity for link in self._open_links()
+        ) and self._is_open(identity, _descriptors())
+
+    def hold(self, identity: tuple, path: str) -> None:
+        """Keep the files in place, if they still are: the locks may be inherited."""
+        self.guard(identity)
+        is_lost = _leads_to(path + "-shm (deleted)")
+        if any(map(is_lost, set().union(*_descriptors().values()))):
+            self.refused[identity] = _LEFT_OPEN     # SQLite would use it still
+            self.check(identity, path)
 
     def _watch(self):
         if not self._is_watching and hasattr(os, "register_at_fork"):
@@ -2360,6 +2387,7 @@ class Database:
     def _open_now(self, create):
         identity = _file_identity(self.path)
         _forks.check(identity, self.path)
+        has_others = _forks.has_others(identity)
         link = _Link(
             _open_uri(self.path, check_same_thread=False, cached_statements=256),
             identity,
@@ -2367,6 +2395,8 @@ class Database:
         try:
             _set_up(link.connection, time.monotonic() + self.busy_timeout)
             self._migrate(link.connection, create)
+            if has_others:
+                _forks.hold(identity, self.path)
         except BaseException:
             link.close()
             raise

@@ -1809,6 +1809,33 @@ class Forking(Case):
         """)
         self.assertEqual(said, ["id 1", "id 2", "refused True", "refused True", "id 3"])
 
+    def test_a_connection_inherited_before_our_first_use(self):
+        """Nobody has told us of the file, so no hook of ours ran at the fork."""
+        self.store.create()
+        self.store.close()
+        for first in (True, False):
+            said = self.ran(f"""
+                conn = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+                conn.execute("select * from bg_task").fetchall()
+                to_child, to_parent = Signs(), Signs()
+                if os.fork():
+                    if not {first}:
+                        to_child.give(); to_parent.wait()
+                    conn.close()
+                    to_child.give()
+                    os.wait()
+                    sys.exit()
+                to_child.wait()
+                try:
+                    delay()
+                    to_parent.give(); to_child.wait()
+                    [delay(i) for i in range(5)]
+                except p.DatabaseUnusable as exc:
+                    say("refused", "close it before the fork" in str(exc))
+                os._exit(0)
+            """)
+            self.assertEqual(said[-1], "refused True" if first else "id 6")
+
     def test_a_fork_waits_for_transactions_but_not_for_those_that_wait(self):
         said = self.ran("""
             app.store.create()
