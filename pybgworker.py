@@ -1943,7 +1943,8 @@ class _Link:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
 
     def __del__(self):
-        if self.generation == _forks.generation():
+        # The module's names are gone when the interpreter ends: SQLite closes it.
+        if _forks is not None and self.generation == _forks.generation():
             self.close()
 
 
