@@ -6905,6 +6905,26 @@ _REAP_ROWS = 200            # workers that one look for dead ones is about
 _REAP_WORKERS = 10          # … and those of them whose runs it gives back
 
 
+def judge_of(store: Store) -> Callable[[WorkerRow], bool]:
+    """A function that tells of a worker's row whether the kernel knows it is dead."""
+    path = store.path + "-live"
+    if fcntl is None or not os.path.exists(path):
+        return lambda row: False
+    try:
+        locks, machine = LiveFile.of(path), (socket.gethostname(), boot_id())
+    except DatabaseUnavailable:         # not ours to open: the heartbeat has to do
+        return lambda row: False
+    return lambda row: is_surely_dead(row, locks, machine)
+
+
+def reap_surely_dead(store: Store, now: int) -> None:
+    """Give back what the dead still hold, where no worker is there to notice it."""
+    is_dead = judge_of(store)
+    for row in store.workers():
+        if is_dead(row):
+            store.reap(row.id, row.name, now, row.beat_at)
+
+
 class Liveness:
     """One worker's place in bg_worker."""
 
@@ -7976,24 +7996,12 @@ def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
 
 
 def _worker_reports(store, now, worker_timeout):
-    running, is_dead = store.running_counts(), _judge_of(store)
+    running, is_dead = store.running_counts(), judge_of(store)
     return [
         {**_worker_report(row, now, worker_timeout), "dead": is_dead(row),
          "running": running.get(row.id, 0)}
         for row in store.workers()
     ]
-
-
-def _judge_of(store):
-    """A function that tells of a worker's row whether the kernel knows it is dead."""
-    path = store.path + "-live"
-    if fcntl is None or not os.path.exists(path):
-        return lambda row: False
-    try:
-        locks, machine = LiveFile.of(path), (socket.gethostname(), boot_id())
-    except DatabaseUnavailable:         # not ours to open: the heartbeat has to do
-        return lambda row: False
-    return lambda row: is_surely_dead(row, locks, machine)
 
 
 def _worker_report(row, now, worker_timeout):
@@ -8675,6 +8683,8 @@ def _cancel(args, app):
             raise TaskStateError(
                 f"task {task_id} is {state_name(before)} already: nothing to cancel"
             )
+        if before == RUNNING:
+            reap_surely_dead(app.store, now_ms())
         deadline = time.monotonic() + _CANCEL_PATIENCE
         while app.store.status(task_id) == RUNNING and time.monotonic() < deadline:
             time.sleep(0.02)

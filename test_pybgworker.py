@@ -6820,6 +6820,16 @@ class CommandLine(Served):
         self.assertEqual(self.ok("retry", "--failed", "--name", "a"),
                          "task 1 is queued again\ntask 3 is queued again\n")
 
+    def test_cancel_needs_no_worker_when_that_of_the_task_was_killed(self):
+        worker = self.worker("--concurrency", 2)
+        task, other = self.tasks.long_nap.delay(30), self.tasks.long_nap.delay(30)
+        self.wait_lines("nap", 2)
+        worker.kill()
+        done = self.cli("cancel", task.id)
+        self.assertEqual((done.returncode, done.stdout),
+                         (0, f"task {task.id} is cancelled\n"))
+        self.assertEqual(other.status, "queued")
+
     def test_cancel_waits_for_the_end_of_a_running_task(self):
         self.worker("--concurrency", 1)
         result = self.tasks.nap.delay(30)
