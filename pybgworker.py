@@ -33,8 +33,8 @@ Life of a task
 Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
-    · Store · Functions · Waiting · Tasks and results · Processes · Child · Member
-    · Placement · Pool · Scheduler · Liveness · Journal · Upkeep · Worker
+    · Store · Functions · Waiting · Tasks and results · Processes · Output · Child
+    · Member · Placement · Pool · Scheduler · Liveness · Journal · Upkeep · Worker
     · Reports · Bench · Command line · Old import paths
 
 Guarantees
@@ -53,6 +53,7 @@ import _socket
 import base64
 import bisect
 import calendar
+import codecs
 import collections
 import contextlib
 import errno
@@ -60,6 +61,7 @@ import functools
 import heapq
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -822,6 +824,10 @@ class Log:
     def event(self, event: str, /, **fields: Any) -> None:
         """Add one line: timestamp, event, then the fields that are not None."""
         self.line(event, self.part(fields))
+
+    def output(self, text: str) -> None:
+        """What somebody has printed who runs no task."""
+        self.event("output", text=text.rstrip("\n"))
 
     def part(self, fields: dict) -> str:
         """The text of some fields in a line; may be kept and used again."""
@@ -5233,10 +5239,12 @@ configure = _default_app.configure
 try:
     import fcntl
     import resource
+    import termios
 except ImportError:                         # Windows
-    fcntl = resource = None                 # type: ignore[assignment]
+    fcntl = resource = termios = None       # type: ignore[assignment]
 
 _IS_LINUX = sys.platform.startswith("linux")
+_NO_BYTES = bytes(struct.calcsize("i"))     # what FIONREAD says of an empty pipe
 
 
 # A worker imports the app, and an app may replace what the standard library gives:
@@ -5332,6 +5340,26 @@ def frame_pair() -> tuple[_socket.socket, _socket.socket]:
     """A socket pair that keeps frames whole, so that either side can read one."""
     kind = socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM
     return _socket.socketpair(socket.AF_UNIX, kind)
+
+
+def is_filled(pipe: int) -> bool:
+    """True when something waits in a pipe."""
+    return fcntl.ioctl(pipe, termios.FIONREAD, _NO_BYTES) != _NO_BYTES
+
+
+def has_children() -> bool:
+    """True when a process that this one has started lives, or is not waited for."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except (ChildProcessError, AttributeError):     # macOS has it since 3.13
+        return False
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write the whole of `data`, also where one write takes only a part."""
+    while data:
+        data = data[os.write(fd, data):]
 
 
 def memory_bytes(pid: int) -> int:
@@ -5543,6 +5571,246 @@ class LiveFile:
             return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
 
 
+# == Output ===================================================================
+# Owns how what a task prints becomes whole lines of the right run.  Two ways lead
+# to the worker: text that Python prints comes in messages, which name the run;
+# what C code and subprocesses write to descriptors 1 and 2 comes by a pipe, which
+# does not.  So the child empties the pipe before it answers, and says when a
+# process of an earlier run still holds it: what comes then is nobody's for sure.
+
+_OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
+_CUT_MARK = "\n[more output is not kept]\n"
+_LINE_BYTES = 1 << 16           # a longer line from a pipe is cut
+_LINE_PARTS = 1000              # so many writes without a line end are a line
+
+
+def cut_output(text: str, before: int) -> str:
+    """The part of `text` to keep after `before` characters of the same run."""
+    room = _OUTPUT_CHARS - before
+    if len(text) <= room:
+        return text
+    return text[:room] + _CUT_MARK if room >= 0 else ""
+
+
+class TaskStream(io.TextIOBase):
+    """Stands in for sys.stdout and sys.stderr: whole lines go to `emit(text, fd)`.
+
+    Each thread has the beginning of its line to itself, so that lines of many
+    threads stay whole.  Whatever an app does to a text stream may be done to it
+    (reconfigure, detach, close, wrap its buffer), and it goes on.
+    """
+
+    encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
+    line_buffering, write_through, mode = True, False, "w"
+
+    def __init__(self, emit: Callable[[str, int], None], fd: int):
+        self._emit, self._fd = emit, fd
+        # By thread: the parts of its line so far.
+        self._begun: dict[int, collections.deque] = {}
+        self.name = "<stdout>" if fd == 1 else "<stderr>"
+        self.buffer = _TaskBuffer(self)
+
+    def write(self, text: str, /) -> int:
+        """Send `text` up to its last line end; keep the rest for the next write."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes str, not {type(text).__name__}")
+        line, end, rest = text.rpartition("\n")
+        if end:
+            self._send(line + end)
+        if rest:
+            begun = self._of_thread()
+            begun.append(rest)
+            if len(begun) > _LINE_PARTS or len(rest) > _OUTPUT_CHARS:
+                self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what this thread has begun, whole line or not."""
+        if self._begun:
+            self._send("")
+
+    def _of_thread(self):
+        me = threading.get_ident()
+        return self._begun.get(me) or self._begun.setdefault(me, collections.deque())
+
+    def _send(self, text):
+        """Send what this thread has begun, and `text`.
+
+        A signal handler that prints may come between any two steps, so each part
+        is taken by itself.  Guarded by test_a_print_in_the_middle_of_a_print_arrives.
+        """
+        begun = self._begun.get(threading.get_ident())
+        if begun:
+            parts = []
+            with contextlib.suppress(IndexError):
+                while True:
+                    parts.append(begun.popleft())
+            text = "".join(parts) + text
+        if text:
+            self._emit(text, self._fd)
+
+    def end_run(self) -> None:
+        """Send what is begun, but for the lines of threads that still run."""
+        if not self._begun:
+            return
+        self.flush()
+        self._begun.pop(threading.get_ident(), None)
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread in self._begun.keys() - alive:
+            text = "".join(self._begun.pop(thread))
+            if text:
+                self._emit(text, self._fd)
+
+    def forget(self) -> None:
+        """In a forked process: what was begun is the other's to print."""
+        self._begun.clear()
+
+    def reconfigure(self, *, encoding: str | None = None, errors: str | None = None,
+                    newline: str | None = None, line_buffering: bool | None = None,
+                    write_through: bool | None = None) -> None:
+        """Take what a TextIOWrapper takes; text travels as UTF-8 all the same."""
+        codecs.lookup(encoding or self.encoding)
+        codecs.lookup_error(errors or self.errors)
+        self.flush()
+        self.encoding, self.errors = encoding or self.encoding, errors or self.errors
+
+    def detach(self) -> _TaskBuffer:        # type: ignore[override]
+        """The buffer; this stream stays usable."""
+        return self.buffer
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """A task may close it; the next one must still be able to print."""
+
+
+class _TaskBuffer(io.BufferedIOBase):
+    """The `buffer` of a TaskStream: bytes that become its text, line by line."""
+
+    closed = False                          # type: ignore[assignment]
+
+    def __init__(self, stream: TaskStream):
+        self._stream, self.name, self.mode = stream, stream.name, "wb"
+        self._lines = LineCutter()
+        self._lock = threading.RLock()      # guards _lines
+        self.raw = self                     # type: ignore[assignment]
+
+    def write(self, data: Any, /) -> int:
+        """Pass on the whole lines."""
+        data = bytes(data)
+        with self._lock:
+            text = self._lines.cut(data)
+        self._stream.write(text)
+        return len(data)
+
+    def flush(self) -> None:
+        """Pass on what is there, whole line or not."""
+        with self._lock:
+            text = self._lines.cut(b"", at_end=True)
+        if text:
+            self._stream.write(text)
+        self._stream.flush()
+
+    def detach(self) -> _TaskBuffer:        # type: ignore[override]
+        return self
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """As for the stream; whoever wraps the buffer closes it in the end."""
+        self.flush()
+
+
+class LineCutter:
+    """Makes text of bytes that come in pieces; cuts it at line ends only."""
+
+    def __init__(self):
+        self.rest = b""         # of a line that has not ended
+
+    def cut(self, data: bytes, at_end: bool = False) -> str:
+        """The whole lines so far; at the end, or of an endless line, also a part."""
+        data = self.rest + data
+        size = data.rfind(b"\n") + 1
+        if at_end:
+            size = len(data)
+        elif len(data) - size > _LINE_BYTES:    # … but never inside a character
+            size = codecs.utf_8_decode(data, "backslashreplace", False)[1]
+        self.rest = data[size:]
+        return data[:size].decode("utf-8", "backslashreplace")
+
+
+class Transcript:
+    """What one child prints, as its worker books it: on a run, or on none."""
+
+    def __init__(self, log: Callable):
+        self._log = log             # log(event, run, **fields)
+        self._lines = LineCutter()
+        self._strays = False
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on another run prints."""
+        self._kept: list[str] = []
+        self._chars = self._strange_chars = 0
+
+    def announce(self, run: Run) -> None:
+        """Say that a run has started, once."""
+        if not run.announced:
+            run.announced = True
+            self._log("task_start", run)
+
+    def printed(self, text: str, run: Run | None, is_kept: bool = True) -> None:
+        """Log a text, up to a limit for each run, and keep it for text()."""
+        before = self._chars if is_kept else self._strange_chars
+        text = cut_output(text, before)
+        if not text:
+            return
+        if is_kept:
+            self._chars += len(text)
+            self._kept.append(text)
+        else:
+            self._strange_chars += len(text)
+        if run is not None:
+            self.announce(run)
+        self._log("output", run, text=text.rstrip("\n"))
+
+    def written(self, data: bytes, head: Run | None) -> None:
+        """Bytes from the pipe, while `head` runs."""
+        self._book(self._lines.cut(data, at_end=head is None), head)
+
+    def _book(self, text, head):
+        is_kept = head is None or not self._strays
+        self.printed(text, head if is_kept else None, is_kept)
+
+    def finish(self, head: Run) -> str:
+        """The run has ended: return all that is kept of its output."""
+        if self._lines.rest:
+            self._book(self._lines.cut(b"", at_end=True), head)
+        return self.text()
+
+    def set_strays(self, strays: bool) -> None:
+        """Whether processes of earlier runs may write to the pipe."""
+        self._strays = strays
+
+    def text(self) -> str:
+        """All that is kept since begin()."""
+        return "".join(self._kept)
+
+
 # == Child ====================================================================
 # Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
 # one message, and only then takes the next.  Nothing that happens in a task can
@@ -5558,11 +5826,10 @@ _READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: trace
 _SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
 _UNKNOWN = b"U"                         # no task here has this name
 _PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
+_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
 
 _FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
 _TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
-_OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
-_CUT_MARK = "\n[more output is not kept]\n"
 
 
 class ChildSpec(NamedTuple):
@@ -5575,8 +5842,11 @@ class ChildSpec(NamedTuple):
     frames: int         # descriptor to read frames from
     messages: int       # descriptor to send messages to
     crash: int          # descriptor for the Python stack of a crash
+    output: int         # the reading end of the pipe behind descriptors 1 and 2
     settings: dict      # that differ from the environment
 
+
+_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
 _CHILD_CODE = (
     "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
@@ -5630,9 +5900,12 @@ class Child:
         self.pid = os.getpid()
         self.frames = socket.socket(fileno=spec.frames)
         self.messages = socket.socket(fileno=spec.messages)
-        # Held while a message is written: threads of a task may print too.
-        self.lock = threading.Lock()
+        # Held while a message is written: threads of a task may print too, and so
+        # may a signal handler or a finalizer in the middle of that.
+        self.lock = threading.RLock()
         self.sender = 0             # ident of the thread that is writing one
+        self.outbox: collections.deque = collections.deque()    # to be written
+        self.strays = False         # processes that earlier runs have started live
         self.main_thread = threading.get_ident()
         self.run_id = 0             # of the current run; 0: none
         self.attempt = 0
@@ -5640,6 +5913,13 @@ class Child:
         self.interruptible = False  # True while code of the task runs
         self.pending: BaseException | None = None   # to be raised after a send
         self.interrupt: BaseException | None = None     # what we raised in the task
+        self.mask = threading.local()   # .before: of a thread that forks
+        # Process managers signal whole groups: leave the end to our worker.  Not
+        # SIG_IGN, which programs started by a task would inherit.
+        self.handlers = {
+            signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None,
+            signal.SIGALRM: self._on_alarm, signal.SIGUSR1: self._on_cancel,
+        }
 
     def main(self) -> None:
         """Prepare, import the app, then serve."""
@@ -5668,14 +5948,67 @@ class Child:
         crash = os.fdopen(self.spec.crash, "wb", buffering=0)
         faulthandler.enable(file=crash, all_threads=True)
         faulthandler.register(signal.SIGUSR2, file=crash, all_threads=True)
-        # Process managers signal whole groups: leave the end to our worker.  Not
-        # SIG_IGN, which programs started by a task would inherit.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.signal(signal.SIGUSR1, self._on_cancel)
-        self.streams = TaskStream(self, 1), TaskStream(self, 2)
-        sys.stdout, sys.stderr = self.streams       # type: ignore[assignment]
+        # Whoever started the worker may have ignored or blocked what tasks rely on.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._after_fork,
+            after_in_child=self._in_fork,
+        )
+        for fd in self.spec[4:8]:
+            os.set_inheritable(fd, False)
+        self._capture()
+
+    def _capture(self):
+        """Also as sys.__stdout__: "sys.stdout = sys.__stdout__" ends a redirection."""
+        self.originals = sys.stdout, sys.stderr
+        for stream in self.originals:
+            stream.flush()
+        self.streams = out, err = TaskStream(self.print, 1), TaskStream(self.print, 2)
+        sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
+        sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
+
+    def _before_fork(self):
+        """Hold back signals that our handlers would swallow in the new process."""
+        self.mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
+
+    def _after_fork(self):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.before)
+
+    def _in_fork(self):
+        """In a process that a task has forked: be to it as a program of its own.
+
+        Else terminate() would not end it, and multiprocessing would wait for ever.
+        """
+        import faulthandler
+
+        faulthandler.unregister(signal.SIGUSR2)
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == handler:
+                is_int = number == signal.SIGINT
+                signal.signal(
+                    number, signal.default_int_handler if is_int else signal.SIG_DFL
+                )
+        for stream in self.streams:
+            stream.forget()
+        self.frames.close()
+        self.messages.close()
+        self._after_fork()
+
+    def _leave_fork(self, exc):
+        """A process that a task has forked came back here: end it as Python would."""
+        code = 0
+        if isinstance(exc, SystemExit):
+            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        elif exc is not None:
+            code = 1
+            self.print(describe_exception(exc)["traceback"], 2)
+        for stream in self.streams:
+            stream.end_run()
+        os._exit(code & 0xFF)
 
     def _receive(self):
         try:
@@ -5697,14 +6030,28 @@ class Child:
             else:
                 message = _SUCCEEDED, self._run(task, text, timeout, tick)
         except BaseException as exc:
+            if os.getpid() != self.pid:
+                self._leave_fork(exc)
             message = _ENDED_BADLY, self._describe(exc, task)
-        if os.getpid() != self.pid:         # the task forked and came back twice
-            os._exit(0)
+        if os.getpid() != self.pid:
+            self._leave_fork(None)
         duration = time.perf_counter() - start
-        for stream in self.streams:
-            stream.flush()
+        self._end_output(duration)
         self._send(*message, started_at, duration)
         self.run_id = 0
+
+    def _end_output(self, seconds):
+        """What this run has printed is its own; what comes later may not be."""
+        for stream in self.streams:
+            stream.end_run()
+        if is_filled(self.spec.output):
+            with contextlib.suppress(BlockingIOError):      # the worker has read it
+                self._send(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
+        if seconds > _SPAWN_SECONDS or self.strays:
+            strays = has_children()
+            if strays != self.strays:
+                self.strays = strays
+                self._send(_STRAYS, b"1" if strays else b"0")
 
     def _run(self, task, text, timeout, tick):
         global _current_task
@@ -5794,13 +6141,15 @@ class Child:
         return _to_json(error).encode()
 
     def _progress(self, percent, message):
+        if os.getpid() != self.pid:             # a process the task forked
+            return
         text = None if message is None else str(message)[:1000]
         self._send(_PROGRESSED, _to_json([percent, text]).encode())
 
     def print(self, text: str, fd: int) -> None:
         """Send what a task printed, up to _OUTPUT_CHARS for each run."""
         if os.getpid() != self.pid:             # a process the task forked
-            os.write(fd, text.encode("utf-8", "backslashreplace"))
+            write_all(fd, text.encode("utf-8", "backslashreplace"))
             return
         text = cut_output(text, self.printed)
         self.printed += len(text)
@@ -5812,78 +6161,22 @@ class Child:
             len(body), kind, self.run_id, self.attempt, started_at, duration
         )
         with self.lock:
-            self.sender = threading.get_ident()
-            try:
-                self.messages.sendall(head + body)
-            except OSError:                     # the worker is gone
-                kill_group(self.pid)
-            finally:
-                self.sender = 0
+            self.outbox.append(head + body)
+            if not self.sender:                 # else we are in the middle of one
+                self._empty_outbox()
         if self.pending is not None and threading.get_ident() == self.main_thread:
             exc, self.pending = self.pending, None
             raise exc
 
-
-def cut_output(text: str, before: int) -> str:
-    """The part of `text` to keep after `before` characters of the same run."""
-    room = _OUTPUT_CHARS - before
-    if len(text) <= room:
-        return text
-    return text[:room] + _CUT_MARK if room >= 0 else ""
-
-
-class TaskStream:
-    """Stands in for sys.stdout and sys.stderr: whole lines go to the worker."""
-
-    encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
-    line_buffering, name, mode = True, "<task>", "w"
-
-    def __init__(self, child: Child, fd: int):
-        self._child, self._fd = child, fd
-        self._rest: list[str] = []
-        self.buffer = open(fd, "wb", buffering=0, closefd=False)
-
-    def write(self, text: str) -> int:
-        """Send `text` up to its last line end; keep the rest for the next write."""
-        if not isinstance(text, str):
-            raise TypeError(f"write() takes str, not {type(text).__name__}")
-        line, end, rest = text.rpartition("\n")
-        if end:
-            self._child.print("".join(self._rest) + line + end, self._fd)
-            self._rest = [rest] if rest else []
-        else:
-            self._rest.append(text)
-            if len(self._rest) > 1000 or len(text) > _OUTPUT_CHARS:
-                self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Send what is there, whole line or not."""
-        if self._rest:
-            rest, self._rest = "".join(self._rest), []
-            self._child.print(rest, self._fd)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def isatty(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        """A task may close it; the next one must still be able to print."""
+    def _empty_outbox(self):
+        self.sender = threading.get_ident()
+        try:
+            while self.outbox:
+                self.messages.sendall(self.outbox.popleft())
+        except OSError:                     # the worker is gone
+            kill_group(self.pid)
+        finally:
+            self.sender = 0
 
 
 def _countdown(value):
@@ -5933,6 +6226,7 @@ def describe_exception(exc: BaseException) -> dict:
 
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
+_READS = 16                         # in a row from one pipe, at most
 _NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
 _LATEST_MS = 1 << 53                # no clock shows such a unix time
 
@@ -5960,7 +6254,7 @@ def _frame(run):
 def _read_all(fd, most):
     """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
     found, at_end = bytearray(), False
-    while True:
+    for _ in range(_READS):         # not for ever, when somebody goes on writing
         try:
             chunk = os.read(fd, _READ_BYTES)
         except OSError:
@@ -5969,7 +6263,7 @@ def _read_all(fd, most):
             at_end = True
             break
         found += chunk[: max(0, most - len(found))]
-    return found.decode("utf-8", "backslashreplace"), at_end
+    return bytes(found), at_end
 
 
 def _pipe(undo, theirs):
@@ -5983,8 +6277,9 @@ def _pipe(undo, theirs):
 class Member:
     """One child of the pool."""
 
-    def __init__(self, spec: ChildSpec):
+    def __init__(self, spec: ChildSpec, log: Callable):
         self._open(spec)
+        self.transcript = Transcript(log)
         self.waiting: collections.deque = collections.deque()   # sent; [0] runs
         self.began = 0.0                # when [0] became the first
         self.ready = False              # it has imported the app
@@ -5996,8 +6291,7 @@ class Member:
         self.exit: Exit | None = None   # once it is dead
         self._buffer = bytearray()      # of messages, not yet whole
         self._is_deaf = False           # nothing is taken in any more
-        self._printed: list[str] = []   # by the run at the head
-        self._printed_chars = 0
+        self._reason = ""               # why it could not start
 
     def _open(self, spec):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
@@ -6009,8 +6303,11 @@ class Member:
             self.crash, child_crash = _pipe(undo, theirs)
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(close_fd, null)
-            ends = child_frames.fileno(), child_messages.fileno(), child_crash
-            spec = spec._replace(frames=ends[0], messages=ends[1], crash=ends[2])
+            ends = (child_frames.fileno(), child_messages.fileno(), child_crash,
+                    self.output)
+            spec = spec._replace(
+                frames=ends[0], messages=ends[1], crash=child_crash, output=self.output
+            )
             argv = [*interpreter(), "-c", _CHILD_CODE, json.dumps(spec)]
             self.pid = spawn(argv, ends, null, child_output)
             undo.pop_all()
@@ -6042,7 +6339,7 @@ class Member:
     def begin_head(self, at: float) -> None:
         """From now on the first of `waiting` runs."""
         self.began = at
-        self._printed, self._printed_chars = [], 0
+        self.transcript.begin()
 
     def recall(self) -> list:
         """Read back the frames that the child has not taken; return their runs."""
@@ -6111,29 +6408,23 @@ class Member:
         finally:
             del buffer[:at]
 
-    def read_output(self) -> str:
-        """What C code, or a subprocess, has written to its stdout and stderr."""
-        text, self.is_mute = _read_all(self.output, _OUTPUT_CHARS + 1)
-        return text
+    def read_output(self) -> None:
+        """Take in what C code, or a subprocess, has written to stdout and stderr."""
+        data, self.is_mute = _read_all(self.output, 4 * _OUTPUT_CHARS)
+        self.transcript.written(data, self.waiting[0] if self.waiting else None)
 
-    def keep_output(self, text: str) -> str:
-        """Keep what the run at the head printed; return the part that was kept."""
-        text = cut_output(text, self._printed_chars)
-        self._printed_chars += len(text)
-        self._printed.append(text)
-        return text
-
-    def printed(self) -> str:
-        """All that is kept of the output of the run at the head."""
-        return "".join(self._printed)
+    def cannot_start(self, reason: str) -> None:
+        """What it says of the import of the app."""
+        self._reason = reason
 
     def last_words(self) -> str:
         """Why it could not start."""
-        return self.printed() or f"they die at once: {self.exit}"
+        said = self._reason or self.transcript.text()
+        return said or f"they die at once: {self.exit}"
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
-        return _read_all(self.crash, _TRACEBACK_CHARS)[0]
+        return _read_all(self.crash, _TRACEBACK_CHARS)[0].decode("utf-8", "replace")
 
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
@@ -6370,7 +6661,7 @@ class Pool:
         try:
             self._guardian.check()
             while len(self.members) < self._size + 1 and at >= self.starts.next_start:
-                member = Member(self._spec)
+                member = Member(self._spec, self._log)
                 member.watch(self._selector)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
@@ -6440,7 +6731,7 @@ class Pool:
                 left.append(run)
                 continue
             if is_first:
-                self._announce(run)
+                member.transcript.announce(run)
                 if not self.durations.is_short(run.name):
                     places.remove(member)
         if len(left) < len(self.hand) or not left:
@@ -6453,11 +6744,6 @@ class Pool:
         runs = list(self.hand)
         self.hand.clear()
         return runs
-
-    def _announce(self, run):
-        if not run.announced:
-            run.announced = True
-            self._log("task_start", run)
 
     def balance(self, at: float) -> None:
         """Recall what waits behind a slow run, or while another child is idle."""
@@ -6478,23 +6764,14 @@ class Pool:
 
     def receive(self, heard: Iterable, at: float) -> None:
         """Read from the (member, descriptor) that the selector named."""
+        for member, _ in heard:         # first: what has ended by now, wrote before
+            if member in self.members:
+                self._hear(member, at)
         for member, fd in heard:
             if fd == member.output and member in self.members:
-                self._take_output(member, member.read_output())
+                member.read_output()
                 if member.is_mute:      # it would be readable for ever
                     self._selector.unregister(fd)
-        for member, fd in heard:
-            if fd != member.output and member in self.members:
-                self._hear(member, at)
-
-    def _take_output(self, member, text):
-        """What is written belongs to the run at the head."""
-        text = member.keep_output(text) if text else ""
-        if text:
-            run = member.waiting[0] if member.waiting else None
-            if run is not None:
-                self._announce(run)
-            self._log("output", run, text=text.rstrip("\n"))
 
     def _hear(self, member, at):
         alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
@@ -6516,11 +6793,17 @@ class Pool:
             member.ready = True
             self.starts.succeeded(json.loads(body))
         elif kind == _BROKEN:
-            member.keep_output(body.decode("utf-8", "replace"))
+            member.cannot_start(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
-            self._take_output(member, body.decode("utf-8", "replace"))
+            run = head if is_heads else None
+            text = body.decode("utf-8", "replace")
+            member.transcript.printed(text, run, is_heads or head is None)
+        elif kind == _STRAYS:
+            member.transcript.set_strays(body == b"1")
         elif not is_heads:
             raise ValueError("an answer that nobody asked for")
+        elif kind == _WRITTEN:
+            member.transcript.written(bytes(body), head)
         elif kind == _PROGRESSED:
             percent, text = json.loads(body)
             self.progress[head.id] = head, _to_json([percent, text])
@@ -6535,9 +6818,10 @@ class Pool:
 
     def _take_answer(self, member, error, result, started_at, duration, at):
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
-        self._announce(run)
+        member.transcript.announce(run)
         self.ended.append(Ended(
-            run, kind, result, error, member.printed(), started_at, duration
+            run, kind, result, error, member.transcript.finish(run), started_at,
+            duration,
         ))
         member.begin_head(at)
         member.done += 1
@@ -6573,7 +6857,7 @@ class Pool:
             elif member.waiting:
                 head, age = member.waiting[0], at - member.began
                 if age >= _STALL_SECONDS:
-                    self._announce(head)
+                    member.transcript.announce(head)
                 if head.timeout and age >= head.timeout:
                     self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
             elif member.retiring:
@@ -6622,10 +6906,10 @@ class Pool:
         if member not in self.members:
             return
         self._recall(member)
-        self._take_output(member, member.read_output())
+        member.read_output()
         stack = member.read_stack()
         for run in member.waiting:
-            self._announce(run)
+            member.transcript.announce(run)
             self.ended.append(_death_of(run, member, stack, self._limits, at))
         self._remove(member)
         if not member.ready:
@@ -6702,7 +6986,7 @@ def _death_of(run, member, stack, limits, at):
         error.update(kind="timeout", message=message)
     else:
         error.update(_crash(member.why, member.exit, limits.max_memory))
-    return Ended(run, error["kind"], None, error, member.printed(), None,
+    return Ended(run, error["kind"], None, error, member.transcript.finish(run), None,
                  at - member.began)
 
 
@@ -7303,7 +7587,7 @@ def _child_spec(app_spec, path, settings):
     """What children need; each adds its own descriptors."""
     names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
     values = {name: getattr(settings, name) for name in names}
-    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0,
+    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
                      {"db": path, **values})
 
 
@@ -8564,12 +8848,11 @@ def _flag(*names, **options):
 
 
 def _load(spec):
-    """Import the app for the worker; what it prints must not get into the log."""
+    """Import the app for the worker."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            app = load_app(spec)
+        app = load_app(spec)
     except PyBgWorkerError:
         raise
     except BaseException as exc:
@@ -8591,13 +8874,36 @@ def _without_our_frames(exc):
     return exc.with_traceback(frame)
 
 
+@contextlib.contextmanager
+def _log_apart(style):
+    """Yield the Log on standard output; within the block nothing else gets there.
+
+    What the app prints in the worker becomes `output` events; what C code and
+    subprocesses write to descriptor 1 goes to standard error.
+    """
+    log_fd, original = os.dup(1), sys.stdout
+    log = Log(log_fd, style)
+    sys.stdout = TaskStream(lambda text, _: log.output(text), 1)    # type: ignore
+    os.dup2(2, 1)
+    try:
+        yield log
+    finally:
+        log.flush(patience=1.0)
+        if original is not None:
+            original.flush()            # what was written to sys.__stdout__
+        sys.stdout = original
+        os.dup2(log_fd, 1)
+        os.close(log_fd)
+
+
 def _run(args, app):
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
-    with quitting_at_once():
-        app = _load(args.app)
-    app.override(**flags)
-    log = Log(1, args.log_format or ("text" if _is_terminal(sys.stdout) else "json"))
-    return Worker(app, args.app, burst=args.burst, log=log).run()
+    style = args.log_format or ("text" if _is_terminal(sys.stdout) else "json")
+    with _log_apart(style) as log:
+        with quitting_at_once():
+            app = _load(args.app)
+        app.override(**flags)
+        return Worker(app, args.app, burst=args.burst, log=log).run()
 
 
 def _inspect(args, app):

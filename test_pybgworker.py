@@ -4914,6 +4914,196 @@ class Processes(Case):
         until(lambda: pybgworker.poll_exit(pids[0]))
 
 
+# == Output ===================================================================
+
+PRINTING = """
+    import io, os, subprocess, sys, threading, time
+    sys.stdout.reconfigure(encoding="latin-1", errors="replace", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(sys.stderr.detach(), encoding="utf-8", newline="\\n")
+    print("at import")
+
+    @task(retries=0)
+    def in_threads(threads, lines):
+        def work(n):
+            for i in range(lines):
+                print("line", n, i)
+        all = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+        [t.start() for t in all], [t.join() for t in all]
+
+    @task(retries=0)
+    def forms():
+        print("text")
+        print("to stderr", file=sys.stderr, flush=True)
+        print("original", file=sys.__stdout__)
+        sys.stdout.buffer.write(b"bytes \\xc3")
+        sys.stdout.buffer.write(b"\\xa4\\n")
+        wrapped = io.TextIOWrapper(sys.stdout.buffer, "utf-8")
+        print("wrapped", file=wrapped)
+        del wrapped
+        sys.stdout.close()
+        sys.stdout.writelines(["after ", "close\\n"])
+        print("tail", end="")
+
+    @task(retries=0)
+    def in_pieces():
+        for piece in (b"one \\xe2", b"\\x82\\xac", b" euro\\ntw", b"o\\nthree"):
+            os.write(1, piece)
+            time.sleep(0.02)
+
+    @task(retries=0)
+    def raw(n):
+        os.write(1, b"raw %d\\n" % n)
+
+    @task(retries=0)
+    def leave_behind():
+        subprocess.Popen(["sh", "-c",
+                          "while ! [ -e go ]; do sleep 0.01; done; echo late; exec sleep 60"])
+
+    @task(retries=0)
+    def let_go():
+        open("go", "w").close()
+        while not os.path.exists("heard"):
+            time.sleep(0.01)
+
+    @task(retries=0)
+    def from_handlers():
+        class Loud:
+            def __del__(self):
+                print("finalized")
+        import signal
+        signal.signal(signal.SIGVTALRM, lambda *_: print("handled"))
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.0005)
+        for i in range(3000):
+            loud = Loud()
+            loud.me = loud          # for the collector to find
+            print("line", i)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    @task(retries=0)
+    def in_forks():
+        print("begun", end=" ")
+        if os.fork() == 0:
+            print("forked")
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+        print("ended")
+"""
+
+
+class Outputs(Served):
+
+    def setUp(self):
+        super().setUp()
+        (self.folder / "printing.py").write_text(   # not to be imported here
+            "from pybgworker import *\n" + textwrap.dedent(PRINTING))
+
+    def printed(self, name, *args):
+        """Run a task; return the lines of its output, as its row has them."""
+        result = self.app.send(f"printing.{name}", *args, retries=0)
+        result.get(timeout=20)
+        return (self.store.output(result.id) or "").splitlines()
+
+    def test_lines_of_many_threads_stay_whole(self):
+        self.worker("--concurrency", 1, app="printing")
+        lines = self.printed("in_threads", 32, 100)
+
+        self.assertEqual(sorted(lines), sorted(
+            f"line {n} {i}" for n in range(32) for i in range(100)))
+
+    def test_a_stream_takes_whatever_an_app_does_to_one(self):
+        worker = self.worker("--concurrency", 1, app="printing")
+
+        self.assertEqual(self.printed("forms"), [
+            "text", "to stderr", "original", "bytes \u00e4", "wrapped", "after close", "tail"])
+        self.assertEqual(self.printed("raw", 1), ["raw 1"])
+        for event in worker.all("output", text="at import"):
+            self.assertNotIn("task_id", event)
+        self.assertGreater(len(worker.all("output", text="at import")), 0)
+
+    def test_a_stream_has_all_that_a_text_stream_has(self):
+        stream = pybgworker.TaskStream(lambda text, fd: None, 1)
+        plain = __import__("io").TextIOWrapper(__import__("io").BytesIO())
+        public = {n for n in dir(plain) if n[0] != "_"}
+
+        self.assertIsInstance(stream, __import__("io").TextIOBase)
+        self.assertEqual(public - set(dir(stream)), set())
+        self.assertRaises(OSError, stream.read)
+        self.assertRaises(TypeError, stream.write, b"bytes")
+        self.assertRaises(LookupError, stream.reconfigure, encoding="no such")
+
+    def test_a_stream_sends_whole_lines(self):
+        got = []
+        stream = pybgworker.TaskStream(lambda text, fd: got.append(text), 1)
+        for text in ("a", "b\nc", "\n\nd"):
+            stream.write(text)
+        stream.flush()
+
+        self.assertEqual(got, ["ab\n", "c\n\n", "d"])
+
+    def test_output_is_cut_at_its_limit_and_says_so(self):
+        cut, limit = pybgworker.cut_output, pybgworker._OUTPUT_CHARS
+        self.assertEqual(cut("abc", 0), "abc")
+        self.assertEqual(cut("abc", limit - 3), "abc")
+        self.assertEqual(cut("abc", limit), pybgworker._CUT_MARK)
+        self.assertEqual(cut("abc", limit - 1), "a" + pybgworker._CUT_MARK)
+        self.assertEqual(cut("abc", limit + 1), "")
+
+    def test_bytes_in_pieces_become_whole_lines_of_whole_characters(self):
+        worker = self.worker("--concurrency", 1, app="printing")
+
+        self.assertEqual(self.printed("in_pieces"), ["one \u20ac euro", "two", "three"])
+        worker.wait_for("task_success")
+        texts = [e["text"] for e in worker.all("output", name="printing.in_pieces")]
+        self.assertEqual(texts, ["one \u20ac euro", "two", "three"])
+
+    def test_an_endless_line_is_cut_between_characters(self):
+        cutter, text = pybgworker.LineCutter(), ""
+        data = "\u20ac".encode() * 50_000
+        for at in range(0, len(data), 1000):
+            text += cutter.cut(data[at:at + 1000])
+            self.assertLessEqual(len(cutter.rest), pybgworker._LINE_BYTES)
+        self.assertEqual(text + cutter.cut(b"", at_end=True), "\u20ac" * 50_000)
+
+    def test_what_c_code_writes_is_booked_on_the_run_that_wrote_it(self):
+        """Also when the next run follows at once, out of the pipe."""
+        (self.folder / "many.py").write_text(
+            "import os\nfrom pybgworker import task\n@task\ndef raw(n):\n"
+            "    os.write(1, b'raw %d\\n' % n)\n")
+        for n in range(300):
+            self.app.send("many.raw", n)
+        self.worker("--concurrency", 1, "--burst", app="many").wait()
+
+        rows = [self.store.output(id) for id in range(1, 301)]
+        self.assertEqual(rows, [f"raw {n}\n" for n in range(300)])
+
+    def test_a_late_line_of_a_process_is_not_booked_on_the_next_run(self):
+        worker = self.worker("--concurrency", 1, app="printing")
+        self.printed("leave_behind")
+        result = self.app.send("printing.let_go", retries=0)
+        late = worker.wait_for("output", text="late")
+        (self.folder / "heard").write_text("")
+        self.get(result)
+
+        self.assertNotIn("task_id", late)
+        self.assertEqual(self.store.output(result.id) or "", "")
+
+    def test_a_print_in_the_middle_of_a_print_arrives(self):
+        self.worker("--concurrency", 1, app="printing")
+        lines = self.printed("from_handlers")
+
+        text = "\n".join([*lines, ""])
+        self.assertIn("handled\n", text)
+        while re.search("(handled|finalized)\n", text):     # also one within another
+            text = re.sub("(handled|finalized)\n", "", text)
+        self.assertEqual(text, "".join(f"line {i}\n" for i in range(3000)))
+
+    def test_a_forked_process_does_not_print_what_its_parent_began(self):
+        self.worker("--concurrency", 1, app="printing")
+
+        self.assertEqual(sorted(self.printed("in_forks")), ["begun ended", "forked"])
+
+
 # == Child ====================================================================
 
 
@@ -4929,6 +5119,31 @@ class Children(Served):
 
         self.assertEqual(worker.wait(), 1)
         self.assertIn("ValueError: only in children", "".join(worker.errors))
+
+    def test_processes_of_a_task_end_when_they_are_told_to(self):
+        self.worker("--concurrency", 1)
+        self.assertEqual(self.get(self.tasks.terminate.delay("terminate")), -15)
+        self.assertEqual(self.get(self.tasks.pool_of_two.delay()), [0, 1, 4])
+
+    def test_a_fork_that_comes_back_ends_with_its_own_status(self):
+        self.worker("--concurrency", 1)
+        self.assertEqual(self.get(self.tasks.fork_and_exit.delay(3)), 3)
+        self.assertEqual(self.get(self.tasks.fork_and_exit.delay("raise")), 1)
+        self.assertEqual(self.get(self.tasks.fork_and_exit.delay(None)), 0)
+
+    def test_a_child_has_the_signals_of_a_fresh_process(self):
+        """Whatever was ignored and blocked where the worker was started."""
+        mask = {signal.SIGALRM, signal.SIGUSR1, signal.SIGCHLD}
+        for number in (signal.SIGCHLD, signal.SIGPIPE):
+            before = signal.signal(number, signal.SIG_IGN)
+            self.addCleanup(signal.signal, number, before)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+        try:
+            self.worker("--concurrency", 1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.assertEqual(self.get(self.tasks.check_false.delay()), "raised")
+        self.assertEqual(self.get(self.tasks.signal_state.delay()), [[], 0, 1])
 
     def test_a_child_that_does_not_know_the_task_hands_it_back(self):
         """After a deploy: the worker's code is old, that of a new child is new."""
@@ -4990,29 +5205,6 @@ class Children(Served):
         failed = self.failure(self.tasks.abort_at_timeout.delay())
 
         self.assertEqual((failed.kind, failed.error_type), ("abort", "Abort"))
-    def test_output_is_cut_at_its_limit_and_says_so(self):
-        cut, limit = pybgworker.cut_output, pybgworker._OUTPUT_CHARS
-        self.assertEqual(cut("abc", 0), "abc")
-        self.assertEqual(cut("abc", limit - 3), "abc")
-        self.assertEqual(cut("abc", limit), pybgworker._CUT_MARK)
-        self.assertEqual(cut("abc", limit - 1), "a" + pybgworker._CUT_MARK)
-        self.assertEqual(cut("abc", limit + 1), "")
-
-    def test_a_stream_sends_whole_lines(self):
-        class Heard:
-            got = []
-
-            def print(self, text, fd):
-                self.got.append(text)
-
-        stream = pybgworker.TaskStream(Heard(), 1)
-        for text in ("a", "b\nc", "\n\nd"):
-            stream.write(text)
-        stream.flush()
-
-        self.assertEqual(Heard.got, ["ab\n", "c\n\n", "d"])
-        self.assertRaises(TypeError, stream.write, b"bytes")
-
     def test_abort_from_another_exception_is_an_abort(self):
         self.worker()
         failed = self.failure(self.tasks.abort_from.delay())
@@ -5159,8 +5351,8 @@ class Pools(Served):
             member = pybgworker.Member.__new__(pybgworker.Member)
             member.__dict__.update(
                 waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
-                why="", kill_due=0, ready=True, retiring=False, _printed=[],
-                _printed_chars=0, read=lambda: True, recall=list)
+                why="", kill_due=0, ready=True, retiring=False,
+                transcript=pybgworker.Transcript(journal.run), read=lambda: True, recall=list)
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
                 body = chance.choice(bodies)
@@ -5318,6 +5510,43 @@ Served_TASKS_MORE = """
         retry = Retry()
         retry.countdown = float(seconds)        # past the check of Retry()
         raise retry
+
+    import multiprocessing
+
+    @task(retries=0)
+    def terminate(how):
+        process = multiprocessing.get_context("fork").Process(
+            target=time.sleep, args=(60,))
+        process.start()
+        getattr(process, how)()
+        process.join(10)
+        return process.exitcode
+
+    @task(retries=0)
+    def pool_of_two():
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(int(2).__rpow__, range(3))
+
+    @task(retries=0)
+    def fork_and_exit(how):
+        pid = os.fork()
+        if pid:
+            return os.WEXITSTATUS(os.waitpid(pid, 0)[1])
+        if how == "raise":
+            raise ValueError("in the fork")
+        sys.exit(how)
+
+    @task(retries=0)
+    def check_false():
+        try:
+            subprocess.check_call(["false"])
+        except subprocess.CalledProcessError:
+            return "raised"
+
+    @task(retries=0)
+    def signal_state():
+        return [sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+                int(signal.getsignal(signal.SIGCHLD)), int(signal.getsignal(signal.SIGPIPE))]
 
     @task(timeout=0.1)
     def abort_at_timeout():
