@@ -4865,7 +4865,7 @@ class Processes(Case):
         real = pybgworker.spawn
         self.addCleanup(setattr, pybgworker, "spawn", real)
         pybgworker.spawn = refuse
-        spec = pybgworker.ChildSpec("m", "a", [], 1, 0, 0, 0, {})
+        spec = pybgworker.ChildSpec("m", "a", [], 1, 0, 0, 0, 0, {})
         guardian = pybgworker.Guardian()
 
         def lowest_free():
@@ -4875,7 +4875,7 @@ class Processes(Case):
 
         before = lowest_free()
         for _ in range(3):
-            self.assertRaises(BlockingIOError, pybgworker.Member, spec)
+            self.assertRaises(BlockingIOError, pybgworker.Member, spec, None)
             self.assertRaises(BlockingIOError, guardian.check)
         guardian.stop()
         self.assertEqual(lowest_free(), before)
@@ -4883,7 +4883,7 @@ class Processes(Case):
         pybgworker.spawn = real                     # and one that cannot be watched
         selector = pybgworker.selectors.DefaultSelector()
         before = lowest_free()
-        member = pybgworker.Member(spec)
+        member = pybgworker.Member(spec, None)
         selector.register(member.output, pybgworker.selectors.EVENT_READ)
 
         class Full:
@@ -5199,6 +5199,99 @@ class Children(Served):
 
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(self.get(result), [1, 1, True, True])
+
+    def test_a_task_finds_nothing_that_the_one_before_has_changed(self):
+        """Folder, environment, umask, depth, streams, handlers, alarms, loops."""
+        (self.folder / "untidy.py").write_text(textwrap.dedent("""
+            import asyncio, os, signal, sys, time
+            from pybgworker import task
+
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)      # none of the app's
+
+            def state():
+                umask = os.umask(0o22)
+                os.umask(umask)
+                return [os.getcwd(), sorted(os.environ.items()), umask,
+                        sys.getrecursionlimit(), type(sys.stdout).__name__,
+                        signal.getsignal(signal.SIGTERM) is signal.SIG_IGN,
+                        signal.getitimer(signal.ITIMER_REAL)[0] > 0]
+
+            @task(name="look", retries=0)
+            def look():
+                time.sleep(0.3)         # an alarm that was left would ring
+                return state()
+
+            @task(name="spoil", retries=0)
+            def spoil():
+                os.chdir("/")
+                os.environ["SPOILT"] = "1"
+                os.environ.pop("PATH", None)
+                os.umask(0o177)
+                sys.setrecursionlimit(77777)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                print("before", end="")
+                sys.stdout = open(os.devnull, "w")
+
+            @task(name="limited", retries=0)
+            def limited():
+                time.sleep(30)
+
+            @task(name="loop", retries=0)
+            def loop():
+                try:
+                    asyncio.get_event_loop_policy().get_event_loop().close()
+                except RuntimeError:
+                    return "none"
+                asyncio.set_event_loop(None)
+                return "one"
+
+            @task(name="wait", retries=0)
+            async def wait():
+                asyncio.ensure_future(asyncio.sleep(60))       # left behind
+                await asyncio.sleep(0)
+                return asyncio.get_running_loop().is_running()
+            """))
+        def send(name, **options):
+            return pybgworker._default_app.send(name, retries=0, **options)
+        self.worker("--concurrency", 1, app="untidy")
+        first = self.get(send("look"))
+        fresh = self.python("""
+            import asyncio
+            try:
+                asyncio.get_event_loop_policy().get_event_loop()
+                print("one")
+            except RuntimeError:
+                print("none")
+        """).stdout.strip()
+        self.assertEqual(self.get(send("wait")), True)
+        self.assertEqual(self.get(send("loop")), fresh)
+        self.get(send("spoil"))
+        self.assertEqual(self.get(send("look")), first)
+        failed = self.failure(send("limited", timeout=0.2))
+        self.assertEqual(failed.error_type, "TaskTimeout")
+
+    def test_a_child_ends_as_a_program_does(self):
+        """Exit handlers run and buffers are flushed: at a stop, and when replaced."""
+        (self.folder / "leaving.py").write_text(textwrap.dedent("""
+            import atexit, os
+            from pybgworker import task
+            buffered = open(f"buffered{os.getpid()}", "w")
+
+            @task(name="leave", retries=0)
+            def leave():
+                buffered.write("whole")
+                atexit.register(lambda: open(f"atexit{os.getpid()}", "w").write("ran"))
+                return os.getpid()
+            """))
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 2,
+                             app="leaving")
+        pids = [self.get(pybgworker._default_app.send("leave")) for _ in range(3)]
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual((pids[0], len(set(pids))), (pids[1], 2))
+        for pid in set(pids):
+            self.assertEqual(self.lines(f"buffered{pid}")[0][:5], "whole")
+            self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
 
     def test_abort_wins_over_the_time_limit_it_answers(self):
         self.worker()
@@ -7378,7 +7471,9 @@ class OldImportPaths(Case):
     def test_every_form_of_start_shares_one_registry(self):
         for package, forms in (
             ("", (["pybgworker.py"], ["-m", "pybgworker"], ["-m", "pybgworker.cli"])),
-            ("vendor", (["-m", "vendor.pybgworker"], ["-m", "vendor.pybgworker.cli"])),
+            ("vendor", (["-m", "vendor.pybgworker"], ["-m", "vendor.pybgworker.cli"],
+                        ["vendor/pybgworker.py"])),
+            ("my.vendor", (["my/vendor/pybgworker.py"],)),
         ):
             self.setUp()
             self.prepare(package)
@@ -7388,6 +7483,15 @@ class OldImportPaths(Case):
                 with self.subTest(form):
                     self.assertIn('"tasks":["old"]', out)
                     self.assertIn("task_success", out)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
+    def test_a_worker_started_as_a_script_runs_the_compiled_file(self):
+        self.prepare()
+        worker = self.worker(app="oldapp")
+        worker.wait_for("worker_ready")
+        command = Path(f"/proc/{worker.pid}/cmdline").read_bytes().split(b"\0")
+        self.assertIn(b"-c", command)
+        self.assertFalse([part for part in command if part.endswith(b"pybgworker.py")])
 
     def test_importing_does_nothing_else(self):
         code = """
