@@ -5618,10 +5618,7 @@ class TaskStream(io.TextIOBase):
         if end:
             self._send(line + end)
         if rest:
-            begun = self._of_thread()
-            begun.append(rest)
-            if len(begun) > _LINE_PARTS or len(rest) > _OUTPUT_CHARS:
-                self.flush()
+            self._begin(rest)
         return len(text)
 
     def flush(self) -> None:
@@ -5629,23 +5626,28 @@ class TaskStream(io.TextIOBase):
         if self._begun:
             self._send("")
 
-    def _of_thread(self):
+    def _begin(self, rest):
+        """Keep a part of a line.
+
+        A signal handler, or a finalizer, that prints may come between any two steps
+        and send what is begun: then this part belongs to a new beginning.  Guarded
+        by test_a_print_in_the_middle_of_a_print_arrives.
+        """
         me = threading.get_ident()
-        return self._begun.get(me) or self._begun.setdefault(me, collections.deque())
+        while rest is not None:
+            begun = self._begun.setdefault(me, collections.deque())
+            begun.append(rest)
+            is_sent_without = self._begun.get(me) is not begun and begun
+            rest = begun.pop() if is_sent_without else None
+        if len(begun) > _LINE_PARTS or begun and len(begun[-1]) > _OUTPUT_CHARS:
+            self.flush()
 
     def _send(self, text):
-        """Send what this thread has begun, and `text`.
-
-        A signal handler that prints may come between any two steps, so each part
-        is taken by itself.  Guarded by test_a_print_in_the_middle_of_a_print_arrives.
-        """
-        begun = self._begun.get(threading.get_ident())
+        """Send what this thread has begun, and `text`.  Taken in one step."""
+        begun = self._begun.pop(threading.get_ident(), None)
         if begun:
-            parts = []
-            with contextlib.suppress(IndexError):
-                while True:
-                    parts.append(begun.popleft())
-            text = "".join(parts) + text
+            text = "".join(begun) + text
+            begun.clear()
         if text:
             self._emit(text, self._fd)
 
@@ -5654,7 +5656,6 @@ class TaskStream(io.TextIOBase):
         if not self._begun:
             return
         self.flush()
-        self._begun.pop(threading.get_ident(), None)
         alive = {thread.ident for thread in threading.enumerate()}
         for thread in self._begun.keys() - alive:
             text = "".join(self._begun.pop(thread))
@@ -6301,6 +6302,8 @@ def describe_exception(exc: BaseException) -> dict:
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
 _READS = 16                         # in a row from one pipe, at most
+_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled,
+                            # and the worker reads what it writes
 _NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
 _LATEST_MS = 1 << 53                # no clock shows such a unix time
 
@@ -6359,6 +6362,7 @@ class Member:
         self.ready = False              # it has imported the app
         self.retiring = False           # takes nothing more
         self.is_mute = False            # nobody can write to its output any more
+        self._listens = False           # the selector tells of its output
         self.done = 0                   # runs answered
         self.why = ""                   # condemned: timeout, cancelled, see _crash()
         self.kill_due = 0.0             # 0: not condemned
@@ -6482,6 +6486,29 @@ class Member:
         finally:
             del buffer[:at]
 
+    def is_settled(self, at: float) -> bool:
+        """True when what the pipe holds was written by the run at the head.
+
+        One that began just now may be over, and the next at work: then the child
+        empties the pipe itself, before it answers.  Guarded by
+        test_what_c_code_writes_is_booked_on_the_run_that_wrote_it.
+        """
+        return not self.waiting or at - self.began >= _STALL_SECONDS
+
+    def mind_output(self, selector: selectors.BaseSelector, at: float) -> None:
+        """Have the selector tell of the pipe while its text can be booked."""
+        wanted = self.is_settled(at) and not self.is_mute
+        if wanted and not self._listens:
+            selector.register(self.output, selectors.EVENT_READ, self)
+        elif self._listens and not wanted:
+            selector.unregister(self.output)
+        self._listens = wanted
+
+    @property
+    def is_unheard(self) -> bool:
+        """True when there will be something to read that nobody tells of."""
+        return not (self._listens or self.is_mute)
+
     def read_output(self) -> None:
         """Take in what C code, or a subprocess, has written to stdout and stderr."""
         data, self.is_mute = _read_all(self.output, 4 * _OUTPUT_CHARS)
@@ -6532,8 +6559,8 @@ class Member:
         Raises OSError, and kills the child, when it cannot.
         """
         try:
-            for channel in (self.messages, self.output):
-                selector.register(channel, selectors.EVENT_READ, self)
+            selector.register(self.messages, selectors.EVENT_READ, self)
+            self.mind_output(selector, 0.0)
         except OSError:
             self.wait(0)
             self.close(selector)
@@ -6558,7 +6585,6 @@ class Member:
 _AHEAD_FRAMES = 128         # waiting in one child's socket at most
 _AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
 _SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
-_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled
 
 
 class Durations:
@@ -6842,10 +6868,8 @@ class Pool:
             if member in self.members:
                 self._hear(member, at)
         for member, fd in heard:
-            if fd == member.output and member in self.members:
+            if fd == member.output and member in self.members and member.is_settled(at):
                 member.read_output()
-                if member.is_mute:      # it would be readable for ever
-                    self._selector.unregister(fd)
 
     def _hear(self, member, at):
         alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
@@ -6918,13 +6942,14 @@ class Pool:
                 head = member.waiting[0]
                 if head.timeout:
                     due = _earliest(due, member.began + head.timeout)
-                if len(member.waiting) > 1 or not head.announced:
+                if len(member.waiting) > 1 or not head.announced or member.is_unheard:
                     due = _earliest(due, member.began + _STALL_SECONDS)
         return due
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
         for member in list(self.members):
+            member.mind_output(self._selector, at)
             if member.kill_due:
                 if at >= member.kill_due:
                     self._kill(member, at)

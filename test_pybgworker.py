@@ -5375,7 +5375,7 @@ class Pools(Served):
             from pybgworker import task
 
             limit = resource.RLIM_INFINITY
-            if sys.argv[0] != "-c":         # the worker, not a child
+            if len(sys.argv) > 1:           # the worker, not a child
                 pages = int(open("/proc/self/statm").read().split()[0])
                 limit = pages * resource.getpagesize() + (120 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
