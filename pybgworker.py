@@ -5924,7 +5924,7 @@ class Surroundings:
 
     def restore(self) -> None:
         """Undo what the task left behind.  Never raises."""
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
             if _signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
