@@ -49,7 +49,7 @@ in seconds; any other unit is in the name.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import base64
 import bisect
