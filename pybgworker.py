@@ -6019,7 +6019,8 @@ class Child:
             frame = self._receive()
             if not frame:
                 gc.unfreeze()       # or open files would not be flushed at the exit
-                return
+                os.dup(self.messages.fileno())      # open till the very end: a
+                return              # socket that closes is taken for a death
             self._serve(frame)
 
     def _prepare(self):
@@ -6700,7 +6701,7 @@ class Placement:
 _HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
 _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
-_EXIT_GRACE = 0.2           # seconds for an idle child to run its exit handlers
+_EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
@@ -6763,7 +6764,10 @@ class Pool:
         """Have all the processes there should be."""
         try:
             self._guardian.check()
-            while len(self.members) < self._size + 1 and at >= self.starts.next_start:
+            staying = sum(member.why != "leaving" for member in self.members)
+            for _ in range(staying, self._size + 1):
+                if at < self.starts.next_start:
+                    break
                 member = Member(self._spec, self._log)
                 member.watch(self._selector)
                 self._guardian.watch(member.pid)
@@ -6964,8 +6968,7 @@ class Pool:
                     self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
             elif member.retiring:
                 member.hang_up()
-                member.wait(_EXIT_GRACE)
-                self._bury(member, at)
+                member.why, member.kill_due = "leaving", at + _EXIT_GRACE
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""
@@ -7059,10 +7062,11 @@ class Pool:
 
     def stop(self) -> None:
         """End the idle children and the guardian."""
+        until = time.monotonic() + _EXIT_GRACE
         for member in self.members:
             member.hang_up()
         for member in list(self.members):
-            member.wait(_EXIT_GRACE)
+            member.wait(until - time.monotonic())
             self._remove(member)
         self._guardian.stop()
 
