@@ -1560,7 +1560,9 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
     # A socket of the moment costs 15 µs beside a commit's milliseconds, and there
     # is none to be shared by threads, inherited by forks, or closed by somebody.
     with contextlib.suppress(OSError), \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            contextlib.closing(_socket.socket(
+                socket.AF_INET, socket.SOCK_DGRAM
+            )) as sender:
         sender.setblocking(False)
         for port, token in addresses:
             with contextlib.suppress(OSError, *_BAD_ADDRESS):
@@ -1805,15 +1807,16 @@ class Forks:
 
     def _guard_what_is_open(self):
         """The caller's own connections, and ours that were not done in time."""
-        self._dangers = {}
+        dangers = {}
         found = _descriptors() if self._files else {}
         for identity, path in list(self._files.items()):
             if _file_identity(path) == identity and self._is_open(identity, found):
                 guard = self.guard(identity)
                 if guard is None:
-                    self._dangers[identity] = _LEFT_OPEN
+                    dangers[identity] = _LEFT_OPEN
                 elif guard.is_writing():
-                    self._dangers[identity] = _IN_TRANSACTION
+                    dangers[identity] = _IN_TRANSACTION
+        self._dangers = dangers     # in one step: another thread may be forking too
 
     def _is_open(self, identity, found):
         guard = self._guards.get(identity)
@@ -1960,15 +1963,18 @@ class ProcessLock:
 
     def __init__(self):
         self._locks = {}            # the lock of each process, by pid
+        self._taken = threading.local()     # .by: pids of this thread's open blocks
 
     def __enter__(self):
         pid = os.getpid()
         lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
         lock.acquire()
+        self._taken.by = [*getattr(self._taken, "by", ()), pid]
 
     def __exit__(self, kind, exc, trace):
-        with contextlib.suppress(KeyError):     # forked inside the block
-            self._locks[os.getpid()].release()
+        pid = self._taken.by.pop()
+        if pid == os.getpid():      # else it was forked inside the block
+            self._locks[pid].release()
 
 
 # == Database =================================================================
@@ -2451,7 +2457,8 @@ class Database:
             self._migrate_from(ask)
             connection.execute("commit")
         except BaseException:
-            connection.execute("rollback")
+            if connection.in_transaction:
+                connection.execute("rollback")
             raise
 
     def _schema_version(self, ask):
@@ -2784,7 +2791,10 @@ class GroupCommit:
     def _lead(self, own):
         if self._crowd > 1:
             time.sleep(_CROWD_SECONDS)
-        others = [self._requests.popleft() for _ in range(len(self._requests))]
+        others = []
+        with contextlib.suppress(IndexError):       # one that gives up takes its own
+            while True:
+                others.append(self._requests.popleft())
         self._crowd = len(others)
         requests = [own, *(request for request in others if request is not own)]
         try:
@@ -4959,7 +4969,7 @@ class App:
             raise OptionError(f"misfire={misfire!r}: must be latest, skip or all")
         if overlap not in ("allow", "skip"):
             raise OptionError(f"overlap={overlap!r}: must be allow or skip")
-        _check_span("jitter", jitter)
+        jitter = _check_span("jitter", jitter)
         schedule = Schedule(parsed, misfire, overlap, jitter)
 
         def decorate(fn):
@@ -5188,7 +5198,10 @@ class AsyncResult:
         return WaitTimeout(f"task {self.id} is {self.status} after {timeout} s")
 
     def cancel(self) -> bool:
-        """Cancel it, or have its run ended within a second; False when finished."""
+        """Cancel it, or have its worker end its run within a second.
+
+        False when it has finished.
+        """
         return self._store.cancel(self.id, now_ms()) not in FINISHED
 
     def retry(self) -> None:
@@ -5257,6 +5270,7 @@ OwnSelector = selectors.DefaultSelector
 set_signal = signal.signal
 close_fd = os.close
 own_sleep = time.sleep
+own_ident = threading.get_ident
 _waitpid = os.waitpid
 
 
@@ -5355,6 +5369,35 @@ def has_children() -> bool:
         return True
     except (ChildProcessError, AttributeError):     # macOS has it since 3.13
         return False
+
+
+def others_write_here() -> bool:
+    """True when a process that this one has started has its standard output, or error.
+
+    Where /proc does not tell: when there is any such process at all.
+    """
+    if not has_children():
+        return False
+    try:
+        own = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+        threads = os.listdir("/proc/self/task")
+        pids = [pid for thread in threads for pid in _children_of(thread)]
+    except OSError:
+        return True
+    return any(own & _outputs_of(pid) for pid in pids)
+
+
+def _children_of(thread):
+    with open(f"/proc/self/task/{thread}/children", encoding="ascii") as f:
+        return f.read().split()
+
+
+def _outputs_of(pid):
+    found = set()
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):      # closed, or the process has ended
+            found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -5761,11 +5804,12 @@ class Transcript:
     def __init__(self, log: Callable):
         self._log = log             # log(event, run, **fields)
         self._lines = LineCutter()
-        self._strays = False
+        self._will_stray = False
         self.begin()
 
     def begin(self) -> None:
         """From now on another run prints."""
+        self._strays = self._will_stray
         self._kept: list[str] = []
         self._chars = self._strange_chars = 0
 
@@ -5805,8 +5849,8 @@ class Transcript:
         return self.text()
 
     def set_strays(self, strays: bool) -> None:
-        """Whether processes of earlier runs may write to the pipe."""
-        self._strays = strays
+        """Whether processes of this run may write to the pipe in the next ones."""
+        self._will_stray = strays
 
     def text(self) -> str:
         """All that is kept since begin()."""
@@ -5848,6 +5892,7 @@ class ChildSpec(NamedTuple):
     settings: dict      # that differ from the environment
 
 
+_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
 _CHILD_CODE = (
@@ -5903,7 +5948,14 @@ class Surroundings:
     """
 
     def __init__(self, handlers: dict):
-        self._handlers = handlers       # of signals: not the app's, but the child's
+        # Of signals: the child's own, whatever the app has set, and two of the app's.
+        self._handlers = {
+            number: _signal.getsignal(number)
+            for number in (signal.SIGCHLD, signal.SIGPIPE)
+            if _signal.getsignal(number) is not None
+        }
+        self._handlers.update(handlers)
+        self._environ = os.environ
         self._streams = sys.stdin, sys.stdout, sys.stderr
         self._folder = self._here()
         self._environment = os.environ.copy()
@@ -5920,7 +5972,7 @@ class Surroundings:
 
     def _raw_environment(self):
         """The encoded pairs behind os.environ: compared in 1 µs, not in 20."""
-        return getattr(os.environ, "_data", os.environ)
+        return getattr(self._environ, "_data", self._environ)
 
     def restore(self) -> None:
         """Undo what the task left behind.  Never raises."""
@@ -5936,6 +5988,7 @@ class Surroundings:
         if self._here() != self._folder:
             with contextlib.suppress(OSError):
                 os.chdir(self._folder)
+        os.environ = self._environ      # noqa: B003 - a task may have replaced it
         if self._raw_environment() != self._raw:
             os.environ.clear()
             os.environ.update(self._environment)
@@ -5984,12 +6037,13 @@ class Child:
         self.sender = 0             # ident of the thread that is writing one
         self.outbox: collections.deque = collections.deque()    # to be written
         self.strays = False         # processes that earlier runs have started live
-        self.main_thread = threading.get_ident()
+        self.main_thread = own_ident()
         self.run_id = 0             # of the current run; 0: none
         self.attempt = 0
         self.printed = 0            # characters of the current run
         self.interruptible = False  # True while code of the task runs
-        self.pending: BaseException | None = None   # to be raised after a send
+        self.forking = 0            # threads that are in the middle of os.fork()
+        self.pending: BaseException | None = None   # to be raised after a send, fork
         self.interrupt: BaseException | None = None     # what we raised in the task
         self.mask = threading.local()   # .before: of a thread that forks
         # Process managers signal whole groups: leave the end to our worker.  Not
@@ -6014,6 +6068,7 @@ class Child:
 
         gc.freeze()         # what is imported will never be garbage
         self.surroundings = Surroundings(self.handlers)
+        self.surroundings.restore()
         self._send(_READY, _to_json(list(self.app.tasks)).encode())
         while True:
             frame = self._receive()
@@ -6054,10 +6109,12 @@ class Child:
 
     def _before_fork(self):
         """Hold back signals that our handlers would swallow in the new process."""
+        self.forking += 1
         self.mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
 
     def _after_fork(self):
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.before)
+        self.forking -= 1
 
     def _in_fork(self):
         """In a process that a task has forked: be to it as a program of its own.
@@ -6102,7 +6159,7 @@ class Child:
         # As text: of bytes, json would ask first in which encoding they are.
         self.run_id, name, self.attempt, timeout, tick = json.loads(head.decode())
         self.printed = 0
-        self.interrupt = None
+        self.interrupt = self.pending = None
         started_at = now_ms()
         start = time.perf_counter()
         task = self.app.tasks.get(name)
@@ -6130,7 +6187,7 @@ class Child:
             with contextlib.suppress(BlockingIOError):      # the worker has read it
                 self._send(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
         if seconds > _SPAWN_SECONDS or self.strays:
-            strays = has_children()
+            strays = others_write_here()
             if strays != self.strays:
                 self.strays = strays
                 self._send(_STRAYS, b"1" if strays else b"0")
@@ -6179,7 +6236,8 @@ class Child:
             self.surroundings.restore()
 
     def _on_alarm(self, *_):
-        self._interrupt(TaskTimeout("the time limit is reached"))
+        exc, self.pending = self.pending, None
+        self._interrupt(exc or TaskTimeout("the time limit is reached"))
 
     def _on_cancel(self, *_):
         """The parent wrote the id it means, which may have just finished."""
@@ -6192,12 +6250,18 @@ class Child:
             self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
 
     def _interrupt(self, exc):
-        """Raise in the task, but never in the middle of a message."""
+        """Raise in the task, but never in the middle of a message or of a fork.
+
+        Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept.
+        """
         if not self.interruptible:
             return
         self.interrupt = exc
-        if self.sender == threading.get_ident():
+        if self.sender == own_ident():
             self.pending = exc
+        elif self.forking:      # where the interpreter would drop the exception
+            self.pending = exc
+            signal.setitimer(signal.ITIMER_REAL, _FORK_PAUSE)
         else:
             raise exc
 
@@ -6243,12 +6307,12 @@ class Child:
             self.outbox.append(head + body)
             if not self.sender:                 # else we are in the middle of one
                 self._empty_outbox()
-        if self.pending is not None and threading.get_ident() == self.main_thread:
+        if self.pending is not None and own_ident() == self.main_thread:
             exc, self.pending = self.pending, None
             raise exc
 
     def _empty_outbox(self):
-        self.sender = threading.get_ident()
+        self.sender = own_ident()
         try:
             while self.outbox:
                 self.messages.sendall(self.outbox.popleft())
@@ -7312,7 +7376,8 @@ def reap_surely_dead(store: Store, now: int) -> None:
     is_dead = judge_of(store)
     for row in store.workers():
         if is_dead(row):
-            store.reap(row.id, row.name, now, row.beat_at)
+            with contextlib.suppress(DatabaseBusy):     # then a worker does it
+                store.reap(row.id, row.name, now, row.beat_at)
 
 
 class Liveness:
@@ -7832,7 +7897,17 @@ class Outbox:
         for run, progress in self._progress.values():
             self._store.set_progress(run, worker, progress)
         self._store.give_back(self.returned, worker, now, started=False)
+        if any(outcome.state == RETRYING for outcome in self.outcomes):
+            self._heed(set(self._store.cancels_asked(worker)))
         return self._store.finish(self.outcomes, worker, now)
+
+    def _heed(self, asked):
+        """What somebody wants cancelled is not run again, and not said to be."""
+        self.outcomes = [
+            o._replace(state=CANCELLED)
+            if o.state == RETRYING and o.run.id in asked else o
+            for o in self.outcomes
+        ]
 
     def _replace(self, refused, now):
         """Have the run fail; if not even that can be written, leave it to be reaped."""
@@ -7846,7 +7921,8 @@ class Outbox:
 def _stop_signals():
     """What ends a worker.  A hangup does not where it was ignored: nohup."""
     hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP][hangup:]]
+    stops = [signal.SIGTERM, signal.SIGINT]
+    return stops if hangup else [*stops, signal.SIGHUP]
 
 
 @contextlib.contextmanager
@@ -9440,7 +9516,8 @@ if __name__ == "__main__":
     # would have a second, empty registry.  So hand over to the copy that the app
     # will import.  Not a plain __spec__: under pdb that is the builtins' one.
     _spec = globals().get("__spec__")
-    if _spec is None and sys.argv[1:2] == ["run"] and fcntl is not None:
+    if _spec is None and sys.argv[1:2] == ["run"] and fcntl is not None \
+            and not (sys.gettrace() or sys.getprofile()):     # pdb, coverage
         _exec_as_module()
     sys.exit(importlib.import_module(_spec.name if _spec else "pybgworker").main())
 

@@ -5088,6 +5088,33 @@ class Outputs(Served):
         self.assertNotIn("task_id", late)
         self.assertEqual(self.store.output(result.id) or "", "")
 
+    def test_only_a_process_that_holds_the_pipe_makes_a_line_nobodys(self):
+        """Not one whose output goes elsewhere; and only from the next run on."""
+        (self.folder / "holders.py").write_text(textwrap.dedent("""
+            import os, subprocess
+            from pybgworker import task
+            elsewhere = subprocess.Popen(["sleep", "30"], stdout=subprocess.DEVNULL,
+                                         stderr=subprocess.DEVNULL)
+
+            @task(name="echo", retries=0)
+            def echo():
+                subprocess.run(["echo", "from a program"])
+
+            @task(name="start", retries=0)
+            def start():
+                held = subprocess.Popen(["sleep", "30"])
+                os.write(1, b"first\\nno end")
+                return held.pid
+            """))
+        send = pybgworker._default_app.send
+        self.worker("--concurrency", 1, app="holders")
+        for name in ("echo", "echo", "start"):
+            self.get(send(name, retries=0))
+        if Path("/proc/self/task").exists():
+            self.assertEqual([self.store.output(n) for n in (1, 2)],
+                             ["from a program\n"] * 2)
+        self.assertEqual(self.store.output(3), "first\nno end")
+
     def test_a_print_in_the_middle_of_a_print_arrives(self):
         self.worker("--concurrency", 1, app="printing")
         lines = self.printed("from_handlers")
@@ -5214,6 +5241,8 @@ class Children(Served):
                 return [os.getcwd(), sorted(os.environ.items()), umask,
                         sys.getrecursionlimit(), type(sys.stdout).__name__,
                         signal.getsignal(signal.SIGTERM) is signal.SIG_IGN,
+                        str(signal.getsignal(signal.SIGCHLD)),
+                        str(signal.getsignal(signal.SIGPIPE)), type(os.environ).__name__,
                         signal.getitimer(signal.ITIMER_REAL)[0] > 0]
 
             @task(name="look", retries=0)
@@ -5229,6 +5258,9 @@ class Children(Served):
                 os.umask(0o177)
                 sys.setrecursionlimit(77777)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                os.environ = {"NEW": "1"}
                 signal.setitimer(signal.ITIMER_REAL, 0.1)
                 print("before", end="")
                 sys.stdout = open(os.devnull, "w")
@@ -5254,7 +5286,9 @@ class Children(Served):
             """))
         def send(name, **options):
             return pybgworker._default_app.send(name, retries=0, **options)
+        early = send("limited", timeout=0.2)        # the first run of its child
         self.worker("--concurrency", 1, app="untidy")
+        self.assertEqual(self.failure(early).error_type, "TaskTimeout")
         first = self.get(send("look"))
         fresh = self.python("""
             import asyncio
@@ -5270,6 +5304,35 @@ class Children(Served):
         self.assertEqual(self.get(send("look")), first)
         failed = self.failure(send("limited", timeout=0.2))
         self.assertEqual(failed.error_type, "TaskTimeout")
+
+    def test_a_time_limit_that_falls_into_a_fork_is_kept(self):
+        """The interpreter drops what a handler raises inside its fork hooks."""
+        child = pybgworker.Child(pybgworker.ChildSpec("m", "a", [], 1, *self.ends(), {}))
+        raised = []
+
+        def handle(*_):
+            try:
+                child._on_alarm()
+            except pybgworker.TaskTimeout as exc:
+                raised.append((child.forking, exc))
+
+        child.handlers[signal.SIGALRM] = handle
+        before = signal.signal(signal.SIGALRM, handle)
+        self.addCleanup(signal.signal, signal.SIGALRM, before)
+        child.interruptible = True
+        child._before_fork()
+        os.kill(os.getpid(), signal.SIGALRM)
+        child._after_fork()                     # the mask goes, and the signal comes
+        until(lambda: raised, what="the time limit")
+        self.assertEqual([forking for forking, _ in raised], [0])
+        self.assertIsNone(child.pending)
+
+    def ends(self):
+        """Descriptors such as a child is given."""
+        frames, messages = pybgworker.frame_pair(), pybgworker.socket.socketpair()
+        for end in (*frames, *messages):
+            self.addCleanup(end.close)
+        return (os.dup(frames[0].fileno()), os.dup(messages[0].fileno()), -1, -1)
 
     def test_a_child_ends_as_a_program_does(self):
         """Exit handlers run and buffers are flushed: at a stop, and when replaced."""
