@@ -3336,14 +3336,15 @@ class Claims(Queue):
                     return heads, None
                 continue
             name = row[1]
-            if i == len(names) or name not in pick.order.names:
+            i = bisect.bisect_left(names, name)
+            if names[i : i + 1] != [name]:      # unknown, or at its limit
                 continue
-            if pick.waits(name):
-                names.remove(name)
-                if pick.is_full:
-                    break
-            else:
+            if not pick.waits(name):
                 heads.append(row)
+                continue
+            del names[i]
+            if pick.is_full:
+                break
         return heads, (queue, name)
 
     def _head(self, queue, name):

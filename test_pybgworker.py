@@ -3251,6 +3251,24 @@ class Claiming(QueueCase):
             self.assertEqual([run.queue for run in self.claimed.runs], ["q990"])
             self.now -= 1000
 
+    def test_a_limited_name_is_met_wherever_it_lies(self):
+        """Among the first rows, in one group or many, between names with no task."""
+        names = ("a", "mail", "u", "z")
+        for queue, queues in (("'q'", None), ("'q' || (i % 2)", ("q", "q0", "q1")),
+                              ("'q' || i", None)):
+            self.sql("delete from bg_task")
+            self.sql("delete from bg_rate")
+            self.fill(500, queue, "'mail'")
+            other = self.enqueue("u", "q0", priority=9)
+            for second in range(3):
+                with self.subTest(queue=queue, second=second):
+                    taken = self.looks(queues=queues, names=names, mail=1)
+                    self.assertEqual([other] * (not second),
+                                     [i for i in sum(taken, []) if i == other])
+                    self.assertEqual(len(sum(taken, [])), 1 + (not second))
+                    self.assertEqual(self.claimed.next_at, self.now + 1000)
+                self.now += 1000
+
     def test_a_rate_is_one_over_all_queues(self):
         for queue in "abcd":
             self.enqueue("t", queue, count=2)
