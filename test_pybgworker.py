@@ -223,6 +223,11 @@ class RealWorker:
         self.signal(signal.SIGTERM)
         return self.wait(timeout)
 
+    def said(self):
+        """Its last words, for the message of a failed assertion."""
+        events = map(json.dumps, self.events[-20:])
+        return "\n".join(["the worker's last events:", *events, *self.errors])
+
     def kill(self):
         """SIGKILL, if it still runs."""
         if self.process.poll() is None:
@@ -8019,7 +8024,9 @@ class Torture(Served):
             self.ended = {}
             self.torment(random.Random(seed), TORTURE or 4)
             until(lambda: not self.of_this_folder(), 2)                     # I9
-            self.assertEqual(self.worker("--concurrency", 2, "--burst").wait(300), 0)
+            worker = self.worker("--concurrency", 2, "--burst")
+            code = worker.wait(300)
+            self.assertEqual(code, 0, worker.said())
             until(lambda: not self.of_this_folder(), 2)
             self.watch()
 
