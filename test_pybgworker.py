@@ -1902,6 +1902,21 @@ class Forking(Case):
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
         self.assertIsInstance(self.app._lock, pybgworker.ProcessLock)
 
+    def test_a_lock_is_given_back_by_the_process_that_took_it(self):
+        """A fork inside the block, and blocks of the child before it leaves that one."""
+        lock = pybgworker.ProcessLock()
+        pid = None
+        try:
+            with lock:
+                pid = os.fork()
+                if pid == 0:
+                    with lock:
+                        pass
+        finally:
+            if pid == 0:
+                os._exit(sys.exc_info()[0] is not None)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
     def test_a_log_that_was_deleted_takes_no_commit(self):
         """A stray close() drops SQLite's locks; then another program is the last."""
         other = """
@@ -4262,6 +4277,15 @@ class Tasks(Case):
         past = self.store.task(task.options(eta=dt.datetime(2000, 1, 1)).delay().id)
         self.assertEqual(past.status, "queued")
 
+    def test_whoever_takes_seconds_takes_a_timedelta(self):
+        span = dt.timedelta(minutes=1)
+        task = self.app.cron("* * * * *", jitter=span)(self.app.task(
+            timeout=span, retry_delay=span, retry_max_delay=span)(print))
+        retry = pybgworker.Retry(countdown=span)
+        schedule, = task.schedules
+        self.assertEqual({task.timeout, task.policy.delay, task.policy.max_delay,
+                          schedule.jitter, retry.countdown}, {60.0})
+
     def test_bad_options_of_a_call_are_refused(self):
         task = self.app.task(print)
         for options in (
@@ -6190,6 +6214,22 @@ class Lives(Case):
             watching._awake += 1.0
             watching.doubt()
 
+    def test_a_report_beside_a_long_transaction_leaves_the_dead_to_a_worker(self):
+        dead = self.liveness()
+        self.run_of(dead.id)
+        dead.forsake()
+        self.app.settings.busy_timeout = 0.05
+        store = Store(str(self.db), busy_timeout=0.05)
+        self.addCleanup(store.close)
+        blocker = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(blocker.close)
+        blocker.execute("begin immediate")
+        pybgworker.reap_surely_dead(store, self.now)
+        self.assertEqual(self.store.task(1).status, "running")
+        blocker.execute("rollback")
+        pybgworker.reap_surely_dead(store, self.now)
+        self.assertEqual(self.store.task(1).status, "queued")
+
     def test_another_boot_of_this_machine_is_dead(self):
         watching, old = self.liveness(), self.liveness()
         self.run_of(old.id)
@@ -6508,6 +6548,20 @@ class Outboxes(QueueCase):
         self.sql("drop trigger mine")
         self.assertEqual(self.store.reap(1, "w", self.now)[0].id, first.id)
 
+
+    def test_a_retry_that_somebody_has_cancelled_is_said_to_be_cancelled(self):
+        self.enqueue(count=2)
+        first, second = self.claim()
+        self.store.cancel(first.id, self.now)
+        error = {"kind": "exception", "type": "E", "message": "m"}
+        self.outbox.outcomes = [
+            Outcome(run, pybgworker.RETRYING, error=error, run_at=self.now + 9000)
+            for run in (first, second)]
+        _, written = self.commit()
+        self.assertEqual([outcome.state for outcome in written],
+                         [pybgworker.CANCELLED, pybgworker.RETRYING])
+        self.assertEqual(self.status(first.id), "cancelled")
+        self.assertEqual(self.status(second.id), "retrying")
 
     def test_a_callback_that_is_lost_for_good_is_said_like_one_that_failed(self):
         for state, count in ((pybgworker.QUEUED, 0), (pybgworker.FAILED, 1)):
