@@ -3072,7 +3072,9 @@ class Round(NamedTuple):
     """How far a worker has looked through what is ready.
 
     A look costs a bounded number of seeks.  Where more (queue, name) groups lie
-    that it cannot take, further looks go on from there, until all were seen.
+    that it cannot take, further looks go on from there, until all were seen.  What
+    one of them learned of rates holds for the rest of the round, so that a name is
+    asked for once: the next round asks again, for others may give starts back.
     """
 
     after: tuple | None = None  # the group seen last; None: all were
@@ -3093,7 +3095,7 @@ class Round(NamedTuple):
 
     def ended(self, limited: dict) -> Round:
         """The round when its last group was seen."""
-        return Round(_START if self.again else None, limited)
+        return Round(_START) if self.again else Round(None, limited)
 
 
 _START = ("", "")               # stands before every group
@@ -3131,7 +3133,7 @@ def _order_of(row):
 class _Pick:
     """Is offered rows in order, and keeps those that the worker can take."""
 
-    def __init__(self, order: ClaimOrder, rates: Rates | None):
+    def __init__(self, order: ClaimOrder, rates: Rates | None, now: int):
         self.order, self.rates = order, rates
         self.free, self.ahead = order.free, order.ahead
         self.runs: list[Run] = []
@@ -3141,6 +3143,16 @@ class _Pick:
         self.is_full = False            # nothing behind can be taken, either
         self.needs_child: int | None = None     # priority of what does
         self._range: list = []          # the last one; empty: a row was passed over
+        if rates and order.round.limited:
+            self._remember(rates, now)
+
+    def _remember(self, rates, now):
+        """Take over from the round which names wait; those that may start, do not."""
+        known, shut = self.order.round.limited, rates.opens_at("")
+        if shut is not None:
+            self.is_full = True
+            known = {name: max(until, shut) for name, until in known.items()}
+        self.limited = {name: until for name, until in known.items() if until > now}
 
     def offer(self, row: tuple, follows: bool = True) -> bool:
         """Take the run if it can be taken.  False: nor can others of its group.
@@ -3177,6 +3189,8 @@ class _Pick:
         """True when the name is at its rate limit, and so are all when all are."""
         if not self.rates:
             return False
+        if name in self.limited:
+            return True
         until = self.rates.opens_at(name)
         if until is not None:
             self.limited[name] = until
@@ -3285,12 +3299,12 @@ class Claims(Queue):
     def _look(self, order, now):
         """Offer rows to a _Pick; return it, and where the round stands then."""
         rates = Rates(order.rates, self._tat, now) if order.rates else None
-        pick = _Pick(order, rates)
+        pick = _Pick(order, rates, now)
         round_, limited = order.round, pick.limited
-        if order.queues is None and self._offer_in_order(pick):
+        if len(limited) < len(round_.limited):      # the look may be past what opened
+            round_ = round_._replace(again=True)
+        if not pick.is_full and order.queues is None and self._offer_in_order(pick):
             return pick, Round(None, limited)
-        for name in round_.limited:         # they need no seek to be passed over
-            pick.waits(name)
         if pick.is_full:
             return pick, round_._replace(limited=limited, halted=not pick.runs)
         heads, after = self._groups(pick)
@@ -3406,7 +3420,7 @@ class Claims(Queue):
         )
 
     def _tat(self, limit):
-        rows = self._read(
+        rows = self._seek(
             """select tat from bg_rate where name = :name""", {"name": limit}
         )
         return rows[0][0] if rows else 0.0

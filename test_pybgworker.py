@@ -3289,6 +3289,40 @@ class Claiming(QueueCase):
                     self.assertEqual(self.claimed.next_at, self.now + 1000)
                 self.now += 1000
 
+    def test_a_limited_name_that_opens_behind_the_look_is_found_by_the_next(self):
+        """Its time has come, or a start was given back, while the round goes on."""
+        for give_back in (False, True):
+            self.sql("delete from bg_task")
+            self.sql("delete from bg_rate")
+            self.fill(1000, "'q' || i", "'unknown'")
+            self.fill(50, "'a'")
+            spent = self.claim(t=1)
+            self.claim(t=1)
+            found = self.claimed.round
+            self.assertEqual(
+                (found.is_over, found.limited), (False, {"t": self.now + 1000}))
+            if give_back:
+                with self.store.write():
+                    self.store.give_back(spent, 1, self.now, started=False)
+                found = found.renewed()     # as a worker does that hears of it
+            else:
+                self.now += 1000
+            with self.subTest(give_back=give_back):
+                self.look_on(found, t=1)
+                self.assertEqual([run.name for run in self.claimed.runs], ["t"])
+
+    def test_names_under_a_limit_over_all_wait_for_that(self):
+        """Its start was taken by another worker just when it was to open."""
+        self.fill(200, "'q' || i", "'t'")
+        self.claim(free=1, **{"": 1})
+        self.claim(**{"": 1})
+        found = self.claimed.round
+        self.now += 1000
+        self.assertEqual(len(self.claim(worker=2, **{"": 1})), 1)
+        self.assertEqual(self.claim(round=found, **{"": 1}), [])
+        self.assertEqual(self.claimed.next_at, self.now + 1000)
+        self.assertTrue(self.claimed.round.is_over)
+
     def test_a_rate_is_one_over_all_queues(self):
         for queue in "abcd":
             self.enqueue("t", queue, count=2)
@@ -3707,6 +3741,27 @@ class Budgets(QueueCase):
                         self.assertLess(len(traced), 2 * pybgworker._SEEK_STEPS + 20)
                         self.assertLess(self.steps(lambda f=found: look(f)), 60_000)
                     found = look(found)[1].round
+
+    def test_a_limited_name_is_asked_for_once_in_a_round(self):
+        names = [f"n{i:04}" for i in range(1, 2001)]
+        self.fill(2000, name="printf('n%04d', i)")
+        self.sql("insert into bg_rate select name, ? from bg_task", self.now + 3_600_000)
+        self.enqueue("u", priority=9)
+        rates = dict.fromkeys(names, 1 / 3600)
+        for queues in (None, ("default", "other")):
+            found, cost, worst = pybgworker.Round(), 0, 0
+            while not (found.is_over and cost):
+                order = self.order(queues=queues, names=(*names, "u"), round=found, **rates)
+                looked = []
+                traced = self.traced(
+                    lambda o=order: looked.extend(self.store.peek(o, self.now)))
+                found, cost = looked[1].round, cost + len(traced)
+                worst = max(worst, len(traced))
+            with self.subTest(queues=queues):
+                self.assertEqual(looked[0], True)
+                self.assertEqual(len(found.limited), 2000)
+                self.assertLess(worst, 4 * pybgworker._SEEK_STEPS)
+                self.assertLess(cost, 3 * 2000)
 
     def test_names_without_number_are_passed_in_one_look(self):
         self.fill(20_000, name="'s' || i")
