@@ -778,7 +778,10 @@ def _never_waiting(fd, owner):
     """
     try:
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            is_blocking = os.get_blocking(fd)
             end = _socket.socket(fileno=os.dup(fd))
+            end.settimeout(None)            # not socket.setdefaulttimeout()'s
+            os.set_blocking(fd, is_blocking)
             weakref.finalize(owner, end.close)
             return lambda chunk: end.send(chunk, socket.MSG_DONTWAIT)
         path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
@@ -5366,10 +5369,27 @@ def send_signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def frame_pair() -> tuple[_socket.socket, _socket.socket]:
+def own_socket(fd: int) -> _socket.socket:
+    """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
+
+    Guarded by test_a_default_timeout_of_sockets_is_not_for_ours.
+    """
+    end = _socket.socket(fileno=fd)
+    end.settimeout(None)
+    return end
+
+
+def socket_pair(kind: int = socket.SOCK_STREAM) -> tuple[_socket.socket, ...]:
+    """Two such sockets that are connected."""
+    pair = _socket.socketpair(socket.AF_UNIX, kind)
+    for end in pair:
+        end.settimeout(None)
+    return pair
+
+
+def frame_pair() -> tuple[_socket.socket, ...]:
     """A socket pair that keeps frames whole, so that either side can read one."""
-    kind = socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM
-    return _socket.socketpair(socket.AF_UNIX, kind)
+    return socket_pair(socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM)
 
 
 def is_filled(pipe: int) -> bool:
@@ -5908,6 +5928,7 @@ class ChildSpec(NamedTuple):
 
 
 _FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+_CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
 _CHILD_CODE = (
@@ -6038,19 +6059,86 @@ async def _all_of(left):
     await asyncio.gather(*left, return_exceptions=True)
 
 
+class Wire:
+    """The child's end of the connection to its worker: frames in, messages out."""
+
+    def __init__(self, spec: ChildSpec):
+        self.frames = own_socket(spec.frames)
+        self.messages = own_socket(spec.messages)
+        # Held while a message is written: threads of a task may print too, and so
+        # may a signal handler or a finalizer in the middle of that.
+        self._lock = threading.RLock()
+        self._sender = 0            # ident of the thread that is writing one
+        self._outbox: collections.deque = collections.deque()   # to be written
+
+    def receive(self) -> bytes:
+        """Wait for a frame; empty: the worker has closed its end, or is gone."""
+        while True:
+            try:
+                return self.frames.recv(_FRAME_BYTES)
+            except BlockingIOError:         # a task has changed our descriptors
+                self.frames.setblocking(True)
+            except OSError as exc:
+                self.end_if_closed(exc)
+                return b""
+
+    def send(self, message: bytes) -> None:
+        """Write a message, whole; also within the writing of another: after it."""
+        with self._lock:
+            self._outbox.append(message)
+            if not self._sender:
+                self._empty_outbox()
+
+    def is_sending(self) -> bool:
+        """True in the thread that is in the middle of a message."""
+        return self._sender == own_ident()
+
+    def _empty_outbox(self):
+        self._sender = own_ident()
+        try:
+            while self._outbox:
+                message = self._outbox.popleft()
+                while message:
+                    try:
+                        message = message[self.messages.send(message):]
+                    except BlockingIOError:         # as above
+                        self.messages.setblocking(True)
+        except OSError as exc:              # the worker is gone
+            self.end_if_closed(exc)
+            kill_group(os.getpid())
+        finally:
+            self._sender = 0
+
+    def end_if_closed(self, exc: OSError) -> None:
+        """Say by our exit status that it was a task which closed the connection."""
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            os._exit(_CUT_OFF_STATUS)
+
+    def wanted(self) -> set[int]:
+        """Ids of the runs that the worker wants to be cancelled; does not wait."""
+        try:
+            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
+        except OSError:
+            return set()
+        return {number for number, in struct.iter_unpack("!q", wanted)}
+
+    def keep_open(self) -> None:
+        """Till the very end: a socket that closes is taken for a death."""
+        os.dup(self.messages.fileno())
+
+    def close(self) -> None:
+        """In a forked process, which has nothing to say."""
+        self.frames.close()
+        self.messages.close()
+
+
 class Child:
     """The child's side.  One task at a time, in the main thread."""
 
     def __init__(self, spec: ChildSpec):
         self.spec = spec
         self.pid = os.getpid()
-        self.frames = socket.socket(fileno=spec.frames)
-        self.messages = socket.socket(fileno=spec.messages)
-        # Held while a message is written: threads of a task may print too, and so
-        # may a signal handler or a finalizer in the middle of that.
-        self.lock = threading.RLock()
-        self.sender = 0             # ident of the thread that is writing one
-        self.outbox: collections.deque = collections.deque()    # to be written
+        self.wire = Wire(spec)
         self.strays = False         # processes that earlier runs have started live
         self.main_thread = own_ident()
         self.run_id = 0             # of the current run; 0: none
@@ -6086,11 +6174,11 @@ class Child:
         self.surroundings.restore()
         self._send(_READY, _to_json(list(self.app.tasks)).encode())
         while True:
-            frame = self._receive()
+            frame = self.wire.receive()
             if not frame:
                 gc.unfreeze()       # or open files would not be flushed at the exit
-                os.dup(self.messages.fileno())      # open till the very end: a
-                return              # socket that closes is taken for a death
+                self.wire.keep_open()
+                return
             self._serve(frame)
 
     def _prepare(self):
@@ -6147,8 +6235,7 @@ class Child:
                 )
         for stream in self.streams:
             stream.forget()
-        self.frames.close()
-        self.messages.close()
+        self.wire.close()
         self._after_fork()
 
     def _leave_fork(self, exc):
@@ -6162,12 +6249,6 @@ class Child:
         for stream in self.streams:
             stream.end_run()
         os._exit(code & 0xFF)
-
-    def _receive(self):
-        try:
-            return self.frames.recv(_FRAME_BYTES)
-        except OSError:
-            return b""
 
     def _serve(self, frame):
         head, _, text = frame.partition(b"\n")
@@ -6198,9 +6279,14 @@ class Child:
         """What this run has printed is its own; what comes later may not be."""
         for stream in self.streams:
             stream.end_run()
-        if is_filled(self.spec.output):
-            with contextlib.suppress(BlockingIOError):      # the worker has read it
+        try:
+            if is_filled(self.spec.output):
                 self._send(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
+        except BlockingIOError:             # the worker has read it meanwhile
+            pass
+        except OSError as exc:
+            self.wire.end_if_closed(exc)
+            raise
         if seconds > _SPAWN_SECONDS or self.strays:
             strays = others_write_here()
             if strays != self.strays:
@@ -6256,12 +6342,7 @@ class Child:
 
     def _on_cancel(self, *_):
         """The parent wrote the id it means, which may have just finished."""
-        try:
-            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
-        except OSError:
-            return
-        ids = {number for number, in struct.iter_unpack("!q", wanted)}
-        if self.run_id in ids:
+        if self.run_id in self.wire.wanted():
             self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
 
     def _interrupt(self, exc):
@@ -6272,7 +6353,7 @@ class Child:
         if not self.interruptible:
             return
         self.interrupt = exc
-        if self.sender == own_ident():
+        if self.wire.is_sending():
             self.pending = exc
         elif self.forking:      # where the interpreter would drop the exception
             self.pending = exc
@@ -6318,23 +6399,10 @@ class Child:
         head = _MESSAGE.pack(
             len(body), kind, self.run_id, self.attempt, started_at, duration
         )
-        with self.lock:
-            self.outbox.append(head + body)
-            if not self.sender:                 # else we are in the middle of one
-                self._empty_outbox()
+        self.wire.send(head + body)
         if self.pending is not None and own_ident() == self.main_thread:
             exc, self.pending = self.pending, None
             raise exc
-
-    def _empty_outbox(self):
-        self.sender = own_ident()
-        try:
-            while self.outbox:
-                self.messages.sendall(self.outbox.popleft())
-        except OSError:                     # the worker is gone
-            kill_group(self.pid)
-        finally:
-            self.sender = 0
 
 
 def _countdown(value):
@@ -6457,7 +6525,7 @@ class Member:
     def _open(self, spec):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             self.frames, child_frames = frame_pair()
-            self.messages, child_messages = _socket.socketpair()
+            self.messages, child_messages = socket_pair()
             for end in (self.frames, child_frames, self.messages, child_messages):
                 undo.callback(end.close)
             self.output, child_output = _pipe(undo, theirs)
@@ -6621,11 +6689,12 @@ class Member:
         self.exit = self.exit or poll_exit(self.pid)
         return self.exit
 
-    def wait(self, seconds: float) -> Exit:
-        """Wait for its end; after so many seconds kill it."""
+    def wait(self, seconds: float, why: str = "") -> Exit:
+        """Wait for its end; after so many seconds kill it, for this reason."""
         deadline = time.monotonic() + seconds
         while not self.poll():
             if time.monotonic() >= deadline:
+                self.why = self.why or why
                 send_signal(self.pid, signal.SIGKILL)
             own_sleep(0.001)
         kill_group(self.pid)            # what it has left behind
@@ -6962,7 +7031,7 @@ class Pool:
         if wrong:
             self._condemn(member, wrong, at)
         if not alive:           # dead, or it closed its socket, which is as good
-            member.wait(0.1)
+            member.wait(0.1, "cut off")
             self._bury(member, at)
 
     def _understand(self, member, message, at):
@@ -7092,6 +7161,10 @@ class Pool:
         self._recall(member)
         member.read_output()
         stack = member.read_stack()
+        if member.ready and not (member.waiting or member.why or member.retiring):
+            about = _crash("", member.exit, 0)["message"]
+            self._log("child_error", None, pid=member.pid,
+                      error=f"a child has ended while it had nothing to do: {about}")
         for run in member.waiting:
             member.transcript.announce(run)
             self.ended.append(_death_of(run, member, stack, self._limits, at))
@@ -7181,6 +7254,9 @@ def _crash(why, found, max_memory):
         text = "the child sent what is no message: did the task write to its sockets?"
     elif why == "too much":
         text = "the worker has not the memory to read its result"
+    elif why == "cut off" or found.code == _CUT_OFF_STATUS:
+        text = "the task has closed the connection of its process to the worker: did " \
+            "it close descriptors that are not its own?"
     elif why == "memory":
         text = f"killed: it used more than max_memory, {max_memory >> 20} MiB"
     elif found.signal == "SIGKILL":
@@ -7993,7 +8069,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.receiver, sender = _socket.socketpair()
+        self.receiver, sender = socket_pair()
         for end in (self.receiver, sender):
             end.setblocking(False)
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)

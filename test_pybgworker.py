@@ -1344,6 +1344,9 @@ class Values(unittest.TestCase):
 # == Log ======================================================================
 
 
+REAL_SOCKET = pybgworker._socket.socket
+
+
 class Logs(unittest.TestCase):
 
     def setUp(self):
@@ -1455,6 +1458,18 @@ class Logs(unittest.TestCase):
             mine, theirs = socket.socketpair(socket.AF_UNIX, kind)
             with mine, theirs:
                 self.assert_never_waits(mine.fileno(), lambda at=theirs: at.recv(50_000))
+                with mock.patch.object(pybgworker._socket, "socket", self.slow_socket):
+                    self.assert_never_waits(
+                        mine.fileno(), lambda at=theirs: at.recv(50_000))
+
+    def slow_socket(self, **options):
+        """What socket.setdefaulttimeout(30) makes of it; not for those of others here."""
+        before = pybgworker.socket.getdefaulttimeout()
+        pybgworker.socket.setdefaulttimeout(30)
+        try:
+            return REAL_SOCKET(**options)
+        finally:
+            pybgworker.socket.setdefaulttimeout(before)
 
     def test_where_a_pipe_cannot_be_opened_again_poll_says_what_fits(self):
         real = os.open
@@ -5429,6 +5444,72 @@ class Children(Served):
         self.assertEqual([forking for forking, _ in raised], [0])
         self.assertIsNone(child.pending)
 
+    def test_a_default_timeout_of_sockets_is_not_for_ours(self):
+        """Set by the app, before the child has its sockets, or by a task."""
+        (self.folder / "timeouts.py").write_text(textwrap.dedent("""
+            import os, socket
+            from pybgworker import task
+            socket.setdefaulttimeout(0.02)
+
+            @task(name="pid", retries=0)
+            def pid():
+                socket.setdefaulttimeout(0.01)
+                return os.getpid()
+            """))
+        site = self.folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text("import socket\n"
+                                               "socket.setdefaulttimeout(0.02)\n")
+        for path in (str(HERE), f"{site}:{HERE}"):
+            worker = self.worker("--concurrency", 1, app="timeouts", PYTHONPATH=path)
+            pids = set()
+            for _ in range(4):
+                pids.add(self.get(self.app.send("pid", retries=0)))
+                time.sleep(0.05)            # longer than any of these limits
+            started_at = time.monotonic()
+            with self.subTest(path):
+                self.assertEqual(worker.stop(), 0)
+                self.assertLess(time.monotonic() - started_at, 2)
+                self.assertLessEqual(len(pids), 2)          # one is a spare
+                self.assertEqual(worker.all("child_error"), [])
+
+    def test_what_a_task_does_to_our_descriptors_costs_it_alone(self):
+        (self.folder / "rude.py").write_text(textwrap.dedent("""
+            import os, time
+            from pybgworker import task
+
+            @task(name="hurry", retries=0)
+            def hurry():
+                for fd in range(3, 64):
+                    try:
+                        os.set_blocking(fd, False)
+                    except OSError:
+                        pass
+                print("x" * 60_000)
+                return os.getpid()
+
+            @task(name="close", retries=0)
+            def close(seconds):
+                os.closerange(3, 256)
+                time.sleep(seconds)
+            """))
+        worker = self.worker("--concurrency", 1, app="rude")
+        pids = {self.get(self.app.send("hurry", retries=0)) for _ in range(4)}
+        self.assertLessEqual(len(pids), 2)
+        self.assertEqual(worker.all("child_error"), [])
+        for seconds in (0, 0.5):            # it ends by itself; it does not
+            failed = self.failure(self.app.send("close", seconds, retries=0))
+            self.assertEqual(failed.kind, "crash")
+            self.assertIn("closed the connection of its process", str(failed))
+
+    def test_a_child_that_ends_with_nothing_to_do_is_said(self):
+        worker = self.worker("--concurrency", 1)
+        pid = self.get(self.tasks.my_pid.delay())
+        os.kill(pid, signal.SIGKILL)
+        event = worker.wait_for("child_error", pid=pid)
+        self.assertIn("nothing to do: killed by SIGKILL", event["error"])
+        self.assertNotEqual(self.get(self.tasks.my_pid.delay()), pid)
+
     def ends(self):
         """Descriptors such as a child is given."""
         frames, messages = pybgworker.frame_pair(), pybgworker.socket.socketpair()
@@ -5760,7 +5841,7 @@ Served_TASKS_MORE = """
             "no error": head.pack(2, b"F", child.run_id, child.attempt, 0, 0) + b"[]",
             "no time": head.pack(0, b"S", child.run_id, child.attempt, 1 << 63, 0),
         }
-        child.messages.sendall(frames[how])
+        child.wire.messages.sendall(frames[how])
         time.sleep(20)
 
     @task
