@@ -6181,9 +6181,19 @@ class Child:
                 return
             self._serve(frame)
 
+    def _let_go(self):
+        """At the very end: what the app has made ends with it, so files are flushed.
+
+        The hooks at a fork, and the handlers, hold us for longer than that.
+        """
+        for app in (self.app, _default_app):
+            app.tasks.clear()
+
     def _prepare(self):
+        import atexit
         import faulthandler
 
+        atexit.register(self._let_go)       # the first to come is the last to go
         crash = os.fdopen(self.spec.crash, "wb", buffering=0)
         faulthandler.enable(file=crash, all_threads=True)
         faulthandler.register(signal.SIGUSR2, file=crash, all_threads=True)
