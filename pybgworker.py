@@ -34,8 +34,8 @@ Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
     · Store · Functions · Waiting · Tasks and results · Processes · Output · Child
-    · Member · Placement · Pool · Scheduler · Liveness · Journal · Upkeep · Worker
-    · Reports · Bench · Command line · Old import paths
+    · Member · Placement · Pool · Scheduler · Liveness · Wishes · Journal · Upkeep
+    · Worker · Reports · Bench · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -2596,14 +2596,17 @@ class Database:
                 link.is_reading = outer
             time.sleep(random.uniform(0.0005, 0.003))
 
-    def data_version(self) -> int:
-        """A number that changes when another connection has committed."""
-        return self._read("pragma data_version")[0][0]
+    def data_version(self) -> tuple:
+        """Equal for two looks of one thread if no other connection has committed.
+
+        A connection counts for itself: one that was opened anew compares unequal.
+        """
+        number = self._read("pragma data_version")[0][0]
+        return weakref.ref(self._local.link), number
 
     def version(self) -> tuple:
         """Equal for two looks of one thread if nothing was committed in between."""
-        link = self._link()
-        return weakref.ref(link), self.data_version(), link.commits
+        return *self.data_version(), self._local.link.commits
 
     def wal_bytes(self) -> int:
         """The size of the write-ahead log."""
@@ -3669,6 +3672,20 @@ class Endings(Claims):
             {"worker": worker},
         )
         return [row[0] for row in rows]
+
+    def pauses_asked(self, worker: int) -> set[str]:
+        """The paused ones among the queues of the worker's running tasks.
+
+        Costs nothing more for what is paused elsewhere.
+        """
+        if not self._read("""select 1 from bg_queue limit 1"""):    # as mostly
+            return set()
+        rows = self._read(
+            """select name from bg_queue where name in
+                (select queue from bg_task where state = 3 and worker = :worker)""",
+            {"worker": worker},
+        )
+        return {row[0] for row in rows}
 
 
 # == Store ====================================================================
@@ -6960,7 +6977,7 @@ class Pool:
         """
         return self._take_back(lambda run: run.priority > priority)
 
-    def leave(self, queues: Sequence[str]) -> list[Run]:
+    def leave(self, queues: set[str]) -> list[Run]:
         """Take back what has not begun and is of these queues: they are paused."""
         return self._take_back(lambda run: run.queue in queues)
 
@@ -7597,6 +7614,38 @@ class Liveness:
         return self._awake - seen > self.settings.worker_timeout
 
 
+# == Wishes ===================================================================
+# Owns the hearing of what people want of runs that this worker has: to be cancelled,
+# or left alone because their queue is paused.  Asks only when somebody has committed
+# since, so that it costs a turn one cheap statement.
+
+
+class Wishes:
+    """What becomes of the runs in a pool by other hands."""
+
+    def __init__(self, store: Store, pool: Pool):
+        self._store, self._pool = store, pool
+        self._heard: tuple = ()         # the version of the data when all was done
+
+    def heed(self, worker: int, at: float) -> list[Run]:
+        """Do what is wanted; return runs that have not begun and are to go back.
+
+        A cancellation is asked for until the run has ended: what runs now may be
+        hidden behind an answer that has not been read.
+        """
+        version = self._store.version()
+        if version == self._heard:
+            return []
+        cancels = self._store.cancels_asked(worker)
+        for task_id in cancels:
+            self._pool.cancel(task_id, at)
+        back = []
+        if self._pool.in_hand():
+            back = self._pool.leave(self._store.pauses_asked(worker))
+        self._heard = () if cancels else version
+        return back
+
+
 # == Journal ==================================================================
 # Owns the words of the worker's log: which event says what, with which fields.
 
@@ -8131,7 +8180,7 @@ class Worker:
         self._is_ready = False          # a child has imported the app
         self.trouble = Trouble(self.journal.say)
         self._passed_over: set[str] = set()     # names that children do not know
-        self._data_version = -1
+        self._data_version: tuple = ()
         self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
         self._callbacks = {n: t.callbacks for n, t in app.tasks.items() if t.callbacks}
         if self.settings.rate_limit:
@@ -8185,10 +8234,11 @@ class Worker:
         self.outbox = Outbox(self.store, self.journal, self.app.tasks,
                              self.pool.progress)
         self.pool.fill(time.monotonic())
+        self.wishes = Wishes(self.store, self.pool)
         self._plan_chores()
 
     def _plan_chores(self):
-        self._wishes = Chore(0.25, self._heed_wishes)
+        self._hearing = Chore(0.25, self._heed_wishes)
         self._crons = Chore(_CRON_POLL, self._fire_crons)
         self._pruning = Chore(_PRUNE_SECONDS, self._prune)
         self._reaping = Chore(_REAP_SECONDS, self._reap)
@@ -8198,7 +8248,7 @@ class Worker:
             Chore(1.0, self._look_after_children),
             Chore(1.0, lambda now: self.store.checkpoint_if_large()),
             Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
-            self._wishes, self._crons, self._pruning,
+            self._hearing, self._crons, self._pruning,
         ]
 
     def _is_done(self):
@@ -8262,7 +8312,7 @@ class Worker:
         for key, _ in self.selector.select(self._patience()):
             if key.data == "ear":
                 self.look |= self.ear.drain()
-                self._wishes.due = 0        # it may be about a cancellation
+                self._hearing.due = 0       # it may be about a cancellation
             elif key.data == "signal":
                 self.stops.drain()
                 self.pool.notice_deaths(time.monotonic())
@@ -8426,11 +8476,7 @@ class Worker:
             self._reaping.due = time.monotonic() + _REAP_PAUSE
 
     def _heed_wishes(self, now):
-        """Cancellations, and pauses: what was claimed before has not begun yet."""
-        for task_id in self.store.cancels_asked(self.liveness.id):
-            self.pool.cancel(task_id, time.monotonic())
-        if self.pool.in_hand():
-            self.outbox.returned += self.pool.leave(self.store.paused_queues())
+        self.outbox.returned += self.wishes.heed(self.liveness.id, time.monotonic())
 
     def _look_after_children(self, now):
         at = time.monotonic()

@@ -2608,6 +2608,26 @@ class QueueCase(Case):
     def status(self, task_id):
         return self.store.task(task_id).status
 
+    def traced(self, act):
+        """The SQL statements that `act` runs, as SQLite sees them."""
+        connection = self.store._link().connection
+        found = []
+        connection.set_trace_callback(found.append)
+        try:
+            act()
+        finally:
+            connection.set_trace_callback(None)
+        return found
+
+    def steps(self, act):
+        """Virtual machine steps of SQLite, not seconds."""
+        count = [0]
+        connection = self.store._link().connection
+        connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 1)
+        act()
+        connection.set_progress_handler(None, 1)
+        return count[0]
+
 
 class Enqueueing(QueueCase):
 
@@ -3660,17 +3680,6 @@ class Operating(QueueCase):
 class Budgets(QueueCase):
     """What may not grow unseen: query plans, statements, pages written."""
 
-    def traced(self, act):
-        """The SQL statements that `act` runs, as SQLite sees them."""
-        connection = self.store._link().connection
-        found = []
-        connection.set_trace_callback(found.append)
-        try:
-            act()
-        finally:
-            connection.set_trace_callback(None)
-        return found
-
     def life(self):
         self.enqueue(count=3)
         runs = self.claim()
@@ -3701,33 +3710,16 @@ class Budgets(QueueCase):
                     self.assertNotIn("TEMP B-TREE", row[-1])
 
     def test_history_and_what_waits_cost_a_claim_nothing(self):
-        """Virtual machine steps of SQLite, not seconds."""
-        def steps():
-            count = [0]
-            connection = self.store._link().connection
-            connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 1)
-            self.claim(free=10)
-            connection.set_progress_handler(None, 1)
-            return count[0]
-
         self.enqueue(count=100)
-        few = steps()
+        few = self.steps(lambda: self.claim(free=10))
         self.enqueue(count=20_000)
         self.enqueue("unknown", priority=0, count=20_000)
         self.enqueue(priority=0, at=self.now + 10**6, count=20_000)
         self.sql("update bg_task set state = 4 where id between 1000 and 9000")
         self.store.pause("stopped", self.now)
         self.enqueue(queue="stopped", priority=0, count=20_000)
-        self.assertLess(steps(), few + 2000)        # the rows and seeks it may pass
-
-    def steps(self, act):
-        """Virtual machine steps of SQLite, not seconds."""
-        count = [0]
-        connection = self.store._link().connection
-        connection.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 1)
-        act()
-        connection.set_progress_handler(None, 1)
-        return count[0]
+        many = self.steps(lambda: self.claim(free=10))
+        self.assertLess(many, few + 2000)           # the rows and seeks it may pass
 
     def test_ten_thousand_queues_cost_a_claim_no_more_than_one(self):
         self.fill(10_000)
@@ -5801,7 +5793,7 @@ class Pools(Served):
         pool.take([run(7, priority=1)])
         self.assertEqual([r.id for r in pool.hand][0], 7)
         self.assertEqual({r.id for r in pool.hand}, {7, 6, 2, 3, 5})
-        self.assertEqual([r.id for r in pool.leave(["paused"])], [5])
+        self.assertEqual([r.id for r in pool.leave({"paused"})], [5])
         self.assertEqual({r.id for r in pool.make_way(1)}, {6, 2, 3})
         self.assertEqual([r.id for r in pool.hand], [7])
         self.assertEqual([len(m.waiting) for m in pool.members], [1, 1])
@@ -6439,6 +6431,75 @@ class Lives(Case):
         self.assertEqual((row.status, row.queue, row.timeout), ("queued", "q", 7.0))
         (task_id, error), _ = json.loads(self.store.args(row.id))
         self.assertEqual((task_id, error["kind"]), (last.id, "lost"))
+
+
+# == Wishes ===================================================================
+
+
+class Wishing(QueueCase):
+
+    def setUp(self):
+        super().setUp()
+        self.pool = mock.Mock()
+        self.pool.in_hand.return_value = 5
+        self.pool.leave.side_effect = lambda queues: sorted(queues)
+        self.wishes = pybgworker.Wishes(self.store, self.pool)
+        self.enqueue(queue="a", count=5)
+        self.enqueue(queue="b", count=5)
+        self.claim()
+
+    def heed(self):
+        """(runs cancelled, queues left) by one look."""
+        self.pool.cancel.reset_mock()
+        left = self.wishes.heed(1, 0.0)
+        return [call.args[0] for call in self.pool.cancel.mock_calls], left
+
+    def other(self, statement):
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute(statement)
+        other.close()
+
+    def test_what_is_wanted_of_runs_in_hand_is_heard(self):
+        self.assertEqual(self.heed(), ([], []))
+        self.other("insert into bg_queue values ('a', 1), ('c', 1)")
+        self.assertEqual(self.heed(), ([], ["a"]))
+        self.other("update bg_task set cancel_asked = 1 where id in (2, 7)")
+        self.assertEqual(self.heed(), ([2, 7], ["a"]))
+
+    def test_a_cancellation_is_asked_for_until_the_run_has_ended(self):
+        """The first time, an unread answer may have hidden that it runs."""
+        self.other("update bg_task set cancel_asked = 1 where id = 3")
+        for _ in range(3):
+            self.assertEqual(self.heed()[0], [3])
+        self.other("update bg_task set state = 4 where id = 3")
+        self.assertEqual(self.heed()[0], [])
+
+    def test_a_look_that_failed_is_made_again(self):
+        self.other("insert into bg_queue values ('b', 1)")
+        error = pybgworker.DatabaseBusy("locked")
+        with mock.patch.object(self.store, "pauses_asked", side_effect=error):
+            self.assertRaises(pybgworker.DatabaseBusy, self.heed)
+        self.assertEqual(self.heed(), ([], ["b"]))
+
+    def test_nobody_is_asked_while_nobody_has_committed(self):
+        self.heed()
+        asked = self.traced(self.heed)
+        self.assertEqual(len(asked), 1, asked)
+        self.store.close()                  # a new connection counts from anew
+        self.store.data_version()
+        self.assertGreater(len(self.traced(self.heed)), 1)
+
+    def test_what_is_paused_elsewhere_costs_nothing(self):
+        few = self.steps(self.heed)
+        self.other("insert into bg_queue values ('elsewhere', 1)")
+        some = self.steps(self.heed)
+        self.assertLess(few, 150)
+        self.sql("""with recursive n (i) as (values (1) union all select i + 1 from n
+                    limit 10000) insert into bg_queue select 'customer' || i, 1 from n""")
+        self.other("update bg_worker set beat_at = beat_at")
+        self.assertLess(self.steps(self.heed), some + 100)
+        self.other("insert into bg_queue values ('b', 1)")
+        self.assertEqual(self.heed(), ([], ["b"]))
 
 
 # == Upkeep ===================================================================
