@@ -5749,6 +5749,8 @@ class TaskStream(io.TextIOBase):
 
     def end_run(self) -> None:
         """Send what is begun, but for the lines of threads that still run."""
+        if self.buffer.has_begun():
+            self.buffer.flush()
         if not self._begun:
             return
         self.flush()
@@ -5761,6 +5763,7 @@ class TaskStream(io.TextIOBase):
     def forget(self) -> None:
         """In a forked process: what was begun is the other's to print."""
         self._begun.clear()
+        self.buffer.forget()
 
     def reconfigure(self, *, encoding: str | None = None, errors: str | None = None,
                     newline: str | None = None, line_buffering: bool | None = None,
@@ -5814,6 +5817,14 @@ class _TaskBuffer(io.BufferedIOBase):
         if text:
             self._stream.write(text)
         self._stream.flush()
+
+    def has_begun(self) -> bool:
+        """True when it holds a part of a line."""
+        return bool(self._lines.rest)
+
+    def forget(self) -> None:
+        """As for the stream."""
+        self._lines.rest = b""
 
     def detach(self) -> _TaskBuffer:        # type: ignore[override]
         return self
@@ -5945,6 +5956,7 @@ class ChildSpec(NamedTuple):
 
 
 _FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 _CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
@@ -5992,6 +6004,12 @@ class _ResultRefused(Abort):
     """The task has returned what cannot be sent; its cause says why."""
 
 
+def standard_streams() -> tuple:
+    """sys.stdin, stdout and stderr, as they are now; None where one was deleted."""
+    get = sys.__dict__.get
+    return get("stdin"), get("stdout"), get("stderr")
+
+
 class Surroundings:
     """What a task may change of its process, as the app's import has left it.
 
@@ -6009,7 +6027,7 @@ class Surroundings:
         }
         self._handlers.update(handlers)
         self._environ = os.environ
-        self._streams = sys.stdin, sys.stdout, sys.stderr
+        self._streams = standard_streams()
         self._folder = self._here()
         self._environment = os.environ.copy()
         self._raw = dict(self._raw_environment())
@@ -6033,7 +6051,7 @@ class Surroundings:
         for number, handler in self._handlers.items():
             if _signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
-        if (sys.stdin, sys.stdout, sys.stderr) != self._streams:
+        if standard_streams() != self._streams:
             sys.stdin, sys.stdout, sys.stderr = self._streams
         if sys.getrecursionlimit() != self._depth:
             sys.setrecursionlimit(self._depth)
@@ -6361,7 +6379,26 @@ class Child:
             return value
         finally:
             self.interruptible = False
+            streams = standard_streams()[1:]
+            if streams != self.streams:
+                self._flush(streams)
             self.surroundings.restore()
+
+    def _flush(self, streams):
+        """What an app, or a task, has put in place of our streams may hold output.
+
+        Never raises, and waits only so long: a stream may lead to who does not read.
+        """
+        before = self.interrupt
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                try:
+                    self.interruptible = True
+                    signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
+                    stream.flush()
+                finally:
+                    self.interruptible = False
+        self.interrupt = before
 
     def _on_alarm(self, *_):
         exc, self.pending = self.pending, None

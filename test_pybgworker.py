@@ -5174,6 +5174,62 @@ class Outputs(Served):
             self.assertLessEqual(len(cutter.rest), pybgworker._LINE_BYTES)
         self.assertEqual(text + cutter.cut(b"", at_end=True), "\u20ac" * 50_000)
 
+    def test_what_a_run_has_not_flushed_is_its_own(self):
+        """In wrappers that the app or a task has made, and in the middle of a line."""
+        (self.folder / "wrapping.py").write_text(textwrap.dedent("""
+            import codecs, io, os, sys
+            from pybgworker import task
+            if os.environ["HOW"] == "wrap":
+                sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")
+                sys.stderr = open(2, "w", closefd=False)
+            else:
+                sys.stdout = open(1, "w", closefd=False)
+            kept = []
+
+            @task(name="say", retries=0)
+            def say(n):
+                print("said", n)
+                print("error", n, file=sys.stderr)
+
+            @task(name="bytes", retries=0)
+            def bytes(n):
+                sys.stdout.buffer.write(b"part %d" % n)
+                sys.__stdout__.buffer.write(b" of a line")
+
+            @task(name="own", retries=0)
+            def own(n):
+                kept.append(sys.stdout)
+                sys.stdout = codecs.getwriter("utf-8")(io.BufferedWriter(
+                    io.FileIO(1, "w", closefd=False)))
+                print("own", n)
+                kept.append(sys.stdout)
+                del sys.stderr
+
+            @task(name="hang", retries=0)
+            def hang():
+                reader, writer = os.pipe()
+                sys.stdout = open(writer, "w", buffering=1 << 20)
+                kept.append(sys.stdout)
+                sys.stdout.write("x" * 500_000)
+                return "done"
+            """))
+        send = pybgworker._default_app.send
+        for how in ("wrap", "open"):
+            worker = self.worker("--concurrency", 1, app="wrapping", HOW=how)
+            results = [(n, name, send(name, n, retries=0)) for n in range(2)
+                       for name in ("say", "bytes", "own")]
+            for n, name, result in results:
+                self.get(result)
+                with self.subTest(how, name=name, n=n):
+                    text = (self.store.output(result.id) or "").replace("\n", "")
+                    self.assertIn(text, {
+                        "say": (f"error {n}said {n}", f"said {n}error {n}"),
+                        "bytes": (f"part {n} of a line", f" of a linepart {n}"),
+                        "own": (f"own {n}",),
+                    }[name])
+            self.assertEqual(self.get(send("hang", retries=0)), "done")
+            worker.stop()
+
     def test_what_c_code_writes_is_booked_on_the_run_that_wrote_it(self):
         """Also when the next run follows at once, out of the pipe."""
         (self.folder / "many.py").write_text(
