@@ -20,15 +20,14 @@ Life of a task
     `Task.delay` encodes the arguments and calls `Store.enqueue`: one committed
     row, *queued* (or *scheduled*, when it has to wait for its time), and one
     datagram that wakes a sleeping worker.  The worker is a single thread around
-    `Worker.step`: it settles what its children sent, claims what comes next
-    with `Store.claim`, both in one transaction, and hands the claimed runs to
-    warm subprocesses with `Pool.dispatch`.  A child (`run_child`) runs one task
-    at a time and answers each with one message.  `settle` decides what
-    follows: success, failure, or another run after `retry_delay`; and
-    `Store.finish` writes it, if the run is still ours, and with it the rows of
-    what follows, such as a call of on_failure.  `AsyncResult.get` reads
-    the outcome.  A killed child costs the one task it was running; the tasks of
-    a killed worker are found by `Store.reap` and run again.
+    `Worker.step`: it hears its children, and `settle` decides what follows each
+    run: success, failure, or another run after `retry_delay`.  `Store.turn`
+    writes that, where the run is still ours, with the rows of what follows, such
+    as a call of on_failure, and claims what comes next, in one transaction.
+    `Pool.dispatch` hands the claimed runs to warm subprocesses: a child
+    (`run_child`) runs one task at a time and answers each with one message.
+    `AsyncResult.get` reads the outcome.  A killed child costs the one task it was
+    running; the tasks of a killed worker are found by `Store.reap` and run again.
 
 Map
     Settings · States and errors · Time and values · Log · Cron
@@ -3235,7 +3234,7 @@ class Claims(Queue):
             raise _explain(exc, self.path) from exc
         return bool(pick.runs), self._claimed(pick, found, due)
 
-    def claim(self, order: ClaimOrder, now: int) -> Claimed:
+    def _claim(self, order, now):
         """Take the next runs for a worker that still has its row in bg_worker.
 
         Stops at the first task that needs a free child when none is left, so that
@@ -3530,8 +3529,63 @@ class OutcomeRefused(PyBgWorkerError):
         self.outcome = outcome
 
 
+class Turn(NamedTuple):
+    """All that a worker's turn writes, and what it could run next."""
+
+    worker: int
+    outcomes: Sequence[Outcome] = ()
+    unbegun: Sequence[Run] = ()     # claimed, and never started: not counted
+    stopped: Sequence[Run] = ()     # interrupted by a stop: forgiven
+    progress: Sequence[tuple[Run, str]] = ()    # what runs last said of themselves
+    order: ClaimOrder | None = None     # None: claim nothing
+
+    @property
+    def is_durable(self) -> bool:
+        """True when it writes what must not be lost in a power cut."""
+        return bool(self.outcomes or self.unbegun or self.stopped)
+
+
+class Turned(NamedTuple):
+    """What became of a turn."""
+
+    written: list[Outcome]      # as they are now: a retry may have been cancelled
+    stale: list[Outcome]        # not written: the run was given to somebody else
+    claimed: Claimed | None
+
+
 class Endings(Claims):
-    """The verbs of workers for the ends of runs."""
+    """The verb of workers for a turn: what ended is written, what is next is taken."""
+
+    def turn(self, turn: Turn, now: int, patience: float) -> Turned:
+        """Write and claim, in one transaction: all or nothing.
+
+        An outcome is stale when the row is no longer running, or runs for somebody
+        else; it keeps what that one wrote.  Raises OutcomeRefused for the first that
+        can never be written, and DatabaseBusy after `patience` seconds.
+        """
+        worker = turn.worker
+        with self.write(turn.is_durable, patience):
+            for run, progress in turn.progress:
+                self._set_progress(run, worker, progress)
+            self._give_back(turn.unbegun, worker, now, started=False)
+            self._give_back(turn.stopped, worker, now, started=True)
+            outcomes = self._heed_cancels(turn.outcomes, worker)
+            stale = self._finish(outcomes, worker, now)
+            claimed = self._claim(turn.order, now) if turn.order else None
+        if stale:
+            outcomes = [outcome for outcome in outcomes if outcome not in stale]
+        return Turned(outcomes, stale, claimed)
+
+    def _heed_cancels(self, outcomes, worker):
+        """What somebody wants cancelled is not run again, and not said to be."""
+        if all(outcome.state != RETRYING for outcome in outcomes):
+            return list(outcomes)
+        asked = set(self.cancels_asked(worker))
+        return [
+            o._replace(state=CANCELLED)
+            if o.state == RETRYING and o.run.id in asked else o
+            for o in outcomes
+        ]
 
     _SUCCEED = """
         update bg_task set state = 4, finished_at = ?,
@@ -3545,14 +3599,8 @@ class Endings(Claims):
             result = ?, forgiven = forgiven + ?, attempt = attempt - ?
         where id = ? and state = 3 and worker = ? and attempt = ?"""
 
-    def finish(self, outcomes: Sequence[Outcome], worker: int, now: int) -> list:
-        """Write what became of the worker's runs, and enqueue what follows it.
-
-        Returns the outcomes not written.  Those lost their lease: the row is no
-        longer running, or runs for somebody else, and keeps what that one wrote.
-        Raises OutcomeRefused for the first that can never be written; the
-        transaction must be rolled back then.
-        """
+    def _finish(self, outcomes, worker, now):
+        """Write what became of runs, and what follows it.  Returns the stale ones."""
         self._return_tokens(o.run for o in outcomes if not o.run.announced)
         plain = [o for o in outcomes if o.is_plain]
         if self._succeed_all(plain, worker, now):
@@ -3629,13 +3677,14 @@ class Endings(Claims):
                 },
             )
 
-    def give_back(self, runs: Sequence[Run], worker: int, now: int,
-                  started: bool) -> None:
+    def _give_back(self, runs, worker, now, started):
         """Queue runs again that did not fail.
 
         One that never started is not counted; one that a stop interrupted is
         forgiven, so that (task, attempt) starts at most once.
         """
+        if not runs:
+            return
         self._link().connection.executemany(
             self._FINISH,
             [
@@ -3652,7 +3701,7 @@ class Endings(Claims):
         else:
             self._return_tokens(runs)
 
-    def set_progress(self, run: Run, worker: int, progress: str) -> None:
+    def _set_progress(self, run, worker, progress):
         """Store what a running task last said of its progress."""
         if self._is_running(run, worker):
             self._put_payload(self._link().connection, run.id, _PROGRESS, progress)
@@ -7880,6 +7929,7 @@ _ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
 _REAP_PAUSE = 0.05          # … while there are more than one look is about
+_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
 
 
 def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
@@ -8054,51 +8104,33 @@ class Outbox:
             if end.error is not None:
                 self._journal.death(end)
 
-    def commit(self, also: Callable, worker: int, durable: bool, patience: float,
-               now: int) -> tuple[Any, list[Outcome]]:
-        """Write all, and what `also` does, in one transaction: all or nothing.
+    def turn(self, worker: int, now: int, patience: float,
+             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
+        """Write all there is, and claim by `order`, in one step: all or nothing.
 
         But one outcome that cannot be stored must not hold up the others for ever:
-        that run fails, and the rest is written.  Returns what `also` returned, and
-        the outcomes written.
+        that run fails, and the rest is written.
         """
         while True:
             try:
-                with self._store.write(durable, patience):
-                    stale = self._write(worker, now)
-                    found = also()
+                turned = self._store.turn(Turn(
+                    worker, self.outcomes, self.returned, stopped,
+                    tuple(self._progress.values()), order,
+                ), now, patience)
                 break
             except OutcomeRefused as exc:
                 self._replace(exc, now)
-        written = self.outcomes
-        if stale:
-            written = [outcome for outcome in written if outcome not in stale]
-        for outcome in stale:
+        for outcome in turned.stale:
             self._journal.run("task_lost", outcome.run, reason="it was given away")
-        for outcome in written:
+        for outcome in turned.written:
             self._journal.outcome(outcome)
         self.clear()
-        return found, written
-
-    def _write(self, worker, now):
-        for run, progress in self._progress.values():
-            self._store.set_progress(run, worker, progress)
-        self._store.give_back(self.returned, worker, now, started=False)
-        if any(outcome.state == RETRYING for outcome in self.outcomes):
-            self._heed(set(self._store.cancels_asked(worker)))
-        return self._store.finish(self.outcomes, worker, now)
-
-    def _heed(self, asked):
-        """What somebody wants cancelled is not run again, and not said to be."""
-        self.outcomes = [
-            o._replace(state=CANCELLED)
-            if o.state == RETRYING and o.run.id in asked else o
-            for o in self.outcomes
-        ]
+        return turned
 
     def _replace(self, refused, now):
         """Have the run fail; if not even that can be written, leave it to be reaped."""
-        place = self.outcomes.index(refused.outcome)
+        runs = [outcome.run for outcome in self.outcomes]
+        place = runs.index(refused.outcome.run)
         instead = fail_refused(refused, now)
         self.outcomes[place : place + 1] = [instead] if instead else []
         if instead is None:
@@ -8310,10 +8342,7 @@ class Worker:
         self.pool.stop()
         back, worker = len(self.outbox.returned) + len(interrupted), self.liveness.id
         try:
-            self.outbox.commit(
-                lambda: self.store.give_back(interrupted, worker, now, started=True),
-                worker, True, 2.0, now,
-            )
+            self.outbox.turn(worker, now, _STOP_PATIENCE, stopped=interrupted)
             self.liveness.leave()
         except DatabaseUnavailable as exc:      # the others will reap us
             self.journal.say("database_error", error=str(exc))
@@ -8403,22 +8432,20 @@ class Worker:
         self.outbox.settle(ended, now)
 
     def _transact(self, now, at):
-        """Write what ended and claim what comes next, in one commit."""
+        """Write what ended and claim what comes next, in one step."""
         order = self._order(at)
-        durable = self.outbox.is_full
-        if not (durable or self.pool.progress or self._wants(order, now)):
+        if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
             return
         self.look |= bool(self.outbox.returned)
-        claimed, written = self.outbox.commit(
-            lambda: order and self.store.claim(self._in_round(order), now),
-            self.liveness.id, durable, _BUSY_PATIENCE, now,
+        turned = self.outbox.turn(
+            self.liveness.id, now, _BUSY_PATIENCE, order and self._in_round(order),
         )
-        for outcome in written:
+        for outcome in turned.written:
             self.look |= bool(outcome.then)
             if outcome.state == RETRYING:
                 self.next_at = _earliest(self.next_at, outcome.run_at)
-        if claimed:
-            self._take_in(claimed, now)
+        if turned.claimed:
+            self._take_in(turned.claimed, now)
 
     def _order(self, at):
         """What could be claimed now; None while stopping, or without room.

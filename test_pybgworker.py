@@ -2597,13 +2597,15 @@ class QueueCase(Case):
 
     def claim(self, *args, **kwargs):
         order = self.order(*args, **kwargs)
-        with self.store.write():
-            self.claimed = self.store.claim(order, self.now)
+        self.claimed = self.turn(order=order).claimed
         return self.claimed.runs
 
+    def turn(self, worker=1, **parts):
+        return self.store.turn(pybgworker.Turn(worker, **parts), self.now, 5.0)
+
     def finish(self, run, state=pybgworker.SUCCESS, worker=1, **values):
-        with self.store.write():
-            return self.store.finish([Outcome(run, state, **values)], worker, self.now)
+        """The outcomes that came too late."""
+        return self.turn(worker, outcomes=[Outcome(run, state, **values)]).stale
 
     def status(self, task_id):
         return self.store.task(task_id).status
@@ -3205,8 +3207,7 @@ class Claiming(QueueCase):
         first = self.enqueue(at=self.now + 50)
         rest = self.enqueue(count=2)
         runs = self.claim(free=1)
-        with self.store.write():
-            self.store.give_back(runs, 1, self.now, started=True)
+        self.turn(stopped=runs)
         self.now += 50
         self.assertEqual([run.id for run in self.claim()], [first, rest, rest + 1])
 
@@ -3337,8 +3338,7 @@ class Claiming(QueueCase):
             self.assertEqual(
                 (found.is_over, found.limited), (False, {"t": self.now + 1000}))
             if give_back:
-                with self.store.write():
-                    self.store.give_back(spent, 1, self.now, started=False)
+                self.turn(unbegun=spent)
                 found = found.renewed()     # as a worker does that hears of it
             else:
                 self.now += 1000
@@ -3385,24 +3385,21 @@ class Claiming(QueueCase):
                 self.finish(run, pybgworker.CANCELLED)
             else:
                 run.announced = end == "interrupted"
-                with self.store.write():
-                    self.store.give_back([run], 1, self.now, run.announced)
+                self.turn(**{"stopped" if run.announced else "unbegun": [run]})
             with self.subTest(end):
                 self.assertEqual(len(self.claim(**rates)), int(end != "interrupted"))
 
     def test_a_token_over_all_comes_back_too(self):
         self.enqueue("t", count=40)
         runs = self.claim(**{"": 10})
-        with self.store.write():
-            self.store.give_back(runs[:4], 1, self.now, started=False)
+        self.turn(unbegun=runs[:4])
         self.assertEqual([r.id for r in self.claim(**{"": 10})], [1, 2, 3, 4])
 
     def test_what_comes_back_never_fills_a_bucket_beyond_its_burst(self):
         self.enqueue("t", count=40)
         runs = self.claim(t=5)
         self.now += 60_000
-        with self.store.write():
-            self.store.give_back(runs, 1, self.now, started=False)
+        self.turn(unbegun=runs)
         self.assertEqual(len(self.claim(t=5)), 5)
 
 
@@ -3429,8 +3426,7 @@ class Finishing(QueueCase):
         runs = self.claim()
         self.sql("update bg_task set worker = 9 where id = 2")
         outcomes = [Outcome(run, pybgworker.SUCCESS, "1") for run in runs]
-        with self.store.write():
-            self.assertEqual(self.store.finish(outcomes, 1, self.now), [outcomes[1]])
+        self.assertEqual(self.turn(outcomes=outcomes).stale, [outcomes[1]])
         self.assertEqual([self.status(n) for n in (1, 2, 3)],
                          ["success", "running", "success"])
 
@@ -3474,8 +3470,7 @@ class Finishing(QueueCase):
     def run_once(self, state, progress=None, **values):
         run, = self.claim()
         if progress is not None:
-            with self.store.write():
-                self.store.set_progress(run, 1, json.dumps([progress, None]))
+            self.turn(progress=[(run, json.dumps([progress, None]))])
         self.assertEqual(self.finish(run, state, run_at=self.now, **values), [])
         self.sql("update bg_task set state = 2 where state = 1")
         return run
@@ -3501,14 +3496,12 @@ class Finishing(QueueCase):
         for how in ("lost", "interrupted"):
             task_id = self.enqueue()
             run, = self.claim()
-            with self.store.write():
-                self.store.set_progress(run, 1, "[40,null]")
+            self.turn(progress=[(run, "[40,null]")])
             if how == "lost":
                 self.store.reap(1, "w", self.now)
                 add_workers(self.store, 1)
             else:
-                with self.store.write():
-                    self.store.give_back([run], 1, self.now, started=True)
+                self.turn(stopped=[run])
             with self.subTest(how):
                 self.assertIsNone(self.store.progress(task_id))
                 self.finish(self.claim()[0], pybgworker.SUCCESS, result="1")
@@ -3517,16 +3510,14 @@ class Finishing(QueueCase):
     def test_a_run_that_never_began_is_not_counted(self):
         self.enqueue(retries=0)
         run, = self.claim()
-        with self.store.write():
-            self.store.give_back([run], 1, self.now, started=False)
+        self.turn(unbegun=[run])
         row = self.store.task(1)
         self.assertEqual((row.status, row.attempt, row.forgiven), ("queued", 0, 0))
 
     def test_an_interrupted_run_is_forgiven_under_a_new_number(self):
         self.enqueue(retries=0)
         run, = self.claim()
-        with self.store.write():
-            self.store.give_back([run], 1, self.now, started=True)
+        self.turn(stopped=[run])
         again, = self.claim()
         self.assertEqual((again.attempt, again.used, again.is_last), (2, 1, True))
 
@@ -3685,8 +3676,7 @@ class Budgets(QueueCase):
         runs = self.claim()
         self.finish(runs[0], result="1")
         self.finish(runs[1], pybgworker.RETRYING, run_at=self.now, error={"kind": "x"})
-        with self.store.write():
-            self.store.give_back([runs[2]], 1, self.now, started=False)
+        self.turn(unbegun=[runs[2]])
         self.store.cancels_asked(1)
         for queues in (None, ("default", "other")):
             with mock.patch.object(Store, "_offer_in_order", return_value=False):
@@ -3809,12 +3799,7 @@ class Budgets(QueueCase):
         runs = []
         self.assertLess(self.pages(lambda: runs.extend(self.claim(free=100))), 25)
         outcomes = [Outcome(run, pybgworker.SUCCESS, "1") for run in runs]
-
-        def finish():
-            with self.store.write():
-                self.store.finish(outcomes, 1, self.now)
-
-        self.assertLess(self.pages(finish), 25)
+        self.assertLess(self.pages(lambda: self.turn(outcomes=outcomes)), 25)
 
 
 class ManyWorkers(QueueCase):
@@ -6350,8 +6335,8 @@ class Lives(Case):
         self.app.enqueue(task, [((), {})], {})
         order = pybgworker.ClaimOrder(worker, None, {"t"}, 1, 0, set(), {},
                                       {"t": callbacks})
-        with self.store.write():
-            return self.store.claim(order, pybgworker.now_ms()).runs[0]
+        turn = pybgworker.Turn(worker, order=order)
+        return self.store.turn(turn, pybgworker.now_ms(), 5.0).claimed.runs[0]
 
     def test_a_starting_worker_is_never_reaped(self):
         watching = self.liveness()
@@ -6747,7 +6732,7 @@ class Outboxes(QueueCase):
         self.outbox = pybgworker.Outbox(self.store, journal, {}, {})
 
     def commit(self):
-        return self.outbox.commit(lambda: "also", 1, True, 5.0, self.now)
+        return self.outbox.turn(1, self.now, 5.0, self.order())
 
     # What SQLite does not take, by a constraint, by its size, by its characters.
     POISON = (
@@ -6764,9 +6749,12 @@ class Outboxes(QueueCase):
             Outcome(run, **(self.POISON[n // 2] if n % 2 else dict(state=4, result="1")))
             for n, run in enumerate(runs)]
 
-        found, written = self.commit()
+        self.enqueue("u")
 
-        self.assertEqual((found, len(written)), ("also", len(runs)))
+        turned = self.commit()
+
+        self.assertEqual([run.name for run in turned.claimed.runs], ["u"])
+        self.assertEqual(len(turned.written), len(runs))
         for n, run in enumerate(runs):
             with self.subTest(n):
                 wanted = "failed" if n % 2 else "success"
@@ -6810,8 +6798,7 @@ class Outboxes(QueueCase):
         self.outbox.outcomes = [
             Outcome(run, pybgworker.RETRYING, error=error, run_at=self.now + 9000)
             for run in (first, second)]
-        _, written = self.commit()
-        self.assertEqual([outcome.state for outcome in written],
+        self.assertEqual([outcome.state for outcome in self.commit().written],
                          [pybgworker.CANCELLED, pybgworker.RETRYING])
         self.assertEqual(self.status(first.id), "cancelled")
         self.assertEqual(self.status(second.id), "retrying")
@@ -7142,9 +7129,9 @@ class Workers(Served):
 
     def claim_one(self, worker):
         self.tasks.add.delay(0, 0)
-        order = worker._order(time.monotonic())
-        with self.store.write():
-            return self.store.claim(order._replace(free=1, ahead=0), self.now).runs[0]
+        order = worker._order(time.monotonic())._replace(free=1, ahead=0)
+        turn = pybgworker.Turn(order.worker, order=order)
+        return self.store.turn(turn, self.now, 5.0).claimed.runs[0]
 
     def test_a_worker_that_hears_no_wake_up_looks_by_itself(self):
         worker = self.started()
@@ -8042,8 +8029,8 @@ class Player:
     def do_claim(self, now, worker, free):
         order = pybgworker.ClaimOrder(worker, None, {"t"}, free, 0, set(), {})
         found, _ = self.store.peek(order, now)
-        with self.store.write():
-            runs = self.store.claim(order, now).runs
+        turn = pybgworker.Turn(worker, order=order)
+        runs = self.store.turn(turn, now, 5.0).claimed.runs
         assert found or not runs or worker not in self.model.workers
         assert [(r.id, r.attempt) for r in runs] == self.model.claim(now, worker, free)
         self.runs += [(worker, run) for run in runs]
@@ -8055,16 +8042,16 @@ class Player:
         worker, run = self.pick(n)
         if run:
             at = now + wait if state == 1 else None
-            with self.store.write():
-                stale = self.store.finish([Outcome(run, state, run_at=at)], worker, now)
+            turn = pybgworker.Turn(worker, [Outcome(run, state, run_at=at)])
+            stale = self.store.turn(turn, now, 5.0).stale
             mine = self.model.finish(now, run.id, worker, run.attempt, state, now + wait)
             assert bool(stale) != mine
 
     def do_give_back(self, now, n, started):
         worker, run = self.pick(n)
         if run:
-            with self.store.write():
-                self.store.give_back([run], worker, now, started)
+            part = {"stopped" if started else "unbegun": [run]}
+            self.store.turn(pybgworker.Turn(worker, **part), now, 5.0)
             self.model.give_back(now, run.id, worker, run.attempt, started)
             if not started:     # this very claim is no longer anybody's
                 self.runs.remove((worker, run))
