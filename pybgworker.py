@@ -2720,7 +2720,7 @@ def _earliest(a, b):
 class Request:
     """Calls of a task that one thread wants enqueued, and then their ids."""
 
-    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn")
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline")
 
     def __init__(self, task: NewTask, calls: Sequence[str]):
         self.task = task
@@ -2728,6 +2728,7 @@ class Request:
         self.ids: list = []
         self.is_done = False        # committed
         self.error: DatabaseBusy | None = None
+        self.deadline = math.inf    # monotonic: its thread waits no longer for a lock
         self.turn = threading.Lock()        # opens when it is settled, or is to lead
         self.turn.acquire()
 
@@ -2761,6 +2762,7 @@ class GroupCommit:
         """Return the ids once they are committed; or raise, with nothing written."""
         if self._leader == threading.get_ident():       # in a signal handler
             raise DatabaseBusy(_REENTERED.format(self._store.path))
+        request.deadline = time.monotonic() + self._store.busy_timeout
         self._requests.append(request)
         try:
             while not request.is_settled:
@@ -2804,10 +2806,9 @@ class GroupCommit:
         requests = [own, *(request for request in others if request is not own)]
         try:
             self._commit(requests)
-        except DatabaseBusy as exc:         # they have all waited long enough
-            for request in requests[1:]:
-                request.error = DatabaseBusy(str(exc))
-            raise
+        except DatabaseBusy as exc:
+            if not self._give_up(requests, exc):
+                raise                   # this thread's trouble: it is in a transaction
         except (DatabaseUnavailable, ValueError, OverflowError):
             if len(requests) == 1:
                 raise
@@ -2815,6 +2816,18 @@ class GroupCommit:
         finally:
             for request in requests[1:]:
                 request.call()
+
+    def _give_up(self, requests, exc):
+        """Fail those that have waited long enough; the rest lead for themselves.
+
+        Guarded by test_nobody_waits_longer_for_a_lock_than_since_it_came.
+        """
+        now = time.monotonic()
+        late = [request for request in requests if request.deadline <= now]
+        for request in late:
+            request.error = DatabaseBusy(str(exc))
+        self._requests.extendleft(r for r in reversed(requests) if r not in late)
+        return late
 
     def _check_process(self):
         """The requests of a parent, inherited in the middle, are not ours."""
@@ -2831,7 +2844,8 @@ class GroupCommit:
                     raise
 
     def _commit_once(self, requests):
-        write = self._store.write()
+        deadline = min(request.deadline for request in requests)
+        write = self._store.write(patience=max(0.0, deadline - time.monotonic()))
         try:
             with write:
                 self._store.insert(requests)

@@ -2977,6 +2977,53 @@ class Threads(Case):
         self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
         self.assertEqual(self.app.send("t").id, 1)
 
+    def test_nobody_waits_longer_for_a_lock_than_since_it_came(self):
+        """Also who came while another waited already, and leads after that."""
+        self.app.configure(busy_timeout=0.6)
+        waits = []
+
+        def call(late):
+            time.sleep(late)
+            start = time.monotonic()
+            try:
+                return self.app.send("t")
+            except pybgworker.DatabaseBusy:
+                waits.append(time.monotonic() - start)
+                raise
+
+        results = self.at_once(
+            [lambda n=n: call(0.2 * n) for n in (0, 0, 1, 1, 2)], hold=1.5)
+        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
+        self.assertGreater(min(waits), 0.55)
+        self.assertLess(max(waits), 1.0)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
+    def test_a_leader_that_gives_up_leaves_the_others_their_time(self):
+        """It fails alone; the lock opens in time for those who came later."""
+        group = pybgworker.GroupCommit(self.store)
+        self.blocker.execute("begin immediate")
+        own, other = self.request(), self.request()
+        self.store.busy_timeout = 0.1
+        other.deadline = time.monotonic() + 20
+        group._requests.append(other)
+        self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
+        self.assertFalse(other.is_settled)
+        self.assertEqual(list(group._requests), [other])
+        self.assertTrue(other.turn.acquire(timeout=0))      # it was called to lead
+        self.blocker.execute("rollback")
+        self.assertEqual(group.submit(other), [1])
+
+    def test_a_thread_in_a_transaction_of_its_own_fails_no_other(self):
+        group = pybgworker.GroupCommit(self.store)
+        own, other = self.request(), self.request()
+        other.deadline = time.monotonic() + 20
+        group._requests.append(other)
+        with self.store.write():
+            self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
+        self.assertFalse(other.is_settled)
+        self.assertEqual(list(group._requests), [other])
+        self.assertEqual(group.submit(other), [1])
+
     def request(self):
         task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
         return pybgworker.Request(task, ["[[],{}]"])
