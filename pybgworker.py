@@ -81,11 +81,11 @@ import time
 import types
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Generic, NamedTuple, Protocol, TypeVar, overload
 
 __version__ = "2.0.0"
 __all__ = [
@@ -4712,14 +4712,13 @@ def _unfinished(store, awaited):
 # module belong to a default one.
 
 if sys.version_info >= (3, 10):
-    from typing import Generic, ParamSpec, TypeVar
+    from typing import ParamSpec
 
     P = ParamSpec("P")
 else:
-    from typing import Generic, TypeVar
-
     P = TypeVar("P")
-R = TypeVar("R")
+R = TypeVar("R")            # what a call of the function returns
+V = TypeVar("V")            # what its task returns: R, or what a coroutine does
 
 _TASK_OPTIONS = frozenset((
     "queue", "priority", "retries", "retry_delay", "retry_backoff", "retry_max_delay",
@@ -4774,7 +4773,7 @@ def _due_at(now, countdown, eta):
     return now
 
 
-class Task(Generic[P, R]):
+class Task(Generic[P, R, V]):
     """A registered function.  Calling it calls the function, here and now."""
 
     def __init__(self, app: App, fn: Callable, name: str, options: dict):
@@ -4842,7 +4841,7 @@ class Task(Generic[P, R]):
         """Pickled as functions are: by the name under which its module has it."""
         return getattr(self, "__qualname__", self.name)
 
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
         """Enqueue a call; return its AsyncResult.
 
         Durable once it returns.  Raises PayloadTypeError for an argument that would
@@ -4850,7 +4849,7 @@ class Task(Generic[P, R]):
         """
         return self.app.enqueue(self, [(args, kwargs)], {})[0]
 
-    def options(self, /, **options: Any) -> Call[P]:
+    def options(self, /, **options: Any) -> Call[P, V]:
         """Return something with delay() and delay_many() that uses these options.
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
@@ -4860,11 +4859,11 @@ class Task(Generic[P, R]):
         return Call(self, options)
 
     def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
-                    **options: Any) -> AsyncResult:
+                    **options: Any) -> AsyncResult[V]:
         """The same as options(**options).delay(*args, **kwargs)."""
         return self.options(**options).delay(*args, **(kwargs or {}))
 
-    def delay_many(self, calls: Iterable) -> list[AsyncResult]:
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
         """Enqueue many calls in one transaction: all of them or none.
 
         Each call is a tuple of positional or a dict of keyword arguments.
@@ -4872,21 +4871,21 @@ class Task(Generic[P, R]):
         return self.app.enqueue(self, [_one_call(call) for call in calls], {})
 
 
-class Call(Generic[P]):
+class Call(Generic[P, V]):
     """A task with options, ready to be enqueued."""
 
-    def __init__(self, task: Task[P, Any], options: dict):
+    def __init__(self, task: Task[P, Any, V], options: dict):
         unknown = options.keys() - _OPTIONS
         if unknown:
             known = ", ".join(sorted(_OPTIONS))
             raise OptionError(f"unknown option {min(unknown)!r}; there are {known}")
         self._task, self._options = task, options
 
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
         """Enqueue a call, as Task.delay() does."""
         return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
 
-    def delay_many(self, calls: Iterable) -> list[AsyncResult]:
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
         """Enqueue many calls, as Task.delay_many() does."""
         found = [_one_call(call) for call in calls]
         return self._task.app.enqueue(self._task, found, self._options)
@@ -4926,6 +4925,16 @@ def _refuse_at_import(module):
         f"worker imports {module}, and would in each of its children; put it below "
         '`if __name__ == "__main__":`, or into a function'
     )
+
+
+class _Decorator(Protocol):
+    """What `@task(…)` is to a type checker."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, V]], /
+                 ) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
 
 
 class App:
@@ -5008,6 +5017,15 @@ class App:
 
     # -- registering
 
+    @overload
+    def task(self, fn: Callable[P, Coroutine[Any, Any, V]], *, name: str | None = None,
+             **options: Any) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def task(self, fn: Callable[P, R], *, name: str | None = None,
+             **options: Any) -> Task[P, R, R]: ...
+    @overload
+    def task(self, fn: None = None, *, name: str | None = None,
+             **options: Any) -> _Decorator: ...
     def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
         """Register a function as a task; with or without brackets.
 
@@ -5052,7 +5070,7 @@ class App:
             self.tasks.pop(of, None)
 
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
-             overlap: str = "allow", jitter: float = 0.0) -> Callable:
+             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
         """Run a task without arguments whenever `expr` says so; see Cron.
 
         misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
@@ -5114,7 +5132,7 @@ class App:
             SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
         )
 
-    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult:
+    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult[Any]:
         """Enqueue a task by its name, which need not be registered here.
 
         Then it has the options of a bare @task, but for those that are given.
@@ -5123,7 +5141,7 @@ class App:
         task = task or Task(self, _nothing, name, {})
         return self.enqueue(task, [(args, {})], options)[0]
 
-    def result(self, task_id: int) -> AsyncResult:
+    def result(self, task_id: int) -> AsyncResult[Any]:
         """Return the AsyncResult of an id of this app's database."""
         return AsyncResult(task_id, self)
 
@@ -5164,7 +5182,7 @@ class _Unfinished(Exception):
     """There is no outcome yet, or no longer."""
 
 
-class AsyncResult:
+class AsyncResult(Generic[V]):
     """A handle on one enqueued task; cheap, and good in any process.
 
     Every method raises TaskNotFound once the row is gone.  So does a handle that
@@ -5217,7 +5235,7 @@ class AsyncResult:
         return self._store.task(self.id).attempt
 
     @property
-    def result(self) -> Any:
+    def result(self) -> V | None:
         """What the task returned; None while, or when, it did not."""
         text = self._store.result(self.id)
         return None if text is None else decode(text)
@@ -5250,7 +5268,7 @@ class AsyncResult:
         """True once it has been cancelled."""
         return self._store.status(self.id) == CANCELLED
 
-    def get(self, timeout: float | None = None) -> Any:
+    def get(self, timeout: float | None = None) -> V:
         """Wait for the end and return the result; at most `timeout` seconds.
 
         Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
@@ -5259,17 +5277,19 @@ class AsyncResult:
         if timeout is not None:
             _check_number("timeout", timeout, -math.inf, math.inf)
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in growing_pauses():
+        pauses = growing_pauses()
+        while True:
             if self.ready():
                 with contextlib.suppress(_Unfinished):
                     return self._outcome()
+            pause = next(pauses)
             if deadline is not None:
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
                     raise self._too_late(timeout)
             time.sleep(pause)
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, None, V]:
         return self._wait().__await__()
 
     async def _wait(self):

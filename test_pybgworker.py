@@ -4420,6 +4420,68 @@ class Tasks(Case):
         self.assertIn("has no App 'f'", lines[2])
 
 
+class Types(Case):
+    """What a type checker knows of a program that uses this file."""
+
+    PROGRAM = """
+        from pybgworker import App, AsyncResult, Task, cron, task
+
+        @task
+        def add(a: int, b: int = 0) -> int:
+            return a + b
+
+        @task(retries=0)
+        async def fetch(url: str) -> bytes:
+            return add(1, 2).to_bytes(4, "big")
+
+        @cron("0 3 * * *")
+        def nightly() -> float:
+            return 1.0
+
+        @App().task(name="later")
+        def later(*names: str, **options: bool) -> list[str]:
+            return [*names, *options]
+
+        async def main() -> None:
+            body: bytes = await fetch("direct")
+            body = await fetch.delay("queued")
+            body.upper()
+
+        number: int = add.delay(1, 2).get(timeout=3)
+        number = add.options(countdown=3).delay(1).get()
+        number = add.apply_async((1, 2)).get()
+        numbers: list[AsyncResult[int]] = add.delay_many([(1, 2)])
+        body: bytes = fetch.delay("x").get()
+        maybe: float | None = nightly.delay().result
+        later.delay("a", "b", loud=True)
+        App().send("any", 1).get().anything()
+
+        add.delay("1")                          # wrong: int
+        add.delay()                             # wrong: a is missing
+        add.options(priority=1).delay(1, c=2)   # wrong: no c
+        fetch.delay(3)                          # wrong: str
+        later.delay(1)                          # wrong: str
+        text: str = add.delay(1).get()          # wrong: int
+        fetch.delay("x").get().items()          # wrong: bytes
+        nightly.delay(1)                        # wrong: takes nothing
+    """
+
+    @unittest.skipUnless(shutil.which("mypy"), "needs mypy")
+    def test_a_checker_finds_wrong_arguments_and_knows_what_get_returns(self):
+        program = self.folder / "program.py"
+        program.write_text("from __future__ import annotations\n"
+                           + textwrap.dedent(self.PROGRAM))
+        shutil.copy(HERE / "pybgworker.py", self.folder)
+        found = subprocess.run(
+            ["mypy", "--strict", "--follow-imports=silent", "--config-file=",
+             "--python-version=3.10", "--cache-dir", os.devnull, "program.py"],
+            cwd=self.folder, capture_output=True, text=True, timeout=300)
+        lines = program.read_text().splitlines()
+        wrong = [n for n, line in enumerate(lines, 1) if "# wrong:" in line]
+        said = {int(n) for n in re.findall(r"program\.py:(\d+): error", found.stdout)}
+        self.assertEqual(sorted(said), wrong, found.stdout + found.stderr)
+
+
 class Results(QueueCase):
 
     def test_what_is_kept_of_a_missing_row_is_not_found(self):
