@@ -49,6 +49,12 @@ in seconds; any other unit is in the name.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+
+if __name__ == "__main__" \
+        and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    # Until main() begins, Ctrl-C ends a command without a traceback.
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import _socket
 import base64
 import bisect
@@ -133,6 +139,7 @@ _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 _LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
 _LARGEST = 10**11           # of any other number
+_MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
 _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
 
@@ -163,11 +170,20 @@ def _queue_name(value):
     return value
 
 
+def _whole(value):
+    return int(value) if re.fullmatch(r"\d{1,9}", str(value)) else 0
+
+
 def _count(value):
-    number = int(value) if re.fullmatch(r"\d{1,9}", str(value)) else 0
-    if number < 1:
+    if not _whole(value):
         raise ValueError("a whole number from 1 up")
-    return number
+    return _whole(value)
+
+
+def _children(value):
+    if not 1 <= _whole(value) <= _MOST_CHILDREN:
+        raise ValueError(f"a whole number from 1 to {_MOST_CHILDREN:,}")
+    return _whole(value)
 
 
 def _amount(value, units):
@@ -285,8 +301,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("db", "pybgworker.db", _path, True,
             "path of the SQLite file"),
-    Setting("concurrency", None, _count, True,
-            "children, that is tasks at a time (default: the CPU count)"),
+    Setting("concurrency", None, _children, True,
+            "children, that is tasks at a time, 1 to 1,000 (default: the CPU count)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
@@ -5402,10 +5418,20 @@ def _own_subprocess():
     return module
 
 
-def check_platform() -> None:
-    """Raise AppError where workers cannot run."""
+_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker opens: for each, at all
+
+
+def check_platform(children: int) -> None:
+    """Raise AppError where workers, or so many children, cannot run."""
     if fcntl is None:
         raise AppError("workers need Linux or macOS for now; delay() works here")
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = (limit - _WORKER_FDS) // _CHILD_FDS - 1      # one is a spare
+    if limit != resource.RLIM_INFINITY and children > max(1, possible):
+        raise AppError(
+            f"concurrency={children}: this process may open {limit} files, which is "
+            f"enough for {max(1, possible)} children: see `ulimit -n`"
+        )
 
 
 def signal_name(number: int) -> str:
@@ -6656,7 +6682,7 @@ class Member:
         self._open(spec)
         self.transcript = Transcript(log)
         self.waiting: collections.deque = collections.deque()   # sent; [0] runs
-        self.began = 0.0                # when [0] became the first
+        self.began = 0.0                # when [0] became the first; before: it started
         self.ready = False              # it has imported the app
         self.retiring = False           # takes nothing more
         self.is_mute = False            # nobody can write to its output any more
@@ -6998,12 +7024,16 @@ _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 _EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
+_START_SECONDS = 2.0        # a child that imports for longer holds up no others
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
 
 
 class Starts:
-    """Children that die before they are ready: wait longer each time, then give up."""
+    """When children may be started: few at a time, none once a stop has begun.
+
+    When they die before they are ready: later each time, then give up.
+    """
 
     def __init__(self):
         self.failures = 0       # in a row
@@ -7016,10 +7046,26 @@ class Starts:
         """Why no more are worth a try; empty before, and after a success."""
         return self._reason if self.failures >= _START_FAILURES else ""
 
+    def room(self, members: Sequence[Member], at: float) -> int:
+        """How many more may be started now, beside these.
+
+        The import of the app takes a CPU for a while: as many as there are CPUs.
+        Those that take long may be waiting for something else.
+        """
+        if at < self.next_start:
+            return 0
+        starting = [m for m in members if not m.ready and at - m.began < _START_SECONDS]
+        return max(0, (os.cpu_count() or 1) + 1 - len(starting))
+
+    def end(self) -> None:
+        """None is started any more."""
+        self.next_start = math.inf
+
     def failed(self, at: float, reason: str) -> None:
         """One more could not start, for this reason."""
         self.failures += 1
-        self.next_start = at + 0.1 * 2 ** min(self.failures, 8)
+        pause = 0.1 * 2 ** min(self.failures, 8)
+        self.next_start = max(self.next_start, at + pause)
         self._reason = reason
 
     def succeeded(self, names: Iterable[str] = ()) -> None:
@@ -7056,14 +7102,17 @@ class Pool:
     # -- children
 
     def fill(self, at: float) -> None:
-        """Have all the processes there should be."""
+        """Have all the processes there should be; but few start at a time.
+
+        The others follow as these get ready.
+        """
         try:
             self._guardian.check()
             staying = sum(member.why != "leaving" for member in self.members)
-            for _ in range(staying, self._size + 1):
-                if at < self.starts.next_start:
-                    break
+            missing = self._size + 1 - staying
+            for _ in range(min(missing, self.starts.room(self.members, at))):
                 member = Member(self._spec, self._log)
+                member.began = at
                 member.watch(self._selector)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
@@ -7192,6 +7241,7 @@ class Pool:
         elif kind == _READY:
             member.ready = True
             self.starts.succeeded(json.loads(body))
+            self.fill(at)
         elif kind == _BROKEN:
             member.cannot_start(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -8187,9 +8237,9 @@ def _handling(numbers, handler):
     writes to its terminal.
     """
     needed = {*numbers, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2}
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
     changes = {signal.SIGTTOU: signal.SIG_IGN, **dict.fromkeys(numbers, handler)}
     before = {number: set_signal(number, to) for number, to in changes.items()}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
     try:
         yield
     finally:
@@ -8267,7 +8317,7 @@ class Worker:
 
     def __init__(self, app: App, app_spec: str, burst: bool = False,
                  log: Log | None = None):
-        check_platform()
+        check_platform(app.settings.concurrency)
         self.app, self.app_spec, self.burst = app, app_spec, burst
         self.settings, self.store = app.settings, app.store
         self.store.follow = False       # a replaced file ends this worker
@@ -8444,6 +8494,7 @@ class Worker:
         self.pool.balance(at)
         if self.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
+            self.pool.starts.end()
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
@@ -9626,7 +9677,7 @@ COMMANDS = (
             "bench --tasks 20000",
             (_flag("--tasks", metavar="N", type=_typed(_count), default=20000,
                    help="no-op tasks to run (20000)"),
-             _flag("--concurrency", metavar="N", type=_typed(_count), default=2,
+             _flag("--concurrency", metavar="N", type=_typed(_children), default=2,
                    help="children (2)"),
              _flag("--payload", metavar="BYTES", type=_typed(_bytes), default=0,
                    help="arguments of each task: 200, 10k (none)"), _JSON)),
@@ -9658,9 +9709,9 @@ def _parser():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C."""
-    _fill_standard_descriptors()
-    args = _parser().parse_args(argv)
     try:
+        _fill_standard_descriptors()
+        args = _parser().parse_args(argv)
         printed = _carry_out(args)
         if isinstance(printed, str):
             _print(printed)
@@ -9747,13 +9798,23 @@ def _exec_as_module():
     """Start this script again as a module: that uses the compiled file.
 
     A worker that has compiled all of its source keeps twice the memory for good.
+    A signal that asks for a stop waits meanwhile.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
     folder = os.path.dirname(os.path.abspath(__file__))
     code = (
         f"import sys; sys.path[0] = {folder!r}; "
-        "import pybgworker; sys.exit(pybgworker.main())"
+        "import pybgworker; sys.exit(pybgworker._main_of_worker())"
     )
     os.execv(sys.executable, [*interpreter(), "-c", code, *sys.argv[1:]])
+
+
+def _main_of_worker():
+    """main(), where _exec_as_module() goes on."""
+    with quitting_at_once():        # here arrives a signal that has waited
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _stop_signals())
+    return main()
 
 
 if __name__ == "__main__":
@@ -9764,6 +9825,9 @@ if __name__ == "__main__":
     if _spec is None and sys.argv[1:2] == ["run"] and fcntl is not None \
             and not (sys.gettrace() or sys.getprofile()):     # pdb, coverage
         _exec_as_module()
-    sys.exit(importlib.import_module(_spec.name if _spec else "pybgworker").main())
+    _own = importlib.import_module(_spec.name if _spec else "pybgworker")
+    if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+    sys.exit(_own.main())
 
 _keep_old_import_paths()

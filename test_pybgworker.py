@@ -5717,6 +5717,54 @@ class Pools(Served):
         starts.succeeded()
         self.assertEqual(starts.given_up, "")
 
+    def test_children_are_started_few_at_a_time(self):
+        """As many as import at once on this machine; one that hangs blocks nobody."""
+        starts, at = pybgworker.Starts(), 100.0
+        ready = mock.Mock(ready=True, began=at)
+        importing = mock.Mock(ready=False, began=at)
+        with mock.patch("os.cpu_count", return_value=3):
+            self.assertEqual(starts.room([], at), 4)
+            self.assertEqual(starts.room([ready] * 9 + [importing] * 3, at), 1)
+            self.assertEqual(starts.room([importing] * 9, at + 1.9), 0)
+            self.assertEqual(starts.room([importing] * 9, at + 2), 4)
+        starts.end()
+        starts.failed(at, "it died")
+        self.assertEqual(starts.room([], at + 1000), 0)
+
+    def test_a_stop_is_heeded_while_children_are_started(self):
+        """No more are begun; and those there are need not all get ready first."""
+        (self.folder / "slow.py").write_text(textwrap.dedent("""
+            import os, sys, time
+            from pybgworker import task
+
+            if len(sys.argv) == 1:              # a child
+                with open("begun", "a") as f:
+                    f.write("x\\n")
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
+
+            @task
+            def t(): pass
+        """))
+        worker = self.worker("--concurrency", 200, app="slow")
+        few = (os.cpu_count() or 1) + 1
+        self.wait_lines("begun", few)
+        self.assertLessEqual(len(self.lines("begun")), 2 * few)
+        began = time.monotonic()
+        self.assertEqual(worker.stop(), 0)
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertLessEqual(len(self.lines("begun")), 4 * few)
+
+    def test_all_children_are_started_in_the_end(self):
+        worker = self.worker("--concurrency", 7)
+        worker.wait_for("worker_ready")
+        naps = [self.tasks.nap.delay(30, f"n{i}") for i in range(7)]
+        for i in range(7):
+            self.wait_lines(f"n{i}")
+        for result in naps:
+            result.cancel()
+        self.assertEqual(worker.stop(), 0)
+
     def test_a_task_on_its_last_attempt_never_waits_in_a_pipe(self):
         """So a worker killed with full pipes fails nothing that did not start."""
         self.tasks.once.delay_many([("warm",)] * 50)
@@ -7879,6 +7927,47 @@ class CommandLine(Served):
             os.close(other)
             self.assertIn(shown, os.read(terminal, 1 << 16))
             os.close(terminal)
+
+    def interrupted(self, module, argv):
+        """Exit status and errors when Ctrl-C comes as this module is imported."""
+        shutil.copy(HERE / "pybgworker.py", self.folder)
+        path = self.folder / f"{module}.py"
+        path.write_text("import os, signal\n"
+                        "open('begun', 'a').write('x')\n"
+                        f"if os.path.getsize('begun') >= {1 + (module[:4] == 'site')}:\n"
+                        "    os.kill(os.getpid(), signal.SIGINT)\n")
+        done = subprocess.run(
+            [sys.executable, *argv], cwd=self.folder, stderr=subprocess.PIPE, text=True,
+            env=clean_environment(PYTHONPATH=str(self.folder)), timeout=60,
+            stdout=subprocess.DEVNULL)
+        path.unlink()
+        (self.folder / "begun").unlink()
+        return done.returncode, done.stderr
+
+    def test_ctrl_c_is_quiet_however_early_it_comes(self):
+        """While this file is read, while it starts again, and while it parses."""
+        ended = -signal.SIGINT, ""              # a shell says 130
+        stopped = 0, "pybgworker: stopped before it began\n"
+        for module, argv, expected in (
+            ("sqlite3", ["pybgworker.py", "list"], ended),
+            ("sqlite3", ["-m", "pybgworker", "run", "--app", "tasks"], ended),
+            ("argparse", ["pybgworker.py", "list"], (130, "")),
+            ("argparse", ["pybgworker.py", "run", "--app", "tasks"], (130, "")),
+            ("sitecustomize", ["pybgworker.py", "run", "--app", "tasks"], stopped),
+        ):
+            with self.subTest(f"{module} {argv}"):
+                self.assertEqual(self.interrupted(module, argv), expected)
+
+    def test_more_children_than_there_can_be_are_refused(self):
+        for argv in (("run", "--app", "tasks"), ("bench",)):
+            message = self.refused(*argv, "--concurrency", "9999", code=2)
+            self.assertIn("'9999': must be a whole number from 1 to 1,000", message)
+        message = self.refused("run", "--app", "tasks", PYBGWORKER_CONCURRENCY="1001")
+        self.assertIn("PYBGWORKER_CONCURRENCY='1001': must be a whole", message)
+        done = self.shell("ulimit -n 128; $P run --app tasks --concurrency 12")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Apybgworker: concurrency=12: this process may "
+                         r"open 128 files, which is enough for 11 children[^\n]*\n\Z")
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
