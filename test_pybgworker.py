@@ -5877,6 +5877,7 @@ class Pools(Served):
         said = 0
         for _ in range(6000):
             pool = pybgworker.Pool(None, 1, limits, journal.run, None)
+            pool.starts.end()
             member = pybgworker.Member.__new__(pybgworker.Member)
             member.__dict__.update(
                 waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
