@@ -524,6 +524,9 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+
+
 def to_ms(seconds: float) -> int:
     """A duration in seconds as whole milliseconds, never shorter."""
     return math.ceil(seconds * 1000)
@@ -1452,7 +1455,7 @@ def retry_delay(policy: RetryPolicy, n: int, chance: float) -> float:
 # of the clock by at most the burst, one second's worth of starts.
 # https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
 
-_LATE_TURN_MS = 10_000      # a turn reads the clock, then waits for the write lock
+LATE_TURN_MS = 10_000       # a turn reads the clock, then waits for the write lock
 
 
 def _burst_ms(rate):
@@ -1466,7 +1469,7 @@ def _valid_tat(tat, now, rate):
     little beyond is only the older `now` of a turn that waited for the write lock.
     """
     latest = now + _burst_ms(rate)
-    if tat > latest + _LATE_TURN_MS:
+    if tat > latest + LATE_TURN_MS:
         return now
     return min(max(tat, now), latest)
 
@@ -2026,6 +2029,7 @@ create table bg_task (
     callbacks   integer not null default 0,  -- 1 on_success 2 on_failure 3 both; set
                                       -- at the claim, for whoever ends the last run
     run_at      integer not null,     -- unix ms; due, and ready, from then on
+    counted     integer not null default 0, -- 1: run_at was counted from created_at
     created_at  integer not null,     -- unix ms of delay()
     started_at  integer,              -- unix ms the last run began
     finished_at integer,              -- unix ms; null until finished
@@ -2687,6 +2691,7 @@ class NewTask(NamedTuple):
     run_at: int
     created_at: int
     tick: int | None = None
+    counted: bool = False       # run_at was counted from created_at
 
 
 class Run:
@@ -3024,8 +3029,8 @@ class Queue(Database):
 
     _INSERT = """
         insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
-            state, run_at, created_at, tick, args)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+            state, run_at, created_at, tick, counted, args)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
     def _insert(self, connection, requests):
         first, place = self._next_id(connection)
@@ -4352,19 +4357,20 @@ class Store(Operations):
             )
 
     def shorten_waits(self, now: int, batch: int) -> int:
-        """Count the waits over an hour that began at a time that has not come yet,
-        as a clock ahead of ours wrote it, and let them begin now: those of retries,
-        and of cron runs put off by jitter.
+        """Count the waits that began at a time that has not come yet, as a clock ahead
+        of ours wrote it, and let them begin now: those of retries, of countdowns, and
+        of cron runs put off by jitter.  An eta is a time, and stays.
         """
+        soon = now + LATE_TURN_MS
         rows = self._read(
-            """select id, began from (
-                    select id, case state when 0 then created_at else
+            """select id, run_at, began from (
+                    select id, run_at, case state when 0 then created_at else
                         started_at + cast(ifnull(duration, 0) * 1000 as integer)
                         end as began
-                    from bg_task where state < 2 and run_at > :now + 3600000
-                        and (state = 1 or tick is not null))
-                where began > :now + 3600000 limit :batch""",
-            {"now": now, "batch": batch},
+                    from bg_task where state < 2 and run_at > :soon
+                        and (state = 1 or counted))
+                where began > :soon limit :batch""",
+            {"soon": soon, "batch": batch},
         )
         if rows:
             with self.write(patience=0.5) as link:
@@ -4372,9 +4378,9 @@ class Store(Operations):
                     """update bg_task set run_at = max(0, run_at - :ahead),
                             started_at = max(0, started_at - :ahead),
                             created_at = min(created_at, :now)
-                        where id = :id and state < 2 and run_at > :now + 3600000""",
-                    [{"id": task_id, "now": now, "ahead": began - now}
-                     for task_id, began in rows],
+                        where id = :id and state < 2 and run_at = :run_at""",
+                    [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
+                     for task_id, run_at, began in rows],
                 )
         return len(rows)
 
@@ -4416,9 +4422,10 @@ class Store(Operations):
             link.connection.executemany(self._PUT_SCHEDULE, rows)
             link.connection.executemany(
                 """delete from bg_schedule where task = :task
-                    and seen_at < :now - 86400000
-                    and (next_tick is null or next_tick < :now / 1000 - 86400)""",
-                [{"task": row.task, "now": row.seen_at} for row in rows if drop],
+                    and seen_at < :before
+                    and (next_tick is null or next_tick < :before / 1000)""",
+                [{"task": row.task, "before": row.seen_at - DAY_MS}
+                 for row in rows if drop],
             )
 
     _PUT_SCHEDULE = """
@@ -5146,6 +5153,7 @@ class App:
              else _check_number("retries", retries, kind=int)),
             task.timeout if timeout is None else _check_timeout(timeout),
             SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
+            counted=countdown is not None,
         )
 
     def send(self, name: str, *args: Any, **options: Any) -> AsyncResult[Any]:
@@ -7621,6 +7629,7 @@ def _step_of(row, plan, task, schedule, now):
         runs.append(NewTask(
             task.name, task.queue, task.priority, key, task.policy.retries,
             task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
+            counted=True,
         ))
     return ScheduleStep(row, new, runs)
 
@@ -7925,7 +7934,6 @@ def _rounded(seconds):
 # a day at most; until then nothing is deleted.  Cron ticks and delays do not wait for
 # that: a leap costs them nothing, see Scheduler and Store.shorten_waits().
 
-_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 _CLOCK_KEEP_MS = 60_000     # between two writes of the time last seen
 _PRUNE_BATCH = 1000         # rows looked at by one pass
 _SHORTEN_BATCH = 500        # waits put right by one transaction
@@ -7936,12 +7944,12 @@ def look_at_clock(view: ClockView | None, now: int) -> ClockView:
 
     A second look that comes after more than twice the leap is another leap.
     """
-    if view is None or now <= view.seen + _HOUR_MS:
+    if view is None or now <= view.seen + HOUR_MS:
         return ClockView(now, None)
     seen, doubted = view
-    if doubted is None or not -_HOUR_MS <= now - doubted <= 2 * (doubted - seen):
+    if doubted is None or not -HOUR_MS <= now - doubted <= 2 * (doubted - seen):
         return ClockView(seen, now)
-    is_settled = now - doubted >= min(_DAY_MS, max(_HOUR_MS, (doubted - seen) // 24))
+    is_settled = now - doubted >= min(DAY_MS, max(HOUR_MS, (doubted - seen) // 24))
     return ClockView(now, None) if is_settled else view
 
 
@@ -7958,26 +7966,28 @@ class Upkeep:
 
     def mind_clock(self, now: int, at: float) -> bool:
         """Notice a leap of the wall clock against the monotonic `at`, also one since
-        the last worker.  True: tasks may be due earlier than they were."""
+        the last worker.  True: tasks may be due, or limits open, earlier than said."""
         offset = now - at * 1000
         leap = 0.0 if self._offset is None else offset - self._offset
-        if abs(leap) > _HOUR_MS or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
-            self._look(now, leap < -_HOUR_MS)
+        went_back = leap < -LATE_TURN_MS
+        if went_back or leap > HOUR_MS \
+                or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
+            self._look(now, went_back)
             self._kept_at = at
         self._offset = offset
         if not self._wrong_waits:
             return False
         count = self.store.shorten_waits(now, _SHORTEN_BATCH)
         self._wrong_waits = count == _SHORTEN_BATCH
-        return count > 0
+        return True
 
     def _look(self, now, went_back):
         old = self.store.clock()
         new = look_at_clock(old, now)
         self.is_in_doubt = new.doubted is not None
         ahead = max(old.seen, old.doubted or 0) - now if old else 0     # it was
-        is_back = ahead > _HOUR_MS
-        self._wrong_waits |= went_back or is_back
+        is_back = ahead > HOUR_MS
+        self._wrong_waits |= went_back or ahead > LATE_TURN_MS
         if old is None or old.doubted != new.doubted \
                 or abs(new.seen - old.seen) >= _CLOCK_KEEP_MS:
             self.store.put_clock(new)
@@ -8373,7 +8383,7 @@ class Worker:
         self.scheduler = Scheduler(self.app, self.journal.say)
         self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
-            self.upkeep.mind_clock(now, time.monotonic())
+            self._mind_clock()
         self.scheduler.register(now, drop=not self.upkeep.is_in_doubt)
         tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
         self.journal.start(self.settings, self.store.path, tasks,
@@ -8640,12 +8650,13 @@ class Worker:
 
     def _prune(self, now):
         """Delete old finished tasks; by a clock that is looked at first."""
-        self._mind_clock(now)
+        self._mind_clock()
         if self.upkeep.prune(now):
             self._pruning.due = time.monotonic() + 0.1
 
-    def _mind_clock(self, now):
-        self.look |= self.upkeep.mind_clock(now, time.monotonic())
+    def _mind_clock(self, _=None):
+        # Not by the time of the turn: it may have waited long for a lock since then.
+        self.look |= self.upkeep.mind_clock(now_ms(), time.monotonic())
 
 
 # == Reports ==================================================================
@@ -8813,7 +8824,7 @@ def stats_report(store: Store, now: int) -> list[dict]:
 def _task_stats(name, rows, now):
     ran = sorted(row[4] for row in rows if row[4] is not None)
     waited = sorted(max(0, row[2] - row[1]) / 1000 for row in rows if row[2])
-    recent = sum(row[3] > now - 3_600_000 for row in rows if row[3])
+    recent = sum(row[3] > now - HOUR_MS for row in rows if row[3])
     report = {
         "name": name, "finished": len(rows), "runs": sum(row[5] for row in rows),
         "failures": sum(row[0] == FAILED for row in rows),

@@ -6231,7 +6231,8 @@ class Scheduling(Case):
         scheduler = self.scheduler(jitter=100)
         scheduler.register(self.seconds(1))
         scheduler.fire(self.seconds(5))
-        (tick, run_at), = self.sql("select tick, run_at from bg_task")
+        (tick, run_at, counted), = self.sql("select tick, run_at, counted from bg_task")
+        self.assertEqual(counted, 1)
 
         self.assertEqual(tick, self.seconds(5) // 1000)
         self.assertTrue(tick * 1000 < run_at < tick * 1000 + 100_000)
@@ -6813,13 +6814,14 @@ class Upkeeps(QueueCase):
         for run in self.claim(free=600):
             self.finish(run, pybgworker.RETRYING, run_at=ahead + 5000,
                         error={"kind": "x"}, started_at=ahead - 2000, duration=2.0)
-        for name, created, run_at, tick in (
-            ("jitter", ahead, ahead + 50_000, ahead // 1000),   # of a cron run
-            ("eta", ahead, ahead + 50_000, None),               # a time, not a span
-            ("patient", self.now - 9, self.now + 9 * HOUR, None),
+        for name, created, run_at, counted in (
+            ("countdown", ahead, ahead + 50_000, True),         # or the jitter of cron
+            ("eta", ahead, ahead + 50_000, False),              # a time, not a span
+            ("patient", self.now - 9, self.now + 9 * HOUR, True),
         ):
             task = pybgworker.NewTask(
-                name, "q", 5, None, 0, None, pybgworker.SCHEDULED, run_at, created, tick)
+                name, "q", 5, None, 0, None, pybgworker.SCHEDULED, run_at, created,
+                counted=counted)
             with self.store.write():
                 self.store.insert([pybgworker.Request(task, ["[[],{}]"])])
         upkeep = self.upkeep()
@@ -6830,8 +6832,30 @@ class Upkeeps(QueueCase):
         self.assertEqual(
             self.sql("select name, run_at - ?, count(*) from bg_task group by 1, 2 "
                      "order by 1", self.now),
-            [("eta", YEAR + 50_000, 1), ("jitter", 50_000, 1),
+            [("countdown", 50_000, 1), ("eta", YEAR + 50_000, 1),
              ("patient", 9 * HOUR, 1), ("t", 5000, 600)])
+
+    def test_a_clock_set_back_by_minutes_delays_no_wait_either(self):
+        """Under the worker, or before it starts; seconds are not worth it."""
+        calls = {"countdown": 50, "eta": pybgworker.datetime.fromtimestamp(
+            self.now / 1000 + 50)}
+        for minutes, is_running in ((5, True), (5, False), (0.1, True)):
+            self.sql("delete from bg_task")
+            upkeep = self.upkeep()
+            self.look(upkeep, self.now)
+            with mock.patch.object(pybgworker, "now_ms", return_value=self.now):
+                for option, value in calls.items():
+                    self.app.send(option, **{option: value})
+            upkeep = upkeep if is_running else self.upkeep()
+            after = self.now - int(minutes * 60_000)
+            with self.subTest(minutes=minutes, is_running=is_running):
+                is_told = upkeep.mind_clock(after, self.at + 0.1)
+                waits = dict(self.sql("select name, run_at - ? from bg_task", after))
+                shift = self.now - after
+                self.assertEqual(is_told, minutes == 5)
+                self.assertEqual(waits, {"countdown": 50_000 + shift * (minutes < 1),
+                                         "eta": 50_000 + shift})
+            self.sql("delete from bg_meta where name = 'clock'")
 
 
 # == Worker ===================================================================
@@ -7026,6 +7050,18 @@ class Workers(Served):
             row = self.store.task(stuck.id)
             self.assertLess(abs(row.finished_at - row.started_at), 10_000)
             os.remove("stuck")
+
+    def test_a_limit_and_a_countdown_wait_no_longer_when_the_clock_is_set_back(self):
+        worker = self.started()
+        worker._rates["tasks.add"] = 1 / 60
+        clock = self.set_the_clock(0)
+        first, second = [self.tasks.add.delay(1, n) for n in range(2)]
+        self.turn_until(worker, first.ready, clock)
+        later = self.tasks.echo.options(countdown=1).delay("x")
+        self.turn_until(worker, lambda: worker.round.limited and worker.round.is_over,
+                        clock)
+        clock = self.set_the_clock(-1 / 12)
+        self.turn_until(worker, lambda: second.ready() and later.ready(), clock)
 
     def test_a_clock_set_during_a_stop_neither_hurries_nor_prolongs_it(self):
         worker = self.started(shutdown_timeout=0.4)
