@@ -56,6 +56,7 @@ if __name__ == "__main__" \
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import _socket
+import atexit
 import base64
 import bisect
 import calendar
@@ -1595,15 +1596,17 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
 # and a forked child inherits the table, but not the locks: a connection that it
 # opens takes none, and the next to close deletes the -wal that it writes to.  So
 # no connection of ours is open while the process forks: the fork waits for those
-# in use and closes all, and each opens again when it is used.  Where one stays
-# open (the caller's own), a Guard keeps the files in place for the child.
-# https://sqlite.org/howtocorrupt.html, "Carrying an open database connection"
+# in use and closes all, and each opens again when it is used.  A Guard keeps the
+# files in place beside SQLite's own locks, which a stray close() drops too.
+# https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
 
 _FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
 _READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
 _SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
 _WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
 _FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
+_HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
+_LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
 _NO_HOOKS = (
     "this process was forked while the file was open, by code that runs no Python "
     "fork hooks, so SQLite would lose data here: use it only after such a fork"
@@ -1616,7 +1619,7 @@ _FORKED = (
     "database {}: the process forked in the middle of this: nothing was written, "
     "do it again"
 )
-_LOG_LOST = (
+_WAL_LOST = (
     "its -wal was deleted while in use, and what this program wrote last is lost: "
     "never delete or copy its files by hand; restart all programs that use it"
 )
@@ -1664,51 +1667,125 @@ class _Undone(DatabaseUnavailable):
     """A transaction was undone for no fault of its own: do it again."""
 
 
-class Guard:
-    """Read locks that keep a file's -wal and -shm in place while we live.
+class _OwnLock:
+    """A read lock of some bytes of a file that no stray close() drops.
 
-    They belong to the open file, so children inherit them, and SQLite, whose locks
-    belong to the process, cannot drop them.  Never closed: closing any descriptor
-    of a file drops all of SQLite's locks on it.  Linux only.
+    It belongs to the open file, not to the process: forked children inherit it.
     """
 
-    def __init__(self, path: str):
-        self._path, self._shm = path, -1
-        self.file = self._lock(path, *_READERS_LOCK)
+    def __init__(self, path: str, start: int, length: int):
+        self._path, self._range = path, (start, length)
+        self.fd, self.identity = -1, None       # of the file that is open
+        self._fcntl: Any = None
 
-    def renew(self) -> None:
-        """Lock the -shm of today."""
-        if self._shm < 0 or _file_identity(self._shm) != _file_identity(
-                self._path + "-shm"):
-            self._shm = self._lock(self._path + "-shm", *_SHM_LOCK)
+    def lock(self) -> bool:
+        """Lock the bytes in the file that has the name now.  False: impossible."""
+        if not _HAS_OWN_LOCKS:
+            return False
+        if not self.is_open() or self.identity != _file_identity(self._path):
+            self._open()
+        for _ in range(_LOCK_TRIES):
+            try:
+                self.ask("F_OFD_SETLK", "F_RDLCK", *self._range)
+                return True
+            except BlockingIOError:
+                time.sleep(0.001)
+            except (OSError, AttributeError):
+                break
+        return False
 
-    def _lock(self, path, start, length):
-        """A descriptor with the lock, or -1."""
-        if not sys.platform.startswith("linux"):    # others have another struct
-            return -1
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._ask(fd, "F_OFD_SETLK", "F_RDLCK", start, length)
-            return fd
-        except (OSError, AttributeError):       # no -shm; no OFD locks
-            return -1
+    def unlock(self) -> None:
+        """Let go of the bytes; a forked child that has this one does, too."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.ask("F_OFD_SETLK", "F_UNLCK", *self._range)
 
-    def _ask(self, fd, command, kind, start, length):
+    def ask(self, command: str, kind: str, start: int, length: int) -> tuple:
+        """fcntl of this name, with a lock of this kind."""
+        if not self.is_open():
+            raise OSError(errno.EBADF, "not open")
+        fcntl = self._fcntl
+        lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
+        return _FLOCK.unpack(fcntl.fcntl(self.fd, getattr(fcntl, command), lock))
+
+    def is_open(self) -> bool:
+        """True if the descriptor is ours still: some programs close all there are."""
+        return self.fd >= 0 and _file_identity(self.fd) == self.identity
+
+    def is_nameless(self) -> bool:
+        """True when the file is deleted, so that no lock of it matters any more."""
+        return not (self.is_open() and os.fstat(self.fd).st_nlink)
+
+    def _open(self):
         import fcntl
 
-        lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
-        return _FLOCK.unpack(fcntl.fcntl(fd, getattr(fcntl, command), lock))
+        self._fcntl = fcntl         # it cannot be imported while a program ends
+        if self.is_nameless():      # else a close would drop SQLite's locks
+            self.close()
+        self.fd, self.identity = -1, None
+        with contextlib.suppress(OSError):
+            self.fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            self.identity = _file_identity(self.fd)
+
+    def close(self) -> None:
+        """Only where SQLite has no lock on this file."""
+        if self.is_open():
+            os.close(self.fd)
+        self.fd = -1
+
+
+class Guard:
+    """Keeps a file's -wal and -shm in place while a connection of ours is open.
+
+    The last user that closes a file deletes its -wal, and by POSIX locks SQLite
+    knows who the last is.  Any close() of the file in this process drops ours (a
+    copy, a checksum), and then another program takes itself for the last: what we
+    commit goes to a file without a name.  So we hold the same bytes by locks that
+    no close() drops.  Guarded by test_a_stray_close_of_the_file_loses_nothing.
+
+    Where there are none (macOS), what is left is that each commit asks whether its
+    -wal is still there: it tells, but late, what others did at the same moment.
+    """
+
+    def __init__(self, path: str, identity: tuple):
+        self.stays = False          # somebody relies on it without a sign: a child
+        self._identity = identity
+        self._file = _OwnLock(path, *_READERS_LOCK)
+        self._shm = _OwnLock(path + "-shm", *_SHM_LOCK)
 
     @property
-    def holds(self) -> bool:
-        """True if nobody can delete the -wal now."""
-        return self.file >= 0
+    def fd(self) -> int:
+        """A descriptor of the file; -1: none."""
+        return self._file.fd
+
+    def lock(self) -> bool:
+        """Nobody can delete the -wal from now on.  False: impossible here."""
+        return self._file.lock() and self._file.identity == self._identity \
+            and (self._shm.lock() or True)      # there may be no -shm yet
+
+    def unlock(self) -> None:
+        """The last of our connections is about to be closed in good order."""
+        if not self.stays:
+            self._file.unlock()
+            self._shm.unlock()
+
+    def is_useless(self) -> bool:
+        """True when the file was deleted."""
+        return self._file.is_nameless()
+
+    def is_away(self, path: str) -> bool:
+        """True when the file lives, but not there: renamed, or not mounted now."""
+        return not self.is_useless() and _file_identity(path) is None
+
+    def close(self) -> None:
+        """Of a deleted file; or of the parent's, where nothing is open yet."""
+        self._file.close()
+        self._shm.close()
 
     def is_writing(self) -> bool:
         """True while this process holds the write lock."""
         try:
-            found = self._ask(self._shm, "F_OFD_GETLK", "F_WRLCK", *_WRITERS_LOCK)
-        except (OSError, AttributeError, ValueError):   # there is no -shm
+            found = self._shm.ask("F_OFD_GETLK", "F_WRLCK", *_WRITERS_LOCK)
+        except (OSError, AttributeError):       # there is no -shm
             return False
         return found[4] == os.getpid()
 
@@ -1722,7 +1799,9 @@ class Forks:
         self.refused = {}           # (device, inode): why it cannot be used here
         self._pid = os.getpid()
         self._is_watching = False
-        self._forking = []          # threads that fork now
+        self._is_leaving = False    # the program ends
+        self._forking = []          # threads that fork now, or wait to do so
+        self._lock = threading.RLock()      # for one fork at a time, and _guards
         self._users = {}            # threads that open or close a file, by token
         self._files = {}            # (device, inode) of all files used: the path
         self._guards = {}           # the same: its Guard
@@ -1749,25 +1828,61 @@ class Forks:
 
         It may be inherited, from a fork before anybody told us of the file.
         """
-        return identity not in self._guards and not any(
-            link.identity == identity for link in self._open_links()
-        ) and self._is_open(identity, _descriptors())
+        return not (identity in self._guards or self._has_links(identity)) \
+            and self._is_open(identity, _descriptors())
 
-    def hold(self, identity: tuple, path: str) -> None:
-        """Keep the files in place, if they still are: the locks may be inherited."""
-        self.guard(identity)
+    def hold(self, link: _Link, path: str, has_others: bool) -> None:
+        """Keep the files in place for as long as this connection is open."""
+        if self._is_leaving:        # nobody will close it in good order
+            return
+        with self._lock:
+            guard = self.guard(link.identity)
+        if not has_others:
+            return
+        if guard:
+            guard.stays = True      # our own locks may be inherited, and no locks
         is_lost = _leads_to(path + "-shm (deleted)")
         if any(map(is_lost, set().union(*_descriptors().values()))):
-            self.refused[identity] = _LEFT_OPEN     # SQLite would use it still
-            self.check(identity, path)
+            self.refused[link.identity] = _LEFT_OPEN    # SQLite would use it still
+            self.check(link.identity, path)
+
+    def is_away(self, identity: tuple) -> bool:
+        """True when the whole database has left its place, and may come back."""
+        guard = self._guards.get(identity)
+        return guard is not None and guard.is_away(self._files[identity])
+
+    @contextlib.contextmanager
+    def closing(self, link: _Link):
+        """A block that closes it, and tidies up if it is the last one of ours.
+
+        Then SQLite moves the -wal over and deletes it, if it is the last of all.
+        """
+        with self._lock:
+            guard = self._guards.get(link.identity)
+            if guard and not self._has_links(link.identity):
+                guard.unlock()
+            yield
+            if guard and self._has_links(link.identity):    # opened by a handler
+                guard.lock()
+
+    def _has_links(self, identity):
+        return any(link.identity == identity for link in self._open_links())
 
     def _watch(self):
         if not self._is_watching and hasattr(os, "register_at_fork"):
             self._is_watching = True        # not at import, which has no effects
             os.register_at_fork(
-                before=self._before, after_in_parent=self._after_in_parent,
+                before=self._before, after_in_parent=self._resume,
                 after_in_child=self._after_in_child,
             )
+            atexit.register(self._leave)
+
+    def _leave(self):
+        """Close in good order what the interpreter would only drop."""
+        self._is_leaving = True
+        for link in self._open_links():
+            if link.generation == self.generation() and not link.is_busy:
+                link.close()
 
     # -- for those who use a file
 
@@ -1805,14 +1920,25 @@ class Forks:
 
     def _before(self):
         self.generation()
+        self._pause()
+        self._guard_what_is_open()
+
+    def _pause(self):
+        """Let nobody begin, wait for those who have begun, and close all."""
         self._forking.append(threading.get_ident())
         deadline = time.monotonic() + _FORK_PATIENCE
         while self._is_busy() and time.monotonic() < deadline:
             time.sleep(0.0005)
+        self._lock.acquire()
         for link in self._open_links():
             if not self._holds_up(link):
                 link.close()
-        self._guard_what_is_open()
+
+    def _resume(self):
+        """Let all go on."""
+        with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
+            self._forking.remove(threading.get_ident())
+            self._lock.release()
 
     def _open_links(self):
         found = [ref() for ref in self.links.valuerefs()]
@@ -1828,37 +1954,34 @@ class Forks:
 
     def _guard_what_is_open(self):
         """The caller's own connections, and ours that were not done in time."""
-        dangers = {}
+        self._dangers = {}
         found = _descriptors() if self._files else {}
         for identity, path in list(self._files.items()):
             if _file_identity(path) == identity and self._is_open(identity, found):
-                guard = self.guard(identity)
+                with self._lock:
+                    guard = self.guard(identity)
                 if guard is None:
-                    dangers[identity] = _LEFT_OPEN
-                elif guard.is_writing():
-                    dangers[identity] = _IN_TRANSACTION
-        self._dangers = dangers     # in one step: another thread may be forking too
+                    self._dangers[identity] = _LEFT_OPEN
+                    continue
+                guard.stays = True
+                if guard.is_writing():
+                    self._dangers[identity] = _IN_TRANSACTION
 
     def _is_open(self, identity, found):
         guard = self._guards.get(identity)
-        return bool(found.get(identity, set()) - {guard.file if guard else -1})
+        return bool(found.get(identity, set()) - {guard.fd if guard else -1})
 
     def guard(self, identity: tuple) -> Guard | None:
         """Keep the -wal of this file in place from now on; None: impossible."""
         path = self._files[identity]
-        if identity not in self._guards and _file_identity(path) == identity:
-            self._guards[identity] = Guard(path)
-        found = self._guards.get(identity)
-        if found is None or not found.holds:
-            return None
-        found.renew()
-        return found
-
-    def _after_in_parent(self):
-        with contextlib.suppress(ValueError):
-            self._forking.remove(threading.get_ident())
-        if not self._forking:
-            self._dangers = {}
+        guard = self._guards.get(identity)
+        if guard is None:
+            for other, useless in list(self._guards.items()):
+                if useless.is_useless() and not self._has_links(other):
+                    useless.close()
+                    del self._guards[other]
+            guard = self._guards[identity] = Guard(path, identity)
+        return guard if guard.lock() else None
 
     def _after_in_child(self):
         """Only the thread that forked is left, and no lock of ours is held by it."""
@@ -1867,40 +1990,31 @@ class Forks:
             self.refused[link.identity] = (
                 _NO_HOOKS if not self._forking else _IN_TRANSACTION)
         self.refused.update(self._dangers)
+        for identity, guard in list(self._guards.items()):
+            if not guard.stays:     # the parent unlocks it when it likes
+                guard.close()
+                del self._guards[identity]
         self.links = weakref.WeakValueDictionary()
         self._users, self._forking, self._dangers = {}, [], {}
+        self._lock = threading.RLock()
         self.count += 1
         self._pid = os.getpid()
-
-    # -- a -wal that was lost
-
-    def let_go(self, identity: tuple) -> bool:
-        """Close our connections and write nothing more to this file's lost -wal.
-
-        A Guard first: the last to close would copy a stale log into the file.
-        """
-        if self.guard(identity) is None and _file_identity(
-                self._files[identity]) == identity:
-            return False
-        self._before()
-        self._after_in_parent()
-        return not self._is_open(identity, _descriptors())
 
 
 _forks = Forks()
 
 
-class _Log:
+class _Wal:
     """The -wal and -shm of `path` as they are now."""
 
     def __init__(self, path):
-        self._wal_path, self._shm_path = path + "-wal", path + "-shm"
-        self._wal = _file_identity(self._wal_path)
+        self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
+        self._wal = _file_identity(self._path)
         self._shm = _file_identity(self._shm_path)
 
     def is_there(self):
-        """True while the -wal is still the one that others read; one stat."""
-        found = _file_identity(self._wal_path)
+        """True while it is still the one that others read; one stat."""
+        found = _file_identity(self._path)
         if self._wal is None:       # our first write has made it
             self._wal = found
         return found is not None and self._wal == found
@@ -1909,9 +2023,13 @@ class _Log:
         """True if SQLite would read this -wal together with that file."""
         return self._wal is not None and self._wal == _file_identity(path + "-wal")
 
-    def was_deleted_by_hand(self):
-        """True where only the -wal is another.  SQLite deletes both."""
-        return self._shm == _file_identity(self._shm_path)
+    def is_stale(self):
+        """True when both were deleted beside the file: others may have moved on.
+
+        Where it is the -wal alone, SQLite saves what is in it.
+        """
+        return _file_identity(self._file) is not None and \
+            self._shm not in (None, _file_identity(self._shm_path))
 
 
 def _nobody():
@@ -1924,7 +2042,7 @@ class _Link:
     def __init__(self, connection, identity):
         self.connection = connection
         self.identity = identity
-        self.log = None             # identity of the -wal that it writes to
+        self.wal = None             # the _Wal that it writes to
         self.thread = threading.get_ident()
         self.generation = _forks.count
         self.is_closed = False
@@ -1955,8 +2073,12 @@ class _Link:
         if self.is_closed:
             return
         self.undone = self.undone or self.is_open
+        if self.wal is not None and self.wal.is_stale():
+            _forks.refused[self.identity] = _WAL_LOST
+            self.leak()         # it would move a stale -wal over what is new
+            return
         self.is_closed = True
-        with _forks.using(), contextlib.suppress(sqlite3.Error):
+        with _forks.using(), _forks.closing(self), contextlib.suppress(sqlite3.Error):
             self.connection.close()
 
     def roll_back(self):
@@ -1967,7 +2089,7 @@ class _Link:
                 self.connection.execute("rollback")
 
     def leak(self):
-        """Never close it: in a forked child that would edit the parent's memory."""
+        """Never close it: in a forked child that would unlock, and delete, files."""
         import ctypes
 
         self.is_closed = True
@@ -2391,7 +2513,7 @@ class Database:
             )
         self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
         is_replaced = _file_identity(self.path) not in (None, link.identity)
-        if is_replaced and link.log.lies_before(self.path):
+        if is_replaced and link.wal.lies_before(self.path):
             raise DatabaseUnusable(
                 f"database {self.path}: the file was replaced, and the -wal of the old "
                 "one lies before it, which may destroy it: stop all programs that use "
@@ -2431,12 +2553,11 @@ class Database:
         try:
             _set_up(link.connection, time.monotonic() + self.busy_timeout)
             self._migrate(link.connection, create)
-            if has_others:
-                _forks.hold(identity, self.path)
+            _forks.hold(link, self.path, has_others)
         except BaseException:
             link.close()
             raise
-        link.log = _Log(self.path)
+        link.wal = _Wal(self.path)
         self._may_create = False
         _known_paths[self.path] = True
         return link
@@ -2580,22 +2701,12 @@ class Database:
         if link.generation != _forks.generation():
             raise _Undone(_FORKED.format(self.path))
         link.connection.execute("commit")
-        if not link.log.is_there():
-            self._save_from_lost_log(link)
-
-    def _save_from_lost_log(self, link):
-        """The -wal was deleted under us, so nobody will ever see what is in ours.
-
-        A stray close() of the file in this process, or an inherited connection,
-        has dropped our locks, and another program took itself for the last user:
-        it moved all that was there to the file and deleted the log.  Where only
-        the -wal is missing, somebody deleted it by hand, and nothing is saved.
-        """
-        if link.log.was_deleted_by_hand() or not _forks.let_go(link.identity):
-            _forks.refused[link.identity] = _LOG_LOST
+        if not link.wal.is_there() and not _forks.is_away(link.identity):
+            # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
+            # a stray close() of the file in this process has dropped our locks, and
+            # another program took itself for the last user; else it was done by hand.
+            _forks.refused[link.identity] = _WAL_LOST
             _forks.check(link.identity, self.path)
-        raise _Undone(f"database {self.path}: its -wal was deleted while in use: "
-                      "nothing was written, do it again")
 
     def _read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
@@ -2673,7 +2784,7 @@ class Database:
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
-_TRIES = 5                  # of a commit, when forks or a lost -wal undo it
+_TRIES = 5                  # of a commit, when forks undo it
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 

@@ -1932,33 +1932,76 @@ class Forking(Case):
                 os._exit(sys.exc_info()[0] is not None)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
+    USED_BY_ANOTHER = """
+        import os, sqlite3
+        connection = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+        connection.execute("update bg_meta set value = value")
+        connection.commit()
+        connection.close()
+    """
+
+    @unittest.skipUnless(pybgworker._HAS_OWN_LOCKS, "needs locks of open files")
+    def test_a_stray_close_of_the_file_loses_nothing(self):
+        """It drops SQLite's locks; ours still show others that somebody is there."""
+        def read():
+            with open(self.db, "rb") as file:
+                file.read()
+
+        def copy_all():                         # also closes the -wal and -shm
+            shutil.copytree(self.folder, self.folder / "copy", dirs_exist_ok=True)
+
+        def in_a_thread(stray):
+            thread = threading.Thread(target=stray)
+            thread.start()
+            thread.join()
+
+        sent = []
+        for stray in (read, copy_all, lambda: in_a_thread(copy_all), os.getpid):
+            for _ in range(2):
+                sent.append(self.app.send("t").id)
+                stray()
+                self.python(self.USED_BY_ANOTHER)
+                self.assertTrue(os.path.exists(f"{self.db}-wal"))
+                sent.append(self.app.send("t").id)
+            self.app.store.close()              # in good order, and used again
+            self.assertFalse(os.path.exists(f"{self.db}-wal"))
+        self.assertEqual(sent, list(range(1, 17)))
+        self.assertEqual([row[0] for row in self.sql("select id from bg_task")], sent)
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+
+    def test_what_a_program_leaves_behind_is_one_file(self):
+        for end in ("pass", "del app, t", "threading.Thread(target=delay).start()",
+                    "if os.fork() == 0: delay(); sys.exit()\nos.wait()"):
+            self.setUp()
+            self.ran("delay()\n" + end)
+            with self.subTest(end):
+                self.assertFalse(os.path.exists(f"{self.db}-wal"))
+
     def test_a_log_that_was_deleted_takes_no_commit(self):
-        """A stray close() drops SQLite's locks; then another program is the last."""
-        other = """
+        """As after a stray close(), where no lock of ours can prevent it."""
+        self.addCleanup(setattr, pybgworker, "_HAS_OWN_LOCKS",
+                        pybgworker._HAS_OWN_LOCKS)
+        pybgworker._HAS_OWN_LOCKS = False
+        self.addCleanup(pybgworker._forks.refused.clear)
+        self.app.send("before")
+        with open(self.db, "rb"):
+            pass
+        self.python(self.USED_BY_ANOTHER)
+        self.assertFalse(os.path.exists(f"{self.db}-wal"))
+        for act in (lambda: self.app.send("after"), lambda: self.store.cancel(1, 1)):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "-wal was deleted"):
+                act()
+        other = App(db=str(self.db))            # knows nothing of a stale -wal
+        self.python("import pybgworker; [pybgworker.App().send('u') for _ in '123']")
+        self.app.store.close()                  # and this moves nothing over
+        self.assertRaises(pybgworker.DatabaseUnusable, other.send, "after")
+        found = self.python("""
             import os, sqlite3
             connection = sqlite3.connect(os.environ["PYBGWORKER_DB"])
-            connection.execute("update bg_meta set value = value")
-            connection.commit()
-            connection.close()
-        """
-        for act in ("enqueue", "cancel"):
-            self.setUp()
-            self.app.send("before")
-            open(self.db, "rb").close()
-            self.python(other)
-            self.assertFalse(os.path.exists(f"{self.db}-wal"))
-            if act == "enqueue":
-                self.app.send("after")
-            else:
-                with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "do it again"):
-                    self.store.cancel(1, self.now)
-                self.assertEqual(self.store.task(1).status, "queued")
-                self.store.cancel(1, self.now)
-            self.app.send("last")
-            rows = self.sql("select name, state from bg_task order by id")
-            self.assertEqual(rows, [("before", 2), ("after", 2), ("last", 2)]
-                             if act == "enqueue" else [("before", 6), ("last", 2)])
-            self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+            print(connection.execute("select group_concat(name) from bg_task").fetchall(),
+                  connection.execute("pragma integrity_check").fetchall())
+        """)
+        self.assertEqual(found.stdout, "[('before,u,u,u',)] [('ok',)]\n")
 
     def test_a_log_deleted_by_hand_is_an_error_that_stays(self):
         self.app.send("t")
@@ -2544,19 +2587,25 @@ class Databases(Case):
         self.assertLess(max(sizes), 3 << 20)
         self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
 
-    def test_the_database_is_never_opened_but_by_sqlite(self):
+    def test_the_database_is_closed_by_sqlite_only(self):
+        """What is opened for our own locks is opened once, and stays open."""
         code = """
             import os, sys
+            opened = []
             def watch(event, args):
                 if event == "open" and isinstance(args[0], (str, os.PathLike)):
-                    name = os.path.basename(args[0])
-                    assert name not in ("queue.db", "queue.db-wal", "queue.db-shm"), args
+                    opened.append(os.path.basename(args[0]))
             sys.addaudithook(watch)
             import pybgworker as p
             app = p.App(); task = p.Task(app, print, "t", {})
             task.delay_many([("x" * 5000,)] * 50); app.store.checkpoint()
             app.store.cancel(1, 1); app.store.retry(1, 2); app.store.forget(1)
             p.LiveFile.of(app.store.path + "-live").hold(1)
+            held = [os.path.basename(os.readlink(f"/dev/fd/{fd}"))
+                    for fd in os.listdir("/dev/fd") if os.path.islink(f"/dev/fd/{fd}")]
+            for end in ("", "-wal", "-shm"):
+                name = "queue.db" + end
+                assert opened.count(name) <= min(1, held.count(name) - 1), name
             print("fine")
         """
         self.assertEqual(self.python(code).stdout, "fine\n")
