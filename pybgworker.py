@@ -1659,6 +1659,11 @@ def _leads_to(name):
     return leads
 
 
+def _adapts():
+    """True where the app has an adapter, which may fork, for what we give SQLite."""
+    return any(kind in (str, int, float, bytearray) for kind, _ in sqlite3.adapters)
+
+
 class _StepAside(Exception):
     """Raised where a thread waits for a lock while another one forks."""
 
@@ -1671,19 +1676,24 @@ class _OwnLock:
     """A read lock of some bytes of a file that no stray close() drops.
 
     It belongs to the open file, not to the process: forked children inherit it.
+    With `only`, a (device, inode), it is about that file, whoever has its name.
     """
 
-    def __init__(self, path: str, start: int, length: int):
-        self._path, self._range = path, (start, length)
+    def __init__(self, path: str, start: int, length: int, only: tuple | None = None):
+        self._path, self._range, self._only = path, (start, length), only
         self.fd, self.identity = -1, None       # of the file that is open
         self._fcntl: Any = None
 
     def lock(self) -> bool:
         """Lock the bytes in the file that has the name now.  False: impossible."""
-        if not _HAS_OWN_LOCKS:
-            return False
-        if not self.is_open() or self.identity != _file_identity(self._path):
+        named = _file_identity(self._path)
+        wanted = self._only or named
+        if not self.is_open() or self.identity != wanted:
+            if not _HAS_OWN_LOCKS or named is None or named != wanted:
+                return False
             self._open()
+            if self.identity != wanted:         # it was replaced this moment
+                return False
         for _ in range(_LOCK_TRIES):
             try:
                 self.ask("F_OFD_SETLK", "F_RDLCK", *self._range)
@@ -1748,8 +1758,7 @@ class Guard:
 
     def __init__(self, path: str, identity: tuple):
         self.stays = False          # somebody relies on it without a sign: a child
-        self._identity = identity
-        self._file = _OwnLock(path, *_READERS_LOCK)
+        self._file = _OwnLock(path, *_READERS_LOCK, identity)
         self._shm = _OwnLock(path + "-shm", *_SHM_LOCK)
 
     @property
@@ -1759,8 +1768,8 @@ class Guard:
 
     def lock(self) -> bool:
         """Nobody can delete the -wal from now on.  False: impossible here."""
-        return self._file.lock() and self._file.identity == self._identity \
-            and (self._shm.lock() or True)      # there may be no -shm yet
+        self._shm.lock()        # there may be none yet
+        return self._file.lock()
 
     def unlock(self) -> None:
         """The last of our connections is about to be closed in good order."""
@@ -1872,7 +1881,7 @@ class Forks:
         if not self._is_watching and hasattr(os, "register_at_fork"):
             self._is_watching = True        # not at import, which has no effects
             os.register_at_fork(
-                before=self._before, after_in_parent=self._resume,
+                before=self._before, after_in_parent=self._after_in_parent,
                 after_in_child=self._after_in_child,
             )
             atexit.register(self._leave)
@@ -1919,23 +1928,19 @@ class Forks:
     # -- the fork itself
 
     def _before(self):
-        self.generation()
-        self._pause()
-        self._guard_what_is_open()
-
-    def _pause(self):
         """Let nobody begin, wait for those who have begun, and close all."""
+        self.generation()
         self._forking.append(threading.get_ident())
         deadline = time.monotonic() + _FORK_PATIENCE
         while self._is_busy() and time.monotonic() < deadline:
             time.sleep(0.0005)
         self._lock.acquire()
         for link in self._open_links():
-            if not self._holds_up(link):
+            if not self._is_in_a_call(link):
                 link.close()
+        self._guard_what_is_open()
 
-    def _resume(self):
-        """Let all go on."""
+    def _after_in_parent(self):
         with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
             self._forking.remove(threading.get_ident())
             self._lock.release()
@@ -1944,13 +1949,22 @@ class Forks:
         found = [ref() for ref in self.links.valuerefs()]
         return [link for link in found if link is not None and not link.is_closed]
 
-    def _holds_up(self, link):
-        """A thread that forks is not in the middle of a call of SQLite."""
+    def _is_busy(self):
+        """True while a thread that does not fork uses a file."""
+        return any(ident not in self._forking for ident in list(self._users.values())) \
+            or any(map(self._is_others, self._open_links()))
+
+    def _is_others(self, link):
         return link.is_busy and link.thread not in self._forking
 
-    def _is_busy(self):
-        return any(ident not in self._forking for ident in list(self._users.values())) \
-            or any(map(self._holds_up, self._open_links()))
+    def _is_in_a_call(self, link):
+        """It may be in the middle of a call of SQLite, where a close() is a crash.
+
+        A thread that forks is between two calls: in a signal handler, say.  SQLite
+        calls no Python code for us, but for adapters of what it is given.  Guarded by
+        test_a_fork_within_a_call_of_sqlite_closes_nothing.
+        """
+        return self._is_others(link) or link.is_busy and _adapts()
 
     def _guard_what_is_open(self):
         """The caller's own connections, and ours that were not done in time."""
@@ -1958,8 +1972,7 @@ class Forks:
         found = _descriptors() if self._files else {}
         for identity, path in list(self._files.items()):
             if _file_identity(path) == identity and self._is_open(identity, found):
-                with self._lock:
-                    guard = self.guard(identity)
+                guard = self.guard(identity)
                 if guard is None:
                     self._dangers[identity] = _LEFT_OPEN
                     continue
@@ -2072,7 +2085,8 @@ class _Link:
         """Undo what is open, and close.  May be called twice."""
         if self.is_closed:
             return
-        self.undone = self.undone or self.is_open
+        if self.is_open:            # what a cursor holds open would stay a transaction
+            self.roll_back()
         if self.wal is not None and self.wal.is_stale():
             _forks.refused[self.identity] = _WAL_LOST
             self.leak()         # it would move a stale -wal over what is new
@@ -2097,8 +2111,12 @@ class _Link:
 
     def __del__(self):
         # The module's names are gone when the interpreter ends: SQLite closes it.
-        if _forks is not None and self.generation == _forks.generation():
+        if _forks is None or self.is_closed:
+            return
+        if self.generation == _forks.generation():
             self.close()
+        else:                       # this very moment it was forked
+            self.leak()
 
 
 class ProcessLock:
@@ -3151,11 +3169,11 @@ class Queue(Database):
                 request.ids = [holder] * len(request.calls)
                 continue
             numbered = list(enumerate(request.calls, first))
-            connection.executemany(self._INSERT, (
+            connection.executemany(self._INSERT, [
                 (number, place, *request.task,
                  text if len(text) <= _INLINE_CHARS else None)
                 for number, text in numbered
-            ))
+            ])
             for number, text in numbered:
                 if len(text) > _INLINE_CHARS:
                     self._put_payload(connection, number, _ARGS, text)

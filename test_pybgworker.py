@@ -1773,6 +1773,110 @@ class Forking(Case):
         self.assertEqual(said.count("child True True"), 1)
         self.assertEqual(len(said), 5)
 
+    def test_a_fork_by_what_interrupts_a_call_of_sqlite(self):
+        """A trace function here: it forks once in each line that enqueues."""
+        said = self.ran("""
+            seen, pids, children = set(), [], []
+            def trace(frame, event, _):
+                name, where = frame.f_code.co_name, (frame.f_code, frame.f_lineno)
+                while name.startswith("<") and frame.f_back:
+                    frame = frame.f_back
+                    name = frame.f_code.co_name
+                mine = frame.f_code.co_filename == p.__file__ and (
+                    name in ("_insert", "_next_id", "_read"))
+                if event == "line" and mine and where not in seen:
+                    seen.add(where)
+                    pids.append(os.fork())
+                    if pids[-1] == 0:
+                        sys.settrace(None)
+                        raise SystemExit
+                return trace
+            delay()
+            sys.settrace(trace)
+            while True:
+                before = len(seen)
+                try:
+                    [say("id", result.id) for result in t.delay_many([(1,), (2,)])]
+                    p.AsyncResult(1, app).status
+                except SystemExit:
+                    delay()                     # the child enqueues on
+                    os._exit(0)
+                except p.DatabaseUnavailable:   # undone too often: once more
+                    continue
+                if len(seen) == before:
+                    break
+            sys.settrace(None)
+            say("lines", len(seen) > 5, {os.waitpid(pid, 0)[1] for pid in pids})
+            delay()
+        """)
+        self.assertIn("lines True {0}", said)
+
+    def test_a_fork_within_a_call_of_sqlite_closes_nothing(self):
+        said = self.ran("""
+            delay()
+            forked = []
+            def adapt(value):
+                if not forked and value == "t":
+                    forked.append(os.fork())
+                return value
+            sqlite3.register_adapter(str, adapt)
+            for act in (lambda: [say("id", r.id) for r in t.delay_many([()] * 3)],
+                        delay):
+                try:
+                    act()
+                except p.DatabaseUnavailable as exc:
+                    say("refused", forked == [0], "while a transaction" in str(exc)
+                        or "forked in the middle" in str(exc))
+            if forked == [0]:
+                os._exit(0)
+            say("child", os.waitpid(forked[0], 0)[1])
+        """)
+        self.assertEqual(said.count("refused True True"), 2)
+        self.assertIn("child 0", said)
+        self.assertEqual(len(said), 8)
+
+    def test_threads_that_fork_at_once_leave_every_child_able_to_enqueue(self):
+        said = self.ran("""
+            def fork():
+                for _ in range(15):
+                    delay()
+                    pid = os.fork()
+                    if pid == 0:
+                        delay()
+                        os._exit(0)
+                    say("child", os.waitpid(pid, 0)[1])
+            threads = [threading.Thread(target=fork) for _ in range(4)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            delay()
+            if os.fork() == 0:
+                delay()
+                os._exit(0)
+            os.wait()
+            app.store.close()
+            open_on = p._descriptors().get(p._file_identity(app.store.path), ())
+            say("open", len(open_on) <= 1)
+        """)
+        self.assertEqual(said.count("child 0"), 60)
+        self.assertEqual(said[-1], "open True")
+
+    def test_a_lock_that_is_refused_for_a_moment_is_asked_for_again(self):
+        """Another program closes the file now, as its last user."""
+        self.store.close()
+        other = sqlite3.connect(self.db, isolation_level=None, check_same_thread=False)
+        self.addCleanup(other.close)
+        other.execute("pragma locking_mode = exclusive").fetchall()
+        other.execute("begin immediate")        # from here on nobody else gets in
+        identity = pybgworker._file_identity(str(self.db))
+        guard = pybgworker.Guard(str(self.db), identity)
+        self.addCleanup(guard.close)
+        if pybgworker._HAS_OWN_LOCKS:
+            self.assertFalse(guard.lock())
+            threading.Timer(0.005, other.close).start()
+            pybgworker._LOCK_TRIES, old = 2000, pybgworker._LOCK_TRIES
+            self.addCleanup(setattr, pybgworker, "_LOCK_TRIES", old)
+            self.assertTrue(guard.lock())
+
     def test_a_connection_of_ones_own_may_be_open_at_the_fork(self):
         said = self.ran("""
             conn = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
