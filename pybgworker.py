@@ -32,9 +32,10 @@ Life of a task
 Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
-    · Store · Functions · Waiting · Tasks and results · Processes · Output · Child
-    · Member · Placement · Pool · Scheduler · Liveness · Wishes · Journal · Upkeep
-    · Worker · Reports · Bench · Command line · Old import paths
+    · Store · Functions · Waiting · Tasks and results · Processes · Output
+    · Child · Member · Placement · Pool · Scheduler · Liveness · Wishes
+    · Journal · Upkeep · Settling · Lookout · Worker · Reports · Bench
+    · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -8139,20 +8140,9 @@ class Upkeep:
         return self._cursor > 0
 
 
-# == Worker ===================================================================
-# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
-# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
-# writer; nothing in it waits long.  A database that is locked, full or gone
-# means: keep the outcomes in hand, claim nothing, say so once, try again.
-
-_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
-_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
-_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
-_ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
-_PRUNE_SECONDS = 60.0       # between two rounds of passes
-_REAP_SECONDS = 0.5         # between two looks for dead workers
-_REAP_PAUSE = 0.05          # … while there are more than one look is about
-_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
+# == Settling =================================================================
+# Owns what follows a run: settle() decides it, and the Outbox keeps it until it is
+# in the database, also through hours in which that cannot be written.
 
 
 def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
@@ -8220,6 +8210,153 @@ def _child_spec(app_spec, path, settings):
     values = {name: getattr(settings, name) for name in names}
     return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
                      {"db": path, **values})
+
+
+class Outbox:
+    """What became of runs and is not in the database yet; kept until it is."""
+
+    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
+        self._store, self._journal = store, journal
+        self._tasks = tasks                     # by name
+        self._progress = progress               # of the pool: by id, (run, text)
+        self.outcomes: list[Outcome] = []       # to be written
+        self.returned: list[Run] = []           # claimed, not begun, to be queued
+
+    @property
+    def is_full(self) -> bool:
+        """True when something must not be lost in a power cut."""
+        return bool(self.outcomes or self.returned)
+
+    def clear(self) -> None:
+        """It is written, or does not matter any more."""
+        self.outcomes, self.returned = [], []
+        self._progress.clear()
+
+    def settle(self, ended: Sequence[Ended], now: int) -> None:
+        """Turn what the pool says into outcomes to be written."""
+        for end in ended:
+            if end.kind == "unknown":       # after a deploy the child's code is newer
+                self.returned.append(end.run)
+                self._journal.run("unknown_task", end.run)
+                continue
+            task = self._tasks.get(end.run.name)
+            policy = task.policy if task else RetryPolicy()
+            self.outcomes.append(settle(end, policy, now, random.random()))
+            if end.error is not None:
+                self._journal.death(end)
+
+    def turn(self, worker: int, now: int, patience: float,
+             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
+        """Write all there is, and claim by `order`, in one step: all or nothing.
+
+        But one outcome that cannot be stored must not hold up the others for ever:
+        that run fails, and the rest is written.
+        """
+        while True:
+            try:
+                turned = self._store.turn(Turn(
+                    worker, self.outcomes, self.returned, stopped,
+                    tuple(self._progress.values()), order,
+                ), now, patience)
+                break
+            except OutcomeRefused as exc:
+                self._replace(exc, now)
+        for outcome in turned.stale:
+            self._journal.run("task_lost", outcome.run, reason="it was given away")
+        for outcome in turned.written:
+            self._journal.outcome(outcome)
+        self.clear()
+        return turned
+
+    def _replace(self, refused, now):
+        """Have the run fail; if not even that can be written, leave it to be reaped."""
+        runs = [outcome.run for outcome in self.outcomes]
+        place = runs.index(refused.outcome.run)
+        instead = fail_refused(refused, now)
+        self.outcomes[place : place + 1] = [instead] if instead else []
+        if instead is None:
+            self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
+
+
+# == Lookout ==================================================================
+# Owns when a worker does what: looks for work, does its chores, and tries again
+# what the database has refused.  Knows nothing of children.
+
+_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
+_ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
+
+
+class Lookout:
+    """Whether a look for work is worth it, how far the last one came, when is next.
+
+    A look only reads; a claim takes the write lock, and is made when a look has
+    found something, or when there is something to be written as well.
+    """
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict):
+        self._store, self._queues, self._tasks = store, settings.queues, tasks
+        self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
+        self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
+        if settings.rate_limit:
+            self._rates[""] = settings.rate_limit
+        self.news = True                # something may be there to claim
+        self.next_at: int | None = None     # when a task is due
+        self.round = Round()            # how far it was looked for
+        self._room = 0, 0               # of the pool, a turn ago
+        self._passed_over: set[str] = set()     # names that children do not know
+        self._version: tuple = ()       # of the data, at the last look
+
+    def order(self, worker: int, room: tuple[int, int], unknown: set[str],
+              short_names: set[str]) -> ClaimOrder | None:
+        """What could be claimed now; None without room.
+
+        More room than a turn ago is worth a look: the last one may have found what
+        needs a free child.  Whatever made the room.
+        """
+        self.news |= any(n > before for n, before in zip(room, self._room))
+        self._room = room
+        if not any(room):
+            return None
+        if self._passed_over != unknown:
+            self._passed_over, self.news = set(unknown), True
+        names: Any = self._tasks
+        if self._passed_over:
+            names = names.keys() - self._passed_over
+        return ClaimOrder(worker, self._queues, names, *room, short_names, self._rates,
+                          self._callbacks)
+
+    def look(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed | None]:
+        """(a claim is worth the lock, what was seen); None: no need to look."""
+        version = self._store.data_version()
+        self.news |= version != self._version or (self.next_at or now + 1) <= now
+        if not self.news and self.round.is_over:
+            return False, None
+        self._version = version
+        return self._store.peek(self.begin(order), now)
+
+    def begin(self, order: ClaimOrder) -> ClaimOrder:
+        """The order with where its round stands; what is new begins another."""
+        if self.news:
+            self.news, self.round = False, self.round.renewed()
+        return order._replace(round=self.round)
+
+    def learn(self, seen: Claimed) -> None:
+        """Keep what a look saw beside the runs it found."""
+        self.next_at, self.round = seen.next_at, seen.round
+
+    def expect(self, at: int | None) -> None:
+        """Something becomes due at this time."""
+        self.next_at = _earliest(self.next_at, at)
+
+    def seconds(self, now: int) -> float:
+        """Seconds until a look is worth it; infinite when only news can tell."""
+        if self.news or not self.round.is_over:
+            return 0.0
+        return math.inf if self.next_at is None else (self.next_at - now) / 1000
+
+    def is_done(self, now: int) -> bool:
+        """True when nothing is due, nor waits for a rate."""
+        return self.seconds(now) > 0 and not self.round.limited
 
 
 class Chore:
@@ -8294,70 +8431,18 @@ class Trouble:
             self._say(event, error=str(exc))
 
 
-class Outbox:
-    """What became of runs and is not in the database yet; kept until it is."""
+# == Worker ===================================================================
+# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
+# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
+# writer; nothing in it waits long.  A database that is locked, full or gone
+# means: keep the outcomes in hand, claim nothing, say so once, try again.
 
-    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
-        self._store, self._journal = store, journal
-        self._tasks = tasks                     # by name
-        self._progress = progress               # of the pool: by id, (run, text)
-        self.outcomes: list[Outcome] = []       # to be written
-        self.returned: list[Run] = []           # claimed, not begun, to be queued
-
-    @property
-    def is_full(self) -> bool:
-        """True when something must not be lost in a power cut."""
-        return bool(self.outcomes or self.returned)
-
-    def clear(self) -> None:
-        """It is written, or does not matter any more."""
-        self.outcomes, self.returned = [], []
-        self._progress.clear()
-
-    def settle(self, ended: Sequence[Ended], now: int) -> None:
-        """Turn what the pool says into outcomes to be written."""
-        for end in ended:
-            if end.kind == "unknown":       # after a deploy the child's code is newer
-                self.returned.append(end.run)
-                self._journal.run("unknown_task", end.run)
-                continue
-            task = self._tasks.get(end.run.name)
-            policy = task.policy if task else RetryPolicy()
-            self.outcomes.append(settle(end, policy, now, random.random()))
-            if end.error is not None:
-                self._journal.death(end)
-
-    def turn(self, worker: int, now: int, patience: float,
-             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
-        """Write all there is, and claim by `order`, in one step: all or nothing.
-
-        But one outcome that cannot be stored must not hold up the others for ever:
-        that run fails, and the rest is written.
-        """
-        while True:
-            try:
-                turned = self._store.turn(Turn(
-                    worker, self.outcomes, self.returned, stopped,
-                    tuple(self._progress.values()), order,
-                ), now, patience)
-                break
-            except OutcomeRefused as exc:
-                self._replace(exc, now)
-        for outcome in turned.stale:
-            self._journal.run("task_lost", outcome.run, reason="it was given away")
-        for outcome in turned.written:
-            self._journal.outcome(outcome)
-        self.clear()
-        return turned
-
-    def _replace(self, refused, now):
-        """Have the run fail; if not even that can be written, leave it to be reaped."""
-        runs = [outcome.run for outcome in self.outcomes]
-        place = runs.index(refused.outcome.run)
-        instead = fail_refused(refused, now)
-        self.outcomes[place : place + 1] = [instead] if instead else []
-        if instead is None:
-            self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
+_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
+_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
+_PRUNE_SECONDS = 60.0       # between two rounds of passes
+_REAP_SECONDS = 0.5         # between two looks for dead workers
+_REAP_PAUSE = 0.05          # … while there are more than one look is about
+_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
 
 
 def _stop_signals():
@@ -8464,19 +8549,10 @@ class Worker:
         self.stops = StopSignals()
         self.stop_by = 0.0              # monotonic: the end of a graceful stop
         self.fatal = ""                 # why it must end with status 1
-        self.next_at: int | None = None         # when a task is due
-        self.look = True                # something may be there to claim
-        self.round = Round()            # how far it was looked for
-        self._room = 0, 0               # what the pool had a turn ago
+        self.lookout = Lookout(self.store, self.settings, app.tasks)
         self.heard: list = []           # (child, descriptor) with something to read
         self._is_ready = False          # a child has imported the app
         self.trouble = Trouble(self.journal.say)
-        self._passed_over: set[str] = set()     # names that children do not know
-        self._data_version: tuple = ()
-        self._rates = {n: t.rate_limit for n, t in app.tasks.items() if t.rate_limit}
-        self._callbacks = {n: t.callbacks for n, t in app.tasks.items() if t.callbacks}
-        if self.settings.rate_limit:
-            self._rates[""] = self.settings.rate_limit
 
     # -- life
 
@@ -8551,9 +8627,7 @@ class Worker:
             return idle or 0 < self.stop_by <= time.monotonic()
         if not self.burst or not idle or not self._is_ready:
             return False
-        if self.look or self.round.limited or not self.round.is_over:
-            return False
-        return self.next_at is None or self.next_at > now_ms()
+        return self.lookout.is_done(now_ms())
 
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
@@ -8600,7 +8674,7 @@ class Worker:
         self.heard = []
         for key, _ in self.selector.select(self._patience()):
             if key.data == "ear":
-                self.look |= self.ear.drain()
+                self.lookout.news |= self.ear.drain()
                 self._hearing.due = 0       # it may be about a cancellation
             elif key.data == "signal":
                 self.stops.drain()
@@ -8617,10 +8691,7 @@ class Worker:
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
         if not self.stops.count and any(self.pool.room(at)):
-            if self.look or not self.round.is_over:
-                return 0
-            if self.next_at is not None:
-                longest = min(longest, (self.next_at - now_ms()) / 1000)
+            longest = min(longest, self.lookout.seconds(now_ms()))
         due = _earliest(self._crons.due, self.pool.next_timer())
         return max(0.0, min(longest, due - at))
 
@@ -8638,7 +8709,7 @@ class Worker:
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
         if not self.trouble.survives(at, self._transact, now, at):
-            self.look = True            # what it saw, it may not have claimed
+            self.lookout.news = True    # what it saw, it may not have claimed
         self.outbox.returned += self.pool.dispatch(at)
         self.trouble.do_chores(self.chores, now, at)
         self.fatal = self.fatal or self.trouble.fatal
@@ -8660,60 +8731,35 @@ class Worker:
         order = self._order(at)
         if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
             return
-        self.look |= bool(self.outbox.returned)
+        self.lookout.news |= bool(self.outbox.returned)
         turned = self.outbox.turn(
-            self.liveness.id, now, _BUSY_PATIENCE, order and self._in_round(order),
+            self.liveness.id, now, _BUSY_PATIENCE, order and self.lookout.begin(order),
         )
         for outcome in turned.written:
-            self.look |= bool(outcome.then)
+            self.lookout.news |= bool(outcome.then)
             if outcome.state == RETRYING:
-                self.next_at = _earliest(self.next_at, outcome.run_at)
+                self.lookout.expect(outcome.run_at)
         if turned.claimed:
             self._take_in(turned.claimed, now)
 
     def _order(self, at):
-        """What could be claimed now; None while stopping, or without room.
-
-        More room than a turn ago is worth a look: the last one may have found what
-        needs a free child.  Whatever made the room.
-        """
-        free, ahead = room = self.pool.room(at)
-        self.look |= any(n > before for n, before in zip(room, self._room))
-        self._room = room
-        if self.stops.count or free + ahead == 0:
-            return None
-        if self._passed_over != self.pool.starts.unknown:
-            self._passed_over, self.look = set(self.pool.starts.unknown), True
-        names = self.app.tasks
-        if self._passed_over:
-            names = names.keys() - self._passed_over
-        return ClaimOrder(
-            self.liveness.id, self.settings.queues, names, free, ahead,
-            self.pool.durations.short_names, self._rates, self._callbacks,
+        """What could be claimed now; None while stopping, or without room."""
+        pool = self.pool
+        order = self.lookout.order(
+            self.liveness.id, pool.room(at), pool.starts.unknown,
+            pool.durations.short_names,
         )
+        return None if self.stops.count else order
 
     def _wants(self, order, now):
         """True when it is worth taking the write lock just to claim."""
-        if order is None:
-            return False
-        version, before = self.store.data_version(), self._data_version
-        self.look |= version != before or (self.next_at or now + 1) <= now
-        if not self.look and self.round.is_over:
-            return False
-        self._data_version = version
-        found, seen = self.store.peek(self._in_round(order), now)
-        if not found:
+        found, seen = self.lookout.look(order, now) if order else (False, None)
+        if seen and not found:
             self._learn(seen, now)
         return found
 
-    def _in_round(self, order):
-        if self.look:
-            self.look, self.round = False, self.round.renewed()
-        return order._replace(round=self.round)
-
     def _learn(self, seen, now):
-        """Keep what a look saw beside the runs it found."""
-        self.next_at, self.round = seen.next_at, seen.round
+        self.lookout.learn(seen)
         if seen.waits is not None:
             self.outbox.returned += self.pool.make_way(seen.waits)
         self.journal.limited(seen.round.limited, now)
@@ -8724,7 +8770,7 @@ class Worker:
         self._learn(claimed, now)
         if claimed.runs:
             self.pool.take(claimed.runs)
-            self.look = True                # then perhaps there is more
+            self.lookout.news = True        # then perhaps there is more
         for run in claimed.runs:
             if run.timeout is None:
                 run.timeout = self.settings.timeout
@@ -8758,7 +8804,7 @@ class Worker:
 
     def _reap(self, now):
         for lost in self.liveness.reap_dead(now):
-            self.look = True
+            self.lookout.news = True
             self.journal.lost(lost)
         if self.liveness.is_behind:
             self._reaping.due = time.monotonic() + _REAP_PAUSE
@@ -8774,7 +8820,7 @@ class Worker:
 
     def _fire_crons(self, now):
         fired, wait = self.scheduler.fire(now)
-        self.look |= fired
+        self.lookout.news |= fired
         self._crons.due = time.monotonic() + wait
 
     def _prune(self, now):
@@ -8785,7 +8831,7 @@ class Worker:
 
     def _mind_clock(self, _=None):
         # Not by the time of the turn: it may have waited long for a lock since then.
-        self.look |= self.upkeep.mind_clock(now_ms(), time.monotonic())
+        self.lookout.news |= self.upkeep.mind_clock(now_ms(), time.monotonic())
 
 
 # == Reports ==================================================================

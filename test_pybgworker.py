@@ -7011,7 +7011,7 @@ class Upkeeps(QueueCase):
             self.sql("delete from bg_meta where name = 'clock'")
 
 
-# == Worker ===================================================================
+# == Settling =================================================================
 
 
 class Settling(unittest.TestCase):
@@ -7146,6 +7146,101 @@ class Outboxes(QueueCase):
             self.assertEqual(self.log.read_text().count("callback_error"), count)
 
 
+# == Lookout ==================================================================
+
+
+class Lookouts(unittest.TestCase):
+
+    class Data:
+        """A store of which only the version matters, and what a look would see."""
+
+        def __init__(self):
+            self.version, self.looks, self.seen = 1, 0, (False, None)
+
+        def data_version(self):
+            return self.version
+
+        def peek(self, order, now):
+            self.looks += 1
+            return self.seen
+
+    def setUp(self):
+        self.data = self.Data()
+        settings = App(rate_limit="5/s").settings
+        self.tasks = {"t": mock.Mock(rate_limit=None, callbacks=0),
+                      "u": mock.Mock(rate_limit=2.0, callbacks=3)}
+        self.lookout = pybgworker.Lookout(self.data, settings, self.tasks)
+        self.see()
+
+    def see(self, found=False, next_at=None, after=None, **limited):
+        round_ = pybgworker.Round(after, limited)
+        self.data.seen = found, pybgworker.Claimed([], next_at, round_)
+
+    def look(self, now=1000, room=(1, 0), unknown=()):
+        """True when it has looked."""
+        before = self.data.looks
+        order = self.lookout.order(1, room, set(unknown), set())
+        if order:
+            found, seen = self.lookout.look(order, now)
+            if seen:
+                self.lookout.learn(seen)
+        return self.data.looks > before
+
+    def test_it_looks_once_and_then_only_for_a_reason(self):
+        def nothing():
+            pass
+
+        for reason, happens, then in (
+            ("somebody committed", lambda: setattr(self.data, "version", 2), {}),
+            ("a datagram", lambda: setattr(self.lookout, "news", True), {}),
+            ("a task is due", lambda: self.lookout.expect(1000), {}),
+            ("more free children", nothing, {"room": (2, 0)}),
+            ("more places in pipes", nothing, {"room": (1, 1)}),
+            ("other names", nothing, {"unknown": {"t"}}),
+        ):
+            with self.subTest(reason):
+                self.setUp()
+                self.assertEqual([self.look(), self.look()], [True, False])
+                happens()
+                self.assertTrue(self.look(**then))
+        self.setUp()
+        self.assertFalse(self.look(room=(0, 0)))
+        self.assertTrue(self.look(room=(1, 0)), "it was never looked for")
+
+    def test_what_a_round_has_not_reached_is_looked_for_at_once(self):
+        self.see(after=("q", "n"))
+        self.assertEqual([self.look(), self.lookout.seconds(1000), self.look()],
+                         [True, 0.0, True])
+        self.see()
+        self.assertTrue(self.look())
+        self.assertFalse(self.look())
+        self.assertEqual(self.lookout.seconds(1000), float("inf"))
+
+    def test_it_is_done_when_nothing_is_due_and_nothing_waits_for_a_rate(self):
+        self.assertFalse(self.lookout.is_done(1000))
+        self.look()
+        self.assertTrue(self.lookout.is_done(1000))
+        self.see(next_at=2500)
+        self.lookout.news = True
+        self.look()
+        self.assertEqual((self.lookout.is_done(1000), self.lookout.seconds(1000)),
+                         (True, 1.5))
+        self.assertFalse(self.lookout.is_done(2500))
+        self.see(next_at=9000, u=9000)
+        self.lookout.news = True
+        self.look()
+        self.assertFalse(self.lookout.is_done(1000))
+
+    def test_an_order_says_what_is_known_and_which_limits_there_are(self):
+        order = self.lookout.order(7, (2, 3), {"t"}, {"u"})
+        self.assertEqual((order.worker, order.free, order.ahead, set(order.names)),
+                         (7, 2, 3, {"u"}))
+        self.assertEqual((order.rates, order.callbacks), ({"u": 2.0, "": 5.0}, {"u": 3}))
+
+
+# == Worker ===================================================================
+
+
 class Workers(Served):
 
     def started(self, **settings):
@@ -7206,12 +7301,12 @@ class Workers(Served):
 
     def test_a_limit_and_a_countdown_wait_no_longer_when_the_clock_is_set_back(self):
         worker = self.started()
-        worker._rates["tasks.add"] = 1 / 60
+        worker.lookout._rates["tasks.add"] = 1 / 60
         clock = self.set_the_clock(0)
         first, second = [self.tasks.add.delay(1, n) for n in range(2)]
         self.turn_until(worker, first.ready, clock)
         later = self.tasks.echo.options(countdown=1).delay("x")
-        self.turn_until(worker, lambda: worker.round.limited and worker.round.is_over,
+        self.turn_until(worker, lambda: worker.lookout.round.limited and worker.lookout.round.is_over,
                         clock)
         clock = self.set_the_clock(-1 / 12)
         self.turn_until(worker, lambda: second.ready() and later.ready(), clock)
@@ -7250,7 +7345,7 @@ class Workers(Served):
         self.tasks.nap.delay(0.6)
         until(lambda: worker.step(pybgworker.now_ms()) or worker.pool.running())
         self.tasks.add.options(countdown=0.01).delay(1, 2)
-        worker.next_at = pybgworker.now_ms() + 10       # it has seen it
+        worker.lookout.next_at = pybgworker.now_ms() + 10       # it has seen it
         worker.stops.count, turns, end = 1, 0, time.monotonic() + 0.3
         while time.monotonic() < end:
             worker.wait()
@@ -7303,7 +7398,7 @@ class Workers(Served):
         self.sql("delete from bg_worker")
         result = self.tasks.once.delay("x")
         worker.chores = []                  # also without a heartbeat
-        worker.look = True                  # its address went with its row
+        worker.lookout.news = True                  # its address went with its row
         self.turn_until(worker, result.ready)
         self.assertEqual((result.status, result.attempt), ("success", 1))
         self.assertNotEqual(worker.liveness.id, old)
@@ -7313,7 +7408,7 @@ class Workers(Served):
         self.sql("update bg_task set state = 2 where state = 3")
         self.sql("delete from bg_worker")
         again = self.tasks.once.options(priority=1).delay("y")
-        worker.look = True
+        worker.lookout.news = True
         worker._beat(pybgworker.now_ms())
         self.turn_until(worker, again.ready)
         self.assertEqual((again.status, again.attempt), ("success", 1))
@@ -7516,7 +7611,7 @@ class Workers(Served):
                 held = self.tasks.hold.options(retries=0).delay()
                 self.turn_until(worker, lambda: self.lines("held"))
                 waits = self.tasks.once.delay(how)      # needs a free child
-                self.turn_until(worker, lambda: not worker.look)
+                self.turn_until(worker, lambda: not worker.lookout.news)
                 self.assertEqual(waits.status, "queued")
 
                 freed_at = time.monotonic()
@@ -7621,12 +7716,12 @@ class Workers(Served):
         self.turn_until(worker, lambda: worker._is_ready)
         self.fill(1000, "'q' || i", "'unknown'")
         worker.step(pybgworker.now_ms())        # the round has begun without it
-        self.assertFalse(worker.round.is_over)
+        self.assertFalse(worker.lookout.round.is_over)
         worker.ear.close()
         result = self.tasks.add.options(queue="a", priority=9).delay(1, 2)
         for _ in range(60):
             if not worker.pool.in_hand():
-                self.assertEqual(worker.round.is_over or worker._patience(), 0)
+                self.assertEqual(worker.lookout.round.is_over or worker._patience(), 0)
                 worker.step(pybgworker.now_ms())
         self.assertEqual(worker.pool.in_hand(), 1)
         self.turn_until(worker, result.ready)
