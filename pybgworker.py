@@ -1782,10 +1782,6 @@ class Guard:
         """True when the file was deleted."""
         return self._file.is_nameless()
 
-    def is_away(self, path: str) -> bool:
-        """True when the file lives, but not there: renamed, or not mounted now."""
-        return not self.is_useless() and _file_identity(path) is None
-
     def close(self) -> None:
         """Of a deleted file; or of the parent's, where nothing is open yet."""
         self._file.close()
@@ -1857,9 +1853,9 @@ class Forks:
             self.check(link.identity, path)
 
     def is_away(self, identity: tuple) -> bool:
-        """True when the whole database has left its place, and may come back."""
-        guard = self._guards.get(identity)
-        return guard is not None and guard.is_away(self._files[identity])
+        """True when the whole database has left its place, and lives: see _reopen()."""
+        return _file_identity(self._files[identity]) is None and any(
+            os.fstat(fd).st_nlink for fd in _descriptors().get(identity, ()))
 
     @contextlib.contextmanager
     def closing(self, link: _Link):
@@ -2023,6 +2019,7 @@ class _Wal:
 
     def __init__(self, path):
         self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
+        self._identity = _file_identity(path)
         self._wal = _file_identity(self._path)
         self._shm = _file_identity(self._shm_path)
 
@@ -2037,12 +2034,16 @@ class _Wal:
         """True if SQLite would read this -wal together with that file."""
         return self._wal is not None and self._wal == _file_identity(path + "-wal")
 
+    def is_replaced(self):
+        """True when another file lies there, and perhaps another -wal."""
+        return _file_identity(self._file) not in (None, self._identity)
+
     def is_stale(self):
         """True when both were deleted beside the file: others may have moved on.
 
         Where it is the -wal alone, SQLite saves what is in it.
         """
-        return _file_identity(self._file) is not None and \
+        return _file_identity(self._file) == self._identity and \
             self._shm not in (None, _file_identity(self._shm_path))
 
 
@@ -2088,9 +2089,10 @@ class _Link:
             return
         if self.is_open:            # what a cursor holds open would stay a transaction
             self.roll_back()
-        if self.wal is not None and self.wal.is_stale():
-            _forks.refused[self.identity] = _WAL_LOST
-            self.leak()         # it would move a stale -wal over what is new
+        if self.wal is not None and (self.wal.is_replaced() or self.wal.is_stale()):
+            if self.wal.is_stale():
+                _forks.refused[self.identity] = _WAL_LOST
+            self.leak()         # a close would delete, or overwrite, what is newer
             return
         self.is_closed = True
         with _forks.using(), _forks.closing(self), contextlib.suppress(sqlite3.Error):
@@ -2278,6 +2280,10 @@ _MIGRATIONS = (_SCHEMA,)
 _REENTERED = (
     "database {}: this thread is in the middle of a transaction: a signal handler may "
     "have interrupted it; let the handler set a flag instead"
+)
+_GONE = (
+    "database {}: it is gone: deleted, moved, or on a disk that is not mounted: bring "
+    "it back, or start anew with a new process"
 )
 _NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
 _WAKE_WORKERS = 32                  # how many are sent a hint
@@ -2524,21 +2530,26 @@ class Database:
         return link
 
     def _reopen(self, link):
-        """The file was replaced: a write to the old one would vanish with it."""
-        if not self.follow and link.identity != _file_identity(self.name):
+        """The file was replaced: a write to the old one would vanish with it.
+
+        One that is away may come back as it was: a disk, a folder that was renamed.
+        """
+        path = os.path.realpath(self.name)          # a link may lead elsewhere now
+        found = _file_identity(path)
+        if found is None:
+            raise DatabaseUnavailable(_GONE.format(self.path))
+        if not self.follow and found != link.identity:
             raise DatabaseUnusable(
-                f"database {self.path}: the file was replaced or deleted while in "
-                "use: start the worker again"
+                f"database {self.path}: the file was replaced while in use: start the "
+                "worker again"
             )
-        self.path = os.path.realpath(self.name)     # a link may lead elsewhere now
-        is_replaced = _file_identity(self.path) not in (None, link.identity)
-        if is_replaced and link.wal.lies_before(self.path):
+        self.path = path
+        if found != link.identity and link.wal.lies_before(self.path):
             raise DatabaseUnusable(
                 f"database {self.path}: the file was replaced, and the -wal of the old "
                 "one lies before it, which may destroy it: stop all programs that use "
                 "it, put the file in place again, delete its -wal and -shm"
             )
-        self._local.link = None
         link.close()
         self._local.link = link = self._open()
         return link
@@ -2586,9 +2597,7 @@ class Database:
             os.stat(self.path)
         except FileNotFoundError:
             raise DatabaseUnavailable(
-                f"database {self.path}: it is gone: deleted, moved, or on a disk that "
-                "is not mounted: bring it back, or start anew with a new process"
-                if self.path in _known_paths else
+                _GONE.format(self.path) if self.path in _known_paths else
                 f"there is no database {self.path}: name one with --db or PYBGWORKER_DB"
             ) from None
         except OSError as exc:
@@ -5818,7 +5827,7 @@ class Guardian:
         self._pid = 0
 
 
-def _open_live(path):
+def _open_live(path, may_create):
     """Open, or make, DATABASE-live for exactly those who may write the database.
 
     Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
@@ -5830,8 +5839,9 @@ def _open_live(path):
         database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
     writers = database.st_mode & 0o222
     mode = 0o600 | writers | writers << 1
+    create = os.O_CREAT if may_create else 0
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
                      | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise DatabaseUnavailable(
@@ -5868,22 +5878,38 @@ class LiveFile:
 
     _open: dict[tuple | None, LiveFile] = {}        # by device and inode
 
-    def __init__(self, path: str):
-        self._fd = _open_live(path)
+    def __init__(self, path: str, may_create: bool = True):
+        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
         self._pid = os.getpid()
         self._held: set[int] = set()
         # Fits an integer of SQLite; unique while one of those who lock it lives.
         self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
 
     @classmethod
-    def of(cls, path: str) -> LiveFile:
+    def of(cls, path: str, may_create: bool = True) -> LiveFile:
         """The one instance for this file in this process, by whatever name."""
         known = cls._open.get(_file_identity(path))
         if known is None or known._pid != os.getpid():
-            known = cls(path)
+            cls._close_removed()
+            known = cls(path, may_create)
             found = os.fstat(known._fd)
             cls._open[found.st_dev, found.st_ino] = known
         return known
+
+    @classmethod
+    def _close_removed(cls):
+        """Nobody asks for what lies in a removed file, once we hold nothing there."""
+        for identity, known in list(cls._open.items()):
+            with contextlib.suppress(OSError):
+                if not (known._held or os.fstat(known._fd).st_nlink):
+                    close_fd(known._fd)
+                    del cls._open[identity]
+
+    def hold_only_here(self, worker: int) -> None:
+        """Drop its lock in a file that was removed: its row tells of this one."""
+        for other in list(self._open.values()):
+            if other is not self and other._path == self._path:
+                other.drop(worker)
 
     def hold(self, worker: int) -> bool:
         """Lock our byte.  False: it is somebody else's, so no proof that we live."""
@@ -7788,13 +7814,13 @@ _REAP_WORKERS = 10          # … and those of them whose runs it gives back
 
 def judge_of(store: Store) -> Callable[[WorkerRow], bool]:
     """A function that tells of a worker's row whether the kernel knows it is dead."""
-    path = store.path + "-live"
-    if fcntl is None or not os.path.exists(path):
+    if fcntl is None:
         return lambda row: False
     try:
-        locks, machine = LiveFile.of(path), (socket.gethostname(), boot_id())
-    except DatabaseUnavailable:         # not ours to open: the heartbeat has to do
+        locks = LiveFile.of(store.path + "-live", may_create=False)
+    except DatabaseUnavailable:         # none, or not ours: the heartbeat has to do
         return lambda row: False
+    machine = socket.gethostname(), boot_id()
     return lambda row: is_surely_dead(row, locks, machine)
 
 
@@ -7836,11 +7862,15 @@ class Liveness:
         """Write a heartbeat.  False: we were taken for dead and reaped.
 
         If somebody has removed the file of locks, lock our byte in the new one.
+        But none is made in place of a database that is away.
         """
+        is_there = os.path.exists(self.store.path)
         with contextlib.suppress(DatabaseUnavailable):  # then beats have to do
-            self._locks = LiveFile.of(self.store.path + "-live")
+            self._locks = LiveFile.of(self.store.path + "-live", is_there)
         live = self._locks.number if self._locks.hold(self.id) else 0
-        return self.store.beat(self.id, running, live, now)
+        alive = self.store.beat(self.id, running, live, now)
+        self._locks.hold_only_here(self.id)
+        return alive
 
     def leave(self) -> None:
         """Take the entry off, and the lock."""
@@ -8642,6 +8672,7 @@ class Worker:
             self.outbox.turn(worker, now, _STOP_PATIENCE, stopped=interrupted)
             self.liveness.leave()
         except DatabaseUnavailable as exc:      # the others will reap us
+            back = 0
             self.journal.say("database_error", error=str(exc))
             self.liveness.forsake()
         own, childrens = cpu_seconds()

@@ -983,10 +983,58 @@ class Promises(Served):
     def test_a_worker_whose_file_is_replaced_ends(self):
         worker = self.worker()
         worker.wait_for("worker_ready")
-        os.rename(self.db, self.folder / "old.db")
+        App(db=str(self.folder / "new.db")).store.create()
+        os.rename(self.folder / "new.db", self.db)
 
         self.assertEqual(worker.wait(), 1)
-        self.assertIn("replaced or deleted", "".join(worker.errors))
+        self.assertIn("the file was replaced", "".join(worker.errors))
+
+    def on_a_disk(self):
+        """Have the database in a folder that can be taken away."""
+        disk = self.folder / "disk"
+        disk.mkdir()
+        self.db = disk / "queue.db"
+        self.app.store.close()
+        self.app = pybgworker._default_app
+        pybgworker.configure(db=str(self.db))
+        return disk, self.folder / "away"
+
+    def test_a_database_that_is_away_for_a_while_costs_no_run(self):
+        disk, away = self.on_a_disk()
+        worker = self.worker("--concurrency", 1, "--heartbeat-interval", "0.1")
+        result = self.tasks.once.delay("first")
+        nap = self.tasks.nap.options(retries=0).delay(0.3)
+        self.wait_lines("nap")
+        os.rename(disk, away)
+        disk.mkdir()                            # the empty mount point
+        worker.wait_for("database_error")
+        worker.wait_for("heartbeat_error")
+        self.wait_lines("nap.end")
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
+            self.tasks.add.delay(1, 2)
+        self.assertEqual(os.listdir(disk), [])
+        disk.rmdir()
+        os.rename(away, disk)
+
+        self.assertEqual(self.get(nap), "slept")
+        self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+        self.assertEqual(result.status, "success")
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_stop_claims_no_hand_back_that_it_could_not_write(self):
+        disk, away = self.on_a_disk()
+        worker = self.worker("--concurrency", 1)
+        nap = self.tasks.nap.delay(30)
+        self.wait_lines("nap")
+        os.rename(disk, away)
+        worker.signal(signal.SIGTERM)
+        worker.signal(signal.SIGINT)
+
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(worker.find("worker_stop")["handed_back"], 0)
+        os.rename(away, disk)
+        self.assertEqual(nap.status, "running")
 
     def test_a_worker_that_was_given_up_kills_its_runs(self):
         flags = ("--concurrency", 1, "--heartbeat-interval", "0.2", "--worker-timeout", 1)
@@ -2365,6 +2413,7 @@ class Databases(Case):
                     use()
         self.assertEqual(os.listdir(inside), [])
         (inside / "queue.db").touch()           # nor is an empty file filled
+        app.store.follow = True                 # unlike a worker, which ends
         with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "no queue in it"):
             app.send("t")
         shutil.rmtree(inside)
@@ -2385,6 +2434,30 @@ class Databases(Case):
             with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
                 app.send("t")
             self.assertFalse(path.exists())
+
+    def test_a_database_may_leave_its_place_and_come_back(self):
+        """What is committed meanwhile goes with it."""
+        disk, away = self.folder / "disk", self.folder / "away"
+        disk.mkdir()
+        app = App(db=str(disk / "queue.db"))
+        app.send("t")
+        with app.store.write() as link:
+            link.connection.execute("update bg_task set name = 'u'")
+            os.rename(disk, away)
+        for _ in range(2):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
+                app.send("t")
+            os.mkdir(disk)                      # as a mount point shows itself
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
+                app.send("t")
+            self.assertEqual(os.listdir(disk), [])
+            os.rename(away, disk)
+            self.assertEqual(app.send("t").id, _ + 2)
+            os.rename(disk, away)
+        os.rename(away, disk)
+        self.assertEqual([row.name for row in app.store.tasks()], ["t", "t", "u"])
+        app.store.close()
+        self.assertEqual(os.listdir(disk), ["queue.db"])
 
     def in_a_mount_namespace(self, code):
         """Run a program that may mount; skip the test where that is not allowed."""
@@ -5140,6 +5213,24 @@ class Processes(Case):
         self.assertTrue(pybgworker.LiveFile.of(path).is_held(1))
         pybgworker.LiveFile.of(path).drop(1)
         self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
+
+    def test_a_file_of_locks_that_is_removed_leaves_no_descriptor_open(self):
+        path, other = str(self.folder / "live"), str(self.folder / "other")
+        pybgworker.LiveFile.of(other).hold(1)           # another queue's worker 1
+        count = []
+        for _ in range(5):
+            locks = pybgworker.LiveFile.of(path)
+            locks.hold(1)
+            locks.hold_only_here(1)
+            pybgworker.LiveFile.of(path, may_create=False)
+            count.append(len(os.listdir("/dev/fd")))
+            os.unlink(path)
+        with self.assertRaises(pybgworker.DatabaseUnavailable):
+            pybgworker.LiveFile.of(path, may_create=False)
+        self.assertFalse(os.path.exists(path))
+        self.assertLessEqual(max(count) - count[0], 1)
+        self.assertTrue(pybgworker.LiveFile.of(other)._held)
+        pybgworker.LiveFile.of(other).drop(1)
 
     def test_the_live_file_is_for_those_who_may_write_the_database(self):
         live = f"{self.db}-live"
