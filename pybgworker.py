@@ -7989,6 +7989,67 @@ class Wishes:
 # Owns the words of the worker's log: which event says what, with which fields.
 
 
+class Event(NamedTuple):
+    """One row of EVENTS, and of the README's table."""
+
+    fields: str         # further ones than those that all events have
+    meaning: str
+
+
+_ENDS = "how a run ended, said after its commit"
+
+# Each has `worker`; those of a run have task_id, name and attempt as well.
+EVENTS = {
+    "worker_start": Event(
+        "pid db concurrency queues durability tasks schedules", "what it serves"),
+    "worker_ready": Event("children", "the first child has imported the app"),
+    "worker_stopping": Event(
+        "running patience tasks",
+        "the first signal: which tasks are waited for, how many seconds at most"),
+    "worker_stop": Event(
+        "handed_back cpu children_cpu error",
+        "the end; with `error`, its own crash: its runs are charged, as after a kill"),
+    "scheduler_start": Event("schedules", "so many schedules are served"),
+    "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
+    "cron_missed": Event(
+        "schedule expr ticks misfire overlap clock_set_back",
+        "ticks left out: missed, or the run before is unfinished"),
+    "cron_error": Event(
+        "schedule expr error", "a schedule's row cannot be read: it starts anew"),
+    "clock_leap": Event(
+        "seconds in_doubt",
+        "the clock was set by over an hour; in doubt: nothing is deleted yet"),
+    "task_start": Event("", "a run began"),
+    "task_success": Event("duration", _ENDS),
+    "task_retry": Event("duration kind error retry_at", _ENDS),
+    "task_failure": Event("duration kind error traceback", _ENDS),
+    "task_cancelled": Event("duration", _ENDS),
+    "task_timeout": Event(
+        "duration timeout stack",
+        "its time limit was reached; what follows comes after"),
+    "task_crash": Event(
+        "duration signal exit_code error stack",
+        "its child died; what follows comes after"),
+    "task_lost": Event(
+        "state reason",
+        "a run of a dead worker, given away, or whose end cannot be stored at all"),
+    "unknown_task": Event(
+        "", "a child does not know it: handed back, and left to workers that do"),
+    "child_error": Event(
+        "pid error", "a child in trouble outside of any run: it is replaced"),
+    "output": Event(
+        "text",
+        "what a task printed, also from C code; 64,000 characters a run are kept"),
+    "rate_limited": Event("until", "a name waits for its rate"),
+    "callback_error": Event(
+        "callback error", "an `on_success` or `on_failure` has failed for good"),
+    "heartbeat_error": Event("error", "as database_error, about the sign of life"),
+    "database_error": Event(
+        "error", "locked, full or gone: said once an episode; the worker goes on"),
+    "log_dropped": Event("lines", "the reader of the log was too slow for these"),
+}
+
+
 class Journal:
     """Writes the events of one worker."""
 
