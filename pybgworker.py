@@ -57,6 +57,7 @@ if __name__ == "__main__" \
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import _socket
+import _thread
 import atexit
 import base64
 import bisect
@@ -64,6 +65,7 @@ import calendar
 import codecs
 import collections
 import contextlib
+import contextvars
 import errno
 import functools
 import heapq
@@ -5508,7 +5510,7 @@ class CurrentTask:
 
     def set_progress(self, percent: float, message: str | None = None) -> None:
         """Show how far the task has come, in AsyncResult.progress and `show`."""
-        self._report(_check_number("percent", percent, 0, 100), message)
+        self._report(self, _check_number("percent", percent, 0, 100), message)
 
 
 _current_task: CurrentTask | None = None
@@ -6286,27 +6288,38 @@ def standard_streams() -> tuple:
 class Surroundings:
     """What a task may change of its process, as the app's import has left it.
 
-    The next task in this child shall find it so again.  Compared after each run
-    and written only where it differs: 3 µs.  Not by signal.getsignal(), which looks
-    for an enum and takes as long as all the rest.
+    The next task in this child shall find it so again.  What is cheap is compared
+    after each run, and written only where it differs: 3 µs.  The rest takes 20, so it
+    is put right while no run waits, and after each that lasted: see Child.main.
+    Not by signal.getsignal(), which looks for an enum and takes as long as all else.
     """
 
     def __init__(self, handlers: dict):
-        # Of signals: the child's own, whatever the app has set, and two of the app's.
-        self._handlers = {
-            number: _signal.getsignal(number)
-            for number in (signal.SIGCHLD, signal.SIGPIPE)
-            if _signal.getsignal(number) is not None
-        }
+        # Of signals: the child's own, whatever the app has set, and the app's.
+        numbers = range(1, max(signal.valid_signals()) + 1)
+        self._handlers = {number: _signal.getsignal(number) for number in numbers}
         self._handlers.update(handlers)
+        self._often = {
+            number: self._handlers[number]
+            for number in (signal.SIGCHLD, signal.SIGPIPE, *handlers)
+        }
+        self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ()) - handlers.keys()
+        self._timers = [
+            timer for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+            if not any(signal.getitimer(timer))     # else the app profiles itself
+        ]
         self._environ = os.environ
         self._streams = standard_streams()
+        self._descriptors = [(own, fd) for fd in range(3) if (own := _copy(fd)) > 0]
         self._folder = self._here()
         self._environment = os.environ.copy()
         self._raw = dict(self._raw_environment())
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         self._depth = sys.getrecursionlimit()
+        self._timeout = _socket.getdefaulttimeout()
+        self._limits = _soft_limits()
+        self._decimal = _decimal_context()
 
     def _here(self):
         try:
@@ -6318,16 +6331,24 @@ class Surroundings:
         """The encoded pairs behind os.environ: compared in 1 µs, not in 20."""
         return getattr(self._environ, "_data", self._environ)
 
-    def restore(self) -> None:
+    def context(self) -> contextvars.Context:
+        """The context variables for a run, which keeps its changes to itself."""
+        context = contextvars.copy_context()
+        if self._decimal:
+            variable, value = self._decimal
+            context.run(variable.set, value.copy())
+        return context
+
+    def restore(self, streams: tuple) -> None:
         """Undo what the task left behind.  Never raises."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._handlers.items():
-            if _signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-        if standard_streams() != self._streams:
+        self._restore_handlers(self._often)
+        if streams != self._streams:
             sys.stdin, sys.stdout, sys.stderr = self._streams
         if sys.getrecursionlimit() != self._depth:
             sys.setrecursionlimit(self._depth)
+        if _socket.getdefaulttimeout() != self._timeout:
+            _socket.setdefaulttimeout(self._timeout)
         os.umask(self._umask)
         if self._here() != self._folder:
             with contextlib.suppress(OSError):
@@ -6336,6 +6357,67 @@ class Surroundings:
         if self._raw_environment() != self._raw:
             os.environ.clear()
             os.environ.update(self._environment)
+
+    def _restore_handlers(self, handlers):
+        """True when there was something to do."""
+        touched = False
+        for number, handler in handlers.items():
+            if _signal.getsignal(number) is not handler and handler is not None:
+                set_signal(number, handler)
+                touched = True
+        return touched
+
+    def restore_rest(self) -> bool:
+        """… and what takes longer to look at.  True: it was a signal.  Never raises."""
+        for timer in self._timers:
+            signal.setitimer(timer, 0)
+        touched = self._restore_handlers(self._handlers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for limit, soft in self._limits:
+            now, hard = resource.getrlimit(limit)
+            if now != soft:
+                with contextlib.suppress(ValueError, OSError):  # above the hard one
+                    resource.setrlimit(limit, (soft, hard))
+        with contextlib.suppress(OSError):      # it has closed all: our connection too
+            for own, fd in self._descriptors:
+                os.dup2(own, fd)
+            os.set_blocking(1, True)            # of the pipe, which others share
+        return touched
+
+    def leave(self) -> None:
+        """In a forked process: let go of what was kept for the next task here."""
+        for own, _ in self._descriptors:
+            with contextlib.suppress(OSError):
+                close_fd(own)
+        self._descriptors = []
+
+
+def _copy(fd):
+    try:
+        return os.dup(fd)
+    except OSError:                     # it is closed
+        return -1
+
+
+def _soft_limits():
+    """(number, soft limit) of all limits that this system has."""
+    numbers = {getattr(resource, n) for n in dir(resource) if n[:7] == "RLIMIT_"}
+    found = []
+    for number in numbers:
+        with contextlib.suppress(OSError, ValueError):
+            found.append((number, resource.getrlimit(number)[0]))
+    return found
+
+
+def _decimal_context():
+    """(variable, copy of its value) of the decimal context, once somebody has used it.
+
+    A copied context shares the value, which is changed in place.
+    """
+    for variable, value in contextvars.copy_context().items():
+        if variable.name == "decimal_context":
+            return variable, value.copy()
+    return None
 
 
 def run_coroutine(coroutine: types.CoroutineType) -> Any:
@@ -6378,6 +6460,13 @@ class Wire:
         self._lock = threading.RLock()
         self._sender = 0            # ident of the thread that is writing one
         self._outbox: collections.deque = collections.deque()   # to be written
+
+    def receive_now(self) -> bytes | None:
+        """The frame that is there; None: there is none, or it has to be waited for."""
+        try:
+            return self.frames.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
+        except OSError:
+            return None
 
     def receive(self) -> bytes:
         """Wait for a frame; empty: the worker has closed its end, or is gone."""
@@ -6451,7 +6540,10 @@ class Child:
         self.main_thread = own_ident()
         self.run_id = 0             # of the current run; 0: none
         self.attempt = 0
-        self.printed = 0            # characters of the current run
+        self.printed = [0, 0]       # characters of the current run, of threads left
+        self.own_threads: set = set()       # the app's, and the main thread
+        self.left_over: set = set()         # threads of runs that are over
+        self.surroundings: Any = None       # once the app is imported
         self.interruptible = False  # True while code of the task runs
         self.forking = 0            # threads that are in the middle of os.fork()
         self.pending: BaseException | None = None   # to be raised after a send, fork
@@ -6478,16 +6570,23 @@ class Child:
         import gc
 
         gc.freeze()         # what is imported will never be garbage
+        self._watch_crashes()
         self.surroundings = Surroundings(self.handlers)
-        self.surroundings.restore()
+        self.surroundings.restore(standard_streams())
+        self.own_threads = set(threading.enumerate())
         self._send(_READY, _to_json(list(self.app.tasks)).encode())
+        lasted = False              # the run before
         while True:
-            frame = self.wire.receive()
+            frame = self.wire.receive_now()
+            if (frame is None or lasted) and self.surroundings.restore_rest():
+                self._watch_crashes()
+            if frame is None:
+                frame = self.wire.receive()
             if not frame:
                 gc.unfreeze()       # or open files would not be flushed at the exit
                 self.wire.keep_open()
                 return
-            self._serve(frame)
+            lasted = self._serve(frame) > _SPAWN_SECONDS
 
     def _let_go(self):
         """At the very end: what the app has made ends with it, so files are flushed.
@@ -6497,14 +6596,20 @@ class Child:
         for app in (self.app, _default_app):
             app.tasks.clear()
 
-    def _prepare(self):
-        import atexit
+    def _watch_crashes(self):
+        """Also again, when an app or a task has put its own handlers in the place."""
         import faulthandler
 
+        faulthandler.disable()
+        faulthandler.enable(file=self.spec.crash, all_threads=True)
+        faulthandler.unregister(signal.SIGUSR2)
+        faulthandler.register(signal.SIGUSR2, file=self.spec.crash, all_threads=True)
+
+    def _prepare(self):
+        import atexit
+
         atexit.register(self._let_go)       # the first to come is the last to go
-        crash = os.fdopen(self.spec.crash, "wb", buffering=0)
-        faulthandler.enable(file=crash, all_threads=True)
-        faulthandler.register(signal.SIGUSR2, file=crash, all_threads=True)
+        self._watch_crashes()
         # Whoever started the worker may have ignored or blocked what tasks rely on.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -6527,6 +6632,7 @@ class Child:
         self.streams = out, err = TaskStream(self.print, 1), TaskStream(self.print, 2)
         sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
         sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
+        self.plain_streams = standard_streams()
 
     def _before_fork(self):
         """Hold back signals that our handlers would swallow in the new process."""
@@ -6553,6 +6659,8 @@ class Child:
                 )
         for stream in self.streams:
             stream.forget()
+        if self.surroundings:
+            self.surroundings.leave()
         self.wire.close()
         self._after_fork()
 
@@ -6572,7 +6680,7 @@ class Child:
         head, _, text = frame.partition(b"\n")
         # As text: of bytes, json would ask first in which encoding they are.
         self.run_id, name, self.attempt, timeout, tick = json.loads(head.decode())
-        self.printed = 0
+        self.printed = [0, 0]
         self.interrupt = self.pending = None
         started_at = now_ms()
         start = time.perf_counter()
@@ -6592,6 +6700,7 @@ class Child:
         self._end_output(duration)
         self._send(*message, started_at, duration)
         self.run_id = 0
+        return duration
 
     def _end_output(self, seconds):
         """What this run has printed is its own; what comes later may not be."""
@@ -6605,6 +6714,8 @@ class Child:
         except OSError as exc:
             self.wire.end_if_closed(exc)
             raise
+        if _thread._count() or self.left_over:
+            self.left_over = set(threading.enumerate()) - self.own_threads
         if seconds > _SPAWN_SECONDS or self.strays:
             strays = others_write_here()
             if strays != self.strays:
@@ -6642,20 +6753,21 @@ class Child:
 
     def _interruptibly(self, timeout, fn, args, kwargs):
         """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
+        context = self.surroundings.context()
         self.interruptible = True
         try:
             if timeout:
                 signal.setitimer(signal.ITIMER_REAL, timeout)
-            value = fn(*args, **kwargs)
+            value = context.run(fn, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
-                value = run_coroutine(value)
+                value = context.run(run_coroutine, value)
             return value
         finally:
             self.interruptible = False
-            streams = standard_streams()[1:]
-            if streams != self.streams:
-                self._flush(streams)
-            self.surroundings.restore()
+            streams = standard_streams()
+            if streams != self.plain_streams:
+                self._flush(streams[1:])
+            self.surroundings.restore(streams)
 
     def _flush(self, streams):
         """What an app, or a task, has put in place of our streams may hold output.
@@ -6716,25 +6828,35 @@ class Child:
         )
         return _to_json(error).encode()
 
-    def _progress(self, percent, message):
+    def _is_left_over(self):
+        """True in a thread that has outlived the run which started it."""
+        return self.left_over and threading.current_thread() in self.left_over
+
+    def _progress(self, run, percent, message):
         if os.getpid() != self.pid:             # a process the task forked
             return
-        text = None if message is None else str(message)[:1000]
-        self._send(_PROGRESSED, _to_json([percent, text]).encode())
+        of = run.id, run.attempt
+        if of == (self.run_id, self.attempt) and not self._is_left_over():
+            text = None if message is None else str(message)[:1000]
+            self._send(_PROGRESSED, _to_json([percent, text]).encode(), of=of)
 
     def print(self, text: str, fd: int) -> None:
         """Send what a task printed, up to _OUTPUT_CHARS for each run."""
         if os.getpid() != self.pid:             # a process the task forked
             write_all(fd, text.encode("utf-8", "backslashreplace"))
             return
-        text = cut_output(text, self.printed)
-        self.printed += len(text)
+        of, printed, strange = (self.run_id, self.attempt), self.printed, False
+        if self._is_left_over():
+            of, strange = (0, 0), True
+        text = cut_output(text, printed[strange])
+        printed[strange] += len(text)
         if text:
-            self._send(_PRINTED, text.encode("utf-8", "backslashreplace"))
+            self._send(_PRINTED, text.encode("utf-8", "backslashreplace"), of=of)
 
-    def _send(self, kind, body=b"", started_at=0, duration=0.0):
+    def _send(self, kind, body=b"", started_at=0, duration=0.0, of=None):
+        """Send a message of a run: of this one, or of (id, attempt)."""
         head = _MESSAGE.pack(
-            len(body), kind, self.run_id, self.attempt, started_at, duration
+            len(body), kind, *(of or (self.run_id, self.attempt)), started_at, duration
         )
         self.wire.send(head + body)
         if self.pending is not None and own_ident() == self.main_thread:
@@ -7414,6 +7536,8 @@ class Pool:
             member.transcript.printed(text, run, is_heads or head is None)
         elif kind == _STRAYS:
             member.transcript.set_strays(body == b"1")
+        elif kind == _PROGRESSED and not is_heads:
+            pass                        # of a thread whose run was ending
         elif not is_heads:
             raise ValueError("an answer that nobody asked for")
         elif kind == _WRITTEN:

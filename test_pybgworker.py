@@ -5824,6 +5824,145 @@ class Children(Served):
         failed = self.failure(send("limited", timeout=0.2))
         self.assertEqual(failed.error_type, "TaskTimeout")
 
+    def test_a_task_finds_its_process_as_the_app_has_left_it(self):
+        """Descriptors, timers, masks, all signals, limits, contexts, time-outs."""
+        (self.folder / "spoilt.py").write_text(textwrap.dedent("""
+            import contextvars, decimal, faulthandler, os, resource, signal, socket
+            import subprocess, sys, time
+            from pybgworker import task
+
+            name = contextvars.ContextVar("name", default="nobody")
+            kept = contextvars.ContextVar("kept", default="nothing")
+            kept.set("by the app")
+            decimal.getcontext().prec = 11
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            WAYS = ["output", "closed", "mask", "timer", "limit", "context", "signals",
+                    "nonblock"]
+
+            @task(name="look", retries=0)
+            def look():
+                wait = time.monotonic() + 0.02      # by computing, for the timer
+                while time.monotonic() < wait:
+                    pass
+                os.write(1, b"first\\n")
+                with open("own", "w") as f:
+                    own = f.fileno() > 2
+                subprocess.run(["echo", "second"])
+                numbers = [1, 2, 10, 12, 15, 17, 25, 27, max(signal.valid_signals())]
+                return os.getpid(), [own, name.get(), kept.get(), decimal.getcontext().prec,
+                        socket.getdefaulttimeout(), os.get_blocking(1),
+                        sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+                        [signal.getsignal(n) in (0, 1) and int(signal.getsignal(n))
+                         for n in numbers],
+                        resource.getrlimit(resource.RLIMIT_FSIZE)[0]]
+
+            @task(name="spoil", retries=0)
+            def spoil(way):
+                if way == "output":
+                    os.dup2(os.open("stolen", os.O_WRONLY | os.O_CREAT), 1)
+                elif way == "closed":
+                    os.closerange(0, 3)
+                elif way == "mask":
+                    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                elif way == "timer":
+                    signal.setitimer(signal.ITIMER_PROF, 0.005)
+                elif way == "limit":
+                    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+                elif way == "context":
+                    name.set("somebody"), kept.set("by a task")
+                    decimal.getcontext().prec = 3
+                    socket.setdefaulttimeout(0.001)
+                elif way == "signals":
+                    for number in signal.valid_signals() - {9, 19}:
+                        signal.signal(number, signal.SIG_IGN)
+                elif way == "nonblock":
+                    os.set_blocking(1, False)
+                return os.getpid()
+
+            @task(name="later", retries=0)
+            async def later(way):
+                return spoil.fn(way)
+
+            @task(name="stuck", retries=0)
+            def stuck():
+                while True:
+                    try:
+                        time.sleep(60)
+                    except Exception:
+                        pass
+            """))
+        send = pybgworker._default_app.send
+        worker = self.worker("--concurrency", 1, app="spoilt")
+        _, first = self.get(send("look", retries=0))
+        ways = ["output", "closed", "mask", "timer", "limit", "context", "signals",
+                "nonblock"]
+        for n, way in enumerate(ways):
+            pid = now = 0
+            while pid != now or not pid:        # the first run may be the spare's
+                pid = self.get(send(("spoil", "later")[n % 2], way, retries=0))
+                after = send("look", retries=0)
+                now, found = self.get(after)
+            with self.subTest(way):
+                self.assertEqual(found, first)
+                self.assertEqual(self.store.output(after.id), "first\nsecond\n")
+        self.assertEqual(first[0:4], [True, "nobody", "by the app", 11])
+        self.get(send("spoil", "signals", retries=0))
+        failed = self.failure(send("stuck", retries=0, timeout=0.2))    # still dumped
+        self.assertEqual(failed.kind, "timeout")
+        self.assertIn("in stuck", failed.traceback)
+        self.assertEqual(worker.all("child_error"), [])
+
+    def test_a_thread_that_outlives_its_run_speaks_for_no_other(self):
+        (self.folder / "threads.py").write_text(textwrap.dedent("""
+            import os, threading, time
+            from pybgworker import current_task, task
+
+            @task(name="leave", retries=0)
+            def leave():
+                own = current_task()
+                def go_on():
+                    while not os.path.exists("go"):
+                        time.sleep(0.005)
+                    print("left over")
+                    for task in (own, current_task()):
+                        task.set_progress(77, "left over")
+                    open("went", "w").close()
+                threading.Thread(target=go_on).start()
+                print("in time")
+                own.set_progress(10)
+                return os.getpid()
+
+            @task(name="next", retries=0)
+            def next(pid):
+                if os.getpid() != pid:      # the first run was the spare's
+                    return False
+                print("next")
+                open("go", "w").close()
+                while not os.path.exists("went"):
+                    time.sleep(0.005)
+                time.sleep(0.05)
+                current_task().set_progress(20)
+                thread = threading.Thread(target=print, args=("own thread",))
+                thread.start()
+                thread.join()
+                return True
+            """))
+        send = pybgworker._default_app.send
+        worker = self.worker("--concurrency", 1, app="threads")
+        done = False
+        while not done:
+            first = send("leave", retries=0)
+            then = send("next", self.get(first), retries=0)
+            done = self.get(then)
+        said = worker.wait_for("output", text="left over")
+
+        self.assertNotIn("task_id", said)
+        self.assertEqual(self.store.output(first.id), "in time\n")
+        self.assertEqual(self.store.output(then.id), "next\nown thread\n")
+        self.assertEqual((first.progress.percent, then.progress.percent), (10, 20))
+        self.assertEqual(worker.all("child_error"), [])
+
     def test_a_time_limit_that_falls_into_a_fork_is_kept(self):
         """The interpreter drops what a handler raises inside its fork hooks."""
         child = pybgworker.Child(pybgworker.ChildSpec("m", "a", [], 1, *self.ends(), {}))
