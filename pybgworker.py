@@ -6606,8 +6606,6 @@ class Child:
         faulthandler.register(signal.SIGUSR2, file=self.spec.crash, all_threads=True)
 
     def _prepare(self):
-        import atexit
-
         atexit.register(self._let_go)       # the first to come is the last to go
         self._watch_crashes()
         # Whoever started the worker may have ignored or blocked what tasks rely on.
