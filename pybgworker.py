@@ -33,9 +33,9 @@ Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
     · Store · Functions · Waiting · Tasks and results · Processes · Output
-    · Child · Member · Placement · Pool · Scheduler · Liveness · Wishes
-    · Journal · Upkeep · Settling · Lookout · Worker · Reports · Bench
-    · Command line · Old import paths
+    · Surroundings · Child · Member · Placement · Pool · Scheduler · Liveness
+    · Wishes · Journal · Upkeep · Settling · Lookout · Worker · Reports
+    · Bench · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -6195,88 +6195,11 @@ class Transcript:
         return "".join(self._kept)
 
 
-# == Child ====================================================================
-# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
-# one message, and only then takes the next.  Nothing that happens in a task can
-# reach past this process.  It knows the registry and the frames, nothing of
-# claims or retries.
-#
-# A frame to the child is a JSON line and the encoded arguments:
-#     [id, name, attempt, timeout, tick]\n[[1, 2], {}]
-# A message to the parent is this header and a body of `length` bytes:
-
-_MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
-_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
-_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
-_UNKNOWN = b"U"                         # no task here has this name
-_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
-_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
-
-_FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
-_TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
-
-
-class ChildSpec(NamedTuple):
-    """What a child must know from the start; passed to it as JSON."""
-
-    module: str         # the name this file is imported by
-    app: str            # MODULE[:APP]
-    path: list          # sys.path
-    parent: int         # pid
-    frames: int         # descriptor to read frames from
-    messages: int       # descriptor to send messages to
-    crash: int          # descriptor for the Python stack of a crash
-    output: int         # the reading end of the pipe behind descriptors 1 and 2
-    settings: dict      # that differ from the environment
-
-
-_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
-_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
-_CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
-_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
-
-_CHILD_CODE = (
-    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
-    "sys.path[:] = spec[2]; "
-    "importlib.import_module(spec[0]).run_child(spec)"
-)
-
-
-def load_app(spec: str) -> App:
-    """Import MODULE[:APP] and return its App.
-
-    Without :APP it is the default App, or the only other App in the module.
-    Raises AppError when there is no App of that name; what the import itself
-    raises passes through.
-    """
-    module_name, _, attribute = spec.partition(":")
-    App.serving = module_name           # the import must not enqueue
-    try:
-        module = importlib.import_module(module_name)
-    finally:
-        App.serving = ""
-    if attribute:
-        app = getattr(module, attribute, None)
-        if not isinstance(app, App):
-            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
-    else:
-        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
-        app = _default_app
-        if not app.tasks and len(apps) == 1:
-            app, = apps.values()
-    limit = getattr(module, "RATE_LIMIT", None)
-    if limit is not None and "rate_limit" not in app._code:
-        app.configure(rate_limit=limit)
-    return app
-
-
-def run_child(spec: Sequence) -> None:
-    """The life of a child, until its worker closes the socket or dies."""
-    Child(ChildSpec(*spec)).main()
-
-
-class _ResultRefused(Abort):
-    """The task has returned what cannot be sent; its cause says why."""
+# == Surroundings =============================================================
+# Owns what a task may change of the process it runs in, and puts it back for the
+# next: streams, descriptors, folder, environment, signals, timers, limits.  What a
+# module holds is the app's own; what a process cannot undo stays: its priority and
+# CPUs, a lowered hard limit.  --max-tasks-per-child 1 gives each task a new process.
 
 
 def standard_streams() -> tuple:
@@ -6418,6 +6341,90 @@ def _decimal_context():
         if variable.name == "decimal_context":
             return variable, value.copy()
     return None
+
+
+# == Child ====================================================================
+# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
+# one message, and only then takes the next.  Nothing that happens in a task can
+# reach past this process.  It knows the registry and the frames, nothing of
+# claims or retries.
+#
+# A frame to the child is a JSON line and the encoded arguments:
+#     [id, name, attempt, timeout, tick]\n[[1, 2], {}]
+# A message to the parent is this header and a body of `length` bytes:
+
+_MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
+_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
+_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
+_UNKNOWN = b"U"                         # no task here has this name
+_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
+_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
+
+_FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
+_TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
+
+
+class ChildSpec(NamedTuple):
+    """What a child must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    app: str            # MODULE[:APP]
+    path: list          # sys.path
+    parent: int         # pid
+    frames: int         # descriptor to read frames from
+    messages: int       # descriptor to send messages to
+    crash: int          # descriptor for the Python stack of a crash
+    output: int         # the reading end of the pipe behind descriptors 1 and 2
+    settings: dict      # that differ from the environment
+
+
+_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
+_CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
+_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
+
+_CHILD_CODE = (
+    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
+    "sys.path[:] = spec[2]; "
+    "importlib.import_module(spec[0]).run_child(spec)"
+)
+
+
+def load_app(spec: str) -> App:
+    """Import MODULE[:APP] and return its App.
+
+    Without :APP it is the default App, or the only other App in the module.
+    Raises AppError when there is no App of that name; what the import itself
+    raises passes through.
+    """
+    module_name, _, attribute = spec.partition(":")
+    App.serving = module_name           # the import must not enqueue
+    try:
+        module = importlib.import_module(module_name)
+    finally:
+        App.serving = ""
+    if attribute:
+        app = getattr(module, attribute, None)
+        if not isinstance(app, App):
+            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
+    else:
+        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
+        app = _default_app
+        if not app.tasks and len(apps) == 1:
+            app, = apps.values()
+    limit = getattr(module, "RATE_LIMIT", None)
+    if limit is not None and "rate_limit" not in app._code:
+        app.configure(rate_limit=limit)
+    return app
+
+
+def run_child(spec: Sequence) -> None:
+    """The life of a child, until its worker closes the socket or dies."""
+    Child(ChildSpec(*spec)).main()
+
+
+class _ResultRefused(Abort):
+    """The task has returned what cannot be sent; its cause says why."""
 
 
 def run_coroutine(coroutine: types.CoroutineType) -> Any:
