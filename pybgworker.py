@@ -4010,9 +4010,14 @@ class Operations(Endings):
         )
         return [TaskRow(*row) for row in rows]
 
-    def status(self, task_id: int) -> int:
+    def state(self, task_id: int) -> int:
         """Return the state of one task.  Raises TaskNotFound."""
-        return self._state(task_id)
+        rows = self._read(
+            """select state from bg_task where id = :id""", {"id": _row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.path}")
+        return rows[0][0]
 
     def unfinished(self, ids: list[int]) -> set[int]:
         """Those of at most ID_BATCH ids that are unfinished: others ended, or went."""
@@ -4053,7 +4058,7 @@ class Operations(Endings):
         """A payload; None where the task has none.  Raises TaskNotFound."""
         text = self._payload(_row_id(task_id), kind)
         if text is None:
-            self._state(task_id)
+            self.state(task_id)
         return text
 
     def error(self, task_id: int) -> dict | None:
@@ -4109,7 +4114,7 @@ class Operations(Endings):
         Raises TaskNotFound.  A finished task is left as it is.
         """
         with self.write() as link:
-            state = self._state(task_id)
+            state = self.state(task_id)
             if state in WAITING:
                 link.connection.execute(
                     """update bg_task set state = 6, finished_at = :now
@@ -4131,7 +4136,7 @@ class Operations(Endings):
         key is held by another.
         """
         with self.write() as link:
-            state = self._state(task_id)
+            state = self.state(task_id)
             if state not in FINISHED:
                 raise TaskStateError(
                     f"task {task_id} is {state_name(state)}: only a finished one "
@@ -4170,7 +4175,7 @@ class Operations(Endings):
         def again(connection, ids):
             for task_id in ids:
                 try:
-                    if self._state(task_id) == FAILED:
+                    if self.state(task_id) == FAILED:
                         self._queue_again(connection, task_id, now)
                         done.append(task_id)
                 except TaskNotFound:            # somebody was faster
@@ -4198,18 +4203,10 @@ class Operations(Endings):
                 link.wake = self._wake_addresses(link.connection)
             self.checkpoint_if_large()
 
-    def _state(self, task_id):
-        rows = self._read(
-            """select state from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return rows[0][0]
-
     def forget(self, task_id: int) -> None:
         """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
         with self.write() as link:
-            if self._state(task_id) == RUNNING:
+            if self.state(task_id) == RUNNING:
                 raise TaskStateError(f"task {task_id} is running: cancel it first")
             self._delete(link.connection, [task_id])
 
@@ -4525,21 +4522,20 @@ class Store(Operations):
                 )
         return len(rows)
 
+    _SCHEDULES = """
+        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
+            done, set_at, seen_at
+        from bg_schedule """
+
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
-        rows = self._read(
-            """select task, expr, tz, number, misfire, overlap, jitter, next_tick,
-                    last_tick, done, set_at, seen_at
-                from bg_schedule order by task, expr, tz, number"""
-        )
+        rows = self._read(self._SCHEDULES + "order by task, expr, tz, number")
         return [ScheduleRow(*row) for row in rows]
 
     def due_schedules(self, now: int) -> list[ScheduleRow]:
         """Those whose time has come, or was set by a clock ahead of ours."""
         rows = self._read(
-            """select task, expr, tz, number, misfire, overlap, jitter, next_tick,
-                    last_tick, done, set_at, seen_at
-                from bg_schedule where next_tick <= :tick or set_at > :now + 60000""",
+            self._SCHEDULES + "where next_tick <= :tick or set_at > :now + 60000",
             {"tick": now // 1000, "now": now},
         )
         found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
@@ -5419,19 +5415,19 @@ class AsyncResult(Generic[V]):
 
     def ready(self) -> bool:
         """True once it has finished, however it did."""
-        return self._store.status(self.id) in FINISHED
+        return self._store.state(self.id) in FINISHED
 
     def successful(self) -> bool:
         """True once it has succeeded."""
-        return self._store.status(self.id) == SUCCESS
+        return self._store.state(self.id) == SUCCESS
 
     def failed(self) -> bool:
         """True once it has failed for good."""
-        return self._store.status(self.id) == FAILED
+        return self._store.state(self.id) == FAILED
 
     def cancelled(self) -> bool:
         """True once it has been cancelled."""
-        return self._store.status(self.id) == CANCELLED
+        return self._store.state(self.id) == CANCELLED
 
     def get(self, timeout: float | None = None) -> V:
         """Wait for the end and return the result; at most `timeout` seconds.
@@ -8303,6 +8299,11 @@ def look_at_clock(view: ClockView | None, now: int) -> ClockView:
     return ClockView(now, None) if is_settled else view
 
 
+def finished_before(keep: float, now: int) -> int | None:
+    """The end of what is kept for `keep` seconds; None: it is kept for ever."""
+    return None if keep == math.inf else now - to_ms(keep)
+
+
 class Upkeep:
     """Of one worker's database.  `log` takes an event and fields."""
 
@@ -8350,12 +8351,9 @@ class Upkeep:
         if self.is_in_doubt:
             return False
         s = self.settings
-        before, failed_before = (
-            None if keep == math.inf else now - to_ms(keep)
-            for keep in (s.retention, s.retention_failed)
-        )
         _, self._cursor = self.store.prune(
-            self._cursor, before, failed_before, _PRUNE_BATCH
+            self._cursor, finished_before(s.retention, now),
+            finished_before(s.retention_failed, now), _PRUNE_BATCH,
         )
         return self._cursor > 0
 
@@ -9898,9 +9896,9 @@ def _cancel(args, app):
         if before == RUNNING:
             reap_surely_dead(app.store, now_ms())
         deadline = time.monotonic() + _CANCEL_PATIENCE
-        while app.store.status(task_id) == RUNNING and time.monotonic() < deadline:
+        while app.store.state(task_id) == RUNNING and time.monotonic() < deadline:
             time.sleep(0.02)
-        state = app.store.status(task_id)
+        state = app.store.state(task_id)
         if state == RUNNING:
             return f"task {task_id} still runs: its worker has been asked to end it"
         return f"task {task_id} is {state_name(state)}"
@@ -9920,7 +9918,7 @@ def _prune(args, app):
     keep, keep_failed = s.retention, s.retention_failed
     if args.older_than is not None:
         keep = keep_failed = args.older_than
-    limits = [None if k == math.inf else now - to_ms(k) for k in (keep, keep_failed)]
+    limits = finished_before(keep, now), finished_before(keep_failed, now)
     _confirm(args, "Delete finished tasks that are older than their retention?")
     deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
     while cursor:

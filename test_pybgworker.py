@@ -3933,7 +3933,7 @@ class Operating(QueueCase):
 
     def test_an_unknown_id_is_not_found(self):
         for task_id in (0, -1, 99, 1 << 70, 1 << 61, "7", None, 1.5):
-            for verb in (self.store.task, self.store.status, self.store.args,
+            for verb in (self.store.task, self.store.state, self.store.args,
                          self.store.result, self.store.progress):
                 if verb in (self.store.result, self.store.progress) and task_id == 99:
                     continue
