@@ -3647,6 +3647,58 @@ class Claiming(QueueCase):
         self.assertEqual(self.claimed.next_at, self.now + 1000)
         self.assertTrue(self.claimed.round.is_over)
 
+    def work_off(self, rng, **order):
+        """Take all that can be taken, as a worker does; return the runs.
+
+        When a look says that there is nothing, the clock goes on to when it says
+        that there will be; meanwhile others enqueue.
+        """
+        found, runs = pybgworker.Round(), []
+        for _ in range(9000):
+            self.now += rng.choice((0, 0, 0, 400))
+            self.claim(free=rng.randint(1, 4), round=found, **order)
+            found = self.claimed.round
+            runs += self.claimed.runs
+            is_new = rng.random() < 0.1 and len(runs) < 60
+            if is_new:
+                self.enqueue(rng.choice("tuvx"), rng.choice("abcde"), rng.choice((1, 5)))
+            if self.claimed.runs or is_new:
+                found = found.renewed()
+            elif found.is_over and self.claimed.next_at is None:
+                return runs
+            elif found.is_over:
+                self.assertGreater(self.claimed.next_at, self.now)
+                self.now, found = self.claimed.next_at, found.renewed()
+        self.fail("it looks on without end")
+
+    def test_any_mix_of_queues_names_and_limits_is_worked_off(self):
+        """With looks so short that many are needed for whatever there is."""
+        for seed in range(20):
+            rng = random.Random(seed)
+            self.sql("delete from bg_task")
+            self.sql("delete from bg_rate")
+            self.sql("delete from bg_queue")
+            self.fill(rng.choice((0, 5, 40)), "'stopped' || (i % 9)", "'x' || (i % 5)")
+            for _ in range(rng.randint(1, 50)):
+                self.enqueue(rng.choice("tuvwx"), rng.choice("abcde"), rng.choice((1, 5)))
+            for queue in rng.choice(((), ("b", "c"), "acd")):
+                self.store.pause(queue, self.now)
+            rates = {name: rng.choice((0.5, 1, 3)) for name in ("t", "v", "x", "")
+                     if rng.random() < 0.5}
+            queues, names = rng.choice((None, ("b", "d"), "abcde")), rng.choice(("tv", "tuvw"))
+            began = self.now
+            with mock.patch.multiple(pybgworker, _PASS_ROWS=rng.choice((1, 3)), _LEAPS=2,
+                                     _SEEK_STEPS=rng.choice((2, 5))), self.subTest(seed):
+                runs = self.work_off(rng, queues=queues, names=names, **rates)
+                left = self.sql("""select name, queue from bg_task where state = 2
+                    and queue not in (select name from bg_queue)""")
+                self.assertEqual([row for row in left if row[0] in names
+                                  and (queues is None or row[1] in queues)], [])
+                for limit, rate in rates.items():
+                    starts = sum(limit in ("", run.name) for run in runs)
+                    passed = (self.now - began) / 1000
+                    self.assertLessEqual(starts, max(1, rate) + rate * passed + 0.01)
+
     def test_a_rate_is_one_over_all_queues(self):
         for queue in "abcd":
             self.enqueue("t", queue, count=2)
