@@ -1673,6 +1673,10 @@ class WakeUps(unittest.TestCase):
 # == Forks ====================================================================
 
 
+NEEDS_OWN_LOCKS = unittest.skipUnless(
+    pybgworker._HAS_OWN_LOCKS, "needs locks of open files")
+
+
 @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
 class Forking(Case):
     """Parent and child both enqueue for as long as they live; nothing is lost."""
@@ -1836,6 +1840,7 @@ class Forking(Case):
         self.assertEqual(said.count("child True True"), 1)
         self.assertEqual(len(said), 5)
 
+    @NEEDS_OWN_LOCKS
     def test_a_fork_by_what_interrupts_a_call_of_sqlite(self):
         """A trace function here: it forks once in each line that enqueues."""
         said = self.ran("""
@@ -1874,6 +1879,7 @@ class Forking(Case):
         """)
         self.assertIn("lines True {0}", said)
 
+    @NEEDS_OWN_LOCKS
     def test_a_fork_within_a_call_of_sqlite_closes_nothing(self):
         said = self.ran("""
             delay()
@@ -1940,6 +1946,7 @@ class Forking(Case):
             self.addCleanup(setattr, pybgworker, "_LOCK_TRIES", old)
             self.assertTrue(guard.lock())
 
+    @NEEDS_OWN_LOCKS
     def test_a_connection_of_ones_own_may_be_open_at_the_fork(self):
         said = self.ran("""
             conn = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
@@ -1957,6 +1964,7 @@ class Forking(Case):
         """)
         self.assertEqual(len(said), 10)
 
+    @NEEDS_OWN_LOCKS
     def test_a_transaction_of_ones_own_at_the_fork_is_refused_in_the_child(self):
         said = self.ran("""
             conn = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
@@ -1996,6 +2004,7 @@ class Forking(Case):
         """)
         self.assertEqual(said, ["id 1", "id 2", "refused True", "refused True", "id 3"])
 
+    @NEEDS_OWN_LOCKS
     def test_a_connection_inherited_before_our_first_use(self):
         """Nobody has told us of the file, so no hook of ours ran at the fork."""
         self.store.create()
@@ -2107,7 +2116,7 @@ class Forking(Case):
         connection.close()
     """
 
-    @unittest.skipUnless(pybgworker._HAS_OWN_LOCKS, "needs locks of open files")
+    @NEEDS_OWN_LOCKS
     def test_a_stray_close_of_the_file_loses_nothing(self):
         """It drops SQLite's locks; ours still show others that somebody is there."""
         def read():
@@ -2741,6 +2750,23 @@ class Databases(Case):
         self.assertEqual(self.sql("pragma journal_mode = delete"), [("delete",)])
         self.assertEqual(self.app.send("t").id, 2)
         self.assertEqual(self.sql("pragma journal_mode"), [("wal",)])
+
+    def test_other_programs_may_vacuum_checkpoint_and_copy_while_we_are_there(self):
+        sent = [self.app.send("t").id]
+        for work in ("connection.execute('vacuum')",
+                     "print(connection.execute('pragma wal_checkpoint(truncate)')"
+                     ".fetchall())",
+                     "connection.backup(sqlite3.connect('copy.db'))"):
+            done = self.python(f"""
+                import os, sqlite3
+                connection = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+                {work}
+                connection.close()
+            """)
+            self.assertIn(done.stdout, ("", "[(0, 0, 0)]\n"))
+            sent.append(self.app.send("t").id)
+        self.assertEqual([row[0] for row in self.sql("select id from bg_task")], sent)
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
 
     def test_a_backup_may_be_restored_while_we_are_there(self):
         self.app.send("t")
