@@ -32,10 +32,10 @@ Life of a task
 Map
     Settings · States and errors · Time and values · Log · Cron
     · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
-    · Store · Functions · Waiting · Tasks and results · Processes · Output
-    · Surroundings · Child · Member · Placement · Pool · Scheduler · Liveness
-    · Wishes · Journal · Upkeep · Settling · Lookout · Worker · Reports
-    · Bench · Command line · Old import paths
+    · Operations · Store · Functions · Waiting · Tasks and results · Processes
+    · Output · Surroundings · Child · Member · Placement · Pool · Scheduler
+    · Liveness · Wishes · Journal · Upkeep · Settling · Lookout · Worker
+    · Reports · Bench · Command line · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -144,6 +144,7 @@ _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
 _LARGEST = 10**11           # of any other number
 _MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
+_LEAST_MEMORY = 1 << 20     # of a child; who says 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
 _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
 
@@ -227,6 +228,12 @@ def _bytes(value):
     return number
 
 
+def _memory(value):
+    if _bytes(value) < _LEAST_MEMORY:
+        raise ValueError("at least 1m: bytes, or a number with k, m or g")
+    return _bytes(value)
+
+
 def _payload_bytes(value):
     if _bytes(value) > _LARGEST_PAYLOAD:
         raise ValueError("at most 900m, for SQLite holds no longer text")
@@ -276,20 +283,28 @@ def _checked(option, parse, value):
         raise OptionError(f"{option}={value!r}: must be {exc}") from None
 
 
-def _check_number(name, value, least=0, most=_LARGEST, kind=(int, float)):
+def _check_number(name, value, least=0, most=_LARGEST, kind=(int, float),
+                  what=""):
+    what = what or f"a {'whole ' * (kind is int)}number from {{:,}} to {{:,}}"
     if isinstance(value, bool) or not isinstance(value, kind) \
             or not least <= value <= most:
-        raise OptionError(
-            f"{name}={value!r}: must be a number from {least:,} to {most:,}"
-        )
+        raise OptionError(f"{name}={value!r}: must be {what.format(least, most)}")
     return value
 
 
-def _check_span(name, value, least=0):
+def _check_span(name, value, least=0, most=_LONGEST_SECONDS):
     """Check a number of seconds, or a timedelta; return seconds."""
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    return _check_number(name, value, least, _LONGEST_SECONDS)
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    return _check_number(name, seconds, least, most,
+                         what="seconds from {:,} to {:,}, or a timedelta")
+
+
+def _check_known(options, known):
+    unknown = options.keys() - known
+    if unknown:
+        raise OptionError(
+            f"unknown option {min(unknown)!r}; there are {', '.join(sorted(known))}"
+        )
 
 
 class Setting(NamedTuple):
@@ -304,39 +319,47 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("db", "pybgworker.db", _path, True,
-            "path of the SQLite file"),
+            "path of the SQLite file (default: pybgworker.db)"),
     Setting("concurrency", None, _children, True,
             "children, that is tasks at a time, 1 to 1,000 (default: the CPU count)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
-            'starts over all tasks and workers: 5, "5/s", "100/m", "1000/h"'),
+            "starts over all tasks and workers: 5 (a second), 5/s, 100/m, 1000/h "
+            "(default: no limit)"),
     Setting("timeout", None, _seconds, True,
-            "limit of a run, for tasks that name none (default: none)"),
+            "limit of a run, for tasks that name none: seconds, or 90s, 15m, 12h "
+            "(default: no limit)"),
     Setting("worker_name", None, _name, True,
             "name shown in logs and inspect (default: host-pid)"),
     Setting("heartbeat_interval", 5.0, _seconds, True,
-            "seconds between two heartbeats of a worker"),
+            "seconds between two heartbeats of a worker (default: 5)"),
     Setting("worker_timeout", 15.0, _seconds, True,
-            "seconds without a heartbeat until a worker's tasks are taken over"),
+            "seconds without a heartbeat until a worker's tasks are taken over "
+            "(default: 15)"),
     Setting("shutdown_timeout", 30.0, _grace, True,
-            "seconds that running tasks may go on after the first signal"),
+            "seconds that running tasks may go on after the first signal "
+            "(default: 30)"),
     Setting("retention", 604800.0, _retention, True,
-            "how long finished tasks are kept: 12h, 7d, forever"),
+            "how long finished tasks are kept: 12h, 7d, forever; a bare number is "
+            "seconds (default: 7d)"),
     Setting("retention_failed", 2592000.0, _retention, True,
-            "how long failed tasks are kept: 30d, forever"),
+            "how long failed tasks are kept, in the same way (default: 30d)"),
     Setting("max_tasks_per_child", None, _count, True,
             "replace a child after so many tasks (default: never)"),
-    Setting("max_memory", None, _bytes, True,
-            "bytes of memory a child may use: 512m, 2g (default: no limit)"),
+    Setting("max_memory", None, _memory, True,
+            "memory a child may use: 512m, 2g; a bare number is bytes "
+            "(default: no limit)"),
     Setting("max_payload", 64 << 20, _payload_bytes, False,
-            "bytes of the arguments, or the result, of one task at most (to 900m)"),
+            "bytes of the arguments, or the result, of one task at most, to 900m "
+            "(default: 64m)"),
     Setting("durability", "full", _durability, True,
-            "full: a power cut loses nothing; normal: it may lose the last moments"),
+            "full: a power cut loses nothing; normal: it may lose the last moments "
+            "(default: full)"),
     Setting("busy_timeout", 30.0, _seconds, False,
-            "seconds that a caller waits for a locked database"),
+            "seconds that a caller waits for a locked database (default: 30)"),
     Setting("allow_network_fs", False, _switch, False,
-            "1: open the database on a network file system all the same"),
+            "1: open the database on a network file system all the same (default: 0)"),
 )
 _SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -3913,10 +3936,10 @@ class Endings(Claims):
         return {row[0] for row in rows}
 
 
-# == Store ====================================================================
-# Owns all other SQL: what operators do to tasks and read of them, the register of
-# workers, the schedules.  Store is the whole of it, with the verbs of the Queue.
-# Every verb that writes makes its own transaction, unless it says otherwise.
+# == Operations ===============================================================
+# Owns the SQL of people: what they do to tasks, and read of them, be it by a
+# command or by an AsyncResult.  Every verb that writes makes its own transaction,
+# unless it says otherwise.
 
 
 ID_BATCH = 100          # ids that one statement looks up
@@ -4275,6 +4298,16 @@ class Operations(Endings):
                     self._delete(link.connection, old)
         return len(old), after
 
+    def count_old(self, before: int | None, failed_before: int | None) -> int:
+        """How many tasks prune() would delete."""
+        return self._read(
+            """select count(*) from bg_task
+                where (state in (:success, :cancelled) and finished_at < :before)
+                or (state = :failed and finished_at < :failed_before)""",
+            {"success": SUCCESS, "cancelled": CANCELLED, "failed": FAILED,
+             "before": before, "failed_before": failed_before},
+        )[0][0]
+
     def pause(self, queue: str, now: int) -> None:
         """Claim nothing from this queue until resume(); what has not begun returns."""
         with self.write() as link:
@@ -4293,6 +4326,10 @@ class Operations(Endings):
                 """delete from bg_queue where name = :name""", {"name": queue}
             ).rowcount > 0
 
+
+# == Store ====================================================================
+# Owns all other SQL: the register of workers, the schedules, the clock.  Store is
+# the whole of it, with the verbs of the Queue and those of people.
 
 class ClockView(NamedTuple):
     """What the workers of a database believe about the wall clock, in unix ms."""
@@ -4628,8 +4665,9 @@ def _module_name(space):
 
 def _default_name(fn):
     """module.function, as far as it has such a name."""
-    module = _module_name({"__name__": getattr(fn, "__module__", None)})
-    return f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
+    if not hasattr(fn, "__qualname__"):
+        return repr(fn)
+    return f"{_module_name({'__name__': fn.__module__})}.{fn.__qualname__}"
 
 
 def _own_name(fn):
@@ -4942,10 +4980,7 @@ class Task(Generic[P, R, V]):
         self.name = _checked("name", _name, name)
         self.schedules: list[Schedule] = []
         self.origin = _origin(fn)
-        unknown = options.keys() - _TASK_OPTIONS
-        if unknown:
-            known = ", ".join(sorted(_TASK_OPTIONS))
-            raise OptionError(f"unknown option {min(unknown)!r}; there are {known}")
+        _check_known(options, _TASK_OPTIONS)
         self._set(**options)
         functools.update_wrapper(self, fn, updated=())
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -5021,6 +5056,12 @@ class Task(Generic[P, R, V]):
     def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
                     **options: Any) -> AsyncResult[V]:
         """The same as options(**options).delay(*args, **kwargs)."""
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
+            raise OptionError(
+                f"apply_async({args!r}, {kwargs!r}): takes a tuple of positional and a "
+                "dict of keyword arguments, as in apply_async((1, 2), {'key': 3}); "
+                "delay(1, 2, key=3) takes them as they are"
+            )
         return self.options(**options).delay(*args, **(kwargs or {}))
 
     def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
@@ -5035,10 +5076,7 @@ class Call(Generic[P, V]):
     """A task with options, ready to be enqueued."""
 
     def __init__(self, task: Task[P, Any, V], options: dict):
-        unknown = options.keys() - _OPTIONS
-        if unknown:
-            known = ", ".join(sorted(_OPTIONS))
-            raise OptionError(f"unknown option {min(unknown)!r}; there are {known}")
+        _check_known(options, _OPTIONS)
         self._task, self._options = task, options
 
     def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
@@ -5199,8 +5237,9 @@ class App:
             self._unregister(fn.name)
             fn = fn.fn
         _check_function(fn)
+        name = name or _own_name(fn)
         try:
-            task: Task = Task(self, fn, name or _own_name(fn), options)
+            task: Task = Task(self, fn, name, options)
         except OptionError as exc:
             raise OptionError(f"@task of {_default_name(fn)}: {exc}") from None
         task.schedules = schedules
@@ -5293,14 +5332,17 @@ class App:
             counted=countdown is not None,
         )
 
-    def send(self, name: str, *args: Any, **options: Any) -> AsyncResult[Any]:
+    def send(self, name: str, *args: Any, kwargs: dict | None = None,
+             **options: Any) -> AsyncResult[Any]:
         """Enqueue a task by its name, which need not be registered here.
 
         Then it has the options of a bare @task, but for those that are given.
+        `kwargs` are its keyword arguments.
         """
+        _check_known(options, _OPTIONS)
         task = self.tasks.get(_checked("name", _name, name))
         task = task or Task(self, _nothing, name, {})
-        return self.enqueue(task, [(args, {})], options)[0]
+        return task.apply_async(args, kwargs, **options)
 
     def result(self, task_id: int) -> AsyncResult[Any]:
         """Return the AsyncResult of an id of this app's database."""
@@ -5429,15 +5471,16 @@ class AsyncResult(Generic[V]):
         """True once it has been cancelled."""
         return self._store.state(self.id) == CANCELLED
 
-    def get(self, timeout: float | None = None) -> V:
+    def get(self, timeout: float | timedelta | None = None) -> V:
         """Wait for the end and return the result; at most `timeout` seconds.
 
         Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
         then the task goes on.
         """
+        deadline = None
         if timeout is not None:
-            _check_number("timeout", timeout, -math.inf, math.inf)
-        deadline = None if timeout is None else time.monotonic() + timeout
+            seconds = _check_span("timeout", timeout, -math.inf, math.inf)
+            deadline = time.monotonic() + seconds
         pauses = growing_pauses()
         while True:
             if self.ready():
@@ -5447,7 +5490,7 @@ class AsyncResult(Generic[V]):
             if deadline is not None:
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
-                    raise self._too_late(timeout)
+                    raise self._too_late(seconds)
             time.sleep(pause)
 
     def __await__(self) -> Generator[Any, None, V]:
@@ -7129,6 +7172,16 @@ class Member:
         """What it says of the import of the app."""
         self._reason = reason
 
+    def outgrows(self, limit: int | None) -> bool:
+        """True when it takes over `limit` bytes before its first run."""
+        taken = memory_bytes(self.pid) if limit else 0
+        if limit and taken > limit:
+            self._reason = (
+                f"max_memory is {limit >> 20} MiB, and to import the app alone takes "
+                f"{taken >> 20} MiB"
+            )
+        return bool(limit and taken > limit)
+
     def last_words(self) -> str:
         """Why it could not start."""
         said = self._reason or self.transcript.text()
@@ -7526,9 +7579,7 @@ class Pool:
             result = body.decode("ascii")
             self._take_answer(member, None, result, started_at, duration, at)
         elif kind == _READY:
-            member.ready = True
-            self.starts.succeeded(json.loads(body))
-            self.fill(at)
+            self._welcome(member, json.loads(body), at)
         elif kind == _BROKEN:
             member.cannot_start(body.decode("utf-8", "replace"))
         elif kind == _PRINTED:
@@ -7554,6 +7605,15 @@ class Pool:
             self._take_answer(member, _error_of(body), None, started_at, duration, at)
         else:
             raise ValueError("an unknown kind of message")
+
+    def _welcome(self, member, names, at):
+        """A child has imported the app, which knows these tasks."""
+        if member.outgrows(self._limits.max_memory):    # as all would that replace it
+            self._condemn(member, "memory", at)
+            return
+        member.ready = True
+        self.starts.succeeded(names)
+        self.fill(at)
 
     def _take_answer(self, member, error, result, started_at, duration, at):
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
@@ -7744,11 +7804,11 @@ def _crash(why, found, max_memory):
         text = "the task has closed the connection of its process to the worker: did " \
             "it close descriptors that are not its own?"
     elif why == "memory":
-        text = f"killed: it used more than max_memory, {max_memory >> 20} MiB"
+        text = f"it used more than max_memory, {max_memory >> 20} MiB"
     elif found.signal == "SIGKILL":
-        text = "killed by SIGKILL: out of memory, or somebody's kill -9"
+        text = "killed: out of memory, or somebody's kill -9"
     elif found.signal:
-        text = f"killed by {found.signal}"
+        text = "this signal ended the child"
     else:
         text = f"the process exited with code {found.code}"
     return {
@@ -9311,6 +9371,8 @@ def show_text(report: dict, colour: bool = False) -> str:
 
 
 def _plain(key, value):
+    if key in ("duration", "waited", "timeout"):
+        return span(value)
     if key.endswith("_at") or key == "scheduled_for":
         return local_time(value, "%Y-%m-%d %H:%M:%S %z")
     if isinstance(value, str):
@@ -9708,6 +9770,10 @@ class Problem(PyBgWorkerError):
     """A command could not do (all of) its work; the message is for people."""
 
 
+class UsageError(PyBgWorkerError):
+    """The command line itself is wrong: exit status 2."""
+
+
 class Flag(NamedTuple):
     """One argument of a command, as argparse wants it."""
 
@@ -9739,12 +9805,24 @@ def _load(spec):
     except PyBgWorkerError:
         raise
     except BaseException as exc:
+        _check_module_name(spec, exc)
         trace = describe_exception(_without_our_frames(exc))["traceback"]
         raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
     _hand_over()
     if not app.tasks:
         raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
     return app
+
+
+def _check_module_name(spec, exc):
+    """Raise UsageError when it was the path of a file."""
+    name, colon, attribute = spec.partition(":")
+    if isinstance(exc, (ImportError, TypeError)) and re.search(r"/|\.py$", name):
+        meant = os.path.normpath(re.sub(r"\.py$", "", name)).replace("/", ".")
+        raise UsageError(
+            f"--app {spec}: it is the name of a module, not of its file: "
+            f"--app {meant.strip('.')}{colon}{attribute}"
+        ) from None
 
 
 class _OtherCopy(Exception):
@@ -9870,7 +9948,9 @@ def _retry(args, app):
         return f"task {task_id} is queued again"
 
     if args.failed == bool(args.ids):
-        raise Problem("retry takes the ids of tasks, or --failed")
+        raise UsageError("retry takes the ids of tasks, or --failed")
+    if args.name is not None and not args.failed:
+        raise UsageError("retry --name goes with --failed")
     if args.ids:
         return _each(args.ids, again)
     done, left = app.store.retry_failed(args.name, now_ms())
@@ -9882,7 +9962,8 @@ def _retry(args, app):
             for task_id in left
         ))
     if not done:
-        raise Problem("nothing to retry: no task is failed")
+        named = "" if args.name is None else f" named {args.name!r}"
+        raise Problem(f"nothing to retry: no task{named} is failed")
     return None
 
 
@@ -9909,7 +9990,7 @@ def _cancel(args, app):
 def _purge(args, app):
     where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
                      if v) or "all queues"
-    _confirm(args, f"Cancel all waiting tasks of {where}?")
+    _confirm(args, lambda: f"Cancel all waiting tasks of {where}?")
     return f"{app.store.purge(args.queue, args.name, now_ms())} tasks cancelled"
 
 
@@ -9919,7 +10000,7 @@ def _prune(args, app):
     if args.older_than is not None:
         keep = keep_failed = args.older_than
     limits = finished_before(keep, now), finished_before(keep_failed, now)
-    _confirm(args, "Delete finished tasks that are older than their retention?")
+    _confirm(args, lambda: _prune_question(app.store, *limits))
     deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
     while cursor:
         more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
@@ -9928,12 +10009,21 @@ def _prune(args, app):
     return f"{deleted} tasks deleted"
 
 
+def _prune_question(store, before, failed_before):
+    count = store.count_old(before, failed_before)
+    done, failed = (
+        "none" if limit is None else f"before {local_time(iso_time(limit))}"
+        for limit in (before, failed_before)
+    )
+    return f"Delete {count} tasks (success, cancelled: {done}; failed: {failed})?"
+
+
 def _confirm(args, question):
     """Ask on a terminal; elsewhere the command is meant."""
     if args.yes or not _is_terminal(sys.stdin):
         return
     try:
-        answer = input(f"{question} [y/N] ")
+        answer = input(f"{question()} [y/N] ")
     except EOFError:                    # Ctrl-D
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
@@ -9945,20 +10035,53 @@ def _enqueue(args, app):
     if args.app:
         app = _load(args.app)
         app.override(db=args.db)
-    values = []
-    for text in args.arguments:
-        try:
-            values.append(json.loads(text))
-        except (ValueError, RecursionError):
-            raise UsageError(
-                f"argument {text!r} is not JSON: a string needs quotes inside the "
-                f"shell's, '\"{text}\"'"
-            ) from None
+        _check_task(app, args)
+    values, kwargs = _call_of(args.arguments)
     given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
     options = {k: v for k, v in given.items() if v is not None}
+    is_new = not os.path.exists(app.store.path)
     if args.name not in app.tasks:
         options = {**_newest_options(app, args.name, given), **options}
-    return str(app.send(args.name, *values, **options).id)
+    result = app.send(args.name, *values, kwargs=kwargs, **options)
+    if is_new:
+        print(f"pybgworker: made the database {app.store.path}", file=sys.stderr)
+    return str(result.id)
+
+
+def _check_task(app, args):
+    """Raise Problem that names what is near, for a task that the app has not."""
+    if args.name in app.tasks:
+        return
+    import difflib
+
+    names = sorted(name for name in app.tasks if not callback_kind(name))
+    near = difflib.get_close_matches(args.name, names, cutoff=0.5) or names[:5]
+    raise Problem(
+        f"--app {args.app} has no task {args.name!r}; it has {', '.join(near)}"
+        f"{'' if len(near) == len(names) else ', …'}"
+    )
+
+
+def _call_of(arguments):
+    """(positional, keyword arguments) of JSON texts, of which some say `name=`.
+
+    Nothing that is JSON looks like that.
+    """
+    values, kwargs = [], {}
+    for argument in arguments:
+        name, text = re.fullmatch(r"(?s)(?:([^\W\d]\w*)=)?(.*)", argument).groups()
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(
+                f"argument {argument!r} is not JSON: a string needs quotes inside the "
+                f"shell's, '{name + '=' if name else ''}\"{text}\"'"
+            ) from None
+        if name:
+            kwargs[name] = value
+        else:
+            values.append(value)
+    return values, kwargs
 
 
 def _newest_options(app, name, given):
@@ -9971,10 +10094,6 @@ def _newest_options(app, name, given):
             "default; --queue or --app says which", file=sys.stderr,
         )
     return found
-
-
-class UsageError(PyBgWorkerError):
-    """The command line itself is wrong: exit status 2."""
 
 
 def _pause(args, app):
@@ -10013,13 +10132,12 @@ def _whole_number(text):
     return int(text)
 
 
-_APP = _flag("--app", metavar="MODULE[:APP]", help="the module that defines the tasks")
 _JSON = _flag("--json", action="store_true", help="one JSON document")
 _YES = _flag("--yes", action="store_true", help="do not ask")
-_NAME = _flag("--name", metavar="N", help="only tasks of this name")
-_QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue")
+_NAME = _flag("--name", metavar="N", help="only tasks of this name (default: all)")
+_QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue (default: all)")
 _LIMIT = _flag("--limit", metavar="N", type=_typed(_count), default=50,
-               help="rows (50)")
+               help="rows at most (default: 50)")
 
 
 def _setting_flag(setting):
@@ -10035,7 +10153,8 @@ COMMANDS = (
                 _flag("--burst", action="store_true",
                       help="end when nothing is due or running"),
                 _flag("--log-format", choices=("json", "text"),
-                      help="json: an object a line; text: for eyes (on a terminal)"),
+                      help="json: an object a line; text: for eyes (default: text on a "
+                      "terminal)"),
                 *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"),
             )),
     Command("inspect", _inspect, "show tasks by state, workers, schedules",
@@ -10043,7 +10162,8 @@ COMMANDS = (
     Command("list", _list, "list tasks, the newest first",
             "list --status running --limit 20",
             (_flag("--status", choices=STATE_NAMES, metavar="S",
-                   help=", ".join(STATE_NAMES)), _NAME, _QUEUE, _LIMIT), True),
+                   help=f"only {', '.join(STATE_NAMES)} ones (default: all)"),
+             _NAME, _QUEUE, _LIMIT), True),
     Command("show", _show, "show all that is known of one task", "show 42",
             (_flag("id", metavar="ID"),), True),
     Command("failed", _failed, "list the tasks that failed for good", "failed",
@@ -10063,17 +10183,24 @@ COMMANDS = (
     Command("prune", _prune, "delete finished tasks past their retention",
             "prune --older-than 1d --yes",
             (_flag("--older-than", metavar="T", type=_typed(_grace),
-                   help="finished so long ago: 90s, 12h, 7d"), _YES)),
-    Command("enqueue", _enqueue, "enqueue a task by name; each JSON is an argument",
-            "enqueue example.add 1 2",
-            (_flag("name", metavar="NAME"),
-             _flag("arguments", nargs="*", metavar="JSON"), _APP,
-             _flag("--queue", metavar="Q", help="instead of the task's own"),
+                   help="finished so long ago: 90s, 12h, 7d; a bare number is seconds "
+                   "(default: the retention)"), _YES)),
+    Command("enqueue", _enqueue, "enqueue a task by name, with arguments in JSON",
+            "enqueue example.add 1 b=2",
+            (_flag("name", metavar="NAME", help="module.function, or its name="),
+             _flag("arguments", nargs="*", metavar="[KEY=]JSON",
+                   help="""1 '"text"' key='[1, 2]'"""),
+             _flag("--app", metavar="MODULE[:APP]", help="the module that defines the "
+                   "task (default: goes by the newest task of that name)"),
+             _flag("--queue", metavar="Q",
+                   help="where it waits (default: the task's own)"),
              _flag("--countdown", metavar="S", type=_typed(_grace),
-                   help="seconds from now: 90, 15m, 12h, 7d"),
-             _flag("--key", metavar="K", help="one unfinished task with this key"),
+                   help="when it is due: seconds from now, or 90s, 15m, 12h, 7d "
+                   "(default: at once)"),
+             _flag("--key", metavar="K",
+                   help="at most one unfinished task has this key (default: none)"),
              _flag("--priority", metavar="P", type=_typed(_whole_number),
-                   help="lower runs first"))),
+                   help="a whole number, lower runs first (default: the task's own)"))),
     Command("pause", _pause, "claim nothing from a queue", "pause mail",
             (_flag("queue", metavar="QUEUE"),)),
     Command("resume", _resume, "claim from a queue again", "resume mail",
@@ -10081,11 +10208,12 @@ COMMANDS = (
     Command("bench", _bench, "measure this machine, beside raw SQLite",
             "bench --tasks 20000",
             (_flag("--tasks", metavar="N", type=_typed(_count), default=20000,
-                   help="no-op tasks to run (20000)"),
+                   help="no-op tasks to run (default: 20000)"),
              _flag("--concurrency", metavar="N", type=_typed(_children), default=2,
-                   help="children (2)"),
+                   help="children, 1 to 1,000 (default: 2)"),
              _flag("--payload", metavar="BYTES", type=_typed(_bytes), default=0,
-                   help="arguments of each task: 200, 10k (none)"), _JSON)),
+                   help="arguments of each task: 200, 10k; a bare number is bytes "
+                   "(default: none)"), _JSON)),
 )
 
 
@@ -10108,7 +10236,8 @@ def _parser():
         for flag in command.flags + ((_JSON,) if command.reads else ()):
             one.add_argument(*flag.names, **flag.options)
         one.add_argument("--db", type=_typed(_path), metavar="PATH", default=None,
-                         help="the SQLite file (default: PYBGWORKER_DB, pybgworker.db)")
+                         help="the SQLite file (default: PYBGWORKER_DB, else "
+                         "pybgworker.db)")
     return parser
 
 

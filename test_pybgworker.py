@@ -576,6 +576,7 @@ class Promises(Served):
             with self.subTest(how):
                 self.assertEqual((failed.kind, failed.error_type), ("crash", name))
                 self.assertEqual(stored.get("exit_code"), code)
+                self.assertEqual(str(failed).count(name or "code 7"), 1)
             if how == "segfault":
                 self.assertIn("in die", failed.traceback)
         self.assertEqual([self.get(r) for r in others], list(range(1, 51)))
@@ -1146,7 +1147,9 @@ class Settings(unittest.TestCase):
         retention            0s         0.0
         timeout              0.30000000000000004 0.30000000000000004
         max_memory           2g         2147483648
-        max_memory           512k       524288
+        max_memory           2048k      2097152
+        max_payload          512k       524288
+        concurrency          1000       1000
         durability           normal     'normal'
         allow_network_fs     yes        True
     """
@@ -1154,6 +1157,8 @@ class Settings(unittest.TestCase):
         concurrency          0          whole number
         concurrency          -1         whole number
         concurrency          many       whole number
+        concurrency          1001       whole number from 1 to 1,000
+        max_memory           512        at least 1m
         queues               ,          queue names
         rate_limit           0          starts per second
         rate_limit           5/week     starts per second
@@ -4299,7 +4304,10 @@ class Functions(Case):
 
         mailer, twice = Mailer(), pybgworker.functools.partial(print, 2)
         for fn in (twice, mailer.send):
-            self.assertRaisesRegex(pybgworker.OptionError, "name=", self.app.task, fn)
+            with self.assertRaisesRegex(pybgworker.OptionError, "name=") as caught:
+                self.app.task(fn)
+            self.assertEqual(str(caught.exception).count("@task of"), 1)
+            self.assertNotIn("functools.functools", str(caught.exception))
         for name, fn in (("twice", twice), ("send", mailer.send)):
             self.assertEqual(self.app.task(name=name)(fn).name, name)
 
@@ -4710,6 +4718,20 @@ class Tasks(Case):
         ):
             with self.subTest(options), self.assertRaises((TypeError, ValueError)):
                 task.options(**options).delay()
+        for call, words in (
+            (lambda: task.options(countdown="x").delay(), "or a timedelta"),
+            (lambda: task.options(retries=1.5).delay(), "a whole number from 0"),
+            (lambda: task.delay().get(timeout="x"), "or a timedelta"),
+            (lambda: task.apply_async(1, 2), r"apply_async\(\(1, 2\), .*delay\(1, 2"),
+            (lambda: task.apply_async("ab"), "takes a tuple of positional"),
+            (lambda: task.apply_async((), [1]), "a dict of keyword arguments"),
+            (lambda: self.app.send("t", countdwn=3), "unknown option 'countdwn'; there"),
+            (lambda: self.app.send("t", conn=3, fn=4), "unknown option 'fn'; there"),
+            (lambda: self.app.send("t", kwargs=3), "a dict of keyword arguments"),
+        ):
+            with self.assertRaisesRegex(pybgworker.OptionError, words):
+                call()
+        self.sql("delete from bg_task")
         self.assertRaises(ValueError, task.options(key="k").delay_many, [(), ()])
         self.assertRaises(TypeError, task.delay_many, [1])
         self.store.data_version()
@@ -6241,6 +6263,14 @@ class Pools(Served):
         for result in naps:
             result.cancel()
         self.assertEqual(worker.stop(), 0)
+
+    @unittest.skipUnless(Path("/proc/self/statm").exists(), "needs /proc")
+    def test_a_memory_limit_below_the_app_itself_ends_the_worker(self):
+        """It would replace its children for ever, and say nothing."""
+        worker = self.worker("--max-memory", "2m")
+        self.assertEqual(worker.wait(), 1)
+        self.assertRegex("".join(worker.errors), r"children cannot start:\nmax_memory is 2 "
+                         r"MiB, and to import the app alone takes \d+ MiB\n")
 
     def test_a_task_on_its_last_attempt_never_waits_in_a_pipe(self):
         """So a worker killed with full pipes fails nothing that did not start."""
@@ -8104,7 +8134,9 @@ class Reports(QueueCase):
         self.assertEqual(report["kwargs"], {"k": [2]})
         self.assertEqual(report["error"], error)
         self.assertEqual((report["output"], report["duration"]), ("said", 0.5))
-        self.assertIn("E: m", pybgworker.show_text(report))
+        text = pybgworker.show_text(report)
+        self.assertIn("E: m", text)
+        self.assertRegex(text, r"(?m)^duration +500 ms$")
 
     def test_a_terminal_obeys_nothing_that_a_task_left_behind(self):
         """Controls, marks of direction and lone surrogates: in names, errors, output."""
@@ -8249,6 +8281,11 @@ class CommandLine(Served):
         task_id = int(self.ok("enqueue", "tasks.add", "20", "22"))
         self.assertEqual(self.get(self.app.result(task_id)), 42)
         self.assertIn('\'"hello"\'', self.refused("enqueue", "t", "hello", code=2))
+        self.assertIn("'b=\"x\"'", self.refused("enqueue", "t", "b=x", code=2))
+        self.tasks.echo.delay()
+        task_id = int(self.ok("enqueue", "tasks.echo", "b=2", '"a=1"', 'c={"d": "e=f"}'))
+        self.assertEqual(self.get(self.app.result(task_id)),
+                         [("a=1",), {"b": 2, "c": {"d": "e=f"}}])
         self.ok("enqueue", "t", "--queue", "q", "--key", "k", "--countdown", "60")
         row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
         self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
@@ -8265,7 +8302,31 @@ class CommandLine(Served):
         row = self.store.task(int(self.ok("enqueue", "mail", "--queue", "new")))
         self.assertEqual((row.queue, row.retries), ("new", 0))
 
+    def test_enqueue_with_an_app_refuses_what_that_has_not_and_names_what_is_near(self):
+        message = self.refused("enqueue", "--app", "tasks", "tasks.ad", "1", "2")
+        self.assertIn("--app tasks has no task 'tasks.ad'; it has tasks.add", message)
+        message = self.refused("enqueue", "--app", "tasks", "xyz")
+        self.assertRegex(message, r"it has tasks\.\w+(, tasks\.\w+){4}, …\n")
+        self.assertFalse(self.db.exists())
+
+    def test_enqueue_says_when_it_makes_a_database(self):
+        for code in (1, 0):         # a second time there is nothing to say
+            done = self.cli("enqueue", "--db", "typo.db", "t")
+            self.assertEqual(code, done.stderr.count(
+                f"made the database {self.folder.resolve() / 'typo.db'}\n"))
+        self.assertIn("there is no database", self.refused("pause", "q", "--db", "x.db"))
+
+    def test_an_app_is_a_module_and_not_a_file(self):
+        (self.folder / "src").mkdir()
+        for given, meant in (("tasks.py", "tasks"), ("./tasks.py:app", "tasks:app"),
+                             ("src/mail/tasks.py", "src.mail.tasks"), ("no.py", "no")):
+            for argv in (("run", "--app", given), ("enqueue", "t", "--app", given)):
+                message = self.refused(*argv, code=2)
+                self.assertIn(f"--app {given}: it is the name of a module, not of its "
+                              f"file: --app {meant}\n", message)
+
     def test_enqueue_with_an_app_takes_the_tasks_own_options(self):
+        self.store.create()
         task_id = int(self.ok("enqueue", "--app", "tasks", "tasks.nap", "1"))
         self.assertEqual(self.store.task(task_id).retries, 0)
 
@@ -8280,7 +8341,22 @@ class CommandLine(Served):
         self.assertEqual(self.ok("retry", 1), "task 1 is queued again\n")
         self.assertIn("task 1 is queued: only", self.refused("retry", 1))
         self.assertIn("nothing to retry", self.refused("retry", "--failed"))
-        self.assertIn("retry takes the ids", self.refused("retry"))
+        self.assertIn("nothing to retry: no task named 'nosuch' is failed",
+                      self.refused("retry", "--failed", "--name", "nosuch"))
+
+    def test_what_is_wrong_usage_is_status_two_and_what_is_not_there_is_one(self):
+        self.store.create()
+        for argv, words in ((("retry",), "retry takes the ids"),
+                            (("retry", "1", "--failed"), "retry takes the ids"),
+                            (("retry", "1", "--name", "a"), "--name goes with --failed"),
+                            (("run", "--app", "tasks", "--limit", "0"), "unrecognized")):
+            with self.subTest(argv):
+                self.assertIn(words, self.refused(*argv, code=2))
+        for argv in (("show", "abc"), ("show", "99"), ("retry", "abc"), ("cancel", "99")):
+            with self.subTest(argv):
+                self.assertRegex(self.refused(*argv), r"\Apybgworker: no task .*\n\Z")
+        self.assertIn("PYBGWORKER_RETENTION='x': must be",
+                      self.refused("prune", PYBGWORKER_RETENTION="x"))
 
     def test_retry_failed_takes_all_of_a_name(self):
         for name in ("a", "b", "a"):
@@ -8342,6 +8418,27 @@ class CommandLine(Served):
             self.assertEqual(self.app.result(1).status, status)
             os.close(terminal)
             os.close(other)
+
+    def test_prune_asks_with_what_it_would_do(self):
+        pty = pybgworker.importlib.import_module("pty")
+        for state in (4, 6, 5, 4):
+            self.sql("update bg_task set state = ?, finished_at = 1 where id = ?", state,
+                     self.app.send("t").id)
+        self.sql("update bg_task set finished_at = ? where id = 4", int(time.time() * 1000))
+        when = r"before \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+        for flags, forever, words in (
+                ((), "30d", rf"Delete 3 tasks \(success, cancelled: {when}; failed: {when}\)"),
+                ((), "forever", rf"Delete 2 tasks \(success, cancelled: {when}; failed: none"),
+                (("--older-than", "1d"), "forever", r"Delete 3 tasks ")):
+            terminal, other = pty.openpty()
+            os.write(terminal, b"n\n")
+            done = self.cli("prune", *flags, stdin=other, PYBGWORKER_RETENTION_FAILED=forever)
+            os.close(terminal)
+            os.close(other)
+            with self.subTest(flags):
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stdout, words)
+        self.assertEqual(self.ok("prune"), "3 tasks deleted\n")
 
     def test_pause_and_resume(self):
         self.store.create()
@@ -8440,6 +8537,7 @@ class CommandLine(Served):
             (("enqueue", "t", "--priority", "high"), "a whole number"),
             (("enqueue", "t", "--countdown", "later"), "a number with s, m, h, d or w"),
             (("run", "--app", "t", "--max-memory", "big"), "a number with k, m or g"),
+            (("run", "--app", "t", "--max-memory", "512"), "at least 1m: bytes, or a"),
         ):
             with self.subTest(argv):
                 message = self.refused(*argv, code=2)
@@ -8581,6 +8679,18 @@ class CommandLine(Served):
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
             self.assertIn("usage:", self.refused(*argv, code=2))
+
+    def test_help_says_the_default_of_every_option(self):
+        for setting in pybgworker.SETTINGS:
+            self.assertRegex(setting.meaning, r"\(default: .*\)$")
+            shown = re.search(r"\(default: (.*)\)$", setting.meaning)[1]
+            if setting.default is not None and not isinstance(setting.default, bool):
+                self.assertEqual(setting.parse(shown), setting.default)
+        for command in pybgworker.COMMANDS:
+            for flag in command.flags:
+                if flag.names[0].startswith("-") and "action" not in flag.options \
+                        and not flag.options.get("required"):
+                    self.assertIn("(default: ", flag.options["help"], command.name)
 
     def test_help_has_every_command_with_an_example(self):
         text = self.ok("--help")
@@ -9510,7 +9620,8 @@ class TheFile(unittest.TestCase):
                 self.assertLessEqual(size, 45, node.name)
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Database", "Queue", "Claiming", "Endings", "Store", "Bench"}
+        allowed = {"Database", "Queue", "Claiming", "Endings", "Operations", "Store",
+                   "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
