@@ -2455,6 +2455,65 @@ def _set_up(connection, deadline):
         _patiently(connection, deadline, "pragma " + pragma)
 
 
+class _Tables:
+    """Our tables in a file.  `ask` runs one statement and returns its first value."""
+
+    def __init__(self, path: str, ask: Callable[[str], Any]):
+        self._path, self._ask = path, ask
+
+    def open(self, create: bool) -> None:
+        """Bring them up to date, if there are any, or if they may be made."""
+        version = self.version()
+        if not version and not create:
+            raise DatabaseUnusable(
+                f"database {self._path}: there is no queue in it: name another with "
+                "--db or PYBGWORKER_DB; the first delay() or run makes one"
+            )
+        self._use_wal()
+        if version == len(_MIGRATIONS):
+            return
+        self._ask("begin immediate")
+        try:
+            self.migrate()
+            self._ask("commit")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):    # it may be undone already
+                self._ask("rollback")
+            raise
+
+    def version(self) -> int:
+        """Of our tables; 0: there are none."""
+        if not self._ask("""select count(*) from sqlite_master
+                             where name in ('bg_meta', 'bg_task')"""):
+            return 0
+        version = None
+        with _missing_is_none():
+            version = self._ask(
+                """select value + 0 from bg_meta where name = 'schema'""")
+        if version is None:
+            raise sqlite3.OperationalError("table bg_task already exists")
+        if version > len(_MIGRATIONS):
+            raise DatabaseUnusable(
+                f"database {self._path}: made by a newer pybgworker (schema {version}, "
+                f"this one knows {len(_MIGRATIONS)}): update this file"
+            )
+        return version
+
+    def migrate(self) -> None:
+        """Under the write lock: another may have done it meanwhile."""
+        for statements in _MIGRATIONS[self.version():]:
+            for statement in statements:
+                self._ask(statement)
+            self._ask("""update bg_meta set value = value + 1 where name = 'schema'""")
+
+    def _use_wal(self):
+        """Needs the file alone for a moment; SQLite does not wait for that."""
+        while self._ask("pragma journal_mode") != "wal":
+            mode = self._ask("pragma journal_mode = wal")
+            if mode != "wal":
+                raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
+
+
 class _Write:
     """A write transaction.  They do not nest."""
 
@@ -2606,8 +2665,10 @@ class Database:
             identity,
         )
         try:
-            _set_up(link.connection, time.monotonic() + self.busy_timeout)
-            self._migrate(link.connection, create)
+            deadline = time.monotonic() + self.busy_timeout
+            _set_up(link.connection, deadline)
+            ask = functools.partial(_patiently, link.connection, deadline)
+            _Tables(self.path, ask).open(create)
             _forks.hold(link, self.path, has_others)
         except BaseException:
             link.close()
@@ -2628,67 +2689,15 @@ class Database:
         except OSError as exc:
             raise _explain(exc, self.path) from exc
 
-    def _use_wal(self, ask):
-        """Needs the file alone for a moment; SQLite does not wait for that."""
-        while ask("pragma journal_mode") != "wal":
-            mode = ask("pragma journal_mode = wal")
-            if mode != "wal":
-                raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
-
-    def _migrate(self, connection, create):
-        """Bring our tables up to date, if there are any, or if they may be made."""
-        deadline = time.monotonic() + self.busy_timeout
-        ask = functools.partial(_patiently, connection, deadline)
-        version = self._schema_version(ask)
-        if not version and not create:
-            raise DatabaseUnusable(
-                f"database {self.path}: there is no queue in it: name another with "
-                "--db or PYBGWORKER_DB; the first delay() or run makes one"
-            )
-        self._use_wal(ask)
-        if version == len(_MIGRATIONS):
-            return
-        ask("begin immediate")
-        try:
-            self._migrate_from(ask)
-            connection.execute("commit")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("rollback")
-            raise
-
-    def _schema_version(self, ask):
-        """The version of our tables, 0 for none; `ask(query)` returns one value."""
-        if not ask("""select count(*) from sqlite_master
-                        where name in ('bg_meta', 'bg_task')"""):
-            return 0
-        version = None
-        with _missing_is_none():
-            version = ask("""select value + 0 from bg_meta where name = 'schema'""")
-        if version is None:
-            raise sqlite3.OperationalError("table bg_task already exists")
-        if version > len(_MIGRATIONS):
-            raise DatabaseUnusable(
-                f"database {self.path}: made by a newer pybgworker (schema {version}, "
-                f"this one knows {len(_MIGRATIONS)}): update this file"
-            )
-        return version
-
-    def _migrate_from(self, ask):
-        """Under the write lock: another may have done it meanwhile."""
-        for statements in _MIGRATIONS[self._schema_version(ask):]:
-            for statement in statements:
-                ask(statement)
-            ask("""update bg_meta set value = value + 1 where name = 'schema'""")
-
     def prepare(self, cursor: sqlite3.Cursor) -> None:
         """Make the tables, if need be, in somebody else's transaction on this file."""
         def ask(statement):
             row = cursor.execute(statement).fetchone()
             return row and row[0]
 
-        if self._schema_version(ask) != len(_MIGRATIONS):
-            self._migrate_from(ask)
+        tables = _Tables(self.path, ask)
+        if tables.version() != len(_MIGRATIONS):
+            tables.migrate()
 
     def _begin(self, write):
         """Take the write lock; return the link that has it."""
