@@ -2916,13 +2916,14 @@ class Request:
 
     __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline")
 
-    def __init__(self, task: NewTask, calls: Sequence[str]):
+    def __init__(self, task: NewTask, calls: Sequence[str],
+                 deadline: float = math.inf):
         self.task = task
         self.calls = calls          # a text of encoded arguments for each
         self.ids: list = []
         self.is_done = False        # committed
         self.error: DatabaseBusy | None = None
-        self.deadline = math.inf    # monotonic: its thread waits no longer for a lock
+        self.deadline = deadline    # monotonic: its thread waits no longer for a lock
         self.turn = threading.Lock()        # opens when it is settled, or is to lead
         self.turn.acquire()
 
@@ -2956,7 +2957,6 @@ class GroupCommit:
         """Return the ids once they are committed; or raise, with nothing written."""
         if self._leader == threading.get_ident():       # in a signal handler
             raise DatabaseBusy(_REENTERED.format(self._store.path))
-        request.deadline = time.monotonic() + self._store.busy_timeout
         self._requests.append(request)
         try:
             while not request.is_settled:
@@ -3160,12 +3160,13 @@ class Queue(Database):
         If the key is held by an unfinished task, nothing is inserted and that one's
         id is returned.  Durable when this returns.
         """
+        request = Request(task, calls, time.monotonic() + self.busy_timeout)
         if self._may_create:
             self.create()
         group = self._group
         if group is None or group.generation != _forks.generation():
             group = self._group = GroupCommit(self)
-        return group.submit(Request(task, calls))
+        return group.submit(request)
 
     def insert(self, requests: Sequence[Request]) -> None:
         """The same for each, in the transaction of the caller's write() block."""
@@ -3318,7 +3319,7 @@ class ClaimOrder(NamedTuple):
     """What a worker can take now."""
 
     worker: int
-    queues: tuple | None        # None: all
+    queues: Any                 # container of those it serves; None: all
     names: Any                  # container of the task names it knows
     free: int                   # children that have nothing to do
     ahead: int                  # more places, for tasks that may wait in a pipe
@@ -8581,7 +8582,8 @@ class Lookout:
     """
 
     def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict):
-        self._store, self._queues, self._tasks = store, settings.queues, tasks
+        self._store, self._tasks = store, tasks
+        self._queues = settings.queues and frozenset(settings.queues)
         self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
         self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
         if settings.rate_limit:

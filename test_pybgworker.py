@@ -3276,8 +3276,7 @@ class Threads(Case):
         group = pybgworker.GroupCommit(self.store)
         self.blocker.execute("begin immediate")
         own, other = self.request(), self.request()
-        self.store.busy_timeout = 0.1
-        other.deadline = time.monotonic() + 20
+        own.deadline = time.monotonic() + 0.1
         group._requests.append(other)
         self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
         self.assertFalse(other.is_settled)
@@ -3289,7 +3288,6 @@ class Threads(Case):
     def test_a_thread_in_a_transaction_of_its_own_fails_no_other(self):
         group = pybgworker.GroupCommit(self.store)
         own, other = self.request(), self.request()
-        other.deadline = time.monotonic() + 20
         group._requests.append(other)
         with self.store.write():
             self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
@@ -3299,7 +3297,7 @@ class Threads(Case):
 
     def request(self):
         task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
-        return pybgworker.Request(task, ["[[],{}]"])
+        return pybgworker.Request(task, ["[[],{}]"], time.monotonic() + 20)
 
     def interrupted(self, where, name):
         """What is left of a leader and of a follower after Ctrl-C in `name`."""
