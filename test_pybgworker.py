@@ -7896,7 +7896,7 @@ class Workers(Served):
             results = [self.tasks.add.delay(n, 1), self.tasks.flaky.delay()]
             link = self.store._link()
             link.connection = failing = Faults.Failing(link.connection, n)
-            self.turn_until(worker, lambda: {other.status(r.id) for r in results} == {4})
+            self.turn_until(worker, lambda: {other.state(r.id) for r in results} == {4})
             link.connection = failing.real
             with self.subTest(n):
                 self.assertLessEqual(failing.left, 0, "the fault did not come")
