@@ -1,6 +1,6 @@
 """Background tasks for Python programs, kept in one SQLite file.
 
-    # example.py
+    # tasks.py
     from pybgworker import task
 
     @task
@@ -10,7 +10,7 @@
     if __name__ == "__main__":
         result = add.delay(1, 2)            # durable once this returns
         print(result.get(timeout=60))       # 3, as soon as a worker runs:
-        # $ python pybgworker.py run --app example
+        # $ python pybgworker.py run --app tasks
 
 Copy this file into a project; it needs CPython 3.9 or newer and nothing else.
 
@@ -8234,7 +8234,7 @@ EVENTS = {
         "pid error", "a child in trouble outside of any run: it is replaced"),
     "output": Event(
         "text",
-        "what a task printed, also from C code; 64,000 characters a run are kept"),
+        "what a task printed, also from C code; the first 64,000 of a run are kept"),
     "rate_limited": Event("until", "a name waits for its rate"),
     "callback_error": Event(
         "callback error", "an `on_success` or `on_failure` has failed for good"),
@@ -10158,7 +10158,7 @@ def _setting_flag(setting):
 
 COMMANDS = (
     Command("run", _run, "work on tasks until told to stop",
-            "run --app example --concurrency 4", (
+            "run --app tasks --concurrency 4", (
                 _flag("--app", required=True, metavar="MODULE[:APP]",
                       help="the module that defines the tasks"),
                 _flag("--burst", action="store_true",
@@ -10197,7 +10197,7 @@ COMMANDS = (
                    help="finished so long ago: 90s, 12h, 7d; a bare number is seconds "
                    "(default: the retention)"), _YES)),
     Command("enqueue", _enqueue, "enqueue a task by name, with arguments in JSON",
-            "enqueue example.add 1 b=2",
+            "enqueue tasks.add 1 b=2",
             (_flag("name", metavar="NAME", help="module.function, or its name="),
              _flag("arguments", nargs="*", metavar="[KEY=]JSON",
                    help="""1 '"text"' key='[1, 2]'"""),

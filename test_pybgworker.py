@@ -9507,18 +9507,18 @@ class Readme(Case):
 
     def test_the_first_example_works_as_it_stands(self):
         first = self.blocks("python")[0]
-        (self.folder / "example.py").write_text(first)
+        (self.folder / "tasks.py").write_text(first)
         environ = clean_environment(PYTHONPATH="")
-        subprocess.run([sys.executable, "example.py"], cwd=self.folder, env=environ,
+        subprocess.run([sys.executable, "tasks.py"], cwd=self.folder, env=environ,
                        check=True)
         done = subprocess.run(
-            [sys.executable, "pybgworker.py", "run", "--app", "example", "--burst"],
+            [sys.executable, "pybgworker.py", "run", "--app", "tasks", "--burst"],
             cwd=self.folder, env=environ, stdout=subprocess.PIPE, text=True, check=True)
         self.assertIn('"event":"task_success"', done.stdout)
 
     def test_every_command_line_runs(self):
         """In the README's order, on its first example; endless ones with an end."""
-        (self.folder / "example.py").write_text(self.blocks("python")[0])
+        (self.folder / "tasks.py").write_text(self.blocks("python")[0])
         environ = clean_environment(PYTHONPATH="")
         lines = re.findall(r"(?m)^(?:\$ )?python (.*)$",
                            "\n".join(self.blocks("(?:sh|console)")))
