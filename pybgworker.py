@@ -1904,7 +1904,7 @@ class Forks:
             self._is_watching = True        # not at import, which has no effects
             os.register_at_fork(
                 before=self._before, after_in_parent=self._after_in_parent,
-                after_in_child=self._after_in_child,
+                after_in_child=self.generation,     # a hook before it may have asked
             )
             atexit.register(self._leave)
 
@@ -1962,7 +1962,18 @@ class Forks:
                 link.close()
         self._guard_what_is_open()
 
+    def _keep(self, link):
+        """A hook of the app's that ran after _before() has used it: the child needs
+        the Guard.  False: there is none.
+        """
+        guard = self.guard(link.identity)
+        if guard:
+            guard.stays = True
+        return guard is not None
+
     def _after_in_parent(self):
+        for link in self._open_links():
+            self._keep(link)
         with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
             self._forking.remove(threading.get_ident())
             self._lock.release()
@@ -2022,8 +2033,12 @@ class Forks:
         """Only the thread that forked is left, and no lock of ours is held by it."""
         for link in self._open_links():
             link.leak()
-            self.refused[link.identity] = (
-                _NO_HOOKS if not self._forking else _IN_TRANSACTION)
+            if not self._forking:
+                self.refused[link.identity] = _NO_HOOKS
+            elif link.is_busy:
+                self.refused[link.identity] = _IN_TRANSACTION
+            elif not self._keep(link):
+                self.refused[link.identity] = _LEFT_OPEN
         self.refused.update(self._dangers)
         for identity, guard in list(self._guards.items()):
             if not guard.stays:     # the parent unlocks it when it likes

@@ -1909,6 +1909,23 @@ class Forking(Case):
         self.assertIn("child 0", said)
         self.assertEqual(len(said), 8)
 
+    @NEEDS_OWN_LOCKS
+    def test_a_fork_hook_of_the_apps_may_enqueue(self):
+        """One that was registered before ours runs between it and the fork."""
+        said = self.ran("""
+            os.register_at_fork(before=delay, after_in_parent=delay, after_in_child=delay)
+            delay()
+            for _ in range(2):
+                if os.fork() == 0:
+                    [delay() for _ in range(3)]
+                    end()
+                delay()
+                os.wait()
+            app.store.close()
+            delay()
+        """)
+        self.assertEqual(len(said), 1 + 2 * (3 + 3 + 1) + 1)
+
     def test_threads_that_fork_at_once_leave_every_child_able_to_enqueue(self):
         said = self.ran("""
             def fork():
