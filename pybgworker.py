@@ -5774,6 +5774,14 @@ def _outputs_of(pid):
     return found
 
 
+def is_lack(exc: BaseException) -> bool:
+    """True for want of memory, space, descriptors or processes: it may pass."""
+    no_thread = isinstance(exc, RuntimeError) and "start new thread" in str(exc)
+    lacks = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
+    return isinstance(exc, MemoryError) or no_thread \
+        or isinstance(exc, OSError) and exc.errno in lacks
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write the whole of `data`, also where one write takes only a part."""
     while data:
@@ -5820,6 +5828,32 @@ def die_with_parent(parent: int) -> None:
             f.write("500")          # out of memory: the child goes, not the worker
     if os.getppid() != parent:              # it died before the call above
         os._exit(1)
+
+
+def dump_crashes(fd: int) -> None:
+    """Have the Python stack written to `fd` at a crash, and at SIGUSR2.
+
+    Also again, when somebody has put handlers of his own in the place of these.
+    """
+    import faulthandler
+
+    faulthandler.disable()
+    faulthandler.enable(file=fd, all_threads=True)
+    faulthandler.unregister(signal.SIGUSR2)
+    faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True)
+
+
+@contextlib.contextmanager
+def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
+    """Have the Python stack written to `fd` when this block lasts for so long."""
+    import faulthandler
+
+    with contextlib.suppress(RuntimeError):         # no thread to be had
+        faulthandler.dump_traceback_later(seconds, file=fd)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # Kills the groups of the children whose worker is gone, also where a child is
@@ -6419,6 +6453,7 @@ def _decimal_context():
 
 _MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
 _READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
+_LACKING = b"L"                         # … for want of what there may be later
 _SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
 _UNKNOWN = b"U"                         # no task here has this name
 _PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
@@ -6443,6 +6478,7 @@ class ChildSpec(NamedTuple):
 
 
 _FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+_SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 _FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 _CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
@@ -6632,16 +6668,21 @@ class Child:
         die_with_parent(self.spec.parent)
         self._prepare()
         try:
-            self.app = load_app(self.spec.app)
+            # Written shortly before the worker looks for it.
+            with stack_when_slow(self.spec.crash, 0.9 * _SLOW_SECONDS):
+                self.app = load_app(self.spec.app)
             self.app.override(**self.spec.settings)
         except BaseException as exc:
+            # A lock that is taken will be so for as long as the worker lives.
+            lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
-            self._send(_BROKEN, trace.encode("utf-8", "backslashreplace"))
+            self._send(_LACKING if lacks else _BROKEN,
+                       trace.encode("utf-8", "backslashreplace"))
             os._exit(1)
         import gc
 
         gc.freeze()         # what is imported will never be garbage
-        self._watch_crashes()
+        dump_crashes(self.spec.crash)
         self.surroundings = Surroundings(self.handlers)
         self.surroundings.restore(standard_streams())
         self.own_threads = set(threading.enumerate())
@@ -6650,7 +6691,7 @@ class Child:
         while True:
             frame = self.wire.receive_now()
             if (frame is None or lasted) and self.surroundings.restore_rest():
-                self._watch_crashes()
+                dump_crashes(self.spec.crash)
             if frame is None:
                 frame = self.wire.receive()
             if not frame:
@@ -6667,18 +6708,9 @@ class Child:
         for app in (self.app, _default_app):
             app.tasks.clear()
 
-    def _watch_crashes(self):
-        """Also again, when an app or a task has put its own handlers in the place."""
-        import faulthandler
-
-        faulthandler.disable()
-        faulthandler.enable(file=self.spec.crash, all_threads=True)
-        faulthandler.unregister(signal.SIGUSR2)
-        faulthandler.register(signal.SIGUSR2, file=self.spec.crash, all_threads=True)
-
     def _prepare(self):
         atexit.register(self._let_go)       # the first to come is the last to go
-        self._watch_crashes()
+        dump_crashes(self.spec.crash)
         # Whoever started the worker may have ignored or blocked what tasks rely on.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -7049,6 +7081,7 @@ class Member:
         self._buffer = bytearray()      # of messages, not yet whole
         self._is_deaf = False           # nothing is taken in any more
         self._reason = ""               # why it could not start
+        self._lacks = False             # … for want of what there may be later
 
     def _open(self, spec):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
@@ -7193,9 +7226,17 @@ class Member:
         data, self.is_mute = _read_all(self.output, 4 * _OUTPUT_CHARS)
         self.transcript.written(data, self.waiting[0] if self.waiting else None)
 
-    def cannot_start(self, reason: str) -> None:
+    def cannot_start(self, reason: str, lacks: bool) -> None:
         """What it says of the import of the app."""
-        self._reason = reason
+        self._reason, self._lacks = reason, lacks
+
+    def has_lacked(self) -> bool:
+        """True when it could not start for want of memory, or something like that.
+
+        Whoever is killed before it is ready is so by the kernel, out of memory.
+        """
+        return self._lacks or not self.why and self.exit is not None \
+            and self.exit.signal == "SIGKILL"
 
     def outgrows(self, limit: int | None) -> bool:
         """True when it takes over `limit` bytes before its first run."""
@@ -7390,6 +7431,7 @@ _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 _EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
+_LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
 _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
 
@@ -7397,13 +7439,17 @@ _KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a ch
 class Starts:
     """When children may be started: few at a time, none once a stop has begun.
 
-    When they die before they are ready: later each time, then give up.
+    When they die before they are ready: later each time, then give up; but never for
+    want of memory, descriptors or processes.
     """
 
-    def __init__(self):
+    def __init__(self, say: Callable):
+        self._say = say         # say(text, **fields): of a child outside of any run
         self.failures = 0       # in a row
         self.next_start = 0.0   # no child is started before
         self._reason = ""       # of the last failure
+        self._lacks = 0         # times in a row that something was lacking
+        self._slow: set[int] = set()        # pids that were said to be
         self.unknown: set[str] = set()      # tasks that a new child did not know
 
     @property
@@ -7433,9 +7479,45 @@ class Starts:
         self.next_start = max(self.next_start, at + pause)
         self._reason = reason
 
+    def lacked(self, at: float, reason: str) -> None:
+        """One more could not start, for want of what there may be later.  Said once."""
+        self._lacks += 1
+        pause = min(0.1 * 2 ** min(self._lacks, 8), _LACK_PAUSE)
+        self.next_start = max(self.next_start, at + pause)
+        if self._lacks == 1:
+            self._say(f"no child can be started, it is tried again: {reason}")
+
+    def ended(self, member: Member, at: float) -> None:
+        """A child has died; what it had not begun was taken back."""
+        if member.ready and (member.done or member.waiting):
+            # Whether another can start is found out now, not by tries of before.
+            # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
+            self.failures = 0
+            if self.next_start < math.inf:
+                self.next_start = at
+        elif member.has_lacked():
+            self.lacked(at, member.last_words())
+        else:
+            self.failed(at, member.last_words())
+        if member.ready and not (member.waiting or member.why or member.retiring):
+            about = _crash("", member.exit, 0)["message"]
+            self._say(f"a child has ended while it had nothing to do: {about}",
+                      pid=member.pid)
+
+    def mention_slow(self, members: Sequence[Member], at: float) -> None:
+        """Say once of each child that it imports the app for long, and where it is."""
+        starting = [m for m in members if not m.ready]
+        for member in starting:
+            if at - member.began >= _SLOW_SECONDS and member.pid not in self._slow:
+                self._say(f"a child is not ready after {_SLOW_SECONDS:g} s: it still "
+                          "imports the app, and is waited for", pid=member.pid,
+                          stack=member.read_stack() or None)
+                self._slow.add(member.pid)
+        self._slow.intersection_update(member.pid for member in starting)
+
     def succeeded(self, names: Iterable[str] = ()) -> None:
         """One is ready, with these tasks: earlier failures do not count any more."""
-        self.failures = 0
+        self.failures = self._lacks = 0
         self.unknown.difference_update(names)
 
 
@@ -7462,7 +7544,9 @@ class Pool:
         self.durations = Durations()
         most = limits.max_tasks_per_child
         self.placement = Placement(size, most, self.durations)
-        self.starts = Starts()
+        self.starts = Starts(
+            lambda error, **more: log("child_error", None, error=error, **more)
+        )
 
     # -- children
 
@@ -7481,8 +7565,9 @@ class Pool:
                 member.watch(self._selector)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
-        except OSError as exc:          # no process, or no descriptor, to be had
-            self.starts.failed(at, str(exc))
+        except OSError as exc:
+            tell = self.starts.lacked if is_lack(exc) else self.starts.failed
+            tell(at, str(exc))
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""
@@ -7605,8 +7690,8 @@ class Pool:
             self._take_answer(member, None, result, started_at, duration, at)
         elif kind == _READY:
             self._welcome(member, json.loads(body), at)
-        elif kind == _BROKEN:
-            member.cannot_start(body.decode("utf-8", "replace"))
+        elif kind in (_BROKEN, _LACKING):
+            member.cannot_start(body.decode("utf-8", "replace"), kind == _LACKING)
         elif kind == _PRINTED:
             run = head if is_heads else None
             text = body.decode("utf-8", "replace")
@@ -7637,6 +7722,7 @@ class Pool:
             self._condemn(member, "memory", at)
             return
         member.ready = True
+        member.read_stack()         # of a slow import: not of a crash to come
         self.starts.succeeded(names)
         self.fill(at)
 
@@ -7732,16 +7818,11 @@ class Pool:
         self._recall(member)
         member.read_output()
         stack = member.read_stack()
-        if member.ready and not (member.waiting or member.why or member.retiring):
-            about = _crash("", member.exit, 0)["message"]
-            self._log("child_error", None, pid=member.pid,
-                      error=f"a child has ended while it had nothing to do: {about}")
+        self.starts.ended(member, at)
         for run in member.waiting:
             member.transcript.announce(run)
             self.ended.append(_death_of(run, member, stack, self._limits, at))
         self._remove(member)
-        if not member.ready:
-            self.starts.failed(at, member.last_words())
         self.fill(at)
 
     def _remove(self, member):
@@ -8246,7 +8327,8 @@ EVENTS = {
     "unknown_task": Event(
         "", "a child does not know it: handed back, and left to workers that do"),
     "child_error": Event(
-        "pid error", "a child in trouble outside of any run: it is replaced"),
+        "pid error stack",
+        "a child in trouble outside of any run; what can be mended will be"),
     "output": Event(
         "text",
         "what a task printed, also from C code; the first 64,000 of a run are kept"),
@@ -9122,6 +9204,7 @@ class Worker:
         self.pool.notice_deaths(at)
         self.pool.check_memory(at)
         self.pool.fill(at)
+        self.pool.starts.mention_slow(self.pool.members, at)
 
     def _fire_crons(self, now):
         fired, wait = self.scheduler.fire(now)

@@ -6221,7 +6221,7 @@ class Children(Served):
 class Pools(Served):
 
     def test_children_that_cannot_start_are_given_up_until_one_can(self):
-        starts = pybgworker.Starts()
+        starts = pybgworker.Starts(None)
         for _ in range(4):
             starts.failed(0, "no memory")
         self.assertEqual((starts.given_up, starts.next_start), ("", 1.6))
@@ -6231,9 +6231,114 @@ class Pools(Served):
         starts.succeeded()
         self.assertEqual(starts.given_up, "")
 
+    def test_a_lack_is_never_given_up_and_said_once(self):
+        said = []
+        starts = pybgworker.Starts(lambda text, **more: said.append(text))
+        for _ in range(20):
+            starts.lacked(0, "no more processes")
+        self.assertEqual((starts.given_up, starts.next_start), ("", 5.0))
+        self.assertEqual(said, ["no child can be started, it is tried again: "
+                                "no more processes"])
+        starts.succeeded()
+        starts.lacked(0, "no memory")
+        self.assertEqual(len(said), 2)
+        for error, lacks in (
+            (OSError(errno.EMFILE, ""), True), (OSError(errno.ENOENT, ""), False),
+            (MemoryError(), True), (RuntimeError("can't start new thread"), True),
+            (RuntimeError("no"), False), (BlockingIOError(errno.EAGAIN, ""), True),
+        ):
+            self.assertEqual(pybgworker.is_lack(error), lacks, error)
+
+    def test_a_crash_while_no_spare_can_start_is_survived(self):
+        """What was tried before the crash says nothing about now."""
+        crashed = mock.Mock(ready=True, done=3, waiting=[1])
+        for tell in ("failed", "lacked"):
+            starts = pybgworker.Starts(lambda *_, **more: None)
+            for _ in range(6):
+                getattr(starts, tell)(100.0, "it dies")
+            starts.ended(crashed, 100.5)
+            self.assertEqual((starts.given_up, starts.next_start), ("", 100.5))
+        broken = mock.Mock(ready=False, **{"has_lacked.return_value": False})
+        for _ in range(5):
+            starts.ended(broken, 101.0)
+        self.assertTrue(starts.given_up)
+        starts.end()
+        starts.ended(crashed, 102.0)
+        self.assertEqual(starts.room([], 1e9), 0)
+
+    def test_a_worker_that_lacks_something_waits_until_it_is_there(self):
+        (self.folder / "poor.py").write_text(textwrap.dedent("""
+            import errno, os, sys
+            import pybgworker
+            from pybgworker import task
+
+            if len(sys.argv) > 1:               # the worker: for its second child
+                real, started = pybgworker.spawn, []
+
+                def spawn(argv, *rest):
+                    started.append("run_child" in str(argv))
+                    if sum(started) > 2 and not os.path.exists("enough"):
+                        raise OSError(errno.EMFILE, "too many open files")
+                    return real(argv, *rest)
+
+                pybgworker.spawn = spawn
+            elif not os.path.exists("memory"):  # the first child
+                open("memory", "w").close()
+                raise MemoryError("in the child")
+
+            @task(name="crash", retries=0)
+            def crash(): os._exit(1)
+
+            @task(name="pid", retries=0)
+            def pid(): return os.getpid()
+            """))
+        send = pybgworker._default_app.send
+        worker = self.worker("--concurrency", 1, app="poor")
+        self.assertTrue(self.get(send("pid", retries=0)))
+        self.failure(send("crash", retries=0))
+        worker.wait_for("child_error")
+        after = send("pid", retries=0)
+        (self.folder / "enough").touch()
+        self.assertTrue(self.get(after))
+        errors = [event["error"] for event in worker.all("child_error")]
+        self.assertLessEqual(len(errors), 3)        # of a child, and of the worker
+        self.assertRegex(errors[0], "(?s)tried again: .*(MemoryError|too many)")
+
+    def test_a_child_that_takes_long_to_import_the_app_says_where_it_is(self):
+        site = self.folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "import pybgworker\npybgworker._SLOW_SECONDS = 0.2\n")
+        (self.folder / "hanging.py").write_text(textwrap.dedent("""
+            import os, sys, time
+            from pybgworker import task
+
+            def wait_for_the_other_service():
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
+
+            if len(sys.argv) == 1:              # a child
+                wait_for_the_other_service()
+
+            @task(name="crash", retries=0)
+            def crash(): os._exit(1)
+            """))
+        worker = self.worker("--concurrency", 1, app="hanging",
+                             PYTHONPATH=f"{site}:{HERE}")
+        said = worker.wait_for("child_error")
+        self.assertIn("imports the app", said["error"])
+        self.assertIn("in wait_for_the_other_service", said["stack"])
+        self.assertEqual(worker.all("worker_ready"), [])
+        (self.folder / "go").touch()
+        worker.wait_for("worker_ready")
+        failed = self.failure(pybgworker._default_app.send("crash", retries=0))
+        self.assertNotIn("wait_for_the_other_service", failed.traceback or "")
+        pids = [event["pid"] for event in worker.all("child_error")]
+        self.assertEqual(len(pids), len(set(pids)))         # once of each
+
     def test_children_are_started_few_at_a_time(self):
         """As many as import at once on this machine; one that hangs blocks nobody."""
-        starts, at = pybgworker.Starts(), 100.0
+        starts, at = pybgworker.Starts(None), 100.0
         ready = mock.Mock(ready=True, began=at)
         importing = mock.Mock(ready=False, began=at)
         with mock.patch("os.cpu_count", return_value=3):
@@ -6404,7 +6509,8 @@ class Pools(Served):
             member.__dict__.update(
                 waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
                 why="", kill_due=0, ready=True, retiring=False,
-                transcript=pybgworker.Transcript(journal.run), read=lambda: True, recall=list)
+                transcript=pybgworker.Transcript(journal.run), read=lambda: True, recall=list,
+                crash=-1)
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
                 body = chance.choice(bodies)
