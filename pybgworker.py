@@ -2235,13 +2235,13 @@ create table bg_task (
     # A row is in the index of its state, and in none once it is finished, so
     # history costs nothing.  What is ready is in two: in the order of claims, and
     # by group, so that what cannot run now is passed over in one seek.
-    """create index bg_delayed on bg_task (run_at) where state < 2""",
-    """create index bg_ready on bg_task (priority, place) where state = 2""",
-    """create index bg_group on bg_task (queue, name, priority, place)
-        where state = 2""",
-    """create index bg_running on bg_task (worker) where state = 3""",
-    """create unique index bg_key on bg_task (key)
-        where key is not null and state < 4""",
+    f"""create index bg_delayed on bg_task (run_at) where state < {QUEUED}""",
+    f"""create index bg_ready on bg_task (priority, place) where state = {QUEUED}""",
+    f"""create index bg_group on bg_task (queue, name, priority, place)
+        where state = {QUEUED}""",
+    f"""create index bg_running on bg_task (worker) where state = {RUNNING}""",
+    f"""create unique index bg_key on bg_task (key)
+        where key is not null and state < {SUCCESS}""",
     """
 create table bg_payload (             -- what is too large for the hot row
     id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
@@ -3245,8 +3245,8 @@ class Queue(Database):
         if key is None:
             return None
         row = connection.execute(
-            """select id + 0 from bg_task
-                where key = :key and key is not null and state < 4""",
+            f"""select id + 0 from bg_task
+                where key = :key and key is not null and state < {SUCCESS}""",
             {"key": key},
         ).fetchone()
         return row and row[0]
@@ -3290,11 +3290,11 @@ _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _PASS_ROWS = 32             # rows that a look passes over, in the order of claims
 _SEEK_STEPS = 128           # … and then goes so far from group to group
 _LEAPS = 8                  # paused queues that one of these steps leaps over
-_TASK_ROW = """
+_TASK_ROW = f"""
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
         priority, place,
         exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
-    from bg_task where state = 2"""
+    from bg_task where state = {QUEUED}"""
 
 
 class Round(NamedTuple):
@@ -3480,7 +3480,8 @@ class Claims(Queue):
 
     def _next_due(self):
         rows = self._read(
-            """select run_at from bg_task where state < 2 order by run_at limit 1"""
+            f"""select run_at from bg_task where state < {QUEUED}
+                order by run_at limit 1"""
         )
         return rows[0][0] if rows else None
 
@@ -3494,13 +3495,13 @@ class Claims(Queue):
         if due is None or due > now:
             return
         ready = self._read(
-            """select id, state from bg_task where state < 2 and run_at <= :now
+            f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
                 order by run_at limit :batch""",
             {"now": now, "batch": _PROMOTE_BATCH},
         )
         connection = self._link().connection
         connection.executemany(
-            """update bg_task set state = 2 where id = ?""",
+            f"""update bg_task set state = {QUEUED} where id = ?""",
             [(task_id,) for task_id, state in ready if state == SCHEDULED],
         )
         self._queue_behind([task_id for task_id, state in ready if state == RETRYING])
@@ -3517,7 +3518,7 @@ class Claims(Queue):
             """select value from bg_meta where name = 'place'"""
         ).fetchone()
         connection.executemany(
-            """update bg_task set state = 2, place = ? where id = ?""",
+            f"""update bg_task set state = {QUEUED}, place = ? where id = ?""",
             [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
         )
         connection.execute(
@@ -3608,11 +3609,12 @@ class Claims(Queue):
             i = bisect.bisect_right(queues, queue)
             return queues[i] if i < len(queues) else None
         return self._seek(
-            """with recursive leap (queue) as (
-                    select min(queue) from bg_task where state = 2 and queue > :queue
+            f"""with recursive leap (queue) as (
+                    select min(queue) from bg_task
+                        where state = {QUEUED} and queue > :queue
                     union all
                     select (select min(queue) from bg_task
-                            where state = 2 and queue > leap.queue)
+                            where state = {QUEUED} and queue > leap.queue)
                         from leap join bg_queue on bg_queue.name = leap.queue
                     limit :most)
                 select queue from leap""",
@@ -3662,9 +3664,9 @@ class Claims(Queue):
         """
         connection = self._link().connection
         connection.executemany(
-            """update bg_task set state = 3, worker = ?, attempt = attempt + 1,
+            f"""update bg_task set state = {RUNNING}, worker = ?, attempt = attempt + 1,
                     started_at = ?, callbacks = ?
-                where state = 2 and priority = ? and place = ?
+                where state = {QUEUED} and priority = ? and place = ?
                     and id between ? and ?""",
             [(pick.order.worker, now, *ids) for ids in pick.ranges],
         )
@@ -3811,17 +3813,18 @@ class Endings(Claims):
             for o in outcomes
         ]
 
-    _SUCCEED = """
-        update bg_task set state = 4, finished_at = ?,
+    _SUCCEED = f"""
+        update bg_task set state = {SUCCESS}, finished_at = ?,
             started_at = ifnull(?, started_at), duration = ?, result = ?
-        where id = ? and state = 3 and worker = ? and attempt = ?"""
-    _FINISH = """
+        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
+    _FINISH = f"""
         update bg_task set
-            state = case when cancel_asked and ? < 3 then 6 else ? end,
-            finished_at = case when cancel_asked or ? > 3 then ? end,
+            state = case when cancel_asked and ? < {RUNNING}
+                then {CANCELLED} else ? end,
+            finished_at = case when cancel_asked or ? > {RUNNING} then ? end,
             started_at = ifnull(?, started_at), duration = ?, run_at = ?,
             result = ?, forgiven = forgiven + ?, attempt = attempt - ?
-        where id = ? and state = 3 and worker = ? and attempt = ?"""
+        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
 
     def _finish(self, outcomes, worker, now):
         """Write what became of runs, and what follows it.  Returns the stale ones."""
@@ -3932,7 +3935,7 @@ class Endings(Claims):
 
     def _is_running(self, run, worker):
         return bool(self._read(
-            """select 1 from bg_task where id = :id and state = 3
+            f"""select 1 from bg_task where id = :id and state = {RUNNING}
                 and worker = :worker and attempt = :attempt""",
             {"id": run.id, "worker": worker, "attempt": run.attempt},
         ))
@@ -3940,8 +3943,8 @@ class Endings(Claims):
     def cancels_asked(self, worker: int) -> list[int]:
         """Ids of the worker's running tasks that somebody wants ended."""
         rows = self._read(
-            """select id from bg_task
-                where state = 3 and worker = :worker and cancel_asked""",
+            f"""select id from bg_task
+                where state = {RUNNING} and worker = :worker and cancel_asked""",
             {"worker": worker},
         )
         return [row[0] for row in rows]
@@ -3954,8 +3957,9 @@ class Endings(Claims):
         if not self._read("""select 1 from bg_queue limit 1"""):    # as mostly
             return set()
         rows = self._read(
-            """select name from bg_queue where name in
-                (select queue from bg_task where state = 3 and worker = :worker)""",
+            f"""select name from bg_queue where name in
+                (select queue from bg_task
+                    where state = {RUNNING} and worker = :worker)""",
             {"worker": worker},
         )
         return {row[0] for row in rows}
@@ -3969,7 +3973,7 @@ class Endings(Claims):
 
 ID_BATCH = 100          # ids that one statement looks up
 _UNFINISHED = (
-    """select id from bg_task where state < 4 and id in (?"""
+    f"""select id from bg_task where state < {SUCCESS} and id in (?"""
     + ", ?" * (ID_BATCH - 1) + ")"
 )
 
@@ -4151,8 +4155,8 @@ class Operations(Endings):
     def finished_runs(self, limit: int) -> list[tuple]:
         """Name, state, run_at, started_at, finished_at, duration, attempt; newest."""
         return self._read(
-            """select name, state, run_at, started_at, finished_at, duration, attempt
-                from bg_task where state > 3 order by id desc limit :limit""",
+            f"""select name, state, run_at, started_at, finished_at, duration, attempt
+                from bg_task where state > {RUNNING} order by id desc limit :limit""",
             {"limit": limit},
         )
 
@@ -4165,7 +4169,7 @@ class Operations(Endings):
             state = self.state(task_id)
             if state in WAITING:
                 link.connection.execute(
-                    """update bg_task set state = 6, finished_at = :now
+                    f"""update bg_task set state = {CANCELLED}, finished_at = :now
                         where id = :id""",
                     {"id": task_id, "now": now},
                 )
@@ -4200,9 +4204,9 @@ class Operations(Endings):
 
     def _queue_again(self, connection, task_id, now):
         connection.execute(
-            """update bg_task set state = 2, forgiven = attempt, cancel_asked = 0,
-                    run_at = :now, started_at = null, finished_at = null,
-                    duration = null, result = null
+            f"""update bg_task set state = {QUEUED}, forgiven = attempt,
+                    cancel_asked = 0, run_at = :now, started_at = null,
+                    finished_at = null, duration = null, result = null
                 where id = :id""",
             {"id": task_id, "now": now},
         )
@@ -4232,7 +4236,7 @@ class Operations(Endings):
                     left.append(task_id)
 
         self._in_batches(
-            """select id from bg_task where state = 5
+            f"""select id from bg_task where state = {FAILED}
                 and (:name is null or name = :name) order by id""",
             {"name": name}, again,
         )
@@ -4279,15 +4283,16 @@ class Operations(Endings):
 
         def end(connection, ids):
             counts.append(connection.executemany(
-                """update bg_task set state = 6, finished_at = ?
-                    where id = ? and state < 3""",
+                f"""update bg_task set state = {CANCELLED}, finished_at = ?
+                    where id = ? and state < {RUNNING}""",
                 [(now, task_id) for task_id in ids],
             ).rowcount)
 
         self._in_batches(
-            """select id from (
-                    select id, queue, name from bg_task where state < 2
-                    union all select id, queue, name from bg_task where state = 2)
+            f"""select id from (
+                    select id, queue, name from bg_task where state < {QUEUED}
+                    union all
+                    select id, queue, name from bg_task where state = {QUEUED})
                 where (:queue is null or queue = :queue)
                     and (:name is null or name = :name)""",
             {"queue": queue, "name": name}, end,
@@ -4463,9 +4468,9 @@ class Store(Operations):
             ):
                 return []
             rows = self._read(
-                """select cancel_asked, id, name, queue, attempt - 1, retries, forgiven,
-                        timeout, run_at, tick, null, priority, callbacks
-                    from bg_task where state = 3 and worker = :worker""",
+                f"""select cancel_asked, id, name, queue, attempt - 1, retries,
+                        forgiven, timeout, run_at, tick, null, priority, callbacks
+                    from bg_task where state = {RUNNING} and worker = :worker""",
                 {"worker": worker},
             )
             lost: list[LostRun] = []
@@ -4488,8 +4493,8 @@ class Store(Operations):
 
     def _lose(self, connection, task_id, state, now):
         connection.execute(
-            """update bg_task set state = :state, cancel_asked = 0,
-                    finished_at = case when :state > 3 then :now end
+            f"""update bg_task set state = :state, cancel_asked = 0,
+                    finished_at = case when :state > {RUNNING} then :now end
                 where id = :id""",
             {"id": task_id, "state": state, "now": now},
         )
@@ -4497,7 +4502,7 @@ class Store(Operations):
     def unknown_workers(self) -> list[int]:
         """Workers that hold runs but have no row: somebody edited the database."""
         rows = self._read(
-            """select distinct worker from bg_task where state = 3
+            f"""select distinct worker from bg_task where state = {RUNNING}
                 and worker not in (select id from bg_worker)"""
         )
         return [row[0] for row in rows]
@@ -4506,8 +4511,8 @@ class Store(Operations):
         """Take a worker off; one that still holds a task is left to be reaped."""
         with self.write(durable=False, patience=2.0) as link:
             link.connection.execute(
-                """delete from bg_worker where id = :id and not exists (
-                    select 1 from bg_task where state = 3 and worker = :id)""",
+                f"""delete from bg_worker where id = :id and not exists (
+                    select 1 from bg_task where state = {RUNNING} and worker = :id)""",
                 {"id": worker},
             )
 
@@ -4515,8 +4520,10 @@ class Store(Operations):
         """Take dead workers off that hold no task and have not beaten since."""
         with self.write(durable=False, patience=0.5) as link:
             link.connection.executemany(
-                """delete from bg_worker where id = ?1 and beat_at = ?2 and not exists (
-                    select 1 from bg_task where state = 3 and worker = ?1)""",
+                f"""delete from bg_worker
+                    where id = ?1 and beat_at = ?2 and not exists (
+                        select 1 from bg_task
+                            where state = {RUNNING} and worker = ?1)""",
                 [(row.id, row.beat_at) for row in rows],
             )
 
@@ -4533,7 +4540,7 @@ class Store(Operations):
     def running_counts(self) -> dict[int, int]:
         """How many tasks each worker has claimed and not finished, by its id."""
         return dict(self._read(
-            """select worker, count(*) from bg_task where state = 3
+            f"""select worker, count(*) from bg_task where state = {RUNNING}
                 group by worker"""
         ))
 
@@ -4563,22 +4570,22 @@ class Store(Operations):
         """
         soon = now + LATE_TURN_MS
         rows = self._read(
-            """select id, run_at, began from (
+            f"""select id, run_at, began from (
                     select id, run_at, case state when 0 then created_at else
                         started_at + cast(ifnull(duration, 0) * 1000 as integer)
                         end as began
-                    from bg_task where state < 2 and run_at > :soon
-                        and (state = 1 or counted))
+                    from bg_task where state < {QUEUED} and run_at > :soon
+                        and (state = {RETRYING} or counted))
                 where began > :soon limit :batch""",
             {"soon": soon, "batch": batch},
         )
         if rows:
             with self.write(patience=0.5) as link:
                 link.connection.executemany(
-                    """update bg_task set run_at = max(0, run_at - :ahead),
+                    f"""update bg_task set run_at = max(0, run_at - :ahead),
                             started_at = max(0, started_at - :ahead),
                             created_at = min(created_at, :now)
-                        where id = :id and state < 2 and run_at = :run_at""",
+                        where id = :id and state < {QUEUED} and run_at = :run_at""",
                     [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
                      for task_id, run_at, began in rows],
                 )
@@ -9626,19 +9633,21 @@ def _raw_claim_and_ack(connection):
     while True:
         connection.execute("begin immediate")
         rows = connection.execute(
-            """select id, name, queue, attempt, retries, timeout, run_at, args
-                from bg_task where state = 2 and queue = 'default' and name = 'noop'
+            f"""select id, name, queue, attempt, retries, timeout, run_at, args
+                from bg_task
+                where state = {QUEUED} and queue = 'default' and name = 'noop'
                 order by priority, id limit ?""", (_CLAIM_BATCH,),
         ).fetchall()
         now = now_ms()
         connection.executemany(
-            """update bg_task set state = 3, worker = ?, attempt = ?, started_at = ?
+            f"""update bg_task set state = {RUNNING}, worker = ?, attempt = ?,
+                    started_at = ?
                 where id = ?""", [(1, 1, now, row[0]) for row in rows],
         )
         connection.executemany(
-            """update bg_task set state = 4, started_at = ?, finished_at = ?,
+            f"""update bg_task set state = {SUCCESS}, started_at = ?, finished_at = ?,
                     duration = ?, result = ?
-                where id = ? and state = 3 and worker = ? and attempt = ?""",
+                where id = ? and state = {RUNNING} and worker = ? and attempt = ?""",
             [(now, now, 0.001, "null", row[0], 1, 1) for row in rows],
         )
         connection.execute("commit")
@@ -9761,7 +9770,9 @@ def _measure_throughput(place, raw):
     first = min(row[3] for row in rows)
     seconds = max(0.001, (max(row[4] for row in rows) - first) / 1000)
     busy = [max(0.0, b - a) / seconds for a, b in zip(before, after)]
-    left = raw.execute("""select count(*) from bg_task where state = 2""").fetchone()[0]
+    left, = raw.execute(
+        f"""select count(*) from bg_task where state = {QUEUED}"""
+    ).fetchone()
     theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
     limit = _limit_of_worker(*busy, place.app.settings.concurrency)
     return {"tasks_per_second": _figure((len(rows) / seconds, 0), theirs, limit)}
