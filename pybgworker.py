@@ -391,7 +391,8 @@ def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleName
             f"worker_timeout={found.worker_timeout:g}: must be above "
             f"heartbeat_interval={found.heartbeat_interval:g}"
         )
-    found.concurrency = found.concurrency or os.cpu_count() or 1
+    if found.concurrency is None:
+        found.concurrency = min(os.cpu_count() or 1, _MOST_CHILDREN)
     found.worker_name = found.worker_name or f"{socket.gethostname()}-{os.getpid()}"
     return found
 
@@ -5638,20 +5639,32 @@ def _own_subprocess():
     return module
 
 
-_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker opens: for each, at all
-
-
-def check_platform(children: int) -> None:
-    """Raise AppError where workers, or so many children, cannot run."""
+def check_platform() -> None:
+    """Raise AppError where workers cannot run."""
     if fcntl is None:
         raise AppError("workers need Linux or macOS for now; delay() works here")
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    possible = (limit - _WORKER_FDS) // _CHILD_FDS - 1      # one is a spare
-    if limit != resource.RLIM_INFINITY and children > max(1, possible):
+
+
+_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker has: for each, besides
+
+
+def ensure_descriptors(children: int) -> None:
+    """See that this process may open what so many children and a spare one need.
+
+    Raises the soft limit where it is too low; AppError when the hard one is.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _WORKER_FDS + _CHILD_FDS * (children + 1)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    except (ValueError, OSError):
         raise AppError(
-            f"concurrency={children}: this process may open {limit} files, which is "
-            f"enough for {max(1, possible)} children: see `ulimit -n`"
-        )
+            f"concurrency={children}: needs {needed} descriptors, and this process "
+            f"may have {most}, which is enough for "
+            f"{max(0, (most - _WORKER_FDS) // _CHILD_FDS - 1)}: see `ulimit -n`"
+        ) from None
 
 
 def signal_name(number: int) -> str:
@@ -8934,7 +8947,8 @@ class Worker:
 
     def __init__(self, app: App, app_spec: str, burst: bool = False,
                  log: Log | None = None):
-        check_platform(app.settings.concurrency)
+        check_platform()
+        ensure_descriptors(app.settings.concurrency)
         self.app, self.app_spec, self.burst = app, app_spec, burst
         self.settings, self.store = app.settings, app.store
         self.store.follow = False       # a replaced file ends this worker

@@ -8794,8 +8794,12 @@ class CommandLine(Served):
         self.assertIn("PYBGWORKER_CONCURRENCY='1001': must be a whole", message)
         done = self.shell("ulimit -n 128; $P run --app tasks --concurrency 12")
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"\Apybgworker: concurrency=12: this process may "
-                         r"open 128 files, which is enough for 11 children[^\n]*\n\Z")
+        self.assertRegex(done.stderr, r"\Apybgworker: concurrency=12: needs 129 descrip"
+                         r"tors, and this process may have 128, which is enough for 11: "
+                         r"see [^\n]*\n\Z")
+        self.tasks.my_pid.delay()
+        done = self.shell("ulimit -S -n 100; $P run --app tasks --concurrency 12 --burst")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
