@@ -7001,13 +7001,19 @@ def _text_of(fn, *args):
         return f"<it cannot be printed: {type(exc).__name__}>"
 
 
+def _is_machinery(path):
+    """True for this file, and for what imports an app."""
+    return path in (__file__, importlib.__file__) \
+        or path.startswith("<frozen importlib")
+
+
 def describe_exception(exc: BaseException) -> dict:
     """kind, type, message and traceback of any exception.  Never raises."""
     import traceback
 
     def text():
         own = exc.__traceback__
-        while own is not None and own.tb_frame.f_code.co_filename == __file__:
+        while own is not None and _is_machinery(own.tb_frame.f_code.co_filename):
             own = own.tb_next           # begin where the user's code does
         return "".join(traceback.format_exception(type(exc), exc, own))
 
@@ -9940,7 +9946,7 @@ def _load(spec):
         raise
     except BaseException as exc:
         _check_module_name(spec, exc)
-        trace = describe_exception(_without_our_frames(exc))["traceback"]
+        trace = describe_exception(exc)["traceback"]
         raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
     _hand_over()
     if not app.tasks:
@@ -9977,17 +9983,6 @@ def _hand_over():
                 and module is not sys.modules.get(__name__) \
                 and os.path.realpath(path) == own and not _default_app.tasks:
             raise _OtherCopy(name)
-
-
-def _without_our_frames(exc):
-    """Drop the frames of this file and of the import machinery."""
-    frame = exc.__traceback__
-    while frame is not None and (
-        frame.tb_frame.f_code.co_filename == __file__
-        or "importlib" in frame.tb_frame.f_code.co_filename
-    ):
-        frame = frame.tb_next
-    return exc.with_traceback(frame)
 
 
 @contextlib.contextmanager

@@ -5779,7 +5779,30 @@ class Children(Served):
         worker = self.worker(app="broken")
 
         self.assertEqual(worker.wait(), 1)
-        self.assertIn("ValueError: only in children", "".join(worker.errors))
+        text = "".join(worker.errors)
+        self.assertIn("ValueError: only in children", text)
+        self.assertEqual(re.findall('File "(.*)"', text),
+                         [str(self.folder.resolve() / "broken.py")])
+        self.assertRegex(text, r"\(most recent call last\):\n *File .*broken.py")
+
+    def test_what_an_import_raises_is_told_from_the_apps_first_line_on(self):
+        (self.folder / "outer_of_two.py").write_text("import inner_of_two\n")
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+        for inner in ("1 / 0", "a syntax error"):
+            (self.folder / "inner_of_two.py").write_text(inner)
+            for name in ("outer_of_two", "no_such_module"):
+                try:
+                    pybgworker.load_app(name)
+                except Exception as exc:
+                    exc.__traceback__ = exc.__traceback__.tb_next      # not this line
+                    text = pybgworker.describe_exception(exc)["traceback"]
+                found = re.findall('File "(.*)"', text)
+                with self.subTest(inner, name=name):
+                    self.assertEqual(
+                        [os.path.basename(path) for path in found if path[0] != "<"],
+                        ["outer_of_two.py", "inner_of_two.py"] * (name[0] == "o"))
+                    self.assertNotIn("pybgworker.py", text)
 
     def test_processes_of_a_task_end_when_they_are_told_to(self):
         self.worker("--concurrency", 1)
