@@ -2147,7 +2147,7 @@ class _Link:
                 self.connection.execute("rollback")
 
     def leak(self):
-        """Never close it: in a forked child that would unlock, and delete, files."""
+        """Leave it open for ever: a close would unlock, or delete, others' files."""
         import ctypes
 
         self.is_closed = True
