@@ -2855,9 +2855,9 @@ class Database:
 
 
 # == Queue ====================================================================
-# Owns the SQL of how tasks come in.  A verb of this section or the next two that
-# writes is called inside `with store.write():`, unless it says that it makes a
-# transaction of its own; verbs in one block commit together or not at all.
+# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
+# writes is one transaction of its own: no one is ever open outside of it, and what
+# serves several verbs has the connection, or the link, as its first argument.
 # Rows leave as small objects; nothing above knows a column.
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
@@ -3055,16 +3055,7 @@ class GroupCommit:
 
     def _commit_once(self, requests):
         deadline = min(request.deadline for request in requests)
-        write = self._store.write(patience=max(0.0, deadline - time.monotonic()))
-        try:
-            with write:
-                self._store.insert(requests)
-        finally:
-            for request in requests:
-                request.is_done = write.is_committed
-        if write.link.commits % _CALLER_CHECKPOINT_EVERY == 0:
-            with contextlib.suppress(DatabaseUnavailable):      # it is committed
-                self._store.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+        self._store.insert(requests, max(0.0, deadline - time.monotonic()))
 
 
 class CallersTransaction:
@@ -3184,9 +3175,23 @@ class Queue(Database):
             group = self._group = GroupCommit(self)
         return group.submit(request)
 
-    def insert(self, requests: Sequence[Request]) -> None:
-        """The same for each, in the transaction of the caller's write() block."""
-        link = self._link()
+    def insert(self, requests: Sequence[Request], patience: float) -> None:
+        """The same for each, in one commit; they are told when it is done.
+
+        Raises DatabaseBusy after `patience` seconds.
+        """
+        write = self.write(patience=patience)
+        try:
+            with write as link:
+                self._insert_all(link, requests)
+        finally:
+            for request in requests:
+                request.is_done = write.is_committed
+        if write.link.commits % _CALLER_CHECKPOINT_EVERY == 0:
+            with contextlib.suppress(DatabaseUnavailable):      # it is committed
+                self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+
+    def _insert_all(self, link, requests):
         link.wake = self._wake_addresses(link.connection)
         self._insert(link.connection, requests)
 
@@ -3443,115 +3448,49 @@ class _Pick:
             self.ranges.append(self._range)
 
 
-class Claims(Queue):
-    """The verbs of workers that look for work."""
+class Look:
+    """One look for work: reads by a connection, and writes nothing.
 
-    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
-        """(a claim would find something, what this look saw).  Takes no lock."""
-        due = self._next_due()
-        if due is not None and due <= now:
-            return True, Claimed([], now, order.round)
-        free = min(order.free, 1)
-        ahead = 0 if free else min(order.ahead, 1)
-        try:
-            pick, found = self._look(order._replace(free=free, ahead=ahead), now)
-        except sqlite3.Error as exc:
-            raise _explain(exc, self.path) from exc
-        return bool(pick.runs), self._claimed(pick, found, due)
+    What it found is in `pick`; `round` is how far it came.
+    """
 
-    def _claim(self, order, now):
-        """Take the next runs for a worker that still has its row in bg_worker.
+    def __init__(self, connection: sqlite3.Connection, order: ClaimOrder, now: int):
+        self._connection, self.order = connection, order
+        self.rates = Rates(order.rates, self._tat, now) if order.rates else None
+        self.pick = _Pick(order, self.rates, now)
+        self.round = self._run()
 
-        Stops at the first task that needs a free child when none is left, so that
-        those behind it cannot pass it for ever.
-        """
-        if not self._read(
-            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
-        ):
-            return Claimed([], None, Round(), is_registered=False)
-        self._promote(now)
-        pick, found = self._look(order, now)
-        self._take(pick, now)
-        return self._claimed(pick, found, self._next_due())
+    def seen(self, due: int | None) -> Claimed:
+        """What it found; something else is due at `due`."""
+        opens_at = min(self.round.limited.values(), default=None)
+        return Claimed(self.pick.runs, _earliest(due, opens_at), self.round,
+                       waits=self.pick.needs_child)
 
-    def _claimed(self, pick, found, due):
-        opens_at = min(found.limited.values(), default=None)
-        return Claimed(pick.runs, _earliest(due, opens_at), found,
-                       waits=pick.needs_child)
-
-    def _next_due(self):
-        rows = self._read(
-            f"""select run_at from bg_task where state < {QUEUED}
-                order by run_at limit 1"""
-        )
-        return rows[0][0] if rows else None
-
-    def _promote(self, now):
-        """Make ready what was waiting for its time.
-
-        A retry goes behind all that is ready or was enqueued by then, or one that
-        asks for no delay would run again and again before the others.
-        """
-        due = self._next_due()
-        if due is None or due > now:
-            return
-        ready = self._read(
-            f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
-                order by run_at limit :batch""",
-            {"now": now, "batch": _PROMOTE_BATCH},
-        )
-        connection = self._link().connection
-        connection.executemany(
-            f"""update bg_task set state = {QUEUED} where id = ?""",
-            [(task_id,) for task_id, state in ready if state == SCHEDULED],
-        )
-        self._queue_behind([task_id for task_id, state in ready if state == RETRYING])
-
-    def _queue_behind(self, ids):
-        """Make tasks ready, each with a place of its own behind all others.
-
-        What is enqueued after that takes the same place, but has a higher id.
-        """
-        if not ids:
-            return
-        connection = self._link().connection
-        place, = connection.execute(
-            """select value from bg_meta where name = 'place'"""
-        ).fetchone()
-        connection.executemany(
-            f"""update bg_task set state = {QUEUED}, place = ? where id = ?""",
-            [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
-        )
-        connection.execute(
-            """update bg_meta set value = value + :more where name = 'place'""",
-            {"more": len(ids)},
-        )
-
-    def _look(self, order, now):
-        """Offer rows to a _Pick; return it, and where the round stands then."""
-        rates = Rates(order.rates, self._tat, now) if order.rates else None
-        pick = _Pick(order, rates, now)
+    def _run(self):
+        """Offer rows to the pick; return where the round stands then."""
+        pick, order = self.pick, self.order
         round_, limited = order.round, pick.limited
         if len(limited) < len(round_.limited):      # the look may be past what opened
             round_ = round_._replace(again=True)
-        if not pick.is_full and order.queues is None and self._offer_in_order(pick):
-            return pick, Round(None, limited)
+        if not pick.is_full and order.queues is None and self._offer_in_order():
+            return Round(None, limited)
         if pick.is_full:
-            return pick, round_._replace(limited=limited, halted=not pick.runs)
-        heads, after = self._groups(pick)
+            return round_._replace(limited=limited, halted=not pick.runs)
+        heads, after = self._groups()
         if order.queues is not None and (round_.after or after):
-            self._offer_in_order(pick)      # too many to see the first among them
-        self._offer_groups(pick, heads)
+            self._offer_in_order()      # too many to see the first among them
+        self._offer_groups(heads)
         if pick.is_full and not pick.runs:
-            return pick, round_._replace(limited=limited, halted=True)
+            return round_._replace(limited=limited, halted=True)
         if after is None:
-            return pick, round_.ended(limited)
-        return pick, Round(after, limited, round_.again)
+            return round_.ended(limited)
+        return Round(after, limited, round_.again)
 
-    def _offer_in_order(self, pick):
+    def _offer_in_order(self):
         """Offer what comes first over all.  True: this was all there is."""
+        pick = self.pick
         most = pick.free + pick.ahead + _PASS_ROWS
-        rows = self._link().connection.execute(
+        rows = self._connection.execute(
             _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
         )
         with contextlib.closing(rows):
@@ -3561,16 +3500,17 @@ class Claims(Queue):
                     return False
         return pick.offered < most
 
-    def _groups(self, pick):
+    def _groups(self):
         """(the first rows of groups from the round's last one on, the last one seen).
 
         Leaps from one known name to the next, so what is unknown, paused or not
         served costs one seek, however much it is.  Goes so many steps at most; the
         last one seen is None when no group is left.
         """
-        queue, name = pick.order.round.after or _START
-        names = sorted(n for n in pick.order.names if n not in pick.limited)
-        queues = pick.order.queues and sorted(pick.order.queues)
+        pick, order = self.pick, self.order
+        queue, name = order.round.after or _START
+        names = sorted(n for n in order.names if n not in pick.limited)
+        queues = order.queues and sorted(order.queues)
         heads: list[tuple] = []
         for _ in range(_SEEK_STEPS):
             i = bisect.bisect_right(names, name)
@@ -3594,12 +3534,11 @@ class Claims(Queue):
 
     def _head(self, queue, name):
         """The first row of a queue in order of name, from this name on."""
-        rows = self._seek(
+        return self._connection.execute(
             _TASK_ROW + """ and queue = :queue and name >= :name
                 order by name, priority, place, id limit 1""",
             {"queue": queue, "name": name},
-        )
-        return rows[0] if rows else None
+        ).fetchone()
 
     def _next_queue(self, queues, queue):
         """The next queue that has something ready; the next of `queues`, if given.
@@ -3609,7 +3548,7 @@ class Claims(Queue):
         if queues is not None:
             i = bisect.bisect_right(queues, queue)
             return queues[i] if i < len(queues) else None
-        return self._seek(
+        return self._connection.execute(
             f"""with recursive leap (queue) as (
                     select min(queue) from bg_task
                         where state = {QUEUED} and queue > :queue
@@ -3620,14 +3559,11 @@ class Claims(Queue):
                     limit :most)
                 select queue from leap""",
             {"queue": queue, "most": _LEAPS},
-        )[-1][0]
+        ).fetchall()[-1][0]
 
-    def _seek(self, statement, parameters):
-        """_read() for many small ones: does not look at the file before each."""
-        return self._local.link.connection.execute(statement, parameters).fetchall()
-
-    def _offer_groups(self, pick, heads):
+    def _offer_groups(self, heads):
         """Offer the rows of these groups in order, reading no further than needed."""
+        pick = self.pick
         heap = [(_order_of(head), head, None) for head in heads]
         heapq.heapify(heap)
         taken = {run.id for run in pick.runs}
@@ -3645,43 +3581,124 @@ class Claims(Queue):
 
     def _rest(self, head, most):
         """A cursor on the rows of a group behind its first."""
-        return self._link().connection.execute(
+        return self._connection.execute(
             _TASK_ROW + """ and queue = :queue and name = :name
                 order by priority, place, id limit :most offset 1""",
             {"queue": head[2], "name": head[1], "most": most},
         )
 
     def _tat(self, limit):
-        rows = self._seek(
+        row = self._connection.execute(
             """select tat from bg_rate where name = :name""", {"name": limit}
-        )
-        return rows[0][0] if rows else 0.0
+        ).fetchone()
+        return row[0] if row else 0.0
 
-    def _take(self, pick, now):
+
+def _next_due(connection):
+    """When the first task that waits for its time is due; None when none does."""
+    row = connection.execute(
+        f"""select run_at from bg_task where state < {QUEUED} order by run_at limit 1"""
+    ).fetchone()
+    return row and row[0]
+
+
+def _queue_behind(connection, ids):
+    """Make tasks ready, each with a place of its own behind all others.
+
+    What is enqueued after that takes the same place, but has a higher id.
+    """
+    if not ids:
+        return
+    place, = connection.execute(
+        """select value from bg_meta where name = 'place'"""
+    ).fetchone()
+    connection.executemany(
+        f"""update bg_task set state = {QUEUED}, place = ? where id = ?""",
+        [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
+    )
+    connection.execute(
+        """update bg_meta set value = value + :more where name = 'place'""",
+        {"more": len(ids)},
+    )
+
+
+class Claims(Queue):
+    """The verbs of workers that look for work."""
+
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
+        """(a claim would find something, what this look saw).  Takes no lock."""
+        connection = self._link().connection
+        free = min(order.free, 1)
+        ahead = 0 if free else min(order.ahead, 1)
+        try:
+            due = _next_due(connection)
+            if due is not None and due <= now:
+                return True, Claimed([], now, order.round)
+            look = Look(connection, order._replace(free=free, ahead=ahead), now)
+        except sqlite3.Error as exc:
+            raise _explain(exc, self.path) from exc
+        return bool(look.pick.runs), look.seen(due)
+
+    def _claim(self, connection, order, now):
+        """Take the next runs for a worker that still has its row in bg_worker.
+
+        Stops at the first task that needs a free child when none is left, so that
+        those behind it cannot pass it for ever.
+        """
+        if not connection.execute(
+            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
+        ).fetchone():
+            return Claimed([], None, Round(), is_registered=False)
+        due = _next_due(connection)
+        if due is not None and due <= now:
+            self._promote(connection, now)
+            due = _next_due(connection)
+        look = Look(connection, order, now)
+        self._take(connection, look, now)
+        return look.seen(due)
+
+    def _promote(self, connection, now):
+        """Make ready what was waiting for its time.
+
+        A retry goes behind all that is ready or was enqueued by then, or one that
+        asks for no delay would run again and again before the others.
+        """
+        ready = connection.execute(
+            f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
+                order by run_at limit :batch""",
+            {"now": now, "batch": _PROMOTE_BATCH},
+        ).fetchall()
+        connection.executemany(
+            f"""update bg_task set state = {QUEUED} where id = ?""",
+            [(task_id,) for task_id, state in ready if state == SCHEDULED],
+        )
+        _queue_behind(connection,
+                      [task_id for task_id, state in ready if state == RETRYING])
+
+    def _take(self, connection, look, now):
         """Mark the picked as running, and their starts as spent.
 
         What else lies in a range of ids is in another state or place: the write
         lock is held since the rows were read.
         """
-        connection = self._link().connection
         connection.executemany(
             f"""update bg_task set state = {RUNNING}, worker = ?, attempt = attempt + 1,
                     started_at = ?, callbacks = ?
                 where state = {QUEUED} and priority = ? and place = ?
                     and id between ? and ?""",
-            [(pick.order.worker, now, *ids) for ids in pick.ranges],
+            [(look.order.worker, now, *ids) for ids in look.pick.ranges],
         )
-        if pick.rates:
+        if look.rates:
             connection.executemany(
                 """insert or replace into bg_rate (name, tat) values (?, ?)""",
-                pick.rates.spent(),
+                look.rates.spent(),
             )
 
-    def _return_tokens(self, runs):
+    def _return_tokens(self, connection, runs):
         """Give the limits back what runs have spent that never began."""
         tokens = [(ms, limit) for run in runs for limit, ms in run.tokens]
         if tokens:
-            self._link().connection.executemany(
+            connection.executemany(
                 """update bg_rate set tat = tat - ? where name = ?""", tokens
             )
 
@@ -3791,14 +3808,15 @@ class Endings(Claims):
         can never be written, and DatabaseBusy after `patience` seconds.
         """
         worker = turn.worker
-        with self.write(turn.is_durable, patience):
+        with self.write(turn.is_durable, patience) as link:
+            by = link.connection
             for run, progress in turn.progress:
-                self._set_progress(run, worker, progress)
-            self._give_back(turn.unbegun, worker, now, started=False)
-            self._give_back(turn.stopped, worker, now, started=True)
+                self._set_progress(by, run, worker, progress)
+            self._give_back(by, turn.unbegun, worker, now, started=False)
+            self._give_back(by, turn.stopped, worker, now, started=True)
             outcomes = self._heed_cancels(turn.outcomes, worker)
-            stale = self._finish(outcomes, worker, now)
-            claimed = self._claim(turn.order, now) if turn.order else None
+            stale = self._finish(link, outcomes, worker, now)
+            claimed = self._claim(by, turn.order, now) if turn.order else None
         if stale:
             outcomes = [outcome for outcome in outcomes if outcome not in stale]
         return Turned(outcomes, stale, claimed)
@@ -3827,28 +3845,29 @@ class Endings(Claims):
             result = ?, forgiven = forgiven + ?, attempt = attempt - ?
         where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
 
-    def _finish(self, outcomes, worker, now):
+    def _finish(self, link, outcomes, worker, now):
         """Write what became of runs, and what follows it.  Returns the stale ones."""
-        self._return_tokens(o.run for o in outcomes if not o.run.announced)
+        connection = link.connection
+        unbegun = [o.run for o in outcomes if not o.run.announced]
+        self._return_tokens(connection, unbegun)
         plain = [o for o in outcomes if o.is_plain]
-        if self._succeed_all(plain, worker, now):
+        if self._succeed_all(connection, plain, worker, now):
             if len(plain) == len(outcomes):
                 return []
             outcomes = [o for o in outcomes if not o.is_plain]
         stale = []
         for outcome in outcomes:
             try:
-                if not self._finish_one(outcome, worker, now):
+                if not self._finish_one(link, outcome, worker, now):
                     stale.append(outcome)
             except _REFUSALS as exc:
                 raise OutcomeRefused(outcome, exc) from exc
         return stale
 
-    def _succeed_all(self, outcomes, worker, now):
+    def _succeed_all(self, connection, outcomes, worker, now):
         """Write plain successes at once; False, and nothing, if one does not go."""
         if not outcomes:
             return True
-        connection = self._link().connection
         connection.execute("savepoint plain")
         try:
             done = connection.executemany(self._SUCCEED, [
@@ -3871,8 +3890,8 @@ class Endings(Claims):
             outcome.result, forgive, uncount, run.id, worker, run.attempt,
         )
 
-    def _finish_one(self, outcome, worker, now):
-        connection = self._link().connection
+    def _finish_one(self, link, outcome, worker, now):
+        connection = link.connection
         large = len(outcome.result or "") > _INLINE_CHARS
         row = outcome._replace(result=None) if large else outcome
         values = self._finish_values(row, worker, now)
@@ -3887,7 +3906,7 @@ class Endings(Claims):
         if outcome.output:
             self._put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
         if outcome.then:
-            self.insert([Request(row, [text]) for row, text in outcome.then])
+            self._insert_all(link, [Request(row, [text]) for row, text in outcome.then])
         return True
 
     def _drop_old(self, connection, run, state):
@@ -3905,7 +3924,7 @@ class Endings(Claims):
                 },
             )
 
-    def _give_back(self, runs, worker, now, started):
+    def _give_back(self, connection, runs, worker, now, started):
         """Queue runs again that did not fail.
 
         One that never started is not counted; one that a stop interrupted is
@@ -3913,7 +3932,7 @@ class Endings(Claims):
         """
         if not runs:
             return
-        self._link().connection.executemany(
+        connection.executemany(
             self._FINISH,
             [
                 self._finish_values(
@@ -3925,21 +3944,21 @@ class Endings(Claims):
         )
         if started:
             for run in runs:
-                self._drop_old(self._link().connection, run, QUEUED)
+                self._drop_old(connection, run, QUEUED)
         else:
-            self._return_tokens(runs)
+            self._return_tokens(connection, runs)
 
-    def _set_progress(self, run, worker, progress):
+    def _set_progress(self, connection, run, worker, progress):
         """Store what a running task last said of its progress."""
-        if self._is_running(run, worker):
-            self._put_payload(self._link().connection, run.id, _PROGRESS, progress)
+        if self._is_running(connection, run, worker):
+            self._put_payload(connection, run.id, _PROGRESS, progress)
 
-    def _is_running(self, run, worker):
-        return bool(self._read(
+    def _is_running(self, connection, run, worker):
+        return connection.execute(
             f"""select 1 from bg_task where id = :id and state = {RUNNING}
                 and worker = :worker and attempt = :attempt""",
             {"id": run.id, "worker": worker, "attempt": run.attempt},
-        ))
+        ).fetchone() is not None
 
     def cancels_asked(self, worker: int) -> list[int]:
         """Ids of the worker's running tasks that somebody wants ended."""
@@ -4215,7 +4234,7 @@ class Operations(Endings):
             """delete from bg_payload where id > :args and id < :mark""",
             {"args": task_id * 8 + _ARGS, "mark": task_id * 8 + _MARK},
         )
-        self._queue_behind([task_id])
+        _queue_behind(connection, [task_id])
 
     def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
         """Queue all failed tasks again, or those of a name.
@@ -4485,7 +4504,7 @@ class Store(Operations):
                 lost.append(LostRun(run.id, run.name, run.attempt, state, name))
                 then += callback_rows(run, state, error, now)
             if then:
-                self.insert([Request(row, [text]) for row, text in then])
+                self._insert_all(link, [Request(row, [text]) for row, text in then])
             link.connection.execute(
                 """delete from bg_worker where id = :id""", {"id": worker}
             )
@@ -4654,7 +4673,7 @@ class Store(Operations):
         with self.write(patience=patience) as link:
             requests = [self._fire_one(link.connection, step) for step in steps]
             if any(requests):
-                self.insert([r for found in requests for r in found or ()])
+                self._insert_all(link, [r for found in requests for r in found or ()])
         return [None if found is None else [r.ids[0] for r in found]
                 for found in requests]
 

@@ -1827,14 +1827,14 @@ class Forking(Case):
     def test_a_fork_by_a_signal_handler_in_a_delay(self):
         """It happens once, in the parent; the child has forgotten the others too."""
         said = self.ran("""
-            insert = p.Store.insert
-            def forking(store, requests):
-                insert(store, requests)
-                p.Store.insert = insert
+            insert = p.Store._insert_all
+            def forking(*args):
+                insert(*args)
+                p.Store._insert_all = insert
                 global pid
                 pid = os.fork()
             delay()
-            p.Store.insert = forking
+            p.Store._insert_all = forking
             try:
                 delay()
             except p.DatabaseUnavailable as exc:
@@ -3334,7 +3334,7 @@ class Threads(Case):
         return group, own, other
 
     def test_an_interrupt_before_the_commit_leaves_the_others_to_themselves(self):
-        group, own, other = self.interrupted(Store, "insert")
+        group, own, other = self.interrupted(Store, "_insert_all")
         self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
         self.assertFalse(own.is_done or other.is_done or group._requests)
         self.assertEqual(group.submit(other), [1])
@@ -4066,7 +4066,7 @@ class Budgets(QueueCase):
         self.turn(unbegun=[runs[2]])
         self.store.cancels_asked(1)
         for queues in (None, ("default", "other")):
-            with mock.patch.object(Store, "_offer_in_order", return_value=False):
+            with mock.patch.object(pybgworker.Look, "_offer_in_order", return_value=False):
                 self.store.peek(self.order(queues=queues, t=0.1), self.now)
         self.store.cancel(runs[1].id, self.now)
         self.store.retry(runs[0].id, self.now)
@@ -7473,8 +7473,7 @@ class Upkeeps(QueueCase):
             task = pybgworker.NewTask(
                 name, "q", 5, None, 0, None, pybgworker.SCHEDULED, run_at, created,
                 counted=counted)
-            with self.store.write():
-                self.store.insert([pybgworker.Request(task, ["[[],{}]"])])
+            self.store.enqueue(task, ["[[],{}]"])
         upkeep = self.upkeep()
         self.at += 1
         self.assertTrue(upkeep.mind_clock(self.now, self.at))
@@ -9189,7 +9188,7 @@ class AnySequence(Case):
     def failure_of(self, program, groups=False):
         """What goes wrong when the program runs on a new database, or None."""
         if groups:
-            with mock.patch.object(Store, "_offer_in_order", return_value=False):
+            with mock.patch.object(pybgworker.Look, "_offer_in_order", return_value=False):
                 return self.failure_of(program)
         path = self.folder / f"model-{random.random()}.db"
         store = Store(str(path), durability="normal")
