@@ -10239,7 +10239,8 @@ def _newest_options(app, name, given):
     if not found and given["queue"] is None:
         print(
             f"pybgworker: no task {name!r} was here before, so it goes to the queue "
-            "default; --queue or --app says which", file=sys.stderr,
+            "default, with the options of a bare @task; --app takes its own",
+            file=sys.stderr,
         )
     return found
 
@@ -10322,7 +10323,7 @@ COMMANDS = (
             "cron", (), True),
     Command("retry", _retry, "run finished tasks again",
             "retry --failed --name mail.send",
-            (_flag("ids", nargs="*", metavar="ID"),
+            (_flag("ids", nargs="*", default=[], metavar="ID"),
              _flag("--failed", action="store_true", help="all that failed"), _NAME)),
     Command("cancel", _cancel, "cancel waiting tasks, end running ones",
             "cancel 42 43", (_flag("ids", nargs="+", metavar="ID"),)),
@@ -10336,7 +10337,7 @@ COMMANDS = (
     Command("enqueue", _enqueue, "enqueue a task by name, with arguments in JSON",
             "enqueue tasks.add 1 b=2",
             (_flag("name", metavar="NAME", help="module.function, or its name="),
-             _flag("arguments", nargs="*", metavar="[KEY=]JSON",
+             _flag("arguments", nargs="*", default=[], metavar="[KEY=]JSON",
                    help="""1 '"text"' key='[1, 2]'"""),
              _flag("--app", metavar="MODULE[:APP]", help="the module that defines the "
                    "task (default: goes by the newest task of that name)"),

@@ -8436,7 +8436,7 @@ class CommandLine(Served):
     def test_enqueue_without_an_app_goes_by_the_newest_of_the_name(self):
         self.assertIn("1 to 200 characters", self.refused("enqueue", "\udcff"))
         first = self.cli("enqueue", "mail")
-        self.assertIn("so it goes to the queue default; --queue", first.stderr)
+        self.assertIn("it goes to the queue default, with the", first.stderr)
         self.app.send("mail", queue="slow", priority=2, retries=0, timeout=1.5)
         self.app.send("other", queue="fast")
         row = self.store.task(int(self.ok("enqueue", "mail", "--priority", "1")))
@@ -8826,6 +8826,7 @@ class CommandLine(Served):
     def test_usage_is_status_two(self):
         for argv in ((), ("nonsense",), ("show",), ("list", "--status", "odd")):
             self.assertIn("usage:", self.refused(*argv, code=2))
+        self.assertRegex(self.refused("enqueue", code=2), r"are required: NAME\n")
 
     def test_help_says_the_default_of_every_option(self):
         for setting in pybgworker.SETTINGS:
