@@ -5787,22 +5787,34 @@ def has_children() -> bool:
 def others_write_here() -> bool:
     """True when a process that this one has started has its standard output, or error.
 
-    Where /proc does not tell: when there is any such process at all.
+    Where /proc does not tell: when there is any such process at all.  The helpers of
+    multiprocessing stay for good and write nothing; what a forkserver starts may.
     """
     if not has_children():
         return False
     try:
         own = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
-        threads = os.listdir("/proc/self/task")
-        pids = [pid for thread in threads for pid in _children_of(thread)]
+        pids = [pid for pid in _children_of("self") if own & _outputs_of(pid)]
+        helpers = list(filter(_is_helper, pids))
+        started = [pid for helper in helpers for pid in _children_of(helper)]
     except OSError:
         return True
-    return any(own & _outputs_of(pid) for pid in pids)
+    return len(pids) > len(helpers) or any(own & _outputs_of(pid) for pid in started)
 
 
-def _children_of(thread):
-    with open(f"/proc/self/task/{thread}/children", encoding="ascii") as f:
-        return f.read().split()
+def _children_of(pid):
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as f:
+            found += f.read().split()
+    return found
+
+
+def _is_helper(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as f:
+        command = f.read()
+    return b"from multiprocessing.resource_tracker import" in command \
+        or b"from multiprocessing.forkserver import" in command
 
 
 def _outputs_of(pid):
