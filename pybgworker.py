@@ -672,7 +672,7 @@ _PACKERS = {
     date: lambda v: {"$date": v.isoformat()},
     timedelta: lambda v: {"$timedelta": [v.days, v.seconds, v.microseconds]},
 }
-_UNPACKERS = {
+_UNPACKERS: dict[str, Callable] = {
     "$str": "".join,
     "$int": lambda body: int(body, 16),
     "$float": float,
@@ -1090,7 +1090,7 @@ class Cron:
         if self._zone is timezone.utc:
             return 0
         moment = datetime.fromtimestamp(instant, self._zone)
-        return moment.utcoffset() // timedelta(seconds=1)
+        return (moment.utcoffset() or timedelta(0)) // timedelta(seconds=1)
 
     def _wildcard_after(self, after):
         """Follow the wall clock, from one change of the offset to the next."""
@@ -1167,7 +1167,7 @@ class Cron:
         for late in range(_LARGEST_SHIFT // 60 + 1):
             shown = datetime(1970, 1, 1) + timedelta(minutes=wall + late)
             ahead = shown.replace(tzinfo=self._zone).utcoffset()
-            offset = ahead // timedelta(seconds=1)
+            offset = (ahead or timedelta(0)) // timedelta(seconds=1)
             instant = (wall + late) * 60 - offset
             if self._offset(instant) == offset:
                 return instant
@@ -1827,7 +1827,8 @@ class Forks:
 
     def __init__(self):
         self.count = 0              # of forks that led to this process
-        self.links = weakref.WeakValueDictionary()      # our connections, by id()
+        # Our connections, by id().
+        self.links: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
         self.refused = {}           # (device, inode): why it cannot be used here
         self._pid = os.getpid()
         self._is_watching = False
@@ -2535,7 +2536,7 @@ class _Write:
 
     def __init__(self, store, durable, patience):
         self.store, self.durable, self.patience = store, durable, patience
-        self.link = None
+        self.link: Any = None       # the _Link it is on, from __enter__() on
 
     def __enter__(self):
         self.link = self.store._begin(self)
@@ -8043,13 +8044,13 @@ class Scheduler:
         """The row of a schedule; its next tick is that of our zone data."""
         about = schedule.misfire, schedule.overlap, schedule.jitter
         if row is None:
-            row = ScheduleRow(*says, *about, None, None, "[]", now, now)
+            row = ScheduleRow._make([*says, *about, None, None, "[]", now, now])
             plan = self._plan(row, schedule, now)
             return row._replace(next_tick=plan.next_at, done=json.dumps(plan.done))
         plan = self._plan(row, schedule, now)
         is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
         next_tick = now // 1000 if is_due else plan.next_at
-        return ScheduleRow(*says, *about, next_tick, None, row.done, now, now)
+        return row._make([*says, *about, next_tick, None, row.done, now, now])
 
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until
@@ -9719,8 +9720,8 @@ class _Place:
         self.app = App()
         # Before the environment: it may name a database that is in use.
         self.app.override(db=self.db, durability="full")
-        self.noop = Task(self.app, _nothing, "noop", {})
-        self.clock = Task(self.app, _nothing, "clock", {})
+        self.noop: Task = Task(self.app, _nothing, "noop", {})
+        self.clock: Task = Task(self.app, _nothing, "clock", {})
         source = _APP_SOURCE.format(
             path=sys.path, module=__name__, db=self.db, concurrency=concurrency
         )
@@ -9820,12 +9821,12 @@ def _measure_throughput(place, raw):
         raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
     first = min(row[3] for row in rows)
     seconds = max(0.001, (max(row[4] for row in rows) - first) / 1000)
-    busy = [max(0.0, b - a) / seconds for a, b in zip(before, after)]
+    parent, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
     left, = raw.execute(
         f"""select count(*) from bg_task where state = {QUEUED}"""
     ).fetchone()
     theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
-    limit = _limit_of_worker(*busy, place.app.settings.concurrency)
+    limit = _limit_of_worker(parent, children, place.app.settings.concurrency)
     return {"tasks_per_second": _figure((len(rows) / seconds, 0), theirs, limit)}
 
 
@@ -9862,9 +9863,9 @@ def _measure_latency(place, disk):
 def _spread(values, disk, syncs):
     """p50 and p99, and the part that is `syncs` waits of `disk` seconds."""
     values = sorted(values)
-    middle = percentile(values, 0.5)
+    middle, most = (percentile(values, part) or 0.0 for part in (0.5, 0.99))
     return {
-        "p50": round(middle, 6), "p99": round(percentile(values, 0.99), 6),
+        "p50": round(middle, 6), "p99": round(most, 6),
         "limit": f"fsync {min(1, syncs * disk / middle):.0%}",
     }
 
@@ -10229,7 +10230,8 @@ def _call_of(arguments):
     """
     values, kwargs = [], {}
     for argument in arguments:
-        name, text = re.fullmatch(r"(?s)(?:([^\W\d]\w*)=)?(.*)", argument).groups()
+        named = re.match(r"([^\W\d]\w*)=", argument)
+        name, text = named and named[1], argument[named.end() if named else 0:]
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
