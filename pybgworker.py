@@ -10405,7 +10405,46 @@ def _parser():
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C."""
+    """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C.
+
+    Without `argv` this is the program: it ends soon after its main thread, with this
+    status, although a thread that the app has started would keep it for ever.
+    """
+    status = 1
+    try:
+        status = _command(argv)
+        return status
+    finally:
+        if argv is None and _is_held():
+            _end_soon(status)
+
+
+def _is_held():
+    """True when a thread lives that the interpreter waits for at its end."""
+    return any(not thread.daemon and thread is not threading.main_thread()
+               for thread in threading.enumerate())
+
+
+def _end_soon(status):
+    """Grant those threads as long as a child's exit handlers, then end the process."""
+    ends_well = threading.Event()
+    atexit.register(ends_well.set)
+
+    def watch():
+        while threading.main_thread().is_alive():
+            own_sleep(0.05)
+        if ends_well.wait(_EXIT_GRACE):
+            return
+        atexit._run_exitfuncs()
+        for stream in standard_streams()[1:]:
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _command(argv):
     try:
         _fill_standard_descriptors()
         args = _parser().parse_args(argv)
@@ -10414,7 +10453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print(printed)
         return printed if isinstance(printed, int) else 0
     except _OtherCopy as other:
-        return sys.modules[other.name].main(argv)       # type: ignore[attr-defined]
+        return sys.modules[other.name].main(argv)
     except BrokenPipeError:                 # … | head: nobody reads any more
         _silence_output()
         return 0

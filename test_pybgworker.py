@@ -8423,6 +8423,43 @@ class Bench(Case):
 
 class CommandLine(Served):
 
+    def test_a_thread_of_the_app_does_not_keep_a_worker_that_has_ended(self):
+        """Exit handlers run all the same, and the status stays."""
+        (self.folder / "threaded.py").write_text(textwrap.dedent("""
+            import atexit, os, sys, threading, time
+            from pybgworker import task
+            if len(sys.argv) > 1:                   # the worker
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                atexit.register(lambda: open("handled", "w").write("whole"))
+                if os.environ.get("BROKEN"):
+                    raise ValueError("broken")
+
+            @task(name="t", retries=0)
+            def t(): pass
+            """))
+        worker = self.worker("--concurrency", 1, app="threaded")
+        worker.wait_for("worker_ready")
+        began_at = time.monotonic()
+        self.assertEqual(worker.stop(15), 0)
+        self.assertLess(time.monotonic() - began_at, 10)
+        self.assertEqual(self.lines("handled"), ["whole"])
+        (self.folder / "handled").unlink()
+        broken = self.worker("--concurrency", 1, app="threaded", BROKEN="1")
+        self.assertEqual(broken.wait(15), 1)
+        self.assertIn("ValueError: broken", "".join(broken.errors))
+        self.assertEqual(self.lines("handled"), ["whole"])
+
+    def test_a_program_that_calls_main_is_not_ended_by_it(self):
+        go_on, before = threading.Event(), threading.active_count()
+        thread = threading.Thread(target=go_on.wait)
+        thread.start()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(pybgworker.main(["cron", "--db", str(self.store.path)]), 0)
+            self.assertEqual(threading.active_count(), before + 1)
+        finally:
+            go_on.set()
+
     def ok(self, *argv, **kwargs):
         done = self.cli(*argv, **kwargs)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
