@@ -6174,7 +6174,7 @@ class TaskStream(io.TextIOBase):
 
     def end_run(self) -> None:
         """Send what is begun, but for the lines of threads that still run."""
-        if self.buffer.has_begun():
+        if self.buffer.lines.rest:
             self.buffer.flush()
         if not self._begun:
             return
@@ -6223,33 +6223,29 @@ class _TaskBuffer(io.BufferedIOBase):
 
     def __init__(self, stream: TaskStream):
         self._stream, self.name, self.mode = stream, stream.name, "wb"
-        self._lines = LineCutter()
-        self._lock = threading.RLock()      # guards _lines
+        self.lines = LineCutter()
+        self._lock = threading.RLock()      # guards lines
         self.raw = self                     # type: ignore[assignment]
 
     def write(self, data: Any, /) -> int:
         """Pass on the whole lines."""
         data = bytes(data)
         with self._lock:
-            text = self._lines.cut(data)
+            text = self.lines.cut(data)
         self._stream.write(text)
         return len(data)
 
     def flush(self) -> None:
         """Pass on what is there, whole line or not."""
         with self._lock:
-            text = self._lines.cut(b"", at_end=True)
+            text = self.lines.cut(b"", at_end=True)
         if text:
             self._stream.write(text)
         self._stream.flush()
 
-    def has_begun(self) -> bool:
-        """True when it holds a part of a line."""
-        return bool(self._lines.rest)
-
     def forget(self) -> None:
         """As for the stream."""
-        self._lines.rest = b""
+        self.lines.rest = b""
 
     def detach(self) -> _TaskBuffer:        # type: ignore[override]
         return self
@@ -6354,8 +6350,11 @@ class Transcript:
 
 def standard_streams() -> tuple:
     """sys.stdin, stdout and stderr, as they are now; None where one was deleted."""
-    get = sys.__dict__.get
-    return get("stdin"), get("stdout"), get("stderr")
+    try:
+        return sys.stdin, sys.stdout, sys.stderr
+    except AttributeError:
+        get = sys.__dict__.get
+        return get("stdin"), get("stdout"), get("stderr")
 
 
 class Surroundings:
@@ -6372,10 +6371,8 @@ class Surroundings:
         numbers = range(1, max(signal.valid_signals()) + 1)
         self._handlers = {number: _signal.getsignal(number) for number in numbers}
         self._handlers.update(handlers)
-        self._often = {
-            number: self._handlers[number]
-            for number in (signal.SIGCHLD, signal.SIGPIPE, *handlers)
-        }
+        self._often = [int(n) for n in (signal.SIGCHLD, signal.SIGPIPE, *handlers)]
+        self._often_handlers = [self._handlers[number] for number in self._often]
         self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ()) - handlers.keys()
         self._timers = [
             timer for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
@@ -6383,7 +6380,9 @@ class Surroundings:
         ]
         self._environ = os.environ
         self._streams = standard_streams()
-        self._descriptors = [(own, fd) for fd in range(3) if (own := _copy(fd)) > 0]
+        self._descriptors = [
+            (own, fd, os.get_blocking(fd)) for fd in range(3) if (own := _copy(fd)) > 0
+        ]
         self._folder = self._here()
         self._environment = os.environ.copy()
         self._raw = dict(self._raw_environment())
@@ -6393,6 +6392,8 @@ class Surroundings:
         self._timeout = _socket.getdefaulttimeout()
         self._limits = _soft_limits()
         self._decimal = _decimal_context()
+        # Makes the context variables for a run, which keeps its changes to itself.
+        self.context = self._copy_context if self._decimal else contextvars.copy_context
 
     def _here(self):
         try:
@@ -6404,18 +6405,16 @@ class Surroundings:
         """The encoded pairs behind os.environ: compared in 1 µs, not in 20."""
         return getattr(self._environ, "_data", self._environ)
 
-    def context(self) -> contextvars.Context:
-        """The context variables for a run, which keeps its changes to itself."""
-        context = contextvars.copy_context()
-        if self._decimal:
-            variable, value = self._decimal
-            context.run(variable.set, value.copy())
+    def _copy_context(self):
+        context, (variable, value) = contextvars.copy_context(), self._decimal
+        context.run(variable.set, value.copy())
         return context
 
     def restore(self, streams: tuple) -> None:
         """Undo what the task left behind.  Never raises."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        self._restore_handlers(self._often)
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        if list(map(_signal.getsignal, self._often)) != self._often_handlers:
+            self._restore_handlers()
         if streams != self._streams:
             sys.stdin, sys.stdout, sys.stderr = self._streams
         if sys.getrecursionlimit() != self._depth:
@@ -6431,10 +6430,10 @@ class Surroundings:
             os.environ.clear()
             os.environ.update(self._environment)
 
-    def _restore_handlers(self, handlers):
+    def _restore_handlers(self):
         """True when there was something to do."""
         touched = False
-        for number, handler in handlers.items():
+        for number, handler in self._handlers.items():
             if _signal.getsignal(number) is not handler and handler is not None:
                 set_signal(number, handler)
                 touched = True
@@ -6444,7 +6443,7 @@ class Surroundings:
         """… and what takes longer to look at.  True: it was a signal.  Never raises."""
         for timer in self._timers:
             signal.setitimer(timer, 0)
-        touched = self._restore_handlers(self._handlers)
+        touched = self._restore_handlers()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for limit, soft in self._limits:
             now, hard = resource.getrlimit(limit)
@@ -6452,14 +6451,14 @@ class Surroundings:
                 with contextlib.suppress(ValueError, OSError):  # above the hard one
                     resource.setrlimit(limit, (soft, hard))
         with contextlib.suppress(OSError):      # it has closed all: our connection too
-            for own, fd in self._descriptors:
+            for own, fd, is_blocking in self._descriptors:
                 os.dup2(own, fd)
-            os.set_blocking(1, True)            # of the pipe, which others share
+                os.set_blocking(fd, is_blocking)        # others share the pipe
         return touched
 
     def leave(self) -> None:
         """In a forked process: let go of what was kept for the next task here."""
-        for own, _ in self._descriptors:
+        for own, *_ in self._descriptors:
             with contextlib.suppress(OSError):
                 close_fd(own)
         self._descriptors = []
@@ -6642,28 +6641,29 @@ class Wire:
         """Write a message, whole; also within the writing of another: after it."""
         with self._lock:
             self._outbox.append(message)
-            if not self._sender:
-                self._empty_outbox()
+            if self._sender:
+                return
+            self._sender = own_ident()
+            try:
+                while self._outbox:
+                    self._write(self._outbox.popleft())
+            finally:
+                self._sender = 0
 
     def is_sending(self) -> bool:
         """True in the thread that is in the middle of a message."""
         return self._sender == own_ident()
 
-    def _empty_outbox(self):
-        self._sender = own_ident()
+    def _write(self, message):
         try:
-            while self._outbox:
-                message = self._outbox.popleft()
-                while message:
-                    try:
-                        message = message[self.messages.send(message):]
-                    except BlockingIOError:         # as above
-                        self.messages.setblocking(True)
+            while message:
+                try:
+                    message = message[self.messages.send(message):]
+                except BlockingIOError:         # as above
+                    self.messages.setblocking(True)
         except OSError as exc:              # the worker is gone
             self.end_if_closed(exc)
             kill_group(os.getpid())
-        finally:
-            self._sender = 0
 
     def end_if_closed(self, exc: OSError) -> None:
         """Say by our exit status that it was a task which closed the connection."""
@@ -6699,7 +6699,8 @@ class Child:
         self.main_thread = own_ident()
         self.run_id = 0             # of the current run; 0: none
         self.attempt = 0
-        self.printed = [0, 0]       # characters of the current run, of threads left
+        self.printed = 0            # characters of the current run
+        self.strange = 0            # … and of threads that are left over
         self.own_threads: set = set()       # the app's, and the main thread
         self.left_over: set = set()         # threads of runs that are over
         self.surroundings: Any = None       # once the app is imported
@@ -6728,8 +6729,8 @@ class Child:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
-            self._send(_LACKING if lacks else _BROKEN,
-                       trace.encode("utf-8", "backslashreplace"))
+            self._say(_LACKING if lacks else _BROKEN,
+                      trace.encode("utf-8", "backslashreplace"))
             os._exit(1)
         import gc
 
@@ -6738,7 +6739,7 @@ class Child:
         self.surroundings = Surroundings(self.handlers)
         self.surroundings.restore(standard_streams())
         self.own_threads = set(threading.enumerate())
-        self._send(_READY, _to_json(list(self.app.tasks)).encode())
+        self._say(_READY, _to_json(list(self.app.tasks)).encode())
         lasted = False              # the run before
         while True:
             frame = self.wire.receive_now()
@@ -6833,7 +6834,7 @@ class Child:
         head, _, text = frame.partition(b"\n")
         # As text: of bytes, json would ask first in which encoding they are.
         self.run_id, name, self.attempt, timeout, tick = json.loads(head.decode())
-        self.printed = [0, 0]
+        self.printed = self.strange = 0
         self.interrupt = self.pending = None
         started_at = now_ms()
         start = time.perf_counter()
@@ -6851,7 +6852,7 @@ class Child:
             self._leave_fork(None)
         duration = time.perf_counter() - start
         self._end_output(duration)
-        self._send(*message, started_at, duration)
+        self._send(*message, self.run_id, self.attempt, started_at, duration)
         self.run_id = 0
         return duration
 
@@ -6861,7 +6862,7 @@ class Child:
             stream.end_run()
         try:
             if is_filled(self.spec.output):
-                self._send(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
+                self._say(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
         except BlockingIOError:             # the worker has read it meanwhile
             pass
         except OSError as exc:
@@ -6873,7 +6874,7 @@ class Child:
             strays = others_write_here()
             if strays != self.strays:
                 self.strays = strays
-                self._send(_STRAYS, b"1" if strays else b"0")
+                self._say(_STRAYS, b"1" if strays else b"0")
 
     def _run(self, task, text, timeout, tick):
         global _current_task
@@ -6991,26 +6992,31 @@ class Child:
         of = run.id, run.attempt
         if of == (self.run_id, self.attempt) and not self._is_left_over():
             text = None if message is None else str(message)[:1000]
-            self._send(_PROGRESSED, _to_json([percent, text]).encode(), of=of)
+            self._send(_PROGRESSED, _to_json([percent, text]).encode(), *of)
 
     def print(self, text: str, fd: int) -> None:
         """Send what a task printed, up to _OUTPUT_CHARS for each run."""
         if os.getpid() != self.pid:             # a process the task forked
             write_all(fd, text.encode("utf-8", "backslashreplace"))
             return
-        of, printed, strange = (self.run_id, self.attempt), self.printed, False
+        run_id, attempt = self.run_id, self.attempt
         if self._is_left_over():
-            of, strange = (0, 0), True
-        text = cut_output(text, printed[strange])
-        printed[strange] += len(text)
+            run_id = attempt = 0
+            text = cut_output(text, self.strange)
+            self.strange += len(text)
+        else:
+            text = cut_output(text, self.printed)
+            self.printed += len(text)
         if text:
-            self._send(_PRINTED, text.encode("utf-8", "backslashreplace"), of=of)
+            body = text.encode("utf-8", "backslashreplace")
+            self._send(_PRINTED, body, run_id, attempt)
 
-    def _send(self, kind, body=b"", started_at=0, duration=0.0, of=None):
-        """Send a message of a run: of this one, or of (id, attempt)."""
-        head = _MESSAGE.pack(
-            len(body), kind, *(of or (self.run_id, self.attempt)), started_at, duration
-        )
+    def _say(self, kind, body):
+        """Send a message of the current run, or of none."""
+        self._send(kind, body, self.run_id, self.attempt)
+
+    def _send(self, kind, body, run_id, attempt, started_at=0, duration=0.0):
+        head = _MESSAGE.pack(len(body), kind, run_id, attempt, started_at, duration)
         self.wire.send(head + body)
         if self.pending is not None and own_ident() == self.main_thread:
             exc, self.pending = self.pending, None
