@@ -6414,7 +6414,7 @@ class Surroundings:
         """Undo what the task left behind.  Never raises."""
         _signal.setitimer(_signal.ITIMER_REAL, 0)
         if list(map(_signal.getsignal, self._often)) != self._often_handlers:
-            self._restore_handlers()
+            self._restore_handlers(self._often)
         if streams != self._streams:
             sys.stdin, sys.stdout, sys.stderr = self._streams
         if sys.getrecursionlimit() != self._depth:
@@ -6430,10 +6430,11 @@ class Surroundings:
             os.environ.clear()
             os.environ.update(self._environment)
 
-    def _restore_handlers(self):
+    def _restore_handlers(self, numbers):
         """True when there was something to do."""
         touched = False
-        for number, handler in self._handlers.items():
+        for number in numbers:
+            handler = self._handlers[number]
             if _signal.getsignal(number) is not handler and handler is not None:
                 set_signal(number, handler)
                 touched = True
@@ -6443,7 +6444,7 @@ class Surroundings:
         """… and what takes longer to look at.  True: it was a signal.  Never raises."""
         for timer in self._timers:
             signal.setitimer(timer, 0)
-        touched = self._restore_handlers()
+        touched = self._restore_handlers(self._handlers)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for limit, soft in self._limits:
             now, hard = resource.getrlimit(limit)
