@@ -2890,7 +2890,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about", "tokens",
+        "about", "tokens", "usual",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -2911,6 +2911,7 @@ class Run:
         self.cancelled = False          # somebody asked to end it
         self.about = ""                 # what each of its log lines says
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
+        self.usual = 0.0                # seconds that runs of this task take
 
     @property
     def used(self) -> int:
@@ -7135,6 +7136,7 @@ class Member:
         self.transcript = Transcript(log)
         self.waiting: collections.deque = collections.deque()   # sent; [0] runs
         self.began = 0.0                # when [0] became the first; before: it started
+        self.behind = 0.0               # seconds that all but [0] usually take
         self.ready = False              # it has imported the app
         self.retiring = False           # takes nothing more
         self.is_mute = False            # nobody can write to its output any more
@@ -7186,14 +7188,16 @@ class Member:
             self.frames.send(_frame(run)[:_FRAME_BYTES])
         except OSError:
             return False
-        if not self.waiting:
-            self.begin_head(at)
         self.waiting.append(run)
+        self.behind += run.usual
+        if len(self.waiting) == 1:
+            self.begin_head(at)
         return True
 
     def begin_head(self, at: float) -> None:
         """From now on the first of `waiting` runs."""
         self.began = at
+        self.behind = self.behind - self.waiting[0].usual if self.waiting else 0.0
         self.transcript.begin()
 
     def recall(self) -> list:
@@ -7207,6 +7211,7 @@ class Member:
                 ids.add(json.loads(frame.partition(b"\n")[0])[0])
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
+        self.behind -= sum(run.usual for run in back)
         return back
 
     def read(self) -> bool:
@@ -7375,12 +7380,14 @@ class Member:
 
 # == Placement ================================================================
 # Owns the choice of the child that a run goes to: where there is room, what may
-# wait in a pipe, and what is taken back from one.  Looks at the children and
-# changes nothing.
+# wait in a pipe, and what is taken back from one.  What waits in a pipe saves its
+# child the time of a commit; it waits for _AHEAD_SECONDS at most, by what runs of
+# these tasks have taken so far.  Looks at the children and changes nothing.
 
 _AHEAD_FRAMES = 128         # waiting in one child's socket at most
-_AHEAD_SECONDS = 0.05       # … and no more work than this, by past durations
-_SHORT_SECONDS = 0.005      # a task that takes longer does not wait in a pipe
+_AHEAD_SECONDS = 0.05       # … and behind no more work than this
+_SHORT_SECONDS = 1.0        # what takes longer does not wait, nor is it waited for
+_SPARE_SECONDS = 0.005      # what waits longer goes to a child that is idle
 
 
 class Durations:
@@ -7389,6 +7396,7 @@ class Durations:
     def __init__(self):
         self._usual: dict[str, float] = {}      # seconds
         self.short_names: set[str] = set()      # tasks that may wait in a pipe
+        self.typical = 0.0                      # of all, whatever their name
 
     def usual(self, name: str) -> float:
         """Seconds that a run of this task usually takes; 0 for the unknown."""
@@ -7400,18 +7408,15 @@ class Durations:
 
     def learn(self, name: str, seconds: float) -> None:
         """Take a run into account; a long one counts at once."""
+        self.typical += (seconds - self.typical) * 0.05
         usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
-        if seconds > _SHORT_SECONDS:
+        if seconds > _SPARE_SECONDS:
             usual = max(usual, seconds)
         self._usual[name] = usual
         if usual < _SHORT_SECONDS:
             self.short_names.add(name)
         else:
             self.short_names.discard(name)
-
-
-def _load_of(member):
-    return len(member.waiting)
 
 
 class Placement:
@@ -7426,9 +7431,17 @@ class Placement:
     def working(self, members: Sequence[Member]) -> list[Member]:
         """The children that may be given work: not more than `size` have any."""
         able = [m for m in members if m.able]
+        if len(able) <= self._size and len(able) == len(members):
+            return able
         able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
         others = sum(bool(m.waiting) for m in members if not m.able)
         return able[: max(0, self._size - others)]
+
+    def delay_of(self, member: Member, at: float) -> float:
+        """Seconds until one more run would begin in this child; 0 when it is idle."""
+        if not member.waiting:
+            return 0.0
+        return max(0.0, member.waiting[0].usual - (at - member.began)) + member.behind
 
     def room(self, members: Sequence[Member], taken: int, at: float) -> tuple[int, int]:
         """(children with nothing to do, further places in pipes), but for `taken`."""
@@ -7436,53 +7449,84 @@ class Placement:
         for member in self.working(members):
             if not member.waiting:
                 free += 1
-                ahead += self._places_in(member) - 1
+                ahead += max(0, self._places_in(member, at) - 1)
             elif not self._is_slow(member, at):
-                ahead += self._places_in(member)
+                ahead += self._places_in(member, at)
         return max(0, free - taken), max(0, ahead - max(0, taken - free))
 
-    def _places_in(self, member):
-        has = len(member.waiting)
-        return max(0, min(_AHEAD_FRAMES, self._most - member.done) - has)
+    def _places_in(self, member, at):
+        """How many more runs it can take, if they are like those before."""
+        has, left = len(member.waiting), _AHEAD_SECONDS - self.delay_of(member, at)
+        if left <= 0:
+            return 0
+        fit = math.ceil(left / max(self._durations.typical, 1e-6) - 1e-6)
+        return max(0, min(fit, _AHEAD_FRAMES - has, self._most - member.done - has))
 
     def _is_slow(self, member, at):
         """True when nothing should wait behind what this child runs."""
-        age = at - member.began
-        is_short = self._durations.is_short(member.waiting[0].name)
-        return not is_short or age >= _STALL_SECONDS
+        head = member.waiting[0]
+        is_late = at - member.began >= head.usual + _STALL_SECONDS
+        return is_late or not self._durations.is_short(head.name)
 
-    def takers(self, members: Sequence[Member], at: float) -> list[Member]:
-        """The children that can take a frame: idle, or quickly idle again."""
-        members = self.working(members)
-        return [m for m in members if not (m.waiting and self._is_slow(m, at))]
+    def takers(self, members: Sequence[Member], at: float) -> list[Taker]:
+        """The children that can take a frame, as a heap: the first is the soonest."""
+        found = [
+            Taker(self.delay_of(m, at), len(m.waiting), n, m)
+            for n, m in enumerate(self.working(members))
+            if not (m.waiting and self._is_slow(m, at))
+        ]
+        heapq.heapify(found)
+        return found
 
-    def may_wait(self, run: Run, member: Member) -> bool:
+    def may_wait(self, run: Run, taker: Taker) -> bool:
         """True when `run` may wait in the pipe of this child, which is not slow."""
-        if run.is_last or not self._durations.is_short(run.name):
-            return False
-        behind = len(member.waiting)
-        ahead = behind * self._durations.usual(run.name)
-        return ahead < _AHEAD_SECONDS and behind < _AHEAD_FRAMES \
-            and behind + member.done < self._most
+        return not run.is_last and self._durations.is_short(run.name) \
+            and taker.delay < _AHEAD_SECONDS and taker.has < _AHEAD_FRAMES \
+            and taker.has + taker.member.done < self._most
 
     def overloaded(self, members: Sequence[Member], at: float,
                    is_spare: bool) -> list[Member]:
         """Those in whose pipe something waits behind a slow run.
 
         And, if there is nothing else for an idle one to do (`is_spare`), the one
-        with the longest queue.
+        in which it waits longest.
         """
         working = self.working(members)
         found = [m for m in working if len(m.waiting) > 1 and self._is_slow(m, at)]
         if is_spare and not found and any(not m.waiting for m in working):
-            longest = max(working, key=_load_of)
-            found += [longest] if len(longest.waiting) > 2 else []
+            full = [m for m in working if len(m.waiting) > 1]
+            delay, _, longest = max(
+                ((self.delay_of(m, at), n, m) for n, m in enumerate(full)),
+                default=(0.0, 0, None),
+            )
+            if longest and (len(longest.waiting) > 2 or delay > _SPARE_SECONDS):
+                found.append(longest)
         return found
 
     def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
         """Those in whose pipe something less urgent waits; its end is the least."""
         return [m for m in members
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
+
+    def slack(self, members: Sequence[Member], at: float) -> float:
+        """Seconds for which no child will have nothing to do, by past durations."""
+        return min((
+            self.delay_of(m, at) if len(m.waiting) > 1 else 0.0
+            for m in self.working(members)
+        ), default=0.0)
+
+
+class Taker(NamedTuple):
+    """A child that can take a frame, in the order in which they are asked."""
+
+    delay: float        # seconds until one more run would begin
+    has: int            # runs
+    number: int         # so that members are never compared
+    member: Member
+
+    def after(self, run: Run) -> Taker:
+        """The same when it has taken this run as well."""
+        return Taker(self.delay + run.usual, self.has + 1, self.number, self.member)
 
 
 # == Pool =====================================================================
@@ -7676,7 +7720,7 @@ class Pool:
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
-        return len(self.hand) + sum(map(_load_of, self.members))
+        return len(self.hand) + sum(len(m.waiting) for m in self.members)
 
     def running(self) -> list[Run]:
         """The runs at the head of each child."""
@@ -7687,23 +7731,36 @@ class Pool:
 
         Returns the runs that none could take for a while: others may have time.
         """
-        places, left = self.placement.takers(self.members, at), []
+        takers, left = self.placement.takers(self.members, at), []
         for run in self.hand:
-            member = min(places, key=_load_of) if places else None
-            is_first = member is not None and not member.waiting
-            if member is None \
-                    or not (is_first or self.placement.may_wait(run, member)) \
-                    or not member.send(run, at):
+            taker = takers[0] if takers else None
+            if taker is None or not self._fits(run, taker) \
+                    or not self._send(run, taker.member, at):
                 left.append(run)
-                continue
-            if is_first:
-                member.transcript.announce(run)
-                if not self.durations.is_short(run.name):
-                    places.remove(member)
+            elif self.durations.is_short(run.name):
+                heapq.heapreplace(takers, taker.after(run))
+            else:
+                heapq.heappop(takers)       # nothing shall wait behind this one
         if len(left) < len(self.hand) or not left:
             self.hand_since = at
         self.hand = collections.deque(left)
         return self._put_back() if at - self.hand_since >= _HAND_SECONDS else []
+
+    def _fits(self, run, taker):
+        return not taker.has or self.placement.may_wait(run, taker)
+
+    def _send(self, run, member, at):
+        run.usual = self.durations.usual(run.name)
+        is_first = not member.waiting
+        if not member.send(run, at):
+            return False
+        if is_first:
+            member.transcript.announce(run)
+        return True
+
+    def has_slack(self, seconds: float, at: float) -> bool:
+        """True when no child will have nothing to do before so many have gone."""
+        return self.placement.slack(self.members, at) >= seconds
 
     def _put_back(self):
         """Take the runs out of the hand."""
@@ -7819,8 +7876,11 @@ class Pool:
                 head = member.waiting[0]
                 if head.timeout:
                     due = _earliest(due, member.began + head.timeout)
-                if len(member.waiting) > 1 or not head.announced or member.is_unheard:
+                if not head.announced or member.is_unheard:
                     due = _earliest(due, member.began + _STALL_SECONDS)
+                if len(member.waiting) > 1:
+                    late = head.usual + _STALL_SECONDS
+                    due = _earliest(due, member.began + late)
         return due
 
     def enforce(self, at: float) -> None:
@@ -8893,6 +8953,7 @@ _DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
 _REAP_PAUSE = 0.05          # … while there are more than one look is about
+_GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
 _STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
 
 
@@ -9003,6 +9064,7 @@ class Worker:
         self.fatal = ""                 # why it must end with status 1
         self.lookout = Lookout(self.store, self.settings, app.tasks)
         self.heard: list = []           # (child, descriptor) with something to read
+        self._commit_by = 0.0           # monotonic; 0: no outcome waits for others
         self._is_ready = False          # a child has imported the app
         self.trouble = Trouble(self.journal.say)
 
@@ -9141,6 +9203,8 @@ class Worker:
             return _ERROR_PAUSE
         longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
         at = time.monotonic()
+        if self._commit_by:
+            return max(0.0, self._commit_by - at)
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
         if not self.stops.count and any(self.pool.room(at)):
@@ -9181,6 +9245,9 @@ class Worker:
 
     def _transact(self, now, at):
         """Write what ended and claim what comes next, in one step."""
+        if self._gathers(at):
+            return False
+        self._commit_by = 0.0
         order = self._order(at)
         if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
             return
@@ -9194,6 +9261,16 @@ class Worker:
                 self.lookout.expect(outcome.run_at)
         if turned.claimed:
             self._take_in(turned.claimed, now)
+
+    def _gathers(self, at):
+        """True while what has ended waits for more of its kind to share its commit.
+
+        Only as long as every child has something to do: nobody waits for us then.
+        """
+        if not self.outbox.outcomes or self.stops.count:
+            return False
+        self._commit_by = self._commit_by or at + _GATHER_SECONDS
+        return at < self._commit_by and self.pool.has_slack(_GATHER_SECONDS, at)
 
     def _order(self, at):
         """What could be claimed now; None while stopping, or without room."""

@@ -6610,9 +6610,6 @@ class Pools(Served):
                 self.assertLess(outcome.duration, 1 << 53)
         self.assertGreater(said, 100)
 
-    def run_of(self, number):
-        return Run(number, "t", "q", 0, 3, 0, None, 0, None, "", 5)
-
     def test_a_retry_in_an_infinite_time_does_not_end_the_worker(self):
         worker = self.worker("--concurrency", 1)
         results = [self.tasks.retry_in.delay(text) for text in ("inf", "nan", "1e300")]
@@ -6651,34 +6648,87 @@ class Pools(Served):
         self.assertRaises(pybgworker.TaskCancelled, self.get, result)
         self.assertLess(time.monotonic() - asked_at, 1.5)
 
-    def test_the_last_attempt_and_a_slow_head_let_nothing_wait(self):
+    def run_of(self, number, name="t", usual=0.0, priority=5, attempt=0, queue="q"):
+        run = Run(number, name, queue, attempt, 3, 0, None, 0, None, "", priority)
+        run.usual = usual
+        return run
+
+    def placement(self, seconds, most=None, size=1):
+        """A Placement that knows runs of t to take so many seconds."""
         durations = pybgworker.Durations()
-        durations.learn("t", 0.0001)
-        placement = pybgworker.Placement(1, 7, durations)
+        for _ in range(1000):
+            durations.learn("t", seconds)
+        return pybgworker.Placement(size, most, durations)
 
-        class Busy:
-            able, began, done = True, 1000, 5
-            waiting = [Run(1, "t", "q", 0, 3, 0, None, 0, None, "", 5)]
+    def test_what_may_wait_in_a_pipe_and_how_many(self):
+        """By the time until it would begin, as far as past runs tell."""
+        for usual, waits, age, slow, room, why in (
+            (0.0001, 1, 0.001, False, 127, "no-ops fill the pipe"),
+            (0.0001, 1, 0.03, True, 0, "one of them takes far too long"),
+            (0.01, 1, 0.0, False, 4, "50 ms of work"),
+            (0.01, 3, 0.0, False, 2, "30 of them are there already"),
+            (0.01, 1, 0.035, True, 0, "late by more than the stall"),
+            (0.1, 1, 0.0, False, 0, "it has just begun"),
+            (0.1, 1, 0.06, False, 1, "it will be over in 40 ms"),
+            (0.1, 2, 0.06, False, 0, "one is enough"),
+            (0.1, 1, 0.13, True, 0, "it should be over"),
+            (2.0, 1, 1.99, True, 0, "nobody waits for long ones"),
+        ):
+            placement = self.placement(usual)
+            member = self.ready_member(*(self.run_of(n, usual=usual)
+                                         for n in range(waits)))
+            at = member.began + age
+            takers = placement.takers([member], at)
+            with self.subTest(why):
+                self.assertEqual([], takers) if slow else self.assertTrue(takers)
+                self.assertEqual(placement.room([member], 0, at), (0, room))
+                self.assertEqual(room > 0, any(
+                    placement.may_wait(self.run_of(9), taker) for taker in takers))
 
-        again = Run(2, "t", "q", 0, 3, 0, None, 0, None, "", 5)
-        last = Run(3, "t", "q", 3, 3, 0, None, 0, None, "", 5)
-        self.assertTrue(placement.may_wait(again, Busy))
-        self.assertFalse(placement.may_wait(last, Busy))
-        self.assertEqual(placement.takers([Busy], 1000.001), [Busy])
-        self.assertEqual(placement.takers([Busy], 1000.03), [])
-        self.assertEqual(placement.room([Busy], 0, 1000.001), (0, 1))   # of 7
-        Busy.done = 6
-        self.assertFalse(placement.may_wait(again, Busy))
+    def test_the_last_attempt_and_a_child_near_its_end_let_nothing_wait(self):
+        placement, member = self.placement(0.0001, most=7), self.ready_member(
+            self.run_of(1))
+        member.done = 5
+        taker, = placement.takers([member], member.began)
+        self.assertTrue(placement.may_wait(self.run_of(2), taker))
+        self.assertFalse(placement.may_wait(self.run_of(3, attempt=3), taker))
+        self.assertEqual(placement.room([member], 0, member.began), (0, 1))   # of 7
+        member.done = 6
+        self.assertFalse(placement.may_wait(self.run_of(2), taker))
+
+    def test_who_is_idle_soonest_comes_first_and_idle_ones_before_all(self):
+        placement = self.placement(0.01, size=4)
+        idle, late = self.ready_member(), self.ready_member(self.run_of(1, usual=0.01))
+        two = self.ready_member(self.run_of(2, usual=0.01), self.run_of(3, usual=0.01))
+        late.began -= 0.015
+        takers = placement.takers([two, late, idle], two.began)
+        order = [pybgworker.heapq.heappop(takers).member for _ in range(3)]
+        self.assertEqual([id(m) for m in order], [id(idle), id(late), id(two)])
+        self.assertEqual(placement.slack([two, late], two.began), 0.0)
+        self.assertAlmostEqual(placement.slack([two], two.began), 0.02)
+
+    def test_what_waits_longer_than_a_moment_goes_to_an_idle_child(self):
+        placement = self.placement(0.01, size=2)
+        busy = self.ready_member(self.run_of(1, usual=0.01), self.run_of(2, usual=0.01))
+        idle, at = self.ready_member(), busy.began
+        self.assertEqual(placement.overloaded([busy, idle], at, True), [busy])
+        self.assertEqual(placement.overloaded([busy, idle], at, False), [])
+        self.assertEqual(placement.overloaded([busy, busy], at, True), [])
+        for run in busy.waiting:
+            run.usual = 0.0001
+        busy.behind = 0.0001
+        self.assertEqual(placement.overloaded([busy, idle], at, True), [])
 
     def ready_member(self, *runs):
         """A member whose pipe holds `runs`; the child has taken the first."""
         member = pybgworker.Member.__new__(pybgworker.Member)
         member.__dict__.update(
             waiting=pybgworker.collections.deque(runs), began=time.monotonic(), done=0,
-            why="", kill_due=0.0, ready=True, retiring=False)
+            why="", kill_due=0.0, ready=True, retiring=False,
+            behind=sum(run.usual for run in runs[1:]))
 
         def recall():
-            back = list(member.waiting)[1:]
+            back, member.behind = list(member.waiting)[1:], 0.0
             member.waiting = pybgworker.collections.deque(list(member.waiting)[:1])
             return back
 
@@ -6687,7 +6737,7 @@ class Pools(Served):
 
     def test_what_is_urgent_or_of_a_paused_queue_is_sorted_out_of_the_pipes(self):
         def run(number, priority=5, queue="q"):
-            return Run(number, "t", queue, 0, 3, 0, None, 0, None, "", priority)
+            return self.run_of(number, priority=priority, queue=queue)
 
         pool = pybgworker.Pool(None, 2, self.app.settings, None, None)
         pool.members = [self.ready_member(run(1), run(2), run(3)),
@@ -6709,13 +6759,14 @@ class Pools(Served):
 
     def test_durations_decide_what_may_wait_in_a_pipe(self):
         durations = pybgworker.Durations()
+        for seconds, is_short in ((0.0001, True), (0.9, True), (1.0, False)):
+            durations.learn("t", seconds)
+            self.assertEqual("t" in durations.short_names, is_short)
+            self.assertGreaterEqual(durations.usual("t"), seconds)  # a long one at once
         durations.learn("t", 0.0001)
         self.assertIn("t", durations.short_names)
-        durations.learn("t", 1.0)
-        self.assertNotIn("t", durations.short_names)
-        for _ in range(60):
-            durations.learn("t", 0.0001)
-        self.assertIn("t", durations.short_names)
+        self.assertEqual(durations.usual("new"), 0.0)
+        self.assertFalse(durations.is_short("new"))
 
 
 Served_TASKS_MORE = """
@@ -7907,6 +7958,7 @@ class Workers(Served):
     def prefetched(self, worker):
         """As many runs of step_of() as may be are claimed; some have begun."""
         self.turn_until(worker, lambda: worker._is_ready)
+        worker.pool.durations.__init__()        # nothing is known but that they are short
         worker.pool.durations.learn("tasks.step_of", 0.0001)
         worker.pool.durations.learn("tasks.urgent_twice", 0.0001)
         results = self.tasks.step_of.delay_many([(n,) for n in range(150)])
