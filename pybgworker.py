@@ -7634,6 +7634,56 @@ def _urgency(run):
     return run.priority
 
 
+class Hand:
+    """Claimed runs that no child has, in the order in which they go to one."""
+
+    def __init__(self):
+        self.runs: collections.deque = collections.deque()
+        self.since = 0.0            # when the last one left, or there was none
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def add(self, runs: Sequence[Run]) -> None:
+        """Take in runs, the most urgent first."""
+        self.runs.extend(runs)
+        if len(self.runs) > len(runs):
+            self.runs = collections.deque(sorted(self.runs, key=_urgency))
+
+    def put_in_front(self, runs: Sequence[Run]) -> None:
+        """Take in what has been recalled from a child."""
+        self.runs.extendleft(reversed(runs))
+
+    def take(self, wanted: Callable[[Run], bool]) -> list[Run]:
+        """Give away the runs that are wanted."""
+        found = [run for run in self.runs if wanted(run)]
+        if found:
+            self.runs = collections.deque(r for r in self.runs if not wanted(r))
+        return found
+
+    def deal(self, send: Callable[[Run], bool], at: float) -> list[Run]:
+        """Give each run away with `send`, if it can.
+
+        Returns the runs that nobody could take for a while: others may have time.
+        """
+        left = [run for run in self.runs if not send(run)]
+        if len(left) < len(self.runs) or not left:
+            self.since = at
+        self.runs = collections.deque(left)
+        return self.empty() if at >= self.due else []
+
+    @property
+    def due(self) -> float:
+        """When deal() gives up on what is left."""
+        return self.since + _HAND_SECONDS if self.runs else math.inf
+
+    def empty(self) -> list[Run]:
+        """Give all away."""
+        runs = list(self.runs)
+        self.runs.clear()
+        return runs
+
+
 class Pool:
     """`size` children that run tasks, and one more that is warm."""
 
@@ -7646,8 +7696,7 @@ class Pool:
         self._selector = selector
         self._guardian = Guardian()
         self.members: list[Member] = []
-        self.hand: collections.deque = collections.deque()     # claimed, not sent
-        self.hand_since = 0.0       # when a run last left the hand
+        self.hand = Hand()
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
         self.durations = Durations()
@@ -7693,9 +7742,7 @@ class Pool:
         behind = self.placement.behind(self.members, min(r.priority for r in runs))
         for member in behind:
             self._recall(member)
-        self.hand.extend(runs)
-        if len(self.hand) > len(runs):
-            self.hand = collections.deque(sorted(self.hand, key=_urgency))
+        self.hand.add(runs)
 
     def make_way(self, priority: int) -> list[Run]:
         """Take back what has not begun and is less urgent: for one that waits.
@@ -7713,10 +7760,7 @@ class Pool:
         for member in self.members:
             if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
                 self._recall(member)
-        back = [run for run in self.hand if unwanted(run)]
-        if back:
-            self.hand = collections.deque(r for r in self.hand if not unwanted(r))
-        return back
+        return self.hand.take(unwanted)
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
@@ -7727,46 +7771,33 @@ class Pool:
         return [m.waiting[0] for m in self.members if m.waiting]
 
     def dispatch(self, at: float) -> list[Run]:
-        """Send what is in hand, to the child that has least.
+        """Send what is in hand, to the child that will begin it first.
 
-        Returns the runs that none could take for a while: others may have time.
+        Returns the runs that none could take for a while.
         """
-        takers, left = self.placement.takers(self.members, at), []
-        for run in self.hand:
-            taker = takers[0] if takers else None
-            if taker is None or not self._fits(run, taker) \
-                    or not self._send(run, taker.member, at):
-                left.append(run)
-            elif self.durations.is_short(run.name):
-                heapq.heapreplace(takers, taker.after(run))
-            else:
-                heapq.heappop(takers)       # nothing shall wait behind this one
-        if len(left) < len(self.hand) or not left:
-            self.hand_since = at
-        self.hand = collections.deque(left)
-        return self._put_back() if at - self.hand_since >= _HAND_SECONDS else []
+        takers = self.placement.takers(self.members, at)
+        return self.hand.deal(lambda run: self._send(run, takers, at), at)
 
-    def _fits(self, run, taker):
-        return not taker.has or self.placement.may_wait(run, taker)
-
-    def _send(self, run, member, at):
-        run.usual = self.durations.usual(run.name)
-        is_first = not member.waiting
-        if not member.send(run, at):
+    def _send(self, run, takers, at):
+        """Send a run to the first of the takers, if that can take it."""
+        taker = takers[0] if takers else None
+        if taker is None or taker.has and not self.placement.may_wait(run, taker):
             return False
-        if is_first:
-            member.transcript.announce(run)
+        run.usual = self.durations.usual(run.name)
+        if not taker.member.send(run, at):
+            heapq.heappop(takers)           # its socket is full, or it just died
+            return self._send(run, takers, at)
+        if not taker.has:
+            taker.member.transcript.announce(run)
+        if self.durations.is_short(run.name):
+            heapq.heapreplace(takers, taker.after(run))
+        else:
+            heapq.heappop(takers)           # nothing shall wait behind this one
         return True
 
     def has_slack(self, seconds: float, at: float) -> bool:
         """True when no child will have nothing to do before so many have gone."""
         return self.placement.slack(self.members, at) >= seconds
-
-    def _put_back(self):
-        """Take the runs out of the hand."""
-        runs = list(self.hand)
-        self.hand.clear()
-        return runs
 
     def balance(self, at: float) -> None:
         """Recall what waits behind a slow run, or while another child is idle."""
@@ -7775,13 +7806,13 @@ class Pool:
             self._recall(member)
 
     def _recall(self, member):
-        self.hand.extendleft(reversed(member.recall()))
+        self.hand.put_in_front(member.recall())
 
     def recall_all(self) -> list[Run]:
         """Take back all that has not begun: for a stop."""
         for member in self.members:
             self._recall(member)
-        return self._put_back()
+        return self.hand.empty()
 
     # -- hearing from children
 
@@ -7868,7 +7899,7 @@ class Pool:
 
     def next_timer(self) -> float | None:
         """When enforce(), balance() or dispatch() has something to do."""
-        due = self.hand_since + _HAND_SECONDS if self.hand else None
+        due: float | None = self.hand.due if self.hand else None
         for member in self.members:
             if member.kill_due:
                 due = _earliest(due, member.kill_due)
@@ -7965,8 +7996,7 @@ class Pool:
                     head.cancelled = True
                     self._condemn(member, "cancelled", at, _CANCEL_GRACE)
                     member.interrupt(run_id)
-        found = [run for run in self.hand if run.id == run_id]
-        self.hand = collections.deque(r for r in self.hand if r not in found)
+        found = self.hand.take(lambda run: run.id == run_id)
         self.ended += [Ended(run, "cancelled") for run in found]
 
     def check_memory(self, at: float) -> None:
