@@ -4822,12 +4822,16 @@ def _is_reload(old, new):
 
 
 def _is_same_function(a, b):
-    """True for one `def` executed twice, with the same things around it."""
+    """True for one `def` executed twice, with the same things around it.
+
+    Also by `python -m package.module`, where the package has imported the module.
+    """
     if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
         return False
-    return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and (
-        _surroundings(a) == _surroundings(b)
-    )
+    spaces = a.__globals__, b.__globals__
+    is_one_file = spaces[0] is spaces[1] or spaces[1].get("__name__") == "__main__"
+    return a.__code__ == b.__code__ and is_one_file \
+        and _surroundings(a) == _surroundings(b)
 
 
 def _surroundings(fn):
@@ -7582,8 +7586,12 @@ class Starts:
         self.next_start = math.inf
 
     def failed(self, at: float, reason: str) -> None:
-        """One more could not start, for this reason."""
+        """One more could not start, for this reason.  Said once."""
         self.failures += 1
+        if self.failures == 1:
+            lines = reason.strip().splitlines() or ["it ended before it was ready"]
+            self._say(f"a child could not start, it is tried again: {lines[-1]}",
+                      stack=reason if len(lines) > 1 else None)
         pause = 0.1 * 2 ** min(self.failures, 8)
         self.next_start = max(self.next_start, at + pause)
         self._reason = reason
@@ -8454,7 +8462,8 @@ EVENTS = {
         "the first signal: which tasks are waited for, how many seconds at most"),
     "worker_stop": Event(
         "handed_back cpu children_cpu error",
-        "the end; with `error`, its own crash: its runs are charged, as after a kill"),
+        "the end; `error`: why it could not go on; after a crash of its own, its runs "
+        "are charged as after a kill"),
     "scheduler_start": Event("schedules", "so many schedules are served"),
     "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
     "cron_missed": Event(
@@ -9191,7 +9200,7 @@ class Worker:
             self.liveness.forsake()
         own, childrens = cpu_seconds()
         self.journal.say("worker_stop", handed_back=back, cpu=own,
-                         children_cpu=childrens)
+                         children_cpu=childrens, error=self.fatal or None)
         self._close()
 
     def _break_off(self, exc):

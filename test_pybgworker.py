@@ -4385,6 +4385,21 @@ class Functions(Case):
         done = self.python(code, source)
         self.assertEqual(done.stdout, "22 22 ['b', 'jobs.a']\n")
 
+    def test_a_module_that_its_package_imports_may_be_run_by_python_m(self):
+        """The same `def` is executed twice, in two modules, under one name."""
+        package = self.folder / "proj"
+        package.mkdir()
+        (package / "__init__.py").write_text("from .jobs import hello\n")
+        (package / "jobs.py").write_text(
+            "from pybgworker import task\n@task\ndef hello(): return 1\n"
+            "if __name__ == '__main__': print(hello.delay().id)\n")
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "proj.jobs"], cwd=self.folder,
+            env=clean_environment(PYBGWORKER_DB=str(self.db)), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((done.stdout, done.stderr), ("1\n", ""))
+        self.assertEqual(self.store.task(1).name, "proj.jobs.hello")
+
     def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
         self.module("@task\ndef f(): pass")
         self.module("@task\ndef f(): return 1")
@@ -5834,6 +5849,10 @@ class Children(Served):
         self.assertEqual(re.findall('File "(.*)"', text),
                          [str(self.folder.resolve() / "broken.py")])
         self.assertRegex(text, r"\(most recent call last\):\n *File .*broken.py")
+        said, = worker.all("child_error")       # also where one only reads the log
+        self.assertIn("ValueError: only in children", said["error"])
+        self.assertIn("most recent call last", said["stack"])
+        self.assertIn("only in children", worker.find("worker_stop")["error"])
 
     def test_what_an_import_raises_is_told_from_the_apps_first_line_on(self):
         (self.folder / "outer_of_two.py").write_text("import inner_of_two\n")
@@ -6294,7 +6313,7 @@ class Children(Served):
 class Pools(Served):
 
     def test_children_that_cannot_start_are_given_up_until_one_can(self):
-        starts = pybgworker.Starts(None)
+        starts = pybgworker.Starts(lambda *_, **more: None)
         for _ in range(4):
             starts.failed(0, "no memory")
         self.assertEqual((starts.given_up, starts.next_start), ("", 1.6))
@@ -6331,7 +6350,8 @@ class Pools(Served):
                 getattr(starts, tell)(100.0, "it dies")
             starts.ended(crashed, 100.5)
             self.assertEqual((starts.given_up, starts.next_start), ("", 100.5))
-        broken = mock.Mock(ready=False, **{"has_lacked.return_value": False})
+        broken = mock.Mock(ready=False, **{"has_lacked.return_value": False,
+                                           "last_words.return_value": "it dies"})
         for _ in range(5):
             starts.ended(broken, 101.0)
         self.assertTrue(starts.given_up)
@@ -6415,7 +6435,7 @@ class Pools(Served):
 
     def test_children_are_started_few_at_a_time(self):
         """As many as import at once on this machine; one that hangs blocks nobody."""
-        starts, at = pybgworker.Starts(None), 100.0
+        starts, at = pybgworker.Starts(lambda *_, **more: None), 100.0
         ready = mock.Mock(ready=True, began=at)
         importing = mock.Mock(ready=False, began=at)
         with mock.patch("os.cpu_count", return_value=3):
