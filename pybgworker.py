@@ -2890,7 +2890,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about", "tokens", "usual",
+        "about", "tokens", "usual", "due",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -2912,6 +2912,7 @@ class Run:
         self.about = ""                 # what each of its log lines says
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
         self.usual = 0.0                # seconds that runs of this task take
+        self.due = 0.0                  # monotonic: when it should begin, once sent
 
     @property
     def used(self) -> int:
@@ -3816,6 +3817,8 @@ class Endings(Claims):
                 self._set_progress(by, run, worker, progress)
             self._give_back(by, turn.unbegun, worker, now, started=False)
             self._give_back(by, turn.stopped, worker, now, started=True)
+            if turn.unbegun or turn.stopped:
+                link.wake = self._wake_addresses(by)
             outcomes = self._heed_cancels(turn.outcomes, worker)
             stale = self._finish(link, outcomes, worker, now)
             claimed = self._claim(by, turn.order, now) if turn.order else None
@@ -7201,7 +7204,9 @@ class Member:
     def begin_head(self, at: float) -> None:
         """From now on the first of `waiting` runs."""
         self.began = at
-        self.behind = self.behind - self.waiting[0].usual if self.waiting else 0.0
+        is_followed = len(self.waiting) > 1     # else floats would leave a trace
+        self.behind = max(0.0, self.behind - self.waiting[0].usual) \
+            if is_followed else 0.0
         self.transcript.begin()
 
     def recall(self) -> list:
@@ -7215,7 +7220,7 @@ class Member:
                 ids.add(json.loads(frame.partition(b"\n")[0])[0])
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
-        self.behind -= sum(run.usual for run in back)
+        self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
         return back
 
     def read(self) -> bool:
@@ -7469,8 +7474,17 @@ class Placement:
     def _is_slow(self, member, at):
         """True when nothing should wait behind what this child runs."""
         head = member.waiting[0]
-        is_late = at - member.began >= head.usual + _STALL_SECONDS
-        return is_late or not self._durations.is_short(head.name)
+        return at >= self.late_at(member) or not self._durations.is_short(head.name)
+
+    def late_at(self, member: Member) -> float:
+        """When what waits in this pipe has waited too long.
+
+        For the one run that takes longer than usual; or for many, each a little.
+        """
+        late = member.began + member.waiting[0].usual + _STALL_SECONDS
+        if len(member.waiting) > 1:
+            late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
+        return late
 
     def takers(self, members: Sequence[Member], at: float) -> list[Taker]:
         """The children that can take a frame, as a heap: the first is the soonest."""
@@ -7791,7 +7805,7 @@ class Pool:
         taker = takers[0] if takers else None
         if taker is None or taker.has and not self.placement.may_wait(run, taker):
             return False
-        run.usual = self.durations.usual(run.name)
+        run.usual, run.due = self.durations.usual(run.name), at + taker.delay
         if not taker.member.send(run, at):
             heapq.heappop(takers)           # its socket is full, or it just died
             return self._send(run, takers, at)
@@ -7918,8 +7932,7 @@ class Pool:
                 if not head.announced or member.is_unheard:
                     due = _earliest(due, member.began + _STALL_SECONDS)
                 if len(member.waiting) > 1:
-                    late = head.usual + _STALL_SECONDS
-                    due = _earliest(due, member.began + late)
+                    due = _earliest(due, self.placement.late_at(member))
         return due
 
     def enforce(self, at: float) -> None:
@@ -8770,6 +8783,7 @@ class Outbox:
         self._progress = progress               # of the pool: by id, (run, text)
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
+        self.handed_back = 0                    # runs that were queued again
 
     @property
     def is_full(self) -> bool:
@@ -8810,6 +8824,7 @@ class Outbox:
                 break
             except OutcomeRefused as exc:
                 self._replace(exc, now)
+        self.handed_back += len(self.returned) + len(stopped)
         for outcome in turned.stale:
             self._journal.run("task_lost", outcome.run, reason="it was given away")
         for outcome in turned.written:
@@ -9185,21 +9200,21 @@ class Worker:
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
         now = now_ms()
+        if not self.stops.count:
+            self.outbox.handed_back = 0
         self.outbox.returned += self.pool.recall_all()
         busy = self.pool.in_hand()
         interrupted = self.pool.kill_all(time.monotonic()) if busy else []
         self._settle(now)
         self.pool.stop()
-        back, worker = len(self.outbox.returned) + len(interrupted), self.liveness.id
         try:
-            self.outbox.turn(worker, now, _STOP_PATIENCE, stopped=interrupted)
+            self.outbox.turn(self.liveness.id, now, _STOP_PATIENCE, stopped=interrupted)
             self.liveness.leave()
         except DatabaseUnavailable as exc:      # the others will reap us
-            back = 0
             self.journal.say("database_error", error=str(exc))
             self.liveness.forsake()
         own, childrens = cpu_seconds()
-        self.journal.say("worker_stop", handed_back=back, cpu=own,
+        self.journal.say("worker_stop", handed_back=self.outbox.handed_back, cpu=own,
                          children_cpu=childrens, error=self.fatal or None)
         self._close()
 
@@ -9242,6 +9257,8 @@ class Worker:
             return _ERROR_PAUSE
         longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
         at = time.monotonic()
+        if self.outbox.returned:        # others may have time for them
+            return 0.0
         if self._commit_by:
             return max(0.0, self._commit_by - at)
         # What no child could take is not due: the end of a run wakes us.  Guarded
@@ -9260,6 +9277,7 @@ class Worker:
         self.pool.balance(at)
         if self.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
+            self.outbox.handed_back = 0         # from now on it is for the stop
             self.pool.starts.end()
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)

@@ -3776,6 +3776,35 @@ class Claiming(QueueCase):
             with self.subTest(end):
                 self.assertEqual(len(self.claim(**rates)), int(end != "interrupted"))
 
+    def test_whatever_makes_work_runnable_wakes_the_workers(self):
+        """Each hint is for those that would look by themselves only later."""
+        self.sql("update bg_worker set port = 4711, token = 'x'")
+        held, stopped, lost = (self.enqueue() for _ in range(3))
+        runs = self.claim()
+        failed = self.enqueue()
+        other = self.claim(worker=2)[0]
+        self.finish(other, pybgworker.FAILED, worker=2, error={"kind": "x"})
+        acts = {
+            "enqueue": lambda: self.enqueue(),
+            "retry": lambda: self.store.retry(failed, self.now),
+            "retry --failed": lambda: (
+                self.sql("update bg_task set state = 5 where id = ?", failed),
+                self.store.retry_failed(None, self.now)),
+            "pause": lambda: self.store.pause("default", self.now),
+            "resume": lambda: self.store.resume("default"),
+            "cancel": lambda: self.store.cancel(held, self.now),
+            "not begun": lambda: self.turn(unbegun=[runs[0]]),
+            "a stop": lambda: self.turn(stopped=[runs[1]]),
+            "a death": lambda: self.store.reap(1, "w", self.now),
+        }
+        for name, act in acts.items():
+            with self.subTest(name), mock.patch.object(
+                    pybgworker, "send_wake_ups") as hint:
+                act()
+                addresses = [a for call in hint.call_args_list for a in call[0][0]]
+                self.assertIn((4711, "x"), addresses)
+        self.assertEqual([self.status(n) for n in (stopped, lost)], ["queued"] * 2)
+
     def test_a_token_over_all_comes_back_too(self):
         self.enqueue("t", count=40)
         runs = self.claim(**{"": 10})
@@ -6693,6 +6722,7 @@ class Pools(Served):
             (0.1, 2, 0.06, False, 0, "one is enough"),
             (0.1, 1, 0.13, True, 0, "it should be over"),
             (2.0, 1, 1.99, True, 0, "nobody waits for long ones"),
+            (0.0001, 100, 0.07, True, 0, "many, each a little late"),
         ):
             placement = self.placement(usual)
             member = self.ready_member(*(self.run_of(n, usual=usual)
@@ -6704,6 +6734,30 @@ class Pools(Served):
                 self.assertEqual(placement.room([member], 0, at), (0, room))
                 self.assertEqual(room > 0, any(
                     placement.may_wait(self.run_of(9), taker) for taker in takers))
+
+    def test_what_waits_is_forgotten_with_what_is_recalled(self):
+        """Also when the head itself had not begun: the child is idle, then."""
+        ours, theirs = pybgworker.frame_pair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        member = self.ready_member()
+        del member.recall
+        member.frames, member._unread = ours, theirs
+        member.transcript = mock.Mock()
+        for count in (1, 3):
+            for number in range(count):
+                self.assertTrue(member.send(self.run_of(number + 1, usual=0.1), 5.0))
+            self.assertAlmostEqual(member.behind, 0.1 * (count - 1))
+            self.assertEqual(len(member.recall()), count)
+            self.assertEqual((member.behind, len(member.waiting)), (0.0, 0))
+        placement = self.placement(0.1, size=2)
+        for number in range(8):
+            member.send(self.run_of(number + 1, usual=0.1), 5.0)
+        for _ in range(8):
+            member.waiting.popleft()
+            member.begin_head(6.0)
+            self.assertGreaterEqual(placement.delay_of(member, 6.0), 0.0)
+        self.assertEqual(placement.delay_of(member, 6.0), 0.0)
 
     def test_the_last_attempt_and_a_child_near_its_end_let_nothing_wait(self):
         placement, member = self.placement(0.0001, most=7), self.ready_member(
@@ -6746,6 +6800,8 @@ class Pools(Served):
             waiting=pybgworker.collections.deque(runs), began=time.monotonic(), done=0,
             why="", kill_due=0.0, ready=True, retiring=False,
             behind=sum(run.usual for run in runs[1:]))
+        for n, run in enumerate(runs):
+            run.due = member.began + sum(before.usual for before in runs[:n])
 
         def recall():
             back, member.behind = list(member.waiting)[1:], 0.0
@@ -8000,6 +8056,31 @@ class Workers(Served):
                     r.ready() for r in results[-3:]))
                 self.assertEqual({r.attempt for r in results}, {1})
                 os.remove("steps")
+
+    def test_what_no_child_can_take_is_handed_back_without_a_poll(self):
+        """Behind a head that hangs, which was short so far."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        with mock.patch.object(pybgworker, "_POLL_SECONDS", 60.0):
+            worker.pool.durations.learn("tasks.hold", 0.0001)
+            worker.pool.durations.learn("tasks.add", 0.0001)
+            self.tasks.hold.delay()
+            behind = self.tasks.add.delay(1, 2)
+            self.turn_until(worker, lambda: worker.pool.in_hand() == 2)
+            self.turn_until(worker, lambda: self.store.task(behind.id).attempt == 0
+                            and behind.status == "queued")
+        Path("go").touch()
+        self.turn_until(worker, behind.ready)
+
+    def test_a_stop_says_how_many_it_has_handed_back(self):
+        worker = self.started()
+        self.prefetched(worker)
+        worker.stops.count = 1
+        claimed = {id for id, in self.sql("select id from bg_task where state = 3")}
+        self.turn_until(worker, lambda: worker._is_done())
+        back = {id for id, in self.sql("select id from bg_task where state = 2")}
+        self.assertGreater(len(claimed & back), 50)
+        self.assertEqual(worker.outbox.handed_back, len(claimed & back))
 
     def test_a_pause_recalls_what_has_not_begun(self):
         worker = self.started()
