@@ -1634,6 +1634,7 @@ _WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
 _FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
 _HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
 _LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
+_MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
 _NO_HOOKS = (
     "this process was forked while the file was open, by code that runs no Python "
     "fork hooks, so SQLite would lose data here: use it only after such a fork"
@@ -1668,11 +1669,16 @@ def _file_identity(path):
 def _descriptors():
     """The descriptors of this process by the (device, inode) they are open on."""
     found: dict[tuple, set] = {}
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError, ValueError):
-                status = os.fstat(int(name))
-                found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
+    names: Iterable = ()
+    try:
+        names = os.listdir("/dev/fd")
+    except OSError:                 # no /proc here
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            names = range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS))
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            status = os.fstat(int(name))
+            found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
     return found
 
 
@@ -1709,6 +1715,7 @@ class _OwnLock:
     def __init__(self, path: str, start: int, length: int, only: tuple | None = None):
         self._path, self._range, self._only = path, (start, length), only
         self.fd, self.identity = -1, None       # of the file that is open
+        self._kept: dict[int, Any] = {}     # others not to be closed yet, identities
         self._fcntl: Any = None
 
     def lock(self) -> bool:
@@ -1758,16 +1765,34 @@ class _OwnLock:
         self._fcntl = fcntl         # it cannot be imported while a program ends
         if self.is_nameless():      # else a close would drop SQLite's locks
             self.close()
-        self.fd, self.identity = -1, None
+        self.put_aside()
         with contextlib.suppress(OSError):
             self.fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             self.identity = _file_identity(self.fd)
 
+    @property
+    def fds(self) -> set:
+        """All descriptors of ours."""
+        return {self.fd, *self._kept}
+
+    def put_aside(self) -> None:
+        """Use this descriptor no more; it cannot be closed yet."""
+        if self.is_open():
+            self._kept[self.fd] = self.identity
+        self.fd, self.identity = -1, None
+
+    def is_alone(self, found: dict) -> bool:
+        """True if nobody but us has a file of these descriptors open here."""
+        return all(found.get(identity, set()) <= self.fds
+                   for identity in (self.identity, *self._kept.values()))
+
     def close(self) -> None:
         """Only where SQLite has no lock on this file."""
-        if self.is_open():
-            os.close(self.fd)
-        self.fd = -1
+        self.put_aside()
+        for fd, identity in self._kept.items():
+            if _file_identity(fd) == identity:
+                os.close(fd)
+        self._kept = {}
 
 
 class Guard:
@@ -1784,14 +1809,16 @@ class Guard:
     """
 
     def __init__(self, path: str, identity: tuple):
-        self.stays = False          # somebody relies on it without a sign: a child
+        self.path = path
+        self.stays = False      # while others have the file open here: a caller
+        self.is_shared = False  # and they were inherited by a child, as this is
         self._file = _OwnLock(path, *_READERS_LOCK, identity)
         self._shm = _OwnLock(path + "-shm", *_SHM_LOCK)
 
     @property
-    def fd(self) -> int:
-        """A descriptor of the file; -1: none."""
-        return self._file.fd
+    def fds(self) -> set:
+        """The descriptors of the file that are ours."""
+        return self._file.fds
 
     def lock(self) -> bool:
         """Nobody can delete the -wal from now on.  False: impossible here."""
@@ -1800,16 +1827,30 @@ class Guard:
 
     def unlock(self) -> None:
         """The last of our connections is about to be closed in good order."""
-        if not self.stays:
+        if not self.is_shared:
             self._file.unlock()
             self._shm.unlock()
 
-    def is_useless(self) -> bool:
-        """True when the file was deleted."""
-        return self._file.is_nameless()
+    def share(self) -> None:
+        """A child that is forked now relies on it for as long as it lives."""
+        self.stays = self.is_shared = True
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the parent unlocks this when it likes."""
+        self._file.put_aside()
+        self._shm.put_aside()
+
+    def is_useless(self, found: dict) -> bool:
+        """True when the file was deleted, or nobody else has it open here.
+
+        Then it can be closed: that drops no lock that matters.
+        """
+        return self._file.is_nameless() or (
+            self._file.is_alone(found) and self._shm.is_alone(found))
 
     def close(self) -> None:
-        """Of a deleted file; or of the parent's, where nothing is open yet."""
+        """Of one that is useless."""
+        self.unlock()
         self._file.close()
         self._shm.close()
 
@@ -1820,6 +1861,15 @@ class Guard:
         except (OSError, AttributeError):       # there is no -shm
             return False
         return found[4] == os.getpid()
+
+    def is_in_place(self) -> bool:
+        """True while the files beside it are those that are in use."""
+        return os.path.exists(self.path + "-wal") and \
+            self._shm.identity == _file_identity(self.path + "-shm")
+
+
+def _nobody(*_):
+    """Stands for a weak reference whose object is gone."""
 
 
 class Forks:
@@ -1839,6 +1889,8 @@ class Forks:
         self._files = {}            # (device, inode) of all files used: the path
         self._guards = {}           # the same: its Guard
         self._dangers = {}          # the same: what the next child is to refuse
+        self._callers = set()       # the same: of those used by a caller's connection
+        self.put_away_log = _nobody     # a function of a path; see Database
 
     def generation(self) -> int:
         """A number that is another one after a fork, whoever forked."""
@@ -1892,11 +1944,53 @@ class Forks:
         """
         with self._lock:
             guard = self._guards.get(link.identity)
-            if guard and not self._has_links(link.identity):
+            if guard and not (guard.stays or self._has_links(link.identity)):
                 guard.unlock()
             yield
             if guard and self._has_links(link.identity):    # opened by a handler
                 guard.lock()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the Guards of files that nobody has open here any more.
+
+        A thread of ours that opens one now would lose its locks, one of the app's
+        still may: it gets the Guard back.  The log that a Guard kept in place when
+        its last user closed the file is put away here.
+        """
+        with self._lock:
+            idle = [item for item in list(self._guards.items())
+                    if not self._has_links(item[0])]
+            found = _descriptors() if idle and not self._has_other_users() else None
+            for identity, guard in idle:
+                if found is not None and guard.is_useless(found):
+                    self._close_guard(identity, guard)
+
+    def _has_other_users(self):
+        me = threading.get_ident()
+        return any(ident != me for ident in list(self._users.values()))
+
+    def _close_guard(self, identity, guard):
+        guard.close()
+        self._guards.pop(identity, None)
+        if guard.stays and _file_identity(guard.path) == identity:
+            self.put_away_log(guard.path)
+        if identity in _descriptors():      # since this very moment
+            self._guards[identity] = guard
+            guard.stays = guard.lock()
+
+    def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
+        """Keep the files in place while the app's own connection is open.
+
+        Nobody tells us when it is closed: let_go() looks.  None: impossible.
+        """
+        self.check(identity, path)
+        with self._lock:
+            guard = self.guard(identity)
+            if guard:
+                guard.stays = True
+                self._callers.add(identity)
+        return guard
 
     def _has_links(self, identity):
         return any(link.identity == identity for link in self._open_links())
@@ -1916,6 +2010,10 @@ class Forks:
         for link in self._open_links():
             if link.generation == self.generation() and not link.is_busy:
                 link.close()
+        with self._lock:
+            self.let_go()
+            for identity in self._callers & set(self._guards):
+                self._guards[identity].unlock()     # its owner ends with us
 
     # -- for those who use a file
 
@@ -1934,7 +2032,8 @@ class Forks:
         token, is_inside = object(), self._is_inside()
         try:
             while True:
-                self._users[token] = threading.get_ident()
+                with self._lock:    # let_go() looks for us
+                    self._users[token] = threading.get_ident()
                 if is_inside or not self.is_on():
                     break
                 del self._users[token]
@@ -1970,7 +2069,7 @@ class Forks:
         """
         guard = self.guard(link.identity)
         if guard:
-            guard.stays = True
+            guard.share()
         return guard is not None
 
     def _after_in_parent(self):
@@ -2011,23 +2110,21 @@ class Forks:
                 if guard is None:
                     self._dangers[identity] = _LEFT_OPEN
                     continue
-                guard.stays = True
+                guard.share()
                 if guard.is_writing():
                     self._dangers[identity] = _IN_TRANSACTION
 
     def _is_open(self, identity, found):
         guard = self._guards.get(identity)
-        return bool(found.get(identity, set()) - {guard.fd if guard else -1})
+        return bool(found.get(identity, set()) - (guard.fds if guard else set()))
 
     def guard(self, identity: tuple) -> Guard | None:
         """Keep the -wal of this file in place from now on; None: impossible."""
         path = self._files[identity]
         guard = self._guards.get(identity)
         if guard is None:
-            for other, useless in list(self._guards.items()):
-                if useless.is_useless() and not self._has_links(other):
-                    useless.close()
-                    del self._guards[other]
+            if self._guards:
+                self.let_go()
             guard = self._guards[identity] = Guard(path, identity)
         return guard if guard.lock() else None
 
@@ -2042,13 +2139,13 @@ class Forks:
             elif not self._keep(link):
                 self.refused[link.identity] = _LEFT_OPEN
         self.refused.update(self._dangers)
-        for identity, guard in list(self._guards.items()):
-            if not guard.stays:     # the parent unlocks it when it likes
-                guard.close()
-                del self._guards[identity]
         self.links = weakref.WeakValueDictionary()
         self._users, self._forking, self._dangers = {}, [], {}
         self._lock = threading.RLock()
+        for guard in self._guards.values():
+            if not guard.is_shared:
+                guard.leave_to_parent()
+        self.let_go()
         self.count += 1
         self._pid = os.getpid()
 
@@ -2087,10 +2184,6 @@ class _Wal:
         """
         return _file_identity(self._file) == self._identity and \
             self._shm not in (None, _file_identity(self._shm_path))
-
-
-def _nobody():
-    """Stands for a weak reference whose object is gone."""
 
 
 class _Link:
@@ -2435,6 +2528,16 @@ def _open_uri(path, **options):
     )
 
 
+def _put_away_log(path):
+    """Be the last that closes it, unless others have it open."""
+    with contextlib.suppress(sqlite3.Error), \
+            contextlib.closing(_open_uri(path)) as connection:
+        connection.execute("pragma schema_version").fetchall()
+
+
+_forks.put_away_log = _put_away_log
+
+
 @contextlib.contextmanager
 def _missing_is_none():
     """Go on where a table or column is missing."""
@@ -2660,6 +2763,7 @@ class Database:
         link, self._local.link = getattr(self._local, "link", None), None
         if link and link.generation == _forks.generation():
             link.close()
+        _forks.let_go()
 
     def _open(self, create=False):
         while True:
@@ -2863,6 +2967,11 @@ class Database:
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
 _INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+_NOT_ITS_FILES = (
+    "database {}: conn= does not write to it: the file, its -wal or its -shm was "
+    "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
+    "and open it again"
+)
 _TRIES = 5                  # of a commit, when forks undo it
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
@@ -3094,6 +3203,7 @@ class CallersTransaction:
                     )
             cursor.execute("savepoint bg_enqueue")
             self.store.prepare(cursor)
+            self._keep_files()
             return cursor
         except BaseException as exc:
             self._undo()
@@ -3130,12 +3240,8 @@ class CallersTransaction:
 
     def _check_file(self):
         """Refuse a connection to another file: the task would never be found."""
-        factory, self.connection.text_factory = self.connection.text_factory, bytes
-        try:                # reads nothing from the file, unlike a select
-            row = sqlite3.Cursor(self.connection).execute("pragma database_list")
-            path = os.fsdecode(row.fetchone()[2] or b"")
-        finally:
-            self.connection.text_factory = factory
+        # Reads nothing from the file, unlike a select.
+        path = os.fsdecode(self._ask("pragma database_list")[2] or b"")
         ours, found = self.store.path, _file_identity(path)
         if found is None or found != _file_identity(ours) or (
             os.path.realpath(path) != ours and _links_to(path) > 1
@@ -3143,6 +3249,26 @@ class CallersTransaction:
             raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")
         _known_paths.setdefault(ours, False)
+
+    def _keep_files(self):
+        """Hold the files in place for it, which must be those that it writes to.
+
+        What is deleted, or was replaced, while it is open takes its lock with it.
+        """
+        if self._ask("pragma main.journal_mode")[0] != b"wal":
+            return              # not yet: it has no -wal
+        path = self.store.path
+        guard = _forks.hold_for_caller(_file_identity(path), path)
+        if guard and not (guard.is_writing() and guard.is_in_place()):
+            raise DatabaseUnavailable(_NOT_ITS_FILES.format(path))
+
+    def _ask(self, statement):
+        """The first row; its texts are bytes, whatever the caller's factory is."""
+        factory, self.connection.text_factory = self.connection.text_factory, bytes
+        try:
+            return sqlite3.Cursor(self.connection).execute(statement).fetchone()
+        finally:
+            self.connection.text_factory = factory
 
     def _refuse(self, exc):
         """Raise what says what to do about an error of the caller's connection."""

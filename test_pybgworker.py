@@ -2167,6 +2167,117 @@ class Forking(Case):
         self.assertEqual([row[0] for row in self.sql("select id from bg_task")], sent)
         self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
 
+    @NEEDS_OWN_LOCKS
+    def test_a_stray_close_loses_nothing_of_a_callers_connection(self):
+        """Also where no connection of ours is open, or not any more."""
+        self.store.create()
+        self.store.close()
+        sent = []
+        for before in (os.getpid, lambda: self.app.send("t").id, lambda: None):
+            mine = sqlite3.connect(self.db)
+            with mine:
+                sent.append(self.app.send("t", conn=mine).id)
+            if before() is not None and before is not os.getpid:
+                sent.append(sent[-1] + 1)
+            self.app.store.close()
+            shutil.copy(self.db, self.folder / "copy")
+            self.python(self.USED_BY_ANOTHER)
+            with mine:
+                sent.append(self.app.send("t", conn=mine).id)
+            found = self.python("""
+                import os, sqlite3
+                connection = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+                print([id for id, in connection.execute("select id from bg_task")])
+            """)
+            self.assertEqual(json.loads(found.stdout), sent)
+            mine.close()
+
+    @NEEDS_OWN_LOCKS
+    def test_a_callers_connection_whose_files_are_gone_is_refused(self):
+        for names, is_new in ((("-wal", "-shm"), False), (("", "-wal", "-shm"), True)):
+            self.setUp()
+            self.store.create()
+            self.store.close()
+            mine = sqlite3.connect(self.db)
+            self.addCleanup(mine.close)
+            with mine:
+                self.app.send("t", conn=mine)
+            for name in names:
+                os.unlink(f"{self.db}{name}")
+            if is_new:
+                self.python("import pybgworker; pybgworker.App().send('u')")
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "roll back, cl"):
+                with mine:
+                    self.app.send("t", conn=mine)
+            mine.close()
+            again = sqlite3.connect(self.db)
+            with again:
+                self.app.send("again", conn=again)
+            again.close()
+            self.assertIn(("again",), self.sql("select name from bg_task"))
+
+    @NEEDS_OWN_LOCKS
+    def test_a_fork_hook_of_the_apps_may_open_a_connection_of_its_own(self):
+        """It runs in the child before ours: no close of ours drops its locks."""
+        said = self.ran(f"""
+            import subprocess
+            def reconnect():
+                global conn
+                conn = sqlite3.connect(os.environ["PYBGWORKER_DB"])
+                conn.execute("select count(*) from bg_task").fetchall()
+            os.register_at_fork(after_in_child=reconnect)
+            inside, going = threading.Event(), threading.Event()
+            def stay():                     # what is ours stays open over the fork
+                with p._forks.using():
+                    inside.set()
+                    going.wait()
+            delay()
+            p._FORK_PATIENCE = 0.05
+            threading.Thread(target=stay).start()
+            inside.wait()
+            if os.fork() == 0:
+                subprocess.run([sys.executable, "-c", {textwrap.dedent(
+                    self.USED_BY_ANOTHER)!r}], check=True)
+                with conn:
+                    say("id", t.options(conn=conn).delay().id)
+                os._exit(0)
+            going.set()
+            os.wait()
+        """)
+        self.assertEqual(said, ["id 1", "id 2"])
+
+    @NEEDS_OWN_LOCKS
+    def test_a_file_that_is_not_open_any_more_keeps_no_descriptor(self):
+        names = [str(self.folder / f"{n}.db") for n in range(4)]
+        found = self.python("""
+            import os, sqlite3, sys, threading, pybgworker as p
+            del os.environ["PYBGWORKER_DB"]     # it beats what App() is told
+            def count():
+                names = [os.path.realpath("/dev/fd/" + fd) for fd in os.listdir("/dev/fd")]
+                return sum(".db" in name for name in names)
+            for n, name in enumerate(sys.argv[1:]):
+                app = p.App(db=name)
+                mine = sqlite3.connect(name)
+                mine.execute("select * from sqlite_master").fetchall()
+                if n == 1:                      # before our first use
+                    mine.execute("pragma journal_mode = wal").fetchall()
+                app.send("t")
+                thread = threading.Thread(target=app.send, args="t")
+                thread.start()
+                thread.join()
+                if n == 2:
+                    mine.execute("select * from bg_task").fetchall()
+                    if os.fork() == 0:
+                        os._exit(0)
+                    os.wait()
+                mine.close()
+                if n == 3:
+                    os.unlink(name)
+                app.store.close()
+                print(count(), sorted(name for name in os.listdir() if "-wal" in name))
+        """, *names)
+        self.assertEqual(found.stdout, "0 []\n" * 3 + "0 ['3.db-wal']\n")
+
     def test_what_a_program_leaves_behind_is_one_file(self):
         for end in ("pass", "del app, t", "threading.Thread(target=delay).start()",
                     "if os.fork() == 0: delay(); sys.exit()\nos.wait()"):
