@@ -3203,7 +3203,6 @@ class CallersTransaction:
                     )
             cursor.execute("savepoint bg_enqueue")
             self.store.prepare(cursor)
-            self._keep_files()
             return cursor
         except BaseException as exc:
             self._undo()
@@ -3250,10 +3249,11 @@ class CallersTransaction:
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")
         _known_paths.setdefault(ours, False)
 
-    def _keep_files(self):
+    def keep_files(self) -> None:
         """Hold the files in place for it, which must be those that it writes to.
 
-        What is deleted, or was replaced, while it is open takes its lock with it.
+        To be called when it has written.  What is deleted, or was replaced, while it
+        is open takes the lock on writing with it.
         """
         if self._ask("pragma main.journal_mode")[0] != b"wal":
             return              # not yet: it has no -wal
@@ -3333,9 +3333,11 @@ class Queue(Database):
         """
         request = Request(task, calls)
         _forks.check(_file_identity(self.path), self.path)
-        with _forks.using(), CallersTransaction(self, connection) as cursor:
+        transaction = CallersTransaction(self, connection)
+        with _forks.using(), transaction as cursor:
             holder = self._key_holder(cursor, task.key)
             self._insert(cursor, [request])
+            transaction.keep_files()
             if holder is not None:      # as bytes: text is for the caller's factory
                 mark = cursor.execute(
                     """select cast(body as blob) from bg_payload where id = :id""",
