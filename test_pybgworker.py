@@ -702,7 +702,7 @@ class Promises(Served):
         worker = self.worker("--concurrency", 2, before=before)
         crash = self.tasks.die.delay("exit")
         self.assertEqual(self.failure(crash).kind, "crash")
-        self.assertEqual(worker.find("task_crash")["exit_code"], 7)
+        self.assertEqual(worker.wait_for("task_crash")["exit_code"], 7)
         self.assertEqual(self.failure(self.tasks.clean_up.delay()).kind, "timeout")
         self.assertEqual(self.lines("cleaned"), [""])
         self.assertIn("CalledProcessError", str(self.failure(self.tasks.call_false.delay())))
@@ -755,7 +755,7 @@ class Promises(Served):
         results = [self.app.send(f"{name}.sum_of", n, 1) for n in range(5)]
         self.assertEqual([self.get(r) for r in results], [1, 2, 3, 4, 5])
         self.assertEqual(self.failure(self.app.send(f"{name}.leave")).kind, "crash")
-        self.assertEqual(worker.find("task_crash")["exit_code"], 7)
+        self.assertEqual(worker.wait_for("task_crash")["exit_code"], 7)
         self.assertEqual(self.get(self.app.send(f"{name}.sum_of", 2, 2)), 4)
         self.assertEqual(worker.stop(), 0)
 
