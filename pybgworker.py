@@ -1628,6 +1628,8 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
 # https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
 
 _FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
+_HOOKS_PATIENCE = 1.0       # that they wait for a fork, once it is ready for them
+_EXIT_PATIENCE = 1.0        # that the end of a program waits for its daemon threads
 _READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
 _SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
 _WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
@@ -1884,7 +1886,10 @@ class Forks:
         self._is_watching = False
         self._is_leaving = False    # the program ends
         self._forking = []          # threads that fork now, or wait to do so
-        self._lock = threading.RLock()      # for one fork at a time, and _guards
+        self._closing = []          # those of them that close our connections now
+        self._impatient = set()     # threads that wait for no fork any more
+        self._one_fork = threading.RLock()  # from _before() to the hooks after it
+        self._lock = threading.RLock()      # for _guards, and the next
         self._users = {}            # threads that open or close a file, by token
         self._files = {}            # (device, inode) of all files used: the path
         self._guards = {}           # the same: its Guard
@@ -2005,11 +2010,14 @@ class Forks:
             atexit.register(self._leave)
 
     def _leave(self):
-        """Close in good order what the interpreter would only drop."""
+        """Close in good order what the interpreter would only drop.
+
+        Daemon threads run on, and begin nothing as long as this waits for what they
+        are in the middle of; a close() then would be a crash.
+        """
         self._is_leaving = True
-        for link in self._open_links():
-            if link.generation == self.generation() and not link.is_busy:
-                link.close()
+        self._forking.append(threading.get_ident())     # for good; see wait()
+        self._close_all(_EXIT_PATIENCE)
         with self._lock:
             self.let_go()
             for identity in self._callers & set(self._guards):
@@ -2019,11 +2027,21 @@ class Forks:
 
     def is_on(self) -> bool:
         """True while another thread forks: begin nothing."""
-        return bool(self._forking) and threading.get_ident() not in self._forking
+        me = threading.get_ident()
+        return bool(self._forking) and me not in self._forking and (
+            bool(self._closing) or me not in self._impatient)
 
     def wait(self) -> None:
-        """Let the fork happen."""
+        """Let the fork happen; not for ever.
+
+        A hook of the app's may wait for a lock, and we are called by who has it.  A
+        child that is forked while we go on is told so.  Guarded by
+        test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork.
+        """
+        deadline = time.monotonic() + _HOOKS_PATIENCE
         while self.is_on():
+            if time.monotonic() > deadline:
+                self._impatient.add(threading.get_ident())
             time.sleep(0.001)
 
     @contextlib.contextmanager
@@ -2054,14 +2072,22 @@ class Forks:
         """Let nobody begin, wait for those who have begun, and close all."""
         self.generation()
         self._forking.append(threading.get_ident())
-        deadline = time.monotonic() + _FORK_PATIENCE
-        while self._is_busy() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        self._lock.acquire()
-        for link in self._open_links():
-            if not self._is_in_a_call(link):
-                link.close()
-        self._guard_what_is_open()
+        self._one_fork.acquire(timeout=_FORK_PATIENCE)
+        self._close_all(_FORK_PATIENCE)
+        with self._lock:
+            self._guard_what_is_open()
+
+    def _close_all(self, patience):
+        self._closing.append(threading.get_ident())
+        try:
+            deadline = time.monotonic() + patience
+            while self._is_busy() and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            for link in self._open_links():
+                if link.generation == self.count and not self._is_in_a_call(link):
+                    link.close()
+        finally:
+            self._closing.remove(threading.get_ident())
 
     def _keep(self, link):
         """A hook of the app's that ran after _before() has used it: the child needs
@@ -2076,8 +2102,9 @@ class Forks:
         for link in self._open_links():
             self._keep(link)
         with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
+            self._impatient.clear()
             self._forking.remove(threading.get_ident())
-            self._lock.release()
+            self._one_fork.release()
 
     def _open_links(self):
         found = [ref() for ref in self.links.valuerefs()]
@@ -2139,9 +2166,12 @@ class Forks:
             elif not self._keep(link):
                 self.refused[link.identity] = _LEFT_OPEN
         self.refused.update(self._dangers)
+        if self._has_other_users():     # one that would not wait; see wait()
+            self.refused.update(dict.fromkeys(self._files, _IN_TRANSACTION))
         self.links = weakref.WeakValueDictionary()
-        self._users, self._forking, self._dangers = {}, [], {}
-        self._lock = threading.RLock()
+        self._users, self._dangers, self._impatient = {}, {}, set()
+        self._forking, self._closing = [], []
+        self._lock, self._one_fork = threading.RLock(), threading.RLock()
         for guard in self._guards.values():
             if not guard.is_shared:
                 guard.leave_to_parent()

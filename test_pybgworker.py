@@ -2226,25 +2226,105 @@ class Forking(Case):
                 conn = sqlite3.connect(os.environ["PYBGWORKER_DB"])
                 conn.execute("select count(*) from bg_task").fetchall()
             os.register_at_fork(after_in_child=reconnect)
-            inside, going = threading.Event(), threading.Event()
-            def stay():                     # what is ours stays open over the fork
-                with p._forks.using():
-                    inside.set()
-                    going.wait()
             delay()
-            p._FORK_PATIENCE = 0.05
-            threading.Thread(target=stay).start()
-            inside.wait()
+            p._forks.let_go = lambda: None      # as while another thread opens it
             if os.fork() == 0:
                 subprocess.run([sys.executable, "-c", {textwrap.dedent(
                     self.USED_BY_ANOTHER)!r}], check=True)
                 with conn:
                     say("id", t.options(conn=conn).delay().id)
                 os._exit(0)
-            going.set()
+            del p._forks.let_go
             os.wait()
         """)
         self.assertEqual(said, ["id 1", "id 2"])
+
+    def test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork(self):
+        """By a lock that is held over forks, as that of logging is."""
+        said = self.ran("""
+            lock, held = threading.RLock(), threading.Event()
+            def before():
+                held.set()
+                lock.acquire()
+            os.register_at_fork(before=before, after_in_parent=lock.release,
+                                after_in_child=lock.release)
+            p._HOOKS_PATIENCE = 0.1
+            def enqueue():
+                with lock:
+                    locked.set()
+                    held.wait()             # our own hook has run before this one
+                    delay()
+            for act in (enqueue, lambda: t.app.store.close() or enqueue()):
+                delay()
+                locked = threading.Event()
+                held.clear()
+                thread = threading.Thread(target=act)
+                thread.start()
+                locked.wait()
+                if os.fork() == 0:
+                    delay()
+                    end()
+                os.wait()
+                thread.join()
+                delay()
+        """)
+        self.assertEqual(len(said), 8)
+
+    def test_a_child_forked_while_a_thread_would_not_wait_is_refused(self):
+        said = self.ran("""
+            begun, forked = threading.Event(), Signs()
+            p._HOOKS_PATIENCE = 0.1
+            os.register_at_fork(before=begun.wait)      # runs after ours
+            def insert(*args):
+                begun.set()
+                forked.wait()
+                return real(*args)
+            real, p.Store._insert_all = p.Store._insert_all, insert
+            p._forks._watch()
+            app.store.create()
+            os.register_at_fork(before=lambda: (thread.start(), ready.wait()))
+            ready = threading.Event()
+            def enqueue():
+                ready.set()
+                while not p._forks.is_on(): pass
+                delay()
+            thread = threading.Thread(target=enqueue)
+            if os.fork() == 0:
+                p.Store._insert_all = real
+                try:
+                    delay()
+                except p.DatabaseUnusable as exc:
+                    say("refused", "end it before the fork" in str(exc))
+                os._exit(0)
+            os.wait()
+            forked.give()
+            thread.join()
+            forked.give()
+            delay()
+        """)
+        self.assertEqual(said, ["refused True", "id 1", "id 2"])
+
+    def test_daemon_threads_may_use_a_file_while_the_program_ends(self):
+        """It waits for a call that they are in, and they begin no other."""
+        for act in ("t.delay()", "app.store.counts()", "result.status"):
+            done = self.python(textwrap.dedent(self.PROGRAM) + textwrap.dedent(f"""
+                result = t.delay()
+                calls = 0
+                def use():
+                    global calls
+                    while True:
+                        {act}
+                        calls += 1
+                [threading.Thread(target=use, daemon=True).start() for _ in range(3)]
+                while calls < 20:
+                    time.sleep(0.001)
+                p._forks._close_all = lambda patience, real=p._forks._close_all: [
+                    real(patience), say("left", any(
+                        link.is_busy for link in p._forks._open_links()))]
+            """), check=False)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(done.stdout, "left False\n")
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
 
     @NEEDS_OWN_LOCKS
     def test_a_file_that_is_not_open_any_more_keeps_no_descriptor(self):
