@@ -2191,13 +2191,19 @@ class _Wal:
         self._identity = _file_identity(path)
         self._wal = _file_identity(self._path)
         self._shm = _file_identity(self._shm_path)
+        self.bytes = 0              # of the -wal, at the last look
 
     def is_there(self):
         """True while it is still the one that others read; one stat."""
-        found = _file_identity(self._path)
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return False
+        self.bytes = status.st_size
+        found = status.st_dev, status.st_ino
         if self._wal is None:       # our first write has made it
             self._wal = found
-        return found is not None and self._wal == found
+        return self._wal == found
 
     def lies_before(self, path):
         """True if SQLite would read this -wal together with that file."""
@@ -2454,7 +2460,6 @@ _NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
 _WAKE_WORKERS = 32                  # how many are sent a hint
 _CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
 _CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
-_CALLER_CHECKPOINT_EVERY = 64       # commits between two looks by a caller
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
 # As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
 # virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
@@ -3319,6 +3324,7 @@ class Queue(Database):
     """The verbs of callers that enqueue."""
 
     _group: GroupCommit | None = None
+    _tried_at = 0           # bytes of the log when callers last tried a checkpoint
 
     def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
         """Insert a row for each text of encoded arguments; return the ids in order.
@@ -3346,9 +3352,20 @@ class Queue(Database):
         finally:
             for request in requests:
                 request.is_done = write.is_committed
-        if write.link.commits % _CALLER_CHECKPOINT_EVERY == 0:
+        if self._has_grown(write.link.wal.bytes):
             with contextlib.suppress(DatabaseUnavailable):      # it is committed
                 self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
+
+    def _has_grown(self, wal_bytes):
+        """True when callers may try a checkpoint: not for each commit while none helps.
+
+        Whoever wrote what is in the log: a thread, or a process, for every call.
+        """
+        last, limit = self._tried_at, _CALLER_CHECKPOINT_BYTES
+        if wal_bytes <= limit or last <= wal_bytes < last + limit // 4:
+            return False
+        self._tried_at = wal_bytes
+        return True
 
     def _insert_all(self, link, requests):
         link.wake = self._wake_addresses(link.connection)

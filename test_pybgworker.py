@@ -3601,13 +3601,62 @@ class Threads(Case):
                      else token)
             self.assertEqual(self.app.send("t").id, n + 1)
 
+    def log_limit(self, limit):
+        """Callers do something about a log of more bytes, which is cut to this."""
+        limits = mock.patch.multiple(
+            pybgworker, _CALLER_CHECKPOINT_BYTES=limit, _WAL_KEEP_BYTES=limit)
+        limits.start()
+        self.addCleanup(limits.stop)
+        self.app.store.close()          # it is told when it opens
+
     def test_a_checkpoint_that_fails_does_not_fail_the_delay(self):
         def fail(*_):
             raise pybgworker.DatabaseUnavailable("disk I/O error")
 
-        self.store.checkpoint_if_large = fail
-        self.assertEqual([self.app.send("t").id for _ in range(130)],
-                         list(range(1, 131)))
+        self.store.checkpoint_if_large = mock.Mock(side_effect=fail)
+        self.log_limit(1)
+        self.assertEqual([self.app.send("t").id for _ in range(9)], list(range(1, 10)))
+        self.assertTrue(self.store.checkpoint_if_large.called)
+
+    def test_callers_keep_the_log_small_whoever_they_are(self):
+        """No worker runs; a link of each has one commit, or one has a few large ones."""
+        limit = 1 << 20
+        self.log_limit(limit)
+        self.app.send("t")              # a link that stays
+
+        def in_a_thread(body):
+            thread = threading.Thread(target=self.app.send, args=("t", body))
+            thread.start()
+            thread.join()
+
+        def in_a_new_program(body):
+            App(db=str(self.db)).send("t", body)
+
+        for call, size in ((in_a_thread, 100_000), (in_a_new_program, 100_000),
+                           (lambda body: self.app.send("t", body), 1_500_000)):
+            most = 0
+            for _ in range(5_000_000 // size):
+                call("x" * size)
+                most = max(most, self.store.wal_bytes())
+            self.assertLess(most, 1.5 * limit + 2 * size)
+
+    def test_a_log_that_a_reader_holds_costs_no_checkpoint_for_each_commit(self):
+        self.log_limit(400_000)
+        self.app.send("t")
+        reader = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(reader.close)
+        reader.execute("begin")
+        reader.execute("select * from bg_task").fetchall()
+        tries, real = [], self.store.checkpoint
+        self.store.checkpoint = lambda: tries.append(1) or real()
+        for _ in range(60):
+            self.app.send("t", "x" * 5000)
+        self.assertLess(len(tries), 20)
+        self.assertGreater(self.store.wal_bytes(), 1_000_000)
+        reader.execute("rollback")
+        for _ in range(12):
+            self.app.send("t", "x" * 5000)
+        self.assertLess(self.store.wal_bytes(), 900_000)
 
     def test_a_transaction_left_open_by_an_interrupt_is_undone_by_the_next(self):
         link = self.store._link()
