@@ -7614,12 +7614,15 @@ class Placement:
 
     def working(self, members: Sequence[Member]) -> list[Member]:
         """The children that may be given work: not more than `size` have any."""
-        able = [m for m in members if m.able]
-        if len(able) <= self._size and len(able) == len(members):
-            return able
-        able.sort(key=lambda m: not m.waiting)      # whoever has some stays in
-        others = sum(bool(m.waiting) for m in members if not m.able)
-        return able[: max(0, self._size - others)]
+        busy: list[Member] = []     # whoever has some stays in
+        idle: list[Member] = []
+        others = 0
+        for member in members:
+            if member.able:
+                (busy if member.waiting else idle).append(member)
+            elif member.waiting:
+                others += 1
+        return (busy + idle)[: max(0, self._size - others)]
 
     def delay_of(self, member: Member, at: float) -> float:
         """Seconds until one more run would begin in this child; 0 when it is idle."""
@@ -9106,20 +9109,17 @@ class Chore:
         self.seconds, self.act = seconds, act
         self.due = 0.0
 
-    def run_if_due(self, now: int, at: float) -> bool:
-        """`at` is monotonic: setting the clock neither hurries nor stops it.
+    def act_now(self, now: int, at: float) -> None:
+        """Do it.  `at` is monotonic: setting the clock neither hurries nor stops it.
 
-        False: not due yet.  One that fails is due again at once, not a period later.
+        One that fails is due again at once, not a period later.
         """
-        if at < self.due:
-            return False
         self.due = at + self.seconds
         try:
             self.act(now)
         except BaseException:
             self.due = at + _ERROR_PAUSE
             raise
-        return True
 
 
 class Trouble:
@@ -9158,8 +9158,8 @@ class Trouble:
 
         That one goes to the end, so that it keeps no other from its turn.
         """
-        for chore in list(chores):
-            if not self.survives(at, chore.run_if_due, now, at):
+        for chore in [chore for chore in chores if at >= chore.due]:
+            if not self.survives(at, chore.act_now, now, at):
                 chores.remove(chore)
                 chores.append(chore)
                 break
