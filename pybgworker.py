@@ -3077,7 +3077,8 @@ def _earliest(a, b):
 class Request:
     """Calls of a task that one thread wants enqueued, and then their ids."""
 
-    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline")
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
+                 "is_given_up", "is_taken")
 
     def __init__(self, task: NewTask, calls: Sequence[str],
                  deadline: float = math.inf):
@@ -3086,6 +3087,8 @@ class Request:
         self.ids: list = []
         self.is_done = False        # committed
         self.error: DatabaseBusy | None = None
+        self.is_given_up = False    # its thread was interrupted: not to be inserted
+        self.is_taken = False       # in the transaction that is open now
         self.deadline = deadline    # monotonic: its thread waits no longer for a lock
         self.turn = threading.Lock()        # opens when it is settled, or is to lead
         self.turn.acquire()
@@ -3094,6 +3097,13 @@ class Request:
     def is_settled(self) -> bool:
         """True when nothing is left to be done about it."""
         return self.is_done or self.error is not None
+
+    def take(self) -> bool:
+        """Insert it now?  Then its thread cannot give up any more."""
+        self.is_taken = True        # before the look; GroupCommit._drop(): reverse
+        if self.is_given_up:
+            self.is_taken = False
+        return self.is_taken
 
     def call(self) -> None:
         """Wake its thread."""
@@ -3117,7 +3127,10 @@ class GroupCommit:
         self._leader = 0            # ident of the thread that leads
 
     def submit(self, request: Request) -> list:
-        """Return the ids once they are committed; or raise, with nothing written."""
+        """Return the ids once they are committed; or raise, with nothing written.
+
+        Ctrl-C that arrives while they are committed is raised after that.
+        """
         if self._leader == threading.get_ident():       # in a signal handler
             raise DatabaseBusy(_REENTERED.format(self._store.path))
         self._requests.append(request)
@@ -3125,14 +3138,25 @@ class GroupCommit:
             while not request.is_settled:
                 self._wait_or_lead(request)
         except BaseException:       # also Ctrl-C: nobody shall commit it later
-            with contextlib.suppress(ValueError):
-                self._requests.remove(request)
+            self._drop(request)
             raise
         finally:
             self._call_next()
         if request.error:
             raise request.error
         return request.ids
+
+    def _drop(self, request):
+        """Nobody inserts it from now on; or it is committed, or undone, already.
+
+        Waits for a transaction that it is in, not for one that waits for its turn.
+        """
+        request.is_given_up = True
+        with contextlib.suppress(ValueError):
+            self._requests.remove(request)
+        while request.is_taken and not request.is_settled and \
+                self._leading.locked() and self.generation == _forks.generation():
+            request.turn.acquire(timeout=_TURN_SECONDS)
 
     def _wait_or_lead(self, request):
         if self._leading.locked():
@@ -3183,7 +3207,8 @@ class GroupCommit:
         late = [request for request in requests if request.deadline <= now]
         for request in late:
             request.error = DatabaseBusy(str(exc))
-        self._requests.extendleft(r for r in reversed(requests) if r not in late)
+        self._requests.extendleft(
+            r for r in reversed(requests) if not (r in late or r.is_given_up))
         return late
 
     def _check_process(self):
@@ -3345,13 +3370,15 @@ class Queue(Database):
 
         Raises DatabaseBusy after `patience` seconds.
         """
-        write = self.write(patience=patience)
+        write, taken = self.write(patience=patience), []
         try:
             with write as link:
-                self._insert_all(link, requests)
+                taken = [request for request in requests if request.take()]
+                self._insert_all(link, taken)
         finally:
-            for request in requests:
+            for request in taken:
                 request.is_done = write.is_committed
+                request.is_taken = False
         if self._has_grown(write.link.wal.bytes):
             with contextlib.suppress(DatabaseUnavailable):      # it is committed
                 self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)

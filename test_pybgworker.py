@@ -3548,6 +3548,69 @@ class Threads(Case):
     def interrupt(self, timeout=None):
         raise KeyboardInterrupt
 
+    def interrupted_follower(self, wait, patience=20.0):
+        """One whose request a leader has, when Ctrl-C comes after wait(); the leader's.
+        """
+        group, own, other = pybgworker.GroupCommit(self.store), self.request(), self.request()
+        own.deadline = time.monotonic() + patience
+        leading = threading.Event()
+
+        def lead():
+            with group._leading:
+                leading.set()
+                until(lambda: group._requests)
+                with contextlib.suppress(pybgworker.DatabaseBusy):
+                    group._lead(own)
+            self.store.close()
+
+        class Turn:
+            def acquire(self, timeout):
+                if not other.is_given_up:
+                    wait(group)
+                    raise KeyboardInterrupt
+                time.sleep(0.001)
+
+            def release(self):
+                pass
+
+        other.turn = Turn()
+        thread = threading.Thread(target=lead)
+        thread.start()
+        self.addCleanup(thread.join)
+        leading.wait()
+        self.assertRaises(KeyboardInterrupt, group.submit, other)
+        return group, own, other, thread
+
+    def test_an_interrupted_wait_is_not_enqueued_by_who_has_the_request(self):
+        self.blocker.execute("begin immediate")
+        _, own, other, leader = self.interrupted_follower(
+            lambda group: until(lambda: not group._requests))
+        self.blocker.execute("rollback")
+        leader.join()
+        self.assertEqual((own.is_done, other.is_done), (True, False))
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    def test_an_interrupted_wait_leaves_no_request_for_another_leader(self):
+        self.blocker.execute("begin immediate")
+        group, own, other, leader = self.interrupted_follower(
+            lambda group: until(lambda: not group._requests), patience=0.2)
+        leader.join()
+        self.assertIsInstance(own.error, pybgworker.DatabaseBusy)
+        self.assertEqual(list(group._requests), [])
+
+    def test_an_interrupt_is_raised_when_it_is_known_what_was_committed(self):
+        inserted, insert_all = threading.Event(), Store._insert_all
+
+        def insert(store, link, requests):
+            insert_all(store, link, requests)
+            inserted.set()
+            until(lambda: requests[-1].is_given_up)
+
+        with mock.patch.object(Store, "_insert_all", insert):
+            _, own, other, _ = self.interrupted_follower(lambda group: inserted.wait())
+            self.assertTrue(own.is_done and other.is_done)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+
     def test_a_signal_handler_in_the_middle_of_a_delay_is_refused(self):
         inner, next_id = [], Store._next_id
 
