@@ -8724,6 +8724,47 @@ class Workers(Served):
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, 3)
 
+    def test_what_a_worker_puts_there_itself_it_looks_for_without_a_hint(self):
+        """Its own commits do not move the data_version that it sees."""
+        def reap(worker, later):
+            with self.store.write() as link:
+                link.connection.execute(
+                    "update bg_task set state = 3, worker = 4711, attempt = 1"
+                    " where id = ?", (later.id,))
+            worker._reap(pybgworker.now_ms())
+
+        def fire(worker, later):
+            with self.store.write() as link:
+                link.connection.execute(
+                    "update bg_schedule set next_tick = 1700000100,"
+                    " done = '[[1700000040, 1700000040]]'")
+            worker._fire_crons(pybgworker.now_ms())
+
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        for act, name in ((reap, "tasks.add"), (fire, "tasks.tick")):
+            later = self.tasks.add.options(countdown=3600).delay(1, 2)
+            for chore in worker.chores:         # not by a chore of the turn
+                chore.due = time.monotonic() + 3600
+            self.turn_until(worker, lambda: worker.lookout.next_at
+                            and not worker.lookout.news)
+            with self.subTest(name), mock.patch.object(pybgworker, "send_wake_ups"):
+                act(worker, later)
+                self.turn_until(worker, lambda name=name: [
+                    row for row in self.store.tasks(name=name) if row.status == "success"])
+
+    def test_a_worker_that_starts_over_forgets_what_became_of_its_runs(self):
+        """They are somebody else's now; nothing is written or said of them."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        run = self.claim_one(worker)
+        end = pybgworker.Ended(run, "success", "1")
+        worker.outbox.settle([end], pybgworker.now_ms())
+        worker.outbox.returned.append(run)
+        worker.pool.ended.append(end)
+        worker._start_over(pybgworker.now_ms())
+        self.assertEqual((worker.outbox.is_full, worker.pool.ended), (False, []))
+
     # How the only child that works becomes free, or is replaced.
     FREED = {
         "end": lambda case, worker, held: (case.folder / "go").touch(),
@@ -10201,25 +10242,16 @@ class Torture(Served):
                 producer.wait()
 
     def test_delay_returns_after_the_log_is_on_disk(self):
-        if not shutil.which("strace"):
-            self.skipTest("needs strace")
         code = """
             import os, pybgworker as p
             app = p.App(); app.send("t"); os.write(2, b"MARK"); app.send("t")
             os.write(2, b"MARK")
         """
-        trace = self.folder / "trace"
-        done = subprocess.run(
-            ["strace", "-f", "-y", "-o", str(trace), "-e", "trace=pwrite64,fdatasync,fsync,write",
-             sys.executable, "-c", textwrap.dedent(code)], cwd=self.folder,
-            env=clean_environment(PYBGWORKER_DB=str(self.db)), stderr=subprocess.PIPE)
-        if done.returncode != 0:
-            self.skipTest("strace does not work here")
-        calls = trace.read_text().split('"MARK"')[1].splitlines()
-        calls = [call for call in calls if "queue.db-wal" in call]
+        lines = self.strace(code, "pwrite64,fdatasync,fsync,write", "-f")
+        marks = [n for n, line in enumerate(lines) if '"MARK"' in line]
+        calls = [line for line in lines[slice(*marks)] if "queue.db-wal" in line]
         self.assertTrue(any("pwrite64" in call for call in calls))
         self.assertIn("sync(", calls[-1])
-
 
     def strace(self, code, calls, *options):
         """Run a program under strace; return the lines of its trace."""
