@@ -1653,6 +1653,11 @@ _WAL_LOST = (
     "its -wal was deleted while in use, and what this program wrote last is lost: "
     "never delete or copy its files by hand; restart all programs that use it"
 )
+_WITHOUT_WAL = (
+    "a connection to the file is open in this process whose -wal was deleted, so "
+    "SQLite would lose data here: close it before the fork, if there was one; else "
+    "restart this program, which has opened the file for a copy, or the like"
+)
 _LEFT_OPEN = (
     "this process was forked while a connection to the file was open, so SQLite "
     "would lose data here: close it before the fork"
@@ -1812,6 +1817,7 @@ class Guard:
 
     def __init__(self, path: str, identity: tuple):
         self.path = path
+        self.is_held = False
         self.stays = False      # while others have the file open here: a caller
         self.is_shared = False  # and they were inherited by a child, as this is
         self._file = _OwnLock(path, *_READERS_LOCK, identity)
@@ -1825,11 +1831,13 @@ class Guard:
     def lock(self) -> bool:
         """Nobody can delete the -wal from now on.  False: impossible here."""
         self._shm.lock()        # there may be none yet
-        return self._file.lock()
+        self.is_held = self._file.lock()
+        return self.is_held
 
     def unlock(self) -> None:
         """The last of our connections is about to be closed in good order."""
         if not self.is_shared:
+            self.is_held = False
             self._file.unlock()
             self._shm.unlock()
 
@@ -1918,7 +1926,8 @@ class Forks:
 
         It may be inherited, from a fork before anybody told us of the file.
         """
-        return not (identity in self._guards or self._has_links(identity)) \
+        guard = self._guards.get(identity)
+        return not (guard and guard.is_held or self._has_links(identity)) \
             and self._is_open(identity, _descriptors())
 
     def hold(self, link: _Link, path: str, has_others: bool) -> None:
@@ -1933,7 +1942,7 @@ class Forks:
             guard.stays = True      # our own locks may be inherited, and no locks
         is_lost = _leads_to(path + "-shm (deleted)")
         if any(map(is_lost, set().union(*_descriptors().values()))):
-            self.refused[link.identity] = _LEFT_OPEN    # SQLite would use it still
+            self.refused[link.identity] = _WITHOUT_WAL  # SQLite would use it still
             self.check(link.identity, path)
 
     def is_away(self, identity: tuple) -> bool:
@@ -1954,6 +1963,8 @@ class Forks:
             yield
             if guard and self._has_links(link.identity):    # opened by a handler
                 guard.lock()
+            elif guard and link.identity not in self._callers:
+                guard.unlock()
         self.let_go()
 
     def let_go(self) -> None:
@@ -1978,6 +1989,7 @@ class Forks:
     def _close_guard(self, identity, guard):
         guard.close()
         self._guards.pop(identity, None)
+        self._callers.discard(identity)
         if guard.stays and _file_identity(guard.path) == identity:
             self.put_away_log(guard.path)
         if identity in _descriptors():      # since this very moment
@@ -2519,6 +2531,15 @@ def _mount_of(path, mounts):
     return best, kind
 
 
+def _absolute(path):
+    try:
+        return os.path.abspath(path)
+    except OSError as exc:          # the working folder was deleted
+        raise DatabaseUnavailable(
+            f"database {path}: the current folder is gone: name it by a full path"
+        ) from exc
+
+
 def _links_to(path):
     """The number of names that a file has in its file system; 0: there is none."""
     try:
@@ -2705,7 +2726,7 @@ class Database:
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
-        self.name = os.path.abspath(path)           # as it was given
+        self.name = _absolute(path)                 # as it was given
         self.path = os.path.realpath(self.name)     # its one name for all
         self.durability = durability
         self.busy_timeout = busy_timeout

@@ -2327,6 +2327,38 @@ class Forking(Case):
         self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
 
     @NEEDS_OWN_LOCKS
+    def test_who_has_the_file_open_alone_may_do_with_it_what_he_likes(self):
+        """Also if his connection was open before our first use of it."""
+        self.python("import pybgworker; pybgworker.App().send('t')")
+        mine = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(mine.close)
+        mine.execute("select * from bg_task").fetchall()
+        for _ in range(2):
+            self.app.send("t")
+            self.app.store.close()
+            self.assertEqual(mine.execute("pragma journal_mode = delete").fetchall(),
+                             [("delete",)])
+            self.assertEqual(mine.execute("pragma journal_mode = wal").fetchall(),
+                             [("wal",)])
+        mine.execute("begin immediate")         # and shut us out meanwhile
+        self.app.configure(busy_timeout=0.01)
+        self.assertRaises(pybgworker.DatabaseBusy, self.app.send, "t")
+        mine.execute("rollback")
+
+    @NEEDS_OWN_LOCKS
+    def test_a_connection_of_ones_own_whose_log_is_gone_is_told_of(self):
+        self.python("import pybgworker; pybgworker.App().send('t')")
+        mine = sqlite3.connect(self.db)
+        self.addCleanup(mine.close)
+        mine.execute("select * from bg_task").fetchall()
+        shutil.copy(self.db, self.folder / "copy")      # before our first use
+        self.python(self.USED_BY_ANOTHER)
+        self.addCleanup(pybgworker._forks.refused.clear)
+        for act in (lambda: self.app.send("t"), lambda: self.app.send("t", conn=mine)):
+            with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "for a copy"):
+                act()
+
+    @NEEDS_OWN_LOCKS
     def test_a_file_that_is_not_open_any_more_keeps_no_descriptor(self):
         names = [str(self.folder / f"{n}.db") for n in range(4)]
         found = self.python("""
@@ -2667,6 +2699,20 @@ class Databases(Case):
             with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "gone"):
                 app.send("t")
             self.assertFalse(path.exists())
+
+    def test_a_relative_path_in_a_folder_that_is_gone_is_said(self):
+        done = self.python("""
+            import os, pybgworker as p
+            del os.environ["PYBGWORKER_DB"]
+            os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone")
+            app = p.App(db="q.db")
+            for act in (lambda: app.send("t"), lambda: p.AsyncResult(1, app).status):
+                try:
+                    act()
+                except p.DatabaseUnavailable as exc:
+                    print("full path" in str(exc))
+        """)
+        self.assertEqual(done.stdout, "True\nTrue\n")
 
     def test_a_database_may_leave_its_place_and_come_back(self):
         """What is committed meanwhile goes with it."""
