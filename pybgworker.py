@@ -31,9 +31,9 @@ Life of a task
 
 Map
     Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Forks · Database · Queue · Claiming · Endings
-    · Operations · Store · Functions · Waiting · Tasks and results · Processes
-    · Output · Surroundings · Child · Member · Placement · Pool · Scheduler
+    · Retry and rate · Wake-up · Guards · Forks · Database · Queue · Claiming
+    · Endings · Operations · Store · Functions · Waiting · Tasks and results
+    · Processes · Output · Surroundings · Child · Member · Placement · Pool · Scheduler
     · Liveness · Wishes · Journal · Upkeep · Settling · Lookout · Worker
     · Reports · Bench · Command line · Old import paths
 
@@ -1618,18 +1618,12 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
                 sender.sendto(token.encode(), ("127.0.0.1", port))
 
 
-# == Forks ====================================================================
-# Owns what a fork must not break.  SQLite keeps a table of its process's locks,
-# and a forked child inherits the table, but not the locks: a connection that it
-# opens takes none, and the next to close deletes the -wal that it writes to.  So
-# no connection of ours is open while the process forks: the fork waits for those
-# in use and closes all, and each opens again when it is used.  A Guard keeps the
-# files in place beside SQLite's own locks, which a stray close() drops too.
-# https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
+# == Guards ===================================================================
+# Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
+# which any close() of the file in this process drops: a copy of it, a checksum.
+# Knows what this process has open, for a close() of its own is such a one too: it
+# comes only when nobody else here has the file open.
 
-_FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
-_HOOKS_PATIENCE = 1.0       # that they wait for a fork, once it is ready for them
-_EXIT_PATIENCE = 1.0        # that the end of a program waits for its daemon threads
 _READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
 _SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
 _WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
@@ -1637,31 +1631,6 @@ _FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
 _HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
 _LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
 _MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
-_NO_HOOKS = (
-    "this process was forked while the file was open, by code that runs no Python "
-    "fork hooks, so SQLite would lose data here: use it only after such a fork"
-)
-_IN_TRANSACTION = (
-    "this process was forked while a transaction on the file was open, so SQLite "
-    "would wait for itself here for ever: end it before the fork"
-)
-_FORKED = (
-    "database {}: the process forked in the middle of this: nothing was written, "
-    "do it again"
-)
-_WAL_LOST = (
-    "its -wal was deleted while in use, and what this program wrote last is lost: "
-    "never delete or copy its files by hand; restart all programs that use it"
-)
-_WITHOUT_WAL = (
-    "a connection to the file is open in this process whose -wal was deleted, so "
-    "SQLite would lose data here: close it before the fork, if there was one; else "
-    "restart this program, which has opened the file for a copy, or the like"
-)
-_LEFT_OPEN = (
-    "this process was forked while a connection to the file was open, so SQLite "
-    "would lose data here: close it before the fork"
-)
 
 
 def _file_identity(path):
@@ -1687,29 +1656,6 @@ def _descriptors():
             status = os.fstat(int(name))
             found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
     return found
-
-
-def _leads_to(name):
-    """A predicate of descriptors; Linux, elsewhere always false."""
-    def leads(fd):
-        with contextlib.suppress(OSError):
-            return os.readlink(f"/proc/self/fd/{fd}") == name
-        return False
-
-    return leads
-
-
-def _adapts():
-    """True where the app has an adapter, which may fork, for what we give SQLite."""
-    return any(kind in (str, int, float, bytearray) for kind, _ in sqlite3.adapters)
-
-
-class _StepAside(Exception):
-    """Raised where a thread waits for a lock while another one forks."""
-
-
-class _Undone(DatabaseUnavailable):
-    """A transaction was undone for no fault of its own: do it again."""
 
 
 class _OwnLock:
@@ -1876,6 +1822,68 @@ class Guard:
         """True while the files beside it are those that are in use."""
         return os.path.exists(self.path + "-wal") and \
             self._shm.identity == _file_identity(self.path + "-shm")
+
+
+# == Forks ====================================================================
+# Owns what a fork must not break.  SQLite keeps a table of its process's locks,
+# and a forked child inherits the table, but not the locks: a connection that it
+# opens takes none, and the next to close deletes the -wal that it writes to.  So
+# no connection of ours is open while the process forks: the fork waits for those
+# in use and closes all, and each opens again when it is used.  Guards stand in for
+# locks that it cannot rely on.
+# https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
+
+_FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
+_HOOKS_PATIENCE = 1.0       # that they wait for a fork, once it is ready for them
+_EXIT_PATIENCE = 1.0        # that the end of a program waits for its daemon threads
+_NO_HOOKS = (
+    "this process was forked while the file was open, by code that runs no Python "
+    "fork hooks, so SQLite would lose data here: use it only after such a fork"
+)
+_IN_TRANSACTION = (
+    "this process was forked while a transaction on the file was open, so SQLite "
+    "would wait for itself here for ever: end it before the fork"
+)
+_FORKED = (
+    "database {}: the process forked in the middle of this: nothing was written, "
+    "do it again"
+)
+_WAL_LOST = (
+    "its -wal was deleted while in use, and what this program wrote last is lost: "
+    "never delete or copy its files by hand; restart all programs that use it"
+)
+_WITHOUT_WAL = (
+    "a connection to the file is open in this process whose -wal was deleted, so "
+    "SQLite would lose data here: close it before the fork, if there was one; else "
+    "restart this program, which has opened the file for a copy, or the like"
+)
+_LEFT_OPEN = (
+    "this process was forked while a connection to the file was open, so SQLite "
+    "would lose data here: close it before the fork"
+)
+
+
+def _leads_to(name):
+    """A predicate of descriptors; Linux, elsewhere always false."""
+    def leads(fd):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}") == name
+        return False
+
+    return leads
+
+
+def _adapts():
+    """True where the app has an adapter, which may fork, for what we give SQLite."""
+    return any(kind in (str, int, float, bytearray) for kind, _ in sqlite3.adapters)
+
+
+class _StepAside(Exception):
+    """Raised where a thread waits for a lock while another one forks."""
+
+
+class _Undone(DatabaseUnavailable):
+    """A transaction was undone for no fault of its own: do it again."""
 
 
 def _nobody(*_):
