@@ -2064,6 +2064,10 @@ class Forks:
                 self._impatient.add(threading.get_ident())
             time.sleep(0.001)
 
+    def be_patient(self) -> None:
+        """Wait for this fork once more: a thread that ends has given back its locks."""
+        self._impatient.discard(threading.get_ident())
+
     @contextlib.contextmanager
     def using(self):
         """A fork waits for the end of this block; not for long."""
@@ -2286,6 +2290,7 @@ class _Link:
             self.leak()         # a close would delete, or overwrite, what is newer
             return
         self.is_closed = True
+        _forks.be_patient()
         with _forks.using(), _forks.closing(self), contextlib.suppress(sqlite3.Error):
             self.connection.close()
 

@@ -2248,7 +2248,7 @@ class Forking(Case):
                 lock.acquire()
             os.register_at_fork(before=before, after_in_parent=lock.release,
                                 after_in_child=lock.release)
-            p._HOOKS_PATIENCE = 0.1
+            p._HOOKS_PATIENCE = 0.3
             def enqueue():
                 with lock:
                     locked.set()
