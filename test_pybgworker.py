@@ -7088,6 +7088,7 @@ class Pools(Served):
         self.assertEqual([run.id for run in pool.hand.runs], [3])
         pool.cancel(1, 5.0)
         self.assertEqual((pool.ended, member.why), ([], "cancelled"))
+        self.assertTrue(member.waiting[0].cancelled)        # whatever it answers
         member.interrupt.assert_called_once_with(1)
 
     def pool_of(self, *runs):
@@ -7102,9 +7103,65 @@ class Pools(Served):
                      "read_output"):
             setattr(member, name, mock.Mock())
         member.pid, member.read_stack, member.read = 4711, str, lambda: True
-        member._buffer = bytearray()
+        member._buffer, member._listens, member.is_mute = bytearray(), True, False
         pool.members.append(member)
         return pool, member
+
+    def test_a_pool_wants_to_be_asked_again_when_something_is_due_in_it(self):
+        """Or a time limit is as late as the next poll."""
+        stall = 100.0 + pybgworker._STALL_SECONDS
+        for why, of_run, of_member, due in (
+            ("nothing", {}, {}, None),
+            ("a time limit", {"timeout": 9.0}, {}, 109.0),
+            ("it begins to be slow", {"announced": False, "timeout": 9.0}, {}, stall),
+            ("its output is not listened to", {}, {"_listens": False}, stall),
+            ("a kill", {"timeout": 1.0}, {"kill_due": 103.0}, 103.0),
+        ):
+            run = self.run_of(1)
+            pool, member = self.pool_of(run)
+            member.began, run.announced = 100.0, True
+            for of, values in ((run, of_run), (member, of_member)):
+                for name, value in values.items():
+                    setattr(of, name, value)
+            with self.subTest(why):
+                self.assertEqual(pool.next_timer(), due)
+        pool.hand.add([self.run_of(2)])
+        pool.hand.since = 100.5
+        self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
+        pool.hand.empty()
+        member.kill_due, behind = 0.0, self.run_of(3)
+        behind.due = 100.0
+        member.waiting.append(behind)
+        self.assertEqual(pool.next_timer(), pool.placement.late_at(member))
+
+    def test_what_stays_too_long_is_ended_step_by_step(self):
+        """Interrupted by its child, dumped, killed; or asked to leave, then killed."""
+        run = self.run_of(1)
+        pool, member = self.pool_of(run)
+        run.timeout, began = 2.0, member.began
+        with mock.patch.object(pybgworker, "send_signal") as send:
+            steps = []
+            for seconds in (1.9, 2.0, 2.0 + pybgworker._TIMEOUT_GRACE - 0.01):
+                pool.enforce(began + seconds)
+                steps.append(member.why)
+            self.assertEqual(steps, ["", "timeout", "timeout"])
+            send.assert_not_called()
+            at = member.kill_due
+            self.assertEqual(at, began + 2.0 + pybgworker._TIMEOUT_GRACE)
+            pool.enforce(at)
+            send.assert_called_once_with(member.pid, signal.SIGUSR2)
+            pool.enforce(at + pybgworker._STACK_GRACE / 2)
+            self.assertEqual(pool.ended, [])
+            pool.enforce(at + pybgworker._STACK_GRACE)
+        self.assertEqual([end.kind for end in pool.ended], ["timeout"])
+        self.assertEqual(pool.members, [])
+
+        pool, member = self.pool_of()
+        member.retiring = True
+        pool.enforce(5.0)
+        member.hang_up.assert_called_once_with()
+        self.assertEqual((member.why, member.kill_due),
+                         ("leaving", 5.0 + pybgworker._EXIT_GRACE))
 
     def test_what_waits_behind_a_run_that_is_to_be_killed_begins_elsewhere(self):
         def limit(pool, member):
@@ -7157,6 +7214,8 @@ class Pools(Served):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
             pool._condemn(member, why, 5.0, 2.0)
+            pool._condemn(member, "mad", 5.5)       # the first sentence stands
+            self.assertEqual((member.why, member.kill_due), (why, 7.0))
             member._buffer += self.answer(run)
             pool._hear(member, 6.0)
             with self.subTest(why):
