@@ -8858,6 +8858,39 @@ class Workers(Served):
                 self.turn_until(worker, lambda name=name: [
                     row for row in self.store.tasks(name=name) if row.status == "success"])
 
+    def test_what_is_to_be_handed_back_waits_for_nothing(self):
+        worker = self.started()
+        self.turn_until(worker, lambda: worker._is_ready)
+        run = self.claim_one(worker)
+        self.turn_until(worker, lambda: worker._patience() > 0)
+        worker.outbox.returned.append(run)
+        self.assertEqual(worker._patience(), 0.0)
+        self.turn_until(worker, lambda: self.store.task(run.id).status == "success")
+        self.assertEqual(self.store.task(run.id).attempt, 1)
+
+    def test_a_cancellation_is_heard_with_its_hint(self):
+        worker = self.started()
+        result = self.tasks.long_nap.delay(30)
+        self.wait_for_start(worker)
+        worker._hearing.due = time.monotonic() + 3600
+        result.cancel()
+        self.turn_until(worker, result.ready)
+        self.assertTrue(result.cancelled())
+
+    def test_what_is_left_over_of_a_chore_is_done_soon(self):
+        """The next tick, more dead workers, more old tasks: not a period later."""
+        worker = self.started()
+        worker.scheduler = mock.Mock(**{"fire.return_value": (False, 0.1)})
+        worker.upkeep = mock.Mock(**{"prune.return_value": True,
+                                     "mind_clock.return_value": False})
+        behind = mock.patch.multiple(pybgworker.Liveness, is_behind=True,
+                                     reap_dead=lambda *_: [])
+        for chore in (worker._crons, worker._pruning, worker._reaping):
+            now = time.monotonic()
+            with behind, self.subTest(chore.act.__name__):
+                chore.act_now(pybgworker.now_ms(), now)
+                self.assertLess(chore.due - now, 0.45)
+
     def test_a_worker_that_starts_over_forgets_what_became_of_its_runs(self):
         """They are somebody else's now; nothing is written or said of them."""
         worker = self.started()
