@@ -1787,6 +1787,10 @@ class Guard:
             self._file.unlock()
             self._shm.unlock()
 
+    def is_open(self) -> bool:
+        """True unless somebody has closed the descriptor that holds the lock."""
+        return self._file.is_open()
+
     def share(self) -> None:
         """A child that is forked now relies on it for as long as it lives."""
         self.stays = self.is_shared = True
@@ -1818,9 +1822,9 @@ class Guard:
             return False
         return found[4] == os.getpid()
 
-    def is_in_place(self) -> bool:
-        """True while the files beside it are those that are in use."""
-        return os.path.exists(self.path + "-wal") and \
+    def is_where_we_write(self) -> bool:
+        """True in a transaction of this process on the files that lie there."""
+        return self.is_writing() and os.path.exists(self.path + "-wal") and \
             self._shm.identity == _file_identity(self.path + "-shm")
 
 
@@ -2003,6 +2007,12 @@ class Forks:
         if identity in _descriptors():      # since this very moment
             self._guards[identity] = guard
             guard.stays = guard.lock()
+
+    def is_held_for_caller(self, identity: tuple) -> bool:
+        """True when hold_for_caller() was called, and all is as it was then."""
+        guard = self._guards.get(identity)
+        return guard is not None and guard.is_held and guard.is_open() and \
+            identity in self._callers and guard.is_where_we_write()
 
     def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
         """Keep the files in place while the app's own connection is open.
@@ -3349,11 +3359,13 @@ class CallersTransaction:
         To be called when it has written.  What is deleted, or was replaced, while it
         is open takes the lock on writing with it.
         """
-        if self._ask("pragma main.journal_mode")[0] != b"wal":
-            return              # not yet: it has no -wal
         path = self.store.path
-        guard = _forks.hold_for_caller(_file_identity(path), path)
-        if guard and not (guard.is_writing() and guard.is_in_place()):
+        identity = _file_identity(path)
+        if _forks.is_held_for_caller(identity) or \
+                self._ask("pragma main.journal_mode")[0] != b"wal":     # not yet
+            return
+        guard = _forks.hold_for_caller(identity, path)
+        if guard and not guard.is_where_we_write():
             raise DatabaseUnavailable(_NOT_ITS_FILES.format(path))
 
     def _ask(self, statement):
