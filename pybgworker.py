@@ -30,12 +30,19 @@ Life of a task
     running; the tasks of a killed worker are found by `Store.reap` and run again.
 
 Map
-    Settings · States and errors · Time and values · Log · Cron
-    · Retry and rate · Wake-up · Guards · Forks · Database · Queue · Claiming
-    · Endings · Operations · Store · Functions · Waiting · Tasks and results
-    · Processes · Output · Surroundings · Child · Member · Placement · Pool · Scheduler
-    · Liveness · Wishes · Journal · Upkeep · Settling · Lookout · Worker
-    · Reports · Bench · Command line · Old import paths
+    Book One: the program's side
+        Settings · States and errors · Time and values ·
+        Retry and rate · Store · Functions · Waiting ·
+        Tasks and results
+    Book Two: the queue in SQLite
+        Wake-up · Guards · Forks · Database · Queue · Claiming ·
+        Endings · Desk · Register
+    Book Three: the worker
+        Processes · Output · Surroundings · Child · Member · Placement
+        · Pool · Liveness · Wishes · Log · Journal · Upkeep · Settling
+        · Lookout · Worker · Command line
+    Rooms
+        Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -107,6 +114,10 @@ __all__ = [
 ]
 
 
+###############################################################################
+# BOOK ONE: THE PROGRAM'S SIDE
+###############################################################################
+
 # == Settings =================================================================
 # Owns every setting: its name, default, unit and meaning.  A setting `x` is the
 # variable PYBGWORKER_X, the keyword x of configure() and App(), and --x of `run`
@@ -141,8 +152,8 @@ _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-_LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
-_LARGEST = 10**11           # of any other number
+LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
+LARGEST = 10**11           # of any other number
 _MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
 _LEAST_MEMORY = 1 << 20     # of a child; who says 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
@@ -156,21 +167,21 @@ def _text(value):
     return os.fspath(value)
 
 
-def _path(value):
+def parse_path(value):
     if str(value) == ":memory:" or str(value).startswith("file:"):
         raise ValueError("the path of a file, which workers can open as well")
     return _text(value)
 
 
-def _name(value):
+def parse_name(value):
     if not isinstance(value, str) or not 0 < len(value) <= 200 \
             or _NOT_IN_NAMES.search(value):
         raise ValueError("a text of 1 to 200 characters")
     return value
 
 
-def _queue_name(value):
-    if "," in _name(value) or value != value.strip():
+def parse_queue_name(value):
+    if "," in parse_name(value) or value != value.strip():
         raise ValueError("a name without a comma, or spaces around it")
     return value
 
@@ -179,13 +190,13 @@ def _whole(value):
     return int(value) if re.fullmatch(r"\d{1,9}", str(value)) else 0
 
 
-def _count(value):
+def parse_count(value):
     if not _whole(value):
         raise ValueError("a whole number from 1 up")
     return _whole(value)
 
 
-def _children(value):
+def parse_children(value):
     if not 1 <= _whole(value) <= _MOST_CHILDREN:
         raise ValueError(f"a whole number from 1 to {_MOST_CHILDREN:,}")
     return _whole(value)
@@ -203,23 +214,23 @@ def _amount(value, units):
 def _seconds(value):
     """Parse `2.5`, `"90s"`, `"15m"`, `"12h"` or `"7d"` into seconds above 0."""
     number = _amount(value, _UNIT_SECONDS)
-    if not 0 < number <= _LONGEST_SECONDS:
+    if not 0 < number <= LONGEST_SECONDS:
         raise ValueError(
             "seconds above 0, or a number with s, m, h, d or w; at most 31 years"
         )
     return number
 
 
-def _grace(value):
+def parse_grace(value):
     return 0.0 if _amount(value, _UNIT_SECONDS) == 0 else _seconds(value)
 
 
 def _retention(value):
     """Seconds; infinite for `"forever"`, for None means that nothing was said."""
-    return math.inf if value in ("forever", math.inf) else _grace(value)
+    return math.inf if value in ("forever", math.inf) else parse_grace(value)
 
 
-def _bytes(value):
+def parse_bytes(value):
     """Parse `1048576`, `"512k"`, `"64m"` or `"2g"` into bytes above 0."""
     found = re.fullmatch(r"(\d{1,15})([kmg]?)b?", str(value).lower())
     number = int(found[1]) * _UNIT_BYTES[found[2]] if found else 0
@@ -229,21 +240,21 @@ def _bytes(value):
 
 
 def _memory(value):
-    if _bytes(value) < _LEAST_MEMORY:
+    if parse_bytes(value) < _LEAST_MEMORY:
         raise ValueError("at least 1m: bytes, or a number with k, m or g")
-    return _bytes(value)
+    return parse_bytes(value)
 
 
 def _payload_bytes(value):
-    if _bytes(value) > _LARGEST_PAYLOAD:
+    if parse_bytes(value) > _LARGEST_PAYLOAD:
         raise ValueError("at most 900m, for SQLite holds no longer text")
-    return _bytes(value)
+    return parse_bytes(value)
 
 
 def _names(value):
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    names = tuple(_queue_name(name) for name in value)
+    names = tuple(parse_queue_name(name) for name in value)
     if not names:
         raise ValueError("queue names with commas between them")
     return names
@@ -275,7 +286,7 @@ def parse_rate(value: float | str) -> float:
     return rate
 
 
-def _checked(option, parse, value):
+def checked(option, parse, value):
     """Parse the value of an option as that of a setting is parsed."""
     try:
         return parse(value)
@@ -283,7 +294,7 @@ def _checked(option, parse, value):
         raise OptionError(f"{option}={value!r}: must be {exc}") from None
 
 
-def _check_number(name, value, least=0, most=_LARGEST, kind=(int, float),
+def check_number(name, value, least=0, most=LARGEST, kind=(int, float),
                   what=""):
     what = what or f"a {'whole ' * (kind is int)}number from {{:,}} to {{:,}}"
     if isinstance(value, bool) or not isinstance(value, kind) \
@@ -292,14 +303,14 @@ def _check_number(name, value, least=0, most=_LARGEST, kind=(int, float),
     return value
 
 
-def _check_span(name, value, least=0, most=_LONGEST_SECONDS):
+def check_span(name, value, least=0, most=LONGEST_SECONDS):
     """Check a number of seconds, or a timedelta; return seconds."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    return _check_number(name, seconds, least, most,
+    return check_number(name, seconds, least, most,
                          what="seconds from {:,} to {:,}, or a timedelta")
 
 
-def _check_known(options, known):
+def check_known(options, known):
     unknown = options.keys() - known
     if unknown:
         raise OptionError(
@@ -318,9 +329,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("db", "pybgworker.db", _path, True,
+    Setting("db", "pybgworker.db", parse_path, True,
             "path of the SQLite file (default: pybgworker.db)"),
-    Setting("concurrency", None, _children, True,
+    Setting("concurrency", None, parse_children, True,
             "children, that is tasks at a time, 1 to 1,000 (default: the CPU count)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
@@ -330,14 +341,14 @@ SETTINGS = (
     Setting("timeout", None, _seconds, True,
             "limit of a run, for tasks that name none: seconds, or 90s, 15m, 12h "
             "(default: no limit)"),
-    Setting("worker_name", None, _name, True,
+    Setting("worker_name", None, parse_name, True,
             "name shown in logs and inspect (default: host-pid)"),
     Setting("heartbeat_interval", 5.0, _seconds, True,
             "seconds between two heartbeats of a worker (default: 5)"),
     Setting("worker_timeout", 15.0, _seconds, True,
             "seconds without a heartbeat until a worker's tasks are taken over "
             "(default: 15)"),
-    Setting("shutdown_timeout", 30.0, _grace, True,
+    Setting("shutdown_timeout", 30.0, parse_grace, True,
             "seconds that running tasks may go on after the first signal "
             "(default: 30)"),
     Setting("retention", 604800.0, _retention, True,
@@ -345,7 +356,7 @@ SETTINGS = (
             "seconds (default: 7d)"),
     Setting("retention_failed", 2592000.0, _retention, True,
             "how long failed tasks are kept, in the same way (default: 30d)"),
-    Setting("max_tasks_per_child", None, _count, True,
+    Setting("max_tasks_per_child", None, parse_count, True,
             "replace a child after so many tasks (default: never)"),
     Setting("max_memory", None, _memory, True,
             "memory a child may use: 512m, 2g; a bare number is bytes "
@@ -361,13 +372,13 @@ SETTINGS = (
     Setting("allow_network_fs", False, _switch, False,
             "1: open the database on a network file system all the same (default: 0)"),
 )
-_SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
+SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 def check_setting(name: str, value: Any, source: str) -> Any:
     """Return the parsed value.  Raises SettingError that names source and value."""
     try:
-        return _SETTING_BY_NAME[name].parse(value)
+        return SETTING_BY_NAME[name].parse(value)
     except (ValueError, TypeError) as exc:
         raise SettingError(f"{source}={value!r}: must be {exc}") from None
 
@@ -437,7 +448,7 @@ class Retry(PyBgWorkerError):
         if countdown is None and isinstance(message, (int, float, timedelta)):
             message, countdown = "retry asked for", message
         if countdown is not None:
-            countdown = _check_span("countdown", countdown, -_LONGEST_SECONDS)
+            countdown = check_span("countdown", countdown, -LONGEST_SECONDS)
         super().__init__(message)
         self.countdown = countdown
 
@@ -567,6 +578,11 @@ def iso_time(at: int) -> str:
     except (OverflowError, ValueError, OSError):    # written by hand
         return f"{at} ms"
     return time.strftime("%Y-%m-%dT%H:%M:%S.", moment) + f"{at % 1000:03d}Z"
+
+
+def earliest(a, b):
+    """The smaller of two times, of which either may be None for never."""
+    return b if a is None else a if b is None else min(a, b)
 
 
 class _Refused(Exception):
@@ -709,7 +725,14 @@ def _unpack(found):
     return found
 
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+# The encoder's own parts, without the cost of setting it up each time.
+SCALARS = {
+    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
+    float: lambda value: repr(value) if math.isfinite(value) else "null",
+}
 
 
 def encode(value: Any, path: str) -> str:
@@ -719,7 +742,7 @@ def encode(value: Any, path: str) -> str:
     `args[0]["user"]: <class User>`.
     """
     try:
-        return _to_json(_pack(value))
+        return to_json(_pack(value))
     except _Refused:
         raise PayloadTypeError(_blame(value, path)) from None
     except RecursionError:
@@ -731,7 +754,7 @@ def encode(value: Any, path: str) -> str:
 def encode_call(args: tuple, kwargs: dict) -> str:
     """Return the text of a call's arguments.  Raises as encode() does."""
     try:
-        return _to_json([_pack_list(args), _pack_dict(kwargs)])
+        return to_json([_pack_list(args), _pack_dict(kwargs)])
     except (_Refused, RecursionError):
         encode(list(args), "args")
         encode(kwargs, "kwargs")
@@ -771,6 +794,7266 @@ def decode(text: str) -> Any:
     return json.loads(text)
 
 
+# == Retry and rate ===========================================================
+# Owns the arithmetic of retry delays and of rate limits.  Pure: the clock and
+# randomness are arguments, nothing is stored here.
+
+
+class RetryPolicy(NamedTuple):
+    """When a failed run is followed by another.  All delays are seconds."""
+
+    retries: int = 3            # runs after the first
+    delay: float = 1.0          # before the first retry
+    backoff: float = 2.0        # each delay is so many times the one before
+    max_delay: float = 3600.0   # no delay is longer, before jitter
+    jitter: float = 0.1         # ± this fraction, so that a herd spreads out
+    retry_for: tuple = (Exception,)
+
+
+def retry_delay(policy: RetryPolicy, n: int, chance: float) -> float:
+    """Seconds before retry `n` (from 1); `chance` is a random number in [0, 1)."""
+    longest = policy.max_delay
+    if policy.delay <= 0 or longest <= 0:
+        return 0.0
+    # Compared by logarithm first: backoff ** 5000 would overflow.
+    steps = (n - 1) * math.log(max(policy.backoff, 1e-9))
+    if steps < math.log(longest / policy.delay):
+        longest = policy.delay * math.exp(steps)
+    return longest * (1 + policy.jitter * (2 * chance - 1))
+
+
+# Rates are kept by the generic cell rate algorithm: one number per limit, the
+# theoretical arrival time `tat` (unix ms) of the next start if all starts so far
+# had been evenly spaced.  A start moves it on by one interval; it may run ahead
+# of the clock by at most the burst, one second's worth of starts.
+# https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
+
+LATE_TURN_MS = 10_000       # a turn reads the clock, then waits for the write lock
+
+
+def _burst_ms(rate):
+    return max(1.0, rate) * 1000 / rate
+
+
+def _valid_tat(tat, now, rate):
+    """A tat far beyond the burst was made by another clock, or for a lower limit.
+
+    It says nothing about this limit, then, and would keep it shut for as long.  A
+    little beyond is only the older `now` of a turn that waited for the write lock.
+    """
+    latest = now + _burst_ms(rate)
+    if tat > latest + LATE_TURN_MS:
+        return now
+    return min(max(tat, now), latest)
+
+
+def rate_tokens(tat: float, now: int, rate: float) -> int:
+    """How many starts the limit of `rate` a second allows at this moment."""
+    room = now + _burst_ms(rate) - _valid_tat(tat, now, rate)
+    return int(room * rate / 1000 + 1e-6)
+
+
+def rate_spend(tat: float, now: int, rate: float, starts: int) -> float:
+    """Return the tat after so many starts."""
+    return _valid_tat(tat, now, rate) + starts * 1000 / rate
+
+
+def rate_next_at(tat: float, now: int, rate: float) -> int:
+    """When the next start is allowed, in unix ms; now if one is already."""
+    ahead = _valid_tat(tat, now, rate) + 1000 / rate - _burst_ms(rate)
+    return max(now, math.ceil(ahead - 1e-6))
+
+
+class Rates:
+    """The limits that one look for work meets, and the starts that it takes.
+
+    `rates` are starts a second by task name, "" over all; `tat_of(limit)` reads
+    what is stored.
+    """
+
+    def __init__(self, rates: dict, tat_of: Callable[[str], float], now: int):
+        self._rates, self._tat_of, self._now = rates, tat_of, now
+        self._tats: dict[str, float] = {}       # of the limits met
+        self._spent: set[str] = set()
+
+    def opens_at(self, name: str) -> int | None:
+        """None when one more start of `name` is allowed now; else when it is."""
+        until = None
+        for limit, rate in self._limits_of(name):
+            tat = self._tats.get(limit)
+            if tat is None:
+                tat = self._tats[limit] = self._tat_of(limit)
+            if rate_tokens(tat, self._now, rate) < 1:
+                until = max(until or 0, rate_next_at(tat, self._now, rate))
+        return until
+
+    def spend(self, name: str) -> tuple:
+        """Count a start that opens_at() has allowed; return its tokens."""
+        tokens = []
+        for limit, rate in self._limits_of(name):
+            self._tats[limit] = rate_spend(self._tats[limit], self._now, rate, 1)
+            self._spent.add(limit)
+            tokens.append((limit, 1000 / rate))
+        return tuple(tokens)
+
+    def spent(self) -> list[tuple]:
+        """(limit, tat) of those that gave a start, to be stored."""
+        return [(limit, self._tats[limit]) for limit in sorted(self._spent)]
+
+    def _limits_of(self, name):
+        return [(n, self._rates[n]) for n in {name, ""} if n in self._rates]
+
+
+# == Store ====================================================================
+# Owns what a queue is: its rows, and what can be done to it.  Each verb is one
+# atomic step, durable when it returns if it has to be, and none leaves anything
+# open.  STORES says who keeps a queue; read this section, and you know what one does.
+
+MOST_ID = 10 ** 15         # as in bg_task; times 8 it is still a row id
+ID_BATCH = 100          # ids that one statement looks up
+
+# What an end calls: the bit in bg_task.callbacks, and the option of @task.
+CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
+
+
+class NewTask(NamedTuple):
+    """A task to be enqueued, but for its arguments."""
+
+    name: str
+    queue: str
+    priority: int
+    key: str | None
+    retries: int
+    timeout: float | None
+    state: int
+    run_at: int
+    created_at: int
+    tick: int | None = None
+    counted: bool = False       # run_at was counted from created_at
+
+
+class Run:
+    """One attempt of one task, claimed by this worker."""
+
+    __slots__ = (
+        "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
+        "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
+        "about", "tokens", "usual", "due",
+    )
+
+    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
+                 run_at, tick, args, priority, callbacks=0):
+        self.id = id
+        self.name = name
+        self.queue = queue
+        self.attempt = attempt + 1      # the row is counted up by the same claim
+        self.retries = retries
+        self.forgiven = forgiven
+        self.timeout = timeout
+        self.run_at = run_at
+        self.tick = tick
+        self.args = args                # None: the child reads them itself
+        self.priority = priority
+        self.callbacks = callbacks      # as in the row
+        self.announced = False          # task_start is logged
+        self.cancelled = False          # somebody asked to end it
+        self.about = ""                 # what each of its log lines says
+        self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
+        self.usual = 0.0                # seconds that runs of this task take
+        self.due = 0.0                  # monotonic: when it should begin, once sent
+
+    @property
+    def used(self) -> int:
+        """Attempts that count, this one included."""
+        return self.attempt - self.forgiven
+
+    @property
+    def is_last(self) -> bool:
+        """True when a failure of this attempt is final."""
+        return self.used > self.retries
+
+
+class Request:
+    """Calls of a task that one thread wants enqueued, and then their ids."""
+
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
+                 "is_given_up", "is_taken")
+
+    def __init__(self, task: NewTask, calls: Sequence[str],
+                 deadline: float = math.inf):
+        self.task = task
+        self.calls = calls          # a text of encoded arguments for each
+        self.ids: list = []
+        self.is_done = False        # committed
+        self.error: DatabaseBusy | None = None
+        self.is_given_up = False    # its thread was interrupted: not to be inserted
+        self.is_taken = False       # in the transaction that is open now
+        self.deadline = deadline    # monotonic: its thread waits no longer for a lock
+        self.turn = threading.Lock()        # opens when it is settled, or is to lead
+        self.turn.acquire()
+
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing is left to be done about it."""
+        return self.is_done or self.error is not None
+
+    def take(self) -> bool:
+        """Insert it now?  Then its thread cannot give up any more."""
+        self.is_taken = True        # before the look; GroupCommit._drop(): reverse
+        if self.is_given_up:
+            self.is_taken = False
+        return self.is_taken
+
+    def call(self) -> None:
+        """Wake its thread."""
+        with contextlib.suppress(RuntimeError):     # somebody has, before
+            self.turn.release()
+
+
+class Round(NamedTuple):
+    """How far a worker has looked through what is ready.
+
+    A look costs a bounded number of seeks.  Where more (queue, name) groups lie
+    that it cannot take, further looks go on from there, until all were seen.  What
+    one of them learned of rates holds for the rest of the round, so that a name is
+    asked for once: the next round asks again, for others may give starts back.
+    """
+
+    after: tuple | None = None  # the group seen last; None: all were
+    limited: dict = {}          # names at their rate limit: when the next may start
+    again: bool = False         # something new came meanwhile
+    halted: bool = False        # what comes next waits for a child, or all for a rate
+
+    @property
+    def is_over(self) -> bool:
+        """True when looking on is of no use before something new comes."""
+        return self.after is None or self.halted
+
+    def renewed(self) -> Round:
+        """The round after something may have become ready anywhere."""
+        if self.after is None:
+            return Round()
+        return self._replace(again=True, halted=False)
+
+    def ended(self, limited: dict) -> Round:
+        """The round when its last group was seen."""
+        return Round(FIRST_GROUP) if self.again else Round(None, limited)
+
+
+FIRST_GROUP = ("", "")               # stands before every group
+
+
+class ClaimOrder(NamedTuple):
+    """What a worker can take now."""
+
+    worker: int
+    queues: Any                 # container of those it serves; None: all
+    names: Any                  # container of the task names it knows
+    free: int                   # children that have nothing to do
+    ahead: int                  # more places, for tasks that may wait in a pipe
+    ahead_names: Any            # container of the names that may
+    rates: dict                 # starts per second by task name; "": over all
+    callbacks: dict = {}        # by task name, for those that have one: as in the row
+    round: Round = Round()      # as the claim before has left it
+
+
+class Claimed(NamedTuple):
+    """What a claim took, or a peek would take."""
+
+    runs: list
+    next_at: int | None         # when to look again, if nobody enqueues
+    round: Round
+    is_registered: bool = True  # False: the worker has no row, so it gets nothing
+    waits: int | None = None    # priority of the first that needs a free child
+
+
+class Outcome(NamedTuple):
+    """What becomes of a run: its new state and what is kept of it."""
+
+    run: Run
+    state: int
+    result: str | None = None
+    error: dict | None = None
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+    run_at: int | None = None       # when retrying: the next run
+    then: tuple = ()                # (NewTask, arguments) to be enqueued with it
+
+
+class OutcomeRefused(PyBgWorkerError):
+    """An outcome cannot be written, nor could it be later: `.outcome`."""
+
+    def __init__(self, outcome: Outcome, reason: Exception):
+        super().__init__(f"it cannot be stored: {type(reason).__name__}: {reason}")
+        self.outcome = outcome
+
+
+class Turn(NamedTuple):
+    """All that a worker's turn writes, and what it could run next."""
+
+    worker: int
+    outcomes: Sequence[Outcome] = ()
+    unbegun: Sequence[Run] = ()     # claimed, and never started: not counted
+    stopped: Sequence[Run] = ()     # interrupted by a stop: forgiven
+    progress: Sequence[tuple[Run, str]] = ()    # what runs last said of themselves
+    order: ClaimOrder | None = None     # None: claim nothing
+
+    @property
+    def is_durable(self) -> bool:
+        """True when it writes what must not be lost in a power cut."""
+        return bool(self.outcomes or self.unbegun or self.stopped)
+
+
+class Turned(NamedTuple):
+    """What became of a turn."""
+
+    written: list[Outcome]      # as they are now: a retry may have been cancelled
+    stale: list[Outcome]        # not written: the run was given to somebody else
+    claimed: Claimed | None
+
+
+def callback_kind(name: str) -> str:
+    """on_success or on_failure for the name of a callback, else nothing."""
+    of, _, kind = name.rpartition(":")
+    return kind if of and kind in ("on_success", "on_failure") else ""
+
+
+class TaskRow(NamedTuple):
+    """A task as the reports see it."""
+
+    id: int
+    state: int
+    queue: str
+    name: str
+    priority: int
+    key: str | None
+    attempt: int
+    retries: int
+    forgiven: int
+    timeout: float | None
+    worker: int | None
+    cancel_asked: int
+    run_at: int
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    duration: float | None
+    tick: int | None
+
+    @property
+    def status(self) -> str:
+        return state_name(self.state)
+
+
+def row_id(task_id):
+    """Refuse what cannot be a task's id before SQLite does, in its own words."""
+    if isinstance(task_id, int) and 0 < task_id <= MOST_ID:
+        return task_id
+    raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
+
+
+def parse_id(text: str) -> int:
+    """Return the task id that a text names.  Raises TaskNotFound for any other."""
+    return row_id(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text)
+
+
+class WorkerRow(NamedTuple):
+    id: int
+    name: str
+    pid: int
+    host: str
+    boot: str
+    port: int
+    token: str
+    queues: str | None
+    concurrency: int
+    started_at: int
+    beat_at: int
+    running: int
+    live: int
+
+
+class LostRun(NamedTuple):
+    """A run whose worker died, and the state its task was put into."""
+
+    id: int
+    name: str
+    attempt: int
+    state: int
+    worker: str
+
+
+class ScheduleRow(NamedTuple):
+    """A schedule is known by its first four fields: by what it says."""
+
+    task: str
+    expr: str
+    tz: str
+    number: int
+    misfire: str
+    overlap: str
+    jitter: float
+    next_tick: int | None
+    last_tick: int | None
+    done: str
+    set_at: int
+    seen_at: int
+
+    @property
+    def name(self) -> str:
+        """For people: the task, and a number if several are equal."""
+        return f"{self.task}#{self.number + 1}" if self.number else self.task
+
+
+class ScheduleStep(NamedTuple):
+    """A schedule as it was read and as it shall be, and the runs that it owes."""
+
+    row: ScheduleRow
+    new: ScheduleRow
+    runs: list[NewTask]         # one for each tick; of those with a key the first
+
+
+class ClockView(NamedTuple):
+    """What the workers of a database believe about the wall clock, in unix ms."""
+
+    seen: int               # the last look at a clock that was believed
+    doubted: int | None     # the first look after a leap forward that is not, yet
+
+
+class Store(Protocol):
+    """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
+
+    All verbs raise DatabaseUnavailable where the queue cannot be used.
+    """
+
+    path: str           # where it is, for people and for files beside it
+    name: str           # the same as it was given
+    follow: bool        # whether to go on with another database put in its place
+
+    def create(self) -> None:
+        """Open the database; make file and tables if there are none.
+
+        Only delay() and a worker's start do; all else wants a queue that is there.
+        Raises DatabaseUnavailable for one that this process has used and lost.
+        """
+
+    def close(self) -> None:
+        """Close this thread's connection.  It opens again when used again."""
+
+    def data_version(self) -> tuple:
+        """Equal for two looks of one thread if no other connection has committed.
+
+        A connection counts for itself: one that was opened anew compares unequal.
+        """
+
+    def version(self) -> tuple:
+        """Equal for two looks of one thread if nothing was committed in between."""
+
+    def checkpoint_if_large(self, limit: int = 4 << 20) -> None:
+        """checkpoint() when the log has grown; a busy database is left for later."""
+
+    # -- for programs
+
+    def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
+        """Insert a row for each text of encoded arguments; return the ids in order.
+
+        If the key is held by an unfinished task, nothing is inserted and that one's
+        id is returned.  Durable when this returns.
+        """
+
+    def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
+                     calls: Sequence[str]) -> tuple[list, str | None]:
+        """The same in the transaction of a caller's connection; also return a mark.
+
+        A rollback leaves the ids to whoever enqueues next.  Only rows that are ours
+        have this mark.  None: all know the row, a key's holder, as committed.
+        """
+
+    def has_mark(self, task_id: int, mark: str) -> bool:
+        """True for a task that was committed by the enqueue_with() of this mark."""
+
+    def task(self, task_id: int) -> TaskRow:
+        """Return one task.  Raises TaskNotFound."""
+
+    def state(self, task_id: int) -> int:
+        """Return the state of one task.  Raises TaskNotFound."""
+
+    def unfinished(self, ids: list[int]) -> set[int]:
+        """Those of at most ID_BATCH ids that are unfinished: others ended, or went."""
+
+    def args(self, task_id: int) -> str:
+        """Return the encoded arguments.  Raises TaskNotFound."""
+
+    def result(self, task_id: int) -> str | None:
+        """Return the encoded result, or None when there is none."""
+
+    def error(self, task_id: int) -> dict | None:
+        """Return what the last failed run left: kind, type, message, traceback."""
+
+    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
+        """Return state, encoded result and error, all of one moment."""
+
+    def output(self, task_id: int) -> str | None:
+        """Return what the last run printed, as far as it was kept."""
+
+    def progress(self, task_id: int) -> list | None:
+        """Return [percent, message] as the task last set it, or None."""
+
+    def cancel(self, task_id: int, now: int) -> int:
+        """Cancel what waits; ask for the end of what runs.  Returns the old state.
+
+        Raises TaskNotFound.  A finished task is left as it is.
+        """
+
+    def retry(self, task_id: int, now: int) -> None:
+        """Queue a finished task again, with all its retries.
+
+        Raises TaskNotFound; TaskStateError when it is not finished, or when its
+        key is held by another.
+        """
+
+    def forget(self, task_id: int) -> None:
+        """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
+
+    # -- for people
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        """The newest tasks first, as many as `limit`."""
+
+    def counts(self) -> list[tuple[str, str, int, int]]:
+        """(queue, name, state, number) over all tasks.  Reads the whole table."""
+
+    def finished_runs(self, limit: int) -> list[tuple]:
+        """Name, state, run_at, started_at, finished_at, duration, attempt; newest."""
+
+    def newest_options(self, name: str) -> dict:
+        """Queue, priority, retries, timeout of the newest task of a name, or nothing.
+
+        Looks at the newest 100,000 tasks, for names have no index.
+        """
+
+    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
+        """Queue all failed tasks again, or those of a name.
+
+        Returns (the ids queued, the ids left because another task has their key).
+        """
+
+    def purge(self, queue: str | None, name: str | None, now: int) -> int:
+        """Cancel all waiting tasks of a queue, of a name, or of both; count them."""
+
+    def prune(self, cursor: int, before: int | None, failed_before: int | None,
+              batch: int) -> tuple[int, int]:
+        """Delete what finished before the two times; None keeps it.
+
+        Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
+        with cursor 0 once the end is reached.
+        """
+
+    def count_old(self, before: int | None, failed_before: int | None) -> int:
+        """How many tasks prune() would delete."""
+
+    def pause(self, queue: str, now: int) -> None:
+        """Claim nothing from this queue until resume(); what has not begun returns."""
+
+    def resume(self, queue: str) -> bool:
+        """Undo pause().  False when it was not paused."""
+
+    def paused_queues(self) -> list[str]:
+        """Names of the queues that are paused."""
+
+    # -- for workers, at work
+
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
+        """(a claim would find something, what this look saw).  Takes no lock."""
+
+    def turn(self, turn: Turn, now: int, patience: float) -> Turned:
+        """Write and claim, in one transaction: all or nothing.
+
+        An outcome is stale when the row is no longer running, or runs for somebody
+        else; it keeps what that one wrote.  Raises OutcomeRefused for the first that
+        can never be written, and DatabaseBusy after `patience` seconds.
+        """
+
+    def cancels_asked(self, worker: int) -> list[int]:
+        """Ids of the worker's running tasks that somebody wants ended."""
+
+    def pauses_asked(self, worker: int) -> set[str]:
+        """The paused ones among the queues of the worker's running tasks.
+
+        Costs nothing more for what is paused elsewhere.
+        """
+
+    # -- for workers, about each other
+
+    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
+        """Register a worker; return its id.
+
+        `lock(id)` is called before the commit: nobody can find the row and its
+        byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
+        """
+
+    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
+        """Write a heartbeat.  False: the worker was taken for dead and reaped."""
+
+    def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
+        """The registered workers, alive or not; `limit` of them above an id."""
+
+    def running_counts(self) -> dict[int, int]:
+        """How many tasks each worker has claimed and not finished, by its id."""
+
+    def reap(self, worker: int, name: str, now: int,
+             beat_at: int | None = None) -> list[LostRun]:
+        """Remove a dead worker; put each run it held where it goes from there.
+
+        Does nothing if it has beaten since `beat_at`: it is not dead, then.
+        """
+
+    def unknown_workers(self) -> list[int]:
+        """Workers that hold runs but have no row: somebody edited the database."""
+
+    def remove_worker(self, worker: int) -> None:
+        """Take a worker off; one that still holds a task is left to be reaped."""
+
+    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
+        """Take dead workers off that hold no task and have not beaten since."""
+
+    # -- for workers, about time
+
+    def schedules(self) -> list[ScheduleRow]:
+        """All schedules, whether a worker still knows them or not."""
+
+    def due_schedules(self, now: int) -> list[ScheduleRow]:
+        """Those whose time has come, or was set by a clock ahead of ours."""
+
+    def next_tick(self, now: int) -> int | None:
+        """Unix seconds of the first tick of any schedule after now."""
+
+    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
+        """Register schedules.  Known ones keep their ticks, and take the next one
+        only if nobody has moved them on since `done` was read.
+
+        With `drop`, those go that nobody has served or registered for a day, if their
+        task is registered here with others: what the program said before.
+        """
+
+    def fire(self, steps: Sequence[ScheduleStep],
+             patience: float | None = None) -> list[list[int] | None]:
+        """Move schedules on and insert the runs they owe, all in one transaction.
+
+        Returns the ids of the runs of each: fewer than there are if one with its key
+        is unfinished; None if another worker has moved that schedule before.
+        """
+
+    def clock(self) -> ClockView | None:
+        """What was last put by put_clock(); None: nothing yet."""
+
+    def put_clock(self, view: ClockView) -> None:
+        """Keep what is believed about the clock."""
+
+    def shorten_waits(self, now: int, batch: int) -> int:
+        """Count the waits that began at a time that has not come yet, as a clock ahead
+        of ours wrote it, and let them begin now: those of retries, of countdowns, and
+        of cron runs put off by jitter.  An eta is a time, and stays.
+        """
+
+
+# Who keeps a queue, by the scheme of the setting `db`; "" for the path of a file.
+# Called with the settings, it returns a Store.
+STORES: dict[str, Callable[[types.SimpleNamespace], Store]] = {}
+
+
+# == Functions ================================================================
+# Owns what a task may be made of: which functions, under which name, and whether
+# two of them are one.  Knows nothing of tasks but their function and origin.
+
+
+def _module_name(space):
+    """Of a module's globals; that of a script is the name of its file."""
+    module = space.get("__name__") or "?"
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        if spec is not None:                # python -m package.module
+            module = spec.name.removesuffix(".__main__") if spec.name else module
+        elif path:
+            module = os.path.splitext(os.path.basename(path))[0]
+    return module
+
+
+def default_name(fn):
+    """module.function, as far as it has such a name."""
+    if not hasattr(fn, "__qualname__"):
+        return repr(fn)
+    return f"{_module_name({'__name__': fn.__module__})}.{fn.__qualname__}"
+
+
+def own_name(fn):
+    """The default name of a function; an object has none that other processes know."""
+    if not hasattr(fn, "__qualname__") or isinstance(fn, types.MethodType):
+        raise OptionError(
+            f"@task of {default_name(fn)}: it is no plain function, so it needs a "
+            "name of its own: task(name=...)(it)"
+        )
+    return default_name(fn)
+
+
+def _code_of(fn):
+    """The code that a call runs, where it is Python."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return getattr(fn, "__code__", getattr(type(fn).__call__, "__code__", None))
+
+
+_CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
+
+
+def does_yield(fn):
+    code = _code_of(fn)
+    return code is not None and bool(code.co_flags & _CO_GENERATORS)
+
+
+def needs_arguments(fn):
+    """True for a plain function that cannot be called without any."""
+    if not isinstance(fn, types.FunctionType):
+        return False
+    code = fn.__code__
+    only_named = code.co_varnames[code.co_argcount:][:code.co_kwonlyargcount]
+    missing = set(only_named).difference(fn.__kwdefaults__ or ())
+    return code.co_argcount > len(fn.__defaults__ or ()) or bool(missing)
+
+
+def check_function(fn):
+    """Refuse what can be called here, and can never do its work in a worker."""
+    if not callable(fn) or isinstance(fn, type):
+        raise OptionError(f"@task needs a function, not {fn!r}")
+    path = getattr(fn, "__qualname__", "").split(".")
+    if does_yield(fn):
+        raise OptionError(
+            f"@task of {default_name(fn)}: it yields, so a call of it does nothing: "
+            "return a list"
+        )
+    if isinstance(fn, types.FunctionType) and len(path) > 1 and path[-2] != "<locals>":
+        first = fn.__code__.co_varnames[:fn.__code__.co_argcount][:1]
+        if first in (("self",), ("cls",)):
+            raise OptionError(
+                f"@task of {default_name(fn)}: a worker has no {first[0]} to give to "
+                "a method: make it a function"
+            )
+
+
+def place_of(fn):
+    code = getattr(fn, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
+
+
+class _Origin(NamedTuple):
+    """Which execution of which modules made a task: of its function, and of @task.
+
+    They differ where a decorator of another module has wrapped the function.  A
+    module that is executed again has a new __spec__ in the same globals.
+    """
+
+    names: tuple
+    specs: tuple
+    is_interactive: bool
+
+
+def origin_of(fn):
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals is globals():
+        frame = frame.f_back
+    spaces = getattr(fn, "__globals__", {}), frame.f_globals
+    return _Origin(
+        (default_name(fn), *map(_module_name, spaces)),
+        tuple(space.get("__spec__") for space in spaces),
+        "__file__" not in frame.f_globals,
+    )
+
+
+def is_reload(old, new):
+    """True when `new` is `old` defined again, by another execution of its module."""
+    if old.fn is new.fn:
+        return True
+    if old.origin.names != new.origin.names:
+        return False
+    specs = zip(old.origin.specs, new.origin.specs)
+    if any(before is not after for before, after in specs):     # they may be equal
+        return True
+    # In a session a name is for the newest; but <locals>.wrapper is no name.
+    return new.origin.is_interactive and "<locals>" not in new.origin.names[0] \
+        or _is_same_function(old.fn, new.fn)
+
+
+def _is_same_function(a, b):
+    """True for one `def` executed twice, with the same things around it.
+
+    Also by `python -m package.module`, where the package has imported the module.
+    """
+    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
+        return False
+    spaces = a.__globals__, b.__globals__
+    is_one_file = spaces[0] is spaces[1] or spaces[1].get("__name__") == "__main__"
+    return a.__code__ == b.__code__ and is_one_file \
+        and _surroundings(a) == _surroundings(b)
+
+
+def _surroundings(fn):
+    """What it closes over, by identity, for that may change; and its defaults."""
+    with contextlib.suppress(ValueError):       # a cell that is still empty
+        cells = [
+            id(cell.cell_contents)
+            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ())
+            if name != fn.__name__          # it calls itself
+        ]
+        return cells, fn.__defaults__, fn.__kwdefaults__
+    return fn
+
+
+# == Waiting ==================================================================
+# Owns how often a waiting caller looks at what it waits for.  In asyncio one timer
+# for each event loop and app looks for all that is awaited there, in statements
+# of ID_BATCH ids.  What became of a task is found out by who awaits it.
+
+_WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between two looks
+
+
+def _longer(pause):
+    return min(pause * 1.1, _WAIT_LONGEST)
+
+
+def growing_pauses() -> Iterator[float]:
+    """Seconds to sleep between two looks: short at first, then cheap."""
+    pause = _WAIT_SHORTEST
+    while True:
+        yield pause
+        pause = _longer(pause)
+
+
+class Watch:
+    """The tasks that one event loop awaits of one app.  Only its thread comes here.
+
+    It is in `watches` while something is awaited.  What was cancelled is dropped when
+    it is next due; a loop that was closed in the middle, when another one begins.
+    """
+
+    def __init__(self, watches: dict, store: Callable, loop: Any):
+        self._watches, self._store, self._loop = watches, store, loop
+        # A heap of batches: (due, number, pause, version of the database that was
+        # looked at, [(task id, future)]).  Those that are due together become one.
+        self._batches: list = []
+        self._count = 0             # numbers given, so that no more is compared
+        self._timer: Any = None     # at the first of the heap
+
+    @classmethod
+    def of(cls, watches: dict, store: Callable, loop: Any) -> Watch:
+        """Return the one of this loop.  `store()` is asked at each look."""
+        if loop not in watches:
+            for other in list(watches):
+                if other.is_closed():
+                    watches.pop(other, None)
+            watches[loop] = cls(watches, store, loop)
+        return watches[loop]
+
+    def change(self, task_id: int) -> Any:
+        """Return a future that is done once the task has ended, or gone.
+
+        It gets the error when nothing can be seen.
+        """
+        future = self._loop.create_future()
+        self._put(_WAIT_SHORTEST, None, [(task_id, future)])
+        self._wind()
+        return future
+
+    def _put(self, pause, version, awaited):
+        due = self._loop.time() + pause
+        if pause == _WAIT_LONGEST:          # all at the same moments, then
+            due -= due % pause
+        self._count += 1
+        heapq.heappush(self._batches, (due, self._count, pause, version, awaited))
+
+    def _wind(self):
+        due = self._batches[0][0]
+        if self._timer is None or due < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self):
+        self._timer = None
+        soon, due = self._loop.time() + _WAIT_SHORTEST / 2, []
+        while self._batches and self._batches[0][0] <= soon:
+            due.append(heapq.heappop(self._batches))
+        try:
+            version = self._store().version()   # before the look: what comes is new
+            left = self._look_for(due, version)
+        except PyBgWorkerError as exc:
+            left = {}
+            for _, future in _pending(due):
+                future.set_exception(type(exc)(*exc.args))
+        for pause, awaited in left.items():
+            self._put(pause, version, awaited)
+        if self._batches:
+            self._wind()
+        else:
+            self._watches.pop(self._loop, None)
+
+    def _look_for(self, due, version):
+        """Settle what has ended; return the rest by its next pause."""
+        left = collections.defaultdict(list)
+        for batch in due:
+            awaited = _pending([batch])
+            if batch[3] != version:
+                awaited = _unfinished(self._store(), awaited)
+            if awaited:
+                left[_longer(batch[2])].extend(awaited)
+        return left
+
+
+def _pending(batches):
+    """What of them was neither settled nor cancelled."""
+    return [one for batch in batches for one in batch[4] if not one[1].done()]
+
+
+def _unfinished(store, awaited):
+    found = set()
+    for start in range(0, len(awaited), ID_BATCH):
+        part = awaited[start:start + ID_BATCH]
+        found |= store.unfinished([task_id for task_id, _ in part])
+    for task_id, future in awaited:
+        if task_id not in found:
+            future.set_result(None)
+    return [one for one in awaited if one[0] in found]
+
+
+# == Tasks and results ========================================================
+# Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
+# current_task().  An App holds one registry and one database; the names of this
+# module belong to a default one.
+
+if sys.version_info >= (3, 10):
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+else:
+    P = TypeVar("P")
+R = TypeVar("R")            # what a call of the function returns
+V = TypeVar("V")            # what its task returns: R, or what a coroutine does
+
+_TASK_OPTIONS = frozenset((
+    "queue", "priority", "retries", "retry_delay", "retry_backoff", "retry_max_delay",
+    "retry_jitter", "retry_for", "timeout", "rate_limit", "on_success", "on_failure",
+))
+_OPTIONS = frozenset((
+    "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
+))
+
+
+def _check_timeout(value):
+    seconds = None if value is None else check_span("timeout", value)
+    if seconds == 0:
+        raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
+    return seconds
+
+
+def _check_priority(value):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
+        raise OptionError(f"priority={value!r}: must be a whole number")
+    return value
+
+
+def _check_callback(name, value):
+    if value is not None and (not callable(value) or does_yield(value)):
+        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
+    return value
+
+
+def _due_at(now, countdown, eta):
+    """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
+    if countdown is not None and eta is not None:
+        raise OptionError("give countdown= or eta=, not both")
+    if countdown is not None:
+        return now + to_ms(check_span("countdown", countdown, -LONGEST_SECONDS))
+    if eta is not None:
+        if not isinstance(eta, datetime):
+            raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
+        try:
+            return to_ms(eta.timestamp())
+        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
+            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
+    return now
+
+
+class Task(Generic[P, R, V]):
+    """A registered function.  Calling it calls the function, here and now."""
+
+    def __init__(self, app: App, fn: Callable, name: str, options: dict):
+        self.app = app
+        self.fn = fn
+        self.name = checked("name", parse_name, name)
+        self.schedules: list = []       # of Schedule
+        self.origin = origin_of(fn)
+        check_known(options, _TASK_OPTIONS)
+        self._set(**options)
+        functools.update_wrapper(self, fn, updated=())
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):    # an option, or delay(), goes before
+                setattr(self, attribute, value)
+
+    def _set(self, queue="default", priority=5, retries=3, retry_delay=1.0,
+             retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
+             retry_for=(Exception,), timeout=None, rate_limit=None,
+             on_success=None, on_failure=None):
+        self.queue = checked("queue", parse_queue_name, queue)
+        self.priority = _check_priority(priority)
+        self.timeout = _check_timeout(timeout)
+        self.rate_limit = rate_limit
+        if rate_limit is not None:
+            self.rate_limit = checked("rate_limit", parse_rate, rate_limit)
+        self.on_success = _check_callback("on_success", on_success)
+        self.on_failure = _check_callback("on_failure", on_failure)
+        classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
+        if not all(isinstance(c, type) and issubclass(c, BaseException)
+                   for c in classes):
+            raise OptionError(f"retry_for={retry_for!r}: must be exception classes")
+        self.policy = RetryPolicy(
+            check_number("retries", retries, kind=int),
+            check_span("retry_delay", retry_delay),
+            check_number("retry_backoff", retry_backoff),
+            check_span("retry_max_delay", retry_max_delay),
+            check_number("retry_jitter", retry_jitter, most=1),
+            tuple(classes),
+        )
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name}>"
+
+    @property
+    def callbacks(self) -> int:
+        """What there is to call at its end: as in bg_task."""
+        return (self.on_success is not None) + 2 * (self.on_failure is not None)
+
+    def companions(self) -> Iterator[Task]:
+        """The tasks that call on_success and on_failure: NAME:on_failure."""
+        for kind in ("on_success", "on_failure"):
+            fn = getattr(self, kind)
+            if fn is not None:
+                task: Task = Task(self.app, _calling(fn), self.name, {})
+                task.name = f"{self.name}:{kind}"
+                yield task
+
+    def __reduce__(self) -> str:
+        """Pickled as functions are: by the name under which its module has it."""
+        return getattr(self, "__qualname__", self.name)
+
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """Enqueue a call; return its AsyncResult.
+
+        Durable once it returns.  Raises PayloadTypeError for an argument that would
+        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
+        """
+        return self.app.enqueue(self, [(args, kwargs)], {})[0]
+
+    def options(self, /, **options: Any) -> Call[P, V]:
+        """Return something with delay() and delay_many() that uses these options.
+
+        countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
+        key: while a task with it is unfinished, that one is returned; conn: an
+        sqlite3 connection to the same file, in whose transaction to insert.
+        """
+        return Call(self, options)
+
+    def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
+                    **options: Any) -> AsyncResult[V]:
+        """The same as options(**options).delay(*args, **kwargs)."""
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
+            raise OptionError(
+                f"apply_async({args!r}, {kwargs!r}): takes a tuple of positional and a "
+                "dict of keyword arguments, as in apply_async((1, 2), {'key': 3}); "
+                "delay(1, 2, key=3) takes them as they are"
+            )
+        return self.options(**options).delay(*args, **(kwargs or {}))
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """Enqueue many calls in one transaction: all of them or none.
+
+        Each call is a tuple of positional or a dict of keyword arguments.
+        """
+        return self.app.enqueue(self, [_one_call(call) for call in calls], {})
+
+
+class Call(Generic[P, V]):
+    """A task with options, ready to be enqueued."""
+
+    def __init__(self, task: Task[P, Any, V], options: dict):
+        check_known(options, _OPTIONS)
+        self._task, self._options = task, options
+
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """Enqueue a call, as Task.delay() does."""
+        return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """Enqueue many calls, as Task.delay_many() does."""
+        found = [_one_call(call) for call in calls]
+        return self._task.app.enqueue(self._task, found, self._options)
+
+
+def _calling(fn):
+    """The function of a callback's task: makes a TaskError, drops the result."""
+    async def wait_for(coroutine):
+        await coroutine
+
+    def call(task_id, *error):
+        value = fn(task_id, *map(TaskError, error))
+        return wait_for(value) if isinstance(value, types.CoroutineType) else None
+
+    return call
+
+
+def _one_call(call):
+    if isinstance(call, dict):
+        if not all(isinstance(name, str) for name in call):
+            raise OptionError(f"delay_many(): {call!r} has a keyword that is no text")
+        return (), call
+    if isinstance(call, (tuple, list)):
+        return tuple(call), {}
+    raise OptionError(
+        f"delay_many() takes tuples and dicts, not {type(call).__name__}"
+    )
+
+
+def _refuse_at_import(module):
+    """Raise AppError that names the line of the app which enqueues at import."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    raise AppError(
+        f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
+        f"worker imports {module}, and would in each of its children; put it below "
+        '`if __name__ == "__main__":`, or into a function'
+    )
+
+
+class _Decorator(Protocol):
+    """What `@task(…)` is to a type checker."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, V]], /
+                 ) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
+
+
+class ProcessLock:
+    """A lock for the threads of a process.  A forked child finds it open."""
+
+    def __init__(self):
+        self._locks = {}            # the lock of each process, by pid
+        self._taken = threading.local()     # .by: pids of this thread's open blocks
+
+    def __enter__(self):
+        pid = os.getpid()
+        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
+        lock.acquire()
+        self._taken.by = [*getattr(self._taken, "by", ()), pid]
+
+    def __exit__(self, kind, exc, trace):
+        pid = self._taken.by.pop()
+        if pid == os.getpid():      # else it was forked inside the block
+            self._locks[pid].release()
+
+
+class App:
+    """One registry of tasks and one database.  Keywords are settings."""
+
+    serving = ""        # the module that a worker or child imports just now
+
+    def __init__(self, **settings: Any):
+        self.tasks: dict[str, Task] = {}
+        self._code: dict = {}
+        self._flags: dict = {}
+        self._lock = ProcessLock()  # guards _settings and _store
+        self._settings: types.SimpleNamespace | None = None
+        self._store: Store | None = None
+        self.watches: dict = {}             # by event loop, see Watch
+        self.configure(**settings)
+
+    def __copy__(self) -> App:
+        """An app is one thing: its copies, and those of its results, share it."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> App:
+        return self
+
+    def __reduce__(self):
+        """Pickled as its database: no other process has its functions."""
+        return _app_on, (self.store.name,)
+
+    # -- settings
+
+    def configure(self, **settings: Any) -> None:
+        """Set settings in code; flags and environment go before them.
+
+        Raises SettingError for an unknown name or a value it cannot have.
+        """
+        self._merge(self._code, settings)
+
+    def override(self, **settings: Any) -> None:
+        """Set settings as flags do: before the environment."""
+        self._merge(self._flags, settings)
+
+    def _merge(self, target, settings):
+        for name, value in settings.items():
+            if name not in SETTING_BY_NAME:
+                known = ", ".join(sorted(SETTING_BY_NAME))
+                raise SettingError(f"unknown setting {name!r}; there are {known}")
+            if value is not None:
+                target[name] = check_setting(name, value, name)
+        with self._lock:
+            if self._store:
+                self._store.close()
+            self._settings = self._store = None
+
+    @property
+    def settings(self) -> types.SimpleNamespace:
+        """All settings, resolved when first asked for."""
+        settings = self._settings
+        if settings is None:
+            with self._lock:
+                if self._settings is None:
+                    self._settings = resolve_settings(
+                        self._code, dict(os.environ), self._flags
+                    )
+                settings = self._settings
+        return settings
+
+    @property
+    def store(self) -> Store:
+        """The database, opened by the first thread that uses it."""
+        store = self._store
+        if store is None:
+            with self._lock:
+                if self._store is None:
+                    self._store = STORES[""](self.settings)
+                store = self._store
+        return store
+
+    # -- registering
+
+    @overload
+    def task(self, fn: Callable[P, Coroutine[Any, Any, V]], *, name: str | None = None,
+             **options: Any) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def task(self, fn: Callable[P, R], *, name: str | None = None,
+             **options: Any) -> Task[P, R, R]: ...
+    @overload
+    def task(self, fn: None = None, *, name: str | None = None,
+             **options: Any) -> _Decorator: ...
+    def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
+        """Register a function as a task; with or without brackets.
+
+        Raises AppError when another function has the name already.
+        """
+        if fn is None:
+            return functools.partial(self.task, name=name, **options)
+        schedules = []
+        if isinstance(fn, Task):            # @task above @cron
+            schedules = fn.schedules
+            self._unregister(fn.name)
+            fn = fn.fn
+        check_function(fn)
+        name = name or own_name(fn)
+        try:
+            task: Task = Task(self, fn, name, options)
+        except OptionError as exc:
+            raise OptionError(f"@task of {default_name(fn)}: {exc}") from None
+        task.schedules = schedules
+        return self._register(task)
+
+    def _register(self, task):
+        other = self.tasks.get(task.name)
+        if other is not None and not is_reload(other, task):
+            raise AppError(
+                f"two tasks are named {task.name!r}: {place_of(other.fn)} and "
+                f"{place_of(task.fn)}; give one of them @task(name=...), or their "
+                "decorator functools.wraps()"
+            )
+        if callback_kind(task.name):
+            raise AppError(
+                f"task {task.name!r}: names with :on_success or :on_failure at the end "
+                "are for the callbacks of tasks"
+            )
+        self._unregister(task.name)
+        self.tasks[task.name] = task
+        for companion in task.companions():
+            self.tasks[companion.name] = companion
+        return task
+
+    def _unregister(self, name):
+        for of in (name, name + ":on_success", name + ":on_failure"):
+            self.tasks.pop(of, None)
+
+    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
+             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
+        """Run a task without arguments whenever `expr` says so; see Cron.
+
+        misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
+        skip a tick while the run before is unfinished; jitter: put each run off by
+        a fixed part of so many seconds.  Raises CronError, also for a date that
+        never comes.
+        """
+        return scheduled(self, expr, tz, misfire, overlap, jitter)
+
+    # -- enqueueing
+
+    def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
+        """Insert one row for each (args, kwargs); the work behind delay()."""
+        if App.serving:
+            _refuse_at_import(App.serving)
+        row = self._new_task(task, now_ms(), **options)
+        if row.key is not None and len(calls) != 1:
+            raise OptionError("key= is for one call: each call needs one of its own")
+        limit = self.settings.max_payload
+        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
+        if not texts:
+            return []
+        if options.get("conn") is None:
+            return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
+        ids, mark = self.store.enqueue_with(options["conn"], row, texts)
+        return [AsyncResult(number, self, mark) for number in ids]
+
+    def _new_task(self, task, now, countdown=None, eta=None, priority=None, queue=None,
+                  retries=None, timeout=None, key=None, conn=None):
+        run_at = _due_at(now, countdown, eta)
+        return NewTask(
+            task.name,
+            task.queue if queue is None else checked("queue", parse_queue_name, queue),
+            task.priority if priority is None else _check_priority(priority),
+            None if key is None else checked("key", parse_name, key),
+            (task.policy.retries if retries is None
+             else check_number("retries", retries, kind=int)),
+            task.timeout if timeout is None else _check_timeout(timeout),
+            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
+            counted=countdown is not None,
+        )
+
+    def send(self, name: str, *args: Any, kwargs: dict | None = None,
+             **options: Any) -> AsyncResult[Any]:
+        """Enqueue a task by its name, which need not be registered here.
+
+        Then it has the options of a bare @task, but for those that are given.
+        `kwargs` are its keyword arguments.
+        """
+        check_known(options, _OPTIONS)
+        task = self.tasks.get(checked("name", parse_name, name))
+        task = task or Task(self, do_nothing, name, {})
+        return task.apply_async(args, kwargs, **options)
+
+    def result(self, task_id: int) -> AsyncResult[Any]:
+        """Return the AsyncResult of an id of this app's database."""
+        return AsyncResult(task_id, self)
+
+
+_apps_by_path: dict[str, App] = {}
+
+
+def _app_on(path):
+    """The default App, if that is its database; else one for all results of `path`."""
+    if default_app.store.name == path:
+        return default_app
+    if path not in _apps_by_path:
+        app = _apps_by_path[path] = App()
+        app.override(db=path)       # whatever the environment says
+    return _apps_by_path[path]
+
+
+def _encode_call(args, kwargs, limit):
+    text = encode_call(args, kwargs)
+    if len(text) > limit:
+        raise PayloadTooLarge(
+            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+            f"{limit:,}; pass the path of a file instead"
+        )
+    return text
+
+
+def do_nothing():
+    """Stands for a function that only a worker knows."""
+
+
+class Progress(NamedTuple):
+    percent: float
+    message: str | None
+
+
+class _Unfinished(Exception):
+    """There is no outcome yet, or no longer."""
+
+
+class AsyncResult(Generic[V]):
+    """A handle on one enqueued task; cheap, and good in any process.
+
+    Every method raises TaskNotFound once the row is gone.  So does a handle that
+    was got with conn= until the caller commits, and for ever after a rollback,
+    whoever has got the id then.
+    """
+
+    def __init__(self, id: int, app: App | None = None, mark: str | None = None):
+        self.id = id if type(id) is int else parse_id(str(id))
+        self._app = app or default_app
+        self._mark = mark       # of our row, until it has been seen committed
+
+    @property
+    def _store(self):
+        store = self._app.store
+        if self._mark is not None:
+            if not store.has_mark(self.id, self._mark):
+                raise TaskNotFound(
+                    f"no task {self.id}: its transaction is not committed, or was "
+                    "rolled back, or it was deleted"
+                )
+            self._mark = None
+        return store
+
+    @property
+    def task_id(self) -> int:
+        """The same as .id."""
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<AsyncResult {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, AsyncResult) and self.id == other.id
+            and self._app.store.path == other._app.store.path
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def status(self) -> str:
+        """scheduled, queued, running, retrying, success, failed or cancelled."""
+        return self._store.task(self.id).status
+
+    @property
+    def attempt(self) -> int:
+        """The number of the last run; 0 before the first."""
+        return self._store.task(self.id).attempt
+
+    @property
+    def result(self) -> V | None:
+        """What the task returned; None while, or when, it did not."""
+        text = self._store.result(self.id)
+        return None if text is None else decode(text)
+
+    @property
+    def error(self) -> TaskError | None:
+        """What ended the last run that failed, or None."""
+        error = self._store.error(self.id)
+        return TaskError(error) if error else None
+
+    @property
+    def progress(self) -> Progress | None:
+        """(percent, message) as the task last set them, or None."""
+        found = self._store.progress(self.id)
+        return Progress(*found) if found else None
+
+    def ready(self) -> bool:
+        """True once it has finished, however it did."""
+        return self._store.state(self.id) in FINISHED
+
+    def successful(self) -> bool:
+        """True once it has succeeded."""
+        return self._store.state(self.id) == SUCCESS
+
+    def failed(self) -> bool:
+        """True once it has failed for good."""
+        return self._store.state(self.id) == FAILED
+
+    def cancelled(self) -> bool:
+        """True once it has been cancelled."""
+        return self._store.state(self.id) == CANCELLED
+
+    def get(self, timeout: float | timedelta | None = None) -> V:
+        """Wait for the end and return the result; at most `timeout` seconds.
+
+        Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
+        then the task goes on.
+        """
+        deadline = None
+        if timeout is not None:
+            seconds = check_span("timeout", timeout, -math.inf, math.inf)
+            deadline = time.monotonic() + seconds
+        pauses = growing_pauses()
+        while True:
+            if self.ready():
+                with contextlib.suppress(_Unfinished):
+                    return self._outcome()
+            pause = next(pauses)
+            if deadline is not None:
+                pause = min(pause, deadline - time.monotonic())
+                if pause <= 0:
+                    raise self._too_late(seconds)
+            time.sleep(pause)
+
+    def __await__(self) -> Generator[Any, None, V]:
+        return self._wait().__await__()
+
+    async def _wait(self):
+        import asyncio
+
+        app, loop = self._app, asyncio.get_running_loop()
+        while True:
+            if self.ready():
+                with contextlib.suppress(_Unfinished):
+                    return self._outcome()
+            await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
+
+    def _outcome(self):
+        state, result, error = self._store.outcome(self.id)
+        if state == SUCCESS:
+            return None if result is None else decode(result)
+        if state == FAILED:
+            raise TaskFailed(self.id, TaskError(error or {"kind": "exception"}))
+        if state == CANCELLED:
+            raise TaskCancelled(f"task {self.id} was cancelled")
+        raise _Unfinished       # somebody has retried it a moment ago
+
+    def _too_late(self, timeout):
+        return WaitTimeout(f"task {self.id} is {self.status} after {timeout} s")
+
+    def cancel(self) -> bool:
+        """Cancel it, or have its worker end its run within a second.
+
+        False when it has finished.
+        """
+        return self._store.cancel(self.id, now_ms()) not in FINISHED
+
+    def retry(self) -> None:
+        """Run a finished task again.  Raises TaskStateError when it is unfinished."""
+        self._store.retry(self.id, now_ms())
+
+    def forget(self) -> None:
+        """Delete it with its result.  Raises TaskStateError while it runs."""
+        self._store.forget(self.id)
+
+
+class CurrentTask:
+    """The run that is going on in this process; see current_task()."""
+
+    def __init__(self, id: int, name: str, attempt: int, deadline: float | None,
+                 scheduled_for: datetime | None, report: Callable):
+        self.id = id
+        self.name = name
+        self.attempt = attempt              # 1 for the first run
+        self.deadline = deadline            # unix time in seconds; None: no limit
+        self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
+        self._report = report
+
+    def set_progress(self, percent: float, message: str | None = None) -> None:
+        """Show how far the task has come, in AsyncResult.progress and `show`."""
+        self._report(self, check_number("percent", percent, 0, 100), message)
+
+
+running_task: CurrentTask | None = None
+
+
+def current_task() -> CurrentTask | None:
+    """Return the task that this process is running; None outside of one."""
+    return running_task
+
+
+default_app = App()
+task = default_app.task
+cron = default_app.cron
+configure = default_app.configure
+
+
+###############################################################################
+# BOOK TWO: THE QUEUE IN SQLITE
+###############################################################################
+
+# == Wake-up ==================================================================
+# Owns the datagrams that tell a sleeping worker to look into the database now.
+# They are hints: one that is lost, doubled or forged costs a look at most, for
+# a worker also looks when PRAGMA data_version says that somebody committed.
+
+_WAKE_TOKEN_BYTES = 8
+_BAD_ADDRESS = (AttributeError, TypeError, ValueError, OverflowError)   # by hand
+
+
+class WakeSocket:
+    """A worker's ear: a UDP socket on the loopback interface, or none at all."""
+
+    def __init__(self):
+        self.token = os.urandom(_WAKE_TOKEN_BYTES).hex()
+        self.port = 0
+        self.socket = None
+        try:
+            self.socket = _socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self.socket.bind(("127.0.0.1", 0))
+            self.socket.setblocking(False)
+            self.port = self.socket.getsockname()[1]
+        except OSError:                     # a sandbox without a network
+            self.close()
+
+    def drain(self) -> bool:
+        """Take all datagrams in.  True if one of them was meant for us."""
+        heard = False
+        while self.socket:
+            try:
+                heard |= self.socket.recv(64) == self.token.encode()
+            except BlockingIOError:
+                return heard
+            except OSError:                 # an ICMP error for an earlier send
+                continue
+        return heard
+
+    def close(self) -> None:
+        """Stop listening.  May be called twice."""
+        if self.socket:
+            self.socket.close()
+        self.socket = None
+
+
+def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
+    """Send a hint to each (port, token).  Never raises: it is a hint."""
+    if not addresses:
+        return
+    # A socket of the moment costs 15 µs beside a commit's milliseconds, and there
+    # is none to be shared by threads, inherited by forks, or closed by somebody.
+    with contextlib.suppress(OSError), \
+            contextlib.closing(_socket.socket(
+                socket.AF_INET, socket.SOCK_DGRAM
+            )) as sender:
+        sender.setblocking(False)
+        for port, token in addresses:
+            with contextlib.suppress(OSError, *_BAD_ADDRESS):
+                sender.sendto(token.encode(), ("127.0.0.1", port))
+
+
+# == Guards ===================================================================
+# Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
+# which any close() of the file in this process drops: a copy of it, a checksum.
+# Knows what this process has open, for a close() of its own is such a one too: it
+# comes only when nobody else here has the file open.
+
+_READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
+_SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
+_WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
+_FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
+_HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
+_LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
+_MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
+
+
+def file_identity(path):
+    """(device, inode), by stat: opening the file would drop SQLite's locks."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def descriptors():
+    """The descriptors of this process by the (device, inode) they are open on."""
+    found: dict[tuple, set] = {}
+    names: Iterable = ()
+    try:
+        names = os.listdir("/dev/fd")
+    except OSError:                 # no /proc here
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            names = range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS))
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            status = os.fstat(int(name))
+            found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
+    return found
+
+
+class _OwnLock:
+    """A read lock of some bytes of a file that no stray close() drops.
+
+    It belongs to the open file, not to the process: forked children inherit it.
+    With `only`, a (device, inode), it is about that file, whoever has its name.
+    """
+
+    def __init__(self, path: str, start: int, length: int, only: tuple | None = None):
+        self._path, self._range, self._only = path, (start, length), only
+        self.fd, self.identity = -1, None       # of the file that is open
+        self._kept: dict[int, Any] = {}     # others not to be closed yet, identities
+        self._fcntl: Any = None
+
+    def lock(self) -> bool:
+        """Lock the bytes in the file that has the name now.  False: impossible."""
+        named = file_identity(self._path)
+        wanted = self._only or named
+        if not self.is_open() or self.identity != wanted:
+            if not _HAS_OWN_LOCKS or named is None or named != wanted:
+                return False
+            self._open()
+            if self.identity != wanted:         # it was replaced this moment
+                return False
+        for _ in range(_LOCK_TRIES):
+            try:
+                self.ask("F_OFD_SETLK", "F_RDLCK", *self._range)
+                return True
+            except BlockingIOError:
+                time.sleep(0.001)
+            except (OSError, AttributeError):
+                break
+        return False
+
+    def unlock(self) -> None:
+        """Let go of the bytes; a forked child that has this one does, too."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.ask("F_OFD_SETLK", "F_UNLCK", *self._range)
+
+    def ask(self, command: str, kind: str, start: int, length: int) -> tuple:
+        """fcntl of this name, with a lock of this kind."""
+        if not self.is_open():
+            raise OSError(errno.EBADF, "not open")
+        fcntl = self._fcntl
+        lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
+        return _FLOCK.unpack(fcntl.fcntl(self.fd, getattr(fcntl, command), lock))
+
+    def is_open(self) -> bool:
+        """True if the descriptor is ours still: some programs close all there are."""
+        return self.fd >= 0 and file_identity(self.fd) == self.identity
+
+    def is_nameless(self) -> bool:
+        """True when the file is deleted, so that no lock of it matters any more."""
+        return not (self.is_open() and os.fstat(self.fd).st_nlink)
+
+    def _open(self):
+        import fcntl
+
+        self._fcntl = fcntl         # it cannot be imported while a program ends
+        if self.is_nameless():      # else a close would drop SQLite's locks
+            self.close()
+        self.put_aside()
+        with contextlib.suppress(OSError):
+            self.fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            self.identity = file_identity(self.fd)
+
+    @property
+    def fds(self) -> set:
+        """All descriptors of ours."""
+        return {self.fd, *self._kept}
+
+    def put_aside(self) -> None:
+        """Use this descriptor no more; it cannot be closed yet."""
+        if self.is_open():
+            self._kept[self.fd] = self.identity
+        self.fd, self.identity = -1, None
+
+    def is_alone(self, found: dict) -> bool:
+        """True if nobody but us has a file of these descriptors open here."""
+        return all(found.get(identity, set()) <= self.fds
+                   for identity in (self.identity, *self._kept.values()))
+
+    def close(self) -> None:
+        """Only where SQLite has no lock on this file."""
+        self.put_aside()
+        for fd, identity in self._kept.items():
+            if file_identity(fd) == identity:
+                os.close(fd)
+        self._kept = {}
+
+
+class Guard:
+    """Keeps a file's -wal and -shm in place while a connection of ours is open.
+
+    The last user that closes a file deletes its -wal, and by POSIX locks SQLite
+    knows who the last is.  Any close() of the file in this process drops ours (a
+    copy, a checksum), and then another program takes itself for the last: what we
+    commit goes to a file without a name.  So we hold the same bytes by locks that
+    no close() drops.  Guarded by test_a_stray_close_of_the_file_loses_nothing.
+
+    Where there are none (macOS), what is left is that each commit asks whether its
+    -wal is still there: it tells, but late, what others did at the same moment.
+    """
+
+    def __init__(self, path: str, identity: tuple):
+        self.path = path
+        self.is_held = False
+        self.stays = False      # while others have the file open here: a caller
+        self.is_shared = False  # and they were inherited by a child, as this is
+        self._file = _OwnLock(path, *_READERS_LOCK, identity)
+        self._shm = _OwnLock(path + "-shm", *_SHM_LOCK)
+
+    @property
+    def fds(self) -> set:
+        """The descriptors of the file that are ours."""
+        return self._file.fds
+
+    def lock(self) -> bool:
+        """Nobody can delete the -wal from now on.  False: impossible here."""
+        self._shm.lock()        # there may be none yet
+        self.is_held = self._file.lock()
+        return self.is_held
+
+    def unlock(self) -> None:
+        """The last of our connections is about to be closed in good order."""
+        if not self.is_shared:
+            self.is_held = False
+            self._file.unlock()
+            self._shm.unlock()
+
+    def is_open(self) -> bool:
+        """True unless somebody has closed the descriptor that holds the lock."""
+        return self._file.is_open()
+
+    def share(self) -> None:
+        """A child that is forked now relies on it for as long as it lives."""
+        self.stays = self.is_shared = True
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the parent unlocks this when it likes."""
+        self._file.put_aside()
+        self._shm.put_aside()
+
+    def is_useless(self, found: dict) -> bool:
+        """True when the file was deleted, or nobody else has it open here.
+
+        Then it can be closed: that drops no lock that matters.
+        """
+        return self._file.is_nameless() or (
+            self._file.is_alone(found) and self._shm.is_alone(found))
+
+    def close(self) -> None:
+        """Of one that is useless."""
+        self.unlock()
+        self._file.close()
+        self._shm.close()
+
+    def is_writing(self) -> bool:
+        """True while this process holds the write lock."""
+        try:
+            found = self._shm.ask("F_OFD_GETLK", "F_WRLCK", *_WRITERS_LOCK)
+        except (OSError, AttributeError):       # there is no -shm
+            return False
+        return found[4] == os.getpid()
+
+    def is_where_we_write(self) -> bool:
+        """True in a transaction of this process on the files that lie there."""
+        return self.is_writing() and os.path.exists(self.path + "-wal") and \
+            self._shm.identity == file_identity(self.path + "-shm")
+
+
+# == Forks ====================================================================
+# Owns what a fork must not break.  SQLite keeps a table of its process's locks,
+# and a forked child inherits the table, but not the locks: a connection that it
+# opens takes none, and the next to close deletes the -wal that it writes to.  So
+# no connection of ours is open while the process forks: the fork waits for those
+# in use and closes all, and each opens again when it is used.  Guards stand in for
+# locks that it cannot rely on.
+# https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
+
+_FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
+_HOOKS_PATIENCE = 1.0       # that they wait for a fork, once it is ready for them
+_EXIT_PATIENCE = 1.0        # that the end of a program waits for its daemon threads
+_NO_HOOKS = (
+    "this process was forked while the file was open, by code that runs no Python "
+    "fork hooks, so SQLite would lose data here: use it only after such a fork"
+)
+_IN_TRANSACTION = (
+    "this process was forked while a transaction on the file was open, so SQLite "
+    "would wait for itself here for ever: end it before the fork"
+)
+FORKED = (
+    "database {}: the process forked in the middle of this: nothing was written, "
+    "do it again"
+)
+WAL_LOST = (
+    "its -wal was deleted while in use, and what this program wrote last is lost: "
+    "never delete or copy its files by hand; restart all programs that use it"
+)
+_WITHOUT_WAL = (
+    "a connection to the file is open in this process whose -wal was deleted, so "
+    "SQLite would lose data here: close it before the fork, if there was one; else "
+    "restart this program, which has opened the file for a copy, or the like"
+)
+_LEFT_OPEN = (
+    "this process was forked while a connection to the file was open, so SQLite "
+    "would lose data here: close it before the fork"
+)
+
+
+def _leads_to(name):
+    """A predicate of descriptors; Linux, elsewhere always false."""
+    def leads(fd):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}") == name
+        return False
+
+    return leads
+
+
+def _adapts():
+    """True where the app has an adapter, which may fork, for what we give SQLite."""
+    return any(kind in (str, int, float, bytearray) for kind, _ in sqlite3.adapters)
+
+
+class StepAside(PyBgWorkerError):
+    """Raised where a thread waits for a lock while another one forks."""
+
+
+class Undone(DatabaseUnavailable):
+    """A transaction was undone for no fault of its own: do it again."""
+
+
+def nobody(*_):
+    """Stands for a weak reference whose object is gone."""
+
+
+class Forks:
+    """Where this process stands among its forks, and what it has open meanwhile."""
+
+    def __init__(self):
+        self.count = 0              # of forks that led to this process
+        # Our connections, by id().
+        self.links: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self.refused = {}           # (device, inode): why it cannot be used here
+        self._pid = os.getpid()
+        self._is_watching = False
+        self._is_leaving = False    # the program ends
+        self._forking = []          # threads that fork now, or wait to do so
+        self._closing = []          # those of them that close our connections now
+        self._impatient = set()     # threads that wait for no fork any more
+        self._one_fork = threading.RLock()  # from _before() to the hooks after it
+        self._lock = threading.RLock()      # for _guards, and the next
+        self._users = {}            # threads that open or close a file, by token
+        self._files = {}            # (device, inode) of all files used: the path
+        self._guards = {}           # the same: its Guard
+        self._dangers = {}          # the same: what the next child is to refuse
+        self._callers = set()       # the same: of those used by a caller's connection
+        self.put_away_log = nobody     # a function of a path; see Database
+
+    def generation(self) -> int:
+        """A number that is another one after a fork, whoever forked."""
+        if self._pid != os.getpid():
+            self._after_in_child()
+        return self.count
+
+    def check(self, identity: tuple | None, path: str) -> None:
+        """Refuse a file that cannot be used here; care for it at every fork."""
+        self.generation()
+        reason = self.refused.get(identity)
+        if reason:
+            raise DatabaseUnusable(f"database {path}: {reason}")
+        if identity is not None:
+            self._files[identity] = path
+        self._watch()
+
+    def has_others(self, identity: tuple) -> bool:
+        """True where somebody else's connection is open before the first of ours.
+
+        It may be inherited, from a fork before anybody told us of the file.
+        """
+        guard = self._guards.get(identity)
+        return not (guard and guard.is_held or self._has_links(identity)) \
+            and self._is_open(identity, descriptors())
+
+    def hold(self, link: Link, path: str, has_others: bool) -> None:
+        """Keep the files in place for as long as this connection is open."""
+        if self._is_leaving:        # nobody will close it in good order
+            return
+        with self._lock:
+            guard = self.guard(link.identity)
+        if not has_others:
+            return
+        if guard:
+            guard.stays = True      # our own locks may be inherited, and no locks
+        is_lost = _leads_to(path + "-shm (deleted)")
+        if any(map(is_lost, set().union(*descriptors().values()))):
+            self.refused[link.identity] = _WITHOUT_WAL  # SQLite would use it still
+            self.check(link.identity, path)
+
+    def is_away(self, identity: tuple) -> bool:
+        """True when the whole database has left its place, and lives: see _reopen()."""
+        return file_identity(self._files[identity]) is None and any(
+            os.fstat(fd).st_nlink for fd in descriptors().get(identity, ()))
+
+    @contextlib.contextmanager
+    def closing(self, link: Link):
+        """A block that closes it, and tidies up if it is the last one of ours.
+
+        Then SQLite moves the -wal over and deletes it, if it is the last of all.
+        """
+        with self._lock:
+            guard = self._guards.get(link.identity)
+            if guard and not (guard.stays or self._has_links(link.identity)):
+                guard.unlock()
+            yield
+            if guard and self._has_links(link.identity):    # opened by a handler
+                guard.lock()
+            elif guard and link.identity not in self._callers:
+                guard.unlock()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the Guards of files that nobody has open here any more.
+
+        A thread of ours that opens one now would lose its locks, one of the app's
+        still may: it gets the Guard back.  The log that a Guard kept in place when
+        its last user closed the file is put away here.
+        """
+        with self._lock:
+            idle = [item for item in list(self._guards.items())
+                    if not self._has_links(item[0])]
+            found = descriptors() if idle and not self._has_other_users() else None
+            for identity, guard in idle:
+                if found is not None and guard.is_useless(found):
+                    self._close_guard(identity, guard)
+
+    def _has_other_users(self):
+        me = threading.get_ident()
+        return any(ident != me for ident in list(self._users.values()))
+
+    def _close_guard(self, identity, guard):
+        guard.close()
+        self._guards.pop(identity, None)
+        self._callers.discard(identity)
+        if guard.stays and file_identity(guard.path) == identity:
+            self.put_away_log(guard.path)
+        if identity in descriptors():      # since this very moment
+            self._guards[identity] = guard
+            guard.stays = guard.lock()
+
+    def is_held_for_caller(self, identity: tuple) -> bool:
+        """True when hold_for_caller() was called, and all is as it was then."""
+        guard = self._guards.get(identity)
+        return guard is not None and guard.is_held and guard.is_open() and \
+            identity in self._callers and guard.is_where_we_write()
+
+    def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
+        """Keep the files in place while the app's own connection is open.
+
+        Nobody tells us when it is closed: let_go() looks.  None: impossible.
+        """
+        self.check(identity, path)
+        with self._lock:
+            guard = self.guard(identity)
+            if guard:
+                guard.stays = True
+                self._callers.add(identity)
+        return guard
+
+    def _has_links(self, identity):
+        return any(link.identity == identity for link in self._open_links())
+
+    def _watch(self):
+        if not self._is_watching and hasattr(os, "register_at_fork"):
+            self._is_watching = True        # not at import, which has no effects
+            os.register_at_fork(
+                before=self._before, after_in_parent=self._after_in_parent,
+                after_in_child=self.generation,     # a hook before it may have asked
+            )
+            atexit.register(self._leave)
+
+    def _leave(self):
+        """Close in good order what the interpreter would only drop.
+
+        Daemon threads run on, and begin nothing as long as this waits for what they
+        are in the middle of; a close() then would be a crash.
+        """
+        self._is_leaving = True
+        self._forking.append(threading.get_ident())     # for good; see wait()
+        self._close_all(_EXIT_PATIENCE)
+        with self._lock:
+            self.let_go()
+            for identity in self._callers & set(self._guards):
+                self._guards[identity].unlock()     # its owner ends with us
+
+    # -- for those who use a file
+
+    def is_on(self) -> bool:
+        """True while another thread forks: begin nothing."""
+        me = threading.get_ident()
+        return bool(self._forking) and me not in self._forking and (
+            bool(self._closing) or me not in self._impatient)
+
+    def wait(self) -> None:
+        """Let the fork happen; not for ever.
+
+        A hook of the app's may wait for a lock, and we are called by who has it.  A
+        child that is forked while we go on is told so.  Guarded by
+        test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork.
+        """
+        deadline = time.monotonic() + _HOOKS_PATIENCE
+        while self.is_on():
+            if time.monotonic() > deadline:
+                self._impatient.add(threading.get_ident())
+            time.sleep(0.001)
+
+    def be_patient(self) -> None:
+        """Wait for this fork once more: a thread that ends has given back its locks."""
+        self._impatient.discard(threading.get_ident())
+
+    @contextlib.contextmanager
+    def using(self):
+        """A fork waits for the end of this block; not for long."""
+        token, is_inside = object(), self._is_inside()
+        try:
+            while True:
+                with self._lock:    # let_go() looks for us
+                    self._users[token] = threading.get_ident()
+                if is_inside or not self.is_on():
+                    break
+                del self._users[token]
+                self.wait()
+            yield
+        finally:
+            self._users.pop(token, None)
+
+    def _is_inside(self):
+        """True for a thread that a fork waits for already."""
+        ident = threading.get_ident()
+        return ident in list(self._users.values()) or any(
+            link.is_busy for link in self._open_links() if link.thread == ident)
+
+    # -- the fork itself
+
+    def _before(self):
+        """Let nobody begin, wait for those who have begun, and close all."""
+        self.generation()
+        self._forking.append(threading.get_ident())
+        self._one_fork.acquire(timeout=_FORK_PATIENCE)
+        self._close_all(_FORK_PATIENCE)
+        with self._lock:
+            self._guard_what_is_open()
+
+    def _close_all(self, patience):
+        self._closing.append(threading.get_ident())
+        try:
+            deadline = time.monotonic() + patience
+            while self._is_busy() and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            for link in self._open_links():
+                if link.generation == self.count and not self._is_in_a_call(link):
+                    link.close()
+        finally:
+            self._closing.remove(threading.get_ident())
+
+    def _keep(self, link):
+        """A hook of the app's that ran after _before() has used it: the child needs
+        the Guard.  False: there is none.
+        """
+        guard = self.guard(link.identity)
+        if guard:
+            guard.share()
+        return guard is not None
+
+    def _after_in_parent(self):
+        for link in self._open_links():
+            self._keep(link)
+        with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
+            self._impatient.clear()
+            self._forking.remove(threading.get_ident())
+            self._one_fork.release()
+
+    def _open_links(self):
+        found = [ref() for ref in self.links.valuerefs()]
+        return [link for link in found if link is not None and not link.is_closed]
+
+    def _is_busy(self):
+        """True while a thread that does not fork uses a file."""
+        return any(ident not in self._forking for ident in list(self._users.values())) \
+            or any(map(self._is_others, self._open_links()))
+
+    def _is_others(self, link):
+        return link.is_busy and link.thread not in self._forking
+
+    def _is_in_a_call(self, link):
+        """It may be in the middle of a call of SQLite, where a close() is a crash.
+
+        A thread that forks is between two calls: in a signal handler, say.  SQLite
+        calls no Python code for us, but for adapters of what it is given.  Guarded by
+        test_a_fork_within_a_call_of_sqlite_closes_nothing.
+        """
+        return self._is_others(link) or link.is_busy and _adapts()
+
+    def _guard_what_is_open(self):
+        """The caller's own connections, and ours that were not done in time."""
+        self._dangers = {}
+        found = descriptors() if self._files else {}
+        for identity, path in list(self._files.items()):
+            if file_identity(path) == identity and self._is_open(identity, found):
+                guard = self.guard(identity)
+                if guard is None:
+                    self._dangers[identity] = _LEFT_OPEN
+                    continue
+                guard.share()
+                if guard.is_writing():
+                    self._dangers[identity] = _IN_TRANSACTION
+
+    def _is_open(self, identity, found):
+        guard = self._guards.get(identity)
+        return bool(found.get(identity, set()) - (guard.fds if guard else set()))
+
+    def guard(self, identity: tuple) -> Guard | None:
+        """Keep the -wal of this file in place from now on; None: impossible."""
+        path = self._files[identity]
+        guard = self._guards.get(identity)
+        if guard is None:
+            if self._guards:
+                self.let_go()
+            guard = self._guards[identity] = Guard(path, identity)
+        return guard if guard.lock() else None
+
+    def _after_in_child(self):
+        """Only the thread that forked is left, and no lock of ours is held by it."""
+        for link in self._open_links():
+            link.leak()
+            if not self._forking:
+                self.refused[link.identity] = _NO_HOOKS
+            elif link.is_busy:
+                self.refused[link.identity] = _IN_TRANSACTION
+            elif not self._keep(link):
+                self.refused[link.identity] = _LEFT_OPEN
+        self.refused.update(self._dangers)
+        if self._has_other_users():     # one that would not wait; see wait()
+            self.refused.update(dict.fromkeys(self._files, _IN_TRANSACTION))
+        self.links = weakref.WeakValueDictionary()
+        self._users, self._dangers, self._impatient = {}, {}, set()
+        self._forking, self._closing = [], []
+        self._lock, self._one_fork = threading.RLock(), threading.RLock()
+        for guard in self._guards.values():
+            if not guard.is_shared:
+                guard.leave_to_parent()
+        self.let_go()
+        self.count += 1
+        self._pid = os.getpid()
+
+
+FORKS = Forks()
+
+
+class WalFiles:
+    """The -wal and -shm of `path` as they are now."""
+
+    def __init__(self, path):
+        self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
+        self._identity = file_identity(path)
+        self._wal = file_identity(self._path)
+        self._shm = file_identity(self._shm_path)
+        self.bytes = 0              # of the -wal, at the last look
+
+    def is_there(self):
+        """True while it is still the one that others read; one stat."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return False
+        self.bytes = status.st_size
+        found = status.st_dev, status.st_ino
+        if self._wal is None:       # our first write has made it
+            self._wal = found
+        return self._wal == found
+
+    def lies_before(self, path):
+        """True if SQLite would read this -wal together with that file."""
+        return self._wal is not None and self._wal == file_identity(path + "-wal")
+
+    def is_replaced(self):
+        """True when another file lies there, and perhaps another -wal."""
+        return file_identity(self._file) not in (None, self._identity)
+
+    def is_stale(self):
+        """True when both were deleted beside the file: others may have moved on.
+
+        Where it is the -wal alone, SQLite saves what is in it.
+        """
+        return file_identity(self._file) == self._identity and \
+            self._shm not in (None, file_identity(self._shm_path))
+
+
+class Link:
+    """One thread's connection, with what must be remembered beside it."""
+
+    def __init__(self, connection, identity):
+        self.connection = connection
+        self.identity = identity
+        self.wal = None             # the WalFiles that it writes to
+        self.thread = threading.get_ident()
+        self.generation = FORKS.count
+        self.is_closed = False
+        self.synchronous = None     # what the pragma was last set to
+        self.commits = 0
+        self.undone = True          # the last transaction was, or never began
+        self.writer = nobody       # weak reference to the _Write that is open
+        self.is_reading = False
+        self.wake = []              # whom to wake after the commit
+        self.is_stale = False       # opened while the file could not be written
+        FORKS.links[id(self)] = self
+
+    @property
+    def is_busy(self):
+        """True from before its thread uses SQLite until after."""
+        return self.is_reading or self.writer() is not None
+
+    @property
+    def is_open(self):
+        """True in a transaction."""
+        try:
+            return self.connection.in_transaction
+        except sqlite3.ProgrammingError:        # a fork has closed it
+            return False
+
+    def close(self):
+        """Undo what is open, and close.  May be called twice."""
+        if self.is_closed:
+            return
+        if self.is_open:            # what a cursor holds open would stay a transaction
+            self.roll_back()
+        if self.wal is not None and (self.wal.is_replaced() or self.wal.is_stale()):
+            if self.wal.is_stale():
+                FORKS.refused[self.identity] = WAL_LOST
+            self.leak()         # a close would delete, or overwrite, what is newer
+            return
+        self.is_closed = True
+        FORKS.be_patient()
+        with FORKS.using(), FORKS.closing(self), contextlib.suppress(sqlite3.Error):
+            self.connection.close()
+
+    def roll_back(self):
+        """Leave no transaction open; some errors have already rolled back."""
+        self.undone = True
+        if not self.is_closed and self.is_open:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("rollback")
+
+    def leak(self):
+        """Leave it open for ever: a close would unlock, or delete, others' files."""
+        import ctypes
+
+        self.is_closed = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
+
+    def __del__(self):
+        # The module's names are gone when the interpreter ends: SQLite closes it.
+        if FORKS is None or self.is_closed:
+            return
+        if self.generation == FORKS.generation():
+            self.close()
+        else:                       # this very moment it was forked
+            self.leak()
+
+
+# == Database =================================================================
+# Owns the file: schema, migrations, connections, transactions, the write-ahead
+# log, and what goes wrong with any of them.  Knows nothing of what the rows mean.
+#
+# Rules that hold here and in the next two sections, each with its reason:
+#   begin immediate     a read that upgrades fails at once instead of waiting
+#   no RETURNING        unordered, and its cursor holds the write lock open
+#   literals in where   a partial index does not match a bound parameter
+#   no open()           closing any descriptor of the file drops SQLite's locks
+
+_SCHEMA = (
+    """
+create table bg_task (
+    id          integer primary key,  -- never used twice, see bg_meta.last_id
+    state       integer not null,     -- 0 scheduled 1 retrying 2 queued 3 running
+                                      -- 4 success 5 failed 6 cancelled
+    queue       text not null,        -- name of the queue it waits in
+    name        text not null,        -- name of the task, as @task registered it
+    priority    integer not null,     -- lower runs first
+    place       integer not null default 0,  -- then lower; then lower id.  Rises
+                                      -- when a retry queues again: bg_meta.place
+    key         text,                 -- one unfinished row per key; null: no key
+    attempt     integer not null default 0,  -- runs claimed so far; fencing token
+    retries     integer not null,     -- runs allowed after the first
+    forgiven    integer not null default 0,  -- attempts that do not count
+    timeout     real,                 -- seconds a run may take; null: no limit
+    worker      integer,              -- bg_worker.id that claimed it last
+    cancel_asked integer not null default 0, -- 1: its worker shall end the run
+    callbacks   integer not null default 0,  -- 1 on_success 2 on_failure 3 both; set
+                                      -- at the claim, for whoever ends the last run
+    run_at      integer not null,     -- unix ms; due, and ready, from then on
+    counted     integer not null default 0, -- 1: run_at was counted from created_at
+    created_at  integer not null,     -- unix ms of delay()
+    started_at  integer,              -- unix ms the last run began
+    finished_at integer,              -- unix ms; null until finished
+    duration    real,                 -- seconds the last run took
+    tick        integer,              -- unix s of the cron tick; null: no cron
+    args        text,                 -- [args, kwargs]; null: in bg_payload
+    result      text,                 -- null: none yet, or in bg_payload
+    -- An edit by hand to what no program could mean is refused there and then.
+    check (id between 1 and 1e15), check (place between 0 and 1e15),
+    check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
+    check (state between 0 and 99), check (priority between -1e10 and 1e10),
+    check (attempt between 0 and 1e9),
+    check (retries between 0 and 1e12), check (forgiven between 0 and 1e9),
+    check (timeout is null or timeout between 0 and 1e12),
+    check (run_at between 0 and 1e16), check (created_at between 0 and 1e16),
+    check (started_at is null or started_at between 0 and 1e16),
+    check (finished_at is null or finished_at between 0 and 1e16),
+    check (tick is null or typeof(tick) = 'integer' and tick between -1e12 and 1e12)
+)""",
+    # A row is in the index of its state, and in none once it is finished, so
+    # history costs nothing.  What is ready is in two: in the order of claims, and
+    # by group, so that what cannot run now is passed over in one seek.
+    f"""create index bg_delayed on bg_task (run_at) where state < {QUEUED}""",
+    f"""create index bg_ready on bg_task (priority, place) where state = {QUEUED}""",
+    f"""create index bg_group on bg_task (queue, name, priority, place)
+        where state = {QUEUED}""",
+    f"""create index bg_running on bg_task (worker) where state = {RUNNING}""",
+    f"""create unique index bg_key on bg_task (key)
+        where key is not null and state < {SUCCESS}""",
+    """
+create table bg_payload (             -- what is too large for the hot row
+    id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
+                                      -- 2 error 3 output 4 progress
+                                      -- 5 mark
+    body        text not null         -- JSON; plain text for output and mark
+)""",
+    """
+create table bg_worker (
+    id          integer primary key autoincrement,  -- never used twice; also the
+                                      -- byte it locks in the file *-live
+    name        text not null,        -- worker_name, for people
+    pid         integer not null,     -- of the worker process
+    host        text not null,        -- where it runs
+    boot        text not null,        -- id of that machine's boot; '' unknown
+    port        integer not null,     -- UDP, loopback; 0: polls only
+    token       text not null,        -- what a wake-up datagram must say
+    queues      text,                 -- JSON array it serves; null: all
+    concurrency integer not null,     -- children
+    started_at  integer not null,     -- unix ms
+    beat_at     integer not null,     -- unix ms of the last heartbeat
+    running     integer not null default 0, -- tasks in hand at that heartbeat
+    live        integer not null default 0, -- inode of the *-live whose byte it has
+                                      -- locked; 0: unknown, only its beats count
+    check (beat_at between 0 and 1e16), check (started_at between 0 and 1e16)
+)""",
+    """create index bg_beat on bg_worker (beat_at) where port > 0""",
+    """
+create table bg_schedule (
+    task        text not null,        -- name of the task to enqueue
+    expr        text not null,        -- cron expression
+    tz          text not null,        -- IANA name
+    number      integer not null,     -- 0; 1, 2 … for further ones that are equal
+    misfire     text not null,        -- latest, skip or all
+    overlap     text not null,        -- allow or skip
+    jitter      real not null,        -- seconds; 0: none
+    next_tick   integer,              -- unix s; null: never
+    last_tick   integer,              -- unix s of the last one enqueued
+    done        text not null,        -- JSON, see plan_ticks()
+    set_at      integer not null,     -- unix ms when next_tick was written
+    seen_at     integer not null,     -- unix ms a worker last registered it
+    primary key (task, expr, tz, number),
+    check (misfire in ('latest', 'skip', 'all')), check (overlap in ('allow', 'skip')),
+    check (jitter between 0 and 1e12), check (set_at between 0 and 1e16),
+    check (next_tick is null or next_tick between -1e12 and 1e12),
+    check (last_tick is null or last_tick between -1e12 and 1e12),
+    check (seen_at between 0 and 1e16), check (typeof(done) = 'text')
+) without rowid""",
+    """create index bg_schedule_due on bg_schedule (next_tick)""",
+    """create index bg_schedule_set on bg_schedule (set_at)""",
+    """
+create table bg_rate (
+    name        text primary key,     -- task name; '' is the limit over all
+    tat         real not null,        -- unix ms, see rate_tokens()
+    check (tat between 0 and 1e16)
+) without rowid""",
+    """
+create table bg_queue (
+    name        text primary key,     -- a queue that is paused
+    paused_at   integer not null      -- unix ms
+) without rowid""",
+    """
+create table bg_meta (
+    name        text primary key,     -- last_id, schema, place, clock, clock_doubted
+    value       integer not null,     -- the highest task id ever deleted; the
+                                      -- version of these tables; the place of the
+                                      -- last retry that queued again; see ClockView
+    check (value between 0 and 1e15)
+) without rowid""",
+    """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
+)
+# _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
+# bg_meta: user_version is for the program whose file it may be.
+_MIGRATIONS = (_SCHEMA,)
+
+REENTERED = (
+    "database {}: this thread is in the middle of a transaction: a signal handler may "
+    "have interrupted it; let the handler set a flag instead"
+)
+_GONE = (
+    "database {}: it is gone: deleted, moved, or on a disk that is not mounted: bring "
+    "it back, or start anew with a new process"
+)
+_NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
+_WAKE_WORKERS = 32                  # how many are sent a hint
+_CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
+CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
+_WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+# As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
+# virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
+_NETWORK_FILESYSTEMS = frozenset((
+    "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse",
+    "gfs2", "glusterfs", "gpfs", "juicefs", "lustre", "mfs", "ncpfs", "nfs", "nfs4",
+    "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb2", "smb3", "smbfs",
+    "sshfs",
+    "9p", "drvfs", "fakeowner", "grpcfuse", "osxfs", "prl_fs", "vboxsf", "virtiofs",
+    "vmhgfs", "vmhgfs-fuse",
+))
+
+
+def explained(exc, path):
+    """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
+    text = str(exc)
+    if "closed database" in text:
+        return Undone(FORKED.format(path))
+    for words, kind, advice in (
+        ("locked", DatabaseBusy, "another process holds its write lock"),
+        ("is full", DatabaseUnavailable, "free some disk space"),
+        ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
+        ("unable to open", DatabaseUnavailable, "is there such a folder?"),
+        ("already exists", DatabaseUnusable,
+         "it is another program's: give us another file with PYBGWORKER_DB"),
+        ("not a database", DatabaseUnusable, "it is some other file; name another"),
+        ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
+        ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
+    ):
+        if words in text:
+            return kind(f"database {path}: {text}: {advice}")
+    return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
+
+
+def is_busy(exc):
+    return "locked" in str(exc) or "busy" in str(exc)
+
+
+def _mounts():
+    """The text of this process's mount table; Linux, elsewhere empty."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+def _mount_of(path, mounts):
+    """(mount point, file system type) of what holds `path`; ("", "") if unknown."""
+    best, kind = "", ""
+    for mount in mounts.splitlines():
+        left, _, right = mount.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return best, kind
+
+
+def _absolute(path):
+    try:
+        return os.path.abspath(path)
+    except OSError as exc:          # the working folder was deleted
+        raise DatabaseUnavailable(
+            f"database {path}: the current folder is gone: name it by a full path"
+        ) from exc
+
+
+def count_links(path):
+    """The number of names that a file has in its file system; 0: there is none."""
+    try:
+        return os.stat(path).st_nlink
+    except OSError:
+        return 0
+
+
+def _check_place(path, mounts, allow_network_fs):
+    """Refuse a file that SQLite would damage where, or as, it lies.
+
+    Its -wal is found by the file's name.  One file with two names in different
+    folders has two of them, and each program overwrites what the other wrote.
+    """
+    point, kind = _mount_of(path, mounts)
+    if kind.removeprefix("fuse.") in _NETWORK_FILESYSTEMS and not allow_network_fs:
+        raise DatabaseUnusable(
+            f"database {path}: on a network file system ({kind}), where SQLite loses "
+            "data: choose a local path with PYBGWORKER_DB, or set "
+            "PYBGWORKER_ALLOW_NETWORK_FS=1"
+        )
+    if point == path and not os.path.isdir(path):
+        raise DatabaseUnusable(
+            f"database {path}: mounted as a single file, so its -wal is not the one "
+            "that other programs see: mount the folder that it lies in"
+        )
+    if count_links(path) > 1 and not os.path.isdir(path):
+        raise DatabaseUnusable(
+            f"database {path}: a hard link gives it a second name, and SQLite loses "
+            f"data by two names: remove the other (find -samefile {path})"
+        )
+
+
+def _open_uri(path, **options):
+    """Connect to a file that exists; sqlite3.connect(path) would make one."""
+    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    if os.sep != "/":
+        name = "/" + name.replace(os.sep, "/")
+    return sqlite3.connect(
+        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
+        **options,
+    )
+
+
+def _put_away_log(path):
+    """Be the last that closes it, unless others have it open."""
+    with contextlib.suppress(sqlite3.Error), \
+            contextlib.closing(_open_uri(path)) as connection:
+        connection.execute("pragma schema_version").fetchall()
+
+
+FORKS.put_away_log = _put_away_log
+
+
+@contextlib.contextmanager
+def missing_is_none():
+    """Go on where a table or column is missing."""
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        if "no such" not in str(exc):
+            raise
+
+
+def _patiently(connection, deadline, statement):
+    """Run one statement until it is not locked out; return its first value."""
+    while True:
+        try:
+            rows = connection.execute(statement).fetchall()
+            return rows[0][0] if rows else None
+        except sqlite3.OperationalError as exc:
+            if not is_busy(exc) or time.monotonic() > deadline:
+                raise
+            if FORKS.is_on():
+                raise StepAside from exc
+        # Short and uneven: SQLite's own waiting grows, so newcomers would win.
+        time.sleep(random.uniform(0.0005, 0.003))
+
+
+def _set_up(connection, deadline):
+    for pragma in (
+        "wal_autocheckpoint = 0",       # see checkpoint()
+        f"journal_size_limit = {_WAL_KEEP_BYTES}",
+        "secure_delete = off",          # on by default in some builds
+        "temp_store = memory",
+        "cache_size = -8000",           # KiB
+        "fullfsync = on",               # macOS: reach the platter
+    ):
+        _patiently(connection, deadline, "pragma " + pragma)
+
+
+class _Tables:
+    """Our tables in a file.  `ask` runs one statement and returns its first value."""
+
+    def __init__(self, path: str, ask: Callable[[str], Any]):
+        self._path, self._ask = path, ask
+
+    def open(self, create: bool) -> None:
+        """Bring them up to date, if there are any, or if they may be made."""
+        version = self.version()
+        if not version and not create:
+            raise DatabaseUnusable(
+                f"database {self._path}: there is no queue in it: name another with "
+                "--db or PYBGWORKER_DB; the first delay() or run makes one"
+            )
+        self._use_wal()
+        if version == len(_MIGRATIONS):
+            return
+        self._ask("begin immediate")
+        try:
+            self.migrate()
+            self._ask("commit")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):    # it may be undone already
+                self._ask("rollback")
+            raise
+
+    def version(self) -> int:
+        """Of our tables; 0: there are none."""
+        if not self._ask("""select count(*) from sqlite_master
+                             where name in ('bg_meta', 'bg_task')"""):
+            return 0
+        version = None
+        with missing_is_none():
+            version = self._ask(
+                """select value + 0 from bg_meta where name = 'schema'""")
+        if version is None:
+            raise sqlite3.OperationalError("table bg_task already exists")
+        if version > len(_MIGRATIONS):
+            raise DatabaseUnusable(
+                f"database {self._path}: made by a newer pybgworker (schema {version}, "
+                f"this one knows {len(_MIGRATIONS)}): update this file"
+            )
+        return version
+
+    def migrate(self) -> None:
+        """Under the write lock: another may have done it meanwhile."""
+        for statements in _MIGRATIONS[self.version():]:
+            for statement in statements:
+                self._ask(statement)
+            self._ask("""update bg_meta set value = value + 1 where name = 'schema'""")
+
+    def _use_wal(self):
+        """Needs the file alone for a moment; SQLite does not wait for that."""
+        while self._ask("pragma journal_mode") != "wal":
+            mode = self._ask("pragma journal_mode = wal")
+            if mode != "wal":
+                raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
+
+
+class _Write:
+    """A write transaction.  They do not nest."""
+
+    def __init__(self, store, durable, patience):
+        self.store, self.durable, self.patience = store, durable, patience
+        self.link: Any = None       # the Link it is on, from __enter__() on
+
+    def __enter__(self):
+        self.link = self.store._begin(self)
+        return self.link
+
+    @property
+    def is_committed(self):
+        """True once it is; also where an interrupt hides how the block ended."""
+        link = self.link
+        return link is not None and not (link.undone or link.is_open)
+
+    def __exit__(self, kind, exc, trace):
+        self.store._end(self.link, failed=kind is not None)
+        if isinstance(exc, sqlite3.Error):
+            self.link.is_stale = "readonly" in str(exc)
+            raise explained(exc, self.store.path) from exc
+        return False
+
+
+# Real paths that this process has opened.  A file that was there and is gone (a
+# disk that is not mounted any more) is never made anew: that would be an empty
+# queue, which gives the ids of the other once more.  True: our tables were in it.
+KNOWN_PATHS: dict[str, bool] = {}
+
+
+class Database:
+    """The file `path`.  One connection for each thread that asks."""
+
+    def __init__(self, path: str, durability: str = "full",
+                 busy_timeout: float = 30.0, allow_network_fs: bool = False):
+        self.name = _absolute(path)                 # as it was given
+        self.path = os.path.realpath(self.name)     # its one name for all
+        self.durability = durability
+        self.busy_timeout = busy_timeout
+        self.allow_network_fs = allow_network_fs
+        self.follow = True          # to the new file, when ours is replaced
+        self.may_create = True     # until it is opened
+        self._local = threading.local()
+
+    def create(self) -> None:
+        if not self.may_create:
+            self.link()
+            return
+        if self.path not in KNOWN_PATHS:
+            self._make_file()
+        self._local.link = self._open(create=not KNOWN_PATHS.get(self.path))
+
+    def _make_file(self):
+        """Make it empty, not for others to read: arguments may be secrets.
+
+        By mknod, for closing a descriptor would drop SQLite's locks on a file that
+        another thread has just opened.  Guarded by test_a_new_database_is_private.
+        """
+        if os.path.exists(self.path):
+            return
+        try:
+            os.mknod(self.path, stat.S_IFREG | _NEW_FILE_MODE)
+        except FileExistsError:
+            pass
+        except (AttributeError, OSError):       # Windows; macOS; some sandboxes
+            try:
+                sqlite3.connect(self.path).close()
+                os.chmod(self.path, os.stat(self.path).st_mode & _NEW_FILE_MODE)
+            except (sqlite3.Error, OSError) as exc:
+                raise explained(exc, self.path) from exc
+
+    def write(self, durable: bool = True, patience: float | None = None) -> _Write:
+        """A transaction that begins by taking the write lock.
+
+        `durable=False` spares the fsync, for what is harmless to lose in a power
+        cut.  Waits at most `patience` seconds (default: busy_timeout), then
+        raises DatabaseBusy.  Raises DatabaseUnavailable for all else.
+        """
+        return _Write(self, durable, patience)
+
+    def link(self):
+        link = getattr(self._local, "link", None)
+        if link is not None and link.writer() is not None:
+            return link         # of the block we are in; if closed, it has failed
+        if link is None or link.generation != FORKS.generation():
+            link = self._local.link = self._open()
+        elif not link.is_open and (
+            link.is_closed or link.is_stale
+            or link.identity != file_identity(self.name)
+        ):
+            link = self._reopen(link)
+        return link
+
+    def _reopen(self, link):
+        """The file was replaced: a write to the old one would vanish with it.
+
+        One that is away may come back as it was: a disk, a folder that was renamed.
+        """
+        path = os.path.realpath(self.name)          # a link may lead elsewhere now
+        found = file_identity(path)
+        if found is None:
+            raise DatabaseUnavailable(_GONE.format(self.path))
+        if not self.follow and found != link.identity:
+            raise DatabaseUnusable(
+                f"database {self.path}: the file was replaced while in use: start the "
+                "worker again"
+            )
+        self.path = path
+        if found != link.identity and link.wal.lies_before(self.path):
+            raise DatabaseUnusable(
+                f"database {self.path}: the file was replaced, and the -wal of the old "
+                "one lies before it, which may destroy it: stop all programs that use "
+                "it, put the file in place again, delete its -wal and -shm"
+            )
+        link.close()
+        self._local.link = link = self._open()
+        return link
+
+    def close(self) -> None:
+        link, self._local.link = getattr(self._local, "link", None), None
+        if link and link.generation == FORKS.generation():
+            link.close()
+        FORKS.let_go()
+
+    def _open(self, create=False):
+        while True:
+            self._check_exists()
+            _check_place(self.path, _mounts(), self.allow_network_fs)
+            try:
+                with FORKS.using():
+                    return self._open_now(create)
+            except StepAside:
+                continue
+            except sqlite3.Error as exc:
+                raise explained(exc, self.path) from exc
+
+    def _open_now(self, create):
+        identity = file_identity(self.path)
+        FORKS.check(identity, self.path)
+        has_others = FORKS.has_others(identity)
+        link = Link(
+            _open_uri(self.path, check_same_thread=False, cached_statements=256),
+            identity,
+        )
+        try:
+            deadline = time.monotonic() + self.busy_timeout
+            _set_up(link.connection, deadline)
+            ask = functools.partial(_patiently, link.connection, deadline)
+            _Tables(self.path, ask).open(create)
+            FORKS.hold(link, self.path, has_others)
+        except BaseException:
+            link.close()
+            raise
+        link.wal = WalFiles(self.path)
+        self.may_create = False
+        KNOWN_PATHS[self.path] = True
+        return link
+
+    def _check_exists(self):
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            raise DatabaseUnavailable(
+                _GONE.format(self.path) if self.path in KNOWN_PATHS else
+                f"there is no database {self.path}: name one with --db or PYBGWORKER_DB"
+            ) from None
+        except OSError as exc:
+            raise explained(exc, self.path) from exc
+
+    def prepare(self, cursor: sqlite3.Cursor) -> None:
+        """Make the tables, if need be, in somebody else's transaction on this file."""
+        def ask(statement):
+            row = cursor.execute(statement).fetchone()
+            return row and row[0]
+
+        tables = _Tables(self.path, ask)
+        if tables.version() != len(_MIGRATIONS):
+            tables.migrate()
+
+    def _begin(self, write):
+        """Take the write lock; return the link that has it."""
+        patience = self.busy_timeout if write.patience is None else write.patience
+        deadline = time.monotonic() + patience
+        while True:
+            link = self._free_link()
+            try:
+                link.writer = weakref.ref(write)    # from here on a fork waits for us
+                if not FORKS.is_on():
+                    self._take_lock(link, write.durable, deadline)
+                    return link
+            except StepAside:
+                pass
+            except BaseException:
+                link.writer = nobody
+                raise
+            link.writer = nobody
+            FORKS.wait()
+
+    def _free_link(self):
+        link = getattr(self._local, "link", None)
+        if link is not None and link.writer() is not None:
+            if link.is_open:
+                raise DatabaseBusy(REENTERED.format(self.path))
+            link.writer = nobody
+        return self.link()
+
+    def _take_lock(self, link, durable, deadline):
+        synchronous = "full" if durable and self.durability == "full" else "normal"
+        link.roll_back()       # what an interrupt (Ctrl-C) has left open
+        try:
+            if link.synchronous != synchronous:
+                link.connection.execute("pragma synchronous = " + synchronous)
+                link.synchronous = synchronous
+            _patiently(link.connection, deadline, "begin immediate")
+            link.undone = False
+        except sqlite3.Error as exc:
+            link.is_stale = "readonly" in str(exc)
+            raise explained(exc, self.path) from exc
+
+    def _end(self, link, failed):
+        wake, link.wake = link.wake, []
+        try:
+            if not failed:
+                self._commit(link)
+        except sqlite3.Error as exc:
+            failed = True
+            raise explained(exc, self.path) from exc
+        except DatabaseUnavailable:
+            failed = True
+            raise
+        finally:
+            if failed:
+                link.roll_back()
+            link.writer = nobody
+        if not failed:
+            link.commits += 1
+            send_wake_ups(wake)
+
+    def _commit(self, link):
+        """Return once it is committed, to the log that all others read."""
+        if link.generation != FORKS.generation():
+            raise Undone(FORKED.format(self.path))
+        link.connection.execute("commit")
+        if not link.wal.is_there() and not FORKS.is_away(link.identity):
+            # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
+            # a stray close() of the file in this process has dropped our locks, and
+            # another program took itself for the last user; else it was done by hand.
+            FORKS.refused[link.identity] = WAL_LOST
+            FORKS.check(link.identity, self.path)
+
+    def read(self, statement, parameters=()):
+        """Run a query to its end: an open cursor would hold the -wal in place."""
+        deadline = time.monotonic() + self.busy_timeout
+        while True:
+            link = self.link()
+            outer, inside = link.is_reading, link.writer() is not None
+            try:
+                link.is_reading = True      # from here on a fork waits for us
+                if inside or not FORKS.is_on():
+                    return link.connection.execute(statement, parameters).fetchall()
+            except sqlite3.Error as exc:
+                is_forked = link.is_closed and not inside
+                if not is_forked and (not is_busy(exc) or time.monotonic() > deadline):
+                    raise explained(exc, self.path) from exc
+            finally:
+                link.is_reading = outer
+            time.sleep(random.uniform(0.0005, 0.003))
+
+    def data_version(self) -> tuple:
+        number = self.read("pragma data_version")[0][0]
+        return weakref.ref(self._local.link), number
+
+    def version(self) -> tuple:
+        return *self.data_version(), self._local.link.commits
+
+    def wal_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        try:
+            return os.stat(self.path + "-wal").st_size
+        except OSError:
+            return 0
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database, so that it can start anew.
+
+        SQLite before 3.51.3 can corrupt a file when one connection resets the log
+        while another checkpoints it.  Nobody can reset it here: the write lock is
+        held meanwhile, by a second connection.
+        https://sqlite.org/wal.html#walresetbug
+        """
+        with self.write(durable=False, patience=0.05), \
+                contextlib.closing(_open_uri(self.path)) as helper:
+            helper.execute("pragma wal_autocheckpoint = 0").fetchall()
+            helper.execute("pragma wal_checkpoint(passive)").fetchall()
+
+    def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
+        if self.wal_bytes() > limit:
+            with contextlib.suppress(DatabaseBusy):
+                self.checkpoint()
+
+
+def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
+    """Of the workers that beat last: those of the dead may lie there by thousands.
+
+    A worker that gets no hint looks by itself, a little later.
+    """
+    return connection.execute(
+        """select port, token from bg_worker where port > 0
+            order by beat_at desc limit :most""",
+        {"most": _WAKE_WORKERS},
+    ).fetchall()
+
+
+# == Queue ====================================================================
+# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
+# writes is one transaction of its own: no one is ever open outside of it, and what
+# serves several verbs has the connection, or the link, as its first argument.
+# Rows leave as small objects; nothing above knows a column.
+
+_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
+INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+_NOT_ITS_FILES = (
+    "database {}: conn= does not write to it: the file, its -wal or its -shm was "
+    "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
+    "and open it again"
+)
+_TRIES = 5                  # of a commit, when forks undo it
+_TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
+_CROWD_SECONDS = 0.0001     # for threads just served to come back with more
+
+
+def insert_all(link, requests):
+    link.wake = wake_addresses(link.connection)
+    _insert(link.connection, requests)
+
+
+_INSERT = """
+    insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
+        state, run_at, created_at, tick, counted, args)
+    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def _insert(connection, requests):
+    first, place = _next_id(connection)
+    for request in requests:
+        holder = key_holder(connection, request.task.key)
+        if holder is not None:
+            request.ids = [holder] * len(request.calls)
+            continue
+        numbered = list(enumerate(request.calls, first))
+        connection.executemany(_INSERT, [
+            (number, place, *request.task,
+             text if len(text) <= INLINE_CHARS else None)
+            for number, text in numbered
+        ])
+        for number, text in numbered:
+            if len(text) > INLINE_CHARS:
+                put_payload(connection, number, _ARGS, text)
+        request.ids = [number for number, _ in numbered]
+        first += len(numbered)
+
+
+def key_holder(connection, key):
+    """Id of the unfinished task with this key.  The write lock is held."""
+    if key is None:
+        return None
+    row = connection.execute(
+        f"""select id + 0 from bg_task
+            where key = :key and key is not null and state < {SUCCESS}""",
+        {"key": key},
+    ).fetchone()
+    return row and row[0]
+
+
+def _next_id(connection):
+    """One above every id ever given, and the place of what is new.
+
+    Also above ids of deleted rows; and behind every retry that queued again,
+    which takes a place of its own behind all that were new before: Claims.
+    Both are expressions: a converter of the caller's does not get at them.
+    """
+    return connection.execute(
+        """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
+                place.value + 0
+            from bg_meta last, bg_meta place
+            where last.name = 'last_id' and place.name = 'place'"""
+    ).fetchone()
+
+
+def put_payload(connection, task_id, kind, body):
+    connection.execute(
+        """insert or replace into bg_payload (id, body) values (:id, :body)""",
+        {"id": task_id * 8 + kind, "body": body},
+    )
+
+
+def payload_of(db, task_id, kind):
+    rows = db.read(
+        """select body from bg_payload where id = :id""",
+        {"id": task_id * 8 + kind},
+    )
+    return rows[0][0] if rows else None
+
+
+class GroupCommit:
+    """Threads that enqueue at the same time share one commit, and so one fsync.
+
+    Each puts its request down.  One of them leads: it commits all requests that lie
+    there, while the others wait to be called, and then the next is called to lead.
+    """
+
+    def __init__(self, queue: Queue):
+        self.generation = FORKS.count      # inherited locks may never open
+        self._queue = queue
+        self._leading = threading.Lock()
+        self._requests: collections.deque = collections.deque()
+        self._crowd = 0             # requests that the last leader found
+        self._leader = 0            # ident of the thread that leads
+
+    def submit(self, request: Request) -> list:
+        """Return the ids once they are committed; or raise, with nothing written.
+
+        Ctrl-C that arrives while they are committed is raised after that.
+        """
+        if self._leader == threading.get_ident():       # in a signal handler
+            raise DatabaseBusy(REENTERED.format(self._queue.db.path))
+        self._requests.append(request)
+        try:
+            while not request.is_settled:
+                self._wait_or_lead(request)
+        except BaseException:       # also Ctrl-C: nobody shall commit it later
+            self._drop(request)
+            raise
+        finally:
+            self._call_next()
+        if request.error:
+            raise request.error
+        return request.ids
+
+    def _drop(self, request):
+        """Nobody inserts it from now on; or it is committed, or undone, already.
+
+        Waits for a transaction that it is in, not for one that waits for its turn.
+        """
+        request.is_given_up = True
+        with contextlib.suppress(ValueError):
+            self._requests.remove(request)
+        while request.is_taken and not request.is_settled and \
+                self._leading.locked() and self.generation == FORKS.generation():
+            request.turn.acquire(timeout=_TURN_SECONDS)
+
+    def _wait_or_lead(self, request):
+        if self._leading.locked():
+            request.turn.acquire(timeout=_TURN_SECONDS)
+            self._check_process()
+            return
+        with self._leading:
+            self._leader = threading.get_ident()
+            try:
+                if not request.is_settled:
+                    self._lead(request)
+            finally:
+                self._leader = 0
+
+    def _call_next(self):
+        if self._requests and not self._leading.locked():
+            with contextlib.suppress(IndexError):       # another was faster
+                self._requests[0].call()
+
+    def _lead(self, own):
+        if self._crowd > 1:
+            time.sleep(_CROWD_SECONDS)
+        others = []
+        with contextlib.suppress(IndexError):       # one that gives up takes its own
+            while True:
+                others.append(self._requests.popleft())
+        self._crowd = len(others)
+        requests = [own, *(request for request in others if request is not own)]
+        try:
+            self._commit(requests)
+        except DatabaseBusy as exc:
+            if not self._give_up(requests, exc):
+                raise                   # this thread's trouble: it is in a transaction
+        except (DatabaseUnavailable, ValueError, OverflowError):
+            if len(requests) == 1:
+                raise
+            self._commit([own])     # who is to blame?  Each leads for itself, then
+        finally:
+            for request in requests[1:]:
+                request.call()
+
+    def _give_up(self, requests, exc):
+        """Fail those that have waited long enough; the rest lead for themselves.
+
+        Guarded by test_nobody_waits_longer_for_a_lock_than_since_it_came.
+        """
+        now = time.monotonic()
+        late = [request for request in requests if request.deadline <= now]
+        for request in late:
+            request.error = DatabaseBusy(str(exc))
+        self._requests.extendleft(
+            r for r in reversed(requests) if not (r in late or r.is_given_up))
+        return late
+
+    def _check_process(self):
+        """The requests of a parent, inherited in the middle, are not ours."""
+        if self.generation != FORKS.generation():
+            raise DatabaseUnavailable(FORKED.format(self._queue.db.path))
+
+    def _commit(self, requests):
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._commit_once(requests)
+            except Undone:
+                self._check_process()
+                if not left:
+                    raise
+
+    def _commit_once(self, requests):
+        deadline = min(request.deadline for request in requests)
+        self._queue.insert(requests, max(0.0, deadline - time.monotonic()))
+
+
+class CallersTransaction:
+    """A transaction on the caller's own connection (`conn=`), for delay() to share.
+
+    It stays open, unless the connection is one that commits by itself.  An error
+    takes back all that was written inside the block, and nothing else.
+    """
+
+    def __init__(self, db: Database, connection: sqlite3.Connection):
+        if not isinstance(connection, sqlite3.Connection):
+            raise OptionError(
+                f"conn= must be an sqlite3.Connection, not {type(connection)}: see "
+                "the attribute driver_connection in SQLAlchemy, connection in Django"
+            )
+        self.db, self.connection = db, connection
+        self._cursor: Any = None    # of ours: no factory of the caller's
+        self._began = False         # here
+
+    def __enter__(self) -> sqlite3.Cursor:
+        try:
+            self._check_file()
+            cursor = self._cursor = sqlite3.Cursor(self.connection)     # a plain one
+            self._began = not self.connection.in_transaction
+            # Writes before it reads.  Then SQLite waits for its turn, and a
+            # transaction that has read before another's commit never gets one.
+            if self._began:
+                cursor.execute("begin immediate")
+            else:
+                with missing_is_none():
+                    cursor.execute(
+                        """update bg_meta set value = value where name = 'last_id'"""
+                    )
+            cursor.execute("savepoint bg_enqueue")
+            self.db.prepare(cursor)
+            return cursor
+        except BaseException as exc:
+            self._undo()
+            self._refuse(exc)
+            raise
+
+    def __exit__(self, kind, exc, trace):
+        if exc is None:
+            try:
+                self._cursor.execute("release bg_enqueue")
+                if self._began and self._commits_by_itself():
+                    self._cursor.execute("commit")
+                return False
+            except sqlite3.Error as failed:
+                exc = failed
+        self._undo()
+        self._refuse(exc)
+        return False
+
+    def _commits_by_itself(self):
+        mode = getattr(self.connection, "autocommit", None)     # from 3.12 on
+        return mode is True or (
+            mode is not False and self.connection.isolation_level is None)
+
+    def _undo(self):
+        if self._cursor is None:
+            return
+        with contextlib.suppress(sqlite3.Error):    # it may be undone already
+            if self._began:
+                self._cursor.execute("rollback")
+            else:
+                self._cursor.execute("rollback to bg_enqueue")
+                self._cursor.execute("release bg_enqueue")
+
+    def _check_file(self):
+        """Refuse a connection to another file: the task would never be found."""
+        # Reads nothing from the file, unlike a select.
+        path = os.fsdecode(self._ask("pragma database_list")[2] or b"")
+        ours, found = self.db.path, file_identity(path)
+        if found is None or found != file_identity(ours) or (
+            os.path.realpath(path) != ours and count_links(path) > 1
+        ):
+            raise OptionError(
+                f"conn= is open on {path or 'memory'}, the queue is {ours}")
+        KNOWN_PATHS.setdefault(ours, False)
+
+    def keep_files(self) -> None:
+        """Hold the files in place for it, which must be those that it writes to.
+
+        To be called when it has written.  What is deleted, or was replaced, while it
+        is open takes the lock on writing with it.
+        """
+        path = self.db.path
+        identity = file_identity(path)
+        if FORKS.is_held_for_caller(identity) or \
+                self._ask("pragma main.journal_mode")[0] != b"wal":     # not yet
+            return
+        guard = FORKS.hold_for_caller(identity, path)
+        if guard and not guard.is_where_we_write():
+            raise DatabaseUnavailable(_NOT_ITS_FILES.format(path))
+
+    def _ask(self, statement):
+        """The first row; its texts are bytes, whatever the caller's factory is."""
+        factory, self.connection.text_factory = self.connection.text_factory, bytes
+        try:
+            return sqlite3.Cursor(self.connection).execute(statement).fetchone()
+        finally:
+            self.connection.text_factory = factory
+
+    def _refuse(self, exc):
+        """Raise what says what to do about an error of the caller's connection."""
+        if isinstance(exc, sqlite3.ProgrammingError):   # closed, or another thread's
+            raise OptionError(f"conn=: {exc}") from exc
+        if isinstance(exc, sqlite3.Error):
+            if "readonly" in str(exc):
+                raise DatabaseUnavailable("conn= was opened read-only") from exc
+            if is_busy(exc):
+                raise DatabaseBusy(
+                    f"conn=: {exc}: another connection is writing; a transaction that "
+                    "reads before it enqueues must start with 'begin immediate'"
+                ) from exc
+            raise explained(exc, self.db.path) from exc
+
+
+class Queue:
+    """The verbs of callers that enqueue."""
+
+    db: Database
+
+    _group: GroupCommit | None = None
+    _tried_at = 0           # bytes of the log when callers last tried a checkpoint
+
+    def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
+        request = Request(task, calls, time.monotonic() + self.db.busy_timeout)
+        if self.db.may_create:
+            self.db.create()
+        group = self._group
+        if group is None or group.generation != FORKS.generation():
+            group = self._group = GroupCommit(self)
+        return group.submit(request)
+
+    def insert(self, requests: Sequence[Request], patience: float) -> None:
+        """The same for each, in one commit; they are told when it is done.
+
+        Raises DatabaseBusy after `patience` seconds.
+        """
+        write, taken = self.db.write(patience=patience), []
+        try:
+            with write as link:
+                taken = [request for request in requests if request.take()]
+                insert_all(link, taken)
+        finally:
+            for request in taken:
+                request.is_done = write.is_committed
+                request.is_taken = False
+        if self._has_grown(write.link.wal.bytes):
+            with contextlib.suppress(DatabaseUnavailable):      # it is committed
+                self.db.checkpoint_if_large(CALLER_CHECKPOINT_BYTES)
+
+    def _has_grown(self, wal_bytes):
+        """True when callers may try a checkpoint: not for each commit while none helps.
+
+        Whoever wrote what is in the log: a thread, or a process, for every call.
+        """
+        last, limit = self._tried_at, CALLER_CHECKPOINT_BYTES
+        if wal_bytes <= limit or last <= wal_bytes < last + limit // 4:
+            return False
+        self._tried_at = wal_bytes
+        return True
+
+    def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
+                     calls: Sequence[str]) -> tuple[list, str | None]:
+        request = Request(task, calls)
+        FORKS.check(file_identity(self.db.path), self.db.path)
+        transaction = CallersTransaction(self.db, connection)
+        with FORKS.using(), transaction as cursor:
+            holder = key_holder(cursor, task.key)
+            _insert(cursor, [request])
+            transaction.keep_files()
+            if holder is not None:      # as bytes: text is for the caller's factory
+                mark = cursor.execute(
+                    """select cast(body as blob) from bg_payload where id = :id""",
+                    {"id": holder * 8 + _MARK},
+                ).fetchone()
+                return request.ids, mark and mark[0].decode()
+            mark = os.urandom(8).hex()
+            for task_id in request.ids:
+                put_payload(cursor, task_id, _MARK, mark)
+        return request.ids, mark
+
+    def has_mark(self, task_id: int, mark: str) -> bool:
+        return payload_of(self.db, task_id, _MARK) == mark
+
+# == Claiming =================================================================
+# Owns the choice of what a worker runs next, and the mark that makes it its own.
+# The order is by priority, then by place, then by id.  A look reads what it takes
+# and a fixed number of rows and seeks, however much lies there that this worker
+# cannot take: what is paused, unknown, not served, or over its rate.  What one
+# look does not reach, the next ones do: see Round.  Knows nothing of outcomes.
+
+_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+_PASS_ROWS = 32             # rows that a look passes over, in the order of claims
+_SEEK_STEPS = 128           # … and then goes so far from group to group
+_LEAPS = 8                  # paused queues that one of these steps leaps over
+_TASK_ROW = f"""
+    select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
+        priority, place,
+        exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
+    from bg_task where state = {QUEUED}"""
+
+
+def _order_of(row):
+    """Where a row of _TASK_ROW stands in the order of claims."""
+    return row[10], row[11], row[0]
+
+
+class _Pick:
+    """Is offered rows in order, and keeps those that the worker can take."""
+
+    def __init__(self, order: ClaimOrder, rates: Rates | None, now: int):
+        self.order, self.rates = order, rates
+        self.free, self.ahead = order.free, order.ahead
+        self.runs: list[Run] = []
+        self.ranges: list[list] = []    # [callbacks, priority, place, first id, last]
+        self.limited: dict[str, int] = {}
+        self.offered = 0
+        self.is_full = False            # nothing behind can be taken, either
+        self.needs_child: int | None = None     # priority of what does
+        self._range: list = []          # the last one; empty: a row was passed over
+        if rates and order.round.limited:
+            self._remember(rates, now)
+
+    def _remember(self, rates, now):
+        """Take over from the round which names wait; those that may start, do not."""
+        known, shut = self.order.round.limited, rates.opens_at("")
+        if shut is not None:
+            self.is_full = True
+            known = {name: max(until, shut) for name, until in known.items()}
+        self.limited = {name: until for name, until in known.items() if until > now}
+
+    def offer(self, row: tuple, follows: bool = True) -> bool:
+        """Take the run if it can be taken.  False: nor can others of its group.
+
+        `follows`: nothing lies between this row and the one offered before.
+        """
+        self.offered += 1
+        if not follows:
+            self._range = []
+        order, name = self.order, row[1]
+        if row[12] or name not in order.names \
+                or order.queues is not None and row[2] not in order.queues \
+                or self.rates and self.waits(name):
+            self._range = []
+            return False
+        run = Run(*row[:11])
+        if self.free:
+            self.free -= 1
+        elif self.ahead and self._lets_wait(run):
+            self.ahead -= 1
+        else:
+            self.is_full = True     # it needs a free child: none may pass it
+            self.needs_child = run.priority
+            return False
+        if self.rates:
+            run.tokens = self.rates.spend(name)
+        self.runs.append(run)
+        run.callbacks = order.callbacks.get(name, 0)
+        self._mark(row, run.callbacks)
+        self.is_full = not (self.free or self.ahead)
+        return True
+
+    def waits(self, name: str) -> bool:
+        """True when the name is at its rate limit, and so are all when all are."""
+        if not self.rates:
+            return False
+        if name in self.limited:
+            return True
+        until = self.rates.opens_at(name)
+        if until is not None:
+            self.limited[name] = until
+            self.is_full = self.rates.opens_at("") is not None
+        return until is not None
+
+    def _lets_wait(self, run):
+        """True for a run that need not start at once."""
+        of, limits = self.order, {run.name, ""}
+        return run.name in of.ahead_names and not run.is_last \
+            and not limits & of.rates.keys()
+
+    def _mark(self, row, callbacks):
+        """Add the row to the ranges: of rows that follow each other, only the ends."""
+        last = self._range
+        if last and last[:3] == [callbacks, row[10], row[11]]:
+            last[4] = row[0]
+        else:
+            self._range = [callbacks, row[10], row[11], row[0], row[0]]
+            self.ranges.append(self._range)
+
+
+class Look:
+    """One look for work: reads by a connection, and writes nothing.
+
+    What it found is in `pick`; `round` is how far it came.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, order: ClaimOrder, now: int):
+        self._connection, self.order = connection, order
+        self.rates = Rates(order.rates, self._tat, now) if order.rates else None
+        self.pick = _Pick(order, self.rates, now)
+        self.round = self._run()
+
+    def seen(self, due: int | None) -> Claimed:
+        """What it found; something else is due at `due`."""
+        opens_at = min(self.round.limited.values(), default=None)
+        return Claimed(self.pick.runs, earliest(due, opens_at), self.round,
+                       waits=self.pick.needs_child)
+
+    def _run(self):
+        """Offer rows to the pick; return where the round stands then."""
+        pick, order = self.pick, self.order
+        round_, limited = order.round, pick.limited
+        if len(limited) < len(round_.limited):      # the look may be past what opened
+            round_ = round_._replace(again=True)
+        if not pick.is_full and order.queues is None and self._offer_in_order():
+            return Round(None, limited)
+        if pick.is_full:
+            return round_._replace(limited=limited, halted=not pick.runs)
+        heads, after = self._groups()
+        if order.queues is not None and (round_.after or after):
+            self._offer_in_order()      # too many to see the first among them
+        self._offer_groups(heads)
+        if pick.is_full and not pick.runs:
+            return round_._replace(limited=limited, halted=True)
+        if after is None:
+            return round_.ended(limited)
+        return Round(after, limited, round_.again)
+
+    def _offer_in_order(self):
+        """Offer what comes first over all.  True: this was all there is."""
+        pick = self.pick
+        most = pick.free + pick.ahead + _PASS_ROWS
+        rows = self._connection.execute(
+            _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
+        )
+        with contextlib.closing(rows):
+            for row in rows:
+                pick.offer(row)
+                if pick.is_full:
+                    return False
+        return pick.offered < most
+
+    def _groups(self):
+        """(the first rows of groups from the round's last one on, the last one seen).
+
+        Leaps from one known name to the next, so what is unknown, paused or not
+        served costs one seek, however much it is.  Goes so many steps at most; the
+        last one seen is None when no group is left.
+        """
+        pick, order = self.pick, self.order
+        queue, name = order.round.after or FIRST_GROUP
+        names = sorted(n for n in order.names if n not in pick.limited)
+        queues = order.queues and sorted(order.queues)
+        heads: list[tuple] = []
+        for _ in range(_SEEK_STEPS):
+            i = bisect.bisect_right(names, name)
+            row = self._head(queue, names[i]) if i < len(names) else None
+            if row is None or row[12]:
+                queue, name = self._next_queue(queues, queue), ""
+                if queue is None or not names:
+                    return heads, None
+                continue
+            name = row[1]
+            i = bisect.bisect_left(names, name)
+            if names[i : i + 1] != [name]:      # unknown, or at its limit
+                continue
+            if not pick.waits(name):
+                heads.append(row)
+                continue
+            del names[i]
+            if pick.is_full:
+                break
+        return heads, (queue, name)
+
+    def _head(self, queue, name):
+        """The first row of a queue in order of name, from this name on."""
+        return self._connection.execute(
+            _TASK_ROW + """ and queue = :queue and name >= :name
+                order by name, priority, place, id limit 1""",
+            {"queue": queue, "name": name},
+        ).fetchone()
+
+    def _next_queue(self, queues, queue):
+        """The next queue that has something ready; the next of `queues`, if given.
+
+        Leaps over paused ones in the same statement, so many at most.
+        """
+        if queues is not None:
+            i = bisect.bisect_right(queues, queue)
+            return queues[i] if i < len(queues) else None
+        return self._connection.execute(
+            f"""with recursive leap (queue) as (
+                    select min(queue) from bg_task
+                        where state = {QUEUED} and queue > :queue
+                    union all
+                    select (select min(queue) from bg_task
+                            where state = {QUEUED} and queue > leap.queue)
+                        from leap join bg_queue on bg_queue.name = leap.queue
+                    limit :most)
+                select queue from leap""",
+            {"queue": queue, "most": _LEAPS},
+        ).fetchall()[-1][0]
+
+    def _offer_groups(self, heads):
+        """Offer the rows of these groups in order, reading no further than needed."""
+        pick = self.pick
+        heap = [(_order_of(head), head, None) for head in heads]
+        heapq.heapify(heap)
+        taken = {run.id for run in pick.runs}
+        with contextlib.ExitStack() as cursors:
+            while heap and not pick.is_full:
+                _, row, rest = heapq.heappop(heap)
+                if row[0] not in taken and not pick.offer(row, follows=False):
+                    continue                # nor can the others of its group
+                if rest is None:
+                    rest = self._rest(row, pick.free + pick.ahead + len(taken))
+                    cursors.enter_context(contextlib.closing(rest))
+                row = next(rest, None)
+                if row is not None:
+                    heapq.heappush(heap, (_order_of(row), row, rest))
+
+    def _rest(self, head, most):
+        """A cursor on the rows of a group behind its first."""
+        return self._connection.execute(
+            _TASK_ROW + """ and queue = :queue and name = :name
+                order by priority, place, id limit :most offset 1""",
+            {"queue": head[2], "name": head[1], "most": most},
+        )
+
+    def _tat(self, limit):
+        row = self._connection.execute(
+            """select tat from bg_rate where name = :name""", {"name": limit}
+        ).fetchone()
+        return row[0] if row else 0.0
+
+
+def _next_due(connection):
+    """When the first task that waits for its time is due; None when none does."""
+    row = connection.execute(
+        f"""select run_at from bg_task where state < {QUEUED} order by run_at limit 1"""
+    ).fetchone()
+    return row and row[0]
+
+
+def queue_behind(connection, ids):
+    """Make tasks ready, each with a place of its own behind all others.
+
+    What is enqueued after that takes the same place, but has a higher id.
+    """
+    if not ids:
+        return
+    place, = connection.execute(
+        """select value from bg_meta where name = 'place'"""
+    ).fetchone()
+    connection.executemany(
+        f"""update bg_task set state = {QUEUED}, place = ? where id = ?""",
+        [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
+    )
+    connection.execute(
+        """update bg_meta set value = value + :more where name = 'place'""",
+        {"more": len(ids)},
+    )
+
+
+class Claims(Queue):
+    """The verbs of workers that look for work."""
+
+    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
+        connection = self.db.link().connection
+        free = min(order.free, 1)
+        ahead = 0 if free else min(order.ahead, 1)
+        try:
+            due = _next_due(connection)
+            if due is not None and due <= now:
+                return True, Claimed([], now, order.round)
+            look = Look(connection, order._replace(free=free, ahead=ahead), now)
+        except sqlite3.Error as exc:
+            raise explained(exc, self.db.path) from exc
+        return bool(look.pick.runs), look.seen(due)
+
+    def _claim(self, connection, order, now):
+        """Take the next runs for a worker that still has its row in bg_worker.
+
+        Stops at the first task that needs a free child when none is left, so that
+        those behind it cannot pass it for ever.
+        """
+        if not connection.execute(
+            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
+        ).fetchone():
+            return Claimed([], None, Round(), is_registered=False)
+        due = _next_due(connection)
+        if due is not None and due <= now:
+            self._promote(connection, now)
+            due = _next_due(connection)
+        look = Look(connection, order, now)
+        self._take(connection, look, now)
+        return look.seen(due)
+
+    def _promote(self, connection, now):
+        """Make ready what was waiting for its time.
+
+        A retry goes behind all that is ready or was enqueued by then, or one that
+        asks for no delay would run again and again before the others.
+        """
+        ready = connection.execute(
+            f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
+                order by run_at limit :batch""",
+            {"now": now, "batch": _PROMOTE_BATCH},
+        ).fetchall()
+        connection.executemany(
+            f"""update bg_task set state = {QUEUED} where id = ?""",
+            [(task_id,) for task_id, state in ready if state == SCHEDULED],
+        )
+        queue_behind(connection,
+                      [task_id for task_id, state in ready if state == RETRYING])
+
+    def _take(self, connection, look, now):
+        """Mark the picked as running, and their starts as spent.
+
+        What else lies in a range of ids is in another state or place: the write
+        lock is held since the rows were read.
+        """
+        connection.executemany(
+            f"""update bg_task set state = {RUNNING}, worker = ?, attempt = attempt + 1,
+                    started_at = ?, callbacks = ?
+                where state = {QUEUED} and priority = ? and place = ?
+                    and id between ? and ?""",
+            [(look.order.worker, now, *ids) for ids in look.pick.ranges],
+        )
+        if look.rates:
+            connection.executemany(
+                """insert or replace into bg_rate (name, tat) values (?, ?)""",
+                look.rates.spent(),
+            )
+
+    def _return_tokens(self, connection, runs):
+        """Give the limits back what runs have spent that never began."""
+        tokens = [(ms, limit) for run in runs for limit, ms in run.tokens]
+        if tokens:
+            connection.executemany(
+                """update bg_rate set tat = tat - ? where name = ?""", tokens
+            )
+
+
+# == Endings ==================================================================
+# Owns what becomes of runs, and the SQL that writes it: success, failure, another
+# run, a hand-back, and what is enqueued with an end.  An end is only written while
+# the run is still its worker's.  Knows nothing of when to retry: see settle().
+
+_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+
+
+def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
+    """The (NewTask, arguments) to be committed with this end of a run.
+
+    A task of its own, in the queue of the one it is about: what calls back is as
+    durable as what is called back about, and is run again when it fails.
+    """
+    bit, kind = CALLBACKS.get(state, (0, ""))
+    if not run.callbacks & bit:
+        return ()
+    row = NewTask(
+        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
+        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
+    )
+    args = [run.id] if state == SUCCESS else [run.id, error]
+    return (row, to_json([args, {}])),
+
+
+# What SQLite says to values that it cannot take: too long, too large, against a
+# check, no Unicode.  Anything else is about the database, not about what is written.
+_REFUSALS = (
+    sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError,
+    UnicodeError, MemoryError,
+)
+
+
+def _is_plain(outcome):
+    """True for a first success that is all in its row: most are."""
+    is_first = outcome.state == SUCCESS and outcome.run.attempt == 1
+    is_small = len(outcome.result or "") <= INLINE_CHARS
+    return is_first and is_small and not (outcome.output or outcome.then)
+
+
+def drop_old(connection, run, state):
+    """Delete what an attempt before has left behind.
+
+    Progress goes at the end of its own attempt, if another follows: what a
+    later one finds is of that one itself.
+    """
+    if run.attempt > 1 or state not in FINISHED:
+        connection.execute(
+            """delete from bg_payload where id > :args and id <= :last""",
+            {
+                "args": run.id * 8 + _ARGS,
+                "last": run.id * 8 + (_OUTPUT if state in FINISHED else _PROGRESS),
+            },
+        )
+
+
+class Endings(Claims):
+    """The verb of workers for a turn: what ended is written, what is next is taken."""
+
+    def turn(self, turn: Turn, now: int, patience: float) -> Turned:
+        worker = turn.worker
+        with self.db.write(turn.is_durable, patience) as link:
+            by = link.connection
+            for run, progress in turn.progress:
+                self._set_progress(by, run, worker, progress)
+            self._give_back(by, turn.unbegun, worker, now, started=False)
+            self._give_back(by, turn.stopped, worker, now, started=True)
+            if turn.unbegun or turn.stopped:
+                link.wake = wake_addresses(by)
+            outcomes = self._heed_cancels(turn.outcomes, worker)
+            stale = self._finish(link, outcomes, worker, now)
+            claimed = self._claim(by, turn.order, now) if turn.order else None
+        if stale:
+            outcomes = [outcome for outcome in outcomes if outcome not in stale]
+        return Turned(outcomes, stale, claimed)
+
+    def _heed_cancels(self, outcomes, worker):
+        """What somebody wants cancelled is not run again, and not said to be."""
+        if all(outcome.state != RETRYING for outcome in outcomes):
+            return list(outcomes)
+        asked = set(self.cancels_asked(worker))
+        return [
+            o._replace(state=CANCELLED)
+            if o.state == RETRYING and o.run.id in asked else o
+            for o in outcomes
+        ]
+
+    _SUCCEED = f"""
+        update bg_task set state = {SUCCESS}, finished_at = ?,
+            started_at = ifnull(?, started_at), duration = ?, result = ?
+        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
+    _FINISH = f"""
+        update bg_task set
+            state = case when cancel_asked and ? < {RUNNING}
+                then {CANCELLED} else ? end,
+            finished_at = case when cancel_asked or ? > {RUNNING} then ? end,
+            started_at = ifnull(?, started_at), duration = ?, run_at = ?,
+            result = ?, forgiven = forgiven + ?, attempt = attempt - ?
+        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
+
+    def _finish(self, link, outcomes, worker, now):
+        """Write what became of runs, and what follows it.  Returns the stale ones."""
+        connection = link.connection
+        unbegun = [o.run for o in outcomes if not o.run.announced]
+        self._return_tokens(connection, unbegun)
+        plain = [o for o in outcomes if _is_plain(o)]
+        if self._succeed_all(connection, plain, worker, now):
+            if len(plain) == len(outcomes):
+                return []
+            outcomes = [o for o in outcomes if not _is_plain(o)]
+        stale = []
+        for outcome in outcomes:
+            try:
+                if not self._finish_one(link, outcome, worker, now):
+                    stale.append(outcome)
+            except _REFUSALS as exc:
+                raise OutcomeRefused(outcome, exc) from exc
+        return stale
+
+    def _succeed_all(self, connection, outcomes, worker, now):
+        """Write plain successes at once; False, and nothing, if one does not go."""
+        if not outcomes:
+            return True
+        connection.execute("savepoint plain")
+        try:
+            done = connection.executemany(self._SUCCEED, [
+                (now, o.started_at, o.duration, o.result, o.run.id, worker,
+                 o.run.attempt)
+                for o in outcomes
+            ]).rowcount
+        except _REFUSALS:           # which one is it?
+            done = -1
+        if done != len(outcomes):
+            connection.execute("rollback to plain")
+        connection.execute("release plain")
+        return done == len(outcomes)
+
+    def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
+        run, state = outcome.run, outcome.state
+        return (
+            state, state, state, now, outcome.started_at, outcome.duration,
+            run.run_at if outcome.run_at is None else outcome.run_at,
+            outcome.result, forgive, uncount, run.id, worker, run.attempt,
+        )
+
+    def _finish_one(self, link, outcome, worker, now):
+        connection = link.connection
+        large = len(outcome.result or "") > INLINE_CHARS
+        row = outcome._replace(result=None) if large else outcome
+        values = self._finish_values(row, worker, now)
+        if connection.execute(self._FINISH, values).rowcount == 0:
+            return False
+        drop_old(connection, outcome.run, outcome.state)
+        if large:
+            put_payload(connection, outcome.run.id, _RESULT, outcome.result)
+        if outcome.error is not None:
+            error = to_json(outcome.error)
+            put_payload(connection, outcome.run.id, _ERROR, error)
+        if outcome.output:
+            put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
+        if outcome.then:
+            insert_all(link, [Request(row, [text]) for row, text in outcome.then])
+        return True
+
+    def _give_back(self, connection, runs, worker, now, started):
+        """Queue runs again that did not fail.
+
+        One that never started is not counted; one that a stop interrupted is
+        forgiven, so that (task, attempt) starts at most once.
+        """
+        if not runs:
+            return
+        connection.executemany(
+            self._FINISH,
+            [
+                self._finish_values(
+                    Outcome(run, QUEUED), worker, now,
+                    forgive=int(started), uncount=int(not started),
+                )
+                for run in runs
+            ],
+        )
+        if started:
+            for run in runs:
+                drop_old(connection, run, QUEUED)
+        else:
+            self._return_tokens(connection, runs)
+
+    def _set_progress(self, connection, run, worker, progress):
+        """Store what a running task last said of its progress."""
+        if self._is_running(connection, run, worker):
+            put_payload(connection, run.id, _PROGRESS, progress)
+
+    def _is_running(self, connection, run, worker):
+        return connection.execute(
+            f"""select 1 from bg_task where id = :id and state = {RUNNING}
+                and worker = :worker and attempt = :attempt""",
+            {"id": run.id, "worker": worker, "attempt": run.attempt},
+        ).fetchone() is not None
+
+    def cancels_asked(self, worker: int) -> list[int]:
+        rows = self.db.read(
+            f"""select id from bg_task
+                where state = {RUNNING} and worker = :worker and cancel_asked""",
+            {"worker": worker},
+        )
+        return [row[0] for row in rows]
+
+    def pauses_asked(self, worker: int) -> set[str]:
+        if not self.db.read("""select 1 from bg_queue limit 1"""):    # as mostly
+            return set()
+        rows = self.db.read(
+            f"""select name from bg_queue where name in
+                (select queue from bg_task
+                    where state = {RUNNING} and worker = :worker)""",
+            {"worker": worker},
+        )
+        return {row[0] for row in rows}
+
+
+# == Desk =====================================================================
+# Owns the SQL of people: what they do to tasks, and read of them, be it by a
+# command or by an AsyncResult.  Every verb that writes makes its own transaction,
+# unless it says otherwise.
+
+
+_UNFINISHED = (
+    f"""select id from bg_task where state < {SUCCESS} and id in (?"""
+    + ", ?" * (ID_BATCH - 1) + ")"
+)
+
+
+def _read_error(text):
+    error = json.loads(text) if text else None
+    if text and not (isinstance(error, dict) and error.get("kind")):
+        return {"kind": "exception", "message": text}       # edited by hand
+    return error
+
+
+_BATCH = 500                # tasks that one transaction of a command changes
+
+
+class Desk:
+    """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
+
+    db: Database
+
+    def task(self, task_id: int) -> TaskRow:
+        rows = self._select(first=row_id(task_id), last=task_id, limit=1)
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
+        return rows[0]
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        return self._select(state=state, name=name, queue=queue, limit=limit)
+
+    def _select(self, first=0, last=MOST_ID, state=None, name=None, queue=None,
+                limit=50):
+        rows = self.db.read(
+            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
+                    timeout, worker, cancel_asked, run_at, created_at, started_at,
+                    finished_at, duration, tick
+                from bg_task
+                where id between :first and :last
+                    and (:state is null or state = :state)
+                    and (:name is null or name = :name)
+                    and (:queue is null or queue = :queue)
+                order by id desc limit :limit""",
+            {
+                "first": first, "last": last, "state": state, "name": name,
+                "queue": queue, "limit": limit,
+            },
+        )
+        return [TaskRow(*row) for row in rows]
+
+    def state(self, task_id: int) -> int:
+        rows = self.db.read(
+            """select state from bg_task where id = :id""", {"id": row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
+        return rows[0][0]
+
+    def unfinished(self, ids: list[int]) -> set[int]:
+        padded = ids + ids[-1:] * (ID_BATCH - len(ids))
+        return {row[0] for row in self.db.read(_UNFINISHED, padded)}
+
+    def newest_options(self, name: str) -> dict:
+        rows = self.db.read(
+            """select queue, priority, retries, timeout from bg_task
+                where id > (select max(id) from bg_task) - 100000 and name = :name
+                order by id desc limit 1""",
+            {"name": name},
+        )
+        names = ("queue", "priority", "retries", "timeout")
+        return dict(zip(names, rows[0])) if rows else {}
+
+    def args(self, task_id: int) -> str:
+        rows = self.db.read(
+            """select args from bg_task where id = :id""", {"id": row_id(task_id)}
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
+        return rows[0][0] or payload_of(self.db, task_id, _ARGS)
+
+    def result(self, task_id: int) -> str | None:
+        rows = self.db.read(
+            """select result from bg_task where id = :id""", {"id": row_id(task_id)}
+        )
+        return rows[0][0] if rows and rows[0][0] else self._kept(task_id, _RESULT)
+
+    def _kept(self, task_id, kind):
+        """A payload; None where the task has none.  Raises TaskNotFound."""
+        text = payload_of(self.db, row_id(task_id), kind)
+        if text is None:
+            self.state(task_id)
+        return text
+
+    def error(self, task_id: int) -> dict | None:
+        return _read_error(self._kept(task_id, _ERROR))
+
+    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
+        rows = self.db.read(
+            """select state,
+                    ifnull(task.result, (
+                        select body from bg_payload where id = :id * 8 + 1)),
+                    (select body from bg_payload where id = :id * 8 + 2)
+                from bg_task as task where id = :id""",
+            {"id": row_id(task_id)},
+        )
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
+        state, result, error = rows[0]
+        return state, result, _read_error(error)
+
+    def output(self, task_id: int) -> str | None:
+        return self._kept(task_id, _OUTPUT)
+
+    def progress(self, task_id: int) -> list | None:
+        text = self._kept(task_id, _PROGRESS)
+        return json.loads(text) if text else None
+
+    def counts(self) -> list[tuple[str, str, int, int]]:
+        return self.db.read(
+            """select queue, name, state, count(*) from bg_task
+                group by queue, name, state order by queue, name, state"""
+        )
+
+    def paused_queues(self) -> list[str]:
+        return [row[0] for row in self.db.read("""select name from bg_queue""")]
+
+    def finished_runs(self, limit: int) -> list[tuple]:
+        return self.db.read(
+            f"""select name, state, run_at, started_at, finished_at, duration, attempt
+                from bg_task where state > {RUNNING} order by id desc limit :limit""",
+            {"limit": limit},
+        )
+
+    def cancel(self, task_id: int, now: int) -> int:
+        with self.db.write() as link:
+            state = self.state(task_id)
+            if state in WAITING:
+                link.connection.execute(
+                    f"""update bg_task set state = {CANCELLED}, finished_at = :now
+                        where id = :id""",
+                    {"id": task_id, "now": now},
+                )
+            elif state == RUNNING:
+                link.connection.execute(
+                    """update bg_task set cancel_asked = 1 where id = :id""",
+                    {"id": task_id},
+                )
+                link.wake = wake_addresses(link.connection)
+            return state
+
+    def retry(self, task_id: int, now: int) -> None:
+        with self.db.write() as link:
+            state = self.state(task_id)
+            if state not in FINISHED:
+                raise TaskStateError(
+                    f"task {task_id} is {state_name(state)}: only a finished one "
+                    "can be retried"
+                )
+            try:
+                self._queue_again(link.connection, task_id, now)
+            except sqlite3.IntegrityError:
+                raise TaskStateError(
+                    f"task {task_id}: another task with its key is unfinished"
+                ) from None
+            link.wake = wake_addresses(link.connection)
+
+    def _queue_again(self, connection, task_id, now):
+        connection.execute(
+            f"""update bg_task set state = {QUEUED}, forgiven = attempt,
+                    cancel_asked = 0, run_at = :now, started_at = null,
+                    finished_at = null, duration = null, result = null
+                where id = :id""",
+            {"id": task_id, "now": now},
+        )
+        connection.execute(
+            """delete from bg_payload where id > :args and id < :mark""",
+            {"args": task_id * 8 + _ARGS, "mark": task_id * 8 + _MARK},
+        )
+        queue_behind(connection, [task_id])
+
+    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
+        done: list[int] = []
+        left: list[int] = []
+
+        def again(connection, ids):
+            for task_id in ids:
+                try:
+                    if self.state(task_id) == FAILED:
+                        self._queue_again(connection, task_id, now)
+                        done.append(task_id)
+                except TaskNotFound:            # somebody was faster
+                    pass
+                except sqlite3.IntegrityError:
+                    left.append(task_id)
+
+        self._in_batches(
+            f"""select id from bg_task where state = {FAILED}
+                and (:name is null or name = :name) order by id""",
+            {"name": name}, again,
+        )
+        return done, left
+
+    def _in_batches(self, select, parameters, act):
+        """Do something with many tasks, so many in a transaction.
+
+        Nobody waits long for the write lock, and the log does not grow.  They are
+        found before it is held: `act` has to see that they are still what they were.
+        """
+        ids = [row[0] for row in self.db.read(select, parameters)]
+        for first in range(0, len(ids), _BATCH):
+            with self.db.write() as link:
+                act(link.connection, ids[first : first + _BATCH])
+                link.wake = wake_addresses(link.connection)
+            self.db.checkpoint_if_large()
+
+    def forget(self, task_id: int) -> None:
+        with self.db.write() as link:
+            if self.state(task_id) == RUNNING:
+                raise TaskStateError(f"task {task_id} is running: cancel it first")
+            self._delete(link.connection, [task_id])
+
+    def _delete(self, connection, ids):
+        """Delete tasks and their payloads; remember the highest id ever given."""
+        connection.execute(
+            """update bg_meta set value = max(value, :last) where name = 'last_id'""",
+            {"last": max(ids)},
+        )
+        for task_id in ids:
+            connection.execute(
+                """delete from bg_task where id = :id""", {"id": task_id}
+            )
+            connection.execute(
+                """delete from bg_payload where id >= :first and id < :first + 8""",
+                {"first": task_id * 8},
+            )
+
+    def purge(self, queue: str | None, name: str | None, now: int) -> int:
+        counts = []
+
+        def end(connection, ids):
+            counts.append(connection.executemany(
+                f"""update bg_task set state = {CANCELLED}, finished_at = ?
+                    where id = ? and state < {RUNNING}""",
+                [(now, task_id) for task_id in ids],
+            ).rowcount)
+
+        self._in_batches(
+            f"""select id from (
+                    select id, queue, name from bg_task where state < {QUEUED}
+                    union all
+                    select id, queue, name from bg_task where state = {QUEUED})
+                where (:queue is null or queue = :queue)
+                    and (:name is null or name = :name)""",
+            {"queue": queue, "name": name}, end,
+        )
+        return sum(counts)
+
+    def prune(self, cursor: int, before: int | None, failed_before: int | None,
+              batch: int) -> tuple[int, int]:
+        limits = {SUCCESS: before, CANCELLED: before, FAILED: failed_before}
+
+        def look():
+            rows = self.db.read(
+                """select id, state, finished_at from bg_task where id > :cursor
+                    order by id limit :batch""",
+                {"cursor": cursor, "batch": batch},
+            )
+            ids = [
+                task_id for task_id, state, at in rows if at is not None
+                and limits.get(state) is not None and at < limits[state]
+            ]
+            return ids, rows[-1][0] if len(rows) == batch else 0
+
+        old, after = look()
+        if old:
+            with self.db.write(durable=False, patience=0.5) as link:
+                old, after = look()     # again: a retry may have come in between
+                if old:
+                    self._delete(link.connection, old)
+        return len(old), after
+
+    def count_old(self, before: int | None, failed_before: int | None) -> int:
+        return self.db.read(
+            """select count(*) from bg_task
+                where (state in (:success, :cancelled) and finished_at < :before)
+                or (state = :failed and finished_at < :failed_before)""",
+            {"success": SUCCESS, "cancelled": CANCELLED, "failed": FAILED,
+             "before": before, "failed_before": failed_before},
+        )[0][0]
+
+    def pause(self, queue: str, now: int) -> None:
+        with self.db.write() as link:
+            link.wake = wake_addresses(link.connection)
+            link.connection.execute(
+                """insert or ignore into bg_queue (name, paused_at)
+                    values (:name, :now)""",
+                {"name": queue, "now": now},
+            )
+
+    def resume(self, queue: str) -> bool:
+        with self.db.write() as link:
+            link.wake = wake_addresses(link.connection)
+            return link.connection.execute(
+                """delete from bg_queue where name = :name""", {"name": queue}
+            ).rowcount > 0
+
+
+# == Register =================================================================
+# Owns all other SQL: the register of workers, the schedules, the clock.
+
+class Register:
+    """The verbs of workers about themselves and about schedules; and all above."""
+
+    db: Database
+
+    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
+        with self.db.write(durable=False) as link:
+            worker = link.connection.execute(
+                """insert into bg_worker (name, pid, host, boot, port, token, queues,
+                        concurrency, started_at, beat_at, live)
+                    values (:name, :pid, :host, :boot, :port, :token, :queues,
+                        :concurrency, :now, :now, :live)""",
+                values,
+            ).lastrowid
+            lock(worker)
+            return worker
+
+    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
+        with self.db.write(durable=False, patience=0.5) as link:
+            return link.connection.execute(
+                """update bg_worker
+                    set beat_at = :now, running = :running, live = :live
+                    where id = :id""",
+                {"id": worker, "running": running, "live": live, "now": now},
+            ).rowcount == 1
+
+    def reap(self, worker: int, name: str, now: int,
+             beat_at: int | None = None) -> list[LostRun]:
+        error = {"kind": "lost", "message": f"worker {name} died"}
+        with self.db.write(patience=0.5) as link:
+            if beat_at is not None and not self.db.read(
+                """select 1 from bg_worker where id = :id and beat_at = :beat_at""",
+                {"id": worker, "beat_at": beat_at},
+            ):
+                return []
+            rows = self.db.read(
+                f"""select cancel_asked, id, name, queue, attempt - 1, retries,
+                        forgiven, timeout, run_at, tick, null, priority, callbacks
+                    from bg_task where state = {RUNNING} and worker = :worker""",
+                {"worker": worker},
+            )
+            lost: list[LostRun] = []
+            then: list[tuple] = []
+            for cancel_asked, *values in rows:
+                run = Run(*values)
+                state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
+                self._lose(link.connection, run.id, state, now)
+                drop_old(link.connection, run, state)
+                put_payload(link.connection, run.id, _ERROR, to_json(error))
+                lost.append(LostRun(run.id, run.name, run.attempt, state, name))
+                then += callback_rows(run, state, error, now)
+            if then:
+                insert_all(link, [Request(row, [text]) for row, text in then])
+            link.connection.execute(
+                """delete from bg_worker where id = :id""", {"id": worker}
+            )
+            link.wake = wake_addresses(link.connection)
+        return lost
+
+    def _lose(self, connection, task_id, state, now):
+        connection.execute(
+            f"""update bg_task set state = :state, cancel_asked = 0,
+                    finished_at = case when :state > {RUNNING} then :now end
+                where id = :id""",
+            {"id": task_id, "state": state, "now": now},
+        )
+
+    def unknown_workers(self) -> list[int]:
+        rows = self.db.read(
+            f"""select distinct worker from bg_task where state = {RUNNING}
+                and worker not in (select id from bg_worker)"""
+        )
+        return [row[0] for row in rows]
+
+    def remove_worker(self, worker: int) -> None:
+        with self.db.write(durable=False, patience=2.0) as link:
+            link.connection.execute(
+                f"""delete from bg_worker where id = :id and not exists (
+                    select 1 from bg_task where state = {RUNNING} and worker = :id)""",
+                {"id": worker},
+            )
+
+    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
+        with self.db.write(durable=False, patience=0.5) as link:
+            link.connection.executemany(
+                f"""delete from bg_worker
+                    where id = ?1 and beat_at = ?2 and not exists (
+                        select 1 from bg_task
+                            where state = {RUNNING} and worker = ?1)""",
+                [(row.id, row.beat_at) for row in rows],
+            )
+
+    def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
+        rows = self.db.read(
+            """select id, name, pid, host, boot, port, token, queues, concurrency,
+                    started_at, beat_at, running, live
+                from bg_worker where id > :after order by id limit :limit""",
+            {"after": after, "limit": limit},
+        )
+        return [WorkerRow(*row) for row in rows]
+
+    def running_counts(self) -> dict[int, int]:
+        return dict(self.db.read(
+            f"""select worker, count(*) from bg_task where state = {RUNNING}
+                group by worker"""
+        ))
+
+    def clock(self) -> ClockView | None:
+        found = dict(self.db.read("""select name, value from bg_meta"""))
+        if "clock" not in found:
+            return None
+        return ClockView(found["clock"], found.get("clock_doubted"))
+
+    def put_clock(self, view: ClockView) -> None:
+        names = {"clock": view.seen, "clock_doubted": view.doubted}
+        with self.db.write(durable=False, patience=0.5) as link:
+            link.connection.execute(
+                """delete from bg_meta where name in ('clock', 'clock_doubted')"""
+            )
+            link.connection.executemany(
+                """insert into bg_meta (name, value) values (?, ?)""",
+                [item for item in names.items() if item[1] is not None],
+            )
+
+    def shorten_waits(self, now: int, batch: int) -> int:
+        soon = now + LATE_TURN_MS
+        rows = self.db.read(
+            f"""select id, run_at, began from (
+                    select id, run_at, case state when 0 then created_at else
+                        started_at + cast(ifnull(duration, 0) * 1000 as integer)
+                        end as began
+                    from bg_task where state < {QUEUED} and run_at > :soon
+                        and (state = {RETRYING} or counted))
+                where began > :soon limit :batch""",
+            {"soon": soon, "batch": batch},
+        )
+        if rows:
+            with self.db.write(patience=0.5) as link:
+                link.connection.executemany(
+                    f"""update bg_task set run_at = max(0, run_at - :ahead),
+                            started_at = max(0, started_at - :ahead),
+                            created_at = min(created_at, :now)
+                        where id = :id and state < {QUEUED} and run_at = :run_at""",
+                    [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
+                     for task_id, run_at, began in rows],
+                )
+        return len(rows)
+
+    _SCHEDULES = """
+        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
+            done, set_at, seen_at
+        from bg_schedule """
+
+    def schedules(self) -> list[ScheduleRow]:
+        rows = self.db.read(self._SCHEDULES + "order by task, expr, tz, number")
+        return [ScheduleRow(*row) for row in rows]
+
+    def due_schedules(self, now: int) -> list[ScheduleRow]:
+        rows = self.db.read(
+            self._SCHEDULES + "where next_tick <= :tick or set_at > :now + 60000",
+            {"tick": now // 1000, "now": now},
+        )
+        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
+        return sorted(found, key=lambda row: (row.next_tick or 0, row))
+
+    def next_tick(self, now: int) -> int | None:
+        return self.db.read(
+            """select min(next_tick) from bg_schedule where next_tick > :tick""",
+            {"tick": now // 1000},
+        )[0][0]
+
+    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
+        with self.db.write() as link:
+            link.connection.executemany(self._PUT_SCHEDULE, rows)
+            link.connection.executemany(
+                """delete from bg_schedule where task = :task
+                    and seen_at < :before
+                    and (next_tick is null or next_tick < :before / 1000)""",
+                [{"task": row.task, "before": row.seen_at - DAY_MS}
+                 for row in rows if drop],
+            )
+
+    _PUT_SCHEDULE = """
+        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
+            next_tick, last_tick, done, set_at, seen_at)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
+            overlap = excluded.overlap, jitter = excluded.jitter,
+            seen_at = excluded.seen_at, next_tick = case done when excluded.done
+                then excluded.next_tick else next_tick end"""
+
+    def fire(self, steps: Sequence[ScheduleStep],
+             patience: float | None = None) -> list[list[int] | None]:
+        with self.db.write(patience=patience) as link:
+            requests = [self._fire_one(link.connection, step) for step in steps]
+            if any(requests):
+                insert_all(link, [r for found in requests for r in found or ()])
+        return [None if found is None else [r.ids[0] for r in found]
+                for found in requests]
+
+    def _fire_one(self, connection, step):
+        old, new, runs = step
+        if runs and runs[0].key is not None:
+            held = key_holder(connection, runs[0].key) is not None
+            runs = [] if held else runs[:1]
+        moved = connection.execute(
+            """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
+                    done = :done, set_at = :set_at
+                where task = :task and expr = :expr and tz = :tz and number = :number
+                    and done = :old_done and set_at = :old_set_at""",
+            {
+                "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
+                "last_tick": runs[-1].tick if runs else old.last_tick,
+                "task": old.task, "expr": old.expr, "tz": old.tz,
+                "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
+            },
+        ).rowcount
+        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
+
+
+class SqliteStore(Endings, Desk, Register):
+    """The Store of one SQLite file: all its verbs, over one Database."""
+
+    def __init__(self, path: str, durability: str = "full",
+                 busy_timeout: float = 30.0, allow_network_fs: bool = False):
+        self.db = Database(path, durability, busy_timeout, allow_network_fs)
+        self.create, self.close = self.db.create, self.db.close
+        self.data_version, self.version = self.db.data_version, self.db.version
+        self.checkpoint_if_large = self.db.checkpoint_if_large
+
+    @property
+    def path(self) -> str:
+        """The real path of the file."""
+        return self.db.path
+
+    @property
+    def name(self) -> str:
+        """The path as it was given."""
+        return self.db.name
+
+    @property
+    def follow(self) -> bool:
+        """Whether a file that takes the place of this one is used instead."""
+        return self.db.follow
+
+    @follow.setter
+    def follow(self, follow: bool) -> None:
+        self.db.follow = follow
+
+
+def _open_sqlite(settings):
+    s = settings
+    return SqliteStore(s.db, s.durability, s.busy_timeout, s.allow_network_fs)
+
+
+STORES[""] = _open_sqlite
+
+
+###############################################################################
+# BOOK THREE: THE WORKER
+###############################################################################
+
+# == Processes ================================================================
+# Owns all that depends on the operating system: starting, killing and reaping
+# processes, the locks that show who is alive, memory, signal names.  A Windows
+# half would define these same names; until it can be tested, workers run on
+# Linux and macOS only.
+
+try:
+    import fcntl
+    import resource
+    import termios
+except ImportError:                         # Windows
+    fcntl = resource = termios = None       # type: ignore[assignment]
+
+_IS_LINUX = sys.platform.startswith("linux")
+_NO_BYTES = bytes(struct.calcsize("i"))     # what FIONREAD says of an empty pipe
+
+
+# A worker imports the app, and an app may replace what the standard library gives:
+# gevent.monkey.patch_all() makes sockets that wait by themselves, a close() that
+# closes later, and a SIGCHLD that it alone hears.  What a worker lives by is the
+# system's own: bound here, before an app can be imported, or from the C module
+# _socket.  Guarded by test_an_app_may_replace_the_standard_library.
+OwnSelector = selectors.DefaultSelector
+set_signal = signal.signal
+close_fd = os.close
+own_sleep = time.sleep
+own_ident = threading.get_ident
+_waitpid = os.waitpid
+
+
+@functools.cache
+def _own_subprocess():
+    """The module subprocess once more, for ourselves."""
+    spec = importlib.util.find_spec("subprocess")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_platform() -> None:
+    """Raise AppError where workers cannot run."""
+    if fcntl is None:
+        raise AppError("workers need Linux or macOS for now; delay() works here")
+
+
+_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker has: for each, besides
+
+
+def ensure_descriptors(children: int) -> None:
+    """See that this process may open what so many children and a spare one need.
+
+    Raises the soft limit where it is too low; AppError when the hard one is.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _WORKER_FDS + _CHILD_FDS * (children + 1)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    except (ValueError, OSError):
+        raise AppError(
+            f"concurrency={children}: needs {needed} descriptors, and this process "
+            f"may have {most}, which is enough for "
+            f"{max(0, (most - _WORKER_FDS) // _CHILD_FDS - 1)}: see `ulimit -n`"
+        ) from None
+
+
+def signal_name(number: int) -> str:
+    """SIGSEGV for 11."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Exit(NamedTuple):
+    """How a process ended."""
+
+    signal: str | None          # its name, when one killed it
+    code: int | None            # exit code otherwise
+    peak_bytes: int             # of resident memory
+
+
+def interpreter() -> list[str]:
+    """The command that starts this Python again, with the flags it was given."""
+    flags = _own_subprocess()._args_from_interpreter_flags()
+    return [sys.executable, *flags]
+
+
+def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
+    """Start a process in a session and group of its own; return its pid.
+
+    It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
+    """
+    process = _own_subprocess().Popen(
+        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep,
+        start_new_session=True, close_fds=True,
+    )
+    process.returncode = 0      # this module reaps by wait4, for the peak memory
+    return process.pid
+
+
+def poll_exit(pid: int) -> Exit | None:
+    """Reap a child process if it has ended; None while it lives."""
+    try:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+    except ChildProcessError:               # somebody else reaped it
+        return Exit(None, None, 0)
+    if found == 0:
+        return None
+    peak = usage.ru_maxrss * (1024 if _IS_LINUX else 1)
+    if os.WIFSIGNALED(status):
+        return Exit(signal_name(os.WTERMSIG(status)), None, peak)
+    return Exit(None, os.WEXITSTATUS(status), peak)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL a process group; nothing when it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal to a process that is not reaped yet."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def own_socket(fd: int) -> _socket.socket:
+    """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
+
+    Guarded by test_a_default_timeout_of_sockets_is_not_for_ours.
+    """
+    end = _socket.socket(fileno=fd)
+    end.settimeout(None)
+    return end
+
+
+def socket_pair(kind: int = socket.SOCK_STREAM) -> tuple[_socket.socket, ...]:
+    """Two such sockets that are connected."""
+    pair = _socket.socketpair(socket.AF_UNIX, kind)
+    for end in pair:
+        end.settimeout(None)
+    return pair
+
+
+def frame_pair() -> tuple[_socket.socket, ...]:
+    """A socket pair that keeps frames whole, so that either side can read one."""
+    return socket_pair(socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM)
+
+
+def is_filled(pipe: int) -> bool:
+    """True when something waits in a pipe."""
+    return fcntl.ioctl(pipe, termios.FIONREAD, _NO_BYTES) != _NO_BYTES
+
+
+def has_children() -> bool:
+    """True when a process that this one has started lives, or is not waited for."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except (ChildProcessError, AttributeError):     # macOS has it since 3.13
+        return False
+
+
+def others_write_here() -> bool:
+    """True when a process that this one has started has its standard output, or error.
+
+    Where /proc does not tell: when there is any such process at all.  The helpers of
+    multiprocessing stay for good and write nothing; what a forkserver starts may.
+    """
+    if not has_children():
+        return False
+    try:
+        own = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+        pids = [pid for pid in _children_of("self") if own & _outputs_of(pid)]
+        helpers = list(filter(_is_helper, pids))
+        started = [pid for helper in helpers for pid in _children_of(helper)]
+    except OSError:
+        return True
+    return len(pids) > len(helpers) or any(own & _outputs_of(pid) for pid in started)
+
+
+def _children_of(pid):
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as f:
+            found += f.read().split()
+    return found
+
+
+def _is_helper(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as f:
+        command = f.read()
+    return b"from multiprocessing.resource_tracker import" in command \
+        or b"from multiprocessing.forkserver import" in command
+
+
+def _outputs_of(pid):
+    found = set()
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):      # closed, or the process has ended
+            found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
+def is_lack(exc: BaseException) -> bool:
+    """True for want of memory, space, descriptors or processes: it may pass."""
+    no_thread = isinstance(exc, RuntimeError) and "start new thread" in str(exc)
+    lacks = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
+    return isinstance(exc, MemoryError) or no_thread \
+        or isinstance(exc, OSError) and exc.errno in lacks
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write the whole of `data`, also where one write takes only a part."""
+    while data:
+        data = data[os.write(fd, data):]
+
+
+def memory_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """What this process, and what its children that have ended, computed so far."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (round(own.ru_utime + own.ru_stime, 3),
+            round(ended.ru_utime + ended.ru_stime, 3))
+
+
+def boot_id() -> str:
+    """Identifies this boot of the machine; '' where it cannot be known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return ""
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, where it can.
+
+    To be called by the child itself, after exec.
+    """
+    if _IS_LINUX:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+            f.write("500")          # out of memory: the child goes, not the worker
+    if os.getppid() != parent:              # it died before the call above
+        os._exit(1)
+
+
+def dump_crashes(fd: int) -> None:
+    """Have the Python stack written to `fd` at a crash, and at SIGUSR2.
+
+    Also again, when somebody has put handlers of his own in the place of these.
+    """
+    import faulthandler
+
+    faulthandler.disable()
+    faulthandler.enable(file=fd, all_threads=True)
+    faulthandler.unregister(signal.SIGUSR2)
+    faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True)
+
+
+@contextlib.contextmanager
+def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
+    """Have the Python stack written to `fd` when this block lasts for so long."""
+    import faulthandler
+
+    with contextlib.suppress(RuntimeError):         # no thread to be had
+        faulthandler.dump_traceback_later(seconds, file=fd)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# Kills the groups of the children whose worker is gone, also where a child is
+# stuck in C code and cannot notice, and what such a child has started.  Knows a
+# group from "+pid" to "-pid" on its standard input.  Guarded by
+# test_no_process_outlives_a_killed_worker.
+_GUARDIAN = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class Guardian:
+    """A small process that outlives the worker just to clean up after it."""
+
+    def __init__(self):
+        self._groups: set[int] = set()
+        self._pid = 0
+        self._pipe = -1
+
+    def watch(self, pid: int) -> None:
+        """Kill this group should the worker die."""
+        self._groups.add(pid)
+        self._tell(f"+{pid}\n")
+
+    def release(self, pid: int) -> None:
+        """The group is gone; its number may soon be somebody else's."""
+        self._groups.discard(pid)
+        self._tell(f"-{pid}\n")
+
+    def check(self) -> None:
+        """Start it (again), if it is not running."""
+        if self._pid and poll_exit(self._pid) is None:
+            return
+        self._close()
+        self._pid = 0
+        argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
+        with contextlib.ExitStack() as theirs:
+            receiver, self._pipe = os.pipe()
+            theirs.callback(close_fd, receiver)
+            null = os.open(os.devnull, os.O_WRONLY)
+            theirs.callback(close_fd, null)
+            self._pid = spawn(argv, [], receiver, null)
+        for pid in self._groups:
+            self._tell(f"+{pid}\n")
+
+    def _tell(self, line):
+        with contextlib.suppress(OSError):      # it died: check() starts another
+            os.write(self._pipe, line.encode())
+
+    def _close(self):
+        if self._pipe >= 0:
+            close_fd(self._pipe)
+        self._pipe = -1
+
+    def stop(self) -> None:
+        """End it; it kills what it still knows."""
+        self._close()
+        if self._pid:
+            with contextlib.suppress(ChildProcessError):
+                _waitpid(self._pid, 0)
+        self._pid = 0
+
+
+def _open_live(path, may_create):
+    """Open, or make, DATABASE-live for exactly those who may write the database.
+
+    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
+    where others may write, somebody may have put something else there.
+    """
+    try:
+        database = os.stat(path.removesuffix("-live"))
+    except OSError:                     # none yet: for us alone
+        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
+    writers = database.st_mode & 0o222
+    mode = 0o600 | writers | writers << 1
+    create = os.O_CREAT if may_create else 0
+    try:
+        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise DatabaseUnavailable(
+            f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
+            "must not be a link"
+        ) from None
+    found = os.fstat(fd)
+    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
+    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
+            and ours):
+        close_fd(fd)
+        raise DatabaseUnavailable(
+            f"{path}: somebody else has put this here: remove it, once no worker runs"
+        )
+    with contextlib.suppress(OSError):      # of another owner: it is as he made it
+        if os.geteuid() == 0 or mode & 0o060:
+            owner = database.st_uid if os.geteuid() == 0 else -1
+            os.fchown(fd, owner, database.st_gid)
+        os.fchmod(fd, mode)
+    return fd
+
+
+class LiveFile:
+    """Byte n of the file `path` is locked for as long as worker n lives.
+
+    The kernel drops the lock with the process, so a death shows at once and no
+    clock is asked.  The file is opened once per process and never closed: closing
+    any descriptor of it would drop all locks.  A lock does not keep out its own
+    process, so `_held` knows the bytes that are ours.
+
+    Somebody may remove the file: then those who come next lock a new one, and a
+    free byte there says nothing about a worker that has locked another `number`.
+    """
+
+    _open: dict[tuple | None, LiveFile] = {}        # by device and inode
+
+    def __init__(self, path: str, may_create: bool = True):
+        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
+        self._pid = os.getpid()
+        self._held: set[int] = set()
+        # Fits an integer of SQLite; unique while one of those who lock it lives.
+        self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
+
+    @classmethod
+    def of(cls, path: str, may_create: bool = True) -> LiveFile:
+        """The one instance for this file in this process, by whatever name."""
+        known = cls._open.get(file_identity(path))
+        if known is None or known._pid != os.getpid():
+            cls._close_removed()
+            known = cls(path, may_create)
+            found = os.fstat(known._fd)
+            cls._open[found.st_dev, found.st_ino] = known
+        return known
+
+    @classmethod
+    def _close_removed(cls):
+        """Nobody asks for what lies in a removed file, once we hold nothing there."""
+        for identity, known in list(cls._open.items()):
+            with contextlib.suppress(OSError):
+                if not (known._held or os.fstat(known._fd).st_nlink):
+                    close_fd(known._fd)
+                    del cls._open[identity]
+
+    def hold_only_here(self, worker: int) -> None:
+        """Drop its lock in a file that was removed: its row tells of this one."""
+        for other in list(self._open.values()):
+            if other is not self and other._path == self._path:
+                other.drop(worker)
+
+    def hold(self, worker: int) -> bool:
+        """Lock our byte.  False: it is somebody else's, so no proof that we live."""
+        self._held.add(worker)
+        return self._try_lock(worker) is not False
+
+    def drop(self, worker: int) -> None:
+        """Unlock it, when the worker has ended in an orderly way."""
+        self._held.discard(worker)
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+
+    def is_held(self, worker: int) -> bool | None:
+        """True when a process holds this byte; None where locks do not work."""
+        if worker in self._held:
+            return True
+        free = self._try_lock(worker)
+        if free:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+        return None if free is None else not free
+
+    def _try_lock(self, worker):
+        """True: it is locked now; False: somebody else's; None: it cannot be."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
+            return True
+        except OSError as exc:
+            return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
+
+
+# == Output ===================================================================
+# Owns how what a task prints becomes whole lines of the right run.  Two ways lead
+# to the worker: text that Python prints comes in messages, which name the run;
+# what C code and subprocesses write to descriptors 1 and 2 comes by a pipe, which
+# does not.  So the child empties the pipe before it answers, and says when a
+# process of an earlier run still holds it: what comes then is nobody's for sure.
+
+OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
+_CUT_MARK = "\n[more output is not kept]\n"
+LINE_BYTES = 1 << 16           # a longer line from a pipe is cut
+_LINE_PARTS = 1000              # so many writes without a line end are a line
+
+
+def cut_output(text: str, before: int) -> str:
+    """The part of `text` to keep after `before` characters of the same run."""
+    room = OUTPUT_CHARS - before
+    if len(text) <= room:
+        return text
+    return text[:room] + _CUT_MARK if room >= 0 else ""
+
+
+class TaskStream(io.TextIOBase):
+    """Stands in for sys.stdout and sys.stderr: whole lines go to `emit(text, fd)`.
+
+    Each thread has the beginning of its line to itself, so that lines of many
+    threads stay whole.  Whatever an app does to a text stream may be done to it
+    (reconfigure, detach, close, wrap its buffer), and it goes on.
+    """
+
+    encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
+    line_buffering, write_through, mode = True, False, "w"
+
+    def __init__(self, emit: Callable[[str, int], None], fd: int):
+        self._emit, self._fd = emit, fd
+        # By thread: the parts of its line so far.
+        self._begun: dict[int, collections.deque] = {}
+        self.name = "<stdout>" if fd == 1 else "<stderr>"
+        self.buffer = _TaskBuffer(self)
+
+    def write(self, text: str, /) -> int:
+        """Send `text` up to its last line end; keep the rest for the next write."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes str, not {type(text).__name__}")
+        line, end, rest = text.rpartition("\n")
+        if end:
+            self._send(line + end)
+        if rest:
+            self._begin(rest)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what this thread has begun, whole line or not."""
+        if self._begun:
+            self._send("")
+
+    def _begin(self, rest):
+        """Keep a part of a line.
+
+        A signal handler, or a finalizer, that prints may come between any two steps
+        and send what is begun: then this part belongs to a new beginning.  Guarded
+        by test_a_print_in_the_middle_of_a_print_arrives.
+        """
+        me = threading.get_ident()
+        while rest is not None:
+            begun = self._begun.setdefault(me, collections.deque())
+            begun.append(rest)
+            is_sent_without = self._begun.get(me) is not begun and begun
+            rest = begun.pop() if is_sent_without else None
+        if len(begun) > _LINE_PARTS or begun and len(begun[-1]) > OUTPUT_CHARS:
+            self.flush()
+
+    def _send(self, text):
+        """Send what this thread has begun, and `text`.  Taken in one step."""
+        begun = self._begun.pop(threading.get_ident(), None)
+        if begun:
+            text = "".join(begun) + text
+            begun.clear()
+        if text:
+            self._emit(text, self._fd)
+
+    def end_run(self) -> None:
+        """Send what is begun, but for the lines of threads that still run."""
+        if self.buffer.lines.rest:
+            self.buffer.flush()
+        if not self._begun:
+            return
+        self.flush()
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread in self._begun.keys() - alive:
+            text = "".join(self._begun.pop(thread))
+            if text:
+                self._emit(text, self._fd)
+
+    def forget(self) -> None:
+        """In a forked process: what was begun is the other's to print."""
+        self._begun.clear()
+        self.buffer.forget()
+
+    def reconfigure(self, *, encoding: str | None = None, errors: str | None = None,
+                    newline: str | None = None, line_buffering: bool | None = None,
+                    write_through: bool | None = None) -> None:
+        """Take what a TextIOWrapper takes; text travels as UTF-8 all the same."""
+        codecs.lookup(encoding or self.encoding)
+        codecs.lookup_error(errors or self.errors)
+        self.flush()
+        self.encoding, self.errors = encoding or self.encoding, errors or self.errors
+
+    def detach(self) -> _TaskBuffer:        # type: ignore[override]
+        """The buffer; this stream stays usable."""
+        return self.buffer
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """A task may close it; the next one must still be able to print."""
+
+
+class _TaskBuffer(io.BufferedIOBase):
+    """The `buffer` of a TaskStream: bytes that become its text, line by line."""
+
+    closed = False                          # type: ignore[assignment]
+
+    def __init__(self, stream: TaskStream):
+        self._stream, self.name, self.mode = stream, stream.name, "wb"
+        self.lines = LineCutter()
+        self._lock = threading.RLock()      # guards lines
+        self.raw = self                     # type: ignore[assignment]
+
+    def write(self, data: Any, /) -> int:
+        """Pass on the whole lines."""
+        data = bytes(data)
+        with self._lock:
+            text = self.lines.cut(data)
+        self._stream.write(text)
+        return len(data)
+
+    def flush(self) -> None:
+        """Pass on what is there, whole line or not."""
+        with self._lock:
+            text = self.lines.cut(b"", at_end=True)
+        if text:
+            self._stream.write(text)
+        self._stream.flush()
+
+    def forget(self) -> None:
+        """As for the stream."""
+        self.lines.rest = b""
+
+    def detach(self) -> _TaskBuffer:        # type: ignore[override]
+        return self
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """As for the stream; whoever wraps the buffer closes it in the end."""
+        self.flush()
+
+
+class LineCutter:
+    """Makes text of bytes that come in pieces; cuts it at line ends only."""
+
+    def __init__(self):
+        self.rest = b""         # of a line that has not ended
+
+    def cut(self, data: bytes, at_end: bool = False) -> str:
+        """The whole lines so far; at the end, or of an endless line, also a part."""
+        data = self.rest + data
+        size = data.rfind(b"\n") + 1
+        if at_end:
+            size = len(data)
+        elif len(data) - size > LINE_BYTES:    # … but never inside a character
+            size = codecs.utf_8_decode(data, "backslashreplace", False)[1]
+        self.rest = data[size:]
+        return data[:size].decode("utf-8", "backslashreplace")
+
+
+class Transcript:
+    """What one child prints, as its worker books it: on a run, or on none."""
+
+    def __init__(self, log: Callable):
+        self._log = log             # log(event, run, **fields)
+        self._lines = LineCutter()
+        self._will_stray = False
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on another run prints."""
+        self._strays = self._will_stray
+        self._kept: list[str] = []
+        self._chars = self._strange_chars = 0
+
+    def announce(self, run: Run) -> None:
+        """Say that a run has started, once."""
+        if not run.announced:
+            run.announced = True
+            self._log("task_start", run)
+
+    def printed(self, text: str, run: Run | None, is_kept: bool = True) -> None:
+        """Log a text, up to a limit for each run, and keep it for text()."""
+        before = self._chars if is_kept else self._strange_chars
+        text = cut_output(text, before)
+        if not text:
+            return
+        if is_kept:
+            self._chars += len(text)
+            self._kept.append(text)
+        else:
+            self._strange_chars += len(text)
+        if run is not None:
+            self.announce(run)
+        self._log("output", run, text=text.rstrip("\n"))
+
+    def written(self, data: bytes, head: Run | None) -> None:
+        """Bytes from the pipe, while `head` runs."""
+        self._book(self._lines.cut(data, at_end=head is None), head)
+
+    def _book(self, text, head):
+        is_kept = head is None or not self._strays
+        self.printed(text, head if is_kept else None, is_kept)
+
+    def finish(self, head: Run) -> str:
+        """The run has ended: return all that is kept of its output."""
+        if self._lines.rest:
+            self._book(self._lines.cut(b"", at_end=True), head)
+        return self.text()
+
+    def set_strays(self, strays: bool) -> None:
+        """Whether processes of this run may write to the pipe in the next ones."""
+        self._will_stray = strays
+
+    def text(self) -> str:
+        """All that is kept since begin()."""
+        return "".join(self._kept)
+
+
+# == Surroundings =============================================================
+# Owns what a task may change of the process it runs in, and puts it back for the
+# next: streams, descriptors, folder, environment, signals, timers, limits.  What a
+# module holds is the app's own; what a process cannot undo stays: its priority and
+# CPUs, a lowered hard limit.  --max-tasks-per-child 1 gives each task a new process.
+
+
+def standard_streams() -> tuple:
+    """sys.stdin, stdout and stderr, as they are now; None where one was deleted."""
+    try:
+        return sys.stdin, sys.stdout, sys.stderr
+    except AttributeError:
+        get = sys.__dict__.get
+        return get("stdin"), get("stdout"), get("stderr")
+
+
+class Surroundings:
+    """What a task may change of its process, as the app's import has left it.
+
+    The next task in this child shall find it so again.  What is cheap is compared
+    after each run, and written only where it differs: 3 µs.  The rest takes 20, so it
+    is put right while no run waits, and after each that lasted: see Child.main.
+    Not by signal.getsignal(), which looks for an enum and takes as long as all else.
+    """
+
+    def __init__(self, handlers: dict):
+        # Of signals: the child's own, whatever the app has set, and the app's.
+        numbers = range(1, max(signal.valid_signals()) + 1)
+        self._handlers = {number: _signal.getsignal(number) for number in numbers}
+        self._handlers.update(handlers)
+        self._often = [int(n) for n in (signal.SIGCHLD, signal.SIGPIPE, *handlers)]
+        self._often_handlers = [self._handlers[number] for number in self._often]
+        self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ()) - handlers.keys()
+        self._timers = [
+            timer for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+            if not any(signal.getitimer(timer))     # else the app profiles itself
+        ]
+        self._environ = os.environ
+        self._streams = standard_streams()
+        self._descriptors = [
+            (own, fd, os.get_blocking(fd)) for fd in range(3) if (own := _copy(fd)) > 0
+        ]
+        self._folder = self._here()
+        self._environment = os.environ.copy()
+        self._raw = dict(self._raw_environment())
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+        self._depth = sys.getrecursionlimit()
+        self._timeout = _socket.getdefaulttimeout()
+        self._limits = _soft_limits()
+        self._decimal = _decimal_context()
+        # Makes the context variables for a run, which keeps its changes to itself.
+        self.context = self._copy_context if self._decimal else contextvars.copy_context
+
+    def _here(self):
+        try:
+            return os.getcwd()
+        except OSError:                 # somebody has deleted it
+            return ""
+
+    def _raw_environment(self):
+        """The encoded pairs behind os.environ: compared in 1 µs, not in 20."""
+        return getattr(self._environ, "_data", self._environ)
+
+    def _copy_context(self):
+        context, (variable, value) = contextvars.copy_context(), self._decimal
+        context.run(variable.set, value.copy())
+        return context
+
+    def restore(self, streams: tuple) -> None:
+        """Undo what the task left behind.  Never raises."""
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        if list(map(_signal.getsignal, self._often)) != self._often_handlers:
+            self._restore_handlers(self._often)
+        if streams != self._streams:
+            sys.stdin, sys.stdout, sys.stderr = self._streams
+        if sys.getrecursionlimit() != self._depth:
+            sys.setrecursionlimit(self._depth)
+        if _socket.getdefaulttimeout() != self._timeout:
+            _socket.setdefaulttimeout(self._timeout)
+        os.umask(self._umask)
+        if self._here() != self._folder:
+            with contextlib.suppress(OSError):
+                os.chdir(self._folder)
+        os.environ = self._environ      # noqa: B003 - a task may have replaced it
+        if self._raw_environment() != self._raw:
+            os.environ.clear()
+            os.environ.update(self._environment)
+
+    def _restore_handlers(self, numbers):
+        """True when there was something to do."""
+        touched = False
+        for number in numbers:
+            handler = self._handlers[number]
+            if _signal.getsignal(number) is not handler and handler is not None:
+                set_signal(number, handler)
+                touched = True
+        return touched
+
+    def restore_rest(self) -> bool:
+        """… and what takes longer to look at.  True: it was a signal.  Never raises."""
+        for timer in self._timers:
+            signal.setitimer(timer, 0)
+        touched = self._restore_handlers(self._handlers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for limit, soft in self._limits:
+            now, hard = resource.getrlimit(limit)
+            if now != soft:
+                with contextlib.suppress(ValueError, OSError):  # above the hard one
+                    resource.setrlimit(limit, (soft, hard))
+        with contextlib.suppress(OSError):      # it has closed all: our connection too
+            for own, fd, is_blocking in self._descriptors:
+                os.dup2(own, fd)
+                os.set_blocking(fd, is_blocking)        # others share the pipe
+        return touched
+
+    def leave(self) -> None:
+        """In a forked process: let go of what was kept for the next task here."""
+        for own, *_ in self._descriptors:
+            with contextlib.suppress(OSError):
+                close_fd(own)
+        self._descriptors = []
+
+
+def _copy(fd):
+    try:
+        return os.dup(fd)
+    except OSError:                     # it is closed
+        return -1
+
+
+def _soft_limits():
+    """(number, soft limit) of all limits that this system has."""
+    numbers = {getattr(resource, n) for n in dir(resource) if n[:7] == "RLIMIT_"}
+    found = []
+    for number in numbers:
+        with contextlib.suppress(OSError, ValueError):
+            found.append((number, resource.getrlimit(number)[0]))
+    return found
+
+
+def _decimal_context():
+    """(variable, copy of its value) of the decimal context, once somebody has used it.
+
+    A copied context shares the value, which is changed in place.
+    """
+    for variable, value in contextvars.copy_context().items():
+        if variable.name == "decimal_context":
+            return variable, value.copy()
+    return None
+
+
+# == Child ====================================================================
+# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
+# one message, and only then takes the next.  Nothing that happens in a task can
+# reach past this process.  It knows the registry and the frames, nothing of
+# claims or retries.
+#
+# A frame to the child is a JSON line and the encoded arguments:
+#     [id, name, attempt, timeout, tick]\n[[1, 2], {}]
+# A message to the parent is this header and a body of `length` bytes:
+
+MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
+_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
+LACKING = b"L"                         # … for want of what there may be later
+_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
+UNKNOWN = b"U"                         # no task here has this name
+_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
+_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
+
+FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
+TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
+
+
+class ChildSpec(NamedTuple):
+    """What a child must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    app: str            # MODULE[:APP]
+    path: list          # sys.path
+    parent: int         # pid
+    frames: int         # descriptor to read frames from
+    messages: int       # descriptor to send messages to
+    crash: int          # descriptor for the Python stack of a crash
+    output: int         # the reading end of the pipe behind descriptors 1 and 2
+    settings: dict      # that differ from the environment
+
+
+_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
+_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
+CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
+_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
+
+CHILD_CODE = (
+    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
+    "sys.path[:] = spec[2]; "
+    "importlib.import_module(spec[0]).run_child(spec)"
+)
+
+
+def load_app(spec: str) -> App:
+    """Import MODULE[:APP] and return its App.
+
+    Without :APP it is the default App, or the only other App in the module.
+    Raises AppError when there is no App of that name; what the import itself
+    raises passes through.
+    """
+    module_name, _, attribute = spec.partition(":")
+    App.serving = module_name           # the import must not enqueue
+    try:
+        module = importlib.import_module(module_name)
+    finally:
+        App.serving = ""
+    if attribute:
+        app = getattr(module, attribute, None)
+        if not isinstance(app, App):
+            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
+    else:
+        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
+        app = default_app
+        if not app.tasks and len(apps) == 1:
+            app, = apps.values()
+    limit = getattr(module, "RATE_LIMIT", None)
+    if limit is not None and "rate_limit" not in app._code:
+        app.configure(rate_limit=limit)
+    return app
+
+
+def run_child(spec: Sequence) -> None:
+    """The life of a child, until its worker closes the socket or dies."""
+    Child(ChildSpec(*spec)).main()
+
+
+class _ResultRefused(Abort):
+    """The task has returned what cannot be sent; its cause says why."""
+
+
+def run_coroutine(coroutine: types.CoroutineType) -> Any:
+    """Run a coroutine to its end in a loop of its own, and end what it has started.
+
+    Not asyncio.run(), which leaves the thread without a current loop: a later task
+    that asks for one shall find what a fresh process has.
+    """
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        try:
+            left = asyncio.all_tasks(loop)
+            for each in left:
+                each.cancel()
+            loop.run_until_complete(_all_of(left))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            loop.close()
+
+
+async def _all_of(left):
+    import asyncio
+
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+class Wire:
+    """The child's end of the connection to its worker: frames in, messages out."""
+
+    def __init__(self, spec: ChildSpec):
+        self.frames = own_socket(spec.frames)
+        self.messages = own_socket(spec.messages)
+        # Held while a message is written: threads of a task may print too, and so
+        # may a signal handler or a finalizer in the middle of that.
+        self._lock = threading.RLock()
+        self._sender = 0            # ident of the thread that is writing one
+        self._outbox: collections.deque = collections.deque()   # to be written
+
+    def receive_now(self) -> bytes | None:
+        """The frame that is there; None: there is none, or it has to be waited for."""
+        try:
+            return self.frames.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
+        except OSError:
+            return None
+
+    def receive(self) -> bytes:
+        """Wait for a frame; empty: the worker has closed its end, or is gone."""
+        while True:
+            try:
+                return self.frames.recv(FRAME_BYTES)
+            except BlockingIOError:         # a task has changed our descriptors
+                self.frames.setblocking(True)
+            except OSError as exc:
+                self.end_if_closed(exc)
+                return b""
+
+    def send(self, message: bytes) -> None:
+        """Write a message, whole; also within the writing of another: after it."""
+        with self._lock:
+            self._outbox.append(message)
+            if self._sender:
+                return
+            self._sender = own_ident()
+            try:
+                while self._outbox:
+                    self._write(self._outbox.popleft())
+            finally:
+                self._sender = 0
+
+    def is_sending(self) -> bool:
+        """True in the thread that is in the middle of a message."""
+        return self._sender == own_ident()
+
+    def _write(self, message):
+        try:
+            while message:
+                try:
+                    message = message[self.messages.send(message):]
+                except BlockingIOError:         # as above
+                    self.messages.setblocking(True)
+        except OSError as exc:              # the worker is gone
+            self.end_if_closed(exc)
+            kill_group(os.getpid())
+
+    def end_if_closed(self, exc: OSError) -> None:
+        """Say by our exit status that it was a task which closed the connection."""
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            os._exit(CUT_OFF_STATUS)
+
+    def wanted(self) -> set[int]:
+        """Ids of the runs that the worker wants to be cancelled; does not wait."""
+        try:
+            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
+        except OSError:
+            return set()
+        return {number for number, in struct.iter_unpack("!q", wanted)}
+
+    def keep_open(self) -> None:
+        """Till the very end: a socket that closes is taken for a death."""
+        os.dup(self.messages.fileno())
+
+    def close(self) -> None:
+        """In a forked process, which has nothing to say."""
+        self.frames.close()
+        self.messages.close()
+
+
+class Child:
+    """The child's side.  One task at a time, in the main thread."""
+
+    def __init__(self, spec: ChildSpec):
+        self.spec = spec
+        self.pid = os.getpid()
+        self.wire = Wire(spec)
+        self.strays = False         # processes that earlier runs have started live
+        self.main_thread = own_ident()
+        self.run_id = 0             # of the current run; 0: none
+        self.attempt = 0
+        self.printed = 0            # characters of the current run
+        self.strange = 0            # … and of threads that are left over
+        self.own_threads: set = set()       # the app's, and the main thread
+        self.left_over: set = set()         # threads of runs that are over
+        self.surroundings: Any = None       # once the app is imported
+        self.interruptible = False  # True while code of the task runs
+        self.forking = 0            # threads that are in the middle of os.fork()
+        self.pending: BaseException | None = None   # to be raised after a send, fork
+        self.interrupt: BaseException | None = None     # what we raised in the task
+        self.mask = threading.local()   # .before: of a thread that forks
+        # Process managers signal whole groups: leave the end to our worker.  Not
+        # SIG_IGN, which programs started by a task would inherit.
+        self.handlers = {
+            signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None,
+            signal.SIGALRM: self._on_alarm, signal.SIGUSR1: self._on_cancel,
+        }
+
+    def main(self) -> None:
+        """Prepare, import the app, then serve; return for an orderly exit."""
+        die_with_parent(self.spec.parent)
+        self._prepare()
+        try:
+            # Written shortly before the worker looks for it.
+            with stack_when_slow(self.spec.crash, 0.9 * SLOW_SECONDS):
+                self.app = load_app(self.spec.app)
+            self.app.override(**self.spec.settings)
+        except BaseException as exc:
+            # A lock that is taken will be so for as long as the worker lives.
+            lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
+            trace = describe_exception(exc)["traceback"]
+            self._say(LACKING if lacks else _BROKEN,
+                      trace.encode("utf-8", "backslashreplace"))
+            os._exit(1)
+        import gc
+
+        gc.freeze()         # what is imported will never be garbage
+        dump_crashes(self.spec.crash)
+        self.surroundings = Surroundings(self.handlers)
+        self.surroundings.restore(standard_streams())
+        self.own_threads = set(threading.enumerate())
+        self._say(_READY, to_json(list(self.app.tasks)).encode())
+        lasted = False              # the run before
+        while True:
+            frame = self.wire.receive_now()
+            if (frame is None or lasted) and self.surroundings.restore_rest():
+                dump_crashes(self.spec.crash)
+            if frame is None:
+                frame = self.wire.receive()
+            if not frame:
+                gc.unfreeze()       # or open files would not be flushed at the exit
+                self.wire.keep_open()
+                return
+            lasted = self._serve(frame) > _SPAWN_SECONDS
+
+    def _let_go(self):
+        """At the very end: what the app has made ends with it, so files are flushed.
+
+        The hooks at a fork, and the handlers, hold us for longer than that.
+        """
+        for app in (self.app, default_app):
+            app.tasks.clear()
+
+    def _prepare(self):
+        atexit.register(self._let_go)       # the first to come is the last to go
+        dump_crashes(self.spec.crash)
+        # Whoever started the worker may have ignored or blocked what tasks rely on.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._after_fork,
+            after_in_child=self._in_fork,
+        )
+        for fd in self.spec[4:8]:
+            os.set_inheritable(fd, False)
+        self._capture()
+
+    def _capture(self):
+        """Also as sys.__stdout__: "sys.stdout = sys.__stdout__" ends a redirection."""
+        self.originals = sys.stdout, sys.stderr
+        for stream in self.originals:
+            stream.flush()
+        self.streams = out, err = TaskStream(self.print, 1), TaskStream(self.print, 2)
+        sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
+        sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
+        self.plain_streams = standard_streams()
+
+    def _before_fork(self):
+        """Hold back signals that our handlers would swallow in the new process."""
+        self.forking += 1
+        self.mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
+
+    def _after_fork(self):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.before)
+        self.forking -= 1
+
+    def _in_fork(self):
+        """In a process that a task has forked: be to it as a program of its own.
+
+        Else terminate() would not end it, and multiprocessing would wait for ever.
+        """
+        import faulthandler
+
+        faulthandler.unregister(signal.SIGUSR2)
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == handler:
+                is_int = number == signal.SIGINT
+                signal.signal(
+                    number, signal.default_int_handler if is_int else signal.SIG_DFL
+                )
+        for stream in self.streams:
+            stream.forget()
+        if self.surroundings:
+            self.surroundings.leave()
+        self.wire.close()
+        self._after_fork()
+
+    def _leave_fork(self, exc):
+        """A process that a task has forked came back here: end it as Python would."""
+        code = 0
+        if isinstance(exc, SystemExit):
+            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        elif exc is not None:
+            code = 1
+            self.print(describe_exception(exc)["traceback"], 2)
+        for stream in self.streams:
+            stream.end_run()
+        os._exit(code & 0xFF)
+
+    def _serve(self, frame):
+        head, _, text = frame.partition(b"\n")
+        # As text: of bytes, json would ask first in which encoding they are.
+        self.run_id, name, self.attempt, timeout, tick = json.loads(head.decode())
+        self.printed = self.strange = 0
+        self.interrupt = self.pending = None
+        started_at = now_ms()
+        start = time.perf_counter()
+        task = self.app.tasks.get(name)
+        try:
+            if task is None:
+                message = UNKNOWN, b""
+            else:
+                message = _SUCCEEDED, self._run(task, text, timeout, tick)
+        except BaseException as exc:
+            if os.getpid() != self.pid:
+                self._leave_fork(exc)
+            message = _ENDED_BADLY, self._describe(exc, task)
+        if os.getpid() != self.pid:
+            self._leave_fork(None)
+        duration = time.perf_counter() - start
+        self._end_output(duration)
+        self._send(*message, self.run_id, self.attempt, started_at, duration)
+        self.run_id = 0
+        return duration
+
+    def _end_output(self, seconds):
+        """What this run has printed is its own; what comes later may not be."""
+        for stream in self.streams:
+            stream.end_run()
+        try:
+            if is_filled(self.spec.output):
+                self._say(_WRITTEN, os.read(self.spec.output, LINE_BYTES))
+        except BlockingIOError:             # the worker has read it meanwhile
+            pass
+        except OSError as exc:
+            self.wire.end_if_closed(exc)
+            raise
+        if _thread._count() or self.left_over:
+            self.left_over = set(threading.enumerate()) - self.own_threads
+        if seconds > _SPAWN_SECONDS or self.strays:
+            strays = others_write_here()
+            if strays != self.strays:
+                self.strays = strays
+                self._say(_STRAYS, b"1" if strays else b"0")
+
+    def _run(self, task, text, timeout, tick):
+        global running_task
+        args, kwargs = decode(text.decode() or self.app.store.args(self.run_id))
+        deadline = time.time() + timeout if timeout else None
+        tick = datetime.fromtimestamp(tick, timezone.utc) if tick else None
+        running_task = CurrentTask(
+            self.run_id, task.name, self.attempt, deadline, tick, self._progress
+        )
+        try:
+            value = self._interruptibly(timeout, task.fn, args, kwargs)
+        finally:
+            running_task = None
+        try:
+            return self._encode_result(value)
+        except (TypeError, PayloadTooLarge) as exc:
+            raise _ResultRefused(str(exc)) from exc     # it would be again
+
+    def _encode_result(self, value):
+        if value is None:
+            return b"null"
+        body = encode(value, "result").encode()
+        limit = self.app.settings.max_payload
+        if len(body) > limit:
+            raise PayloadTooLarge(
+                f"result of {len(body):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                f"{limit:,}; write it to a file and return its path"
+            )
+        return body
+
+    def _interruptibly(self, timeout, fn, args, kwargs):
+        """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
+        context = self.surroundings.context()
+        self.interruptible = True
+        try:
+            if timeout:
+                signal.setitimer(signal.ITIMER_REAL, timeout)
+            value = context.run(fn, *args, **kwargs)
+            if isinstance(value, types.CoroutineType):
+                value = context.run(run_coroutine, value)
+            return value
+        finally:
+            self.interruptible = False
+            streams = standard_streams()
+            if streams != self.plain_streams:
+                self._flush(streams[1:])
+            self.surroundings.restore(streams)
+
+    def _flush(self, streams):
+        """What an app, or a task, has put in place of our streams may hold output.
+
+        Never raises, and waits only so long: a stream may lead to who does not read.
+        """
+        before = self.interrupt
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                try:
+                    self.interruptible = True
+                    signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
+                    stream.flush()
+                finally:
+                    self.interruptible = False
+        self.interrupt = before
+
+    def _on_alarm(self, *_):
+        exc, self.pending = self.pending, None
+        self._interrupt(exc or TaskTimeout("the time limit is reached"))
+
+    def _on_cancel(self, *_):
+        """The parent wrote the id it means, which may have just finished."""
+        if self.run_id in self.wire.wanted():
+            self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
+
+    def _interrupt(self, exc):
+        """Raise in the task, but never in the middle of a message or of a fork.
+
+        Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept.
+        """
+        if not self.interruptible:
+            return
+        self.interrupt = exc
+        if self.wire.is_sending():
+            self.pending = exc
+        elif self.forking:      # where the interpreter would drop the exception
+            self.pending = exc
+            signal.setitimer(signal.ITIMER_REAL, _FORK_PAUSE)
+        else:
+            raise exc
+
+    def _describe(self, exc, task):
+        """What the parent needs to decide, as JSON."""
+        error = describe_exception(exc)
+        if isinstance(exc, _ResultRefused):
+            error["type"] = type(exc.__cause__).__name__
+        elif isinstance(exc, Abort):        # it wins, also over a time limit
+            error["kind"] = "abort"
+        elif self.interrupt is not None:
+            timed_out = isinstance(self.interrupt, TaskTimeout)
+            error["kind"] = "timeout" if timed_out else "cancelled"
+        if isinstance(exc, Retry):
+            error["countdown"] = _countdown(exc.countdown)
+        error["retryable"] = not isinstance(exc, Abort) and (
+            error["kind"] == "timeout"
+            or isinstance(exc, (Retry, *task.policy.retry_for))
+        )
+        return to_json(error).encode()
+
+    def _is_left_over(self):
+        """True in a thread that has outlived the run which started it."""
+        return self.left_over and threading.current_thread() in self.left_over
+
+    def _progress(self, run, percent, message):
+        if os.getpid() != self.pid:             # a process the task forked
+            return
+        of = run.id, run.attempt
+        if of == (self.run_id, self.attempt) and not self._is_left_over():
+            text = None if message is None else str(message)[:1000]
+            self._send(_PROGRESSED, to_json([percent, text]).encode(), *of)
+
+    def print(self, text: str, fd: int) -> None:
+        """Send what a task printed, up to OUTPUT_CHARS for each run."""
+        if os.getpid() != self.pid:             # a process the task forked
+            write_all(fd, text.encode("utf-8", "backslashreplace"))
+            return
+        run_id, attempt = self.run_id, self.attempt
+        if self._is_left_over():
+            run_id = attempt = 0
+            text = cut_output(text, self.strange)
+            self.strange += len(text)
+        else:
+            text = cut_output(text, self.printed)
+            self.printed += len(text)
+        if text:
+            body = text.encode("utf-8", "backslashreplace")
+            self._send(_PRINTED, body, run_id, attempt)
+
+    def _say(self, kind, body):
+        """Send a message of the current run, or of none."""
+        self._send(kind, body, self.run_id, self.attempt)
+
+    def _send(self, kind, body, run_id, attempt, started_at=0, duration=0.0):
+        head = MESSAGE.pack(len(body), kind, run_id, attempt, started_at, duration)
+        self.wire.send(head + body)
+        if self.pending is not None and own_ident() == self.main_thread:
+            exc, self.pending = self.pending, None
+            raise exc
+
+
+def _countdown(value):
+    """Seconds, within reason; None, for the task's own delay, when it is no number."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not isinstance(seconds, (int, float)) or seconds != seconds:
+        return None
+    return float(min(max(seconds, 0), LONGEST_SECONDS))
+
+
+def _text_of(fn, *args):
+    """Call what may be an exception's own, broken, code."""
+    try:
+        return str(fn(*args))
+    except BaseException as exc:
+        return f"<it cannot be printed: {type(exc).__name__}>"
+
+
+def _is_machinery(path):
+    """True for this file, and for what imports an app."""
+    return path in (__file__, importlib.__file__) \
+        or path.startswith("<frozen importlib")
+
+
+def describe_exception(exc: BaseException) -> dict:
+    """kind, type, message and traceback of any exception.  Never raises."""
+    import traceback
+
+    def text():
+        own = exc.__traceback__
+        while own is not None and _is_machinery(own.tb_frame.f_code.co_filename):
+            own = own.tb_next           # begin where the user's code does
+        return "".join(traceback.format_exception(type(exc), exc, own))
+
+    return {
+        "kind": "exception",
+        "type": type(exc).__qualname__,
+        "message": _text_of(str, exc)[:TRACEBACK_CHARS],
+        "traceback": _text_of(text)[-TRACEBACK_CHARS:],
+    }
+
+
+# == Member ===================================================================
+# Owns one child as the worker sees it: its process, its sockets and pipes, what it
+# was sent and what it said.  Decides nothing.
+#
+# Several frames may wait in a child's socket, so that it is never idle while the
+# worker commits.  The worker keeps a duplicate of the receiving end and can read
+# back what the child has not taken: each frame is got by exactly one of the two.
+#
+# `at`, here and in the Pool, is monotonic seconds: every span is measured by a
+# clock that nobody can set.
+
+_MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
+_READ_BYTES = 1 << 18
+_READS = 16                         # in a row from one pipe, at most
+STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled,
+                            # and the worker reads what it writes
+_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
+LATEST_MS = 1 << 53                # no clock shows such a unix time
+
+
+class Ended(NamedTuple):
+    """How a run ended, as far as the pool knows."""
+
+    run: Run
+    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
+    result: str | None = None
+    error: dict | None = None       # also retryable, countdown; crash: exit data
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+
+
+def _frame(run):
+    """The bytes that make a child run this."""
+    name, timeout = SCALARS[str](run.name), run.timeout or "null"
+    tick = "null" if run.tick is None else run.tick
+    head = f"[{run.id},{name},{run.attempt},{timeout},{tick}]"
+    return f"{head}\n{run.args or ''}".encode()
+
+
+def _read_all(fd, most):
+    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
+    found, at_end = bytearray(), False
+    for _ in range(_READS):         # not for ever, when somebody goes on writing
+        try:
+            chunk = os.read(fd, _READ_BYTES)
+        except OSError:
+            break
+        if not chunk:
+            at_end = True
+            break
+        found += chunk[: max(0, most - len(found))]
+    return bytes(found), at_end
+
+
+def _pipe(undo, theirs):
+    """A pipe from a child: one end to be closed if it fails, one in any case."""
+    reader, writer = os.pipe()
+    undo.callback(close_fd, reader)
+    theirs.callback(close_fd, writer)
+    return reader, writer
+
+
+class Member:
+    """One child of the pool."""
+
+    def __init__(self, spec: ChildSpec, log: Callable):
+        self._open(spec)
+        self.transcript = Transcript(log)
+        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
+        self.began = 0.0                # when [0] became the first; before: it started
+        self.behind = 0.0               # seconds that all but [0] usually take
+        self.ready = False              # it has imported the app
+        self.retiring = False           # takes nothing more
+        self.is_mute = False            # nobody can write to its output any more
+        self._listens = False           # the selector tells of its output
+        self.done = 0                   # runs answered
+        self.why = ""                   # condemned: timeout, cancelled, see _crash()
+        self.kill_due = 0.0             # 0: not condemned
+        self.exit: Exit | None = None   # once it is dead
+        self._buffer = bytearray()      # of messages, not yet whole
+        self._is_deaf = False           # nothing is taken in any more
+        self._reason = ""               # why it could not start
+        self._lacks = False             # … for want of what there may be later
+
+    def _open(self, spec):
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            self.frames, child_frames = frame_pair()
+            self.messages, child_messages = socket_pair()
+            for end in (self.frames, child_frames, self.messages, child_messages):
+                undo.callback(end.close)
+            self.output, child_output = _pipe(undo, theirs)
+            self.crash, child_crash = _pipe(undo, theirs)
+            null = os.open(os.devnull, os.O_RDONLY)
+            theirs.callback(close_fd, null)
+            ends = (child_frames.fileno(), child_messages.fileno(), child_crash,
+                    self.output)
+            spec = spec._replace(
+                frames=ends[0], messages=ends[1], crash=child_crash, output=self.output
+            )
+            argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
+            self.pid = spawn(argv, ends, null, child_output)
+            undo.pop_all()
+        child_messages.close()
+        # The duplicate that frames are read back by.  It shares its flags with the
+        # child's end, so it must stay blocking.
+        self._unread = child_frames
+        self.frames.setblocking(False)
+        self.messages.setblocking(False)
+        os.set_blocking(self.output, False)
+        os.set_blocking(self.crash, False)
+
+    @property
+    def able(self) -> bool:
+        """True when it may be given work."""
+        return self.ready and not self.retiring and not self.why
+
+    def send(self, run: Run, at: float) -> bool:
+        """Send a frame.  False when its socket is full, or it just died."""
+        try:
+            self.frames.send(_frame(run)[:FRAME_BYTES])
+        except OSError:
+            return False
+        self.waiting.append(run)
+        self.behind += run.usual
+        if len(self.waiting) == 1:
+            self.begin_head(at)
+        return True
+
+    def begin_head(self, at: float) -> None:
+        """From now on the first of `waiting` runs."""
+        self.began = at
+        is_followed = len(self.waiting) > 1     # else floats would leave a trace
+        self.behind = max(0.0, self.behind - self.waiting[0].usual) \
+            if is_followed else 0.0
+        self.transcript.begin()
+
+    def recall(self) -> list:
+        """Read back the frames that the child has not taken; return their runs."""
+        ids = set()
+        with contextlib.suppress(OSError):      # EAGAIN: there are no more
+            while True:
+                frame = self._unread.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
+                if not frame:
+                    break
+                ids.add(json.loads(frame.partition(b"\n")[0])[0])
+        back = [run for run in self.waiting if run.id in ids]
+        self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
+        self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
+        return back
+
+    def read(self) -> bool:
+        """Take in what it sent.  False when the socket is at its end."""
+        while True:
+            try:
+                chunk = self.messages.recv(_READ_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not chunk:
+                return False
+            if not self._is_deaf:
+                self._buffer += chunk
+            if len(chunk) < _READ_BYTES:
+                return True
+
+    def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
+        """Call understand(self, message, at) with all that it sent.
+
+        Returns (False when the socket is at its end, what was wrong or "").
+        """
+        alive, wrong = True, ""
+        try:
+            alive = self.read()
+            for message in self.parse(max_payload):
+                understand(self, message, at)
+        except _NONSENSE:
+            wrong = "mad"
+        except MemoryError:             # costs this run, not the worker
+            wrong = "too much"
+            self._buffer, self._is_deaf = bytearray(), True
+        return alive, wrong
+
+    def parse(self, max_payload: int) -> Iterator[tuple]:
+        """Yield (header, body) of the whole messages, the header as MESSAGE has it.
+
+        Raises ValueError for what cannot be one.
+        """
+        buffer, at, size = self._buffer, 0, MESSAGE.size
+        try:
+            while len(buffer) - at >= size:
+                header = MESSAGE.unpack_from(buffer, at)
+                if header[0] > max_payload + _MESSAGE_EXTRA_BYTES:
+                    raise ValueError("a message that is too long")
+                if not (0 <= header[4] < LATEST_MS and 0 <= header[5] < LATEST_MS):
+                    raise ValueError("a time that cannot be")
+                start, end = at + size, at + size + header[0]
+                if len(buffer) < end:
+                    break
+                at = end
+                yield header, buffer[start:end]
+        finally:
+            del buffer[:at]
+
+    def is_settled(self, at: float) -> bool:
+        """True when what the pipe holds was written by the run at the head.
+
+        One that began just now may be over, and the next at work: then the child
+        empties the pipe itself, before it answers.  Guarded by
+        test_what_c_code_writes_is_booked_on_the_run_that_wrote_it.
+        """
+        return not self.waiting or at - self.began >= STALL_SECONDS
+
+    def mind_output(self, selector: selectors.BaseSelector, at: float) -> None:
+        """Have the selector tell of the pipe while its text can be booked."""
+        wanted = self.is_settled(at) and not self.is_mute
+        if wanted and not self._listens:
+            selector.register(self.output, selectors.EVENT_READ, self)
+        elif self._listens and not wanted:
+            selector.unregister(self.output)
+        self._listens = wanted
+
+    @property
+    def is_unheard(self) -> bool:
+        """True when there will be something to read that nobody tells of."""
+        return not (self._listens or self.is_mute)
+
+    def read_output(self) -> None:
+        """Take in what C code, or a subprocess, has written to stdout and stderr."""
+        data, self.is_mute = _read_all(self.output, 4 * OUTPUT_CHARS)
+        self.transcript.written(data, self.waiting[0] if self.waiting else None)
+
+    def cannot_start(self, reason: str, lacks: bool) -> None:
+        """What it says of the import of the app."""
+        self._reason, self._lacks = reason, lacks
+
+    def has_lacked(self) -> bool:
+        """True when it could not start for want of memory, or something like that.
+
+        Whoever is killed before it is ready is so by the kernel, out of memory.
+        """
+        return self._lacks or not self.why and self.exit is not None \
+            and self.exit.signal == "SIGKILL"
+
+    def outgrows(self, limit: int | None) -> bool:
+        """True when it takes over `limit` bytes before its first run."""
+        taken = memory_bytes(self.pid) if limit else 0
+        if limit and taken > limit:
+            self._reason = (
+                f"max_memory is {limit >> 20} MiB, and to import the app alone takes "
+                f"{taken >> 20} MiB"
+            )
+        return bool(limit and taken > limit)
+
+    def last_words(self) -> str:
+        """Why it could not start."""
+        said = self._reason or self.transcript.text()
+        return said or f"they die at once: {self.exit}"
+
+    def read_stack(self) -> str:
+        """The Python stack that faulthandler wrote, if any."""
+        return _read_all(self.crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
+
+    def interrupt(self, run_id: int) -> None:
+        """Have TaskCancelled raised in this run, if it still runs."""
+        with contextlib.suppress(OSError):
+            self.messages.send(struct.pack("!q", run_id))
+        send_signal(self.pid, signal.SIGUSR1)
+
+    def poll(self) -> Exit | None:
+        """How it ended; None while it lives."""
+        self.exit = self.exit or poll_exit(self.pid)
+        return self.exit
+
+    def wait(self, seconds: float, why: str = "") -> Exit:
+        """Wait for its end; after so many seconds kill it, for this reason."""
+        deadline = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() >= deadline:
+                self.why = self.why or why
+                send_signal(self.pid, signal.SIGKILL)
+            own_sleep(0.001)
+        kill_group(self.pid)            # what it has left behind
+        return self.poll() or Exit(None, None, 0)
+
+    def hang_up(self) -> None:
+        """Tell an idle child to exit."""
+        self.frames.close()
+        self._unread.close()
+
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Have the selector name us when there is something to read.
+
+        Raises OSError, and kills the child, when it cannot.
+        """
+        try:
+            selector.register(self.messages, selectors.EVENT_READ, self)
+            self.mind_output(selector, 0.0)
+        except OSError:
+            self.wait(0)
+            self.close(selector)
+            raise
+
+    def close(self, selector: selectors.BaseSelector) -> None:
+        """Close our ends.  The child must be dead."""
+        for channel in (self.messages, self.output):
+            with contextlib.suppress(KeyError):
+                selector.unregister(channel)
+        for end in (self.frames, self.messages, self._unread):
+            end.close()
+        for fd in (self.output, self.crash):
+            close_fd(fd)
+
+
+# == Placement ================================================================
+# Owns the choice of the child that a run goes to: where there is room, what may
+# wait in a pipe, and what is taken back from one.  What waits in a pipe saves its
+# child the time of a commit; it waits for _AHEAD_SECONDS at most, by what runs of
+# these tasks have taken so far.  Looks at the children and changes nothing.
+
+_AHEAD_FRAMES = 128         # waiting in one child's socket at most
+_AHEAD_SECONDS = 0.05       # … and behind no more work than this
+_SHORT_SECONDS = 1.0        # what takes longer does not wait, nor is it waited for
+_SPARE_SECONDS = 0.005      # what waits longer goes to a child that is idle
+
+
+class Durations:
+    """How long runs usually take, by name of the task."""
+
+    def __init__(self):
+        self._usual: dict[str, float] = {}      # seconds
+        self.short_names: set[str] = set()      # tasks that may wait in a pipe
+        self.typical = 0.0                      # of all, whatever their name
+
+    def usual(self, name: str) -> float:
+        """Seconds that a run of this task usually takes; 0 for the unknown."""
+        return self._usual.get(name, 0.0)
+
+    def is_short(self, name: str) -> bool:
+        """True when a run of this task may wait in a pipe, or be waited for."""
+        return name in self.short_names
+
+    def learn(self, name: str, seconds: float) -> None:
+        """Take a run into account; a long one counts at once."""
+        self.typical += (seconds - self.typical) * 0.05
+        usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
+        if seconds > _SPARE_SECONDS:
+            usual = max(usual, seconds)
+        self._usual[name] = usual
+        if usual < _SHORT_SECONDS:
+            self.short_names.add(name)
+        else:
+            self.short_names.discard(name)
+
+
+class Placement:
+    """Where runs go, by what the `members` of a pool have now.
+
+    `size` of them work at a time.  None is ever sent more runs than `most`.
+    """
+
+    def __init__(self, size: int, most: int | None, durations: Durations):
+        self._size, self._most, self._durations = size, most or sys.maxsize, durations
+
+    def working(self, members: Sequence[Member]) -> list[Member]:
+        """The children that may be given work: not more than `size` have any."""
+        busy: list[Member] = []     # whoever has some stays in
+        idle: list[Member] = []
+        others = 0
+        for member in members:
+            if member.able:
+                (busy if member.waiting else idle).append(member)
+            elif member.waiting:
+                others += 1
+        return (busy + idle)[: max(0, self._size - others)]
+
+    def delay_of(self, member: Member, at: float) -> float:
+        """Seconds until one more run would begin in this child; 0 when it is idle."""
+        if not member.waiting:
+            return 0.0
+        return max(0.0, member.waiting[0].usual - (at - member.began)) + member.behind
+
+    def room(self, members: Sequence[Member], taken: int, at: float) -> tuple[int, int]:
+        """(children with nothing to do, further places in pipes), but for `taken`."""
+        free = ahead = 0
+        for member in self.working(members):
+            if not member.waiting:
+                free += 1
+                ahead += max(0, self._places_in(member, at) - 1)
+            elif not self._is_slow(member, at):
+                ahead += self._places_in(member, at)
+        return max(0, free - taken), max(0, ahead - max(0, taken - free))
+
+    def _places_in(self, member, at):
+        """How many more runs it can take, if they are like those before."""
+        has, left = len(member.waiting), _AHEAD_SECONDS - self.delay_of(member, at)
+        if left <= 0:
+            return 0
+        fit = math.ceil(left / max(self._durations.typical, 1e-6) - 1e-6)
+        return max(0, min(fit, _AHEAD_FRAMES - has, self._most - member.done - has))
+
+    def _is_slow(self, member, at):
+        """True when nothing should wait behind what this child runs."""
+        head = member.waiting[0]
+        return at >= self.late_at(member) or not self._durations.is_short(head.name)
+
+    def late_at(self, member: Member) -> float:
+        """When what waits in this pipe has waited too long.
+
+        For the one run that takes longer than usual; or for many, each a little.
+        """
+        late = member.began + member.waiting[0].usual + STALL_SECONDS
+        if len(member.waiting) > 1:
+            late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
+        return late
+
+    def takers(self, members: Sequence[Member], at: float) -> list[Taker]:
+        """The children that can take a frame, as a heap: the first is the soonest."""
+        found = [
+            Taker(self.delay_of(m, at), len(m.waiting), n, m)
+            for n, m in enumerate(self.working(members))
+            if not (m.waiting and self._is_slow(m, at))
+        ]
+        heapq.heapify(found)
+        return found
+
+    def may_wait(self, run: Run, taker: Taker) -> bool:
+        """True when `run` may wait in the pipe of this child, which is not slow."""
+        return not run.is_last and self._durations.is_short(run.name) \
+            and taker.delay < _AHEAD_SECONDS and taker.has < _AHEAD_FRAMES \
+            and taker.has + taker.member.done < self._most
+
+    def overloaded(self, members: Sequence[Member], at: float,
+                   is_spare: bool) -> list[Member]:
+        """Those in whose pipe something waits behind a slow run.
+
+        And, if there is nothing else for an idle one to do (`is_spare`), the one
+        in which it waits longest.
+        """
+        working = self.working(members)
+        found = [m for m in working if len(m.waiting) > 1 and self._is_slow(m, at)]
+        if is_spare and not found and any(not m.waiting for m in working):
+            full = [m for m in working if len(m.waiting) > 1]
+            delay, _, longest = max(
+                ((self.delay_of(m, at), n, m) for n, m in enumerate(full)),
+                default=(0.0, 0, None),
+            )
+            if longest and (len(longest.waiting) > 2 or delay > _SPARE_SECONDS):
+                found.append(longest)
+        return found
+
+    def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
+        """Those in whose pipe something less urgent waits; its end is the least."""
+        return [m for m in members
+                if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
+
+    def slack(self, members: Sequence[Member], at: float) -> float:
+        """Seconds for which no child will have nothing to do, by past durations."""
+        return min((
+            self.delay_of(m, at) if len(m.waiting) > 1 else 0.0
+            for m in self.working(members)
+        ), default=0.0)
+
+
+class Taker(NamedTuple):
+    """A child that can take a frame, in the order in which they are asked."""
+
+    delay: float        # seconds until one more run would begin
+    has: int            # runs
+    number: int         # so that members are never compared
+    member: Member
+
+    def after(self, run: Run) -> Taker:
+        """The same when it has taken this run as well."""
+        return Taker(self.delay + run.usual, self.has + 1, self.number, self.member)
+
+
+# == Pool =====================================================================
+# Owns the set of children: who runs what, time limits, recall of what has not begun,
+# replacement.  Knows nothing of the database; what happened to a run is returned as
+# an Ended record.
+
+_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
+_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
+_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
+EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
+_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
+_START_SECONDS = 2.0        # a child that imports for longer holds up no others
+_LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
+_START_FAILURES = 5         # children in a row that die before they are ready
+_KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
+
+
+class Starts:
+    """When children may be started: few at a time, none once a stop has begun.
+
+    When they die before they are ready: later each time, then give up; but never for
+    want of memory, descriptors or processes.
+    """
+
+    def __init__(self, say: Callable):
+        self._say = say         # say(text, **fields): of a child outside of any run
+        self.failures = 0       # in a row
+        self.next_start = 0.0   # no child is started before
+        self._reason = ""       # of the last failure
+        self._lacks = 0         # times in a row that something was lacking
+        self._slow: set[int] = set()        # pids that were said to be
+        self.unknown: set[str] = set()      # tasks that a new child did not know
+
+    @property
+    def given_up(self) -> str:
+        """Why no more are worth a try; empty before, and after a success."""
+        return self._reason if self.failures >= _START_FAILURES else ""
+
+    def room(self, members: Sequence[Member], at: float) -> int:
+        """How many more may be started now, beside these.
+
+        The import of the app takes a CPU for a while: as many as there are CPUs.
+        Those that take long may be waiting for something else.
+        """
+        if at < self.next_start:
+            return 0
+        starting = [m for m in members if not m.ready and at - m.began < _START_SECONDS]
+        return max(0, (os.cpu_count() or 1) + 1 - len(starting))
+
+    def end(self) -> None:
+        """None is started any more."""
+        self.next_start = math.inf
+
+    def failed(self, at: float, reason: str) -> None:
+        """One more could not start, for this reason.  Said once."""
+        self.failures += 1
+        if self.failures == 1:
+            lines = reason.strip().splitlines() or ["it ended before it was ready"]
+            self._say(f"a child could not start, it is tried again: {lines[-1]}",
+                      stack=reason if len(lines) > 1 else None)
+        pause = 0.1 * 2 ** min(self.failures, 8)
+        self.next_start = max(self.next_start, at + pause)
+        self._reason = reason
+
+    def lacked(self, at: float, reason: str) -> None:
+        """One more could not start, for want of what there may be later.  Said once."""
+        self._lacks += 1
+        pause = min(0.1 * 2 ** min(self._lacks, 8), _LACK_PAUSE)
+        self.next_start = max(self.next_start, at + pause)
+        if self._lacks == 1:
+            self._say(f"no child can be started, it is tried again: {reason}")
+
+    def ended(self, member: Member, at: float) -> None:
+        """A child has died; what it had not begun was taken back."""
+        if member.ready and (member.done or member.waiting):
+            # Whether another can start is found out now, not by tries of before.
+            # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
+            self.failures = 0
+            if self.next_start < math.inf:
+                self.next_start = at
+        elif member.has_lacked():
+            self.lacked(at, member.last_words())
+        else:
+            self.failed(at, member.last_words())
+        if member.ready and not (member.waiting or member.why or member.retiring):
+            about = _crash("", member.exit, 0)["message"]
+            self._say(f"a child has ended while it had nothing to do: {about}",
+                      pid=member.pid)
+
+    def mention_slow(self, members: Sequence[Member], at: float) -> None:
+        """Say once of each child that it imports the app for long, and where it is."""
+        starting = [m for m in members if not m.ready]
+        for member in starting:
+            if at - member.began >= SLOW_SECONDS and member.pid not in self._slow:
+                self._say(f"a child is not ready after {SLOW_SECONDS:g} s: it still "
+                          "imports the app, and is waited for", pid=member.pid,
+                          stack=member.read_stack() or None)
+                self._slow.add(member.pid)
+        self._slow.intersection_update(member.pid for member in starting)
+
+    def succeeded(self, names: Iterable[str] = ()) -> None:
+        """One is ready, with these tasks: earlier failures do not count any more."""
+        self.failures = self._lacks = 0
+        self.unknown.difference_update(names)
+
+
+def _urgency(run):
+    return run.priority
+
+
+class Hand:
+    """Claimed runs that no child has, in the order in which they go to one."""
+
+    def __init__(self):
+        self.runs: collections.deque = collections.deque()
+        self.since = 0.0            # when the last one left, or there was none
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def add(self, runs: Sequence[Run]) -> None:
+        """Take in runs, the most urgent first."""
+        self.runs.extend(runs)
+        if len(self.runs) > len(runs):
+            self.runs = collections.deque(sorted(self.runs, key=_urgency))
+
+    def put_in_front(self, runs: Sequence[Run]) -> None:
+        """Take in what has been recalled from a child."""
+        self.runs.extendleft(reversed(runs))
+
+    def take(self, wanted: Callable[[Run], bool]) -> list[Run]:
+        """Give away the runs that are wanted."""
+        found = [run for run in self.runs if wanted(run)]
+        if found:
+            self.runs = collections.deque(r for r in self.runs if not wanted(r))
+        return found
+
+    def deal(self, send: Callable[[Run], bool], at: float) -> list[Run]:
+        """Give each run away with `send`, if it can.
+
+        Returns the runs that nobody could take for a while: others may have time.
+        """
+        left = [run for run in self.runs if not send(run)]
+        if len(left) < len(self.runs) or not left:
+            self.since = at
+        self.runs = collections.deque(left)
+        return self.empty() if at >= self.due else []
+
+    @property
+    def due(self) -> float:
+        """When deal() gives up on what is left."""
+        return self.since + _HAND_SECONDS if self.runs else math.inf
+
+    def empty(self) -> list[Run]:
+        """Give all away."""
+        runs = list(self.runs)
+        self.runs.clear()
+        return runs
+
+
+class Pool:
+    """`size` children that run tasks, and one more that is warm."""
+
+    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
+                 log: Callable, selector: selectors.BaseSelector):
+        self._spec = spec
+        self._size = size
+        self._limits = limits       # settings
+        self._log = log             # log(event, run, **fields)
+        self._selector = selector
+        self._guardian = Guardian()
+        self.members: list[Member] = []
+        self.hand = Hand()
+        self.ended: list[Ended] = []
+        self.progress: dict[int, tuple[Run, str]] = {}
+        self.durations = Durations()
+        most = limits.max_tasks_per_child
+        self.placement = Placement(size, most, self.durations)
+        self.starts = Starts(
+            lambda error, **more: log("child_error", None, error=error, **more)
+        )
+
+    # -- children
+
+    def fill(self, at: float) -> None:
+        """Have all the processes there should be; but few start at a time.
+
+        The others follow as these get ready.
+        """
+        try:
+            self._guardian.check()
+            staying = sum(member.why != "leaving" for member in self.members)
+            missing = self._size + 1 - staying
+            for _ in range(min(missing, self.starts.room(self.members, at))):
+                member = Member(self._spec, self._log)
+                member.began = at
+                member.watch(self._selector)
+                self._guardian.watch(member.pid)
+                self.members.append(member)
+        except OSError as exc:
+            tell = self.starts.lacked if is_lack(exc) else self.starts.failed
+            tell(at, str(exc))
+
+    def is_ready(self) -> bool:
+        """True when a child has imported the app."""
+        return any(member.ready for member in self.members)
+
+    # -- giving out work
+
+    def room(self, at: float) -> tuple[int, int]:
+        """(children with nothing to do, further places in pipes)."""
+        return self.placement.room(self.members, len(self.hand), at)
+
+    def take(self, runs: Sequence[Run]) -> None:
+        """Have claimed runs in hand, the most urgent first; none waits for others."""
+        behind = self.placement.behind(self.members, min(r.priority for r in runs))
+        for member in behind:
+            self._recall(member)
+        self.hand.add(runs)
+
+    def make_way(self, priority: int) -> list[Run]:
+        """Take back what has not begun and is less urgent: for one that waits.
+
+        It needs a child with nothing to do.  Guarded by
+        test_an_urgent_task_does_not_wait_for_what_was_prefetched.
+        """
+        return self._take_back(lambda run: run.priority > priority)
+
+    def leave(self, queues: set[str]) -> list[Run]:
+        """Take back what has not begun and is of these queues: they are paused."""
+        return self._take_back(lambda run: run.queue in queues)
+
+    def _take_back(self, unwanted):
+        for member in self.members:
+            if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
+                self._recall(member)
+        return self.hand.take(unwanted)
+
+    def in_hand(self) -> int:
+        """Runs that are claimed and not ended."""
+        return len(self.hand) + sum(len(m.waiting) for m in self.members)
+
+    def running(self) -> list[Run]:
+        """The runs at the head of each child."""
+        return [m.waiting[0] for m in self.members if m.waiting]
+
+    def dispatch(self, at: float) -> list[Run]:
+        """Send what is in hand, to the child that will begin it first.
+
+        Returns the runs that none could take for a while.
+        """
+        takers = self.placement.takers(self.members, at)
+        return self.hand.deal(lambda run: self._send(run, takers, at), at)
+
+    def _send(self, run, takers, at):
+        """Send a run to the first of the takers, if that can take it."""
+        taker = takers[0] if takers else None
+        if taker is None or taker.has and not self.placement.may_wait(run, taker):
+            return False
+        run.usual, run.due = self.durations.usual(run.name), at + taker.delay
+        if not taker.member.send(run, at):
+            heapq.heappop(takers)           # its socket is full, or it just died
+            return self._send(run, takers, at)
+        if not taker.has:
+            taker.member.transcript.announce(run)
+        if self.durations.is_short(run.name):
+            heapq.heapreplace(takers, taker.after(run))
+        else:
+            heapq.heappop(takers)           # nothing shall wait behind this one
+        return True
+
+    def has_slack(self, seconds: float, at: float) -> bool:
+        """True when no child will have nothing to do before so many have gone."""
+        return self.placement.slack(self.members, at) >= seconds
+
+    def balance(self, at: float) -> None:
+        """Recall what waits behind a slow run, or while another child is idle."""
+        is_spare = not self.hand
+        for member in self.placement.overloaded(self.members, at, is_spare):
+            self._recall(member)
+
+    def _recall(self, member):
+        self.hand.put_in_front(member.recall())
+
+    def recall_all(self) -> list[Run]:
+        """Take back all that has not begun: for a stop."""
+        for member in self.members:
+            self._recall(member)
+        return self.hand.empty()
+
+    # -- hearing from children
+
+    def receive(self, heard: Iterable, at: float) -> None:
+        """Read from the (member, descriptor) that the selector named."""
+        for member, _ in heard:         # first: what has ended by now, wrote before
+            if member in self.members:
+                self._hear(member, at)
+        for member, fd in heard:
+            if fd == member.output and member in self.members and member.is_settled(at):
+                member.read_output()
+
+    def _hear(self, member, at):
+        alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        if wrong:
+            self._condemn(member, wrong, at)
+        if not alive:           # dead, or it closed its socket, which is as good
+            member.wait(0.1, "cut off")
+            self._bury(member, at)
+
+    def _understand(self, member, message, at):
+        """Raises ValueError for what a child in its right mind does not say."""
+        (_, kind, run_id, attempt, started_at, duration), body = message
+        head = member.waiting[0] if member.waiting else None
+        is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
+        if kind == _SUCCEEDED and is_heads:                 # most are
+            result = body.decode("ascii")
+            self._take_answer(member, None, result, started_at, duration, at)
+        elif kind == _READY:
+            self._welcome(member, json.loads(body), at)
+        elif kind in (_BROKEN, LACKING):
+            member.cannot_start(body.decode("utf-8", "replace"), kind == LACKING)
+        elif kind == _PRINTED:
+            run = head if is_heads else None
+            text = body.decode("utf-8", "replace")
+            member.transcript.printed(text, run, is_heads or head is None)
+        elif kind == _STRAYS:
+            member.transcript.set_strays(body == b"1")
+        elif kind == _PROGRESSED and not is_heads:
+            pass                        # of a thread whose run was ending
+        elif head is None or not is_heads:
+            raise ValueError("an answer that nobody asked for")
+        elif kind == _WRITTEN:
+            member.transcript.written(bytes(body), head)
+        elif kind == _PROGRESSED:
+            percent, text = json.loads(body)
+            self.progress[head.id] = head, to_json([percent, text])
+        elif kind == UNKNOWN:
+            self.starts.unknown.add(head.name)
+            self.ended.append(Ended(member.waiting.popleft(), "unknown"))
+            member.begin_head(at)
+        elif kind == _ENDED_BADLY:
+            self._take_answer(member, _error_of(body), None, started_at, duration, at)
+        else:
+            raise ValueError("an unknown kind of message")
+
+    def _welcome(self, member, names, at):
+        """A child has imported the app, which knows these tasks."""
+        if member.outgrows(self._limits.max_memory):    # as all would that replace it
+            self._condemn(member, "memory", at)
+            return
+        member.ready = True
+        member.read_stack()         # of a slow import: not of a crash to come
+        self.starts.succeeded(names)
+        self.fill(at)
+
+    def _take_answer(self, member, error, result, started_at, duration, at):
+        run, kind = member.waiting.popleft(), error["kind"] if error else "success"
+        member.transcript.announce(run)
+        self.ended.append(Ended(
+            run, kind, result, error, member.transcript.finish(run), started_at,
+            duration,
+        ))
+        member.begin_head(at)
+        member.done += 1
+        if member.why in ("timeout", "cancelled"):
+            member.why, member.kill_due = "", 0.0      # it ended within its grace
+        self.durations.learn(run.name, duration)
+        if kind in ("timeout", "cancelled") \
+                or member.done >= (self._limits.max_tasks_per_child or math.inf):
+            self._retire(member)        # with what an interrupted task has started
+
+    # -- ending children
+
+    def next_timer(self) -> float | None:
+        """When enforce(), balance() or dispatch() has something to do."""
+        due: float | None = self.hand.due if self.hand else None
+        for member in self.members:
+            if member.kill_due:
+                due = earliest(due, member.kill_due)
+            elif member.waiting:
+                head = member.waiting[0]
+                if head.timeout:
+                    due = earliest(due, member.began + head.timeout)
+                if not head.announced or member.is_unheard:
+                    due = earliest(due, member.began + STALL_SECONDS)
+                if len(member.waiting) > 1:
+                    due = earliest(due, self.placement.late_at(member))
+        return due
+
+    def enforce(self, at: float) -> None:
+        """Time limits, and the end of those whose grace is over."""
+        for member in list(self.members):
+            member.mind_output(self._selector, at)
+            if member.kill_due:
+                if at >= member.kill_due:
+                    self._kill(member, at)
+            elif member.waiting:
+                head, age = member.waiting[0], at - member.began
+                if age >= STALL_SECONDS:
+                    member.transcript.announce(head)
+                if head.timeout and age >= head.timeout:
+                    self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
+            elif member.retiring:
+                member.hang_up()
+                member.why, member.kill_due = "leaving", at + EXIT_GRACE
+
+    def _retire(self, member):
+        """Replace it once it has nothing to do."""
+        self._recall(member)
+        member.retiring = True
+
+    def _condemn(self, member, why, at, grace=0.0):
+        """Kill it in `grace` seconds, unless it answers before.
+
+        What waits behind is recalled first, so that nothing else can begin in it.
+        """
+        if not member.kill_due:
+            self._recall(member)
+            member.why, member.kill_due = why, at + grace
+
+    def _kill(self, member, at):
+        """Kill it with its group; a stuck one first dumps its Python stack."""
+        if member.why == "timeout":
+            member.why, member.kill_due = "timeout, killed", at + _STACK_GRACE
+            send_signal(member.pid, signal.SIGUSR2)
+        else:
+            self._hear_last(member, at)
+            self._bury(member, at)
+
+    def _hear_last(self, member, at):
+        """Take in the answers that were sent before the end, which is now."""
+        member.wait(0)
+        _, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        member.why = member.why or wrong
+
+    def notice_deaths(self, at: float) -> None:
+        """Find the dead whose socket a grandchild keeps open."""
+        for member in list(self.members):
+            if member.poll():
+                self._hear_last(member, at)
+                self._bury(member, at)
+
+    def _bury(self, member, at):
+        """A child is dead: settle its run, free its sockets, start another."""
+        if member not in self.members:
+            return
+        self._recall(member)
+        member.read_output()
+        stack = member.read_stack()
+        self.starts.ended(member, at)
+        for run in member.waiting:
+            member.transcript.announce(run)
+            self.ended.append(_death_of(run, member, stack, self._limits, at))
+        self._remove(member)
+        self.fill(at)
+
+    def _remove(self, member):
+        self._guardian.release(member.pid)
+        member.close(self._selector)
+        self.members.remove(member)
+
+    def cancel(self, run_id: int, at: float) -> None:
+        """End a run: an exception in the task, then, after a grace, a kill."""
+        for member in self.members:
+            if any(run.id == run_id for run in member.waiting):
+                self._recall(member)        # it may not have begun
+                head = member.waiting[0] if member.waiting else None
+                if head and head.id == run_id and not member.kill_due:
+                    head.cancelled = True
+                    self._condemn(member, "cancelled", at, _CANCEL_GRACE)
+                    member.interrupt(run_id)
+        found = self.hand.take(lambda run: run.id == run_id)
+        self.ended += [Ended(run, "cancelled") for run in found]
+
+    def check_memory(self, at: float) -> None:
+        """Replace idle children over the memory limit; kill those that run."""
+        limit = self._limits.max_memory
+        for member in list(self.members) if limit else []:
+            if memory_bytes(member.pid) <= limit or member.retiring:
+                continue
+            if member.waiting:
+                self._condemn(member, "memory", at)
+            else:
+                self._retire(member)
+
+    def kill_all(self, at: float) -> list[Run]:
+        """Kill every child; return the runs this interrupted."""
+        runs: list[Run] = []
+        for member in list(self.members):
+            self._hear_last(member, at)
+            runs += member.waiting
+            self._remove(member)
+        return runs
+
+    def stop(self) -> None:
+        """End the idle children and the guardian."""
+        until = time.monotonic() + EXIT_GRACE
+        for member in self.members:
+            member.hang_up()
+        for member in list(self.members):
+            member.wait(until - time.monotonic())
+            self._remove(member)
+        self._guardian.stop()
+
+
+def _error_of(text):
+    """The error that a child describes.  Raises ValueError when it is none."""
+    error = json.loads(text)
+    if not isinstance(error, dict) or error.get("kind") not in _KINDS:
+        raise ValueError("an error without a kind")
+    countdown = error.get("countdown")
+    if countdown is not None and not -LARGEST <= countdown <= LARGEST:
+        raise ValueError("a countdown that cannot be")
+    return error
+
+
+def _death_of(run, member, stack, limits, at):
+    """The Ended of a run whose child died."""
+    error: dict = {"traceback": stack, "retryable": True}
+    if member.why == "cancelled":
+        error.update(kind="cancelled", message="cancelled, and killed")
+    elif member.why.startswith("timeout"):
+        message = f"killed after its limit of {run.timeout:g} s"
+        error.update(kind="timeout", message=message)
+    else:
+        error.update(_crash(member.why, member.exit, limits.max_memory))
+    return Ended(run, error["kind"], None, error, member.transcript.finish(run), None,
+                 at - member.began)
+
+
+def _crash(why, found, max_memory):
+    """signal or exit_code, and a sentence for people, with the peak memory."""
+    if why == "mad":
+        text = "the child sent what is no message: did the task write to its sockets?"
+    elif why == "too much":
+        text = "the worker has not the memory to read its result"
+    elif why == "cut off" or found.code == CUT_OFF_STATUS:
+        text = "the task has closed the connection of its process to the worker: did " \
+            "it close descriptors that are not its own?"
+    elif why == "memory":
+        text = f"it used more than max_memory, {max_memory >> 20} MiB"
+    elif found.signal == "SIGKILL":
+        text = "killed: out of memory, or somebody's kill -9"
+    elif found.signal:
+        text = "this signal ended the child"
+    else:
+        text = f"the process exited with code {found.code}"
+    return {
+        "kind": "crash", "type": found.signal or "",
+        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
+        "signal": found.signal, "exit_code": found.code,
+    }
+
+
+# == Liveness =================================================================
+# Owns the worker's entry among the workers: its id, its lock, its heartbeat, and
+# the judgement that another is dead.  A dead worker's tasks go on within a second.
+
+
+def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:
+    """True when the kernel says so: by its lock, or by a restart of `machine`.
+
+    A lock tells only of those who have locked the same file, and '' is no boot: who
+    cannot read it is not from another one.  False: its heartbeats have to tell.
+    """
+    held = locks.is_held(row.id) if row.live == locks.number else None
+    if held is not None:
+        return not held
+    host, boot = machine
+    return row.host == host and "" not in (row.boot, boot) and row.boot != boot
+
+
+_REAP_ROWS = 200            # workers that one look for dead ones is about
+_REAP_WORKERS = 10          # … and those of them whose runs it gives back
+
+
+def judge_of(store: Store) -> Callable[[WorkerRow], bool]:
+    """A function that tells of a worker's row whether the kernel knows it is dead."""
+    if fcntl is None:
+        return lambda row: False
+    try:
+        locks = LiveFile.of(store.path + "-live", may_create=False)
+    except DatabaseUnavailable:         # none, or not ours: the heartbeat has to do
+        return lambda row: False
+    machine = socket.gethostname(), boot_id()
+    return lambda row: is_surely_dead(row, locks, machine)
+
+
+def reap_surely_dead(store: Store, now: int) -> None:
+    """Give back what the dead still hold, where no worker is there to notice it."""
+    is_dead = judge_of(store)
+    for row in store.workers():
+        if is_dead(row):
+            with contextlib.suppress(DatabaseBusy):     # then a worker does it
+                store.reap(row.id, row.name, now, row.beat_at)
+
+
+class Liveness:
+    """One worker's place in bg_worker."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
+        self.store, self.settings, self._ear = store, settings, ear
+        self.id = 0                     # bg_worker.id; 0: not registered
+        self._machine = socket.gethostname(), boot_id()
+        self._locks = LiveFile.of(store.path + "-live")
+        self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
+        self._looked_at = 0             # the last worker looked at; 0: all were
+        self._awake = 0.0               # seconds of turns; a long one counts as 1
+        self._turn_at = time.monotonic()
+
+    def register(self, now: int) -> None:
+        """Get a new id, with its byte locked."""
+        s, (host, boot) = self.settings, self._machine
+        self._locks = LiveFile.of(self.store.path + "-live")
+        row = {
+            "name": s.worker_name, "pid": os.getpid(), "host": host, "boot": boot,
+            "port": self._ear.port, "token": self._ear.token,
+            "queues": json.dumps(s.queues) if s.queues else None,
+            "concurrency": s.concurrency, "now": now, "live": self._locks.number,
+        }
+        self.id = self.store.add_worker(row, self._locks.hold)
+
+    def beat(self, running: int, now: int) -> bool:
+        """Write a heartbeat.  False: we were taken for dead and reaped.
+
+        If somebody has removed the file of locks, lock our byte in the new one.
+        But none is made in place of a database that is away.
+        """
+        is_there = os.path.exists(self.store.path)
+        with contextlib.suppress(DatabaseUnavailable):  # then beats have to do
+            self._locks = LiveFile.of(self.store.path + "-live", is_there)
+        live = self._locks.number if self._locks.hold(self.id) else 0
+        alive = self.store.beat(self.id, running, live, now)
+        self._locks.hold_only_here(self.id)
+        return alive
+
+    def leave(self) -> None:
+        """Take the entry off, and the lock."""
+        self.store.remove_worker(self.id)
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Drop the lock only: the entry is gone, or others shall reap it."""
+        self._locks.drop(self.id)
+
+    def mind_the_time(self) -> float:
+        """Count this turn; return the monotonic time of its start.
+
+        A stall of ours or a sleep of the machine counts as one second at most.
+        """
+        at = time.monotonic()
+        self._awake += min(1.0, at - self._turn_at)
+        self._turn_at = at
+        return at
+
+    def doubt(self) -> None:
+        """Our own heartbeat failed: others may not have been able to, either.
+
+        So everybody gets a full period again.  Guarded by
+        test_a_locked_database_makes_nobody_look_dead.
+        """
+        self._seen.clear()
+
+    def reap_dead(self, now: int) -> list[LostRun]:
+        """Give the runs of dead workers back; return them.
+
+        Looks at so many workers at a time, from where it was, and reaps so many:
+        rows of the dead may lie there by thousands, and each reap waits for the disk.
+        """
+        rows = self.store.workers(self._looked_at, _REAP_ROWS)
+        self._looked_at = rows[-1].id if len(rows) == _REAP_ROWS else 0
+        dead = [row for row in rows if row.id != self.id and self._is_dead(row)]
+        holding = self.store.running_counts() if dead else {}
+        idle = [row for row in dead if row.id not in holding]
+        if idle:
+            self.store.remove_dead(idle)
+        for row in dead:
+            self._seen.pop(row.id, None)
+        busy: list[tuple] = [(row.id, row.name, now, row.beat_at) for row in dead
+                             if row.id in holding]
+        busy += [(n, f"#{n}", now, None) for n in self.store.unknown_workers()]
+        return self._reap(busy)
+
+    def _reap(self, workers):
+        lost: list[LostRun] = []
+        for n, values in enumerate(workers):
+            if n == _REAP_WORKERS:
+                self._looked_at = workers[n - 1][0]
+                break
+            try:
+                lost += self.store.reap(*values)
+            except DatabaseUnavailable:
+                if not lost:
+                    raise
+                break           # say first what is done; the others come again
+        return lost
+
+    @property
+    def is_behind(self) -> bool:
+        """True when reap_dead() has not looked at all workers yet."""
+        return self._looked_at > 0
+
+    def _is_dead(self, row):
+        """By what the kernel knows; or by its heartbeat, timed by our waking time.
+
+        So a set clock, a laptop's sleep or a stall of ours never looks like the
+        death of somebody else.
+        """
+        if is_surely_dead(row, self._locks, self._machine):
+            return True
+        beat_at, seen = self._seen.get(row.id, (None, 0.0))
+        if beat_at != row.beat_at:
+            self._seen[row.id] = row.beat_at, self._awake
+            return False
+        return self._awake - seen > self.settings.worker_timeout
+
+
+# == Wishes ===================================================================
+# Owns the hearing of what people want of runs that this worker has: to be cancelled,
+# or left alone because their queue is paused.  Asks only when somebody has committed
+# since, so that it costs a turn one cheap statement.
+
+
+class Wishes:
+    """What becomes of the runs in a pool by other hands."""
+
+    def __init__(self, store: Store, pool: Pool):
+        self._store, self._pool = store, pool
+        self._heard: tuple = ()         # the version of the data when all was done
+
+    def heed(self, worker: int, at: float) -> list[Run]:
+        """Do what is wanted; return runs that have not begun and are to go back.
+
+        A cancellation is asked for until the run has ended: what runs now may be
+        hidden behind an answer that has not been read.
+        """
+        version = self._store.version()
+        if version == self._heard:
+            return []
+        cancels = self._store.cancels_asked(worker)
+        for task_id in cancels:
+            self._pool.cancel(task_id, at)
+        back = []
+        if self._pool.in_hand():
+            back = self._pool.leave(self._store.pauses_asked(worker))
+        self._heard = () if cancels else version
+        return back
+
+
 # == Log ======================================================================
 # Owns the worker's standard output: one JSON object a line, or the same for
 # eyes.  Lines are collected and written once a turn.  Never raises and never
@@ -782,12 +8065,6 @@ _LOG_BACKLOG_BYTES = 4 << 20
 # What one write puts into a pipe as a whole, or not at all, also where several
 # processes write to it.
 _PIPE_CHUNK_BYTES = getattr(select, "PIPE_BUF", 512)
-
-# The encoder's own parts, without the cost of setting it up for every line.
-_SCALARS = {
-    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
-    float: lambda value: repr(value) if math.isfinite(value) else "null",
-}
 
 
 # Takes no descriptor of its own, and one system call each time.
@@ -803,7 +8080,7 @@ def _text_part(fields):
 
 def _json_part(fields):
     return "".join([
-        f',"{key}":{_SCALARS.get(type(value), _to_json)(value)}'
+        f',"{key}":{SCALARS.get(type(value), to_json)(value)}'
         for key, value in fields.items() if value is not None
     ])
 
@@ -930,6 +8207,1282 @@ class Log:
         if rest:
             self.event("log_dropped", lines=rest.count(b"\n"))
 
+
+# == Journal ==================================================================
+# Owns the words of the worker's log: which event says what, with which fields.
+
+
+class Event(NamedTuple):
+    """One row of EVENTS, and of the README's table."""
+
+    fields: str         # further ones than those that all events have
+    meaning: str
+
+
+_ENDS = "how a run ended, said after its commit"
+
+# Each has `worker`; those of a run have task_id, name and attempt as well.
+EVENTS = {
+    "worker_start": Event(
+        "pid db concurrency queues durability tasks schedules", "what it serves"),
+    "worker_ready": Event("children", "the first child has imported the app"),
+    "worker_stopping": Event(
+        "running patience tasks",
+        "the first signal: which tasks are waited for, how many seconds at most"),
+    "worker_stop": Event(
+        "handed_back cpu children_cpu error",
+        "the end; `error`: why it could not go on; after a crash of its own, its runs "
+        "are charged as after a kill"),
+    "scheduler_start": Event("schedules", "so many schedules are served"),
+    "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
+    "cron_missed": Event(
+        "schedule expr ticks misfire overlap clock_set_back",
+        "ticks left out: missed, or the run before is unfinished"),
+    "cron_error": Event(
+        "schedule expr error", "a schedule's row cannot be read: it starts anew"),
+    "clock_leap": Event(
+        "seconds in_doubt",
+        "the clock was set by over an hour; in doubt: nothing is deleted yet"),
+    "task_start": Event("", "a run began"),
+    "task_success": Event("duration", _ENDS),
+    "task_retry": Event("duration kind error retry_at", _ENDS),
+    "task_failure": Event("duration kind error traceback", _ENDS),
+    "task_cancelled": Event("duration", _ENDS),
+    "task_timeout": Event(
+        "duration timeout stack",
+        "its time limit was reached; what follows comes after"),
+    "task_crash": Event(
+        "duration signal exit_code error stack",
+        "its child died; what follows comes after"),
+    "task_lost": Event(
+        "state reason",
+        "a run of a dead worker, given away, or whose end cannot be stored at all"),
+    "unknown_task": Event(
+        "", "a child does not know it: handed back, and left to workers that do"),
+    "child_error": Event(
+        "pid error stack",
+        "a child in trouble outside of any run; what can be mended will be"),
+    "output": Event(
+        "text",
+        "what a task printed, also from C code; the first 64,000 of a run are kept"),
+    "rate_limited": Event("until", "a name waits for its rate"),
+    "callback_error": Event(
+        "callback error", "an `on_success` or `on_failure` has failed for good"),
+    "heartbeat_error": Event("error", "as database_error, about the sign of life"),
+    "database_error": Event(
+        "error", "locked, full or gone: said once an episode; the worker goes on"),
+    "log_dropped": Event("lines", "the reader of the log was too slow for these"),
+}
+
+
+class Journal:
+    """Writes the events of one worker."""
+
+    def __init__(self, log: Log, worker: str):
+        self.log, self._worker = log, worker
+        self._limited: dict[str, int] = {}      # names that wait for their rate
+
+    def say(self, event: str, /, **fields: Any) -> None:
+        """An event of the worker itself."""
+        self.log.event(event, worker=self._worker, **fields)
+
+    def start(self, settings: types.SimpleNamespace, db: str,
+              tasks: dict[str, Task]) -> None:
+        """What this worker serves; written at once."""
+        s = settings
+        self.say(
+            "worker_start", pid=os.getpid(), db=db, concurrency=s.concurrency,
+            queues=list(s.queues) if s.queues else "all", durability=s.durability,
+            tasks=sorted(name for name in tasks if not callback_kind(name)),
+            schedules=sum(len(task.schedules) for task in tasks.values()),
+        )
+        self.log.flush()
+
+    def stopping(self, running: list, patience: float) -> None:
+        """A signal has come: what is waited for, and how long.  A second ends it."""
+        self.say(
+            "worker_stopping", running=len(running), patience=patience,
+            tasks=[f"{run.id} {run.name}" for run in running],
+        )
+
+    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
+        """An event of a run; None: of no run in particular."""
+        if run is None:
+            self.say(event, **fields)
+            return
+        if not run.about:
+            run.about = self.log.part({
+                "task_id": run.id, "name": run.name, "attempt": run.attempt,
+                "worker": self._worker,
+            })
+        self.log.line(event, run.about + self.log.part(fields) if fields else run.about)
+
+    def death(self, end: Ended) -> None:
+        """What a crash or a time limit left behind; its outcome comes after."""
+        error, about = end.error or {}, {"duration": _rounded(end.duration)}
+        stack = error.get("traceback") or None
+        if end.kind == "crash":
+            self.run("task_crash", end.run, **about, signal=error["signal"],
+                     exit_code=error["exit_code"], error=error["message"], stack=stack)
+        elif end.kind == "timeout":
+            self.run("task_timeout", end.run, **about, timeout=end.run.timeout,
+                     stack=stack)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """How a run ended; said after the commit, so it is true."""
+        run, duration = outcome.run, _rounded(outcome.duration)
+        if outcome.state == SUCCESS:
+            return self.run("task_success", run, duration=duration)
+        if outcome.state == CANCELLED:
+            return self.run("task_cancelled", run, duration=duration)
+        error: dict = outcome.error or {}
+        about = {"kind": error["kind"], "error": str(TaskError(error))}
+        if outcome.state == RETRYING:
+            retry_at = iso_time(outcome.run_at or 0)
+            return self.run("task_retry", run, duration=duration, **about,
+                            retry_at=retry_at)
+        self.run("task_failure", run, duration=duration, **about,
+                 traceback=error.get("traceback"))
+        kind = callback_kind(run.name)
+        if kind:
+            self.run("callback_error", run, callback=kind, error=about["error"])
+
+    def limited(self, limited: dict, now: int) -> None:
+        """Names that begin to wait for their rate, each until a time."""
+        for name, until in limited.items():
+            if self._limited.get(name, 0) <= now:
+                self.say("rate_limited", name=name, until=iso_time(until))
+            self._limited[name] = until
+
+    def lost(self, lost: LostRun) -> None:
+        """A run whose worker died."""
+        self.log.event("task_lost", task_id=lost.id, name=lost.name,
+                       attempt=lost.attempt, worker=lost.worker,
+                       state=state_name(lost.state))
+        kind = callback_kind(lost.name)
+        if kind and lost.state == FAILED:
+            self.log.event("callback_error", task_id=lost.id, name=lost.name,
+                           callback=kind, error="lost: its worker died")
+
+
+def _rounded(seconds):
+    return None if seconds is None else round(seconds, 6)
+
+
+# == Upkeep ===================================================================
+# Owns what is done for the database by and by: old finished tasks are deleted, and
+# what a wrong clock has written is put right.
+#
+# A wall clock that leapt forward looks like a machine that was off, but a wrong one
+# is mostly put right soon.  So a leap of more than an hour since any worker's last
+# look is not believed at once, but after a 24th of its length, an hour at least and
+# a day at most; until then nothing is deleted.  Cron ticks and delays do not wait for
+# that: a leap costs them nothing, see Scheduler and Store.shorten_waits().
+
+_CLOCK_KEEP_MS = 60_000     # between two writes of the time last seen
+_PRUNE_BATCH = 1000         # rows looked at by one pass
+_SHORTEN_BATCH = 500        # waits put right by one transaction
+
+
+def look_at_clock(view: ClockView | None, now: int) -> ClockView:
+    """What to believe after a look at the clock; in doubt, `doubted` is set.
+
+    A second look that comes after more than twice the leap is another leap.
+    """
+    if view is None or now <= view.seen + HOUR_MS:
+        return ClockView(now, None)
+    seen, doubted = view
+    if doubted is None or not -HOUR_MS <= now - doubted <= 2 * (doubted - seen):
+        return ClockView(seen, now)
+    is_settled = now - doubted >= min(DAY_MS, max(HOUR_MS, (doubted - seen) // 24))
+    return ClockView(now, None) if is_settled else view
+
+
+def finished_before(keep: float, now: int) -> int | None:
+    """The end of what is kept for `keep` seconds; None: it is kept for ever."""
+    return None if keep == math.inf else now - to_ms(keep)
+
+
+class Upkeep:
+    """Of one worker's database.  `log` takes an event and fields."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, log: Callable):
+        self.store, self.settings, self._log = store, settings, log
+        self.is_in_doubt = False        # about the clock: nothing is deleted
+        self._offset: float | None = None       # ms of wall clock ahead of monotonic
+        self._kept_at = -math.inf       # monotonic: when the clock was last looked up
+        self._wrong_waits = False       # some may be too long, and are looked for
+        self._cursor = 0
+
+    def mind_clock(self, now: int, at: float) -> bool:
+        """Notice a leap of the wall clock against the monotonic `at`, also one since
+        the last worker.  True: tasks may be due, or limits open, earlier than said."""
+        offset = now - at * 1000
+        leap = 0.0 if self._offset is None else offset - self._offset
+        went_back = leap < -LATE_TURN_MS
+        if went_back or leap > HOUR_MS \
+                or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
+            self._look(now, went_back)
+            self._kept_at = at
+        self._offset = offset
+        if not self._wrong_waits:
+            return False
+        count = self.store.shorten_waits(now, _SHORTEN_BATCH)
+        self._wrong_waits = count == _SHORTEN_BATCH
+        return True
+
+    def _look(self, now, went_back):
+        old = self.store.clock()
+        new = look_at_clock(old, now)
+        self.is_in_doubt = new.doubted is not None
+        ahead = max(old.seen, old.doubted or 0) - now if old else 0     # it was
+        is_back = ahead > HOUR_MS
+        self._wrong_waits |= went_back or ahead > LATE_TURN_MS
+        if old is None or old.doubted != new.doubted \
+                or abs(new.seen - old.seen) >= _CLOCK_KEEP_MS:
+            self.store.put_clock(new)
+        if is_back or self.is_in_doubt and new != old:
+            leap = -ahead if is_back else now - new.seen
+            self._log("clock_leap", seconds=leap / 1000, in_doubt=self.is_in_doubt)
+
+    def prune(self, now: int) -> bool:
+        """Delete a batch of old finished tasks; True: look for more soon."""
+        if self.is_in_doubt:
+            return False
+        s = self.settings
+        _, self._cursor = self.store.prune(
+            self._cursor, finished_before(s.retention, now),
+            finished_before(s.retention_failed, now), _PRUNE_BATCH,
+        )
+        return self._cursor > 0
+
+
+# == Settling =================================================================
+# Owns what follows a run: settle() decides it, and the Outbox keeps it until it is
+# in the database, also through hours in which that cannot be written.
+
+
+def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
+    """Decide what follows a run: the one place where that is decided.
+
+    success → success · cancelled → cancelled · abort → failed · anything else is
+    retried while it may be and retries are left, and fails after that.
+    """
+    run, error = ended.run, ended.error
+    started_at = ended.started_at
+    if started_at is None and ended.duration is not None:   # its child is dead
+        started_at = now - to_ms(ended.duration)
+    outcome = Outcome(
+        run, SUCCESS, ended.result, _kept_error(error), ended.output, started_at,
+        ended.duration,
+    )
+    if error is None and ended.kind == "success":
+        return _with_callback(outcome, now)
+    outcome = outcome._replace(state=FAILED)
+    if ended.kind == "cancelled" or run.cancelled:
+        return outcome._replace(state=CANCELLED)
+    if not (error and error.get("retryable")) or run.is_last:
+        return _with_callback(outcome, now)
+    delay = error.get("countdown")
+    if delay is None:
+        delay = retry_delay(policy, run.used, chance)
+    run_at = min(now + to_ms(max(0.0, delay)), LATEST_MS)
+    # The delay is counted from the end of the run by this very clock, so that
+    # shorten_waits() knows it when the clock was set during the run.
+    began = now - to_ms(ended.duration or 0.0)
+    return outcome._replace(state=RETRYING, run_at=run_at, started_at=max(0, began))
+
+
+def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
+    """The outcome to write instead of one that cannot be stored: a failure.
+
+    None when this is what was refused: then there is nothing to be written.
+    """
+    run, before = refused.outcome.run, refused.outcome.error or {}
+    kind = type(refused).__name__
+    if before.get("type") == kind:
+        return None
+    error = {"kind": "exception", "type": kind, "message": str(refused)}
+    return _with_callback(Outcome(run, FAILED, error=error), now)
+
+
+def _with_callback(outcome, now):
+    if not outcome.run.callbacks:       # as most
+        return outcome
+    rows = callback_rows(outcome.run, outcome.state, outcome.error, now)
+    return outcome._replace(then=rows)
+
+
+def _kept_error(error):
+    """The parts of an error that are stored with the task."""
+    if error is None:
+        return None
+    parts = ("kind", "type", "message", "traceback", "signal", "exit_code")
+    return {part: error[part] for part in parts if error.get(part) not in (None, "")}
+
+
+def child_spec(app_spec, path, settings):
+    """What children need; each adds its own descriptors."""
+    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
+    values = {name: getattr(settings, name) for name in names}
+    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
+                     {"db": path, **values})
+
+
+class Outbox:
+    """What became of runs and is not in the database yet; kept until it is."""
+
+    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
+        self._store, self._journal = store, journal
+        self._tasks = tasks                     # by name
+        self._progress = progress               # of the pool: by id, (run, text)
+        self.outcomes: list[Outcome] = []       # to be written
+        self.returned: list[Run] = []           # claimed, not begun, to be queued
+        self.handed_back = 0                    # runs that were queued again
+
+    @property
+    def is_full(self) -> bool:
+        """True when something must not be lost in a power cut."""
+        return bool(self.outcomes or self.returned)
+
+    def clear(self) -> None:
+        """It is written, or does not matter any more."""
+        self.outcomes, self.returned = [], []
+        self._progress.clear()
+
+    def settle(self, ended: Sequence[Ended], now: int) -> None:
+        """Turn what the pool says into outcomes to be written."""
+        for end in ended:
+            if end.kind == "unknown":       # after a deploy the child's code is newer
+                self.returned.append(end.run)
+                self._journal.run("unknown_task", end.run)
+                continue
+            task = self._tasks.get(end.run.name)
+            policy = task.policy if task else RetryPolicy()
+            self.outcomes.append(settle(end, policy, now, random.random()))
+            if end.error is not None:
+                self._journal.death(end)
+
+    def turn(self, worker: int, now: int, patience: float,
+             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
+        """Write all there is, and claim by `order`, in one step: all or nothing.
+
+        But one outcome that cannot be stored must not hold up the others for ever:
+        that run fails, and the rest is written.
+        """
+        while True:
+            try:
+                turned = self._store.turn(Turn(
+                    worker, self.outcomes, self.returned, stopped,
+                    tuple(self._progress.values()), order,
+                ), now, patience)
+                break
+            except OutcomeRefused as exc:
+                self._replace(exc, now)
+        self.handed_back += len(self.returned) + len(stopped)
+        for outcome in turned.stale:
+            self._journal.run("task_lost", outcome.run, reason="it was given away")
+        for outcome in turned.written:
+            self._journal.outcome(outcome)
+        self.clear()
+        return turned
+
+    def _replace(self, refused, now):
+        """Have the run fail; if not even that can be written, leave it to be reaped."""
+        runs = [outcome.run for outcome in self.outcomes]
+        place = runs.index(refused.outcome.run)
+        instead = fail_refused(refused, now)
+        self.outcomes[place : place + 1] = [instead] if instead else []
+        if instead is None:
+            self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
+
+
+# == Lookout ==================================================================
+# Owns when a worker does what: looks for work, does its chores, and tries again
+# what the database has refused.  Knows nothing of children.
+
+BUSY_PATIENCE = 0.25       # seconds a worker's turn waits for the write lock
+_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
+ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
+
+
+class Lookout:
+    """Whether a look for work is worth it, how far the last one came, when is next.
+
+    A look only reads; a claim takes the write lock, and is made when a look has
+    found something, or when there is something to be written as well.
+    """
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict):
+        self._store, self._tasks = store, tasks
+        self._queues = settings.queues and frozenset(settings.queues)
+        self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
+        self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
+        if settings.rate_limit:
+            self._rates[""] = settings.rate_limit
+        self.news = True                # something may be there to claim
+        self.next_at: int | None = None     # when a task is due
+        self.round = Round()            # how far it was looked for
+        self._room = 0, 0               # of the pool, a turn ago
+        self._passed_over: set[str] = set()     # names that children do not know
+        self._version: tuple = ()       # of the data, at the last look
+
+    def order(self, worker: int, room: tuple[int, int], unknown: set[str],
+              short_names: set[str]) -> ClaimOrder | None:
+        """What could be claimed now; None without room.
+
+        More room than a turn ago is worth a look: the last one may have found what
+        needs a free child.  Whatever made the room.
+        """
+        self.news |= any(n > before for n, before in zip(room, self._room))
+        self._room = room
+        if not any(room):
+            return None
+        if self._passed_over != unknown:
+            self._passed_over, self.news = set(unknown), True
+        names: Any = self._tasks
+        if self._passed_over:
+            names = names.keys() - self._passed_over
+        return ClaimOrder(worker, self._queues, names, *room, short_names, self._rates,
+                          self._callbacks)
+
+    def look(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed | None]:
+        """(a claim is worth the lock, what was seen); None: no need to look."""
+        version = self._store.data_version()
+        self.news |= version != self._version or (self.next_at or now + 1) <= now
+        if not self.news and self.round.is_over:
+            return False, None
+        self._version = version
+        return self._store.peek(self.begin(order), now)
+
+    def begin(self, order: ClaimOrder) -> ClaimOrder:
+        """The order with where its round stands; what is new begins another."""
+        if self.news:
+            self.news, self.round = False, self.round.renewed()
+        return order._replace(round=self.round)
+
+    def learn(self, seen: Claimed) -> None:
+        """Keep what a look saw beside the runs it found."""
+        self.next_at, self.round = seen.next_at, seen.round
+
+    def expect(self, at: int | None) -> None:
+        """Something becomes due at this time."""
+        self.next_at = earliest(self.next_at, at)
+
+    def seconds(self, now: int) -> float:
+        """Seconds until a look is worth it; infinite when only news can tell."""
+        if self.news or not self.round.is_over:
+            return 0.0
+        return math.inf if self.next_at is None else (self.next_at - now) / 1000
+
+    def is_done(self, now: int) -> bool:
+        """True when nothing is due, nor waits for a rate."""
+        return self.seconds(now) > 0 and not self.round.limited
+
+
+class Chore:
+    """Something to be done every so many seconds of the worker's own time."""
+
+    def __init__(self, seconds: float, act: Callable[[int], float | None],
+                 is_punctual: bool = False):
+        self.seconds = seconds
+        self.act = act              # returns when it is due again, if not in `seconds`
+        self.is_punctual = is_punctual      # worth waking for
+        self.due = 0.0
+
+    def act_now(self, now: int, at: float) -> None:
+        """Do it.  `at` is monotonic: setting the clock neither hurries nor stops it.
+
+        One that fails is due again at once, not a period later.
+        """
+        self.due = at + ERROR_PAUSE
+        wait = self.act(now)
+        self.due = at + (self.seconds if wait is None else wait)
+
+
+# Chores of rooms: each is called with the worker that starts, and returns a Chore.
+CHORES: list[Callable[[Worker], Chore]] = []
+
+
+def chore(make: Callable[[Worker], Chore]) -> Callable[[Worker], Chore]:
+    """Decorate a function that is to be one of CHORES."""
+    CHORES.append(make)
+    return make
+
+
+class Trouble:
+    """What of a worker's dealings with the database fails now.
+
+    An episode is as long as anything that failed has not worked again.  Each event
+    is said once in it; a lock is worth no line before _BUSY_SILENCE.
+    """
+
+    def __init__(self, say: Callable):
+        self._say = say
+        self._since = 0.0           # monotonic; of the episode
+        self._said: set[str] = set()
+        self.failing: set = set()   # the acts, as they were called
+        self.fatal = ""             # what no later turn can mend
+
+    def survives(self, at: float, act: Callable, *args: Any) -> bool:
+        """Call `act`; True if the database let it.  It returns False: nothing done."""
+        try:
+            if act(*args) is not False:
+                self.failing.discard(act)
+        except DatabaseUnavailable as exc:
+            self._since = self._since if self.failing else at
+            self.failing.add(act)
+            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
+                self.say_once("database_error", exc)
+            if exc.fatal:
+                self.fatal = str(exc)
+            return False
+        if not self.failing:
+            self._said.clear()
+        return True
+
+    def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
+        """Do those that are due, up to the first that fails: it has waited enough.
+
+        That one goes to the end, so that it keeps no other from its turn.
+        """
+        for chore in [chore for chore in chores if at >= chore.due]:
+            if not self.survives(at, chore.act_now, now, at):
+                chores.remove(chore)
+                chores.append(chore)
+                break
+
+    def say_once(self, event: str, exc: Exception) -> None:
+        """A log line, unless this episode has had it."""
+        if event not in self._said:
+            self._said.add(event)
+            self._say(event, error=str(exc))
+
+
+# == Worker ===================================================================
+# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
+# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
+# writer; nothing in it waits long.  A database that is locked, full or gone
+# means: keep the outcomes in hand, claim nothing, say so once, try again.
+
+_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
+_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
+_PRUNE_SECONDS = 60.0       # between two rounds of passes
+_REAP_SECONDS = 0.5         # between two looks for dead workers
+_REAP_PAUSE = 0.05          # … while there are more than one look is about
+_GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
+_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
+
+
+def stop_signals():
+    """What ends a worker.  A hangup does not where it was ignored: nohup."""
+    hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    stops = [signal.SIGTERM, signal.SIGINT]
+    return stops if hangup else [*stops, signal.SIGHUP]
+
+
+@contextlib.contextmanager
+def _handling(numbers, handler):
+    """Within this block these signals come to `handler`, however we were started.
+
+    Who starts a worker may have blocked or ignored what it needs, and its children
+    inherit that.  Ignored from here on: the stop of a background process that
+    writes to its terminal.
+    """
+    needed = {*numbers, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2}
+    changes = {signal.SIGTTOU: signal.SIG_IGN, **dict.fromkeys(numbers, handler)}
+    before = {number: set_signal(number, to) for number, to in changes.items()}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            set_signal(number, old or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def quitting_at_once() -> contextlib.AbstractContextManager:
+    """A block in which a stop signal ends this process, with status 0 and one line.
+
+    For as long as there is nothing that wants an orderly end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return contextlib.nullcontext()
+    return _handling(stop_signals(), _quit)
+
+
+def _quit(*_):
+    with contextlib.suppress(OSError):
+        os.write(2, b"pybgworker: stopped before it began\n")
+    os._exit(0)
+
+
+class StopSignals:
+    """Counts what asks for a stop; SIGCHLD only ends the loop's sleep.
+
+    The handler does no more than that: the loop does the rest.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.begun = False          # there is something to be stopped in good order
+        self.receiver: Any = None   # readable after a signal
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within this block, in the main thread, signals come here."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.receiver, sender = socket_pair()
+        for end in (self.receiver, sender):
+            end.setblocking(False)
+        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            with _handling([*stop_signals(), signal.SIGCHLD], self._handle):
+                yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            self.receiver.close()
+            sender.close()
+
+    def _handle(self, number, _frame):
+        if number == signal.SIGHUP:         # it may come twice: from the shell too
+            self.count = max(1, self.count)
+        elif number != signal.SIGCHLD:
+            self.count += 1
+        if self.count and not self.begun:
+            _quit()
+
+    def drain(self) -> None:
+        """Take in what woke the loop."""
+        with contextlib.suppress(OSError):
+            while self.receiver.recv(4096):
+                pass
+
+
+class Worker:
+    """Serves one database with a pool of children.
+
+    `app_spec` is MODULE[:APP], as children import it.  With `burst` it ends when
+    nothing is due or running.
+    """
+
+    def __init__(self, app: App, app_spec: str, burst: bool = False,
+                 log: Log | None = None):
+        check_platform()
+        ensure_descriptors(app.settings.concurrency)
+        self.app, self.app_spec, self.burst = app, app_spec, burst
+        self.settings, self.store = app.settings, app.store
+        self.store.follow = False       # a replaced file ends this worker
+        self.journal = Journal(log or Log(), self.settings.worker_name)
+        self.stops = StopSignals()
+        self.stop_by = 0.0              # monotonic: the end of a graceful stop
+        self.fatal = ""                 # why it must end with status 1
+        self.lookout = Lookout(self.store, self.settings, app.tasks)
+        self.heard: list = []           # (child, descriptor) with something to read
+        self._commit_by = 0.0           # monotonic; 0: no outcome waits for others
+        self._is_ready = False          # a child has imported the app
+        self.trouble = Trouble(self.journal.say)
+
+    # -- life
+
+    def run(self) -> int:
+        """Work until a signal, or in burst mode until done; return exit status.
+
+        0 after an orderly end, 1 when it cannot go on; standard error says why.
+        """
+        with self.stops.caught():
+            self.start()
+            try:
+                while not self._is_done():
+                    self.wait()
+                    self.step(now_ms())
+            except BaseException as exc:
+                self._break_off(exc)
+                raise
+            self.stop()
+        if self.fatal:
+            print(f"pybgworker: {self.fatal}", file=sys.stderr)
+        return 1 if self.fatal else 0
+
+    def start(self) -> None:
+        """Register, say what is served, start the children."""
+        now = now_ms()
+        self.selector = OwnSelector()
+        self.ear = WakeSocket()
+        if self.ear.socket:
+            self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
+        self.store.create()
+        self.liveness = Liveness(self.store, self.settings, self.ear)
+        self.liveness.register(now)
+        self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
+        with contextlib.suppress(DatabaseBusy):     # the first turn looks again
+            self._mind_clock()
+        self.journal.start(self.settings, self.store.path, self.app.tasks)
+        self._plan_chores()
+        self.stops.begun = True
+        if self.stops.receiver:
+            self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
+        spec = child_spec(self.app_spec, self.store.path, self.settings)
+        self.pool = Pool(spec, self.settings.concurrency, self.settings,
+                         self.journal.run, self.selector)
+        self.outbox = Outbox(self.store, self.journal, self.app.tasks,
+                             self.pool.progress)
+        self.pool.fill(time.monotonic())
+        self.wishes = Wishes(self.store, self.pool)
+
+    def _plan_chores(self):
+        self._hearing = Chore(0.25, self._heed_wishes)
+        self.chores = [
+            Chore(self.settings.heartbeat_interval, self._beat),
+            Chore(_REAP_SECONDS, self._reap),
+            Chore(1.0, self._look_after_children),
+            Chore(1.0, lambda now: self.store.checkpoint_if_large()),
+            Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
+            self._hearing, Chore(_PRUNE_SECONDS, self._prune),
+            *(make(self) for make in CHORES),
+        ]
+
+    def _is_done(self):
+        if self.fatal or self.stops.count > 1:
+            return True
+        idle = not (self.outbox.is_full or self.pool.in_hand())
+        if self.stops.count:
+            return idle or 0 < self.stop_by <= time.monotonic()
+        if not self.burst or not idle or not self._is_ready:
+            return False
+        return self.lookout.is_done(now_ms())
+
+    def stop(self) -> None:
+        """Hand back what runs, end the children, and leave the database."""
+        now = now_ms()
+        if not self.stops.count:
+            self.outbox.handed_back = 0
+        self.outbox.returned += self.pool.recall_all()
+        busy = self.pool.in_hand()
+        interrupted = self.pool.kill_all(time.monotonic()) if busy else []
+        self._settle(now)
+        self.pool.stop()
+        try:
+            self.outbox.turn(self.liveness.id, now, _STOP_PATIENCE, stopped=interrupted)
+            self.liveness.leave()
+        except DatabaseUnavailable as exc:      # the others will reap us
+            self.journal.say("database_error", error=str(exc))
+            self.liveness.forsake()
+        own, childrens = cpu_seconds()
+        self.journal.say("worker_stop", handed_back=self.outbox.handed_back, cpu=own,
+                         children_cpu=childrens, error=self.fatal or None)
+        self._close()
+
+    def _break_off(self, exc):
+        """End as if killed: who reaps us charges what was running.
+
+        What no code expected may have come of one of the runs.  Handed back it would
+        be forgiven, and come again for ever.  Guarded by
+        test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end.
+        """
+        self.pool.kill_all(time.monotonic())
+        self.pool.stop()
+        self.liveness.forsake()
+        self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
+        self._close()
+
+    def _close(self):
+        self.journal.log.flush(patience=2.0)
+        self.ear.close()
+        self.selector.close()
+
+    # -- one turn
+
+    def wait(self) -> None:
+        """Sleep until a child, a caller, a signal or the clock wants something."""
+        self.heard = []
+        for key, _ in self.selector.select(self._patience()):
+            if key.data == "ear":
+                self.lookout.news |= self.ear.drain()
+                self._hearing.due = 0       # it may be about a cancellation
+            elif key.data == "signal":
+                self.stops.drain()
+                self.pool.notice_deaths(time.monotonic())
+            else:
+                self.heard.append((key.data, key.fd))
+
+    def _patience(self):
+        """Seconds to sleep at most."""
+        if self._transact in self.trouble.failing:
+            return ERROR_PAUSE
+        longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
+        at = time.monotonic()
+        if self.outbox.returned:        # others may have time for them
+            return 0.0
+        if self._commit_by:
+            return max(0.0, self._commit_by - at)
+        # What no child could take is not due: the end of a run wakes us.  Guarded
+        # by test_a_turn_that_can_do_nothing_is_not_due.
+        if not self.stops.count and any(self.pool.room(at)):
+            longest = min(longest, self.lookout.seconds(now_ms()))
+        punctual = (chore.due for chore in self.chores if chore.is_punctual)
+        due = earliest(min(punctual, default=math.inf), self.pool.next_timer())
+        return max(0.0, min(longest, due - at))
+
+    def step(self, now: int) -> None:
+        """One turn.  Raises nothing that a database in trouble can cause."""
+        at = self.liveness.mind_the_time()
+        self.pool.receive(self.heard, at)
+        self._say_ready()
+        self.pool.enforce(at)
+        self.pool.balance(at)
+        if self.stops.count and not self.stop_by:
+            self.stop_by = at + self.settings.shutdown_timeout
+            self.outbox.handed_back = 0         # from now on it is for the stop
+            self.pool.starts.end()
+            self.outbox.returned += self.pool.recall_all()
+            self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
+        self._settle(now)
+        if not self.trouble.survives(at, self._transact, now, at):
+            self.lookout.news = True    # what it saw, it may not have claimed
+        self.outbox.returned += self.pool.dispatch(at)
+        self.trouble.do_chores(self.chores, now, at)
+        self.fatal = self.fatal or self.trouble.fatal
+        self.journal.log.flush()
+
+    def _say_ready(self):
+        if self.pool.starts.given_up and not self.pool.is_ready():
+            self.fatal = f"its children cannot start:\n{self.pool.starts.given_up}"
+        if not self._is_ready and self.pool.is_ready():
+            self._is_ready = True
+            self.journal.say("worker_ready", children=self.settings.concurrency)
+
+    def _settle(self, now):
+        ended, self.pool.ended = self.pool.ended, []
+        self.outbox.settle(ended, now)
+
+    def _transact(self, now, at):
+        """Write what ended and claim what comes next, in one step."""
+        if self._gathers(at):
+            return False
+        self._commit_by = 0.0
+        order = self._order(at)
+        if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
+            return
+        self.lookout.news |= bool(self.outbox.returned)
+        turned = self.outbox.turn(
+            self.liveness.id, now, BUSY_PATIENCE, order and self.lookout.begin(order),
+        )
+        for outcome in turned.written:
+            self.lookout.news |= bool(outcome.then)
+            if outcome.state == RETRYING:
+                self.lookout.expect(outcome.run_at)
+        if turned.claimed:
+            self._take_in(turned.claimed, now)
+
+    def _gathers(self, at):
+        """True while what has ended waits for more of its kind to share its commit.
+
+        Only as long as every child has something to do: nobody waits for us then.
+        """
+        if not self.outbox.outcomes or self.stops.count:
+            return False
+        self._commit_by = self._commit_by or at + _GATHER_SECONDS
+        return at < self._commit_by and self.pool.has_slack(_GATHER_SECONDS, at)
+
+    def _order(self, at):
+        """What could be claimed now; None while stopping, or without room."""
+        pool = self.pool
+        order = self.lookout.order(
+            self.liveness.id, pool.room(at), pool.starts.unknown,
+            pool.durations.short_names,
+        )
+        return None if self.stops.count else order
+
+    def _wants(self, order, now):
+        """True when it is worth taking the write lock just to claim."""
+        found, seen = self.lookout.look(order, now) if order else (False, None)
+        if seen and not found:
+            self._learn(seen, now)
+        return found
+
+    def _learn(self, seen, now):
+        self.lookout.learn(seen)
+        if seen.waits is not None:
+            self.outbox.returned += self.pool.make_way(seen.waits)
+        self.journal.limited(seen.round.limited, now)
+
+    def _take_in(self, claimed, now):
+        if not claimed.is_registered:
+            return self._start_over(now)
+        self._learn(claimed, now)
+        if claimed.runs:
+            self.pool.take(claimed.runs)
+            self.lookout.news = True        # then perhaps there is more
+        for run in claimed.runs:
+            if run.timeout is None:
+                run.timeout = self.settings.timeout
+
+    # -- chores
+
+    def _beat(self, now):
+        try:
+            alive = self.liveness.beat(len(self.pool.running()), now)
+        except DatabaseUnavailable as exc:
+            self.trouble.say_once("heartbeat_error", exc)
+            self.liveness.doubt()
+            raise
+        if not alive:
+            self._start_over(now)
+
+    def _start_over(self, now):
+        """We were taken for dead: our runs are somebody else's now.
+
+        Guarded by test_a_worker_that_was_given_up_kills_its_runs.
+        """
+        self.pool.recall_all()
+        at = time.monotonic()
+        for run in self.pool.kill_all(at):
+            self.journal.run("task_lost", run, reason="this worker was given up")
+        self.pool.ended = []
+        self.outbox.clear()
+        self.liveness.forsake()
+        self.liveness.register(now)
+        self.pool.fill(at)
+
+    def _reap(self, now):
+        for lost in self.liveness.reap_dead(now):
+            self.lookout.news = True
+            self.journal.lost(lost)
+        return _REAP_PAUSE if self.liveness.is_behind else None
+
+    def _heed_wishes(self, now):
+        self.outbox.returned += self.wishes.heed(self.liveness.id, time.monotonic())
+
+    def _look_after_children(self, now):
+        at = time.monotonic()
+        self.pool.notice_deaths(at)
+        self.pool.check_memory(at)
+        self.pool.fill(at)
+        self.pool.starts.mention_slow(self.pool.members, at)
+
+    def _prune(self, now):
+        """Delete old finished tasks; by a clock that is looked at first."""
+        self._mind_clock()
+        return 0.1 if self.upkeep.prune(now) else None
+
+    def _mind_clock(self, _=None):
+        # Not by the time of the turn: it may have waited long for a lock since then.
+        self.lookout.news |= self.upkeep.mind_clock(now_ms(), time.monotonic())
+
+
+# == Command line =============================================================
+# Owns `python pybgworker.py`: the table of commands, `run`, and
+# main(argv), which returns the exit status: 0 done, 1 it could not be done (one
+# line on standard error says why), 2 wrong usage.  Nothing else in this file
+# prints, but for a worker's log.
+
+
+# What a terminal would obey and not show: controls (C0, DEL, C1), marks that turn
+# the direction of text, and halves of surrogate pairs.
+_UNSHOWN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    "\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """The same text with what a terminal would obey written out: \\x1b."""
+    return _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+class Problem(PyBgWorkerError):
+    """A command could not do (all of) its work; the message is for people."""
+
+
+class UsageError(PyBgWorkerError):
+    """The command line itself is wrong: exit status 2."""
+
+
+class Flag(NamedTuple):
+    """One argument of a command, as argparse wants it."""
+
+    names: tuple
+    options: dict
+
+
+class Command(NamedTuple):
+    """One row of COMMANDS."""
+
+    name: str
+    act: Callable           # (args, app) -> text to print, or None
+    help: str
+    example: str
+    flags: tuple
+    reads: bool = False     # takes --json
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    """One argument, by what argparse's add_argument() takes."""
+    return Flag(names, options)
+
+
+COMMANDS: list[Command] = []
+
+
+def command(name: str, help: str, example: str, *flags: Flag,
+            reads: bool = False) -> Callable:
+    """Decorate a function (args, app) that is to be a command.
+
+    It returns the text to be printed, an exit status, or None.
+    """
+    def add(act):
+        COMMANDS.append(Command(name, act, help, example, flags, reads))
+        return act
+
+    return add
+
+
+def typed(parse: Callable) -> Callable:
+    """A parser of settings as argparse wants one: its error says what is allowed."""
+    def parse_flag(text):
+        import argparse
+
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {exc}") from None
+
+    return parse_flag
+
+
+def is_terminal(stream: Any) -> bool:
+    """True where somebody may look."""
+    return stream is not None and stream.isatty()
+
+
+JSON_FLAG = flag("--json", action="store_true", help="one JSON document")
+
+
+def _setting_flag(setting):
+    return flag("--" + setting.name.replace("_", "-"), type=typed(setting.parse),
+                 default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
+
+
+def import_app(spec: str) -> App:
+    """The app that --app names.  Raises Problem with its traceback."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        app = load_app(spec)
+    except PyBgWorkerError:
+        raise
+    except BaseException as exc:
+        _check_module_name(spec, exc)
+        trace = describe_exception(exc)["traceback"]
+        raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
+    _hand_over()
+    if not app.tasks:
+        raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
+    return app
+
+
+def _check_module_name(spec, exc):
+    """Raise UsageError when it was the path of a file."""
+    name, colon, attribute = spec.partition(":")
+    if isinstance(exc, (ImportError, TypeError)) and re.search(r"/|\.py$", name):
+        meant = os.path.normpath(re.sub(r"\.py$", "", name)).replace("/", ".")
+        raise UsageError(
+            f"--app {spec}: it is the name of a module, not of its file: "
+            f"--app {meant.strip('.')}{colon}{attribute}"
+        ) from None
+
+
+class _OtherCopy(Exception):
+    """The app has imported this file by another name: its tasks are there."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def _hand_over():
+    """Raise _OtherCopy when `python vendor/pybgworker.py` serves an app that says
+    `from vendor.pybgworker import task`."""
+    own = os.path.realpath(__file__)
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if path and name != "__main__" and hasattr(module, "main") \
+                and module is not sys.modules.get(__name__) \
+                and os.path.realpath(path) == own and not default_app.tasks:
+            raise _OtherCopy(name)
+
+
+@contextlib.contextmanager
+def _log_apart(style):
+    """Yield the Log on standard output; within the block nothing else gets there.
+
+    What the app prints in the worker becomes `output` events; what C code and
+    subprocesses write to descriptor 1 goes to standard error.
+    """
+    log_fd, original = os.dup(1), sys.stdout
+    log = Log(log_fd, style)
+    sys.stdout = TaskStream(lambda text, _: log.output(text), 1)    # type: ignore
+    os.dup2(2, 1)
+    try:
+        yield log
+    finally:
+        log.flush(patience=1.0)
+        if original is not None:
+            original.flush()            # what was written to sys.__stdout__
+        sys.stdout = original
+        os.dup2(log_fd, 1)
+        os.close(log_fd)
+
+
+@command("run", "work on tasks until told to stop",
+         "run --app tasks --concurrency 4",
+         flag("--app", required=True, metavar="MODULE[:APP]",
+              help="the module that defines the tasks"),
+         flag("--burst", action="store_true",
+              help="end when nothing is due or running"),
+         flag("--log-format", choices=("json", "text"),
+              help="json: an object a line; text: for eyes (default: text on a "
+              "terminal)"),
+         *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"))
+def _run(args, app):
+    flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
+    style = args.log_format or ("text" if is_terminal(sys.stdout) else "json")
+    with _log_apart(style) as log:
+        with quitting_at_once():
+            app = import_app(args.app)
+        app.override(**flags)
+        return Worker(app, args.app, burst=args.burst, log=log).run()
+
+
+def _parser():
+    import argparse
+
+    examples = "\n".join(f"  python pybgworker.py {c.example}" for c in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="pybgworker", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Background tasks for Python programs, kept in one SQLite file.",
+        epilog=f"examples:\n{examples}",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        one = commands.add_parser(
+            command.name, help=command.help, description=command.help + ".",
+            epilog=f"example: python pybgworker.py {command.example}",
+        )
+        for flag in command.flags + ((JSON_FLAG,) if command.reads else ()):
+            one.add_argument(*flag.names, **flag.options)
+        one.add_argument("--db", type=typed(parse_path), metavar="PATH", default=None,
+                         help="the SQLite file (default: PYBGWORKER_DB, else "
+                         "pybgworker.db)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C.
+
+    Without `argv` this is the program: it ends soon after its main thread, with this
+    status, although a thread that the app has started would keep it for ever.
+    """
+    status = 1
+    try:
+        status = _command(argv)
+        return status
+    finally:
+        if argv is None and _is_held():
+            _end_soon(status)
+
+
+def _is_held():
+    """True when a thread lives that the interpreter waits for at its end."""
+    return any(not thread.daemon and thread is not threading.main_thread()
+               for thread in threading.enumerate())
+
+
+def _end_soon(status):
+    """Grant those threads as long as a child's exit handlers, then end the process."""
+    ends_well = threading.Event()
+    atexit.register(ends_well.set)
+
+    def watch():
+        while threading.main_thread().is_alive():
+            own_sleep(0.05)
+        if ends_well.wait(EXIT_GRACE):
+            return
+        atexit._run_exitfuncs()
+        for stream in standard_streams()[1:]:
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _command(argv):
+    try:
+        _fill_standard_descriptors()
+        args = _parser().parse_args(argv)
+        printed = _carry_out(args)
+        if isinstance(printed, str):
+            print_text(printed)
+        return printed if isinstance(printed, int) else 0
+    except _OtherCopy as other:
+        return sys.modules[other.name].main(argv)
+    except BrokenPipeError:                 # … | head: nobody reads any more
+        _silence_output()
+        return 0
+    except (PyBgWorkerError, ValueError) as exc:
+        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
+        return 2 if isinstance(exc, UsageError) else 1
+    except OSError as exc:                  # a full disk, or a file of somebody else
+        _silence_output()
+        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fill_standard_descriptors():
+    """A closed descriptor 0, 1 or 2 would be taken by the next file to be opened."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # gets the lowest number: this one
+
+
+def print_text(text):
+    """Print in whatever encoding standard output has; what it lacks is written out."""
+    if sys.stdout is None:
+        raise Problem("standard output is closed")
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _silence_output():
+    """Nothing more can be printed; not even at the interpreter's exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _carry_out(args):
+    command = next(c for c in COMMANDS if c.name == args.command)
+    app = default_app
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise Problem("the current folder was deleted: cd to another") from None
+    app.override(db=args.db)
+    return command.act(args, app)
+
+
+###############################################################################
+# ROOMS
+# Each stands alone on what is above, by public names; without them the core runs.
+###############################################################################
 
 # == Cron =====================================================================
 # Owns cron expressions: what they mean, and when they are due.  Pure: no clock.
@@ -1449,6908 +10002,6 @@ def jitter_offset(name: str, seconds: float) -> float:
     return zlib.crc32(name.encode()) / 2**32 * seconds
 
 
-# == Retry and rate ===========================================================
-# Owns the arithmetic of retry delays and of rate limits.  Pure: the clock and
-# randomness are arguments, nothing is stored here.
-
-
-class RetryPolicy(NamedTuple):
-    """When a failed run is followed by another.  All delays are seconds."""
-
-    retries: int = 3            # runs after the first
-    delay: float = 1.0          # before the first retry
-    backoff: float = 2.0        # each delay is so many times the one before
-    max_delay: float = 3600.0   # no delay is longer, before jitter
-    jitter: float = 0.1         # ± this fraction, so that a herd spreads out
-    retry_for: tuple = (Exception,)
-
-
-def retry_delay(policy: RetryPolicy, n: int, chance: float) -> float:
-    """Seconds before retry `n` (from 1); `chance` is a random number in [0, 1)."""
-    longest = policy.max_delay
-    if policy.delay <= 0 or longest <= 0:
-        return 0.0
-    # Compared by logarithm first: backoff ** 5000 would overflow.
-    steps = (n - 1) * math.log(max(policy.backoff, 1e-9))
-    if steps < math.log(longest / policy.delay):
-        longest = policy.delay * math.exp(steps)
-    return longest * (1 + policy.jitter * (2 * chance - 1))
-
-
-# Rates are kept by the generic cell rate algorithm: one number per limit, the
-# theoretical arrival time `tat` (unix ms) of the next start if all starts so far
-# had been evenly spaced.  A start moves it on by one interval; it may run ahead
-# of the clock by at most the burst, one second's worth of starts.
-# https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
-
-LATE_TURN_MS = 10_000       # a turn reads the clock, then waits for the write lock
-
-
-def _burst_ms(rate):
-    return max(1.0, rate) * 1000 / rate
-
-
-def _valid_tat(tat, now, rate):
-    """A tat far beyond the burst was made by another clock, or for a lower limit.
-
-    It says nothing about this limit, then, and would keep it shut for as long.  A
-    little beyond is only the older `now` of a turn that waited for the write lock.
-    """
-    latest = now + _burst_ms(rate)
-    if tat > latest + LATE_TURN_MS:
-        return now
-    return min(max(tat, now), latest)
-
-
-def rate_tokens(tat: float, now: int, rate: float) -> int:
-    """How many starts the limit of `rate` a second allows at this moment."""
-    room = now + _burst_ms(rate) - _valid_tat(tat, now, rate)
-    return int(room * rate / 1000 + 1e-6)
-
-
-def rate_spend(tat: float, now: int, rate: float, starts: int) -> float:
-    """Return the tat after so many starts."""
-    return _valid_tat(tat, now, rate) + starts * 1000 / rate
-
-
-def rate_next_at(tat: float, now: int, rate: float) -> int:
-    """When the next start is allowed, in unix ms; now if one is already."""
-    ahead = _valid_tat(tat, now, rate) + 1000 / rate - _burst_ms(rate)
-    return max(now, math.ceil(ahead - 1e-6))
-
-
-class Rates:
-    """The limits that one look for work meets, and the starts that it takes.
-
-    `rates` are starts a second by task name, "" over all; `tat_of(limit)` reads
-    what is stored.
-    """
-
-    def __init__(self, rates: dict, tat_of: Callable[[str], float], now: int):
-        self._rates, self._tat_of, self._now = rates, tat_of, now
-        self._tats: dict[str, float] = {}       # of the limits met
-        self._spent: set[str] = set()
-
-    def opens_at(self, name: str) -> int | None:
-        """None when one more start of `name` is allowed now; else when it is."""
-        until = None
-        for limit, rate in self._limits_of(name):
-            tat = self._tats.get(limit)
-            if tat is None:
-                tat = self._tats[limit] = self._tat_of(limit)
-            if rate_tokens(tat, self._now, rate) < 1:
-                until = max(until or 0, rate_next_at(tat, self._now, rate))
-        return until
-
-    def spend(self, name: str) -> tuple:
-        """Count a start that opens_at() has allowed; return its tokens."""
-        tokens = []
-        for limit, rate in self._limits_of(name):
-            self._tats[limit] = rate_spend(self._tats[limit], self._now, rate, 1)
-            self._spent.add(limit)
-            tokens.append((limit, 1000 / rate))
-        return tuple(tokens)
-
-    def spent(self) -> list[tuple]:
-        """(limit, tat) of those that gave a start, to be stored."""
-        return [(limit, self._tats[limit]) for limit in sorted(self._spent)]
-
-    def _limits_of(self, name):
-        return [(n, self._rates[n]) for n in {name, ""} if n in self._rates]
-
-
-# == Wake-up ==================================================================
-# Owns the datagrams that tell a sleeping worker to look into the database now.
-# They are hints: one that is lost, doubled or forged costs a look at most, for
-# a worker also looks when PRAGMA data_version says that somebody committed.
-
-_WAKE_TOKEN_BYTES = 8
-_BAD_ADDRESS = (AttributeError, TypeError, ValueError, OverflowError)   # by hand
-
-
-class WakeSocket:
-    """A worker's ear: a UDP socket on the loopback interface, or none at all."""
-
-    def __init__(self):
-        self.token = os.urandom(_WAKE_TOKEN_BYTES).hex()
-        self.port = 0
-        self.socket = None
-        try:
-            self.socket = _socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self.socket.bind(("127.0.0.1", 0))
-            self.socket.setblocking(False)
-            self.port = self.socket.getsockname()[1]
-        except OSError:                     # a sandbox without a network
-            self.close()
-
-    def drain(self) -> bool:
-        """Take all datagrams in.  True if one of them was meant for us."""
-        heard = False
-        while self.socket:
-            try:
-                heard |= self.socket.recv(64) == self.token.encode()
-            except BlockingIOError:
-                return heard
-            except OSError:                 # an ICMP error for an earlier send
-                continue
-        return heard
-
-    def close(self) -> None:
-        """Stop listening.  May be called twice."""
-        if self.socket:
-            self.socket.close()
-        self.socket = None
-
-
-def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
-    """Send a hint to each (port, token).  Never raises: it is a hint."""
-    if not addresses:
-        return
-    # A socket of the moment costs 15 µs beside a commit's milliseconds, and there
-    # is none to be shared by threads, inherited by forks, or closed by somebody.
-    with contextlib.suppress(OSError), \
-            contextlib.closing(_socket.socket(
-                socket.AF_INET, socket.SOCK_DGRAM
-            )) as sender:
-        sender.setblocking(False)
-        for port, token in addresses:
-            with contextlib.suppress(OSError, *_BAD_ADDRESS):
-                sender.sendto(token.encode(), ("127.0.0.1", port))
-
-
-# == Guards ===================================================================
-# Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
-# which any close() of the file in this process drops: a copy of it, a checksum.
-# Knows what this process has open, for a close() of its own is such a one too: it
-# comes only when nobody else here has the file open.
-
-_READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
-_SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
-_WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
-_FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
-_HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
-_LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
-_MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
-
-
-def _file_identity(path):
-    """(device, inode), by stat: opening the file would drop SQLite's locks."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _descriptors():
-    """The descriptors of this process by the (device, inode) they are open on."""
-    found: dict[tuple, set] = {}
-    names: Iterable = ()
-    try:
-        names = os.listdir("/dev/fd")
-    except OSError:                 # no /proc here
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            names = range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS))
-    for name in names:
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(int(name))
-            found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
-    return found
-
-
-class _OwnLock:
-    """A read lock of some bytes of a file that no stray close() drops.
-
-    It belongs to the open file, not to the process: forked children inherit it.
-    With `only`, a (device, inode), it is about that file, whoever has its name.
-    """
-
-    def __init__(self, path: str, start: int, length: int, only: tuple | None = None):
-        self._path, self._range, self._only = path, (start, length), only
-        self.fd, self.identity = -1, None       # of the file that is open
-        self._kept: dict[int, Any] = {}     # others not to be closed yet, identities
-        self._fcntl: Any = None
-
-    def lock(self) -> bool:
-        """Lock the bytes in the file that has the name now.  False: impossible."""
-        named = _file_identity(self._path)
-        wanted = self._only or named
-        if not self.is_open() or self.identity != wanted:
-            if not _HAS_OWN_LOCKS or named is None or named != wanted:
-                return False
-            self._open()
-            if self.identity != wanted:         # it was replaced this moment
-                return False
-        for _ in range(_LOCK_TRIES):
-            try:
-                self.ask("F_OFD_SETLK", "F_RDLCK", *self._range)
-                return True
-            except BlockingIOError:
-                time.sleep(0.001)
-            except (OSError, AttributeError):
-                break
-        return False
-
-    def unlock(self) -> None:
-        """Let go of the bytes; a forked child that has this one does, too."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.ask("F_OFD_SETLK", "F_UNLCK", *self._range)
-
-    def ask(self, command: str, kind: str, start: int, length: int) -> tuple:
-        """fcntl of this name, with a lock of this kind."""
-        if not self.is_open():
-            raise OSError(errno.EBADF, "not open")
-        fcntl = self._fcntl
-        lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
-        return _FLOCK.unpack(fcntl.fcntl(self.fd, getattr(fcntl, command), lock))
-
-    def is_open(self) -> bool:
-        """True if the descriptor is ours still: some programs close all there are."""
-        return self.fd >= 0 and _file_identity(self.fd) == self.identity
-
-    def is_nameless(self) -> bool:
-        """True when the file is deleted, so that no lock of it matters any more."""
-        return not (self.is_open() and os.fstat(self.fd).st_nlink)
-
-    def _open(self):
-        import fcntl
-
-        self._fcntl = fcntl         # it cannot be imported while a program ends
-        if self.is_nameless():      # else a close would drop SQLite's locks
-            self.close()
-        self.put_aside()
-        with contextlib.suppress(OSError):
-            self.fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            self.identity = _file_identity(self.fd)
-
-    @property
-    def fds(self) -> set:
-        """All descriptors of ours."""
-        return {self.fd, *self._kept}
-
-    def put_aside(self) -> None:
-        """Use this descriptor no more; it cannot be closed yet."""
-        if self.is_open():
-            self._kept[self.fd] = self.identity
-        self.fd, self.identity = -1, None
-
-    def is_alone(self, found: dict) -> bool:
-        """True if nobody but us has a file of these descriptors open here."""
-        return all(found.get(identity, set()) <= self.fds
-                   for identity in (self.identity, *self._kept.values()))
-
-    def close(self) -> None:
-        """Only where SQLite has no lock on this file."""
-        self.put_aside()
-        for fd, identity in self._kept.items():
-            if _file_identity(fd) == identity:
-                os.close(fd)
-        self._kept = {}
-
-
-class Guard:
-    """Keeps a file's -wal and -shm in place while a connection of ours is open.
-
-    The last user that closes a file deletes its -wal, and by POSIX locks SQLite
-    knows who the last is.  Any close() of the file in this process drops ours (a
-    copy, a checksum), and then another program takes itself for the last: what we
-    commit goes to a file without a name.  So we hold the same bytes by locks that
-    no close() drops.  Guarded by test_a_stray_close_of_the_file_loses_nothing.
-
-    Where there are none (macOS), what is left is that each commit asks whether its
-    -wal is still there: it tells, but late, what others did at the same moment.
-    """
-
-    def __init__(self, path: str, identity: tuple):
-        self.path = path
-        self.is_held = False
-        self.stays = False      # while others have the file open here: a caller
-        self.is_shared = False  # and they were inherited by a child, as this is
-        self._file = _OwnLock(path, *_READERS_LOCK, identity)
-        self._shm = _OwnLock(path + "-shm", *_SHM_LOCK)
-
-    @property
-    def fds(self) -> set:
-        """The descriptors of the file that are ours."""
-        return self._file.fds
-
-    def lock(self) -> bool:
-        """Nobody can delete the -wal from now on.  False: impossible here."""
-        self._shm.lock()        # there may be none yet
-        self.is_held = self._file.lock()
-        return self.is_held
-
-    def unlock(self) -> None:
-        """The last of our connections is about to be closed in good order."""
-        if not self.is_shared:
-            self.is_held = False
-            self._file.unlock()
-            self._shm.unlock()
-
-    def is_open(self) -> bool:
-        """True unless somebody has closed the descriptor that holds the lock."""
-        return self._file.is_open()
-
-    def share(self) -> None:
-        """A child that is forked now relies on it for as long as it lives."""
-        self.stays = self.is_shared = True
-
-    def leave_to_parent(self) -> None:
-        """In a forked child: the parent unlocks this when it likes."""
-        self._file.put_aside()
-        self._shm.put_aside()
-
-    def is_useless(self, found: dict) -> bool:
-        """True when the file was deleted, or nobody else has it open here.
-
-        Then it can be closed: that drops no lock that matters.
-        """
-        return self._file.is_nameless() or (
-            self._file.is_alone(found) and self._shm.is_alone(found))
-
-    def close(self) -> None:
-        """Of one that is useless."""
-        self.unlock()
-        self._file.close()
-        self._shm.close()
-
-    def is_writing(self) -> bool:
-        """True while this process holds the write lock."""
-        try:
-            found = self._shm.ask("F_OFD_GETLK", "F_WRLCK", *_WRITERS_LOCK)
-        except (OSError, AttributeError):       # there is no -shm
-            return False
-        return found[4] == os.getpid()
-
-    def is_where_we_write(self) -> bool:
-        """True in a transaction of this process on the files that lie there."""
-        return self.is_writing() and os.path.exists(self.path + "-wal") and \
-            self._shm.identity == _file_identity(self.path + "-shm")
-
-
-# == Forks ====================================================================
-# Owns what a fork must not break.  SQLite keeps a table of its process's locks,
-# and a forked child inherits the table, but not the locks: a connection that it
-# opens takes none, and the next to close deletes the -wal that it writes to.  So
-# no connection of ours is open while the process forks: the fork waits for those
-# in use and closes all, and each opens again when it is used.  Guards stand in for
-# locks that it cannot rely on.
-# https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
-
-_FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
-_HOOKS_PATIENCE = 1.0       # that they wait for a fork, once it is ready for them
-_EXIT_PATIENCE = 1.0        # that the end of a program waits for its daemon threads
-_NO_HOOKS = (
-    "this process was forked while the file was open, by code that runs no Python "
-    "fork hooks, so SQLite would lose data here: use it only after such a fork"
-)
-_IN_TRANSACTION = (
-    "this process was forked while a transaction on the file was open, so SQLite "
-    "would wait for itself here for ever: end it before the fork"
-)
-_FORKED = (
-    "database {}: the process forked in the middle of this: nothing was written, "
-    "do it again"
-)
-_WAL_LOST = (
-    "its -wal was deleted while in use, and what this program wrote last is lost: "
-    "never delete or copy its files by hand; restart all programs that use it"
-)
-_WITHOUT_WAL = (
-    "a connection to the file is open in this process whose -wal was deleted, so "
-    "SQLite would lose data here: close it before the fork, if there was one; else "
-    "restart this program, which has opened the file for a copy, or the like"
-)
-_LEFT_OPEN = (
-    "this process was forked while a connection to the file was open, so SQLite "
-    "would lose data here: close it before the fork"
-)
-
-
-def _leads_to(name):
-    """A predicate of descriptors; Linux, elsewhere always false."""
-    def leads(fd):
-        with contextlib.suppress(OSError):
-            return os.readlink(f"/proc/self/fd/{fd}") == name
-        return False
-
-    return leads
-
-
-def _adapts():
-    """True where the app has an adapter, which may fork, for what we give SQLite."""
-    return any(kind in (str, int, float, bytearray) for kind, _ in sqlite3.adapters)
-
-
-class _StepAside(Exception):
-    """Raised where a thread waits for a lock while another one forks."""
-
-
-class _Undone(DatabaseUnavailable):
-    """A transaction was undone for no fault of its own: do it again."""
-
-
-def _nobody(*_):
-    """Stands for a weak reference whose object is gone."""
-
-
-class Forks:
-    """Where this process stands among its forks, and what it has open meanwhile."""
-
-    def __init__(self):
-        self.count = 0              # of forks that led to this process
-        # Our connections, by id().
-        self.links: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self.refused = {}           # (device, inode): why it cannot be used here
-        self._pid = os.getpid()
-        self._is_watching = False
-        self._is_leaving = False    # the program ends
-        self._forking = []          # threads that fork now, or wait to do so
-        self._closing = []          # those of them that close our connections now
-        self._impatient = set()     # threads that wait for no fork any more
-        self._one_fork = threading.RLock()  # from _before() to the hooks after it
-        self._lock = threading.RLock()      # for _guards, and the next
-        self._users = {}            # threads that open or close a file, by token
-        self._files = {}            # (device, inode) of all files used: the path
-        self._guards = {}           # the same: its Guard
-        self._dangers = {}          # the same: what the next child is to refuse
-        self._callers = set()       # the same: of those used by a caller's connection
-        self.put_away_log = _nobody     # a function of a path; see Database
-
-    def generation(self) -> int:
-        """A number that is another one after a fork, whoever forked."""
-        if self._pid != os.getpid():
-            self._after_in_child()
-        return self.count
-
-    def check(self, identity: tuple | None, path: str) -> None:
-        """Refuse a file that cannot be used here; care for it at every fork."""
-        self.generation()
-        reason = self.refused.get(identity)
-        if reason:
-            raise DatabaseUnusable(f"database {path}: {reason}")
-        if identity is not None:
-            self._files[identity] = path
-        self._watch()
-
-    def has_others(self, identity: tuple) -> bool:
-        """True where somebody else's connection is open before the first of ours.
-
-        It may be inherited, from a fork before anybody told us of the file.
-        """
-        guard = self._guards.get(identity)
-        return not (guard and guard.is_held or self._has_links(identity)) \
-            and self._is_open(identity, _descriptors())
-
-    def hold(self, link: _Link, path: str, has_others: bool) -> None:
-        """Keep the files in place for as long as this connection is open."""
-        if self._is_leaving:        # nobody will close it in good order
-            return
-        with self._lock:
-            guard = self.guard(link.identity)
-        if not has_others:
-            return
-        if guard:
-            guard.stays = True      # our own locks may be inherited, and no locks
-        is_lost = _leads_to(path + "-shm (deleted)")
-        if any(map(is_lost, set().union(*_descriptors().values()))):
-            self.refused[link.identity] = _WITHOUT_WAL  # SQLite would use it still
-            self.check(link.identity, path)
-
-    def is_away(self, identity: tuple) -> bool:
-        """True when the whole database has left its place, and lives: see _reopen()."""
-        return _file_identity(self._files[identity]) is None and any(
-            os.fstat(fd).st_nlink for fd in _descriptors().get(identity, ()))
-
-    @contextlib.contextmanager
-    def closing(self, link: _Link):
-        """A block that closes it, and tidies up if it is the last one of ours.
-
-        Then SQLite moves the -wal over and deletes it, if it is the last of all.
-        """
-        with self._lock:
-            guard = self._guards.get(link.identity)
-            if guard and not (guard.stays or self._has_links(link.identity)):
-                guard.unlock()
-            yield
-            if guard and self._has_links(link.identity):    # opened by a handler
-                guard.lock()
-            elif guard and link.identity not in self._callers:
-                guard.unlock()
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Close the Guards of files that nobody has open here any more.
-
-        A thread of ours that opens one now would lose its locks, one of the app's
-        still may: it gets the Guard back.  The log that a Guard kept in place when
-        its last user closed the file is put away here.
-        """
-        with self._lock:
-            idle = [item for item in list(self._guards.items())
-                    if not self._has_links(item[0])]
-            found = _descriptors() if idle and not self._has_other_users() else None
-            for identity, guard in idle:
-                if found is not None and guard.is_useless(found):
-                    self._close_guard(identity, guard)
-
-    def _has_other_users(self):
-        me = threading.get_ident()
-        return any(ident != me for ident in list(self._users.values()))
-
-    def _close_guard(self, identity, guard):
-        guard.close()
-        self._guards.pop(identity, None)
-        self._callers.discard(identity)
-        if guard.stays and _file_identity(guard.path) == identity:
-            self.put_away_log(guard.path)
-        if identity in _descriptors():      # since this very moment
-            self._guards[identity] = guard
-            guard.stays = guard.lock()
-
-    def is_held_for_caller(self, identity: tuple) -> bool:
-        """True when hold_for_caller() was called, and all is as it was then."""
-        guard = self._guards.get(identity)
-        return guard is not None and guard.is_held and guard.is_open() and \
-            identity in self._callers and guard.is_where_we_write()
-
-    def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
-        """Keep the files in place while the app's own connection is open.
-
-        Nobody tells us when it is closed: let_go() looks.  None: impossible.
-        """
-        self.check(identity, path)
-        with self._lock:
-            guard = self.guard(identity)
-            if guard:
-                guard.stays = True
-                self._callers.add(identity)
-        return guard
-
-    def _has_links(self, identity):
-        return any(link.identity == identity for link in self._open_links())
-
-    def _watch(self):
-        if not self._is_watching and hasattr(os, "register_at_fork"):
-            self._is_watching = True        # not at import, which has no effects
-            os.register_at_fork(
-                before=self._before, after_in_parent=self._after_in_parent,
-                after_in_child=self.generation,     # a hook before it may have asked
-            )
-            atexit.register(self._leave)
-
-    def _leave(self):
-        """Close in good order what the interpreter would only drop.
-
-        Daemon threads run on, and begin nothing as long as this waits for what they
-        are in the middle of; a close() then would be a crash.
-        """
-        self._is_leaving = True
-        self._forking.append(threading.get_ident())     # for good; see wait()
-        self._close_all(_EXIT_PATIENCE)
-        with self._lock:
-            self.let_go()
-            for identity in self._callers & set(self._guards):
-                self._guards[identity].unlock()     # its owner ends with us
-
-    # -- for those who use a file
-
-    def is_on(self) -> bool:
-        """True while another thread forks: begin nothing."""
-        me = threading.get_ident()
-        return bool(self._forking) and me not in self._forking and (
-            bool(self._closing) or me not in self._impatient)
-
-    def wait(self) -> None:
-        """Let the fork happen; not for ever.
-
-        A hook of the app's may wait for a lock, and we are called by who has it.  A
-        child that is forked while we go on is told so.  Guarded by
-        test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork.
-        """
-        deadline = time.monotonic() + _HOOKS_PATIENCE
-        while self.is_on():
-            if time.monotonic() > deadline:
-                self._impatient.add(threading.get_ident())
-            time.sleep(0.001)
-
-    def be_patient(self) -> None:
-        """Wait for this fork once more: a thread that ends has given back its locks."""
-        self._impatient.discard(threading.get_ident())
-
-    @contextlib.contextmanager
-    def using(self):
-        """A fork waits for the end of this block; not for long."""
-        token, is_inside = object(), self._is_inside()
-        try:
-            while True:
-                with self._lock:    # let_go() looks for us
-                    self._users[token] = threading.get_ident()
-                if is_inside or not self.is_on():
-                    break
-                del self._users[token]
-                self.wait()
-            yield
-        finally:
-            self._users.pop(token, None)
-
-    def _is_inside(self):
-        """True for a thread that a fork waits for already."""
-        ident = threading.get_ident()
-        return ident in list(self._users.values()) or any(
-            link.is_busy for link in self._open_links() if link.thread == ident)
-
-    # -- the fork itself
-
-    def _before(self):
-        """Let nobody begin, wait for those who have begun, and close all."""
-        self.generation()
-        self._forking.append(threading.get_ident())
-        self._one_fork.acquire(timeout=_FORK_PATIENCE)
-        self._close_all(_FORK_PATIENCE)
-        with self._lock:
-            self._guard_what_is_open()
-
-    def _close_all(self, patience):
-        self._closing.append(threading.get_ident())
-        try:
-            deadline = time.monotonic() + patience
-            while self._is_busy() and time.monotonic() < deadline:
-                time.sleep(0.0005)
-            for link in self._open_links():
-                if link.generation == self.count and not self._is_in_a_call(link):
-                    link.close()
-        finally:
-            self._closing.remove(threading.get_ident())
-
-    def _keep(self, link):
-        """A hook of the app's that ran after _before() has used it: the child needs
-        the Guard.  False: there is none.
-        """
-        guard = self.guard(link.identity)
-        if guard:
-            guard.share()
-        return guard is not None
-
-    def _after_in_parent(self):
-        for link in self._open_links():
-            self._keep(link)
-        with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
-            self._impatient.clear()
-            self._forking.remove(threading.get_ident())
-            self._one_fork.release()
-
-    def _open_links(self):
-        found = [ref() for ref in self.links.valuerefs()]
-        return [link for link in found if link is not None and not link.is_closed]
-
-    def _is_busy(self):
-        """True while a thread that does not fork uses a file."""
-        return any(ident not in self._forking for ident in list(self._users.values())) \
-            or any(map(self._is_others, self._open_links()))
-
-    def _is_others(self, link):
-        return link.is_busy and link.thread not in self._forking
-
-    def _is_in_a_call(self, link):
-        """It may be in the middle of a call of SQLite, where a close() is a crash.
-
-        A thread that forks is between two calls: in a signal handler, say.  SQLite
-        calls no Python code for us, but for adapters of what it is given.  Guarded by
-        test_a_fork_within_a_call_of_sqlite_closes_nothing.
-        """
-        return self._is_others(link) or link.is_busy and _adapts()
-
-    def _guard_what_is_open(self):
-        """The caller's own connections, and ours that were not done in time."""
-        self._dangers = {}
-        found = _descriptors() if self._files else {}
-        for identity, path in list(self._files.items()):
-            if _file_identity(path) == identity and self._is_open(identity, found):
-                guard = self.guard(identity)
-                if guard is None:
-                    self._dangers[identity] = _LEFT_OPEN
-                    continue
-                guard.share()
-                if guard.is_writing():
-                    self._dangers[identity] = _IN_TRANSACTION
-
-    def _is_open(self, identity, found):
-        guard = self._guards.get(identity)
-        return bool(found.get(identity, set()) - (guard.fds if guard else set()))
-
-    def guard(self, identity: tuple) -> Guard | None:
-        """Keep the -wal of this file in place from now on; None: impossible."""
-        path = self._files[identity]
-        guard = self._guards.get(identity)
-        if guard is None:
-            if self._guards:
-                self.let_go()
-            guard = self._guards[identity] = Guard(path, identity)
-        return guard if guard.lock() else None
-
-    def _after_in_child(self):
-        """Only the thread that forked is left, and no lock of ours is held by it."""
-        for link in self._open_links():
-            link.leak()
-            if not self._forking:
-                self.refused[link.identity] = _NO_HOOKS
-            elif link.is_busy:
-                self.refused[link.identity] = _IN_TRANSACTION
-            elif not self._keep(link):
-                self.refused[link.identity] = _LEFT_OPEN
-        self.refused.update(self._dangers)
-        if self._has_other_users():     # one that would not wait; see wait()
-            self.refused.update(dict.fromkeys(self._files, _IN_TRANSACTION))
-        self.links = weakref.WeakValueDictionary()
-        self._users, self._dangers, self._impatient = {}, {}, set()
-        self._forking, self._closing = [], []
-        self._lock, self._one_fork = threading.RLock(), threading.RLock()
-        for guard in self._guards.values():
-            if not guard.is_shared:
-                guard.leave_to_parent()
-        self.let_go()
-        self.count += 1
-        self._pid = os.getpid()
-
-
-_forks = Forks()
-
-
-class _Wal:
-    """The -wal and -shm of `path` as they are now."""
-
-    def __init__(self, path):
-        self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
-        self._identity = _file_identity(path)
-        self._wal = _file_identity(self._path)
-        self._shm = _file_identity(self._shm_path)
-        self.bytes = 0              # of the -wal, at the last look
-
-    def is_there(self):
-        """True while it is still the one that others read; one stat."""
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return False
-        self.bytes = status.st_size
-        found = status.st_dev, status.st_ino
-        if self._wal is None:       # our first write has made it
-            self._wal = found
-        return self._wal == found
-
-    def lies_before(self, path):
-        """True if SQLite would read this -wal together with that file."""
-        return self._wal is not None and self._wal == _file_identity(path + "-wal")
-
-    def is_replaced(self):
-        """True when another file lies there, and perhaps another -wal."""
-        return _file_identity(self._file) not in (None, self._identity)
-
-    def is_stale(self):
-        """True when both were deleted beside the file: others may have moved on.
-
-        Where it is the -wal alone, SQLite saves what is in it.
-        """
-        return _file_identity(self._file) == self._identity and \
-            self._shm not in (None, _file_identity(self._shm_path))
-
-
-class _Link:
-    """One thread's connection, with what must be remembered beside it."""
-
-    def __init__(self, connection, identity):
-        self.connection = connection
-        self.identity = identity
-        self.wal = None             # the _Wal that it writes to
-        self.thread = threading.get_ident()
-        self.generation = _forks.count
-        self.is_closed = False
-        self.synchronous = None     # what the pragma was last set to
-        self.commits = 0
-        self.undone = True          # the last transaction was, or never began
-        self.writer = _nobody       # weak reference to the _Write that is open
-        self.is_reading = False
-        self.wake = []              # whom to wake after the commit
-        self.is_stale = False       # opened while the file could not be written
-        _forks.links[id(self)] = self
-
-    @property
-    def is_busy(self):
-        """True from before its thread uses SQLite until after."""
-        return self.is_reading or self.writer() is not None
-
-    @property
-    def is_open(self):
-        """True in a transaction."""
-        try:
-            return self.connection.in_transaction
-        except sqlite3.ProgrammingError:        # a fork has closed it
-            return False
-
-    def close(self):
-        """Undo what is open, and close.  May be called twice."""
-        if self.is_closed:
-            return
-        if self.is_open:            # what a cursor holds open would stay a transaction
-            self.roll_back()
-        if self.wal is not None and (self.wal.is_replaced() or self.wal.is_stale()):
-            if self.wal.is_stale():
-                _forks.refused[self.identity] = _WAL_LOST
-            self.leak()         # a close would delete, or overwrite, what is newer
-            return
-        self.is_closed = True
-        _forks.be_patient()
-        with _forks.using(), _forks.closing(self), contextlib.suppress(sqlite3.Error):
-            self.connection.close()
-
-    def roll_back(self):
-        """Leave no transaction open; some errors have already rolled back."""
-        self.undone = True
-        if not self.is_closed and self.is_open:
-            with contextlib.suppress(sqlite3.Error):
-                self.connection.execute("rollback")
-
-    def leak(self):
-        """Leave it open for ever: a close would unlock, or delete, others' files."""
-        import ctypes
-
-        self.is_closed = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
-
-    def __del__(self):
-        # The module's names are gone when the interpreter ends: SQLite closes it.
-        if _forks is None or self.is_closed:
-            return
-        if self.generation == _forks.generation():
-            self.close()
-        else:                       # this very moment it was forked
-            self.leak()
-
-
-class ProcessLock:
-    """A lock for the threads of a process.  A forked child finds it open."""
-
-    def __init__(self):
-        self._locks = {}            # the lock of each process, by pid
-        self._taken = threading.local()     # .by: pids of this thread's open blocks
-
-    def __enter__(self):
-        pid = os.getpid()
-        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
-        lock.acquire()
-        self._taken.by = [*getattr(self._taken, "by", ()), pid]
-
-    def __exit__(self, kind, exc, trace):
-        pid = self._taken.by.pop()
-        if pid == os.getpid():      # else it was forked inside the block
-            self._locks[pid].release()
-
-
-# == Database =================================================================
-# Owns the file: schema, migrations, connections, transactions, the write-ahead
-# log, and what goes wrong with any of them.  Knows nothing of what the rows mean.
-#
-# Rules that hold here and in the next two sections, each with its reason:
-#   begin immediate     a read that upgrades fails at once instead of waiting
-#   no RETURNING        unordered, and its cursor holds the write lock open
-#   literals in where   a partial index does not match a bound parameter
-#   no open()           closing any descriptor of the file drops SQLite's locks
-
-_SCHEMA = (
-    """
-create table bg_task (
-    id          integer primary key,  -- never used twice, see bg_meta.last_id
-    state       integer not null,     -- 0 scheduled 1 retrying 2 queued 3 running
-                                      -- 4 success 5 failed 6 cancelled
-    queue       text not null,        -- name of the queue it waits in
-    name        text not null,        -- name of the task, as @task registered it
-    priority    integer not null,     -- lower runs first
-    place       integer not null default 0,  -- then lower; then lower id.  Rises
-                                      -- when a retry queues again: bg_meta.place
-    key         text,                 -- one unfinished row per key; null: no key
-    attempt     integer not null default 0,  -- runs claimed so far; fencing token
-    retries     integer not null,     -- runs allowed after the first
-    forgiven    integer not null default 0,  -- attempts that do not count
-    timeout     real,                 -- seconds a run may take; null: no limit
-    worker      integer,              -- bg_worker.id that claimed it last
-    cancel_asked integer not null default 0, -- 1: its worker shall end the run
-    callbacks   integer not null default 0,  -- 1 on_success 2 on_failure 3 both; set
-                                      -- at the claim, for whoever ends the last run
-    run_at      integer not null,     -- unix ms; due, and ready, from then on
-    counted     integer not null default 0, -- 1: run_at was counted from created_at
-    created_at  integer not null,     -- unix ms of delay()
-    started_at  integer,              -- unix ms the last run began
-    finished_at integer,              -- unix ms; null until finished
-    duration    real,                 -- seconds the last run took
-    tick        integer,              -- unix s of the cron tick; null: no cron
-    args        text,                 -- [args, kwargs]; null: in bg_payload
-    result      text,                 -- null: none yet, or in bg_payload
-    -- An edit by hand to what no program could mean is refused there and then.
-    check (id between 1 and 1e15), check (place between 0 and 1e15),
-    check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
-    check (state between 0 and 99), check (priority between -1e10 and 1e10),
-    check (attempt between 0 and 1e9),
-    check (retries between 0 and 1e12), check (forgiven between 0 and 1e9),
-    check (timeout is null or timeout between 0 and 1e12),
-    check (run_at between 0 and 1e16), check (created_at between 0 and 1e16),
-    check (started_at is null or started_at between 0 and 1e16),
-    check (finished_at is null or finished_at between 0 and 1e16),
-    check (tick is null or typeof(tick) = 'integer' and tick between -1e12 and 1e12)
-)""",
-    # A row is in the index of its state, and in none once it is finished, so
-    # history costs nothing.  What is ready is in two: in the order of claims, and
-    # by group, so that what cannot run now is passed over in one seek.
-    f"""create index bg_delayed on bg_task (run_at) where state < {QUEUED}""",
-    f"""create index bg_ready on bg_task (priority, place) where state = {QUEUED}""",
-    f"""create index bg_group on bg_task (queue, name, priority, place)
-        where state = {QUEUED}""",
-    f"""create index bg_running on bg_task (worker) where state = {RUNNING}""",
-    f"""create unique index bg_key on bg_task (key)
-        where key is not null and state < {SUCCESS}""",
-    """
-create table bg_payload (             -- what is too large for the hot row
-    id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
-                                      -- 2 error 3 output 4 progress
-                                      -- 5 mark
-    body        text not null         -- JSON; plain text for output and mark
-)""",
-    """
-create table bg_worker (
-    id          integer primary key autoincrement,  -- never used twice; also the
-                                      -- byte it locks in the file *-live
-    name        text not null,        -- worker_name, for people
-    pid         integer not null,     -- of the worker process
-    host        text not null,        -- where it runs
-    boot        text not null,        -- id of that machine's boot; '' unknown
-    port        integer not null,     -- UDP, loopback; 0: polls only
-    token       text not null,        -- what a wake-up datagram must say
-    queues      text,                 -- JSON array it serves; null: all
-    concurrency integer not null,     -- children
-    started_at  integer not null,     -- unix ms
-    beat_at     integer not null,     -- unix ms of the last heartbeat
-    running     integer not null default 0, -- tasks in hand at that heartbeat
-    live        integer not null default 0, -- inode of the *-live whose byte it has
-                                      -- locked; 0: unknown, only its beats count
-    check (beat_at between 0 and 1e16), check (started_at between 0 and 1e16)
-)""",
-    """create index bg_beat on bg_worker (beat_at) where port > 0""",
-    """
-create table bg_schedule (
-    task        text not null,        -- name of the task to enqueue
-    expr        text not null,        -- cron expression
-    tz          text not null,        -- IANA name
-    number      integer not null,     -- 0; 1, 2 … for further ones that are equal
-    misfire     text not null,        -- latest, skip or all
-    overlap     text not null,        -- allow or skip
-    jitter      real not null,        -- seconds; 0: none
-    next_tick   integer,              -- unix s; null: never
-    last_tick   integer,              -- unix s of the last one enqueued
-    done        text not null,        -- JSON, see plan_ticks()
-    set_at      integer not null,     -- unix ms when next_tick was written
-    seen_at     integer not null,     -- unix ms a worker last registered it
-    primary key (task, expr, tz, number),
-    check (misfire in ('latest', 'skip', 'all')), check (overlap in ('allow', 'skip')),
-    check (jitter between 0 and 1e12), check (set_at between 0 and 1e16),
-    check (next_tick is null or next_tick between -1e12 and 1e12),
-    check (last_tick is null or last_tick between -1e12 and 1e12),
-    check (seen_at between 0 and 1e16), check (typeof(done) = 'text')
-) without rowid""",
-    """create index bg_schedule_due on bg_schedule (next_tick)""",
-    """create index bg_schedule_set on bg_schedule (set_at)""",
-    """
-create table bg_rate (
-    name        text primary key,     -- task name; '' is the limit over all
-    tat         real not null,        -- unix ms, see rate_tokens()
-    check (tat between 0 and 1e16)
-) without rowid""",
-    """
-create table bg_queue (
-    name        text primary key,     -- a queue that is paused
-    paused_at   integer not null      -- unix ms
-) without rowid""",
-    """
-create table bg_meta (
-    name        text primary key,     -- last_id, schema, place, clock, clock_doubted
-    value       integer not null,     -- the highest task id ever deleted; the
-                                      -- version of these tables; the place of the
-                                      -- last retry that queued again; see ClockView
-    check (value between 0 and 1e15)
-) without rowid""",
-    """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
-)
-# _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
-# bg_meta: user_version is for the program whose file it may be.
-_MIGRATIONS = (_SCHEMA,)
-
-_REENTERED = (
-    "database {}: this thread is in the middle of a transaction: a signal handler may "
-    "have interrupted it; let the handler set a flag instead"
-)
-_GONE = (
-    "database {}: it is gone: deleted, moved, or on a disk that is not mounted: bring "
-    "it back, or start anew with a new process"
-)
-_NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
-_WAKE_WORKERS = 32                  # how many are sent a hint
-_CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
-_CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
-_WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
-# As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
-# virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
-_NETWORK_FILESYSTEMS = frozenset((
-    "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse",
-    "gfs2", "glusterfs", "gpfs", "juicefs", "lustre", "mfs", "ncpfs", "nfs", "nfs4",
-    "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb2", "smb3", "smbfs",
-    "sshfs",
-    "9p", "drvfs", "fakeowner", "grpcfuse", "osxfs", "prl_fs", "vboxsf", "virtiofs",
-    "vmhgfs", "vmhgfs-fuse",
-))
-
-
-def _explain(exc, path):
-    """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
-    text = str(exc)
-    if "closed database" in text:
-        return _Undone(_FORKED.format(path))
-    for words, kind, advice in (
-        ("locked", DatabaseBusy, "another process holds its write lock"),
-        ("is full", DatabaseUnavailable, "free some disk space"),
-        ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
-        ("unable to open", DatabaseUnavailable, "is there such a folder?"),
-        ("already exists", DatabaseUnusable,
-         "it is another program's: give us another file with PYBGWORKER_DB"),
-        ("not a database", DatabaseUnusable, "it is some other file; name another"),
-        ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
-        ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
-    ):
-        if words in text:
-            return kind(f"database {path}: {text}: {advice}")
-    return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
-
-
-def _is_busy(exc):
-    return "locked" in str(exc) or "busy" in str(exc)
-
-
-def _mounts():
-    """The text of this process's mount table; Linux, elsewhere empty."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
-
-
-def _mount_of(path, mounts):
-    """(mount point, file system type) of what holds `path`; ("", "") if unknown."""
-    best, kind = "", ""
-    for mount in mounts.splitlines():
-        left, _, right = mount.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return best, kind
-
-
-def _absolute(path):
-    try:
-        return os.path.abspath(path)
-    except OSError as exc:          # the working folder was deleted
-        raise DatabaseUnavailable(
-            f"database {path}: the current folder is gone: name it by a full path"
-        ) from exc
-
-
-def _links_to(path):
-    """The number of names that a file has in its file system; 0: there is none."""
-    try:
-        return os.stat(path).st_nlink
-    except OSError:
-        return 0
-
-
-def _check_place(path, mounts, allow_network_fs):
-    """Refuse a file that SQLite would damage where, or as, it lies.
-
-    Its -wal is found by the file's name.  One file with two names in different
-    folders has two of them, and each program overwrites what the other wrote.
-    """
-    point, kind = _mount_of(path, mounts)
-    if kind.removeprefix("fuse.") in _NETWORK_FILESYSTEMS and not allow_network_fs:
-        raise DatabaseUnusable(
-            f"database {path}: on a network file system ({kind}), where SQLite loses "
-            "data: choose a local path with PYBGWORKER_DB, or set "
-            "PYBGWORKER_ALLOW_NETWORK_FS=1"
-        )
-    if point == path and not os.path.isdir(path):
-        raise DatabaseUnusable(
-            f"database {path}: mounted as a single file, so its -wal is not the one "
-            "that other programs see: mount the folder that it lies in"
-        )
-    if _links_to(path) > 1 and not os.path.isdir(path):
-        raise DatabaseUnusable(
-            f"database {path}: a hard link gives it a second name, and SQLite loses "
-            f"data by two names: remove the other (find -samefile {path})"
-        )
-
-
-def _open_uri(path, **options):
-    """Connect to a file that exists; sqlite3.connect(path) would make one."""
-    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    if os.sep != "/":
-        name = "/" + name.replace(os.sep, "/")
-    return sqlite3.connect(
-        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
-        **options,
-    )
-
-
-def _put_away_log(path):
-    """Be the last that closes it, unless others have it open."""
-    with contextlib.suppress(sqlite3.Error), \
-            contextlib.closing(_open_uri(path)) as connection:
-        connection.execute("pragma schema_version").fetchall()
-
-
-_forks.put_away_log = _put_away_log
-
-
-@contextlib.contextmanager
-def _missing_is_none():
-    """Go on where a table or column is missing."""
-    try:
-        yield
-    except sqlite3.OperationalError as exc:
-        if "no such" not in str(exc):
-            raise
-
-
-def _patiently(connection, deadline, statement):
-    """Run one statement until it is not locked out; return its first value."""
-    while True:
-        try:
-            rows = connection.execute(statement).fetchall()
-            return rows[0][0] if rows else None
-        except sqlite3.OperationalError as exc:
-            if not _is_busy(exc) or time.monotonic() > deadline:
-                raise
-            if _forks.is_on():
-                raise _StepAside from exc
-        # Short and uneven: SQLite's own waiting grows, so newcomers would win.
-        time.sleep(random.uniform(0.0005, 0.003))
-
-
-def _set_up(connection, deadline):
-    for pragma in (
-        "wal_autocheckpoint = 0",       # see checkpoint()
-        f"journal_size_limit = {_WAL_KEEP_BYTES}",
-        "secure_delete = off",          # on by default in some builds
-        "temp_store = memory",
-        "cache_size = -8000",           # KiB
-        "fullfsync = on",               # macOS: reach the platter
-    ):
-        _patiently(connection, deadline, "pragma " + pragma)
-
-
-class _Tables:
-    """Our tables in a file.  `ask` runs one statement and returns its first value."""
-
-    def __init__(self, path: str, ask: Callable[[str], Any]):
-        self._path, self._ask = path, ask
-
-    def open(self, create: bool) -> None:
-        """Bring them up to date, if there are any, or if they may be made."""
-        version = self.version()
-        if not version and not create:
-            raise DatabaseUnusable(
-                f"database {self._path}: there is no queue in it: name another with "
-                "--db or PYBGWORKER_DB; the first delay() or run makes one"
-            )
-        self._use_wal()
-        if version == len(_MIGRATIONS):
-            return
-        self._ask("begin immediate")
-        try:
-            self.migrate()
-            self._ask("commit")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):    # it may be undone already
-                self._ask("rollback")
-            raise
-
-    def version(self) -> int:
-        """Of our tables; 0: there are none."""
-        if not self._ask("""select count(*) from sqlite_master
-                             where name in ('bg_meta', 'bg_task')"""):
-            return 0
-        version = None
-        with _missing_is_none():
-            version = self._ask(
-                """select value + 0 from bg_meta where name = 'schema'""")
-        if version is None:
-            raise sqlite3.OperationalError("table bg_task already exists")
-        if version > len(_MIGRATIONS):
-            raise DatabaseUnusable(
-                f"database {self._path}: made by a newer pybgworker (schema {version}, "
-                f"this one knows {len(_MIGRATIONS)}): update this file"
-            )
-        return version
-
-    def migrate(self) -> None:
-        """Under the write lock: another may have done it meanwhile."""
-        for statements in _MIGRATIONS[self.version():]:
-            for statement in statements:
-                self._ask(statement)
-            self._ask("""update bg_meta set value = value + 1 where name = 'schema'""")
-
-    def _use_wal(self):
-        """Needs the file alone for a moment; SQLite does not wait for that."""
-        while self._ask("pragma journal_mode") != "wal":
-            mode = self._ask("pragma journal_mode = wal")
-            if mode != "wal":
-                raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
-
-
-class _Write:
-    """A write transaction.  They do not nest."""
-
-    def __init__(self, store, durable, patience):
-        self.store, self.durable, self.patience = store, durable, patience
-        self.link: Any = None       # the _Link it is on, from __enter__() on
-
-    def __enter__(self):
-        self.link = self.store._begin(self)
-        return self.link
-
-    @property
-    def is_committed(self):
-        """True once it is; also where an interrupt hides how the block ended."""
-        link = self.link
-        return link is not None and not (link.undone or link.is_open)
-
-    def __exit__(self, kind, exc, trace):
-        self.store._end(self.link, failed=kind is not None)
-        if isinstance(exc, sqlite3.Error):
-            self.link.is_stale = "readonly" in str(exc)
-            raise _explain(exc, self.store.path) from exc
-        return False
-
-
-# Real paths that this process has opened.  A file that was there and is gone (a
-# disk that is not mounted any more) is never made anew: that would be an empty
-# queue, which gives the ids of the other once more.  True: our tables were in it.
-_known_paths: dict[str, bool] = {}
-
-
-class Database:
-    """The file `path`.  One connection for each thread that asks."""
-
-    def __init__(self, path: str, durability: str = "full",
-                 busy_timeout: float = 30.0, allow_network_fs: bool = False):
-        self.name = _absolute(path)                 # as it was given
-        self.path = os.path.realpath(self.name)     # its one name for all
-        self.durability = durability
-        self.busy_timeout = busy_timeout
-        self.allow_network_fs = allow_network_fs
-        self.follow = True          # to the new file, when ours is replaced
-        self._may_create = True     # until it is opened
-        self._local = threading.local()
-
-    def create(self) -> None:
-        """Open the database; make file and tables if there are none.
-
-        Only delay() and a worker's start do; all else wants a queue that is there.
-        Raises DatabaseUnavailable for one that this process has used and lost.
-        """
-        if not self._may_create:
-            self._link()
-            return
-        if self.path not in _known_paths:
-            self._make_file()
-        self._local.link = self._open(create=not _known_paths.get(self.path))
-
-    def _make_file(self):
-        """Make it empty, not for others to read: arguments may be secrets.
-
-        By mknod, for closing a descriptor would drop SQLite's locks on a file that
-        another thread has just opened.  Guarded by test_a_new_database_is_private.
-        """
-        if os.path.exists(self.path):
-            return
-        try:
-            os.mknod(self.path, stat.S_IFREG | _NEW_FILE_MODE)
-        except FileExistsError:
-            pass
-        except (AttributeError, OSError):       # Windows; macOS; some sandboxes
-            try:
-                sqlite3.connect(self.path).close()
-                os.chmod(self.path, os.stat(self.path).st_mode & _NEW_FILE_MODE)
-            except (sqlite3.Error, OSError) as exc:
-                raise _explain(exc, self.path) from exc
-
-    def write(self, durable: bool = True, patience: float | None = None) -> _Write:
-        """A transaction that begins by taking the write lock.
-
-        `durable=False` spares the fsync, for what is harmless to lose in a power
-        cut.  Waits at most `patience` seconds (default: busy_timeout), then
-        raises DatabaseBusy.  Raises DatabaseUnavailable for all else.
-        """
-        return _Write(self, durable, patience)
-
-    def _link(self):
-        link = getattr(self._local, "link", None)
-        if link is not None and link.writer() is not None:
-            return link         # of the block we are in; if closed, it has failed
-        if link is None or link.generation != _forks.generation():
-            link = self._local.link = self._open()
-        elif not link.is_open and (
-            link.is_closed or link.is_stale
-            or link.identity != _file_identity(self.name)
-        ):
-            link = self._reopen(link)
-        return link
-
-    def _reopen(self, link):
-        """The file was replaced: a write to the old one would vanish with it.
-
-        One that is away may come back as it was: a disk, a folder that was renamed.
-        """
-        path = os.path.realpath(self.name)          # a link may lead elsewhere now
-        found = _file_identity(path)
-        if found is None:
-            raise DatabaseUnavailable(_GONE.format(self.path))
-        if not self.follow and found != link.identity:
-            raise DatabaseUnusable(
-                f"database {self.path}: the file was replaced while in use: start the "
-                "worker again"
-            )
-        self.path = path
-        if found != link.identity and link.wal.lies_before(self.path):
-            raise DatabaseUnusable(
-                f"database {self.path}: the file was replaced, and the -wal of the old "
-                "one lies before it, which may destroy it: stop all programs that use "
-                "it, put the file in place again, delete its -wal and -shm"
-            )
-        link.close()
-        self._local.link = link = self._open()
-        return link
-
-    def close(self) -> None:
-        """Close this thread's connection.  It opens again when used again."""
-        link, self._local.link = getattr(self._local, "link", None), None
-        if link and link.generation == _forks.generation():
-            link.close()
-        _forks.let_go()
-
-    def _open(self, create=False):
-        while True:
-            self._check_exists()
-            _check_place(self.path, _mounts(), self.allow_network_fs)
-            try:
-                with _forks.using():
-                    return self._open_now(create)
-            except _StepAside:
-                continue
-            except sqlite3.Error as exc:
-                raise _explain(exc, self.path) from exc
-
-    def _open_now(self, create):
-        identity = _file_identity(self.path)
-        _forks.check(identity, self.path)
-        has_others = _forks.has_others(identity)
-        link = _Link(
-            _open_uri(self.path, check_same_thread=False, cached_statements=256),
-            identity,
-        )
-        try:
-            deadline = time.monotonic() + self.busy_timeout
-            _set_up(link.connection, deadline)
-            ask = functools.partial(_patiently, link.connection, deadline)
-            _Tables(self.path, ask).open(create)
-            _forks.hold(link, self.path, has_others)
-        except BaseException:
-            link.close()
-            raise
-        link.wal = _Wal(self.path)
-        self._may_create = False
-        _known_paths[self.path] = True
-        return link
-
-    def _check_exists(self):
-        try:
-            os.stat(self.path)
-        except FileNotFoundError:
-            raise DatabaseUnavailable(
-                _GONE.format(self.path) if self.path in _known_paths else
-                f"there is no database {self.path}: name one with --db or PYBGWORKER_DB"
-            ) from None
-        except OSError as exc:
-            raise _explain(exc, self.path) from exc
-
-    def prepare(self, cursor: sqlite3.Cursor) -> None:
-        """Make the tables, if need be, in somebody else's transaction on this file."""
-        def ask(statement):
-            row = cursor.execute(statement).fetchone()
-            return row and row[0]
-
-        tables = _Tables(self.path, ask)
-        if tables.version() != len(_MIGRATIONS):
-            tables.migrate()
-
-    def _begin(self, write):
-        """Take the write lock; return the link that has it."""
-        patience = self.busy_timeout if write.patience is None else write.patience
-        deadline = time.monotonic() + patience
-        while True:
-            link = self._free_link()
-            try:
-                link.writer = weakref.ref(write)    # from here on a fork waits for us
-                if not _forks.is_on():
-                    self._take_lock(link, write.durable, deadline)
-                    return link
-            except _StepAside:
-                pass
-            except BaseException:
-                link.writer = _nobody
-                raise
-            link.writer = _nobody
-            _forks.wait()
-
-    def _free_link(self):
-        link = getattr(self._local, "link", None)
-        if link is not None and link.writer() is not None:
-            if link.is_open:
-                raise DatabaseBusy(_REENTERED.format(self.path))
-            link.writer = _nobody
-        return self._link()
-
-    def _take_lock(self, link, durable, deadline):
-        synchronous = "full" if durable and self.durability == "full" else "normal"
-        link.roll_back()       # what an interrupt (Ctrl-C) has left open
-        try:
-            if link.synchronous != synchronous:
-                link.connection.execute("pragma synchronous = " + synchronous)
-                link.synchronous = synchronous
-            _patiently(link.connection, deadline, "begin immediate")
-            link.undone = False
-        except sqlite3.Error as exc:
-            link.is_stale = "readonly" in str(exc)
-            raise _explain(exc, self.path) from exc
-
-    def _end(self, link, failed):
-        wake, link.wake = link.wake, []
-        try:
-            if not failed:
-                self._commit(link)
-        except sqlite3.Error as exc:
-            failed = True
-            raise _explain(exc, self.path) from exc
-        except DatabaseUnavailable:
-            failed = True
-            raise
-        finally:
-            if failed:
-                link.roll_back()
-            link.writer = _nobody
-        if not failed:
-            link.commits += 1
-            send_wake_ups(wake)
-
-    def _commit(self, link):
-        """Return once it is committed, to the log that all others read."""
-        if link.generation != _forks.generation():
-            raise _Undone(_FORKED.format(self.path))
-        link.connection.execute("commit")
-        if not link.wal.is_there() and not _forks.is_away(link.identity):
-            # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
-            # a stray close() of the file in this process has dropped our locks, and
-            # another program took itself for the last user; else it was done by hand.
-            _forks.refused[link.identity] = _WAL_LOST
-            _forks.check(link.identity, self.path)
-
-    def _read(self, statement, parameters=()):
-        """Run a query to its end: an open cursor would hold the -wal in place."""
-        deadline = time.monotonic() + self.busy_timeout
-        while True:
-            link = self._link()
-            outer, inside = link.is_reading, link.writer() is not None
-            try:
-                link.is_reading = True      # from here on a fork waits for us
-                if inside or not _forks.is_on():
-                    return link.connection.execute(statement, parameters).fetchall()
-            except sqlite3.Error as exc:
-                is_forked = link.is_closed and not inside
-                if not is_forked and (not _is_busy(exc) or time.monotonic() > deadline):
-                    raise _explain(exc, self.path) from exc
-            finally:
-                link.is_reading = outer
-            time.sleep(random.uniform(0.0005, 0.003))
-
-    def data_version(self) -> tuple:
-        """Equal for two looks of one thread if no other connection has committed.
-
-        A connection counts for itself: one that was opened anew compares unequal.
-        """
-        number = self._read("pragma data_version")[0][0]
-        return weakref.ref(self._local.link), number
-
-    def version(self) -> tuple:
-        """Equal for two looks of one thread if nothing was committed in between."""
-        return *self.data_version(), self._local.link.commits
-
-    def wal_bytes(self) -> int:
-        """The size of the write-ahead log."""
-        try:
-            return os.stat(self.path + "-wal").st_size
-        except OSError:
-            return 0
-
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database, so that it can start anew.
-
-        SQLite before 3.51.3 can corrupt a file when one connection resets the log
-        while another checkpoints it.  Nobody can reset it here: the write lock is
-        held meanwhile, by a second connection.
-        https://sqlite.org/wal.html#walresetbug
-        """
-        with self.write(durable=False, patience=0.05), \
-                contextlib.closing(_open_uri(self.path)) as helper:
-            helper.execute("pragma wal_autocheckpoint = 0").fetchall()
-            helper.execute("pragma wal_checkpoint(passive)").fetchall()
-
-    def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
-        """checkpoint() when the log has grown; a busy database is left for later."""
-        if self.wal_bytes() > limit:
-            with contextlib.suppress(DatabaseBusy):
-                self.checkpoint()
-
-    def _wake_addresses(self, connection):
-        """Of the workers that beat last: those of the dead may lie there by thousands.
-
-        A worker that gets no hint looks by itself, a little later.
-        """
-        return connection.execute(
-            """select port, token from bg_worker where port > 0
-                order by beat_at desc limit :most""",
-            {"most": _WAKE_WORKERS},
-        ).fetchall()
-
-
-# == Queue ====================================================================
-# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
-# writes is one transaction of its own: no one is ever open outside of it, and what
-# serves several verbs has the connection, or the link, as its first argument.
-# Rows leave as small objects; nothing above knows a column.
-
-_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
-_INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
-_NOT_ITS_FILES = (
-    "database {}: conn= does not write to it: the file, its -wal or its -shm was "
-    "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
-    "and open it again"
-)
-_TRIES = 5                  # of a commit, when forks undo it
-_TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
-_CROWD_SECONDS = 0.0001     # for threads just served to come back with more
-
-
-class NewTask(NamedTuple):
-    """A task to be enqueued, but for its arguments."""
-
-    name: str
-    queue: str
-    priority: int
-    key: str | None
-    retries: int
-    timeout: float | None
-    state: int
-    run_at: int
-    created_at: int
-    tick: int | None = None
-    counted: bool = False       # run_at was counted from created_at
-
-
-class Run:
-    """One attempt of one task, claimed by this worker."""
-
-    __slots__ = (
-        "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about", "tokens", "usual", "due",
-    )
-
-    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
-                 run_at, tick, args, priority, callbacks=0):
-        self.id = id
-        self.name = name
-        self.queue = queue
-        self.attempt = attempt + 1      # the row is counted up by the same claim
-        self.retries = retries
-        self.forgiven = forgiven
-        self.timeout = timeout
-        self.run_at = run_at
-        self.tick = tick
-        self.args = args                # None: the child reads them itself
-        self.priority = priority
-        self.callbacks = callbacks      # as in the row
-        self.announced = False          # task_start is logged
-        self.cancelled = False          # somebody asked to end it
-        self.about = ""                 # what each of its log lines says
-        self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
-        self.usual = 0.0                # seconds that runs of this task take
-        self.due = 0.0                  # monotonic: when it should begin, once sent
-
-    @property
-    def used(self) -> int:
-        """Attempts that count, this one included."""
-        return self.attempt - self.forgiven
-
-    @property
-    def is_last(self) -> bool:
-        """True when a failure of this attempt is final."""
-        return self.used > self.retries
-
-
-def _earliest(a, b):
-    """The smaller of two times, of which either may be None for never."""
-    return b if a is None else a if b is None else min(a, b)
-
-
-class Request:
-    """Calls of a task that one thread wants enqueued, and then their ids."""
-
-    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
-                 "is_given_up", "is_taken")
-
-    def __init__(self, task: NewTask, calls: Sequence[str],
-                 deadline: float = math.inf):
-        self.task = task
-        self.calls = calls          # a text of encoded arguments for each
-        self.ids: list = []
-        self.is_done = False        # committed
-        self.error: DatabaseBusy | None = None
-        self.is_given_up = False    # its thread was interrupted: not to be inserted
-        self.is_taken = False       # in the transaction that is open now
-        self.deadline = deadline    # monotonic: its thread waits no longer for a lock
-        self.turn = threading.Lock()        # opens when it is settled, or is to lead
-        self.turn.acquire()
-
-    @property
-    def is_settled(self) -> bool:
-        """True when nothing is left to be done about it."""
-        return self.is_done or self.error is not None
-
-    def take(self) -> bool:
-        """Insert it now?  Then its thread cannot give up any more."""
-        self.is_taken = True        # before the look; GroupCommit._drop(): reverse
-        if self.is_given_up:
-            self.is_taken = False
-        return self.is_taken
-
-    def call(self) -> None:
-        """Wake its thread."""
-        with contextlib.suppress(RuntimeError):     # somebody has, before
-            self.turn.release()
-
-
-class GroupCommit:
-    """Threads that enqueue at the same time share one commit, and so one fsync.
-
-    Each puts its request down.  One of them leads: it commits all requests that lie
-    there, while the others wait to be called, and then the next is called to lead.
-    """
-
-    def __init__(self, store: Queue):
-        self.generation = _forks.count      # inherited locks may never open
-        self._store = store
-        self._leading = threading.Lock()
-        self._requests: collections.deque = collections.deque()
-        self._crowd = 0             # requests that the last leader found
-        self._leader = 0            # ident of the thread that leads
-
-    def submit(self, request: Request) -> list:
-        """Return the ids once they are committed; or raise, with nothing written.
-
-        Ctrl-C that arrives while they are committed is raised after that.
-        """
-        if self._leader == threading.get_ident():       # in a signal handler
-            raise DatabaseBusy(_REENTERED.format(self._store.path))
-        self._requests.append(request)
-        try:
-            while not request.is_settled:
-                self._wait_or_lead(request)
-        except BaseException:       # also Ctrl-C: nobody shall commit it later
-            self._drop(request)
-            raise
-        finally:
-            self._call_next()
-        if request.error:
-            raise request.error
-        return request.ids
-
-    def _drop(self, request):
-        """Nobody inserts it from now on; or it is committed, or undone, already.
-
-        Waits for a transaction that it is in, not for one that waits for its turn.
-        """
-        request.is_given_up = True
-        with contextlib.suppress(ValueError):
-            self._requests.remove(request)
-        while request.is_taken and not request.is_settled and \
-                self._leading.locked() and self.generation == _forks.generation():
-            request.turn.acquire(timeout=_TURN_SECONDS)
-
-    def _wait_or_lead(self, request):
-        if self._leading.locked():
-            request.turn.acquire(timeout=_TURN_SECONDS)
-            self._check_process()
-            return
-        with self._leading:
-            self._leader = threading.get_ident()
-            try:
-                if not request.is_settled:
-                    self._lead(request)
-            finally:
-                self._leader = 0
-
-    def _call_next(self):
-        if self._requests and not self._leading.locked():
-            with contextlib.suppress(IndexError):       # another was faster
-                self._requests[0].call()
-
-    def _lead(self, own):
-        if self._crowd > 1:
-            time.sleep(_CROWD_SECONDS)
-        others = []
-        with contextlib.suppress(IndexError):       # one that gives up takes its own
-            while True:
-                others.append(self._requests.popleft())
-        self._crowd = len(others)
-        requests = [own, *(request for request in others if request is not own)]
-        try:
-            self._commit(requests)
-        except DatabaseBusy as exc:
-            if not self._give_up(requests, exc):
-                raise                   # this thread's trouble: it is in a transaction
-        except (DatabaseUnavailable, ValueError, OverflowError):
-            if len(requests) == 1:
-                raise
-            self._commit([own])     # who is to blame?  Each leads for itself, then
-        finally:
-            for request in requests[1:]:
-                request.call()
-
-    def _give_up(self, requests, exc):
-        """Fail those that have waited long enough; the rest lead for themselves.
-
-        Guarded by test_nobody_waits_longer_for_a_lock_than_since_it_came.
-        """
-        now = time.monotonic()
-        late = [request for request in requests if request.deadline <= now]
-        for request in late:
-            request.error = DatabaseBusy(str(exc))
-        self._requests.extendleft(
-            r for r in reversed(requests) if not (r in late or r.is_given_up))
-        return late
-
-    def _check_process(self):
-        """The requests of a parent, inherited in the middle, are not ours."""
-        if self.generation != _forks.generation():
-            raise DatabaseUnavailable(_FORKED.format(self._store.path))
-
-    def _commit(self, requests):
-        for left in reversed(range(_TRIES)):
-            try:
-                return self._commit_once(requests)
-            except _Undone:
-                self._check_process()
-                if not left:
-                    raise
-
-    def _commit_once(self, requests):
-        deadline = min(request.deadline for request in requests)
-        self._store.insert(requests, max(0.0, deadline - time.monotonic()))
-
-
-class CallersTransaction:
-    """A transaction on the caller's own connection (`conn=`), for delay() to share.
-
-    It stays open, unless the connection is one that commits by itself.  An error
-    takes back all that was written inside the block, and nothing else.
-    """
-
-    def __init__(self, store: Queue, connection: sqlite3.Connection):
-        if not isinstance(connection, sqlite3.Connection):
-            raise OptionError(
-                f"conn= must be an sqlite3.Connection, not {type(connection)}: see "
-                "the attribute driver_connection in SQLAlchemy, connection in Django"
-            )
-        self.store, self.connection = store, connection
-        self._cursor: Any = None    # of ours: no factory of the caller's
-        self._began = False         # here
-
-    def __enter__(self) -> sqlite3.Cursor:
-        try:
-            self._check_file()
-            cursor = self._cursor = sqlite3.Cursor(self.connection)     # a plain one
-            self._began = not self.connection.in_transaction
-            # Writes before it reads.  Then SQLite waits for its turn, and a
-            # transaction that has read before another's commit never gets one.
-            if self._began:
-                cursor.execute("begin immediate")
-            else:
-                with _missing_is_none():
-                    cursor.execute(
-                        """update bg_meta set value = value where name = 'last_id'"""
-                    )
-            cursor.execute("savepoint bg_enqueue")
-            self.store.prepare(cursor)
-            return cursor
-        except BaseException as exc:
-            self._undo()
-            self._refuse(exc)
-            raise
-
-    def __exit__(self, kind, exc, trace):
-        if exc is None:
-            try:
-                self._cursor.execute("release bg_enqueue")
-                if self._began and self._commits_by_itself():
-                    self._cursor.execute("commit")
-                return False
-            except sqlite3.Error as failed:
-                exc = failed
-        self._undo()
-        self._refuse(exc)
-        return False
-
-    def _commits_by_itself(self):
-        mode = getattr(self.connection, "autocommit", None)     # from 3.12 on
-        return mode is True or (
-            mode is not False and self.connection.isolation_level is None)
-
-    def _undo(self):
-        if self._cursor is None:
-            return
-        with contextlib.suppress(sqlite3.Error):    # it may be undone already
-            if self._began:
-                self._cursor.execute("rollback")
-            else:
-                self._cursor.execute("rollback to bg_enqueue")
-                self._cursor.execute("release bg_enqueue")
-
-    def _check_file(self):
-        """Refuse a connection to another file: the task would never be found."""
-        # Reads nothing from the file, unlike a select.
-        path = os.fsdecode(self._ask("pragma database_list")[2] or b"")
-        ours, found = self.store.path, _file_identity(path)
-        if found is None or found != _file_identity(ours) or (
-            os.path.realpath(path) != ours and _links_to(path) > 1
-        ):
-            raise OptionError(
-                f"conn= is open on {path or 'memory'}, the queue is {ours}")
-        _known_paths.setdefault(ours, False)
-
-    def keep_files(self) -> None:
-        """Hold the files in place for it, which must be those that it writes to.
-
-        To be called when it has written.  What is deleted, or was replaced, while it
-        is open takes the lock on writing with it.
-        """
-        path = self.store.path
-        identity = _file_identity(path)
-        if _forks.is_held_for_caller(identity) or \
-                self._ask("pragma main.journal_mode")[0] != b"wal":     # not yet
-            return
-        guard = _forks.hold_for_caller(identity, path)
-        if guard and not guard.is_where_we_write():
-            raise DatabaseUnavailable(_NOT_ITS_FILES.format(path))
-
-    def _ask(self, statement):
-        """The first row; its texts are bytes, whatever the caller's factory is."""
-        factory, self.connection.text_factory = self.connection.text_factory, bytes
-        try:
-            return sqlite3.Cursor(self.connection).execute(statement).fetchone()
-        finally:
-            self.connection.text_factory = factory
-
-    def _refuse(self, exc):
-        """Raise what says what to do about an error of the caller's connection."""
-        if isinstance(exc, sqlite3.ProgrammingError):   # closed, or another thread's
-            raise OptionError(f"conn=: {exc}") from exc
-        if isinstance(exc, sqlite3.Error):
-            if "readonly" in str(exc):
-                raise DatabaseUnavailable("conn= was opened read-only") from exc
-            if _is_busy(exc):
-                raise DatabaseBusy(
-                    f"conn=: {exc}: another connection is writing; a transaction that "
-                    "reads before it enqueues must start with 'begin immediate'"
-                ) from exc
-            raise _explain(exc, self.store.path) from exc
-
-
-class Queue(Database):
-    """The verbs of callers that enqueue."""
-
-    _group: GroupCommit | None = None
-    _tried_at = 0           # bytes of the log when callers last tried a checkpoint
-
-    def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
-        """Insert a row for each text of encoded arguments; return the ids in order.
-
-        If the key is held by an unfinished task, nothing is inserted and that one's
-        id is returned.  Durable when this returns.
-        """
-        request = Request(task, calls, time.monotonic() + self.busy_timeout)
-        if self._may_create:
-            self.create()
-        group = self._group
-        if group is None or group.generation != _forks.generation():
-            group = self._group = GroupCommit(self)
-        return group.submit(request)
-
-    def insert(self, requests: Sequence[Request], patience: float) -> None:
-        """The same for each, in one commit; they are told when it is done.
-
-        Raises DatabaseBusy after `patience` seconds.
-        """
-        write, taken = self.write(patience=patience), []
-        try:
-            with write as link:
-                taken = [request for request in requests if request.take()]
-                self._insert_all(link, taken)
-        finally:
-            for request in taken:
-                request.is_done = write.is_committed
-                request.is_taken = False
-        if self._has_grown(write.link.wal.bytes):
-            with contextlib.suppress(DatabaseUnavailable):      # it is committed
-                self.checkpoint_if_large(_CALLER_CHECKPOINT_BYTES)
-
-    def _has_grown(self, wal_bytes):
-        """True when callers may try a checkpoint: not for each commit while none helps.
-
-        Whoever wrote what is in the log: a thread, or a process, for every call.
-        """
-        last, limit = self._tried_at, _CALLER_CHECKPOINT_BYTES
-        if wal_bytes <= limit or last <= wal_bytes < last + limit // 4:
-            return False
-        self._tried_at = wal_bytes
-        return True
-
-    def _insert_all(self, link, requests):
-        link.wake = self._wake_addresses(link.connection)
-        self._insert(link.connection, requests)
-
-    def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
-                     calls: Sequence[str]) -> tuple[list, str | None]:
-        """The same in the transaction of a caller's connection; also return a mark.
-
-        A rollback leaves the ids to whoever enqueues next.  Only rows that are ours
-        have this mark.  None: all know the row, a key's holder, as committed.
-        """
-        request = Request(task, calls)
-        _forks.check(_file_identity(self.path), self.path)
-        transaction = CallersTransaction(self, connection)
-        with _forks.using(), transaction as cursor:
-            holder = self._key_holder(cursor, task.key)
-            self._insert(cursor, [request])
-            transaction.keep_files()
-            if holder is not None:      # as bytes: text is for the caller's factory
-                mark = cursor.execute(
-                    """select cast(body as blob) from bg_payload where id = :id""",
-                    {"id": holder * 8 + _MARK},
-                ).fetchone()
-                return request.ids, mark and mark[0].decode()
-            mark = os.urandom(8).hex()
-            for task_id in request.ids:
-                self._put_payload(cursor, task_id, _MARK, mark)
-        return request.ids, mark
-
-    def has_mark(self, task_id: int, mark: str) -> bool:
-        """True for a task that was committed by the enqueue_with() of this mark."""
-        return self._payload(task_id, _MARK) == mark
-
-    _INSERT = """
-        insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
-            state, run_at, created_at, tick, counted, args)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-
-    def _insert(self, connection, requests):
-        first, place = self._next_id(connection)
-        for request in requests:
-            holder = self._key_holder(connection, request.task.key)
-            if holder is not None:
-                request.ids = [holder] * len(request.calls)
-                continue
-            numbered = list(enumerate(request.calls, first))
-            connection.executemany(self._INSERT, [
-                (number, place, *request.task,
-                 text if len(text) <= _INLINE_CHARS else None)
-                for number, text in numbered
-            ])
-            for number, text in numbered:
-                if len(text) > _INLINE_CHARS:
-                    self._put_payload(connection, number, _ARGS, text)
-            request.ids = [number for number, _ in numbered]
-            first += len(numbered)
-
-    def _key_holder(self, connection, key):
-        """Id of the unfinished task with this key.  The write lock is held."""
-        if key is None:
-            return None
-        row = connection.execute(
-            f"""select id + 0 from bg_task
-                where key = :key and key is not null and state < {SUCCESS}""",
-            {"key": key},
-        ).fetchone()
-        return row and row[0]
-
-    def _next_id(self, connection):
-        """One above every id ever given, and the place of what is new.
-
-        Also above ids of deleted rows; and behind every retry that queued again,
-        which takes a place of its own behind all that were new before: Claims.
-        Both are expressions: a converter of the caller's does not get at them.
-        """
-        return connection.execute(
-            """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
-                    place.value + 0
-                from bg_meta last, bg_meta place
-                where last.name = 'last_id' and place.name = 'place'"""
-        ).fetchone()
-
-    def _put_payload(self, connection, task_id, kind, body):
-        connection.execute(
-            """insert or replace into bg_payload (id, body) values (:id, :body)""",
-            {"id": task_id * 8 + kind, "body": body},
-        )
-
-    def _payload(self, task_id, kind):
-        rows = self._read(
-            """select body from bg_payload where id = :id""",
-            {"id": task_id * 8 + kind},
-        )
-        return rows[0][0] if rows else None
-
-
-# == Claiming =================================================================
-# Owns the choice of what a worker runs next, and the mark that makes it its own.
-# The order is by priority, then by place, then by id.  A look reads what it takes
-# and a fixed number of rows and seeks, however much lies there that this worker
-# cannot take: what is paused, unknown, not served, or over its rate.  What one
-# look does not reach, the next ones do: see Round.  Knows nothing of outcomes.
-
-_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
-_PASS_ROWS = 32             # rows that a look passes over, in the order of claims
-_SEEK_STEPS = 128           # … and then goes so far from group to group
-_LEAPS = 8                  # paused queues that one of these steps leaps over
-_TASK_ROW = f"""
-    select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
-        priority, place,
-        exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
-    from bg_task where state = {QUEUED}"""
-
-
-class Round(NamedTuple):
-    """How far a worker has looked through what is ready.
-
-    A look costs a bounded number of seeks.  Where more (queue, name) groups lie
-    that it cannot take, further looks go on from there, until all were seen.  What
-    one of them learned of rates holds for the rest of the round, so that a name is
-    asked for once: the next round asks again, for others may give starts back.
-    """
-
-    after: tuple | None = None  # the group seen last; None: all were
-    limited: dict = {}          # names at their rate limit: when the next may start
-    again: bool = False         # something new came meanwhile
-    halted: bool = False        # what comes next waits for a child, or all for a rate
-
-    @property
-    def is_over(self) -> bool:
-        """True when looking on is of no use before something new comes."""
-        return self.after is None or self.halted
-
-    def renewed(self) -> Round:
-        """The round after something may have become ready anywhere."""
-        if self.after is None:
-            return Round()
-        return self._replace(again=True, halted=False)
-
-    def ended(self, limited: dict) -> Round:
-        """The round when its last group was seen."""
-        return Round(_START) if self.again else Round(None, limited)
-
-
-_START = ("", "")               # stands before every group
-
-
-class ClaimOrder(NamedTuple):
-    """What a worker can take now."""
-
-    worker: int
-    queues: Any                 # container of those it serves; None: all
-    names: Any                  # container of the task names it knows
-    free: int                   # children that have nothing to do
-    ahead: int                  # more places, for tasks that may wait in a pipe
-    ahead_names: Any            # container of the names that may
-    rates: dict                 # starts per second by task name; "": over all
-    callbacks: dict = {}        # by task name, for those that have one: as in the row
-    round: Round = Round()      # as the claim before has left it
-
-
-class Claimed(NamedTuple):
-    """What a claim took, or a peek would take."""
-
-    runs: list
-    next_at: int | None         # when to look again, if nobody enqueues
-    round: Round
-    is_registered: bool = True  # False: the worker has no row, so it gets nothing
-    waits: int | None = None    # priority of the first that needs a free child
-
-
-def _order_of(row):
-    """Where a row of _TASK_ROW stands in the order of claims."""
-    return row[10], row[11], row[0]
-
-
-class _Pick:
-    """Is offered rows in order, and keeps those that the worker can take."""
-
-    def __init__(self, order: ClaimOrder, rates: Rates | None, now: int):
-        self.order, self.rates = order, rates
-        self.free, self.ahead = order.free, order.ahead
-        self.runs: list[Run] = []
-        self.ranges: list[list] = []    # [callbacks, priority, place, first id, last]
-        self.limited: dict[str, int] = {}
-        self.offered = 0
-        self.is_full = False            # nothing behind can be taken, either
-        self.needs_child: int | None = None     # priority of what does
-        self._range: list = []          # the last one; empty: a row was passed over
-        if rates and order.round.limited:
-            self._remember(rates, now)
-
-    def _remember(self, rates, now):
-        """Take over from the round which names wait; those that may start, do not."""
-        known, shut = self.order.round.limited, rates.opens_at("")
-        if shut is not None:
-            self.is_full = True
-            known = {name: max(until, shut) for name, until in known.items()}
-        self.limited = {name: until for name, until in known.items() if until > now}
-
-    def offer(self, row: tuple, follows: bool = True) -> bool:
-        """Take the run if it can be taken.  False: nor can others of its group.
-
-        `follows`: nothing lies between this row and the one offered before.
-        """
-        self.offered += 1
-        if not follows:
-            self._range = []
-        order, name = self.order, row[1]
-        if row[12] or name not in order.names \
-                or order.queues is not None and row[2] not in order.queues \
-                or self.rates and self.waits(name):
-            self._range = []
-            return False
-        run = Run(*row[:11])
-        if self.free:
-            self.free -= 1
-        elif self.ahead and self._lets_wait(run):
-            self.ahead -= 1
-        else:
-            self.is_full = True     # it needs a free child: none may pass it
-            self.needs_child = run.priority
-            return False
-        if self.rates:
-            run.tokens = self.rates.spend(name)
-        self.runs.append(run)
-        run.callbacks = order.callbacks.get(name, 0)
-        self._mark(row, run.callbacks)
-        self.is_full = not (self.free or self.ahead)
-        return True
-
-    def waits(self, name: str) -> bool:
-        """True when the name is at its rate limit, and so are all when all are."""
-        if not self.rates:
-            return False
-        if name in self.limited:
-            return True
-        until = self.rates.opens_at(name)
-        if until is not None:
-            self.limited[name] = until
-            self.is_full = self.rates.opens_at("") is not None
-        return until is not None
-
-    def _lets_wait(self, run):
-        """True for a run that need not start at once."""
-        of, limits = self.order, {run.name, ""}
-        return run.name in of.ahead_names and not run.is_last \
-            and not limits & of.rates.keys()
-
-    def _mark(self, row, callbacks):
-        """Add the row to the ranges: of rows that follow each other, only the ends."""
-        last = self._range
-        if last and last[:3] == [callbacks, row[10], row[11]]:
-            last[4] = row[0]
-        else:
-            self._range = [callbacks, row[10], row[11], row[0], row[0]]
-            self.ranges.append(self._range)
-
-
-class Look:
-    """One look for work: reads by a connection, and writes nothing.
-
-    What it found is in `pick`; `round` is how far it came.
-    """
-
-    def __init__(self, connection: sqlite3.Connection, order: ClaimOrder, now: int):
-        self._connection, self.order = connection, order
-        self.rates = Rates(order.rates, self._tat, now) if order.rates else None
-        self.pick = _Pick(order, self.rates, now)
-        self.round = self._run()
-
-    def seen(self, due: int | None) -> Claimed:
-        """What it found; something else is due at `due`."""
-        opens_at = min(self.round.limited.values(), default=None)
-        return Claimed(self.pick.runs, _earliest(due, opens_at), self.round,
-                       waits=self.pick.needs_child)
-
-    def _run(self):
-        """Offer rows to the pick; return where the round stands then."""
-        pick, order = self.pick, self.order
-        round_, limited = order.round, pick.limited
-        if len(limited) < len(round_.limited):      # the look may be past what opened
-            round_ = round_._replace(again=True)
-        if not pick.is_full and order.queues is None and self._offer_in_order():
-            return Round(None, limited)
-        if pick.is_full:
-            return round_._replace(limited=limited, halted=not pick.runs)
-        heads, after = self._groups()
-        if order.queues is not None and (round_.after or after):
-            self._offer_in_order()      # too many to see the first among them
-        self._offer_groups(heads)
-        if pick.is_full and not pick.runs:
-            return round_._replace(limited=limited, halted=True)
-        if after is None:
-            return round_.ended(limited)
-        return Round(after, limited, round_.again)
-
-    def _offer_in_order(self):
-        """Offer what comes first over all.  True: this was all there is."""
-        pick = self.pick
-        most = pick.free + pick.ahead + _PASS_ROWS
-        rows = self._connection.execute(
-            _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
-        )
-        with contextlib.closing(rows):
-            for row in rows:
-                pick.offer(row)
-                if pick.is_full:
-                    return False
-        return pick.offered < most
-
-    def _groups(self):
-        """(the first rows of groups from the round's last one on, the last one seen).
-
-        Leaps from one known name to the next, so what is unknown, paused or not
-        served costs one seek, however much it is.  Goes so many steps at most; the
-        last one seen is None when no group is left.
-        """
-        pick, order = self.pick, self.order
-        queue, name = order.round.after or _START
-        names = sorted(n for n in order.names if n not in pick.limited)
-        queues = order.queues and sorted(order.queues)
-        heads: list[tuple] = []
-        for _ in range(_SEEK_STEPS):
-            i = bisect.bisect_right(names, name)
-            row = self._head(queue, names[i]) if i < len(names) else None
-            if row is None or row[12]:
-                queue, name = self._next_queue(queues, queue), ""
-                if queue is None or not names:
-                    return heads, None
-                continue
-            name = row[1]
-            i = bisect.bisect_left(names, name)
-            if names[i : i + 1] != [name]:      # unknown, or at its limit
-                continue
-            if not pick.waits(name):
-                heads.append(row)
-                continue
-            del names[i]
-            if pick.is_full:
-                break
-        return heads, (queue, name)
-
-    def _head(self, queue, name):
-        """The first row of a queue in order of name, from this name on."""
-        return self._connection.execute(
-            _TASK_ROW + """ and queue = :queue and name >= :name
-                order by name, priority, place, id limit 1""",
-            {"queue": queue, "name": name},
-        ).fetchone()
-
-    def _next_queue(self, queues, queue):
-        """The next queue that has something ready; the next of `queues`, if given.
-
-        Leaps over paused ones in the same statement, so many at most.
-        """
-        if queues is not None:
-            i = bisect.bisect_right(queues, queue)
-            return queues[i] if i < len(queues) else None
-        return self._connection.execute(
-            f"""with recursive leap (queue) as (
-                    select min(queue) from bg_task
-                        where state = {QUEUED} and queue > :queue
-                    union all
-                    select (select min(queue) from bg_task
-                            where state = {QUEUED} and queue > leap.queue)
-                        from leap join bg_queue on bg_queue.name = leap.queue
-                    limit :most)
-                select queue from leap""",
-            {"queue": queue, "most": _LEAPS},
-        ).fetchall()[-1][0]
-
-    def _offer_groups(self, heads):
-        """Offer the rows of these groups in order, reading no further than needed."""
-        pick = self.pick
-        heap = [(_order_of(head), head, None) for head in heads]
-        heapq.heapify(heap)
-        taken = {run.id for run in pick.runs}
-        with contextlib.ExitStack() as cursors:
-            while heap and not pick.is_full:
-                _, row, rest = heapq.heappop(heap)
-                if row[0] not in taken and not pick.offer(row, follows=False):
-                    continue                # nor can the others of its group
-                if rest is None:
-                    rest = self._rest(row, pick.free + pick.ahead + len(taken))
-                    cursors.enter_context(contextlib.closing(rest))
-                row = next(rest, None)
-                if row is not None:
-                    heapq.heappush(heap, (_order_of(row), row, rest))
-
-    def _rest(self, head, most):
-        """A cursor on the rows of a group behind its first."""
-        return self._connection.execute(
-            _TASK_ROW + """ and queue = :queue and name = :name
-                order by priority, place, id limit :most offset 1""",
-            {"queue": head[2], "name": head[1], "most": most},
-        )
-
-    def _tat(self, limit):
-        row = self._connection.execute(
-            """select tat from bg_rate where name = :name""", {"name": limit}
-        ).fetchone()
-        return row[0] if row else 0.0
-
-
-def _next_due(connection):
-    """When the first task that waits for its time is due; None when none does."""
-    row = connection.execute(
-        f"""select run_at from bg_task where state < {QUEUED} order by run_at limit 1"""
-    ).fetchone()
-    return row and row[0]
-
-
-def _queue_behind(connection, ids):
-    """Make tasks ready, each with a place of its own behind all others.
-
-    What is enqueued after that takes the same place, but has a higher id.
-    """
-    if not ids:
-        return
-    place, = connection.execute(
-        """select value from bg_meta where name = 'place'"""
-    ).fetchone()
-    connection.executemany(
-        f"""update bg_task set state = {QUEUED}, place = ? where id = ?""",
-        [(place + n, task_id) for n, task_id in enumerate(ids, 1)],
-    )
-    connection.execute(
-        """update bg_meta set value = value + :more where name = 'place'""",
-        {"more": len(ids)},
-    )
-
-
-class Claims(Queue):
-    """The verbs of workers that look for work."""
-
-    def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
-        """(a claim would find something, what this look saw).  Takes no lock."""
-        connection = self._link().connection
-        free = min(order.free, 1)
-        ahead = 0 if free else min(order.ahead, 1)
-        try:
-            due = _next_due(connection)
-            if due is not None and due <= now:
-                return True, Claimed([], now, order.round)
-            look = Look(connection, order._replace(free=free, ahead=ahead), now)
-        except sqlite3.Error as exc:
-            raise _explain(exc, self.path) from exc
-        return bool(look.pick.runs), look.seen(due)
-
-    def _claim(self, connection, order, now):
-        """Take the next runs for a worker that still has its row in bg_worker.
-
-        Stops at the first task that needs a free child when none is left, so that
-        those behind it cannot pass it for ever.
-        """
-        if not connection.execute(
-            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
-        ).fetchone():
-            return Claimed([], None, Round(), is_registered=False)
-        due = _next_due(connection)
-        if due is not None and due <= now:
-            self._promote(connection, now)
-            due = _next_due(connection)
-        look = Look(connection, order, now)
-        self._take(connection, look, now)
-        return look.seen(due)
-
-    def _promote(self, connection, now):
-        """Make ready what was waiting for its time.
-
-        A retry goes behind all that is ready or was enqueued by then, or one that
-        asks for no delay would run again and again before the others.
-        """
-        ready = connection.execute(
-            f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
-                order by run_at limit :batch""",
-            {"now": now, "batch": _PROMOTE_BATCH},
-        ).fetchall()
-        connection.executemany(
-            f"""update bg_task set state = {QUEUED} where id = ?""",
-            [(task_id,) for task_id, state in ready if state == SCHEDULED],
-        )
-        _queue_behind(connection,
-                      [task_id for task_id, state in ready if state == RETRYING])
-
-    def _take(self, connection, look, now):
-        """Mark the picked as running, and their starts as spent.
-
-        What else lies in a range of ids is in another state or place: the write
-        lock is held since the rows were read.
-        """
-        connection.executemany(
-            f"""update bg_task set state = {RUNNING}, worker = ?, attempt = attempt + 1,
-                    started_at = ?, callbacks = ?
-                where state = {QUEUED} and priority = ? and place = ?
-                    and id between ? and ?""",
-            [(look.order.worker, now, *ids) for ids in look.pick.ranges],
-        )
-        if look.rates:
-            connection.executemany(
-                """insert or replace into bg_rate (name, tat) values (?, ?)""",
-                look.rates.spent(),
-            )
-
-    def _return_tokens(self, connection, runs):
-        """Give the limits back what runs have spent that never began."""
-        tokens = [(ms, limit) for run in runs for limit, ms in run.tokens]
-        if tokens:
-            connection.executemany(
-                """update bg_rate set tat = tat - ? where name = ?""", tokens
-            )
-
-
-# == Endings ==================================================================
-# Owns what becomes of runs, and the SQL that writes it: success, failure, another
-# run, a hand-back, and what is enqueued with an end.  An end is only written while
-# the run is still its worker's.  Knows nothing of when to retry: see settle().
-
-# What an end calls: the bit in bg_task.callbacks, and the option of @task.
-CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
-_CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
-
-
-def callback_kind(name: str) -> str:
-    """on_success or on_failure for the name of a callback, else nothing."""
-    of, _, kind = name.rpartition(":")
-    return kind if of and kind in ("on_success", "on_failure") else ""
-
-
-def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
-    """The (NewTask, arguments) to be committed with this end of a run.
-
-    A task of its own, in the queue of the one it is about: what calls back is as
-    durable as what is called back about, and is run again when it fails.
-    """
-    bit, kind = CALLBACKS.get(state, (0, ""))
-    if not run.callbacks & bit:
-        return ()
-    row = NewTask(
-        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
-        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
-    )
-    args = [run.id] if state == SUCCESS else [run.id, error]
-    return (row, _to_json([args, {}])),
-
-
-class Outcome(NamedTuple):
-    """What becomes of a run: its new state and what is kept of it."""
-
-    run: Run
-    state: int
-    result: str | None = None
-    error: dict | None = None
-    output: str = ""
-    started_at: int | None = None
-    duration: float | None = None
-    run_at: int | None = None       # when retrying: the next run
-    then: tuple = ()                # (NewTask, arguments) to be enqueued with it
-
-    @property
-    def is_plain(self) -> bool:
-        """True for a first success that is all in its row: most are."""
-        is_first = self.state == SUCCESS and self.run.attempt == 1
-        is_small = len(self.result or "") <= _INLINE_CHARS
-        return is_first and is_small and not (self.output or self.then)
-
-
-# What SQLite says to values that it cannot take: too long, too large, against a
-# check, no Unicode.  Anything else is about the database, not about what is written.
-_REFUSALS = (
-    sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError,
-    UnicodeError, MemoryError,
-)
-
-
-class OutcomeRefused(PyBgWorkerError):
-    """An outcome cannot be written, nor could it be later: `.outcome`."""
-
-    def __init__(self, outcome: Outcome, reason: Exception):
-        super().__init__(f"it cannot be stored: {type(reason).__name__}: {reason}")
-        self.outcome = outcome
-
-
-class Turn(NamedTuple):
-    """All that a worker's turn writes, and what it could run next."""
-
-    worker: int
-    outcomes: Sequence[Outcome] = ()
-    unbegun: Sequence[Run] = ()     # claimed, and never started: not counted
-    stopped: Sequence[Run] = ()     # interrupted by a stop: forgiven
-    progress: Sequence[tuple[Run, str]] = ()    # what runs last said of themselves
-    order: ClaimOrder | None = None     # None: claim nothing
-
-    @property
-    def is_durable(self) -> bool:
-        """True when it writes what must not be lost in a power cut."""
-        return bool(self.outcomes or self.unbegun or self.stopped)
-
-
-class Turned(NamedTuple):
-    """What became of a turn."""
-
-    written: list[Outcome]      # as they are now: a retry may have been cancelled
-    stale: list[Outcome]        # not written: the run was given to somebody else
-    claimed: Claimed | None
-
-
-class Endings(Claims):
-    """The verb of workers for a turn: what ended is written, what is next is taken."""
-
-    def turn(self, turn: Turn, now: int, patience: float) -> Turned:
-        """Write and claim, in one transaction: all or nothing.
-
-        An outcome is stale when the row is no longer running, or runs for somebody
-        else; it keeps what that one wrote.  Raises OutcomeRefused for the first that
-        can never be written, and DatabaseBusy after `patience` seconds.
-        """
-        worker = turn.worker
-        with self.write(turn.is_durable, patience) as link:
-            by = link.connection
-            for run, progress in turn.progress:
-                self._set_progress(by, run, worker, progress)
-            self._give_back(by, turn.unbegun, worker, now, started=False)
-            self._give_back(by, turn.stopped, worker, now, started=True)
-            if turn.unbegun or turn.stopped:
-                link.wake = self._wake_addresses(by)
-            outcomes = self._heed_cancels(turn.outcomes, worker)
-            stale = self._finish(link, outcomes, worker, now)
-            claimed = self._claim(by, turn.order, now) if turn.order else None
-        if stale:
-            outcomes = [outcome for outcome in outcomes if outcome not in stale]
-        return Turned(outcomes, stale, claimed)
-
-    def _heed_cancels(self, outcomes, worker):
-        """What somebody wants cancelled is not run again, and not said to be."""
-        if all(outcome.state != RETRYING for outcome in outcomes):
-            return list(outcomes)
-        asked = set(self.cancels_asked(worker))
-        return [
-            o._replace(state=CANCELLED)
-            if o.state == RETRYING and o.run.id in asked else o
-            for o in outcomes
-        ]
-
-    _SUCCEED = f"""
-        update bg_task set state = {SUCCESS}, finished_at = ?,
-            started_at = ifnull(?, started_at), duration = ?, result = ?
-        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
-    _FINISH = f"""
-        update bg_task set
-            state = case when cancel_asked and ? < {RUNNING}
-                then {CANCELLED} else ? end,
-            finished_at = case when cancel_asked or ? > {RUNNING} then ? end,
-            started_at = ifnull(?, started_at), duration = ?, run_at = ?,
-            result = ?, forgiven = forgiven + ?, attempt = attempt - ?
-        where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
-
-    def _finish(self, link, outcomes, worker, now):
-        """Write what became of runs, and what follows it.  Returns the stale ones."""
-        connection = link.connection
-        unbegun = [o.run for o in outcomes if not o.run.announced]
-        self._return_tokens(connection, unbegun)
-        plain = [o for o in outcomes if o.is_plain]
-        if self._succeed_all(connection, plain, worker, now):
-            if len(plain) == len(outcomes):
-                return []
-            outcomes = [o for o in outcomes if not o.is_plain]
-        stale = []
-        for outcome in outcomes:
-            try:
-                if not self._finish_one(link, outcome, worker, now):
-                    stale.append(outcome)
-            except _REFUSALS as exc:
-                raise OutcomeRefused(outcome, exc) from exc
-        return stale
-
-    def _succeed_all(self, connection, outcomes, worker, now):
-        """Write plain successes at once; False, and nothing, if one does not go."""
-        if not outcomes:
-            return True
-        connection.execute("savepoint plain")
-        try:
-            done = connection.executemany(self._SUCCEED, [
-                (now, o.started_at, o.duration, o.result, o.run.id, worker,
-                 o.run.attempt)
-                for o in outcomes
-            ]).rowcount
-        except _REFUSALS:           # which one is it?
-            done = -1
-        if done != len(outcomes):
-            connection.execute("rollback to plain")
-        connection.execute("release plain")
-        return done == len(outcomes)
-
-    def _finish_values(self, outcome, worker, now, forgive=0, uncount=0):
-        run, state = outcome.run, outcome.state
-        return (
-            state, state, state, now, outcome.started_at, outcome.duration,
-            run.run_at if outcome.run_at is None else outcome.run_at,
-            outcome.result, forgive, uncount, run.id, worker, run.attempt,
-        )
-
-    def _finish_one(self, link, outcome, worker, now):
-        connection = link.connection
-        large = len(outcome.result or "") > _INLINE_CHARS
-        row = outcome._replace(result=None) if large else outcome
-        values = self._finish_values(row, worker, now)
-        if connection.execute(self._FINISH, values).rowcount == 0:
-            return False
-        self._drop_old(connection, outcome.run, outcome.state)
-        if large:
-            self._put_payload(connection, outcome.run.id, _RESULT, outcome.result)
-        if outcome.error is not None:
-            error = _to_json(outcome.error)
-            self._put_payload(connection, outcome.run.id, _ERROR, error)
-        if outcome.output:
-            self._put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
-        if outcome.then:
-            self._insert_all(link, [Request(row, [text]) for row, text in outcome.then])
-        return True
-
-    def _drop_old(self, connection, run, state):
-        """Delete what an attempt before has left behind.
-
-        Progress goes at the end of its own attempt, if another follows: what a
-        later one finds is of that one itself.
-        """
-        if run.attempt > 1 or state not in FINISHED:
-            connection.execute(
-                """delete from bg_payload where id > :args and id <= :last""",
-                {
-                    "args": run.id * 8 + _ARGS,
-                    "last": run.id * 8 + (_OUTPUT if state in FINISHED else _PROGRESS),
-                },
-            )
-
-    def _give_back(self, connection, runs, worker, now, started):
-        """Queue runs again that did not fail.
-
-        One that never started is not counted; one that a stop interrupted is
-        forgiven, so that (task, attempt) starts at most once.
-        """
-        if not runs:
-            return
-        connection.executemany(
-            self._FINISH,
-            [
-                self._finish_values(
-                    Outcome(run, QUEUED), worker, now,
-                    forgive=int(started), uncount=int(not started),
-                )
-                for run in runs
-            ],
-        )
-        if started:
-            for run in runs:
-                self._drop_old(connection, run, QUEUED)
-        else:
-            self._return_tokens(connection, runs)
-
-    def _set_progress(self, connection, run, worker, progress):
-        """Store what a running task last said of its progress."""
-        if self._is_running(connection, run, worker):
-            self._put_payload(connection, run.id, _PROGRESS, progress)
-
-    def _is_running(self, connection, run, worker):
-        return connection.execute(
-            f"""select 1 from bg_task where id = :id and state = {RUNNING}
-                and worker = :worker and attempt = :attempt""",
-            {"id": run.id, "worker": worker, "attempt": run.attempt},
-        ).fetchone() is not None
-
-    def cancels_asked(self, worker: int) -> list[int]:
-        """Ids of the worker's running tasks that somebody wants ended."""
-        rows = self._read(
-            f"""select id from bg_task
-                where state = {RUNNING} and worker = :worker and cancel_asked""",
-            {"worker": worker},
-        )
-        return [row[0] for row in rows]
-
-    def pauses_asked(self, worker: int) -> set[str]:
-        """The paused ones among the queues of the worker's running tasks.
-
-        Costs nothing more for what is paused elsewhere.
-        """
-        if not self._read("""select 1 from bg_queue limit 1"""):    # as mostly
-            return set()
-        rows = self._read(
-            f"""select name from bg_queue where name in
-                (select queue from bg_task
-                    where state = {RUNNING} and worker = :worker)""",
-            {"worker": worker},
-        )
-        return {row[0] for row in rows}
-
-
-# == Operations ===============================================================
-# Owns the SQL of people: what they do to tasks, and read of them, be it by a
-# command or by an AsyncResult.  Every verb that writes makes its own transaction,
-# unless it says otherwise.
-
-
-ID_BATCH = 100          # ids that one statement looks up
-_UNFINISHED = (
-    f"""select id from bg_task where state < {SUCCESS} and id in (?"""
-    + ", ?" * (ID_BATCH - 1) + ")"
-)
-
-
-def _read_error(text):
-    error = json.loads(text) if text else None
-    if text and not (isinstance(error, dict) and error.get("kind")):
-        return {"kind": "exception", "message": text}       # edited by hand
-    return error
-
-
-class TaskRow(NamedTuple):
-    """A task as the reports see it."""
-
-    id: int
-    state: int
-    queue: str
-    name: str
-    priority: int
-    key: str | None
-    attempt: int
-    retries: int
-    forgiven: int
-    timeout: float | None
-    worker: int | None
-    cancel_asked: int
-    run_at: int
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
-    duration: float | None
-    tick: int | None
-
-    @property
-    def status(self) -> str:
-        return state_name(self.state)
-
-
-_BATCH = 500                # tasks that one transaction of a command changes
-_MOST_ID = 10 ** 15         # as in bg_task; times 8 it is still a row id
-
-
-def _row_id(task_id):
-    """Refuse what cannot be a task's id before SQLite does, in its own words."""
-    if isinstance(task_id, int) and 0 < task_id <= _MOST_ID:
-        return task_id
-    raise TaskNotFound(f"no task {task_id!r}: an id is a whole number from 1 up")
-
-
-def parse_id(text: str) -> int:
-    """Return the task id that a text names.  Raises TaskNotFound for any other."""
-    return _row_id(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text)
-
-
-class Operations(Endings):
-    """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
-
-    def task(self, task_id: int) -> TaskRow:
-        """Return one task.  Raises TaskNotFound."""
-        rows = self._select(first=_row_id(task_id), last=task_id, limit=1)
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return rows[0]
-
-    def tasks(self, state: int | None = None, name: str | None = None,
-              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
-        """The newest tasks first, as many as `limit`."""
-        return self._select(state=state, name=name, queue=queue, limit=limit)
-
-    def _select(self, first=0, last=_MOST_ID, state=None, name=None, queue=None,
-                limit=50):
-        rows = self._read(
-            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
-                    timeout, worker, cancel_asked, run_at, created_at, started_at,
-                    finished_at, duration, tick
-                from bg_task
-                where id between :first and :last
-                    and (:state is null or state = :state)
-                    and (:name is null or name = :name)
-                    and (:queue is null or queue = :queue)
-                order by id desc limit :limit""",
-            {
-                "first": first, "last": last, "state": state, "name": name,
-                "queue": queue, "limit": limit,
-            },
-        )
-        return [TaskRow(*row) for row in rows]
-
-    def state(self, task_id: int) -> int:
-        """Return the state of one task.  Raises TaskNotFound."""
-        rows = self._read(
-            """select state from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return rows[0][0]
-
-    def unfinished(self, ids: list[int]) -> set[int]:
-        """Those of at most ID_BATCH ids that are unfinished: others ended, or went."""
-        padded = ids + ids[-1:] * (ID_BATCH - len(ids))
-        return {row[0] for row in self._read(_UNFINISHED, padded)}
-
-    def newest_options(self, name: str) -> dict:
-        """Queue, priority, retries, timeout of the newest task of a name, or nothing.
-
-        Looks at the newest 100,000 tasks, for names have no index.
-        """
-        rows = self._read(
-            """select queue, priority, retries, timeout from bg_task
-                where id > (select max(id) from bg_task) - 100000 and name = :name
-                order by id desc limit 1""",
-            {"name": name},
-        )
-        names = ("queue", "priority", "retries", "timeout")
-        return dict(zip(names, rows[0])) if rows else {}
-
-    def args(self, task_id: int) -> str:
-        """Return the encoded arguments.  Raises TaskNotFound."""
-        rows = self._read(
-            """select args from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        return rows[0][0] or self._payload(task_id, _ARGS)
-
-    def result(self, task_id: int) -> str | None:
-        """Return the encoded result, or None when there is none."""
-        rows = self._read(
-            """select result from bg_task where id = :id""", {"id": _row_id(task_id)}
-        )
-        return rows[0][0] if rows and rows[0][0] else self._kept(task_id, _RESULT)
-
-    def _kept(self, task_id, kind):
-        """A payload; None where the task has none.  Raises TaskNotFound."""
-        text = self._payload(_row_id(task_id), kind)
-        if text is None:
-            self.state(task_id)
-        return text
-
-    def error(self, task_id: int) -> dict | None:
-        """Return what the last failed run left: kind, type, message, traceback."""
-        return _read_error(self._kept(task_id, _ERROR))
-
-    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
-        """Return state, encoded result and error, all of one moment."""
-        rows = self._read(
-            """select state,
-                    ifnull(task.result, (
-                        select body from bg_payload where id = :id * 8 + 1)),
-                    (select body from bg_payload where id = :id * 8 + 2)
-                from bg_task as task where id = :id""",
-            {"id": _row_id(task_id)},
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.path}")
-        state, result, error = rows[0]
-        return state, result, _read_error(error)
-
-    def output(self, task_id: int) -> str | None:
-        """Return what the last run printed, as far as it was kept."""
-        return self._kept(task_id, _OUTPUT)
-
-    def progress(self, task_id: int) -> list | None:
-        """Return [percent, message] as the task last set it, or None."""
-        text = self._kept(task_id, _PROGRESS)
-        return json.loads(text) if text else None
-
-    def counts(self) -> list[tuple[str, str, int, int]]:
-        """(queue, name, state, number) over all tasks.  Reads the whole table."""
-        return self._read(
-            """select queue, name, state, count(*) from bg_task
-                group by queue, name, state order by queue, name, state"""
-        )
-
-    def paused_queues(self) -> list[str]:
-        """Names of the queues that are paused."""
-        return [row[0] for row in self._read("""select name from bg_queue""")]
-
-    def finished_runs(self, limit: int) -> list[tuple]:
-        """Name, state, run_at, started_at, finished_at, duration, attempt; newest."""
-        return self._read(
-            f"""select name, state, run_at, started_at, finished_at, duration, attempt
-                from bg_task where state > {RUNNING} order by id desc limit :limit""",
-            {"limit": limit},
-        )
-
-    def cancel(self, task_id: int, now: int) -> int:
-        """Cancel what waits; ask for the end of what runs.  Returns the old state.
-
-        Raises TaskNotFound.  A finished task is left as it is.
-        """
-        with self.write() as link:
-            state = self.state(task_id)
-            if state in WAITING:
-                link.connection.execute(
-                    f"""update bg_task set state = {CANCELLED}, finished_at = :now
-                        where id = :id""",
-                    {"id": task_id, "now": now},
-                )
-            elif state == RUNNING:
-                link.connection.execute(
-                    """update bg_task set cancel_asked = 1 where id = :id""",
-                    {"id": task_id},
-                )
-                link.wake = self._wake_addresses(link.connection)
-            return state
-
-    def retry(self, task_id: int, now: int) -> None:
-        """Queue a finished task again, with all its retries.
-
-        Raises TaskNotFound; TaskStateError when it is not finished, or when its
-        key is held by another.
-        """
-        with self.write() as link:
-            state = self.state(task_id)
-            if state not in FINISHED:
-                raise TaskStateError(
-                    f"task {task_id} is {state_name(state)}: only a finished one "
-                    "can be retried"
-                )
-            try:
-                self._queue_again(link.connection, task_id, now)
-            except sqlite3.IntegrityError:
-                raise TaskStateError(
-                    f"task {task_id}: another task with its key is unfinished"
-                ) from None
-            link.wake = self._wake_addresses(link.connection)
-
-    def _queue_again(self, connection, task_id, now):
-        connection.execute(
-            f"""update bg_task set state = {QUEUED}, forgiven = attempt,
-                    cancel_asked = 0, run_at = :now, started_at = null,
-                    finished_at = null, duration = null, result = null
-                where id = :id""",
-            {"id": task_id, "now": now},
-        )
-        connection.execute(
-            """delete from bg_payload where id > :args and id < :mark""",
-            {"args": task_id * 8 + _ARGS, "mark": task_id * 8 + _MARK},
-        )
-        _queue_behind(connection, [task_id])
-
-    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
-        """Queue all failed tasks again, or those of a name.
-
-        Returns (the ids queued, the ids left because another task has their key).
-        """
-        done: list[int] = []
-        left: list[int] = []
-
-        def again(connection, ids):
-            for task_id in ids:
-                try:
-                    if self.state(task_id) == FAILED:
-                        self._queue_again(connection, task_id, now)
-                        done.append(task_id)
-                except TaskNotFound:            # somebody was faster
-                    pass
-                except sqlite3.IntegrityError:
-                    left.append(task_id)
-
-        self._in_batches(
-            f"""select id from bg_task where state = {FAILED}
-                and (:name is null or name = :name) order by id""",
-            {"name": name}, again,
-        )
-        return done, left
-
-    def _in_batches(self, select, parameters, act):
-        """Do something with many tasks, so many in a transaction.
-
-        Nobody waits long for the write lock, and the log does not grow.  They are
-        found before it is held: `act` has to see that they are still what they were.
-        """
-        ids = [row[0] for row in self._read(select, parameters)]
-        for first in range(0, len(ids), _BATCH):
-            with self.write() as link:
-                act(link.connection, ids[first : first + _BATCH])
-                link.wake = self._wake_addresses(link.connection)
-            self.checkpoint_if_large()
-
-    def forget(self, task_id: int) -> None:
-        """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
-        with self.write() as link:
-            if self.state(task_id) == RUNNING:
-                raise TaskStateError(f"task {task_id} is running: cancel it first")
-            self._delete(link.connection, [task_id])
-
-    def _delete(self, connection, ids):
-        """Delete tasks and their payloads; remember the highest id ever given."""
-        connection.execute(
-            """update bg_meta set value = max(value, :last) where name = 'last_id'""",
-            {"last": max(ids)},
-        )
-        for task_id in ids:
-            connection.execute(
-                """delete from bg_task where id = :id""", {"id": task_id}
-            )
-            connection.execute(
-                """delete from bg_payload where id >= :first and id < :first + 8""",
-                {"first": task_id * 8},
-            )
-
-    def purge(self, queue: str | None, name: str | None, now: int) -> int:
-        """Cancel all waiting tasks of a queue, of a name, or of both; count them."""
-        counts = []
-
-        def end(connection, ids):
-            counts.append(connection.executemany(
-                f"""update bg_task set state = {CANCELLED}, finished_at = ?
-                    where id = ? and state < {RUNNING}""",
-                [(now, task_id) for task_id in ids],
-            ).rowcount)
-
-        self._in_batches(
-            f"""select id from (
-                    select id, queue, name from bg_task where state < {QUEUED}
-                    union all
-                    select id, queue, name from bg_task where state = {QUEUED})
-                where (:queue is null or queue = :queue)
-                    and (:name is null or name = :name)""",
-            {"queue": queue, "name": name}, end,
-        )
-        return sum(counts)
-
-    def prune(self, cursor: int, before: int | None, failed_before: int | None,
-              batch: int) -> tuple[int, int]:
-        """Delete what finished before the two times; None keeps it.
-
-        Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
-        with cursor 0 once the end is reached.
-        """
-        limits = {SUCCESS: before, CANCELLED: before, FAILED: failed_before}
-
-        def look():
-            rows = self._read(
-                """select id, state, finished_at from bg_task where id > :cursor
-                    order by id limit :batch""",
-                {"cursor": cursor, "batch": batch},
-            )
-            ids = [
-                task_id for task_id, state, at in rows if at is not None
-                and limits.get(state) is not None and at < limits[state]
-            ]
-            return ids, rows[-1][0] if len(rows) == batch else 0
-
-        old, after = look()
-        if old:
-            with self.write(durable=False, patience=0.5) as link:
-                old, after = look()     # again: a retry may have come in between
-                if old:
-                    self._delete(link.connection, old)
-        return len(old), after
-
-    def count_old(self, before: int | None, failed_before: int | None) -> int:
-        """How many tasks prune() would delete."""
-        return self._read(
-            """select count(*) from bg_task
-                where (state in (:success, :cancelled) and finished_at < :before)
-                or (state = :failed and finished_at < :failed_before)""",
-            {"success": SUCCESS, "cancelled": CANCELLED, "failed": FAILED,
-             "before": before, "failed_before": failed_before},
-        )[0][0]
-
-    def pause(self, queue: str, now: int) -> None:
-        """Claim nothing from this queue until resume(); what has not begun returns."""
-        with self.write() as link:
-            link.wake = self._wake_addresses(link.connection)
-            link.connection.execute(
-                """insert or ignore into bg_queue (name, paused_at)
-                    values (:name, :now)""",
-                {"name": queue, "now": now},
-            )
-
-    def resume(self, queue: str) -> bool:
-        """Undo pause().  False when it was not paused."""
-        with self.write() as link:
-            link.wake = self._wake_addresses(link.connection)
-            return link.connection.execute(
-                """delete from bg_queue where name = :name""", {"name": queue}
-            ).rowcount > 0
-
-
-# == Store ====================================================================
-# Owns all other SQL: the register of workers, the schedules, the clock.  Store is
-# the whole of it, with the verbs of the Queue and those of people.
-
-class ClockView(NamedTuple):
-    """What the workers of a database believe about the wall clock, in unix ms."""
-
-    seen: int               # the last look at a clock that was believed
-    doubted: int | None     # the first look after a leap forward that is not, yet
-
-
-class WorkerRow(NamedTuple):
-    id: int
-    name: str
-    pid: int
-    host: str
-    boot: str
-    port: int
-    token: str
-    queues: str | None
-    concurrency: int
-    started_at: int
-    beat_at: int
-    running: int
-    live: int
-
-
-class ScheduleRow(NamedTuple):
-    """A schedule is known by its first four fields: by what it says."""
-
-    task: str
-    expr: str
-    tz: str
-    number: int
-    misfire: str
-    overlap: str
-    jitter: float
-    next_tick: int | None
-    last_tick: int | None
-    done: str
-    set_at: int
-    seen_at: int
-
-    @property
-    def name(self) -> str:
-        """For people: the task, and a number if several are equal."""
-        return f"{self.task}#{self.number + 1}" if self.number else self.task
-
-
-class ScheduleStep(NamedTuple):
-    """A schedule as it was read and as it shall be, and the runs that it owes."""
-
-    row: ScheduleRow
-    new: ScheduleRow
-    runs: list[NewTask]         # one for each tick; of those with a key the first
-
-
-class LostRun(NamedTuple):
-    """A run whose worker died, and the state its task was put into."""
-
-    id: int
-    name: str
-    attempt: int
-    state: int
-    worker: str
-
-
-class Store(Operations):
-    """The verbs of workers about themselves and about schedules; and all above."""
-
-    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
-        """Register a worker; return its id.
-
-        `lock(id)` is called before the commit: nobody can find the row and its
-        byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
-        """
-        with self.write(durable=False) as link:
-            worker = link.connection.execute(
-                """insert into bg_worker (name, pid, host, boot, port, token, queues,
-                        concurrency, started_at, beat_at, live)
-                    values (:name, :pid, :host, :boot, :port, :token, :queues,
-                        :concurrency, :now, :now, :live)""",
-                values,
-            ).lastrowid
-            lock(worker)
-            return worker
-
-    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
-        """Write a heartbeat.  False: the worker was taken for dead and reaped."""
-        with self.write(durable=False, patience=0.5) as link:
-            return link.connection.execute(
-                """update bg_worker
-                    set beat_at = :now, running = :running, live = :live
-                    where id = :id""",
-                {"id": worker, "running": running, "live": live, "now": now},
-            ).rowcount == 1
-
-    def reap(self, worker: int, name: str, now: int,
-             beat_at: int | None = None) -> list[LostRun]:
-        """Remove a dead worker; put each run it held where it goes from there.
-
-        Does nothing if it has beaten since `beat_at`: it is not dead, then.
-        """
-        error = {"kind": "lost", "message": f"worker {name} died"}
-        with self.write(patience=0.5) as link:
-            if beat_at is not None and not self._read(
-                """select 1 from bg_worker where id = :id and beat_at = :beat_at""",
-                {"id": worker, "beat_at": beat_at},
-            ):
-                return []
-            rows = self._read(
-                f"""select cancel_asked, id, name, queue, attempt - 1, retries,
-                        forgiven, timeout, run_at, tick, null, priority, callbacks
-                    from bg_task where state = {RUNNING} and worker = :worker""",
-                {"worker": worker},
-            )
-            lost: list[LostRun] = []
-            then: list[tuple] = []
-            for cancel_asked, *values in rows:
-                run = Run(*values)
-                state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
-                self._lose(link.connection, run.id, state, now)
-                self._drop_old(link.connection, run, state)
-                self._put_payload(link.connection, run.id, _ERROR, _to_json(error))
-                lost.append(LostRun(run.id, run.name, run.attempt, state, name))
-                then += callback_rows(run, state, error, now)
-            if then:
-                self._insert_all(link, [Request(row, [text]) for row, text in then])
-            link.connection.execute(
-                """delete from bg_worker where id = :id""", {"id": worker}
-            )
-            link.wake = self._wake_addresses(link.connection)
-        return lost
-
-    def _lose(self, connection, task_id, state, now):
-        connection.execute(
-            f"""update bg_task set state = :state, cancel_asked = 0,
-                    finished_at = case when :state > {RUNNING} then :now end
-                where id = :id""",
-            {"id": task_id, "state": state, "now": now},
-        )
-
-    def unknown_workers(self) -> list[int]:
-        """Workers that hold runs but have no row: somebody edited the database."""
-        rows = self._read(
-            f"""select distinct worker from bg_task where state = {RUNNING}
-                and worker not in (select id from bg_worker)"""
-        )
-        return [row[0] for row in rows]
-
-    def remove_worker(self, worker: int) -> None:
-        """Take a worker off; one that still holds a task is left to be reaped."""
-        with self.write(durable=False, patience=2.0) as link:
-            link.connection.execute(
-                f"""delete from bg_worker where id = :id and not exists (
-                    select 1 from bg_task where state = {RUNNING} and worker = :id)""",
-                {"id": worker},
-            )
-
-    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
-        """Take dead workers off that hold no task and have not beaten since."""
-        with self.write(durable=False, patience=0.5) as link:
-            link.connection.executemany(
-                f"""delete from bg_worker
-                    where id = ?1 and beat_at = ?2 and not exists (
-                        select 1 from bg_task
-                            where state = {RUNNING} and worker = ?1)""",
-                [(row.id, row.beat_at) for row in rows],
-            )
-
-    def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
-        """The registered workers, alive or not; `limit` of them above an id."""
-        rows = self._read(
-            """select id, name, pid, host, boot, port, token, queues, concurrency,
-                    started_at, beat_at, running, live
-                from bg_worker where id > :after order by id limit :limit""",
-            {"after": after, "limit": limit},
-        )
-        return [WorkerRow(*row) for row in rows]
-
-    def running_counts(self) -> dict[int, int]:
-        """How many tasks each worker has claimed and not finished, by its id."""
-        return dict(self._read(
-            f"""select worker, count(*) from bg_task where state = {RUNNING}
-                group by worker"""
-        ))
-
-    def clock(self) -> ClockView | None:
-        """What was last put by put_clock(); None: nothing yet."""
-        found = dict(self._read("""select name, value from bg_meta"""))
-        if "clock" not in found:
-            return None
-        return ClockView(found["clock"], found.get("clock_doubted"))
-
-    def put_clock(self, view: ClockView) -> None:
-        """Keep what is believed about the clock."""
-        names = {"clock": view.seen, "clock_doubted": view.doubted}
-        with self.write(durable=False, patience=0.5) as link:
-            link.connection.execute(
-                """delete from bg_meta where name in ('clock', 'clock_doubted')"""
-            )
-            link.connection.executemany(
-                """insert into bg_meta (name, value) values (?, ?)""",
-                [item for item in names.items() if item[1] is not None],
-            )
-
-    def shorten_waits(self, now: int, batch: int) -> int:
-        """Count the waits that began at a time that has not come yet, as a clock ahead
-        of ours wrote it, and let them begin now: those of retries, of countdowns, and
-        of cron runs put off by jitter.  An eta is a time, and stays.
-        """
-        soon = now + LATE_TURN_MS
-        rows = self._read(
-            f"""select id, run_at, began from (
-                    select id, run_at, case state when 0 then created_at else
-                        started_at + cast(ifnull(duration, 0) * 1000 as integer)
-                        end as began
-                    from bg_task where state < {QUEUED} and run_at > :soon
-                        and (state = {RETRYING} or counted))
-                where began > :soon limit :batch""",
-            {"soon": soon, "batch": batch},
-        )
-        if rows:
-            with self.write(patience=0.5) as link:
-                link.connection.executemany(
-                    f"""update bg_task set run_at = max(0, run_at - :ahead),
-                            started_at = max(0, started_at - :ahead),
-                            created_at = min(created_at, :now)
-                        where id = :id and state < {QUEUED} and run_at = :run_at""",
-                    [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
-                     for task_id, run_at, began in rows],
-                )
-        return len(rows)
-
-    _SCHEDULES = """
-        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
-            done, set_at, seen_at
-        from bg_schedule """
-
-    def schedules(self) -> list[ScheduleRow]:
-        """All schedules, whether a worker still knows them or not."""
-        rows = self._read(self._SCHEDULES + "order by task, expr, tz, number")
-        return [ScheduleRow(*row) for row in rows]
-
-    def due_schedules(self, now: int) -> list[ScheduleRow]:
-        """Those whose time has come, or was set by a clock ahead of ours."""
-        rows = self._read(
-            self._SCHEDULES + "where next_tick <= :tick or set_at > :now + 60000",
-            {"tick": now // 1000, "now": now},
-        )
-        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
-        return sorted(found, key=lambda row: (row.next_tick or 0, row))
-
-    def next_tick(self, now: int) -> int | None:
-        """Unix seconds of the first tick of any schedule after now."""
-        return self._read(
-            """select min(next_tick) from bg_schedule where next_tick > :tick""",
-            {"tick": now // 1000},
-        )[0][0]
-
-    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
-        """Register schedules.  Known ones keep their ticks, and take the next one
-        only if nobody has moved them on since `done` was read.
-
-        With `drop`, those go that nobody has served or registered for a day, if their
-        task is registered here with others: what the program said before.
-        """
-        with self.write() as link:
-            link.connection.executemany(self._PUT_SCHEDULE, rows)
-            link.connection.executemany(
-                """delete from bg_schedule where task = :task
-                    and seen_at < :before
-                    and (next_tick is null or next_tick < :before / 1000)""",
-                [{"task": row.task, "before": row.seen_at - DAY_MS}
-                 for row in rows if drop],
-            )
-
-    _PUT_SCHEDULE = """
-        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
-            next_tick, last_tick, done, set_at, seen_at)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
-            overlap = excluded.overlap, jitter = excluded.jitter,
-            seen_at = excluded.seen_at, next_tick = case done when excluded.done
-                then excluded.next_tick else next_tick end"""
-
-    def fire(self, steps: Sequence[ScheduleStep],
-             patience: float | None = None) -> list[list[int] | None]:
-        """Move schedules on and insert the runs they owe, all in one transaction.
-
-        Returns the ids of the runs of each: fewer than there are if one with its key
-        is unfinished; None if another worker has moved that schedule before.
-        """
-        with self.write(patience=patience) as link:
-            requests = [self._fire_one(link.connection, step) for step in steps]
-            if any(requests):
-                self._insert_all(link, [r for found in requests for r in found or ()])
-        return [None if found is None else [r.ids[0] for r in found]
-                for found in requests]
-
-    def _fire_one(self, connection, step):
-        old, new, runs = step
-        if runs and runs[0].key is not None:
-            held = self._key_holder(connection, runs[0].key) is not None
-            runs = [] if held else runs[:1]
-        moved = connection.execute(
-            """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
-                    done = :done, set_at = :set_at
-                where task = :task and expr = :expr and tz = :tz and number = :number
-                    and done = :old_done and set_at = :old_set_at""",
-            {
-                "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
-                "last_tick": runs[-1].tick if runs else old.last_tick,
-                "task": old.task, "expr": old.expr, "tz": old.tz,
-                "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
-            },
-        ).rowcount
-        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
-
-
-# == Functions ================================================================
-# Owns what a task may be made of: which functions, under which name, and whether
-# two of them are one.  Knows nothing of tasks but their function and origin.
-
-
-def _module_name(space):
-    """Of a module's globals; that of a script is the name of its file."""
-    module = space.get("__name__") or "?"
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        if spec is not None:                # python -m package.module
-            module = spec.name.removesuffix(".__main__") if spec.name else module
-        elif path:
-            module = os.path.splitext(os.path.basename(path))[0]
-    return module
-
-
-def _default_name(fn):
-    """module.function, as far as it has such a name."""
-    if not hasattr(fn, "__qualname__"):
-        return repr(fn)
-    return f"{_module_name({'__name__': fn.__module__})}.{fn.__qualname__}"
-
-
-def _own_name(fn):
-    """The default name of a function; an object has none that other processes know."""
-    if not hasattr(fn, "__qualname__") or isinstance(fn, types.MethodType):
-        raise OptionError(
-            f"@task of {_default_name(fn)}: it is no plain function, so it needs a "
-            "name of its own: task(name=...)(it)"
-        )
-    return _default_name(fn)
-
-
-def _code_of(fn):
-    """The code that a call runs, where it is Python."""
-    while isinstance(fn, (functools.partial, types.MethodType)):
-        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-    return getattr(fn, "__code__", getattr(type(fn).__call__, "__code__", None))
-
-
-_CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
-
-
-def _yields(fn):
-    code = _code_of(fn)
-    return code is not None and bool(code.co_flags & _CO_GENERATORS)
-
-
-def _needs_arguments(fn):
-    """True for a plain function that cannot be called without any."""
-    if not isinstance(fn, types.FunctionType):
-        return False
-    code = fn.__code__
-    only_named = code.co_varnames[code.co_argcount:][:code.co_kwonlyargcount]
-    missing = set(only_named).difference(fn.__kwdefaults__ or ())
-    return code.co_argcount > len(fn.__defaults__ or ()) or bool(missing)
-
-
-def _check_function(fn):
-    """Refuse what can be called here, and can never do its work in a worker."""
-    if not callable(fn) or isinstance(fn, type):
-        raise OptionError(f"@task needs a function, not {fn!r}")
-    path = getattr(fn, "__qualname__", "").split(".")
-    if _yields(fn):
-        raise OptionError(
-            f"@task of {_default_name(fn)}: it yields, so a call of it does nothing: "
-            "return a list"
-        )
-    if isinstance(fn, types.FunctionType) and len(path) > 1 and path[-2] != "<locals>":
-        first = fn.__code__.co_varnames[:fn.__code__.co_argcount][:1]
-        if first in (("self",), ("cls",)):
-            raise OptionError(
-                f"@task of {_default_name(fn)}: a worker has no {first[0]} to give to "
-                "a method: make it a function"
-            )
-
-
-def _place(fn):
-    code = getattr(fn, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
-
-
-class _Origin(NamedTuple):
-    """Which execution of which modules made a task: of its function, and of @task.
-
-    They differ where a decorator of another module has wrapped the function.  A
-    module that is executed again has a new __spec__ in the same globals.
-    """
-
-    names: tuple
-    specs: tuple
-    is_interactive: bool
-
-
-def _origin(fn):
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals is globals():
-        frame = frame.f_back
-    spaces = getattr(fn, "__globals__", {}), frame.f_globals
-    return _Origin(
-        (_default_name(fn), *map(_module_name, spaces)),
-        tuple(space.get("__spec__") for space in spaces),
-        "__file__" not in frame.f_globals,
-    )
-
-
-def _is_reload(old, new):
-    """True when `new` is `old` defined again, by another execution of its module."""
-    if old.fn is new.fn:
-        return True
-    if old.origin.names != new.origin.names:
-        return False
-    specs = zip(old.origin.specs, new.origin.specs)
-    if any(before is not after for before, after in specs):     # they may be equal
-        return True
-    # In a session a name is for the newest; but <locals>.wrapper is no name.
-    return new.origin.is_interactive and "<locals>" not in new.origin.names[0] \
-        or _is_same_function(old.fn, new.fn)
-
-
-def _is_same_function(a, b):
-    """True for one `def` executed twice, with the same things around it.
-
-    Also by `python -m package.module`, where the package has imported the module.
-    """
-    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
-        return False
-    spaces = a.__globals__, b.__globals__
-    is_one_file = spaces[0] is spaces[1] or spaces[1].get("__name__") == "__main__"
-    return a.__code__ == b.__code__ and is_one_file \
-        and _surroundings(a) == _surroundings(b)
-
-
-def _surroundings(fn):
-    """What it closes over, by identity, for that may change; and its defaults."""
-    with contextlib.suppress(ValueError):       # a cell that is still empty
-        cells = [
-            id(cell.cell_contents)
-            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ())
-            if name != fn.__name__          # it calls itself
-        ]
-        return cells, fn.__defaults__, fn.__kwdefaults__
-    return fn
-
-
-# == Waiting ==================================================================
-# Owns how often a waiting caller looks at what it waits for.  In asyncio one timer
-# for each event loop and app looks for all that is awaited there, in statements
-# of ID_BATCH ids.  What became of a task is found out by who awaits it.
-
-_WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between two looks
-
-
-def _longer(pause):
-    return min(pause * 1.1, _WAIT_LONGEST)
-
-
-def growing_pauses() -> Iterator[float]:
-    """Seconds to sleep between two looks: short at first, then cheap."""
-    pause = _WAIT_SHORTEST
-    while True:
-        yield pause
-        pause = _longer(pause)
-
-
-class Watch:
-    """The tasks that one event loop awaits of one app.  Only its thread comes here.
-
-    It is in `watches` while something is awaited.  What was cancelled is dropped when
-    it is next due; a loop that was closed in the middle, when another one begins.
-    """
-
-    def __init__(self, watches: dict, store: Callable, loop: Any):
-        self._watches, self._store, self._loop = watches, store, loop
-        # A heap of batches: (due, number, pause, version of the database that was
-        # looked at, [(task id, future)]).  Those that are due together become one.
-        self._batches: list = []
-        self._count = 0             # numbers given, so that no more is compared
-        self._timer: Any = None     # at the first of the heap
-
-    @classmethod
-    def of(cls, watches: dict, store: Callable, loop: Any) -> Watch:
-        """Return the one of this loop.  `store()` is asked at each look."""
-        if loop not in watches:
-            for other in list(watches):
-                if other.is_closed():
-                    watches.pop(other, None)
-            watches[loop] = cls(watches, store, loop)
-        return watches[loop]
-
-    def change(self, task_id: int) -> Any:
-        """Return a future that is done once the task has ended, or gone.
-
-        It gets the error when nothing can be seen.
-        """
-        future = self._loop.create_future()
-        self._put(_WAIT_SHORTEST, None, [(task_id, future)])
-        self._wind()
-        return future
-
-    def _put(self, pause, version, awaited):
-        due = self._loop.time() + pause
-        if pause == _WAIT_LONGEST:          # all at the same moments, then
-            due -= due % pause
-        self._count += 1
-        heapq.heappush(self._batches, (due, self._count, pause, version, awaited))
-
-    def _wind(self):
-        due = self._batches[0][0]
-        if self._timer is None or due < self._timer.when():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
-
-    def _look(self):
-        self._timer = None
-        soon, due = self._loop.time() + _WAIT_SHORTEST / 2, []
-        while self._batches and self._batches[0][0] <= soon:
-            due.append(heapq.heappop(self._batches))
-        try:
-            version = self._store().version()   # before the look: what comes is new
-            left = self._look_for(due, version)
-        except PyBgWorkerError as exc:
-            left = {}
-            for _, future in _pending(due):
-                future.set_exception(type(exc)(*exc.args))
-        for pause, awaited in left.items():
-            self._put(pause, version, awaited)
-        if self._batches:
-            self._wind()
-        else:
-            self._watches.pop(self._loop, None)
-
-    def _look_for(self, due, version):
-        """Settle what has ended; return the rest by its next pause."""
-        left = collections.defaultdict(list)
-        for batch in due:
-            awaited = _pending([batch])
-            if batch[3] != version:
-                awaited = _unfinished(self._store(), awaited)
-            if awaited:
-                left[_longer(batch[2])].extend(awaited)
-        return left
-
-
-def _pending(batches):
-    """What of them was neither settled nor cancelled."""
-    return [one for batch in batches for one in batch[4] if not one[1].done()]
-
-
-def _unfinished(store, awaited):
-    found = set()
-    for start in range(0, len(awaited), ID_BATCH):
-        part = awaited[start:start + ID_BATCH]
-        found |= store.unfinished([task_id for task_id, _ in part])
-    for task_id, future in awaited:
-        if task_id not in found:
-            future.set_result(None)
-    return [one for one in awaited if one[0] in found]
-
-
-# == Tasks and results ========================================================
-# Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
-# current_task().  An App holds one registry and one database; the names of this
-# module belong to a default one.
-
-if sys.version_info >= (3, 10):
-    from typing import ParamSpec
-
-    P = ParamSpec("P")
-else:
-    P = TypeVar("P")
-R = TypeVar("R")            # what a call of the function returns
-V = TypeVar("V")            # what its task returns: R, or what a coroutine does
-
-_TASK_OPTIONS = frozenset((
-    "queue", "priority", "retries", "retry_delay", "retry_backoff", "retry_max_delay",
-    "retry_jitter", "retry_for", "timeout", "rate_limit", "on_success", "on_failure",
-))
-_OPTIONS = frozenset((
-    "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
-))
-
-
-class Schedule(NamedTuple):
-    """One @cron of a task."""
-
-    cron: Cron
-    misfire: str = "latest"     # of missed ticks run: latest, skip (none), all
-    overlap: str = "allow"      # skip: not while the run before is unfinished
-    jitter: float = 0.0         # seconds a run may be put off, never the tick
-
-
-def _check_timeout(value):
-    seconds = None if value is None else _check_span("timeout", value)
-    if seconds == 0:
-        raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
-    return seconds
-
-
-def _check_priority(value):
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
-        raise OptionError(f"priority={value!r}: must be a whole number")
-    return value
-
-
-def _check_callback(name, value):
-    if value is not None and (not callable(value) or _yields(value)):
-        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
-    return value
-
-
-def _due_at(now, countdown, eta):
-    """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
-    if countdown is not None and eta is not None:
-        raise OptionError("give countdown= or eta=, not both")
-    if countdown is not None:
-        return now + to_ms(_check_span("countdown", countdown, -_LONGEST_SECONDS))
-    if eta is not None:
-        if not isinstance(eta, datetime):
-            raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
-        try:
-            return to_ms(eta.timestamp())
-        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
-            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
-    return now
-
-
-class Task(Generic[P, R, V]):
-    """A registered function.  Calling it calls the function, here and now."""
-
-    def __init__(self, app: App, fn: Callable, name: str, options: dict):
-        self.app = app
-        self.fn = fn
-        self.name = _checked("name", _name, name)
-        self.schedules: list[Schedule] = []
-        self.origin = _origin(fn)
-        _check_known(options, _TASK_OPTIONS)
-        self._set(**options)
-        functools.update_wrapper(self, fn, updated=())
-        for attribute, value in getattr(fn, "__dict__", {}).items():
-            if not hasattr(self, attribute):    # an option, or delay(), goes before
-                setattr(self, attribute, value)
-
-    def _set(self, queue="default", priority=5, retries=3, retry_delay=1.0,
-             retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
-             retry_for=(Exception,), timeout=None, rate_limit=None,
-             on_success=None, on_failure=None):
-        self.queue = _checked("queue", _queue_name, queue)
-        self.priority = _check_priority(priority)
-        self.timeout = _check_timeout(timeout)
-        self.rate_limit = rate_limit
-        if rate_limit is not None:
-            self.rate_limit = _checked("rate_limit", parse_rate, rate_limit)
-        self.on_success = _check_callback("on_success", on_success)
-        self.on_failure = _check_callback("on_failure", on_failure)
-        classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
-        if not all(isinstance(c, type) and issubclass(c, BaseException)
-                   for c in classes):
-            raise OptionError(f"retry_for={retry_for!r}: must be exception classes")
-        self.policy = RetryPolicy(
-            _check_number("retries", retries, kind=int),
-            _check_span("retry_delay", retry_delay),
-            _check_number("retry_backoff", retry_backoff),
-            _check_span("retry_max_delay", retry_max_delay),
-            _check_number("retry_jitter", retry_jitter, most=1),
-            tuple(classes),
-        )
-
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.fn(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<Task {self.name}>"
-
-    @property
-    def callbacks(self) -> int:
-        """What there is to call at its end: as in bg_task."""
-        return (self.on_success is not None) + 2 * (self.on_failure is not None)
-
-    def companions(self) -> Iterator[Task]:
-        """The tasks that call on_success and on_failure: NAME:on_failure."""
-        for kind in ("on_success", "on_failure"):
-            fn = getattr(self, kind)
-            if fn is not None:
-                task: Task = Task(self.app, _calling(fn), self.name, {})
-                task.name = f"{self.name}:{kind}"
-                yield task
-
-    def __reduce__(self) -> str:
-        """Pickled as functions are: by the name under which its module has it."""
-        return getattr(self, "__qualname__", self.name)
-
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
-        """Enqueue a call; return its AsyncResult.
-
-        Durable once it returns.  Raises PayloadTypeError for an argument that would
-        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
-        """
-        return self.app.enqueue(self, [(args, kwargs)], {})[0]
-
-    def options(self, /, **options: Any) -> Call[P, V]:
-        """Return something with delay() and delay_many() that uses these options.
-
-        countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
-        key: while a task with it is unfinished, that one is returned; conn: an
-        sqlite3 connection to the same file, in whose transaction to insert.
-        """
-        return Call(self, options)
-
-    def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
-                    **options: Any) -> AsyncResult[V]:
-        """The same as options(**options).delay(*args, **kwargs)."""
-        if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
-            raise OptionError(
-                f"apply_async({args!r}, {kwargs!r}): takes a tuple of positional and a "
-                "dict of keyword arguments, as in apply_async((1, 2), {'key': 3}); "
-                "delay(1, 2, key=3) takes them as they are"
-            )
-        return self.options(**options).delay(*args, **(kwargs or {}))
-
-    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
-        """Enqueue many calls in one transaction: all of them or none.
-
-        Each call is a tuple of positional or a dict of keyword arguments.
-        """
-        return self.app.enqueue(self, [_one_call(call) for call in calls], {})
-
-
-class Call(Generic[P, V]):
-    """A task with options, ready to be enqueued."""
-
-    def __init__(self, task: Task[P, Any, V], options: dict):
-        _check_known(options, _OPTIONS)
-        self._task, self._options = task, options
-
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
-        """Enqueue a call, as Task.delay() does."""
-        return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
-
-    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
-        """Enqueue many calls, as Task.delay_many() does."""
-        found = [_one_call(call) for call in calls]
-        return self._task.app.enqueue(self._task, found, self._options)
-
-
-def _calling(fn):
-    """The function of a callback's task: makes a TaskError, drops the result."""
-    async def wait_for(coroutine):
-        await coroutine
-
-    def call(task_id, *error):
-        value = fn(task_id, *map(TaskError, error))
-        return wait_for(value) if isinstance(value, types.CoroutineType) else None
-
-    return call
-
-
-def _one_call(call):
-    if isinstance(call, dict):
-        if not all(isinstance(name, str) for name in call):
-            raise OptionError(f"delay_many(): {call!r} has a keyword that is no text")
-        return (), call
-    if isinstance(call, (tuple, list)):
-        return tuple(call), {}
-    raise OptionError(
-        f"delay_many() takes tuples and dicts, not {type(call).__name__}"
-    )
-
-
-def _refuse_at_import(module):
-    """Raise AppError that names the line of the app which enqueues at import."""
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    raise AppError(
-        f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
-        f"worker imports {module}, and would in each of its children; put it below "
-        '`if __name__ == "__main__":`, or into a function'
-    )
-
-
-class _Decorator(Protocol):
-    """What `@task(…)` is to a type checker."""
-
-    @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, V]], /
-                 ) -> Task[P, Coroutine[Any, Any, V], V]: ...
-    @overload
-    def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
-
-
-class App:
-    """One registry of tasks and one database.  Keywords are settings."""
-
-    serving = ""        # the module that a worker or child imports just now
-
-    def __init__(self, **settings: Any):
-        self.tasks: dict[str, Task] = {}
-        self._code: dict = {}
-        self._flags: dict = {}
-        self._lock = ProcessLock()  # guards _settings and _store
-        self._settings: types.SimpleNamespace | None = None
-        self._store: Store | None = None
-        self.watches: dict = {}             # by event loop, see Watch
-        self.configure(**settings)
-
-    def __copy__(self) -> App:
-        """An app is one thing: its copies, and those of its results, share it."""
-        return self
-
-    def __deepcopy__(self, memo: dict) -> App:
-        return self
-
-    def __reduce__(self):
-        """Pickled as its database: no other process has its functions."""
-        return _app_on, (self.store.name,)
-
-    # -- settings
-
-    def configure(self, **settings: Any) -> None:
-        """Set settings in code; flags and environment go before them.
-
-        Raises SettingError for an unknown name or a value it cannot have.
-        """
-        self._merge(self._code, settings)
-
-    def override(self, **settings: Any) -> None:
-        """Set settings as flags do: before the environment."""
-        self._merge(self._flags, settings)
-
-    def _merge(self, target, settings):
-        for name, value in settings.items():
-            if name not in _SETTING_BY_NAME:
-                known = ", ".join(sorted(_SETTING_BY_NAME))
-                raise SettingError(f"unknown setting {name!r}; there are {known}")
-            if value is not None:
-                target[name] = check_setting(name, value, name)
-        with self._lock:
-            if self._store:
-                self._store.close()
-            self._settings = self._store = None
-
-    @property
-    def settings(self) -> types.SimpleNamespace:
-        """All settings, resolved when first asked for."""
-        settings = self._settings
-        if settings is None:
-            with self._lock:
-                if self._settings is None:
-                    self._settings = resolve_settings(
-                        self._code, dict(os.environ), self._flags
-                    )
-                settings = self._settings
-        return settings
-
-    @property
-    def store(self) -> Store:
-        """The database, opened by the first thread that uses it."""
-        store = self._store
-        if store is None:
-            with self._lock:
-                if self._store is None:
-                    s = self.settings
-                    self._store = Store(
-                        s.db, s.durability, s.busy_timeout, s.allow_network_fs
-                    )
-                store = self._store
-        return store
-
-    # -- registering
-
-    @overload
-    def task(self, fn: Callable[P, Coroutine[Any, Any, V]], *, name: str | None = None,
-             **options: Any) -> Task[P, Coroutine[Any, Any, V], V]: ...
-    @overload
-    def task(self, fn: Callable[P, R], *, name: str | None = None,
-             **options: Any) -> Task[P, R, R]: ...
-    @overload
-    def task(self, fn: None = None, *, name: str | None = None,
-             **options: Any) -> _Decorator: ...
-    def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
-        """Register a function as a task; with or without brackets.
-
-        Raises AppError when another function has the name already.
-        """
-        if fn is None:
-            return functools.partial(self.task, name=name, **options)
-        schedules = []
-        if isinstance(fn, Task):            # @task above @cron
-            schedules = fn.schedules
-            self._unregister(fn.name)
-            fn = fn.fn
-        _check_function(fn)
-        name = name or _own_name(fn)
-        try:
-            task: Task = Task(self, fn, name, options)
-        except OptionError as exc:
-            raise OptionError(f"@task of {_default_name(fn)}: {exc}") from None
-        task.schedules = schedules
-        return self._register(task)
-
-    def _register(self, task):
-        other = self.tasks.get(task.name)
-        if other is not None and not _is_reload(other, task):
-            raise AppError(
-                f"two tasks are named {task.name!r}: {_place(other.fn)} and "
-                f"{_place(task.fn)}; give one of them @task(name=...), or their "
-                "decorator functools.wraps()"
-            )
-        if callback_kind(task.name):
-            raise AppError(
-                f"task {task.name!r}: names with :on_success or :on_failure at the end "
-                "are for the callbacks of tasks"
-            )
-        self._unregister(task.name)
-        self.tasks[task.name] = task
-        for companion in task.companions():
-            self.tasks[companion.name] = companion
-        return task
-
-    def _unregister(self, name):
-        for of in (name, name + ":on_success", name + ":on_failure"):
-            self.tasks.pop(of, None)
-
-    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
-             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
-        """Run a task without arguments whenever `expr` says so; see Cron.
-
-        misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
-        skip a tick while the run before is unfinished; jitter: put each run off by
-        a fixed part of so many seconds.  Raises CronError, also for a date that
-        never comes.
-        """
-        parsed = Cron(expr, tz)
-        if parsed.never:
-            raise CronError(expr, "fields", expr, "no year has such a date")
-        if misfire not in ("latest", "skip", "all"):
-            raise OptionError(f"misfire={misfire!r}: must be latest, skip or all")
-        if overlap not in ("allow", "skip"):
-            raise OptionError(f"overlap={overlap!r}: must be allow or skip")
-        jitter = _check_span("jitter", jitter)
-        schedule = Schedule(parsed, misfire, overlap, jitter)
-
-        def decorate(fn):
-            if _needs_arguments(fn.fn if isinstance(fn, Task) else fn):
-                raise OptionError(
-                    f"@cron of {_default_name(fn)}: it is run without arguments, and "
-                    "needs some"
-                )
-            task = fn if isinstance(fn, Task) else self.task(fn)
-            task.schedules.append(schedule)
-            return task
-
-        return decorate
-
-    # -- enqueueing
-
-    def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
-        """Insert one row for each (args, kwargs); the work behind delay()."""
-        if App.serving:
-            _refuse_at_import(App.serving)
-        row = self._new_task(task, now_ms(), **options)
-        if row.key is not None and len(calls) != 1:
-            raise OptionError("key= is for one call: each call needs one of its own")
-        limit = self.settings.max_payload
-        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
-        if not texts:
-            return []
-        if options.get("conn") is None:
-            return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
-        ids, mark = self.store.enqueue_with(options["conn"], row, texts)
-        return [AsyncResult(number, self, mark) for number in ids]
-
-    def _new_task(self, task, now, countdown=None, eta=None, priority=None, queue=None,
-                  retries=None, timeout=None, key=None, conn=None):
-        run_at = _due_at(now, countdown, eta)
-        return NewTask(
-            task.name,
-            task.queue if queue is None else _checked("queue", _queue_name, queue),
-            task.priority if priority is None else _check_priority(priority),
-            None if key is None else _checked("key", _name, key),
-            (task.policy.retries if retries is None
-             else _check_number("retries", retries, kind=int)),
-            task.timeout if timeout is None else _check_timeout(timeout),
-            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
-            counted=countdown is not None,
-        )
-
-    def send(self, name: str, *args: Any, kwargs: dict | None = None,
-             **options: Any) -> AsyncResult[Any]:
-        """Enqueue a task by its name, which need not be registered here.
-
-        Then it has the options of a bare @task, but for those that are given.
-        `kwargs` are its keyword arguments.
-        """
-        _check_known(options, _OPTIONS)
-        task = self.tasks.get(_checked("name", _name, name))
-        task = task or Task(self, _nothing, name, {})
-        return task.apply_async(args, kwargs, **options)
-
-    def result(self, task_id: int) -> AsyncResult[Any]:
-        """Return the AsyncResult of an id of this app's database."""
-        return AsyncResult(task_id, self)
-
-
-_apps_by_path: dict[str, App] = {}
-
-
-def _app_on(path):
-    """The default App, if that is its database; else one for all results of `path`."""
-    if _default_app.store.name == path:
-        return _default_app
-    if path not in _apps_by_path:
-        app = _apps_by_path[path] = App()
-        app.override(db=path)       # whatever the environment says
-    return _apps_by_path[path]
-
-
-def _encode_call(args, kwargs, limit):
-    text = encode_call(args, kwargs)
-    if len(text) > limit:
-        raise PayloadTooLarge(
-            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-            f"{limit:,}; pass the path of a file instead"
-        )
-    return text
-
-
-def _nothing():
-    """Stands for a function that only a worker knows."""
-
-
-class Progress(NamedTuple):
-    percent: float
-    message: str | None
-
-
-class _Unfinished(Exception):
-    """There is no outcome yet, or no longer."""
-
-
-class AsyncResult(Generic[V]):
-    """A handle on one enqueued task; cheap, and good in any process.
-
-    Every method raises TaskNotFound once the row is gone.  So does a handle that
-    was got with conn= until the caller commits, and for ever after a rollback,
-    whoever has got the id then.
-    """
-
-    def __init__(self, id: int, app: App | None = None, mark: str | None = None):
-        self.id = id if type(id) is int else parse_id(str(id))
-        self._app = app or _default_app
-        self._mark = mark       # of our row, until it has been seen committed
-
-    @property
-    def _store(self):
-        store = self._app.store
-        if self._mark is not None:
-            if not store.has_mark(self.id, self._mark):
-                raise TaskNotFound(
-                    f"no task {self.id}: its transaction is not committed, or was "
-                    "rolled back, or it was deleted"
-                )
-            self._mark = None
-        return store
-
-    @property
-    def task_id(self) -> int:
-        """The same as .id."""
-        return self.id
-
-    def __repr__(self) -> str:
-        return f"<AsyncResult {self.id}>"
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, AsyncResult) and self.id == other.id
-            and self._app.store.path == other._app.store.path
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    @property
-    def status(self) -> str:
-        """scheduled, queued, running, retrying, success, failed or cancelled."""
-        return self._store.task(self.id).status
-
-    @property
-    def attempt(self) -> int:
-        """The number of the last run; 0 before the first."""
-        return self._store.task(self.id).attempt
-
-    @property
-    def result(self) -> V | None:
-        """What the task returned; None while, or when, it did not."""
-        text = self._store.result(self.id)
-        return None if text is None else decode(text)
-
-    @property
-    def error(self) -> TaskError | None:
-        """What ended the last run that failed, or None."""
-        error = self._store.error(self.id)
-        return TaskError(error) if error else None
-
-    @property
-    def progress(self) -> Progress | None:
-        """(percent, message) as the task last set them, or None."""
-        found = self._store.progress(self.id)
-        return Progress(*found) if found else None
-
-    def ready(self) -> bool:
-        """True once it has finished, however it did."""
-        return self._store.state(self.id) in FINISHED
-
-    def successful(self) -> bool:
-        """True once it has succeeded."""
-        return self._store.state(self.id) == SUCCESS
-
-    def failed(self) -> bool:
-        """True once it has failed for good."""
-        return self._store.state(self.id) == FAILED
-
-    def cancelled(self) -> bool:
-        """True once it has been cancelled."""
-        return self._store.state(self.id) == CANCELLED
-
-    def get(self, timeout: float | timedelta | None = None) -> V:
-        """Wait for the end and return the result; at most `timeout` seconds.
-
-        Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
-        then the task goes on.
-        """
-        deadline = None
-        if timeout is not None:
-            seconds = _check_span("timeout", timeout, -math.inf, math.inf)
-            deadline = time.monotonic() + seconds
-        pauses = growing_pauses()
-        while True:
-            if self.ready():
-                with contextlib.suppress(_Unfinished):
-                    return self._outcome()
-            pause = next(pauses)
-            if deadline is not None:
-                pause = min(pause, deadline - time.monotonic())
-                if pause <= 0:
-                    raise self._too_late(seconds)
-            time.sleep(pause)
-
-    def __await__(self) -> Generator[Any, None, V]:
-        return self._wait().__await__()
-
-    async def _wait(self):
-        import asyncio
-
-        app, loop = self._app, asyncio.get_running_loop()
-        while True:
-            if self.ready():
-                with contextlib.suppress(_Unfinished):
-                    return self._outcome()
-            await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
-
-    def _outcome(self):
-        state, result, error = self._store.outcome(self.id)
-        if state == SUCCESS:
-            return None if result is None else decode(result)
-        if state == FAILED:
-            raise TaskFailed(self.id, TaskError(error or {"kind": "exception"}))
-        if state == CANCELLED:
-            raise TaskCancelled(f"task {self.id} was cancelled")
-        raise _Unfinished       # somebody has retried it a moment ago
-
-    def _too_late(self, timeout):
-        return WaitTimeout(f"task {self.id} is {self.status} after {timeout} s")
-
-    def cancel(self) -> bool:
-        """Cancel it, or have its worker end its run within a second.
-
-        False when it has finished.
-        """
-        return self._store.cancel(self.id, now_ms()) not in FINISHED
-
-    def retry(self) -> None:
-        """Run a finished task again.  Raises TaskStateError when it is unfinished."""
-        self._store.retry(self.id, now_ms())
-
-    def forget(self) -> None:
-        """Delete it with its result.  Raises TaskStateError while it runs."""
-        self._store.forget(self.id)
-
-
-class CurrentTask:
-    """The run that is going on in this process; see current_task()."""
-
-    def __init__(self, id: int, name: str, attempt: int, deadline: float | None,
-                 scheduled_for: datetime | None, report: Callable):
-        self.id = id
-        self.name = name
-        self.attempt = attempt              # 1 for the first run
-        self.deadline = deadline            # unix time in seconds; None: no limit
-        self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
-        self._report = report
-
-    def set_progress(self, percent: float, message: str | None = None) -> None:
-        """Show how far the task has come, in AsyncResult.progress and `show`."""
-        self._report(self, _check_number("percent", percent, 0, 100), message)
-
-
-_current_task: CurrentTask | None = None
-
-
-def current_task() -> CurrentTask | None:
-    """Return the task that this process is running; None outside of one."""
-    return _current_task
-
-
-_default_app = App()
-task = _default_app.task
-cron = _default_app.cron
-configure = _default_app.configure
-
-
-# == Processes ================================================================
-# Owns all that depends on the operating system: starting, killing and reaping
-# processes, the locks that show who is alive, memory, signal names.  A Windows
-# half would define these same names; until it can be tested, workers run on
-# Linux and macOS only.
-
-try:
-    import fcntl
-    import resource
-    import termios
-except ImportError:                         # Windows
-    fcntl = resource = termios = None       # type: ignore[assignment]
-
-_IS_LINUX = sys.platform.startswith("linux")
-_NO_BYTES = bytes(struct.calcsize("i"))     # what FIONREAD says of an empty pipe
-
-
-# A worker imports the app, and an app may replace what the standard library gives:
-# gevent.monkey.patch_all() makes sockets that wait by themselves, a close() that
-# closes later, and a SIGCHLD that it alone hears.  What a worker lives by is the
-# system's own: bound here, before an app can be imported, or from the C module
-# _socket.  Guarded by test_an_app_may_replace_the_standard_library.
-OwnSelector = selectors.DefaultSelector
-set_signal = signal.signal
-close_fd = os.close
-own_sleep = time.sleep
-own_ident = threading.get_ident
-_waitpid = os.waitpid
-
-
-@functools.cache
-def _own_subprocess():
-    """The module subprocess once more, for ourselves."""
-    spec = importlib.util.find_spec("subprocess")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def check_platform() -> None:
-    """Raise AppError where workers cannot run."""
-    if fcntl is None:
-        raise AppError("workers need Linux or macOS for now; delay() works here")
-
-
-_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker has: for each, besides
-
-
-def ensure_descriptors(children: int) -> None:
-    """See that this process may open what so many children and a spare one need.
-
-    Raises the soft limit where it is too low; AppError when the hard one is.
-    """
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _WORKER_FDS + _CHILD_FDS * (children + 1)
-    if limit == resource.RLIM_INFINITY or limit >= needed:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
-    except (ValueError, OSError):
-        raise AppError(
-            f"concurrency={children}: needs {needed} descriptors, and this process "
-            f"may have {most}, which is enough for "
-            f"{max(0, (most - _WORKER_FDS) // _CHILD_FDS - 1)}: see `ulimit -n`"
-        ) from None
-
-
-def signal_name(number: int) -> str:
-    """SIGSEGV for 11."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-class Exit(NamedTuple):
-    """How a process ended."""
-
-    signal: str | None          # its name, when one killed it
-    code: int | None            # exit code otherwise
-    peak_bytes: int             # of resident memory
-
-
-def interpreter() -> list[str]:
-    """The command that starts this Python again, with the flags it was given."""
-    flags = _own_subprocess()._args_from_interpreter_flags()
-    return [sys.executable, *flags]
-
-
-def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
-    """Start a process in a session and group of its own; return its pid.
-
-    It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
-    """
-    process = _own_subprocess().Popen(
-        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep,
-        start_new_session=True, close_fds=True,
-    )
-    process.returncode = 0      # this module reaps by wait4, for the peak memory
-    return process.pid
-
-
-def poll_exit(pid: int) -> Exit | None:
-    """Reap a child process if it has ended; None while it lives."""
-    try:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-    except ChildProcessError:               # somebody else reaped it
-        return Exit(None, None, 0)
-    if found == 0:
-        return None
-    peak = usage.ru_maxrss * (1024 if _IS_LINUX else 1)
-    if os.WIFSIGNALED(status):
-        return Exit(signal_name(os.WTERMSIG(status)), None, peak)
-    return Exit(None, os.WEXITSTATUS(status), peak)
-
-
-def kill_group(pid: int) -> None:
-    """SIGKILL a process group; nothing when it is gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def send_signal(pid: int, number: int) -> None:
-    """Send a signal to a process that is not reaped yet."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def own_socket(fd: int) -> _socket.socket:
-    """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
-
-    Guarded by test_a_default_timeout_of_sockets_is_not_for_ours.
-    """
-    end = _socket.socket(fileno=fd)
-    end.settimeout(None)
-    return end
-
-
-def socket_pair(kind: int = socket.SOCK_STREAM) -> tuple[_socket.socket, ...]:
-    """Two such sockets that are connected."""
-    pair = _socket.socketpair(socket.AF_UNIX, kind)
-    for end in pair:
-        end.settimeout(None)
-    return pair
-
-
-def frame_pair() -> tuple[_socket.socket, ...]:
-    """A socket pair that keeps frames whole, so that either side can read one."""
-    return socket_pair(socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM)
-
-
-def is_filled(pipe: int) -> bool:
-    """True when something waits in a pipe."""
-    return fcntl.ioctl(pipe, termios.FIONREAD, _NO_BYTES) != _NO_BYTES
-
-
-def has_children() -> bool:
-    """True when a process that this one has started lives, or is not waited for."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return True
-    except (ChildProcessError, AttributeError):     # macOS has it since 3.13
-        return False
-
-
-def others_write_here() -> bool:
-    """True when a process that this one has started has its standard output, or error.
-
-    Where /proc does not tell: when there is any such process at all.  The helpers of
-    multiprocessing stay for good and write nothing; what a forkserver starts may.
-    """
-    if not has_children():
-        return False
-    try:
-        own = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
-        pids = [pid for pid in _children_of("self") if own & _outputs_of(pid)]
-        helpers = list(filter(_is_helper, pids))
-        started = [pid for helper in helpers for pid in _children_of(helper)]
-    except OSError:
-        return True
-    return len(pids) > len(helpers) or any(own & _outputs_of(pid) for pid in started)
-
-
-def _children_of(pid):
-    found = []
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as f:
-            found += f.read().split()
-    return found
-
-
-def _is_helper(pid):
-    with open(f"/proc/{pid}/cmdline", "rb") as f:
-        command = f.read()
-    return b"from multiprocessing.resource_tracker import" in command \
-        or b"from multiprocessing.forkserver import" in command
-
-
-def _outputs_of(pid):
-    found = set()
-    for fd in (1, 2):
-        with contextlib.suppress(OSError):      # closed, or the process has ended
-            found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
-    return found
-
-
-def is_lack(exc: BaseException) -> bool:
-    """True for want of memory, space, descriptors or processes: it may pass."""
-    no_thread = isinstance(exc, RuntimeError) and "start new thread" in str(exc)
-    lacks = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)
-    return isinstance(exc, MemoryError) or no_thread \
-        or isinstance(exc, OSError) and exc.errno in lacks
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write the whole of `data`, also where one write takes only a part."""
-    while data:
-        data = data[os.write(fd, data):]
-
-
-def memory_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 where /proc does not tell."""
-    try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """What this process, and what its children that have ended, computed so far."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (round(own.ru_utime + own.ru_stime, 3),
-            round(ended.ru_utime + ended.ru_stime, 3))
-
-
-def boot_id() -> str:
-    """Identifies this boot of the machine; '' where it cannot be known."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
-            return f.read().strip()
-    except OSError:
-        return ""
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies, where it can.
-
-    To be called by the child itself, after exec.
-    """
-    if _IS_LINUX:
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-            f.write("500")          # out of memory: the child goes, not the worker
-    if os.getppid() != parent:              # it died before the call above
-        os._exit(1)
-
-
-def dump_crashes(fd: int) -> None:
-    """Have the Python stack written to `fd` at a crash, and at SIGUSR2.
-
-    Also again, when somebody has put handlers of his own in the place of these.
-    """
-    import faulthandler
-
-    faulthandler.disable()
-    faulthandler.enable(file=fd, all_threads=True)
-    faulthandler.unregister(signal.SIGUSR2)
-    faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True)
-
-
-@contextlib.contextmanager
-def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
-    """Have the Python stack written to `fd` when this block lasts for so long."""
-    import faulthandler
-
-    with contextlib.suppress(RuntimeError):         # no thread to be had
-        faulthandler.dump_traceback_later(seconds, file=fd)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-# Kills the groups of the children whose worker is gone, also where a child is
-# stuck in C code and cannot notice, and what such a child has started.  Knows a
-# group from "+pid" to "-pid" on its standard input.  Guarded by
-# test_no_process_outlives_a_killed_worker.
-_GUARDIAN = """
-import os, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
-
-
-class Guardian:
-    """A small process that outlives the worker just to clean up after it."""
-
-    def __init__(self):
-        self._groups: set[int] = set()
-        self._pid = 0
-        self._pipe = -1
-
-    def watch(self, pid: int) -> None:
-        """Kill this group should the worker die."""
-        self._groups.add(pid)
-        self._tell(f"+{pid}\n")
-
-    def release(self, pid: int) -> None:
-        """The group is gone; its number may soon be somebody else's."""
-        self._groups.discard(pid)
-        self._tell(f"-{pid}\n")
-
-    def check(self) -> None:
-        """Start it (again), if it is not running."""
-        if self._pid and poll_exit(self._pid) is None:
-            return
-        self._close()
-        self._pid = 0
-        argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
-        with contextlib.ExitStack() as theirs:
-            receiver, self._pipe = os.pipe()
-            theirs.callback(close_fd, receiver)
-            null = os.open(os.devnull, os.O_WRONLY)
-            theirs.callback(close_fd, null)
-            self._pid = spawn(argv, [], receiver, null)
-        for pid in self._groups:
-            self._tell(f"+{pid}\n")
-
-    def _tell(self, line):
-        with contextlib.suppress(OSError):      # it died: check() starts another
-            os.write(self._pipe, line.encode())
-
-    def _close(self):
-        if self._pipe >= 0:
-            close_fd(self._pipe)
-        self._pipe = -1
-
-    def stop(self) -> None:
-        """End it; it kills what it still knows."""
-        self._close()
-        if self._pid:
-            with contextlib.suppress(ChildProcessError):
-                _waitpid(self._pid, 0)
-        self._pid = 0
-
-
-def _open_live(path, may_create):
-    """Open, or make, DATABASE-live for exactly those who may write the database.
-
-    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
-    where others may write, somebody may have put something else there.
-    """
-    try:
-        database = os.stat(path.removesuffix("-live"))
-    except OSError:                     # none yet: for us alone
-        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
-    writers = database.st_mode & 0o222
-    mode = 0o600 | writers | writers << 1
-    create = os.O_CREAT if may_create else 0
-    try:
-        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise DatabaseUnavailable(
-            f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
-            "must not be a link"
-        ) from None
-    found = os.fstat(fd)
-    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
-    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
-            and ours):
-        close_fd(fd)
-        raise DatabaseUnavailable(
-            f"{path}: somebody else has put this here: remove it, once no worker runs"
-        )
-    with contextlib.suppress(OSError):      # of another owner: it is as he made it
-        if os.geteuid() == 0 or mode & 0o060:
-            owner = database.st_uid if os.geteuid() == 0 else -1
-            os.fchown(fd, owner, database.st_gid)
-        os.fchmod(fd, mode)
-    return fd
-
-
-class LiveFile:
-    """Byte n of the file `path` is locked for as long as worker n lives.
-
-    The kernel drops the lock with the process, so a death shows at once and no
-    clock is asked.  The file is opened once per process and never closed: closing
-    any descriptor of it would drop all locks.  A lock does not keep out its own
-    process, so `_held` knows the bytes that are ours.
-
-    Somebody may remove the file: then those who come next lock a new one, and a
-    free byte there says nothing about a worker that has locked another `number`.
-    """
-
-    _open: dict[tuple | None, LiveFile] = {}        # by device and inode
-
-    def __init__(self, path: str, may_create: bool = True):
-        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
-        self._pid = os.getpid()
-        self._held: set[int] = set()
-        # Fits an integer of SQLite; unique while one of those who lock it lives.
-        self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
-
-    @classmethod
-    def of(cls, path: str, may_create: bool = True) -> LiveFile:
-        """The one instance for this file in this process, by whatever name."""
-        known = cls._open.get(_file_identity(path))
-        if known is None or known._pid != os.getpid():
-            cls._close_removed()
-            known = cls(path, may_create)
-            found = os.fstat(known._fd)
-            cls._open[found.st_dev, found.st_ino] = known
-        return known
-
-    @classmethod
-    def _close_removed(cls):
-        """Nobody asks for what lies in a removed file, once we hold nothing there."""
-        for identity, known in list(cls._open.items()):
-            with contextlib.suppress(OSError):
-                if not (known._held or os.fstat(known._fd).st_nlink):
-                    close_fd(known._fd)
-                    del cls._open[identity]
-
-    def hold_only_here(self, worker: int) -> None:
-        """Drop its lock in a file that was removed: its row tells of this one."""
-        for other in list(self._open.values()):
-            if other is not self and other._path == self._path:
-                other.drop(worker)
-
-    def hold(self, worker: int) -> bool:
-        """Lock our byte.  False: it is somebody else's, so no proof that we live."""
-        self._held.add(worker)
-        return self._try_lock(worker) is not False
-
-    def drop(self, worker: int) -> None:
-        """Unlock it, when the worker has ended in an orderly way."""
-        self._held.discard(worker)
-        with contextlib.suppress(OSError):
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
-
-    def is_held(self, worker: int) -> bool | None:
-        """True when a process holds this byte; None where locks do not work."""
-        if worker in self._held:
-            return True
-        free = self._try_lock(worker)
-        if free:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
-        return None if free is None else not free
-
-    def _try_lock(self, worker):
-        """True: it is locked now; False: somebody else's; None: it cannot be."""
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
-            return True
-        except OSError as exc:
-            return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
-
-
-# == Output ===================================================================
-# Owns how what a task prints becomes whole lines of the right run.  Two ways lead
-# to the worker: text that Python prints comes in messages, which name the run;
-# what C code and subprocesses write to descriptors 1 and 2 comes by a pipe, which
-# does not.  So the child empties the pipe before it answers, and says when a
-# process of an earlier run still holds it: what comes then is nobody's for sure.
-
-_OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
-_CUT_MARK = "\n[more output is not kept]\n"
-_LINE_BYTES = 1 << 16           # a longer line from a pipe is cut
-_LINE_PARTS = 1000              # so many writes without a line end are a line
-
-
-def cut_output(text: str, before: int) -> str:
-    """The part of `text` to keep after `before` characters of the same run."""
-    room = _OUTPUT_CHARS - before
-    if len(text) <= room:
-        return text
-    return text[:room] + _CUT_MARK if room >= 0 else ""
-
-
-class TaskStream(io.TextIOBase):
-    """Stands in for sys.stdout and sys.stderr: whole lines go to `emit(text, fd)`.
-
-    Each thread has the beginning of its line to itself, so that lines of many
-    threads stay whole.  Whatever an app does to a text stream may be done to it
-    (reconfigure, detach, close, wrap its buffer), and it goes on.
-    """
-
-    encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
-    line_buffering, write_through, mode = True, False, "w"
-
-    def __init__(self, emit: Callable[[str, int], None], fd: int):
-        self._emit, self._fd = emit, fd
-        # By thread: the parts of its line so far.
-        self._begun: dict[int, collections.deque] = {}
-        self.name = "<stdout>" if fd == 1 else "<stderr>"
-        self.buffer = _TaskBuffer(self)
-
-    def write(self, text: str, /) -> int:
-        """Send `text` up to its last line end; keep the rest for the next write."""
-        if not isinstance(text, str):
-            raise TypeError(f"write() takes str, not {type(text).__name__}")
-        line, end, rest = text.rpartition("\n")
-        if end:
-            self._send(line + end)
-        if rest:
-            self._begin(rest)
-        return len(text)
-
-    def flush(self) -> None:
-        """Send what this thread has begun, whole line or not."""
-        if self._begun:
-            self._send("")
-
-    def _begin(self, rest):
-        """Keep a part of a line.
-
-        A signal handler, or a finalizer, that prints may come between any two steps
-        and send what is begun: then this part belongs to a new beginning.  Guarded
-        by test_a_print_in_the_middle_of_a_print_arrives.
-        """
-        me = threading.get_ident()
-        while rest is not None:
-            begun = self._begun.setdefault(me, collections.deque())
-            begun.append(rest)
-            is_sent_without = self._begun.get(me) is not begun and begun
-            rest = begun.pop() if is_sent_without else None
-        if len(begun) > _LINE_PARTS or begun and len(begun[-1]) > _OUTPUT_CHARS:
-            self.flush()
-
-    def _send(self, text):
-        """Send what this thread has begun, and `text`.  Taken in one step."""
-        begun = self._begun.pop(threading.get_ident(), None)
-        if begun:
-            text = "".join(begun) + text
-            begun.clear()
-        if text:
-            self._emit(text, self._fd)
-
-    def end_run(self) -> None:
-        """Send what is begun, but for the lines of threads that still run."""
-        if self.buffer.lines.rest:
-            self.buffer.flush()
-        if not self._begun:
-            return
-        self.flush()
-        alive = {thread.ident for thread in threading.enumerate()}
-        for thread in self._begun.keys() - alive:
-            text = "".join(self._begun.pop(thread))
-            if text:
-                self._emit(text, self._fd)
-
-    def forget(self) -> None:
-        """In a forked process: what was begun is the other's to print."""
-        self._begun.clear()
-        self.buffer.forget()
-
-    def reconfigure(self, *, encoding: str | None = None, errors: str | None = None,
-                    newline: str | None = None, line_buffering: bool | None = None,
-                    write_through: bool | None = None) -> None:
-        """Take what a TextIOWrapper takes; text travels as UTF-8 all the same."""
-        codecs.lookup(encoding or self.encoding)
-        codecs.lookup_error(errors or self.errors)
-        self.flush()
-        self.encoding, self.errors = encoding or self.encoding, errors or self.errors
-
-    def detach(self) -> _TaskBuffer:        # type: ignore[override]
-        """The buffer; this stream stays usable."""
-        return self.buffer
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def isatty(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """A task may close it; the next one must still be able to print."""
-
-
-class _TaskBuffer(io.BufferedIOBase):
-    """The `buffer` of a TaskStream: bytes that become its text, line by line."""
-
-    closed = False                          # type: ignore[assignment]
-
-    def __init__(self, stream: TaskStream):
-        self._stream, self.name, self.mode = stream, stream.name, "wb"
-        self.lines = LineCutter()
-        self._lock = threading.RLock()      # guards lines
-        self.raw = self                     # type: ignore[assignment]
-
-    def write(self, data: Any, /) -> int:
-        """Pass on the whole lines."""
-        data = bytes(data)
-        with self._lock:
-            text = self.lines.cut(data)
-        self._stream.write(text)
-        return len(data)
-
-    def flush(self) -> None:
-        """Pass on what is there, whole line or not."""
-        with self._lock:
-            text = self.lines.cut(b"", at_end=True)
-        if text:
-            self._stream.write(text)
-        self._stream.flush()
-
-    def forget(self) -> None:
-        """As for the stream."""
-        self.lines.rest = b""
-
-    def detach(self) -> _TaskBuffer:        # type: ignore[override]
-        return self
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """As for the stream; whoever wraps the buffer closes it in the end."""
-        self.flush()
-
-
-class LineCutter:
-    """Makes text of bytes that come in pieces; cuts it at line ends only."""
-
-    def __init__(self):
-        self.rest = b""         # of a line that has not ended
-
-    def cut(self, data: bytes, at_end: bool = False) -> str:
-        """The whole lines so far; at the end, or of an endless line, also a part."""
-        data = self.rest + data
-        size = data.rfind(b"\n") + 1
-        if at_end:
-            size = len(data)
-        elif len(data) - size > _LINE_BYTES:    # … but never inside a character
-            size = codecs.utf_8_decode(data, "backslashreplace", False)[1]
-        self.rest = data[size:]
-        return data[:size].decode("utf-8", "backslashreplace")
-
-
-class Transcript:
-    """What one child prints, as its worker books it: on a run, or on none."""
-
-    def __init__(self, log: Callable):
-        self._log = log             # log(event, run, **fields)
-        self._lines = LineCutter()
-        self._will_stray = False
-        self.begin()
-
-    def begin(self) -> None:
-        """From now on another run prints."""
-        self._strays = self._will_stray
-        self._kept: list[str] = []
-        self._chars = self._strange_chars = 0
-
-    def announce(self, run: Run) -> None:
-        """Say that a run has started, once."""
-        if not run.announced:
-            run.announced = True
-            self._log("task_start", run)
-
-    def printed(self, text: str, run: Run | None, is_kept: bool = True) -> None:
-        """Log a text, up to a limit for each run, and keep it for text()."""
-        before = self._chars if is_kept else self._strange_chars
-        text = cut_output(text, before)
-        if not text:
-            return
-        if is_kept:
-            self._chars += len(text)
-            self._kept.append(text)
-        else:
-            self._strange_chars += len(text)
-        if run is not None:
-            self.announce(run)
-        self._log("output", run, text=text.rstrip("\n"))
-
-    def written(self, data: bytes, head: Run | None) -> None:
-        """Bytes from the pipe, while `head` runs."""
-        self._book(self._lines.cut(data, at_end=head is None), head)
-
-    def _book(self, text, head):
-        is_kept = head is None or not self._strays
-        self.printed(text, head if is_kept else None, is_kept)
-
-    def finish(self, head: Run) -> str:
-        """The run has ended: return all that is kept of its output."""
-        if self._lines.rest:
-            self._book(self._lines.cut(b"", at_end=True), head)
-        return self.text()
-
-    def set_strays(self, strays: bool) -> None:
-        """Whether processes of this run may write to the pipe in the next ones."""
-        self._will_stray = strays
-
-    def text(self) -> str:
-        """All that is kept since begin()."""
-        return "".join(self._kept)
-
-
-# == Surroundings =============================================================
-# Owns what a task may change of the process it runs in, and puts it back for the
-# next: streams, descriptors, folder, environment, signals, timers, limits.  What a
-# module holds is the app's own; what a process cannot undo stays: its priority and
-# CPUs, a lowered hard limit.  --max-tasks-per-child 1 gives each task a new process.
-
-
-def standard_streams() -> tuple:
-    """sys.stdin, stdout and stderr, as they are now; None where one was deleted."""
-    try:
-        return sys.stdin, sys.stdout, sys.stderr
-    except AttributeError:
-        get = sys.__dict__.get
-        return get("stdin"), get("stdout"), get("stderr")
-
-
-class Surroundings:
-    """What a task may change of its process, as the app's import has left it.
-
-    The next task in this child shall find it so again.  What is cheap is compared
-    after each run, and written only where it differs: 3 µs.  The rest takes 20, so it
-    is put right while no run waits, and after each that lasted: see Child.main.
-    Not by signal.getsignal(), which looks for an enum and takes as long as all else.
-    """
-
-    def __init__(self, handlers: dict):
-        # Of signals: the child's own, whatever the app has set, and the app's.
-        numbers = range(1, max(signal.valid_signals()) + 1)
-        self._handlers = {number: _signal.getsignal(number) for number in numbers}
-        self._handlers.update(handlers)
-        self._often = [int(n) for n in (signal.SIGCHLD, signal.SIGPIPE, *handlers)]
-        self._often_handlers = [self._handlers[number] for number in self._often]
-        self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ()) - handlers.keys()
-        self._timers = [
-            timer for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-            if not any(signal.getitimer(timer))     # else the app profiles itself
-        ]
-        self._environ = os.environ
-        self._streams = standard_streams()
-        self._descriptors = [
-            (own, fd, os.get_blocking(fd)) for fd in range(3) if (own := _copy(fd)) > 0
-        ]
-        self._folder = self._here()
-        self._environment = os.environ.copy()
-        self._raw = dict(self._raw_environment())
-        self._umask = os.umask(0o077)
-        os.umask(self._umask)
-        self._depth = sys.getrecursionlimit()
-        self._timeout = _socket.getdefaulttimeout()
-        self._limits = _soft_limits()
-        self._decimal = _decimal_context()
-        # Makes the context variables for a run, which keeps its changes to itself.
-        self.context = self._copy_context if self._decimal else contextvars.copy_context
-
-    def _here(self):
-        try:
-            return os.getcwd()
-        except OSError:                 # somebody has deleted it
-            return ""
-
-    def _raw_environment(self):
-        """The encoded pairs behind os.environ: compared in 1 µs, not in 20."""
-        return getattr(self._environ, "_data", self._environ)
-
-    def _copy_context(self):
-        context, (variable, value) = contextvars.copy_context(), self._decimal
-        context.run(variable.set, value.copy())
-        return context
-
-    def restore(self, streams: tuple) -> None:
-        """Undo what the task left behind.  Never raises."""
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
-        if list(map(_signal.getsignal, self._often)) != self._often_handlers:
-            self._restore_handlers(self._often)
-        if streams != self._streams:
-            sys.stdin, sys.stdout, sys.stderr = self._streams
-        if sys.getrecursionlimit() != self._depth:
-            sys.setrecursionlimit(self._depth)
-        if _socket.getdefaulttimeout() != self._timeout:
-            _socket.setdefaulttimeout(self._timeout)
-        os.umask(self._umask)
-        if self._here() != self._folder:
-            with contextlib.suppress(OSError):
-                os.chdir(self._folder)
-        os.environ = self._environ      # noqa: B003 - a task may have replaced it
-        if self._raw_environment() != self._raw:
-            os.environ.clear()
-            os.environ.update(self._environment)
-
-    def _restore_handlers(self, numbers):
-        """True when there was something to do."""
-        touched = False
-        for number in numbers:
-            handler = self._handlers[number]
-            if _signal.getsignal(number) is not handler and handler is not None:
-                set_signal(number, handler)
-                touched = True
-        return touched
-
-    def restore_rest(self) -> bool:
-        """… and what takes longer to look at.  True: it was a signal.  Never raises."""
-        for timer in self._timers:
-            signal.setitimer(timer, 0)
-        touched = self._restore_handlers(self._handlers)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        for limit, soft in self._limits:
-            now, hard = resource.getrlimit(limit)
-            if now != soft:
-                with contextlib.suppress(ValueError, OSError):  # above the hard one
-                    resource.setrlimit(limit, (soft, hard))
-        with contextlib.suppress(OSError):      # it has closed all: our connection too
-            for own, fd, is_blocking in self._descriptors:
-                os.dup2(own, fd)
-                os.set_blocking(fd, is_blocking)        # others share the pipe
-        return touched
-
-    def leave(self) -> None:
-        """In a forked process: let go of what was kept for the next task here."""
-        for own, *_ in self._descriptors:
-            with contextlib.suppress(OSError):
-                close_fd(own)
-        self._descriptors = []
-
-
-def _copy(fd):
-    try:
-        return os.dup(fd)
-    except OSError:                     # it is closed
-        return -1
-
-
-def _soft_limits():
-    """(number, soft limit) of all limits that this system has."""
-    numbers = {getattr(resource, n) for n in dir(resource) if n[:7] == "RLIMIT_"}
-    found = []
-    for number in numbers:
-        with contextlib.suppress(OSError, ValueError):
-            found.append((number, resource.getrlimit(number)[0]))
-    return found
-
-
-def _decimal_context():
-    """(variable, copy of its value) of the decimal context, once somebody has used it.
-
-    A copied context shares the value, which is changed in place.
-    """
-    for variable, value in contextvars.copy_context().items():
-        if variable.name == "decimal_context":
-            return variable, value.copy()
-    return None
-
-
-# == Child ====================================================================
-# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
-# one message, and only then takes the next.  Nothing that happens in a task can
-# reach past this process.  It knows the registry and the frames, nothing of
-# claims or retries.
-#
-# A frame to the child is a JSON line and the encoded arguments:
-#     [id, name, attempt, timeout, tick]\n[[1, 2], {}]
-# A message to the parent is this header and a body of `length` bytes:
-
-_MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
-_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
-_LACKING = b"L"                         # … for want of what there may be later
-_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
-_UNKNOWN = b"U"                         # no task here has this name
-_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
-_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
-
-_FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
-_TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
-
-
-class ChildSpec(NamedTuple):
-    """What a child must know from the start; passed to it as JSON."""
-
-    module: str         # the name this file is imported by
-    app: str            # MODULE[:APP]
-    path: list          # sys.path
-    parent: int         # pid
-    frames: int         # descriptor to read frames from
-    messages: int       # descriptor to send messages to
-    crash: int          # descriptor for the Python stack of a crash
-    output: int         # the reading end of the pipe behind descriptors 1 and 2
-    settings: dict      # that differ from the environment
-
-
-_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
-_SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
-_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
-_CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
-_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
-
-_CHILD_CODE = (
-    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
-    "sys.path[:] = spec[2]; "
-    "importlib.import_module(spec[0]).run_child(spec)"
-)
-
-
-def load_app(spec: str) -> App:
-    """Import MODULE[:APP] and return its App.
-
-    Without :APP it is the default App, or the only other App in the module.
-    Raises AppError when there is no App of that name; what the import itself
-    raises passes through.
-    """
-    module_name, _, attribute = spec.partition(":")
-    App.serving = module_name           # the import must not enqueue
-    try:
-        module = importlib.import_module(module_name)
-    finally:
-        App.serving = ""
-    if attribute:
-        app = getattr(module, attribute, None)
-        if not isinstance(app, App):
-            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
-    else:
-        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
-        app = _default_app
-        if not app.tasks and len(apps) == 1:
-            app, = apps.values()
-    limit = getattr(module, "RATE_LIMIT", None)
-    if limit is not None and "rate_limit" not in app._code:
-        app.configure(rate_limit=limit)
-    return app
-
-
-def run_child(spec: Sequence) -> None:
-    """The life of a child, until its worker closes the socket or dies."""
-    Child(ChildSpec(*spec)).main()
-
-
-class _ResultRefused(Abort):
-    """The task has returned what cannot be sent; its cause says why."""
-
-
-def run_coroutine(coroutine: types.CoroutineType) -> Any:
-    """Run a coroutine to its end in a loop of its own, and end what it has started.
-
-    Not asyncio.run(), which leaves the thread without a current loop: a later task
-    that asks for one shall find what a fresh process has.
-    """
-    import asyncio
-
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(coroutine)
-    finally:
-        try:
-            left = asyncio.all_tasks(loop)
-            for each in left:
-                each.cancel()
-            loop.run_until_complete(_all_of(left))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
-        finally:
-            loop.close()
-
-
-async def _all_of(left):
-    import asyncio
-
-    await asyncio.gather(*left, return_exceptions=True)
-
-
-class Wire:
-    """The child's end of the connection to its worker: frames in, messages out."""
-
-    def __init__(self, spec: ChildSpec):
-        self.frames = own_socket(spec.frames)
-        self.messages = own_socket(spec.messages)
-        # Held while a message is written: threads of a task may print too, and so
-        # may a signal handler or a finalizer in the middle of that.
-        self._lock = threading.RLock()
-        self._sender = 0            # ident of the thread that is writing one
-        self._outbox: collections.deque = collections.deque()   # to be written
-
-    def receive_now(self) -> bytes | None:
-        """The frame that is there; None: there is none, or it has to be waited for."""
-        try:
-            return self.frames.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
-        except OSError:
-            return None
-
-    def receive(self) -> bytes:
-        """Wait for a frame; empty: the worker has closed its end, or is gone."""
-        while True:
-            try:
-                return self.frames.recv(_FRAME_BYTES)
-            except BlockingIOError:         # a task has changed our descriptors
-                self.frames.setblocking(True)
-            except OSError as exc:
-                self.end_if_closed(exc)
-                return b""
-
-    def send(self, message: bytes) -> None:
-        """Write a message, whole; also within the writing of another: after it."""
-        with self._lock:
-            self._outbox.append(message)
-            if self._sender:
-                return
-            self._sender = own_ident()
-            try:
-                while self._outbox:
-                    self._write(self._outbox.popleft())
-            finally:
-                self._sender = 0
-
-    def is_sending(self) -> bool:
-        """True in the thread that is in the middle of a message."""
-        return self._sender == own_ident()
-
-    def _write(self, message):
-        try:
-            while message:
-                try:
-                    message = message[self.messages.send(message):]
-                except BlockingIOError:         # as above
-                    self.messages.setblocking(True)
-        except OSError as exc:              # the worker is gone
-            self.end_if_closed(exc)
-            kill_group(os.getpid())
-
-    def end_if_closed(self, exc: OSError) -> None:
-        """Say by our exit status that it was a task which closed the connection."""
-        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
-            os._exit(_CUT_OFF_STATUS)
-
-    def wanted(self) -> set[int]:
-        """Ids of the runs that the worker wants to be cancelled; does not wait."""
-        try:
-            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
-        except OSError:
-            return set()
-        return {number for number, in struct.iter_unpack("!q", wanted)}
-
-    def keep_open(self) -> None:
-        """Till the very end: a socket that closes is taken for a death."""
-        os.dup(self.messages.fileno())
-
-    def close(self) -> None:
-        """In a forked process, which has nothing to say."""
-        self.frames.close()
-        self.messages.close()
-
-
-class Child:
-    """The child's side.  One task at a time, in the main thread."""
-
-    def __init__(self, spec: ChildSpec):
-        self.spec = spec
-        self.pid = os.getpid()
-        self.wire = Wire(spec)
-        self.strays = False         # processes that earlier runs have started live
-        self.main_thread = own_ident()
-        self.run_id = 0             # of the current run; 0: none
-        self.attempt = 0
-        self.printed = 0            # characters of the current run
-        self.strange = 0            # … and of threads that are left over
-        self.own_threads: set = set()       # the app's, and the main thread
-        self.left_over: set = set()         # threads of runs that are over
-        self.surroundings: Any = None       # once the app is imported
-        self.interruptible = False  # True while code of the task runs
-        self.forking = 0            # threads that are in the middle of os.fork()
-        self.pending: BaseException | None = None   # to be raised after a send, fork
-        self.interrupt: BaseException | None = None     # what we raised in the task
-        self.mask = threading.local()   # .before: of a thread that forks
-        # Process managers signal whole groups: leave the end to our worker.  Not
-        # SIG_IGN, which programs started by a task would inherit.
-        self.handlers = {
-            signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None,
-            signal.SIGALRM: self._on_alarm, signal.SIGUSR1: self._on_cancel,
-        }
-
-    def main(self) -> None:
-        """Prepare, import the app, then serve; return for an orderly exit."""
-        die_with_parent(self.spec.parent)
-        self._prepare()
-        try:
-            # Written shortly before the worker looks for it.
-            with stack_when_slow(self.spec.crash, 0.9 * _SLOW_SECONDS):
-                self.app = load_app(self.spec.app)
-            self.app.override(**self.spec.settings)
-        except BaseException as exc:
-            # A lock that is taken will be so for as long as the worker lives.
-            lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
-            trace = describe_exception(exc)["traceback"]
-            self._say(_LACKING if lacks else _BROKEN,
-                      trace.encode("utf-8", "backslashreplace"))
-            os._exit(1)
-        import gc
-
-        gc.freeze()         # what is imported will never be garbage
-        dump_crashes(self.spec.crash)
-        self.surroundings = Surroundings(self.handlers)
-        self.surroundings.restore(standard_streams())
-        self.own_threads = set(threading.enumerate())
-        self._say(_READY, _to_json(list(self.app.tasks)).encode())
-        lasted = False              # the run before
-        while True:
-            frame = self.wire.receive_now()
-            if (frame is None or lasted) and self.surroundings.restore_rest():
-                dump_crashes(self.spec.crash)
-            if frame is None:
-                frame = self.wire.receive()
-            if not frame:
-                gc.unfreeze()       # or open files would not be flushed at the exit
-                self.wire.keep_open()
-                return
-            lasted = self._serve(frame) > _SPAWN_SECONDS
-
-    def _let_go(self):
-        """At the very end: what the app has made ends with it, so files are flushed.
-
-        The hooks at a fork, and the handlers, hold us for longer than that.
-        """
-        for app in (self.app, _default_app):
-            app.tasks.clear()
-
-    def _prepare(self):
-        atexit.register(self._let_go)       # the first to come is the last to go
-        dump_crashes(self.spec.crash)
-        # Whoever started the worker may have ignored or blocked what tasks rely on.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._after_fork,
-            after_in_child=self._in_fork,
-        )
-        for fd in self.spec[4:8]:
-            os.set_inheritable(fd, False)
-        self._capture()
-
-    def _capture(self):
-        """Also as sys.__stdout__: "sys.stdout = sys.__stdout__" ends a redirection."""
-        self.originals = sys.stdout, sys.stderr
-        for stream in self.originals:
-            stream.flush()
-        self.streams = out, err = TaskStream(self.print, 1), TaskStream(self.print, 2)
-        sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
-        sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
-        self.plain_streams = standard_streams()
-
-    def _before_fork(self):
-        """Hold back signals that our handlers would swallow in the new process."""
-        self.forking += 1
-        self.mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
-
-    def _after_fork(self):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.before)
-        self.forking -= 1
-
-    def _in_fork(self):
-        """In a process that a task has forked: be to it as a program of its own.
-
-        Else terminate() would not end it, and multiprocessing would wait for ever.
-        """
-        import faulthandler
-
-        faulthandler.unregister(signal.SIGUSR2)
-        for number, handler in self.handlers.items():
-            if signal.getsignal(number) == handler:
-                is_int = number == signal.SIGINT
-                signal.signal(
-                    number, signal.default_int_handler if is_int else signal.SIG_DFL
-                )
-        for stream in self.streams:
-            stream.forget()
-        if self.surroundings:
-            self.surroundings.leave()
-        self.wire.close()
-        self._after_fork()
-
-    def _leave_fork(self, exc):
-        """A process that a task has forked came back here: end it as Python would."""
-        code = 0
-        if isinstance(exc, SystemExit):
-            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-        elif exc is not None:
-            code = 1
-            self.print(describe_exception(exc)["traceback"], 2)
-        for stream in self.streams:
-            stream.end_run()
-        os._exit(code & 0xFF)
-
-    def _serve(self, frame):
-        head, _, text = frame.partition(b"\n")
-        # As text: of bytes, json would ask first in which encoding they are.
-        self.run_id, name, self.attempt, timeout, tick = json.loads(head.decode())
-        self.printed = self.strange = 0
-        self.interrupt = self.pending = None
-        started_at = now_ms()
-        start = time.perf_counter()
-        task = self.app.tasks.get(name)
-        try:
-            if task is None:
-                message = _UNKNOWN, b""
-            else:
-                message = _SUCCEEDED, self._run(task, text, timeout, tick)
-        except BaseException as exc:
-            if os.getpid() != self.pid:
-                self._leave_fork(exc)
-            message = _ENDED_BADLY, self._describe(exc, task)
-        if os.getpid() != self.pid:
-            self._leave_fork(None)
-        duration = time.perf_counter() - start
-        self._end_output(duration)
-        self._send(*message, self.run_id, self.attempt, started_at, duration)
-        self.run_id = 0
-        return duration
-
-    def _end_output(self, seconds):
-        """What this run has printed is its own; what comes later may not be."""
-        for stream in self.streams:
-            stream.end_run()
-        try:
-            if is_filled(self.spec.output):
-                self._say(_WRITTEN, os.read(self.spec.output, _LINE_BYTES))
-        except BlockingIOError:             # the worker has read it meanwhile
-            pass
-        except OSError as exc:
-            self.wire.end_if_closed(exc)
-            raise
-        if _thread._count() or self.left_over:
-            self.left_over = set(threading.enumerate()) - self.own_threads
-        if seconds > _SPAWN_SECONDS or self.strays:
-            strays = others_write_here()
-            if strays != self.strays:
-                self.strays = strays
-                self._say(_STRAYS, b"1" if strays else b"0")
-
-    def _run(self, task, text, timeout, tick):
-        global _current_task
-        args, kwargs = decode(text.decode() or self.app.store.args(self.run_id))
-        deadline = time.time() + timeout if timeout else None
-        tick = datetime.fromtimestamp(tick, timezone.utc) if tick else None
-        _current_task = CurrentTask(
-            self.run_id, task.name, self.attempt, deadline, tick, self._progress
-        )
-        try:
-            value = self._interruptibly(timeout, task.fn, args, kwargs)
-        finally:
-            _current_task = None
-        try:
-            return self._encode_result(value)
-        except (TypeError, PayloadTooLarge) as exc:
-            raise _ResultRefused(str(exc)) from exc     # it would be again
-
-    def _encode_result(self, value):
-        if value is None:
-            return b"null"
-        body = encode(value, "result").encode()
-        limit = self.app.settings.max_payload
-        if len(body) > limit:
-            raise PayloadTooLarge(
-                f"result of {len(body):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-                f"{limit:,}; write it to a file and return its path"
-            )
-        return body
-
-    def _interruptibly(self, timeout, fn, args, kwargs):
-        """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
-        context = self.surroundings.context()
-        self.interruptible = True
-        try:
-            if timeout:
-                signal.setitimer(signal.ITIMER_REAL, timeout)
-            value = context.run(fn, *args, **kwargs)
-            if isinstance(value, types.CoroutineType):
-                value = context.run(run_coroutine, value)
-            return value
-        finally:
-            self.interruptible = False
-            streams = standard_streams()
-            if streams != self.plain_streams:
-                self._flush(streams[1:])
-            self.surroundings.restore(streams)
-
-    def _flush(self, streams):
-        """What an app, or a task, has put in place of our streams may hold output.
-
-        Never raises, and waits only so long: a stream may lead to who does not read.
-        """
-        before = self.interrupt
-        for stream in streams:
-            with contextlib.suppress(Exception):
-                try:
-                    self.interruptible = True
-                    signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
-                    stream.flush()
-                finally:
-                    self.interruptible = False
-        self.interrupt = before
-
-    def _on_alarm(self, *_):
-        exc, self.pending = self.pending, None
-        self._interrupt(exc or TaskTimeout("the time limit is reached"))
-
-    def _on_cancel(self, *_):
-        """The parent wrote the id it means, which may have just finished."""
-        if self.run_id in self.wire.wanted():
-            self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
-
-    def _interrupt(self, exc):
-        """Raise in the task, but never in the middle of a message or of a fork.
-
-        Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept.
-        """
-        if not self.interruptible:
-            return
-        self.interrupt = exc
-        if self.wire.is_sending():
-            self.pending = exc
-        elif self.forking:      # where the interpreter would drop the exception
-            self.pending = exc
-            signal.setitimer(signal.ITIMER_REAL, _FORK_PAUSE)
-        else:
-            raise exc
-
-    def _describe(self, exc, task):
-        """What the parent needs to decide, as JSON."""
-        error = describe_exception(exc)
-        if isinstance(exc, _ResultRefused):
-            error["type"] = type(exc.__cause__).__name__
-        elif isinstance(exc, Abort):        # it wins, also over a time limit
-            error["kind"] = "abort"
-        elif self.interrupt is not None:
-            timed_out = isinstance(self.interrupt, TaskTimeout)
-            error["kind"] = "timeout" if timed_out else "cancelled"
-        if isinstance(exc, Retry):
-            error["countdown"] = _countdown(exc.countdown)
-        error["retryable"] = not isinstance(exc, Abort) and (
-            error["kind"] == "timeout"
-            or isinstance(exc, (Retry, *task.policy.retry_for))
-        )
-        return _to_json(error).encode()
-
-    def _is_left_over(self):
-        """True in a thread that has outlived the run which started it."""
-        return self.left_over and threading.current_thread() in self.left_over
-
-    def _progress(self, run, percent, message):
-        if os.getpid() != self.pid:             # a process the task forked
-            return
-        of = run.id, run.attempt
-        if of == (self.run_id, self.attempt) and not self._is_left_over():
-            text = None if message is None else str(message)[:1000]
-            self._send(_PROGRESSED, _to_json([percent, text]).encode(), *of)
-
-    def print(self, text: str, fd: int) -> None:
-        """Send what a task printed, up to _OUTPUT_CHARS for each run."""
-        if os.getpid() != self.pid:             # a process the task forked
-            write_all(fd, text.encode("utf-8", "backslashreplace"))
-            return
-        run_id, attempt = self.run_id, self.attempt
-        if self._is_left_over():
-            run_id = attempt = 0
-            text = cut_output(text, self.strange)
-            self.strange += len(text)
-        else:
-            text = cut_output(text, self.printed)
-            self.printed += len(text)
-        if text:
-            body = text.encode("utf-8", "backslashreplace")
-            self._send(_PRINTED, body, run_id, attempt)
-
-    def _say(self, kind, body):
-        """Send a message of the current run, or of none."""
-        self._send(kind, body, self.run_id, self.attempt)
-
-    def _send(self, kind, body, run_id, attempt, started_at=0, duration=0.0):
-        head = _MESSAGE.pack(len(body), kind, run_id, attempt, started_at, duration)
-        self.wire.send(head + body)
-        if self.pending is not None and own_ident() == self.main_thread:
-            exc, self.pending = self.pending, None
-            raise exc
-
-
-def _countdown(value):
-    """Seconds, within reason; None, for the task's own delay, when it is no number."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if not isinstance(seconds, (int, float)) or seconds != seconds:
-        return None
-    return float(min(max(seconds, 0), _LONGEST_SECONDS))
-
-
-def _text_of(fn, *args):
-    """Call what may be an exception's own, broken, code."""
-    try:
-        return str(fn(*args))
-    except BaseException as exc:
-        return f"<it cannot be printed: {type(exc).__name__}>"
-
-
-def _is_machinery(path):
-    """True for this file, and for what imports an app."""
-    return path in (__file__, importlib.__file__) \
-        or path.startswith("<frozen importlib")
-
-
-def describe_exception(exc: BaseException) -> dict:
-    """kind, type, message and traceback of any exception.  Never raises."""
-    import traceback
-
-    def text():
-        own = exc.__traceback__
-        while own is not None and _is_machinery(own.tb_frame.f_code.co_filename):
-            own = own.tb_next           # begin where the user's code does
-        return "".join(traceback.format_exception(type(exc), exc, own))
-
-    return {
-        "kind": "exception",
-        "type": type(exc).__qualname__,
-        "message": _text_of(str, exc)[:_TRACEBACK_CHARS],
-        "traceback": _text_of(text)[-_TRACEBACK_CHARS:],
-    }
-
-
-# == Member ===================================================================
-# Owns one child as the worker sees it: its process, its sockets and pipes, what it
-# was sent and what it said.  Decides nothing.
-#
-# Several frames may wait in a child's socket, so that it is never idle while the
-# worker commits.  The worker keeps a duplicate of the receiving end and can read
-# back what the child has not taken: each frame is got by exactly one of the two.
-#
-# `at`, here and in the Pool, is monotonic seconds: every span is measured by a
-# clock that nobody can set.
-
-_MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
-_READ_BYTES = 1 << 18
-_READS = 16                         # in a row from one pipe, at most
-_STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled,
-                            # and the worker reads what it writes
-_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
-_LATEST_MS = 1 << 53                # no clock shows such a unix time
-
-
-class Ended(NamedTuple):
-    """How a run ended, as far as the pool knows."""
-
-    run: Run
-    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
-    result: str | None = None
-    error: dict | None = None       # also retryable, countdown; crash: exit data
-    output: str = ""
-    started_at: int | None = None
-    duration: float | None = None
-
-
-def _frame(run):
-    """The bytes that make a child run this."""
-    name, timeout = _SCALARS[str](run.name), run.timeout or "null"
-    tick = "null" if run.tick is None else run.tick
-    head = f"[{run.id},{name},{run.attempt},{timeout},{tick}]"
-    return f"{head}\n{run.args or ''}".encode()
-
-
-def _read_all(fd, most):
-    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
-    found, at_end = bytearray(), False
-    for _ in range(_READS):         # not for ever, when somebody goes on writing
-        try:
-            chunk = os.read(fd, _READ_BYTES)
-        except OSError:
-            break
-        if not chunk:
-            at_end = True
-            break
-        found += chunk[: max(0, most - len(found))]
-    return bytes(found), at_end
-
-
-def _pipe(undo, theirs):
-    """A pipe from a child: one end to be closed if it fails, one in any case."""
-    reader, writer = os.pipe()
-    undo.callback(close_fd, reader)
-    theirs.callback(close_fd, writer)
-    return reader, writer
-
-
-class Member:
-    """One child of the pool."""
-
-    def __init__(self, spec: ChildSpec, log: Callable):
-        self._open(spec)
-        self.transcript = Transcript(log)
-        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
-        self.began = 0.0                # when [0] became the first; before: it started
-        self.behind = 0.0               # seconds that all but [0] usually take
-        self.ready = False              # it has imported the app
-        self.retiring = False           # takes nothing more
-        self.is_mute = False            # nobody can write to its output any more
-        self._listens = False           # the selector tells of its output
-        self.done = 0                   # runs answered
-        self.why = ""                   # condemned: timeout, cancelled, see _crash()
-        self.kill_due = 0.0             # 0: not condemned
-        self.exit: Exit | None = None   # once it is dead
-        self._buffer = bytearray()      # of messages, not yet whole
-        self._is_deaf = False           # nothing is taken in any more
-        self._reason = ""               # why it could not start
-        self._lacks = False             # … for want of what there may be later
-
-    def _open(self, spec):
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            self.frames, child_frames = frame_pair()
-            self.messages, child_messages = socket_pair()
-            for end in (self.frames, child_frames, self.messages, child_messages):
-                undo.callback(end.close)
-            self.output, child_output = _pipe(undo, theirs)
-            self.crash, child_crash = _pipe(undo, theirs)
-            null = os.open(os.devnull, os.O_RDONLY)
-            theirs.callback(close_fd, null)
-            ends = (child_frames.fileno(), child_messages.fileno(), child_crash,
-                    self.output)
-            spec = spec._replace(
-                frames=ends[0], messages=ends[1], crash=child_crash, output=self.output
-            )
-            argv = [*interpreter(), "-c", _CHILD_CODE, json.dumps(spec)]
-            self.pid = spawn(argv, ends, null, child_output)
-            undo.pop_all()
-        child_messages.close()
-        # The duplicate that frames are read back by.  It shares its flags with the
-        # child's end, so it must stay blocking.
-        self._unread = child_frames
-        self.frames.setblocking(False)
-        self.messages.setblocking(False)
-        os.set_blocking(self.output, False)
-        os.set_blocking(self.crash, False)
-
-    @property
-    def able(self) -> bool:
-        """True when it may be given work."""
-        return self.ready and not self.retiring and not self.why
-
-    def send(self, run: Run, at: float) -> bool:
-        """Send a frame.  False when its socket is full, or it just died."""
-        try:
-            self.frames.send(_frame(run)[:_FRAME_BYTES])
-        except OSError:
-            return False
-        self.waiting.append(run)
-        self.behind += run.usual
-        if len(self.waiting) == 1:
-            self.begin_head(at)
-        return True
-
-    def begin_head(self, at: float) -> None:
-        """From now on the first of `waiting` runs."""
-        self.began = at
-        is_followed = len(self.waiting) > 1     # else floats would leave a trace
-        self.behind = max(0.0, self.behind - self.waiting[0].usual) \
-            if is_followed else 0.0
-        self.transcript.begin()
-
-    def recall(self) -> list:
-        """Read back the frames that the child has not taken; return their runs."""
-        ids = set()
-        with contextlib.suppress(OSError):      # EAGAIN: there are no more
-            while True:
-                frame = self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
-                if not frame:
-                    break
-                ids.add(json.loads(frame.partition(b"\n")[0])[0])
-        back = [run for run in self.waiting if run.id in ids]
-        self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
-        self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
-        return back
-
-    def read(self) -> bool:
-        """Take in what it sent.  False when the socket is at its end."""
-        while True:
-            try:
-                chunk = self.messages.recv(_READ_BYTES)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not chunk:
-                return False
-            if not self._is_deaf:
-                self._buffer += chunk
-            if len(chunk) < _READ_BYTES:
-                return True
-
-    def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
-        """Call understand(self, message, at) with all that it sent.
-
-        Returns (False when the socket is at its end, what was wrong or "").
-        """
-        alive, wrong = True, ""
-        try:
-            alive = self.read()
-            for message in self.parse(max_payload):
-                understand(self, message, at)
-        except _NONSENSE:
-            wrong = "mad"
-        except MemoryError:             # costs this run, not the worker
-            wrong = "too much"
-            self._buffer, self._is_deaf = bytearray(), True
-        return alive, wrong
-
-    def parse(self, max_payload: int) -> Iterator[tuple]:
-        """Yield (header, body) of the whole messages, the header as _MESSAGE has it.
-
-        Raises ValueError for what cannot be one.
-        """
-        buffer, at, size = self._buffer, 0, _MESSAGE.size
-        try:
-            while len(buffer) - at >= size:
-                header = _MESSAGE.unpack_from(buffer, at)
-                if header[0] > max_payload + _MESSAGE_EXTRA_BYTES:
-                    raise ValueError("a message that is too long")
-                if not (0 <= header[4] < _LATEST_MS and 0 <= header[5] < _LATEST_MS):
-                    raise ValueError("a time that cannot be")
-                start, end = at + size, at + size + header[0]
-                if len(buffer) < end:
-                    break
-                at = end
-                yield header, buffer[start:end]
-        finally:
-            del buffer[:at]
-
-    def is_settled(self, at: float) -> bool:
-        """True when what the pipe holds was written by the run at the head.
-
-        One that began just now may be over, and the next at work: then the child
-        empties the pipe itself, before it answers.  Guarded by
-        test_what_c_code_writes_is_booked_on_the_run_that_wrote_it.
-        """
-        return not self.waiting or at - self.began >= _STALL_SECONDS
-
-    def mind_output(self, selector: selectors.BaseSelector, at: float) -> None:
-        """Have the selector tell of the pipe while its text can be booked."""
-        wanted = self.is_settled(at) and not self.is_mute
-        if wanted and not self._listens:
-            selector.register(self.output, selectors.EVENT_READ, self)
-        elif self._listens and not wanted:
-            selector.unregister(self.output)
-        self._listens = wanted
-
-    @property
-    def is_unheard(self) -> bool:
-        """True when there will be something to read that nobody tells of."""
-        return not (self._listens or self.is_mute)
-
-    def read_output(self) -> None:
-        """Take in what C code, or a subprocess, has written to stdout and stderr."""
-        data, self.is_mute = _read_all(self.output, 4 * _OUTPUT_CHARS)
-        self.transcript.written(data, self.waiting[0] if self.waiting else None)
-
-    def cannot_start(self, reason: str, lacks: bool) -> None:
-        """What it says of the import of the app."""
-        self._reason, self._lacks = reason, lacks
-
-    def has_lacked(self) -> bool:
-        """True when it could not start for want of memory, or something like that.
-
-        Whoever is killed before it is ready is so by the kernel, out of memory.
-        """
-        return self._lacks or not self.why and self.exit is not None \
-            and self.exit.signal == "SIGKILL"
-
-    def outgrows(self, limit: int | None) -> bool:
-        """True when it takes over `limit` bytes before its first run."""
-        taken = memory_bytes(self.pid) if limit else 0
-        if limit and taken > limit:
-            self._reason = (
-                f"max_memory is {limit >> 20} MiB, and to import the app alone takes "
-                f"{taken >> 20} MiB"
-            )
-        return bool(limit and taken > limit)
-
-    def last_words(self) -> str:
-        """Why it could not start."""
-        said = self._reason or self.transcript.text()
-        return said or f"they die at once: {self.exit}"
-
-    def read_stack(self) -> str:
-        """The Python stack that faulthandler wrote, if any."""
-        return _read_all(self.crash, _TRACEBACK_CHARS)[0].decode("utf-8", "replace")
-
-    def interrupt(self, run_id: int) -> None:
-        """Have TaskCancelled raised in this run, if it still runs."""
-        with contextlib.suppress(OSError):
-            self.messages.send(struct.pack("!q", run_id))
-        send_signal(self.pid, signal.SIGUSR1)
-
-    def poll(self) -> Exit | None:
-        """How it ended; None while it lives."""
-        self.exit = self.exit or poll_exit(self.pid)
-        return self.exit
-
-    def wait(self, seconds: float, why: str = "") -> Exit:
-        """Wait for its end; after so many seconds kill it, for this reason."""
-        deadline = time.monotonic() + seconds
-        while not self.poll():
-            if time.monotonic() >= deadline:
-                self.why = self.why or why
-                send_signal(self.pid, signal.SIGKILL)
-            own_sleep(0.001)
-        kill_group(self.pid)            # what it has left behind
-        return self.poll() or Exit(None, None, 0)
-
-    def hang_up(self) -> None:
-        """Tell an idle child to exit."""
-        self.frames.close()
-        self._unread.close()
-
-    def watch(self, selector: selectors.BaseSelector) -> None:
-        """Have the selector name us when there is something to read.
-
-        Raises OSError, and kills the child, when it cannot.
-        """
-        try:
-            selector.register(self.messages, selectors.EVENT_READ, self)
-            self.mind_output(selector, 0.0)
-        except OSError:
-            self.wait(0)
-            self.close(selector)
-            raise
-
-    def close(self, selector: selectors.BaseSelector) -> None:
-        """Close our ends.  The child must be dead."""
-        for channel in (self.messages, self.output):
-            with contextlib.suppress(KeyError):
-                selector.unregister(channel)
-        for end in (self.frames, self.messages, self._unread):
-            end.close()
-        for fd in (self.output, self.crash):
-            close_fd(fd)
-
-
-# == Placement ================================================================
-# Owns the choice of the child that a run goes to: where there is room, what may
-# wait in a pipe, and what is taken back from one.  What waits in a pipe saves its
-# child the time of a commit; it waits for _AHEAD_SECONDS at most, by what runs of
-# these tasks have taken so far.  Looks at the children and changes nothing.
-
-_AHEAD_FRAMES = 128         # waiting in one child's socket at most
-_AHEAD_SECONDS = 0.05       # … and behind no more work than this
-_SHORT_SECONDS = 1.0        # what takes longer does not wait, nor is it waited for
-_SPARE_SECONDS = 0.005      # what waits longer goes to a child that is idle
-
-
-class Durations:
-    """How long runs usually take, by name of the task."""
-
-    def __init__(self):
-        self._usual: dict[str, float] = {}      # seconds
-        self.short_names: set[str] = set()      # tasks that may wait in a pipe
-        self.typical = 0.0                      # of all, whatever their name
-
-    def usual(self, name: str) -> float:
-        """Seconds that a run of this task usually takes; 0 for the unknown."""
-        return self._usual.get(name, 0.0)
-
-    def is_short(self, name: str) -> bool:
-        """True when a run of this task may wait in a pipe, or be waited for."""
-        return name in self.short_names
-
-    def learn(self, name: str, seconds: float) -> None:
-        """Take a run into account; a long one counts at once."""
-        self.typical += (seconds - self.typical) * 0.05
-        usual = self._usual.get(name, seconds) * 0.9 + seconds * 0.1
-        if seconds > _SPARE_SECONDS:
-            usual = max(usual, seconds)
-        self._usual[name] = usual
-        if usual < _SHORT_SECONDS:
-            self.short_names.add(name)
-        else:
-            self.short_names.discard(name)
-
-
-class Placement:
-    """Where runs go, by what the `members` of a pool have now.
-
-    `size` of them work at a time.  None is ever sent more runs than `most`.
-    """
-
-    def __init__(self, size: int, most: int | None, durations: Durations):
-        self._size, self._most, self._durations = size, most or sys.maxsize, durations
-
-    def working(self, members: Sequence[Member]) -> list[Member]:
-        """The children that may be given work: not more than `size` have any."""
-        busy: list[Member] = []     # whoever has some stays in
-        idle: list[Member] = []
-        others = 0
-        for member in members:
-            if member.able:
-                (busy if member.waiting else idle).append(member)
-            elif member.waiting:
-                others += 1
-        return (busy + idle)[: max(0, self._size - others)]
-
-    def delay_of(self, member: Member, at: float) -> float:
-        """Seconds until one more run would begin in this child; 0 when it is idle."""
-        if not member.waiting:
-            return 0.0
-        return max(0.0, member.waiting[0].usual - (at - member.began)) + member.behind
-
-    def room(self, members: Sequence[Member], taken: int, at: float) -> tuple[int, int]:
-        """(children with nothing to do, further places in pipes), but for `taken`."""
-        free = ahead = 0
-        for member in self.working(members):
-            if not member.waiting:
-                free += 1
-                ahead += max(0, self._places_in(member, at) - 1)
-            elif not self._is_slow(member, at):
-                ahead += self._places_in(member, at)
-        return max(0, free - taken), max(0, ahead - max(0, taken - free))
-
-    def _places_in(self, member, at):
-        """How many more runs it can take, if they are like those before."""
-        has, left = len(member.waiting), _AHEAD_SECONDS - self.delay_of(member, at)
-        if left <= 0:
-            return 0
-        fit = math.ceil(left / max(self._durations.typical, 1e-6) - 1e-6)
-        return max(0, min(fit, _AHEAD_FRAMES - has, self._most - member.done - has))
-
-    def _is_slow(self, member, at):
-        """True when nothing should wait behind what this child runs."""
-        head = member.waiting[0]
-        return at >= self.late_at(member) or not self._durations.is_short(head.name)
-
-    def late_at(self, member: Member) -> float:
-        """When what waits in this pipe has waited too long.
-
-        For the one run that takes longer than usual; or for many, each a little.
-        """
-        late = member.began + member.waiting[0].usual + _STALL_SECONDS
-        if len(member.waiting) > 1:
-            late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
-        return late
-
-    def takers(self, members: Sequence[Member], at: float) -> list[Taker]:
-        """The children that can take a frame, as a heap: the first is the soonest."""
-        found = [
-            Taker(self.delay_of(m, at), len(m.waiting), n, m)
-            for n, m in enumerate(self.working(members))
-            if not (m.waiting and self._is_slow(m, at))
-        ]
-        heapq.heapify(found)
-        return found
-
-    def may_wait(self, run: Run, taker: Taker) -> bool:
-        """True when `run` may wait in the pipe of this child, which is not slow."""
-        return not run.is_last and self._durations.is_short(run.name) \
-            and taker.delay < _AHEAD_SECONDS and taker.has < _AHEAD_FRAMES \
-            and taker.has + taker.member.done < self._most
-
-    def overloaded(self, members: Sequence[Member], at: float,
-                   is_spare: bool) -> list[Member]:
-        """Those in whose pipe something waits behind a slow run.
-
-        And, if there is nothing else for an idle one to do (`is_spare`), the one
-        in which it waits longest.
-        """
-        working = self.working(members)
-        found = [m for m in working if len(m.waiting) > 1 and self._is_slow(m, at)]
-        if is_spare and not found and any(not m.waiting for m in working):
-            full = [m for m in working if len(m.waiting) > 1]
-            delay, _, longest = max(
-                ((self.delay_of(m, at), n, m) for n, m in enumerate(full)),
-                default=(0.0, 0, None),
-            )
-            if longest and (len(longest.waiting) > 2 or delay > _SPARE_SECONDS):
-                found.append(longest)
-        return found
-
-    def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
-        """Those in whose pipe something less urgent waits; its end is the least."""
-        return [m for m in members
-                if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
-
-    def slack(self, members: Sequence[Member], at: float) -> float:
-        """Seconds for which no child will have nothing to do, by past durations."""
-        return min((
-            self.delay_of(m, at) if len(m.waiting) > 1 else 0.0
-            for m in self.working(members)
-        ), default=0.0)
-
-
-class Taker(NamedTuple):
-    """A child that can take a frame, in the order in which they are asked."""
-
-    delay: float        # seconds until one more run would begin
-    has: int            # runs
-    number: int         # so that members are never compared
-    member: Member
-
-    def after(self, run: Run) -> Taker:
-        """The same when it has taken this run as well."""
-        return Taker(self.delay + run.usual, self.has + 1, self.number, self.member)
-
-
-# == Pool =====================================================================
-# Owns the set of children: who runs what, time limits, recall of what has not begun,
-# replacement.  Knows nothing of the database; what happened to a run is returned as
-# an Ended record.
-
-_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
-_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
-_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
-_EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
-_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
-_START_SECONDS = 2.0        # a child that imports for longer holds up no others
-_LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
-_START_FAILURES = 5         # children in a row that die before they are ready
-_KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
-
-
-class Starts:
-    """When children may be started: few at a time, none once a stop has begun.
-
-    When they die before they are ready: later each time, then give up; but never for
-    want of memory, descriptors or processes.
-    """
-
-    def __init__(self, say: Callable):
-        self._say = say         # say(text, **fields): of a child outside of any run
-        self.failures = 0       # in a row
-        self.next_start = 0.0   # no child is started before
-        self._reason = ""       # of the last failure
-        self._lacks = 0         # times in a row that something was lacking
-        self._slow: set[int] = set()        # pids that were said to be
-        self.unknown: set[str] = set()      # tasks that a new child did not know
-
-    @property
-    def given_up(self) -> str:
-        """Why no more are worth a try; empty before, and after a success."""
-        return self._reason if self.failures >= _START_FAILURES else ""
-
-    def room(self, members: Sequence[Member], at: float) -> int:
-        """How many more may be started now, beside these.
-
-        The import of the app takes a CPU for a while: as many as there are CPUs.
-        Those that take long may be waiting for something else.
-        """
-        if at < self.next_start:
-            return 0
-        starting = [m for m in members if not m.ready and at - m.began < _START_SECONDS]
-        return max(0, (os.cpu_count() or 1) + 1 - len(starting))
-
-    def end(self) -> None:
-        """None is started any more."""
-        self.next_start = math.inf
-
-    def failed(self, at: float, reason: str) -> None:
-        """One more could not start, for this reason.  Said once."""
-        self.failures += 1
-        if self.failures == 1:
-            lines = reason.strip().splitlines() or ["it ended before it was ready"]
-            self._say(f"a child could not start, it is tried again: {lines[-1]}",
-                      stack=reason if len(lines) > 1 else None)
-        pause = 0.1 * 2 ** min(self.failures, 8)
-        self.next_start = max(self.next_start, at + pause)
-        self._reason = reason
-
-    def lacked(self, at: float, reason: str) -> None:
-        """One more could not start, for want of what there may be later.  Said once."""
-        self._lacks += 1
-        pause = min(0.1 * 2 ** min(self._lacks, 8), _LACK_PAUSE)
-        self.next_start = max(self.next_start, at + pause)
-        if self._lacks == 1:
-            self._say(f"no child can be started, it is tried again: {reason}")
-
-    def ended(self, member: Member, at: float) -> None:
-        """A child has died; what it had not begun was taken back."""
-        if member.ready and (member.done or member.waiting):
-            # Whether another can start is found out now, not by tries of before.
-            # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
-            self.failures = 0
-            if self.next_start < math.inf:
-                self.next_start = at
-        elif member.has_lacked():
-            self.lacked(at, member.last_words())
-        else:
-            self.failed(at, member.last_words())
-        if member.ready and not (member.waiting or member.why or member.retiring):
-            about = _crash("", member.exit, 0)["message"]
-            self._say(f"a child has ended while it had nothing to do: {about}",
-                      pid=member.pid)
-
-    def mention_slow(self, members: Sequence[Member], at: float) -> None:
-        """Say once of each child that it imports the app for long, and where it is."""
-        starting = [m for m in members if not m.ready]
-        for member in starting:
-            if at - member.began >= _SLOW_SECONDS and member.pid not in self._slow:
-                self._say(f"a child is not ready after {_SLOW_SECONDS:g} s: it still "
-                          "imports the app, and is waited for", pid=member.pid,
-                          stack=member.read_stack() or None)
-                self._slow.add(member.pid)
-        self._slow.intersection_update(member.pid for member in starting)
-
-    def succeeded(self, names: Iterable[str] = ()) -> None:
-        """One is ready, with these tasks: earlier failures do not count any more."""
-        self.failures = self._lacks = 0
-        self.unknown.difference_update(names)
-
-
-def _urgency(run):
-    return run.priority
-
-
-class Hand:
-    """Claimed runs that no child has, in the order in which they go to one."""
-
-    def __init__(self):
-        self.runs: collections.deque = collections.deque()
-        self.since = 0.0            # when the last one left, or there was none
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    def add(self, runs: Sequence[Run]) -> None:
-        """Take in runs, the most urgent first."""
-        self.runs.extend(runs)
-        if len(self.runs) > len(runs):
-            self.runs = collections.deque(sorted(self.runs, key=_urgency))
-
-    def put_in_front(self, runs: Sequence[Run]) -> None:
-        """Take in what has been recalled from a child."""
-        self.runs.extendleft(reversed(runs))
-
-    def take(self, wanted: Callable[[Run], bool]) -> list[Run]:
-        """Give away the runs that are wanted."""
-        found = [run for run in self.runs if wanted(run)]
-        if found:
-            self.runs = collections.deque(r for r in self.runs if not wanted(r))
-        return found
-
-    def deal(self, send: Callable[[Run], bool], at: float) -> list[Run]:
-        """Give each run away with `send`, if it can.
-
-        Returns the runs that nobody could take for a while: others may have time.
-        """
-        left = [run for run in self.runs if not send(run)]
-        if len(left) < len(self.runs) or not left:
-            self.since = at
-        self.runs = collections.deque(left)
-        return self.empty() if at >= self.due else []
-
-    @property
-    def due(self) -> float:
-        """When deal() gives up on what is left."""
-        return self.since + _HAND_SECONDS if self.runs else math.inf
-
-    def empty(self) -> list[Run]:
-        """Give all away."""
-        runs = list(self.runs)
-        self.runs.clear()
-        return runs
-
-
-class Pool:
-    """`size` children that run tasks, and one more that is warm."""
-
-    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
-                 log: Callable, selector: selectors.BaseSelector):
-        self._spec = spec
-        self._size = size
-        self._limits = limits       # settings
-        self._log = log             # log(event, run, **fields)
-        self._selector = selector
-        self._guardian = Guardian()
-        self.members: list[Member] = []
-        self.hand = Hand()
-        self.ended: list[Ended] = []
-        self.progress: dict[int, tuple[Run, str]] = {}
-        self.durations = Durations()
-        most = limits.max_tasks_per_child
-        self.placement = Placement(size, most, self.durations)
-        self.starts = Starts(
-            lambda error, **more: log("child_error", None, error=error, **more)
-        )
-
-    # -- children
-
-    def fill(self, at: float) -> None:
-        """Have all the processes there should be; but few start at a time.
-
-        The others follow as these get ready.
-        """
-        try:
-            self._guardian.check()
-            staying = sum(member.why != "leaving" for member in self.members)
-            missing = self._size + 1 - staying
-            for _ in range(min(missing, self.starts.room(self.members, at))):
-                member = Member(self._spec, self._log)
-                member.began = at
-                member.watch(self._selector)
-                self._guardian.watch(member.pid)
-                self.members.append(member)
-        except OSError as exc:
-            tell = self.starts.lacked if is_lack(exc) else self.starts.failed
-            tell(at, str(exc))
-
-    def is_ready(self) -> bool:
-        """True when a child has imported the app."""
-        return any(member.ready for member in self.members)
-
-    # -- giving out work
-
-    def room(self, at: float) -> tuple[int, int]:
-        """(children with nothing to do, further places in pipes)."""
-        return self.placement.room(self.members, len(self.hand), at)
-
-    def take(self, runs: Sequence[Run]) -> None:
-        """Have claimed runs in hand, the most urgent first; none waits for others."""
-        behind = self.placement.behind(self.members, min(r.priority for r in runs))
-        for member in behind:
-            self._recall(member)
-        self.hand.add(runs)
-
-    def make_way(self, priority: int) -> list[Run]:
-        """Take back what has not begun and is less urgent: for one that waits.
-
-        It needs a child with nothing to do.  Guarded by
-        test_an_urgent_task_does_not_wait_for_what_was_prefetched.
-        """
-        return self._take_back(lambda run: run.priority > priority)
-
-    def leave(self, queues: set[str]) -> list[Run]:
-        """Take back what has not begun and is of these queues: they are paused."""
-        return self._take_back(lambda run: run.queue in queues)
-
-    def _take_back(self, unwanted):
-        for member in self.members:
-            if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
-                self._recall(member)
-        return self.hand.take(unwanted)
-
-    def in_hand(self) -> int:
-        """Runs that are claimed and not ended."""
-        return len(self.hand) + sum(len(m.waiting) for m in self.members)
-
-    def running(self) -> list[Run]:
-        """The runs at the head of each child."""
-        return [m.waiting[0] for m in self.members if m.waiting]
-
-    def dispatch(self, at: float) -> list[Run]:
-        """Send what is in hand, to the child that will begin it first.
-
-        Returns the runs that none could take for a while.
-        """
-        takers = self.placement.takers(self.members, at)
-        return self.hand.deal(lambda run: self._send(run, takers, at), at)
-
-    def _send(self, run, takers, at):
-        """Send a run to the first of the takers, if that can take it."""
-        taker = takers[0] if takers else None
-        if taker is None or taker.has and not self.placement.may_wait(run, taker):
-            return False
-        run.usual, run.due = self.durations.usual(run.name), at + taker.delay
-        if not taker.member.send(run, at):
-            heapq.heappop(takers)           # its socket is full, or it just died
-            return self._send(run, takers, at)
-        if not taker.has:
-            taker.member.transcript.announce(run)
-        if self.durations.is_short(run.name):
-            heapq.heapreplace(takers, taker.after(run))
-        else:
-            heapq.heappop(takers)           # nothing shall wait behind this one
-        return True
-
-    def has_slack(self, seconds: float, at: float) -> bool:
-        """True when no child will have nothing to do before so many have gone."""
-        return self.placement.slack(self.members, at) >= seconds
-
-    def balance(self, at: float) -> None:
-        """Recall what waits behind a slow run, or while another child is idle."""
-        is_spare = not self.hand
-        for member in self.placement.overloaded(self.members, at, is_spare):
-            self._recall(member)
-
-    def _recall(self, member):
-        self.hand.put_in_front(member.recall())
-
-    def recall_all(self) -> list[Run]:
-        """Take back all that has not begun: for a stop."""
-        for member in self.members:
-            self._recall(member)
-        return self.hand.empty()
-
-    # -- hearing from children
-
-    def receive(self, heard: Iterable, at: float) -> None:
-        """Read from the (member, descriptor) that the selector named."""
-        for member, _ in heard:         # first: what has ended by now, wrote before
-            if member in self.members:
-                self._hear(member, at)
-        for member, fd in heard:
-            if fd == member.output and member in self.members and member.is_settled(at):
-                member.read_output()
-
-    def _hear(self, member, at):
-        alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
-        if wrong:
-            self._condemn(member, wrong, at)
-        if not alive:           # dead, or it closed its socket, which is as good
-            member.wait(0.1, "cut off")
-            self._bury(member, at)
-
-    def _understand(self, member, message, at):
-        """Raises ValueError for what a child in its right mind does not say."""
-        (_, kind, run_id, attempt, started_at, duration), body = message
-        head = member.waiting[0] if member.waiting else None
-        is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
-        if kind == _SUCCEEDED and is_heads:                 # most are
-            result = body.decode("ascii")
-            self._take_answer(member, None, result, started_at, duration, at)
-        elif kind == _READY:
-            self._welcome(member, json.loads(body), at)
-        elif kind in (_BROKEN, _LACKING):
-            member.cannot_start(body.decode("utf-8", "replace"), kind == _LACKING)
-        elif kind == _PRINTED:
-            run = head if is_heads else None
-            text = body.decode("utf-8", "replace")
-            member.transcript.printed(text, run, is_heads or head is None)
-        elif kind == _STRAYS:
-            member.transcript.set_strays(body == b"1")
-        elif kind == _PROGRESSED and not is_heads:
-            pass                        # of a thread whose run was ending
-        elif not is_heads:
-            raise ValueError("an answer that nobody asked for")
-        elif kind == _WRITTEN:
-            member.transcript.written(bytes(body), head)
-        elif kind == _PROGRESSED:
-            percent, text = json.loads(body)
-            self.progress[head.id] = head, _to_json([percent, text])
-        elif kind == _UNKNOWN:
-            self.starts.unknown.add(head.name)
-            self.ended.append(Ended(member.waiting.popleft(), "unknown"))
-            member.begin_head(at)
-        elif kind == _ENDED_BADLY:
-            self._take_answer(member, _error_of(body), None, started_at, duration, at)
-        else:
-            raise ValueError("an unknown kind of message")
-
-    def _welcome(self, member, names, at):
-        """A child has imported the app, which knows these tasks."""
-        if member.outgrows(self._limits.max_memory):    # as all would that replace it
-            self._condemn(member, "memory", at)
-            return
-        member.ready = True
-        member.read_stack()         # of a slow import: not of a crash to come
-        self.starts.succeeded(names)
-        self.fill(at)
-
-    def _take_answer(self, member, error, result, started_at, duration, at):
-        run, kind = member.waiting.popleft(), error["kind"] if error else "success"
-        member.transcript.announce(run)
-        self.ended.append(Ended(
-            run, kind, result, error, member.transcript.finish(run), started_at,
-            duration,
-        ))
-        member.begin_head(at)
-        member.done += 1
-        if member.why in ("timeout", "cancelled"):
-            member.why, member.kill_due = "", 0.0      # it ended within its grace
-        self.durations.learn(run.name, duration)
-        if kind in ("timeout", "cancelled") \
-                or member.done >= (self._limits.max_tasks_per_child or math.inf):
-            self._retire(member)        # with what an interrupted task has started
-
-    # -- ending children
-
-    def next_timer(self) -> float | None:
-        """When enforce(), balance() or dispatch() has something to do."""
-        due: float | None = self.hand.due if self.hand else None
-        for member in self.members:
-            if member.kill_due:
-                due = _earliest(due, member.kill_due)
-            elif member.waiting:
-                head = member.waiting[0]
-                if head.timeout:
-                    due = _earliest(due, member.began + head.timeout)
-                if not head.announced or member.is_unheard:
-                    due = _earliest(due, member.began + _STALL_SECONDS)
-                if len(member.waiting) > 1:
-                    due = _earliest(due, self.placement.late_at(member))
-        return due
-
-    def enforce(self, at: float) -> None:
-        """Time limits, and the end of those whose grace is over."""
-        for member in list(self.members):
-            member.mind_output(self._selector, at)
-            if member.kill_due:
-                if at >= member.kill_due:
-                    self._kill(member, at)
-            elif member.waiting:
-                head, age = member.waiting[0], at - member.began
-                if age >= _STALL_SECONDS:
-                    member.transcript.announce(head)
-                if head.timeout and age >= head.timeout:
-                    self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
-            elif member.retiring:
-                member.hang_up()
-                member.why, member.kill_due = "leaving", at + _EXIT_GRACE
-
-    def _retire(self, member):
-        """Replace it once it has nothing to do."""
-        self._recall(member)
-        member.retiring = True
-
-    def _condemn(self, member, why, at, grace=0.0):
-        """Kill it in `grace` seconds, unless it answers before.
-
-        What waits behind is recalled first, so that nothing else can begin in it.
-        """
-        if not member.kill_due:
-            self._recall(member)
-            member.why, member.kill_due = why, at + grace
-
-    def _kill(self, member, at):
-        """Kill it with its group; a stuck one first dumps its Python stack."""
-        if member.why == "timeout":
-            member.why, member.kill_due = "timeout, killed", at + _STACK_GRACE
-            send_signal(member.pid, signal.SIGUSR2)
-        else:
-            self._hear_last(member, at)
-            self._bury(member, at)
-
-    def _hear_last(self, member, at):
-        """Take in the answers that were sent before the end, which is now."""
-        member.wait(0)
-        _, wrong = member.hear(self._understand, self._limits.max_payload, at)
-        member.why = member.why or wrong
-
-    def notice_deaths(self, at: float) -> None:
-        """Find the dead whose socket a grandchild keeps open."""
-        for member in list(self.members):
-            if member.poll():
-                self._hear_last(member, at)
-                self._bury(member, at)
-
-    def _bury(self, member, at):
-        """A child is dead: settle its run, free its sockets, start another."""
-        if member not in self.members:
-            return
-        self._recall(member)
-        member.read_output()
-        stack = member.read_stack()
-        self.starts.ended(member, at)
-        for run in member.waiting:
-            member.transcript.announce(run)
-            self.ended.append(_death_of(run, member, stack, self._limits, at))
-        self._remove(member)
-        self.fill(at)
-
-    def _remove(self, member):
-        self._guardian.release(member.pid)
-        member.close(self._selector)
-        self.members.remove(member)
-
-    def cancel(self, run_id: int, at: float) -> None:
-        """End a run: an exception in the task, then, after a grace, a kill."""
-        for member in self.members:
-            if any(run.id == run_id for run in member.waiting):
-                self._recall(member)        # it may not have begun
-                head = member.waiting[0] if member.waiting else None
-                if head and head.id == run_id and not member.kill_due:
-                    head.cancelled = True
-                    self._condemn(member, "cancelled", at, _CANCEL_GRACE)
-                    member.interrupt(run_id)
-        found = self.hand.take(lambda run: run.id == run_id)
-        self.ended += [Ended(run, "cancelled") for run in found]
-
-    def check_memory(self, at: float) -> None:
-        """Replace idle children over the memory limit; kill those that run."""
-        limit = self._limits.max_memory
-        for member in list(self.members) if limit else []:
-            if memory_bytes(member.pid) <= limit or member.retiring:
-                continue
-            if member.waiting:
-                self._condemn(member, "memory", at)
-            else:
-                self._retire(member)
-
-    def kill_all(self, at: float) -> list[Run]:
-        """Kill every child; return the runs this interrupted."""
-        runs: list[Run] = []
-        for member in list(self.members):
-            self._hear_last(member, at)
-            runs += member.waiting
-            self._remove(member)
-        return runs
-
-    def stop(self) -> None:
-        """End the idle children and the guardian."""
-        until = time.monotonic() + _EXIT_GRACE
-        for member in self.members:
-            member.hang_up()
-        for member in list(self.members):
-            member.wait(until - time.monotonic())
-            self._remove(member)
-        self._guardian.stop()
-
-
-def _error_of(text):
-    """The error that a child describes.  Raises ValueError when it is none."""
-    error = json.loads(text)
-    if not isinstance(error, dict) or error.get("kind") not in _KINDS:
-        raise ValueError("an error without a kind")
-    countdown = error.get("countdown")
-    if countdown is not None and not -_LARGEST <= countdown <= _LARGEST:
-        raise ValueError("a countdown that cannot be")
-    return error
-
-
-def _death_of(run, member, stack, limits, at):
-    """The Ended of a run whose child died."""
-    error: dict = {"traceback": stack, "retryable": True}
-    if member.why == "cancelled":
-        error.update(kind="cancelled", message="cancelled, and killed")
-    elif member.why.startswith("timeout"):
-        message = f"killed after its limit of {run.timeout:g} s"
-        error.update(kind="timeout", message=message)
-    else:
-        error.update(_crash(member.why, member.exit, limits.max_memory))
-    return Ended(run, error["kind"], None, error, member.transcript.finish(run), None,
-                 at - member.began)
-
-
-def _crash(why, found, max_memory):
-    """signal or exit_code, and a sentence for people, with the peak memory."""
-    if why == "mad":
-        text = "the child sent what is no message: did the task write to its sockets?"
-    elif why == "too much":
-        text = "the worker has not the memory to read its result"
-    elif why == "cut off" or found.code == _CUT_OFF_STATUS:
-        text = "the task has closed the connection of its process to the worker: did " \
-            "it close descriptors that are not its own?"
-    elif why == "memory":
-        text = f"it used more than max_memory, {max_memory >> 20} MiB"
-    elif found.signal == "SIGKILL":
-        text = "killed: out of memory, or somebody's kill -9"
-    elif found.signal:
-        text = "this signal ended the child"
-    else:
-        text = f"the process exited with code {found.code}"
-    return {
-        "kind": "crash", "type": found.signal or "",
-        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
-        "signal": found.signal, "exit_code": found.code,
-    }
-
-
 # == Scheduler ================================================================
 # Owns what happens at a cron tick.  Every worker does it; the database lets one of
 # them move a schedule's row on, in the transaction that enqueues the runs, so each
@@ -8370,9 +10021,43 @@ def _crash(why, found, max_memory):
 # that was behind, even in 1970, the range of before goes on where it was.
 
 _CRON_POLL = 30.0           # seconds; the clock may be set at any time
-_BUSY_PATIENCE = 0.25       # seconds a worker's turn waits for the write lock
 _CRON_BATCH = 50            # schedules moved on by one transaction …
 _CRON_BATCH_TICKS = 1000    # … as long as they have fewer ticks than this
+
+
+class Schedule(NamedTuple):
+    """One @cron of a task."""
+
+    cron: Cron
+    misfire: str = "latest"     # of missed ticks run: latest, skip (none), all
+    overlap: str = "allow"      # skip: not while the run before is unfinished
+    jitter: float = 0.0         # seconds a run may be put off, never the tick
+
+
+def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
+              jitter: Any) -> Callable:
+    """The decorator that App.cron() promises."""
+    parsed = Cron(expr, tz)
+    if parsed.never:
+        raise CronError(expr, "fields", expr, "no year has such a date")
+    if misfire not in ("latest", "skip", "all"):
+        raise OptionError(f"misfire={misfire!r}: must be latest, skip or all")
+    if overlap not in ("allow", "skip"):
+        raise OptionError(f"overlap={overlap!r}: must be allow or skip")
+    jitter = check_span("jitter", jitter)
+    schedule = Schedule(parsed, misfire, overlap, jitter)
+
+    def decorate(fn):
+        if needs_arguments(fn.fn if isinstance(fn, Task) else fn):
+            raise OptionError(
+                f"@cron of {default_name(fn)}: it is run without arguments, and "
+                "needs some"
+            )
+        task = fn if isinstance(fn, Task) else app.task(fn)
+        task.schedules.append(schedule)
+        return task
+
+    return decorate
 
 
 class Scheduler:
@@ -8430,7 +10115,7 @@ class Scheduler:
         due = [row for row in due if row[:4] in self._own]
         batch = self._batch(due, now)
         if batch:
-            found = self.store.fire([step for step, _ in batch], _BUSY_PATIENCE)
+            found = self.store.fire([step for step, _ in batch], BUSY_PATIENCE)
             for (step, plan), ids in zip(batch, found):
                 self._report(step.row, plan, ids, now)
         fired = any(step.runs for step, _ in batch)
@@ -8508,1166 +10193,20 @@ def _step_of(row, plan, task, schedule, now):
     return ScheduleStep(row, new, runs)
 
 
-# == Liveness =================================================================
-# Owns the worker's entry among the workers: its id, its lock, its heartbeat, and
-# the judgement that another is dead.  A dead worker's tasks go on within a second.
-
-
-def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:
-    """True when the kernel says so: by its lock, or by a restart of `machine`.
-
-    A lock tells only of those who have locked the same file, and '' is no boot: who
-    cannot read it is not from another one.  False: its heartbeats have to tell.
-    """
-    held = locks.is_held(row.id) if row.live == locks.number else None
-    if held is not None:
-        return not held
-    host, boot = machine
-    return row.host == host and "" not in (row.boot, boot) and row.boot != boot
-
-
-_REAP_ROWS = 200            # workers that one look for dead ones is about
-_REAP_WORKERS = 10          # … and those of them whose runs it gives back
-
-
-def judge_of(store: Store) -> Callable[[WorkerRow], bool]:
-    """A function that tells of a worker's row whether the kernel knows it is dead."""
-    if fcntl is None:
-        return lambda row: False
-    try:
-        locks = LiveFile.of(store.path + "-live", may_create=False)
-    except DatabaseUnavailable:         # none, or not ours: the heartbeat has to do
-        return lambda row: False
-    machine = socket.gethostname(), boot_id()
-    return lambda row: is_surely_dead(row, locks, machine)
-
-
-def reap_surely_dead(store: Store, now: int) -> None:
-    """Give back what the dead still hold, where no worker is there to notice it."""
-    is_dead = judge_of(store)
-    for row in store.workers():
-        if is_dead(row):
-            with contextlib.suppress(DatabaseBusy):     # then a worker does it
-                store.reap(row.id, row.name, now, row.beat_at)
-
-
-class Liveness:
-    """One worker's place in bg_worker."""
-
-    def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
-        self.store, self.settings, self._ear = store, settings, ear
-        self.id = 0                     # bg_worker.id; 0: not registered
-        self._machine = socket.gethostname(), boot_id()
-        self._locks = LiveFile.of(store.path + "-live")
-        self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
-        self._looked_at = 0             # the last worker looked at; 0: all were
-        self._awake = 0.0               # seconds of turns; a long one counts as 1
-        self._turn_at = time.monotonic()
-
-    def register(self, now: int) -> None:
-        """Get a new id, with its byte locked."""
-        s, (host, boot) = self.settings, self._machine
-        self._locks = LiveFile.of(self.store.path + "-live")
-        row = {
-            "name": s.worker_name, "pid": os.getpid(), "host": host, "boot": boot,
-            "port": self._ear.port, "token": self._ear.token,
-            "queues": json.dumps(s.queues) if s.queues else None,
-            "concurrency": s.concurrency, "now": now, "live": self._locks.number,
-        }
-        self.id = self.store.add_worker(row, self._locks.hold)
-
-    def beat(self, running: int, now: int) -> bool:
-        """Write a heartbeat.  False: we were taken for dead and reaped.
-
-        If somebody has removed the file of locks, lock our byte in the new one.
-        But none is made in place of a database that is away.
-        """
-        is_there = os.path.exists(self.store.path)
-        with contextlib.suppress(DatabaseUnavailable):  # then beats have to do
-            self._locks = LiveFile.of(self.store.path + "-live", is_there)
-        live = self._locks.number if self._locks.hold(self.id) else 0
-        alive = self.store.beat(self.id, running, live, now)
-        self._locks.hold_only_here(self.id)
-        return alive
-
-    def leave(self) -> None:
-        """Take the entry off, and the lock."""
-        self.store.remove_worker(self.id)
-        self.forsake()
-
-    def forsake(self) -> None:
-        """Drop the lock only: the entry is gone, or others shall reap it."""
-        self._locks.drop(self.id)
-
-    def mind_the_time(self) -> float:
-        """Count this turn; return the monotonic time of its start.
-
-        A stall of ours or a sleep of the machine counts as one second at most.
-        """
-        at = time.monotonic()
-        self._awake += min(1.0, at - self._turn_at)
-        self._turn_at = at
-        return at
-
-    def doubt(self) -> None:
-        """Our own heartbeat failed: others may not have been able to, either.
-
-        So everybody gets a full period again.  Guarded by
-        test_a_locked_database_makes_nobody_look_dead.
-        """
-        self._seen.clear()
-
-    def reap_dead(self, now: int) -> list[LostRun]:
-        """Give the runs of dead workers back; return them.
-
-        Looks at so many workers at a time, from where it was, and reaps so many:
-        rows of the dead may lie there by thousands, and each reap waits for the disk.
-        """
-        rows = self.store.workers(self._looked_at, _REAP_ROWS)
-        self._looked_at = rows[-1].id if len(rows) == _REAP_ROWS else 0
-        dead = [row for row in rows if row.id != self.id and self._is_dead(row)]
-        holding = self.store.running_counts() if dead else {}
-        idle = [row for row in dead if row.id not in holding]
-        if idle:
-            self.store.remove_dead(idle)
-        for row in dead:
-            self._seen.pop(row.id, None)
-        busy: list[tuple] = [(row.id, row.name, now, row.beat_at) for row in dead
-                             if row.id in holding]
-        busy += [(n, f"#{n}", now, None) for n in self.store.unknown_workers()]
-        return self._reap(busy)
-
-    def _reap(self, workers):
-        lost: list[LostRun] = []
-        for n, values in enumerate(workers):
-            if n == _REAP_WORKERS:
-                self._looked_at = workers[n - 1][0]
-                break
-            try:
-                lost += self.store.reap(*values)
-            except DatabaseUnavailable:
-                if not lost:
-                    raise
-                break           # say first what is done; the others come again
-        return lost
-
-    @property
-    def is_behind(self) -> bool:
-        """True when reap_dead() has not looked at all workers yet."""
-        return self._looked_at > 0
-
-    def _is_dead(self, row):
-        """By what the kernel knows; or by its heartbeat, timed by our waking time.
-
-        So a set clock, a laptop's sleep or a stall of ours never looks like the
-        death of somebody else.
-        """
-        if is_surely_dead(row, self._locks, self._machine):
-            return True
-        beat_at, seen = self._seen.get(row.id, (None, 0.0))
-        if beat_at != row.beat_at:
-            self._seen[row.id] = row.beat_at, self._awake
-            return False
-        return self._awake - seen > self.settings.worker_timeout
-
-
-# == Wishes ===================================================================
-# Owns the hearing of what people want of runs that this worker has: to be cancelled,
-# or left alone because their queue is paused.  Asks only when somebody has committed
-# since, so that it costs a turn one cheap statement.
-
-
-class Wishes:
-    """What becomes of the runs in a pool by other hands."""
-
-    def __init__(self, store: Store, pool: Pool):
-        self._store, self._pool = store, pool
-        self._heard: tuple = ()         # the version of the data when all was done
-
-    def heed(self, worker: int, at: float) -> list[Run]:
-        """Do what is wanted; return runs that have not begun and are to go back.
-
-        A cancellation is asked for until the run has ended: what runs now may be
-        hidden behind an answer that has not been read.
-        """
-        version = self._store.version()
-        if version == self._heard:
-            return []
-        cancels = self._store.cancels_asked(worker)
-        for task_id in cancels:
-            self._pool.cancel(task_id, at)
-        back = []
-        if self._pool.in_hand():
-            back = self._pool.leave(self._store.pauses_asked(worker))
-        self._heard = () if cancels else version
-        return back
-
-
-# == Journal ==================================================================
-# Owns the words of the worker's log: which event says what, with which fields.
-
-
-class Event(NamedTuple):
-    """One row of EVENTS, and of the README's table."""
-
-    fields: str         # further ones than those that all events have
-    meaning: str
-
-
-_ENDS = "how a run ended, said after its commit"
-
-# Each has `worker`; those of a run have task_id, name and attempt as well.
-EVENTS = {
-    "worker_start": Event(
-        "pid db concurrency queues durability tasks schedules", "what it serves"),
-    "worker_ready": Event("children", "the first child has imported the app"),
-    "worker_stopping": Event(
-        "running patience tasks",
-        "the first signal: which tasks are waited for, how many seconds at most"),
-    "worker_stop": Event(
-        "handed_back cpu children_cpu error",
-        "the end; `error`: why it could not go on; after a crash of its own, its runs "
-        "are charged as after a kill"),
-    "scheduler_start": Event("schedules", "so many schedules are served"),
-    "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
-    "cron_missed": Event(
-        "schedule expr ticks misfire overlap clock_set_back",
-        "ticks left out: missed, or the run before is unfinished"),
-    "cron_error": Event(
-        "schedule expr error", "a schedule's row cannot be read: it starts anew"),
-    "clock_leap": Event(
-        "seconds in_doubt",
-        "the clock was set by over an hour; in doubt: nothing is deleted yet"),
-    "task_start": Event("", "a run began"),
-    "task_success": Event("duration", _ENDS),
-    "task_retry": Event("duration kind error retry_at", _ENDS),
-    "task_failure": Event("duration kind error traceback", _ENDS),
-    "task_cancelled": Event("duration", _ENDS),
-    "task_timeout": Event(
-        "duration timeout stack",
-        "its time limit was reached; what follows comes after"),
-    "task_crash": Event(
-        "duration signal exit_code error stack",
-        "its child died; what follows comes after"),
-    "task_lost": Event(
-        "state reason",
-        "a run of a dead worker, given away, or whose end cannot be stored at all"),
-    "unknown_task": Event(
-        "", "a child does not know it: handed back, and left to workers that do"),
-    "child_error": Event(
-        "pid error stack",
-        "a child in trouble outside of any run; what can be mended will be"),
-    "output": Event(
-        "text",
-        "what a task printed, also from C code; the first 64,000 of a run are kept"),
-    "rate_limited": Event("until", "a name waits for its rate"),
-    "callback_error": Event(
-        "callback error", "an `on_success` or `on_failure` has failed for good"),
-    "heartbeat_error": Event("error", "as database_error, about the sign of life"),
-    "database_error": Event(
-        "error", "locked, full or gone: said once an episode; the worker goes on"),
-    "log_dropped": Event("lines", "the reader of the log was too slow for these"),
-}
-
-
-class Journal:
-    """Writes the events of one worker."""
-
-    def __init__(self, log: Log, worker: str):
-        self.log, self._worker = log, worker
-        self._limited: dict[str, int] = {}      # names that wait for their rate
-
-    def say(self, event: str, /, **fields: Any) -> None:
-        """An event of the worker itself."""
-        self.log.event(event, worker=self._worker, **fields)
-
-    def start(self, settings: types.SimpleNamespace, db: str, tasks: list,
-              schedules: int) -> None:
-        """What this worker serves; written at once."""
-        s = settings
-        self.say(
-            "worker_start", pid=os.getpid(), db=db, concurrency=s.concurrency,
-            queues=list(s.queues) if s.queues else "all", durability=s.durability,
-            tasks=tasks, schedules=schedules,
-        )
-        if schedules:
-            self.say("scheduler_start", schedules=schedules)
-        self.log.flush()
-
-    def stopping(self, running: list, patience: float) -> None:
-        """A signal has come: what is waited for, and how long.  A second ends it."""
-        self.say(
-            "worker_stopping", running=len(running), patience=patience,
-            tasks=[f"{run.id} {run.name}" for run in running],
-        )
-
-    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
-        """An event of a run; None: of no run in particular."""
-        if run is None:
-            self.say(event, **fields)
-            return
-        if not run.about:
-            run.about = self.log.part({
-                "task_id": run.id, "name": run.name, "attempt": run.attempt,
-                "worker": self._worker,
-            })
-        self.log.line(event, run.about + self.log.part(fields) if fields else run.about)
-
-    def death(self, end: Ended) -> None:
-        """What a crash or a time limit left behind; its outcome comes after."""
-        error, about = end.error or {}, {"duration": _rounded(end.duration)}
-        stack = error.get("traceback") or None
-        if end.kind == "crash":
-            self.run("task_crash", end.run, **about, signal=error["signal"],
-                     exit_code=error["exit_code"], error=error["message"], stack=stack)
-        elif end.kind == "timeout":
-            self.run("task_timeout", end.run, **about, timeout=end.run.timeout,
-                     stack=stack)
-
-    def outcome(self, outcome: Outcome) -> None:
-        """How a run ended; said after the commit, so it is true."""
-        run, duration = outcome.run, _rounded(outcome.duration)
-        if outcome.state == SUCCESS:
-            return self.run("task_success", run, duration=duration)
-        if outcome.state == CANCELLED:
-            return self.run("task_cancelled", run, duration=duration)
-        error: dict = outcome.error or {}
-        about = {"kind": error["kind"], "error": str(TaskError(error))}
-        if outcome.state == RETRYING:
-            retry_at = iso_time(outcome.run_at or 0)
-            return self.run("task_retry", run, duration=duration, **about,
-                            retry_at=retry_at)
-        self.run("task_failure", run, duration=duration, **about,
-                 traceback=error.get("traceback"))
-        kind = callback_kind(run.name)
-        if kind:
-            self.run("callback_error", run, callback=kind, error=about["error"])
-
-    def limited(self, limited: dict, now: int) -> None:
-        """Names that begin to wait for their rate, each until a time."""
-        for name, until in limited.items():
-            if self._limited.get(name, 0) <= now:
-                self.say("rate_limited", name=name, until=iso_time(until))
-            self._limited[name] = until
-
-    def lost(self, lost: LostRun) -> None:
-        """A run whose worker died."""
-        self.log.event("task_lost", task_id=lost.id, name=lost.name,
-                       attempt=lost.attempt, worker=lost.worker,
-                       state=state_name(lost.state))
-        kind = callback_kind(lost.name)
-        if kind and lost.state == FAILED:
-            self.log.event("callback_error", task_id=lost.id, name=lost.name,
-                           callback=kind, error="lost: its worker died")
-
-
-def _rounded(seconds):
-    return None if seconds is None else round(seconds, 6)
-
-
-# == Upkeep ===================================================================
-# Owns what is done for the database by and by: old finished tasks are deleted, and
-# what a wrong clock has written is put right.
-#
-# A wall clock that leapt forward looks like a machine that was off, but a wrong one
-# is mostly put right soon.  So a leap of more than an hour since any worker's last
-# look is not believed at once, but after a 24th of its length, an hour at least and
-# a day at most; until then nothing is deleted.  Cron ticks and delays do not wait for
-# that: a leap costs them nothing, see Scheduler and Store.shorten_waits().
-
-_CLOCK_KEEP_MS = 60_000     # between two writes of the time last seen
-_PRUNE_BATCH = 1000         # rows looked at by one pass
-_SHORTEN_BATCH = 500        # waits put right by one transaction
-
-
-def look_at_clock(view: ClockView | None, now: int) -> ClockView:
-    """What to believe after a look at the clock; in doubt, `doubted` is set.
-
-    A second look that comes after more than twice the leap is another leap.
-    """
-    if view is None or now <= view.seen + HOUR_MS:
-        return ClockView(now, None)
-    seen, doubted = view
-    if doubted is None or not -HOUR_MS <= now - doubted <= 2 * (doubted - seen):
-        return ClockView(seen, now)
-    is_settled = now - doubted >= min(DAY_MS, max(HOUR_MS, (doubted - seen) // 24))
-    return ClockView(now, None) if is_settled else view
-
-
-def finished_before(keep: float, now: int) -> int | None:
-    """The end of what is kept for `keep` seconds; None: it is kept for ever."""
-    return None if keep == math.inf else now - to_ms(keep)
-
-
-class Upkeep:
-    """Of one worker's database.  `log` takes an event and fields."""
-
-    def __init__(self, store: Store, settings: types.SimpleNamespace, log: Callable):
-        self.store, self.settings, self._log = store, settings, log
-        self.is_in_doubt = False        # about the clock: nothing is deleted
-        self._offset: float | None = None       # ms of wall clock ahead of monotonic
-        self._kept_at = -math.inf       # monotonic: when the clock was last looked up
-        self._wrong_waits = False       # some may be too long, and are looked for
-        self._cursor = 0
-
-    def mind_clock(self, now: int, at: float) -> bool:
-        """Notice a leap of the wall clock against the monotonic `at`, also one since
-        the last worker.  True: tasks may be due, or limits open, earlier than said."""
-        offset = now - at * 1000
-        leap = 0.0 if self._offset is None else offset - self._offset
-        went_back = leap < -LATE_TURN_MS
-        if went_back or leap > HOUR_MS \
-                or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
-            self._look(now, went_back)
-            self._kept_at = at
-        self._offset = offset
-        if not self._wrong_waits:
-            return False
-        count = self.store.shorten_waits(now, _SHORTEN_BATCH)
-        self._wrong_waits = count == _SHORTEN_BATCH
-        return True
-
-    def _look(self, now, went_back):
-        old = self.store.clock()
-        new = look_at_clock(old, now)
-        self.is_in_doubt = new.doubted is not None
-        ahead = max(old.seen, old.doubted or 0) - now if old else 0     # it was
-        is_back = ahead > HOUR_MS
-        self._wrong_waits |= went_back or ahead > LATE_TURN_MS
-        if old is None or old.doubted != new.doubted \
-                or abs(new.seen - old.seen) >= _CLOCK_KEEP_MS:
-            self.store.put_clock(new)
-        if is_back or self.is_in_doubt and new != old:
-            leap = -ahead if is_back else now - new.seen
-            self._log("clock_leap", seconds=leap / 1000, in_doubt=self.is_in_doubt)
-
-    def prune(self, now: int) -> bool:
-        """Delete a batch of old finished tasks; True: look for more soon."""
-        if self.is_in_doubt:
-            return False
-        s = self.settings
-        _, self._cursor = self.store.prune(
-            self._cursor, finished_before(s.retention, now),
-            finished_before(s.retention_failed, now), _PRUNE_BATCH,
-        )
-        return self._cursor > 0
-
-
-# == Settling =================================================================
-# Owns what follows a run: settle() decides it, and the Outbox keeps it until it is
-# in the database, also through hours in which that cannot be written.
-
-
-def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
-    """Decide what follows a run: the one place where that is decided.
-
-    success → success · cancelled → cancelled · abort → failed · anything else is
-    retried while it may be and retries are left, and fails after that.
-    """
-    run, error = ended.run, ended.error
-    started_at = ended.started_at
-    if started_at is None and ended.duration is not None:   # its child is dead
-        started_at = now - to_ms(ended.duration)
-    outcome = Outcome(
-        run, SUCCESS, ended.result, _kept_error(error), ended.output, started_at,
-        ended.duration,
-    )
-    if error is None and ended.kind == "success":
-        return _with_callback(outcome, now)
-    outcome = outcome._replace(state=FAILED)
-    if ended.kind == "cancelled" or run.cancelled:
-        return outcome._replace(state=CANCELLED)
-    if not (error and error.get("retryable")) or run.is_last:
-        return _with_callback(outcome, now)
-    delay = error.get("countdown")
-    if delay is None:
-        delay = retry_delay(policy, run.used, chance)
-    run_at = min(now + to_ms(max(0.0, delay)), _LATEST_MS)
-    # The delay is counted from the end of the run by this very clock, so that
-    # shorten_waits() knows it when the clock was set during the run.
-    began = now - to_ms(ended.duration or 0.0)
-    return outcome._replace(state=RETRYING, run_at=run_at, started_at=max(0, began))
-
-
-def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
-    """The outcome to write instead of one that cannot be stored: a failure.
-
-    None when this is what was refused: then there is nothing to be written.
-    """
-    run, before = refused.outcome.run, refused.outcome.error or {}
-    kind = type(refused).__name__
-    if before.get("type") == kind:
-        return None
-    error = {"kind": "exception", "type": kind, "message": str(refused)}
-    return _with_callback(Outcome(run, FAILED, error=error), now)
-
-
-def _with_callback(outcome, now):
-    if not outcome.run.callbacks:       # as most
-        return outcome
-    rows = callback_rows(outcome.run, outcome.state, outcome.error, now)
-    return outcome._replace(then=rows)
-
-
-def _kept_error(error):
-    """The parts of an error that are stored with the task."""
-    if error is None:
-        return None
-    parts = ("kind", "type", "message", "traceback", "signal", "exit_code")
-    return {part: error[part] for part in parts if error.get(part) not in (None, "")}
-
-
-def _child_spec(app_spec, path, settings):
-    """What children need; each adds its own descriptors."""
-    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
-    values = {name: getattr(settings, name) for name in names}
-    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
-                     {"db": path, **values})
-
-
-class Outbox:
-    """What became of runs and is not in the database yet; kept until it is."""
-
-    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
-        self._store, self._journal = store, journal
-        self._tasks = tasks                     # by name
-        self._progress = progress               # of the pool: by id, (run, text)
-        self.outcomes: list[Outcome] = []       # to be written
-        self.returned: list[Run] = []           # claimed, not begun, to be queued
-        self.handed_back = 0                    # runs that were queued again
-
-    @property
-    def is_full(self) -> bool:
-        """True when something must not be lost in a power cut."""
-        return bool(self.outcomes or self.returned)
-
-    def clear(self) -> None:
-        """It is written, or does not matter any more."""
-        self.outcomes, self.returned = [], []
-        self._progress.clear()
-
-    def settle(self, ended: Sequence[Ended], now: int) -> None:
-        """Turn what the pool says into outcomes to be written."""
-        for end in ended:
-            if end.kind == "unknown":       # after a deploy the child's code is newer
-                self.returned.append(end.run)
-                self._journal.run("unknown_task", end.run)
-                continue
-            task = self._tasks.get(end.run.name)
-            policy = task.policy if task else RetryPolicy()
-            self.outcomes.append(settle(end, policy, now, random.random()))
-            if end.error is not None:
-                self._journal.death(end)
-
-    def turn(self, worker: int, now: int, patience: float,
-             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
-        """Write all there is, and claim by `order`, in one step: all or nothing.
-
-        But one outcome that cannot be stored must not hold up the others for ever:
-        that run fails, and the rest is written.
-        """
-        while True:
-            try:
-                turned = self._store.turn(Turn(
-                    worker, self.outcomes, self.returned, stopped,
-                    tuple(self._progress.values()), order,
-                ), now, patience)
-                break
-            except OutcomeRefused as exc:
-                self._replace(exc, now)
-        self.handed_back += len(self.returned) + len(stopped)
-        for outcome in turned.stale:
-            self._journal.run("task_lost", outcome.run, reason="it was given away")
-        for outcome in turned.written:
-            self._journal.outcome(outcome)
-        self.clear()
-        return turned
-
-    def _replace(self, refused, now):
-        """Have the run fail; if not even that can be written, leave it to be reaped."""
-        runs = [outcome.run for outcome in self.outcomes]
-        place = runs.index(refused.outcome.run)
-        instead = fail_refused(refused, now)
-        self.outcomes[place : place + 1] = [instead] if instead else []
-        if instead is None:
-            self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
-
-
-# == Lookout ==================================================================
-# Owns when a worker does what: looks for work, does its chores, and tries again
-# what the database has refused.  Knows nothing of children.
-
-_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
-_ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
-
-
-class Lookout:
-    """Whether a look for work is worth it, how far the last one came, when is next.
-
-    A look only reads; a claim takes the write lock, and is made when a look has
-    found something, or when there is something to be written as well.
-    """
-
-    def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict):
-        self._store, self._tasks = store, tasks
-        self._queues = settings.queues and frozenset(settings.queues)
-        self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
-        self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
-        if settings.rate_limit:
-            self._rates[""] = settings.rate_limit
-        self.news = True                # something may be there to claim
-        self.next_at: int | None = None     # when a task is due
-        self.round = Round()            # how far it was looked for
-        self._room = 0, 0               # of the pool, a turn ago
-        self._passed_over: set[str] = set()     # names that children do not know
-        self._version: tuple = ()       # of the data, at the last look
-
-    def order(self, worker: int, room: tuple[int, int], unknown: set[str],
-              short_names: set[str]) -> ClaimOrder | None:
-        """What could be claimed now; None without room.
-
-        More room than a turn ago is worth a look: the last one may have found what
-        needs a free child.  Whatever made the room.
-        """
-        self.news |= any(n > before for n, before in zip(room, self._room))
-        self._room = room
-        if not any(room):
-            return None
-        if self._passed_over != unknown:
-            self._passed_over, self.news = set(unknown), True
-        names: Any = self._tasks
-        if self._passed_over:
-            names = names.keys() - self._passed_over
-        return ClaimOrder(worker, self._queues, names, *room, short_names, self._rates,
-                          self._callbacks)
-
-    def look(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed | None]:
-        """(a claim is worth the lock, what was seen); None: no need to look."""
-        version = self._store.data_version()
-        self.news |= version != self._version or (self.next_at or now + 1) <= now
-        if not self.news and self.round.is_over:
-            return False, None
-        self._version = version
-        return self._store.peek(self.begin(order), now)
-
-    def begin(self, order: ClaimOrder) -> ClaimOrder:
-        """The order with where its round stands; what is new begins another."""
-        if self.news:
-            self.news, self.round = False, self.round.renewed()
-        return order._replace(round=self.round)
-
-    def learn(self, seen: Claimed) -> None:
-        """Keep what a look saw beside the runs it found."""
-        self.next_at, self.round = seen.next_at, seen.round
-
-    def expect(self, at: int | None) -> None:
-        """Something becomes due at this time."""
-        self.next_at = _earliest(self.next_at, at)
-
-    def seconds(self, now: int) -> float:
-        """Seconds until a look is worth it; infinite when only news can tell."""
-        if self.news or not self.round.is_over:
-            return 0.0
-        return math.inf if self.next_at is None else (self.next_at - now) / 1000
-
-    def is_done(self, now: int) -> bool:
-        """True when nothing is due, nor waits for a rate."""
-        return self.seconds(now) > 0 and not self.round.limited
-
-
-class Chore:
-    """Something to be done every so many seconds of the worker's own time."""
-
-    def __init__(self, seconds: float, act: Callable[[int], None]):
-        self.seconds, self.act = seconds, act
-        self.due = 0.0
-
-    def act_now(self, now: int, at: float) -> None:
-        """Do it.  `at` is monotonic: setting the clock neither hurries nor stops it.
-
-        One that fails is due again at once, not a period later.
-        """
-        self.due = at + self.seconds
-        try:
-            self.act(now)
-        except BaseException:
-            self.due = at + _ERROR_PAUSE
-            raise
-
-
-class Trouble:
-    """What of a worker's dealings with the database fails now.
-
-    An episode is as long as anything that failed has not worked again.  Each event
-    is said once in it; a lock is worth no line before _BUSY_SILENCE.
-    """
-
-    def __init__(self, say: Callable):
-        self._say = say
-        self._since = 0.0           # monotonic; of the episode
-        self._said: set[str] = set()
-        self.failing: set = set()   # the acts, as they were called
-        self.fatal = ""             # what no later turn can mend
-
-    def survives(self, at: float, act: Callable, *args: Any) -> bool:
-        """Call `act`; True if the database let it.  It returns False: nothing done."""
-        try:
-            if act(*args) is not False:
-                self.failing.discard(act)
-        except DatabaseUnavailable as exc:
-            self._since = self._since if self.failing else at
-            self.failing.add(act)
-            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
-                self.say_once("database_error", exc)
-            if exc.fatal:
-                self.fatal = str(exc)
-            return False
-        if not self.failing:
-            self._said.clear()
-        return True
-
-    def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
-        """Do those that are due, up to the first that fails: it has waited enough.
-
-        That one goes to the end, so that it keeps no other from its turn.
-        """
-        for chore in [chore for chore in chores if at >= chore.due]:
-            if not self.survives(at, chore.act_now, now, at):
-                chores.remove(chore)
-                chores.append(chore)
-                break
-
-    def say_once(self, event: str, exc: Exception) -> None:
-        """A log line, unless this episode has had it."""
-        if event not in self._said:
-            self._said.add(event)
-            self._say(event, error=str(exc))
-
-
-# == Worker ===================================================================
-# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
-# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
-# writer; nothing in it waits long.  A database that is locked, full or gone
-# means: keep the outcomes in hand, claim nothing, say so once, try again.
-
-_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
-_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
-_PRUNE_SECONDS = 60.0       # between two rounds of passes
-_REAP_SECONDS = 0.5         # between two looks for dead workers
-_REAP_PAUSE = 0.05          # … while there are more than one look is about
-_GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
-_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
-
-
-def _stop_signals():
-    """What ends a worker.  A hangup does not where it was ignored: nohup."""
-    hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    stops = [signal.SIGTERM, signal.SIGINT]
-    return stops if hangup else [*stops, signal.SIGHUP]
-
-
-@contextlib.contextmanager
-def _handling(numbers, handler):
-    """Within this block these signals come to `handler`, however we were started.
-
-    Who starts a worker may have blocked or ignored what it needs, and its children
-    inherit that.  Ignored from here on: the stop of a background process that
-    writes to its terminal.
-    """
-    needed = {*numbers, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2}
-    changes = {signal.SIGTTOU: signal.SIG_IGN, **dict.fromkeys(numbers, handler)}
-    before = {number: set_signal(number, to) for number, to in changes.items()}
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, needed)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            set_signal(number, old or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def quitting_at_once() -> contextlib.AbstractContextManager:
-    """A block in which a stop signal ends this process, with status 0 and one line.
-
-    For as long as there is nothing that wants an orderly end.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return contextlib.nullcontext()
-    return _handling(_stop_signals(), _quit)
-
-
-def _quit(*_):
-    with contextlib.suppress(OSError):
-        os.write(2, b"pybgworker: stopped before it began\n")
-    os._exit(0)
-
-
-class StopSignals:
-    """Counts what asks for a stop; SIGCHLD only ends the loop's sleep.
-
-    The handler does no more than that: the loop does the rest.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self.begun = False          # there is something to be stopped in good order
-        self.receiver: Any = None   # readable after a signal
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Within this block, in the main thread, signals come here."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.receiver, sender = socket_pair()
-        for end in (self.receiver, sender):
-            end.setblocking(False)
-        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        try:
-            with _handling([*_stop_signals(), signal.SIGCHLD], self._handle):
-                yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            self.receiver.close()
-            sender.close()
-
-    def _handle(self, number, _frame):
-        if number == signal.SIGHUP:         # it may come twice: from the shell too
-            self.count = max(1, self.count)
-        elif number != signal.SIGCHLD:
-            self.count += 1
-        if self.count and not self.begun:
-            _quit()
-
-    def drain(self) -> None:
-        """Take in what woke the loop."""
-        with contextlib.suppress(OSError):
-            while self.receiver.recv(4096):
-                pass
-
-
-class Worker:
-    """Serves one database with a pool of children.
-
-    `app_spec` is MODULE[:APP], as children import it.  With `burst` it ends when
-    nothing is due or running.
-    """
-
-    def __init__(self, app: App, app_spec: str, burst: bool = False,
-                 log: Log | None = None):
-        check_platform()
-        ensure_descriptors(app.settings.concurrency)
-        self.app, self.app_spec, self.burst = app, app_spec, burst
-        self.settings, self.store = app.settings, app.store
-        self.store.follow = False       # a replaced file ends this worker
-        self.journal = Journal(log or Log(), self.settings.worker_name)
-        self.stops = StopSignals()
-        self.stop_by = 0.0              # monotonic: the end of a graceful stop
-        self.fatal = ""                 # why it must end with status 1
-        self.lookout = Lookout(self.store, self.settings, app.tasks)
-        self.heard: list = []           # (child, descriptor) with something to read
-        self._commit_by = 0.0           # monotonic; 0: no outcome waits for others
-        self._is_ready = False          # a child has imported the app
-        self.trouble = Trouble(self.journal.say)
-
-    # -- life
-
-    def run(self) -> int:
-        """Work until a signal, or in burst mode until done; return exit status.
-
-        0 after an orderly end, 1 when it cannot go on; standard error says why.
-        """
-        with self.stops.caught():
-            self.start()
-            try:
-                while not self._is_done():
-                    self.wait()
-                    self.step(now_ms())
-            except BaseException as exc:
-                self._break_off(exc)
-                raise
-            self.stop()
-        if self.fatal:
-            print(f"pybgworker: {self.fatal}", file=sys.stderr)
-        return 1 if self.fatal else 0
-
-    def start(self) -> None:
-        """Register, say what is served, start the children."""
-        now = now_ms()
-        self.selector = OwnSelector()
-        self.ear = WakeSocket()
-        if self.ear.socket:
-            self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
-        self.store.create()
-        self.liveness = Liveness(self.store, self.settings, self.ear)
-        self.liveness.register(now)
-        self.scheduler = Scheduler(self.app, self.journal.say)
-        self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
-        with contextlib.suppress(DatabaseBusy):     # the first turn looks again
-            self._mind_clock()
-        self.scheduler.register(now, drop=not self.upkeep.is_in_doubt)
-        tasks = sorted(name for name in self.app.tasks if not callback_kind(name))
-        self.journal.start(self.settings, self.store.path, tasks,
-                           self.scheduler.count())
-        self.stops.begun = True
-        if self.stops.receiver:
-            self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
-        spec = _child_spec(self.app_spec, self.store.path, self.settings)
-        self.pool = Pool(spec, self.settings.concurrency, self.settings,
-                         self.journal.run, self.selector)
-        self.outbox = Outbox(self.store, self.journal, self.app.tasks,
-                             self.pool.progress)
-        self.pool.fill(time.monotonic())
-        self.wishes = Wishes(self.store, self.pool)
-        self._plan_chores()
-
-    def _plan_chores(self):
-        self._hearing = Chore(0.25, self._heed_wishes)
-        self._crons = Chore(_CRON_POLL, self._fire_crons)
-        self._pruning = Chore(_PRUNE_SECONDS, self._prune)
-        self._reaping = Chore(_REAP_SECONDS, self._reap)
-        self.chores = [
-            Chore(self.settings.heartbeat_interval, self._beat),
-            self._reaping,
-            Chore(1.0, self._look_after_children),
-            Chore(1.0, lambda now: self.store.checkpoint_if_large()),
-            Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
-            self._hearing, self._crons, self._pruning,
-        ]
-
-    def _is_done(self):
-        if self.fatal or self.stops.count > 1:
-            return True
-        idle = not (self.outbox.is_full or self.pool.in_hand())
-        if self.stops.count:
-            return idle or 0 < self.stop_by <= time.monotonic()
-        if not self.burst or not idle or not self._is_ready:
-            return False
-        return self.lookout.is_done(now_ms())
-
-    def stop(self) -> None:
-        """Hand back what runs, end the children, and leave the database."""
-        now = now_ms()
-        if not self.stops.count:
-            self.outbox.handed_back = 0
-        self.outbox.returned += self.pool.recall_all()
-        busy = self.pool.in_hand()
-        interrupted = self.pool.kill_all(time.monotonic()) if busy else []
-        self._settle(now)
-        self.pool.stop()
-        try:
-            self.outbox.turn(self.liveness.id, now, _STOP_PATIENCE, stopped=interrupted)
-            self.liveness.leave()
-        except DatabaseUnavailable as exc:      # the others will reap us
-            self.journal.say("database_error", error=str(exc))
-            self.liveness.forsake()
-        own, childrens = cpu_seconds()
-        self.journal.say("worker_stop", handed_back=self.outbox.handed_back, cpu=own,
-                         children_cpu=childrens, error=self.fatal or None)
-        self._close()
-
-    def _break_off(self, exc):
-        """End as if killed: who reaps us charges what was running.
-
-        What no code expected may have come of one of the runs.  Handed back it would
-        be forgiven, and come again for ever.  Guarded by
-        test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end.
-        """
-        self.pool.kill_all(time.monotonic())
-        self.pool.stop()
-        self.liveness.forsake()
-        self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
-        self._close()
-
-    def _close(self):
-        self.journal.log.flush(patience=2.0)
-        self.ear.close()
-        self.selector.close()
-
-    # -- one turn
-
-    def wait(self) -> None:
-        """Sleep until a child, a caller, a signal or the clock wants something."""
-        self.heard = []
-        for key, _ in self.selector.select(self._patience()):
-            if key.data == "ear":
-                self.lookout.news |= self.ear.drain()
-                self._hearing.due = 0       # it may be about a cancellation
-            elif key.data == "signal":
-                self.stops.drain()
-                self.pool.notice_deaths(time.monotonic())
-            else:
-                self.heard.append((key.data, key.fd))
-
-    def _patience(self):
-        """Seconds to sleep at most."""
-        if self._transact in self.trouble.failing:
-            return _ERROR_PAUSE
-        longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
-        at = time.monotonic()
-        if self.outbox.returned:        # others may have time for them
-            return 0.0
-        if self._commit_by:
-            return max(0.0, self._commit_by - at)
-        # What no child could take is not due: the end of a run wakes us.  Guarded
-        # by test_a_turn_that_can_do_nothing_is_not_due.
-        if not self.stops.count and any(self.pool.room(at)):
-            longest = min(longest, self.lookout.seconds(now_ms()))
-        due = _earliest(self._crons.due, self.pool.next_timer())
-        return max(0.0, min(longest, due - at))
-
-    def step(self, now: int) -> None:
-        """One turn.  Raises nothing that a database in trouble can cause."""
-        at = self.liveness.mind_the_time()
-        self.pool.receive(self.heard, at)
-        self._say_ready()
-        self.pool.enforce(at)
-        self.pool.balance(at)
-        if self.stops.count and not self.stop_by:
-            self.stop_by = at + self.settings.shutdown_timeout
-            self.outbox.handed_back = 0         # from now on it is for the stop
-            self.pool.starts.end()
-            self.outbox.returned += self.pool.recall_all()
-            self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
-        self._settle(now)
-        if not self.trouble.survives(at, self._transact, now, at):
-            self.lookout.news = True    # what it saw, it may not have claimed
-        self.outbox.returned += self.pool.dispatch(at)
-        self.trouble.do_chores(self.chores, now, at)
-        self.fatal = self.fatal or self.trouble.fatal
-        self.journal.log.flush()
-
-    def _say_ready(self):
-        if self.pool.starts.given_up and not self.pool.is_ready():
-            self.fatal = f"its children cannot start:\n{self.pool.starts.given_up}"
-        if not self._is_ready and self.pool.is_ready():
-            self._is_ready = True
-            self.journal.say("worker_ready", children=self.settings.concurrency)
-
-    def _settle(self, now):
-        ended, self.pool.ended = self.pool.ended, []
-        self.outbox.settle(ended, now)
-
-    def _transact(self, now, at):
-        """Write what ended and claim what comes next, in one step."""
-        if self._gathers(at):
-            return False
-        self._commit_by = 0.0
-        order = self._order(at)
-        if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
-            return
-        self.lookout.news |= bool(self.outbox.returned)
-        turned = self.outbox.turn(
-            self.liveness.id, now, _BUSY_PATIENCE, order and self.lookout.begin(order),
-        )
-        for outcome in turned.written:
-            self.lookout.news |= bool(outcome.then)
-            if outcome.state == RETRYING:
-                self.lookout.expect(outcome.run_at)
-        if turned.claimed:
-            self._take_in(turned.claimed, now)
-
-    def _gathers(self, at):
-        """True while what has ended waits for more of its kind to share its commit.
-
-        Only as long as every child has something to do: nobody waits for us then.
-        """
-        if not self.outbox.outcomes or self.stops.count:
-            return False
-        self._commit_by = self._commit_by or at + _GATHER_SECONDS
-        return at < self._commit_by and self.pool.has_slack(_GATHER_SECONDS, at)
-
-    def _order(self, at):
-        """What could be claimed now; None while stopping, or without room."""
-        pool = self.pool
-        order = self.lookout.order(
-            self.liveness.id, pool.room(at), pool.starts.unknown,
-            pool.durations.short_names,
-        )
-        return None if self.stops.count else order
-
-    def _wants(self, order, now):
-        """True when it is worth taking the write lock just to claim."""
-        found, seen = self.lookout.look(order, now) if order else (False, None)
-        if seen and not found:
-            self._learn(seen, now)
-        return found
-
-    def _learn(self, seen, now):
-        self.lookout.learn(seen)
-        if seen.waits is not None:
-            self.outbox.returned += self.pool.make_way(seen.waits)
-        self.journal.limited(seen.round.limited, now)
-
-    def _take_in(self, claimed, now):
-        if not claimed.is_registered:
-            return self._start_over(now)
-        self._learn(claimed, now)
-        if claimed.runs:
-            self.pool.take(claimed.runs)
-            self.lookout.news = True        # then perhaps there is more
-        for run in claimed.runs:
-            if run.timeout is None:
-                run.timeout = self.settings.timeout
-
-    # -- chores
-
-    def _beat(self, now):
-        try:
-            alive = self.liveness.beat(len(self.pool.running()), now)
-        except DatabaseUnavailable as exc:
-            self.trouble.say_once("heartbeat_error", exc)
-            self.liveness.doubt()
-            raise
-        if not alive:
-            self._start_over(now)
-
-    def _start_over(self, now):
-        """We were taken for dead: our runs are somebody else's now.
-
-        Guarded by test_a_worker_that_was_given_up_kills_its_runs.
-        """
-        self.pool.recall_all()
-        at = time.monotonic()
-        for run in self.pool.kill_all(at):
-            self.journal.run("task_lost", run, reason="this worker was given up")
-        self.pool.ended = []
-        self.outbox.clear()
-        self.liveness.forsake()
-        self.liveness.register(now)
-        self.pool.fill(at)
-
-    def _reap(self, now):
-        for lost in self.liveness.reap_dead(now):
-            self.lookout.news = True
-            self.journal.lost(lost)
-        if self.liveness.is_behind:
-            self._reaping.due = time.monotonic() + _REAP_PAUSE
-
-    def _heed_wishes(self, now):
-        self.outbox.returned += self.wishes.heed(self.liveness.id, time.monotonic())
-
-    def _look_after_children(self, now):
-        at = time.monotonic()
-        self.pool.notice_deaths(at)
-        self.pool.check_memory(at)
-        self.pool.fill(at)
-        self.pool.starts.mention_slow(self.pool.members, at)
-
-    def _fire_crons(self, now):
-        fired, wait = self.scheduler.fire(now)
-        self.lookout.news |= fired
-        self._crons.due = time.monotonic() + wait
-
-    def _prune(self, now):
-        """Delete old finished tasks; by a clock that is looked at first."""
-        self._mind_clock()
-        if self.upkeep.prune(now):
-            self._pruning.due = time.monotonic() + 0.1
-
-    def _mind_clock(self, _=None):
-        # Not by the time of the turn: it may have waited long for a lock since then.
-        self.lookout.news |= self.upkeep.mind_clock(now_ms(), time.monotonic())
+@chore
+def cron_chore(worker: Worker) -> Chore:
+    """Register the schedules of a worker that starts, and fire what is due."""
+    scheduler = Scheduler(worker.app, worker.journal.say)
+    scheduler.register(now_ms(), drop=not worker.upkeep.is_in_doubt)
+    if scheduler.count():
+        worker.journal.say("scheduler_start", schedules=scheduler.count())
+
+    def fire(now):
+        fired, wait = scheduler.fire(now)
+        worker.lookout.news |= fired
+        return wait
+
+    return Chore(_CRON_POLL, fire, is_punctual=True)
 
 
 # == Reports ==================================================================
@@ -9680,19 +10219,6 @@ _TEXT_WIDTH = 60                # characters of a long value in a table
 _STATE_COLOURS = {
     "running": 36, "success": 32, "failed": 31, "retrying": 33, "cancelled": 90,
 }
-
-
-# What a terminal would obey and not show: controls (C0, DEL, C1), marks that turn
-# the direction of text, and halves of surrogate pairs.
-_UNSHOWN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"
-    "\ud800-\udfff]"
-)
-
-
-def visible(text: str) -> str:
-    """The same text with what a terminal would obey written out: \\x1b."""
-    return _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def local_time(stamp: str | None, shape: str = "%Y-%m-%d %H:%M:%S") -> str:
@@ -9993,6 +10519,287 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     return f"{table(shown, columns)}\n{_clock_note()}"
 
 
+# == Acts =====================================================================
+# Owns the commands with which people look at a queue and act on it.
+
+_CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
+_PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
+
+
+def _whole_number(text):
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+_YES = flag("--yes", action="store_true", help="do not ask")
+_NAME = flag("--name", metavar="N", help="only tasks of this name (default: all)")
+_QUEUE = flag("--queue", metavar="Q", help="only tasks of this queue (default: all)")
+_LIMIT = flag("--limit", metavar="N", type=typed(parse_count), default=50,
+               help="rows at most (default: 50)")
+
+
+def _printed(args, report, text):
+    """The report as JSON or as text, as the flags and the terminal want it."""
+    if args.json:
+        return json.dumps(report, indent=2, default=repr)
+    colour = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
+    return text(report, colour)
+
+
+@command("inspect", "show tasks by state, workers, schedules", "inspect --json",
+         reads=True)
+def _inspect(args, app):
+    report = inspect_report(app.store, now_ms(), app.settings.worker_timeout)
+    return _printed(args, report, inspect_text)
+
+
+@command("list", "list tasks, the newest first", "list --status running --limit 20",
+         flag("--status", choices=STATE_NAMES, metavar="S",
+              help=f"only {', '.join(STATE_NAMES)} ones (default: all)"),
+         _NAME, _QUEUE, _LIMIT, reads=True)
+def _list(args, app):
+    state = None if args.status is None else STATE_NAMES.index(args.status)
+    rows = list_report(app.store, state, args.name, args.queue, args.limit)
+    return _printed(args, rows, list_text)
+
+
+@command("failed", "list the tasks that failed for good", "failed",
+         _NAME, _QUEUE, _LIMIT, reads=True)
+def _failed(args, app):
+    rows = list_report(app.store, FAILED, args.name, args.queue, args.limit)
+    return _printed(args, rows, list_text)
+
+
+@command("show", "show all that is known of one task", "show 42",
+         flag("id", metavar="ID"), reads=True)
+def _show(args, app):
+    return _printed(args, show_report(app.store, parse_id(args.id)), show_text)
+
+
+@command("stats", "show durations and waiting times for each task", "stats",
+         reads=True)
+def _stats(args, app):
+    return _printed(args, stats_report(app.store, now_ms()), stats_text)
+
+
+@command("cron", "show schedules with their last and next run", "cron", reads=True)
+def _cron(args, app):
+    return _printed(args, cron_report(app.store), cron_text)
+
+
+def _each(texts, act):
+    """Do it for every id; what fails does not keep the others from being done."""
+    lines, problems = [], []
+    for text in texts:
+        try:
+            lines.append(act(parse_id(text)))
+        except PyBgWorkerError as exc:
+            problems.append(str(exc))
+    if lines:
+        print_text("\n".join(lines))
+    if problems:
+        raise Problem("\n".join(problems))
+
+
+@command("retry", "run finished tasks again", "retry --failed --name mail.send",
+         flag("ids", nargs="*", default=[], metavar="ID"),
+         flag("--failed", action="store_true", help="all that failed"), _NAME)
+def _retry(args, app):
+    def again(task_id):
+        app.store.retry(task_id, now_ms())
+        return f"task {task_id} is queued again"
+
+    if args.failed == bool(args.ids):
+        raise UsageError("retry takes the ids of tasks, or --failed")
+    if args.name is not None and not args.failed:
+        raise UsageError("retry --name goes with --failed")
+    if args.ids:
+        return _each(args.ids, again)
+    done, left = app.store.retry_failed(args.name, now_ms())
+    for task_id in done:
+        print(f"task {task_id} is queued again")
+    if left:
+        raise Problem("\n".join(
+            f"task {task_id}: another task with its key is unfinished"
+            for task_id in left
+        ))
+    if not done:
+        named = "" if args.name is None else f" named {args.name!r}"
+        raise Problem(f"nothing to retry: no task{named} is failed")
+    return None
+
+
+@command("cancel", "cancel waiting tasks, end running ones", "cancel 42 43",
+         flag("ids", nargs="+", metavar="ID"))
+def _cancel(args, app):
+    def end(task_id):
+        before = app.store.cancel(task_id, now_ms())
+        if before in FINISHED:
+            raise TaskStateError(
+                f"task {task_id} is {state_name(before)} already: nothing to cancel"
+            )
+        if before == RUNNING:
+            reap_surely_dead(app.store, now_ms())
+        deadline = time.monotonic() + _CANCEL_PATIENCE
+        while app.store.state(task_id) == RUNNING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        state = app.store.state(task_id)
+        if state == RUNNING:
+            return f"task {task_id} still runs: its worker has been asked to end it"
+        return f"task {task_id} is {state_name(state)}"
+
+    return _each(args.ids, end)
+
+
+@command("purge", "cancel all waiting tasks", "purge --queue mail --yes",
+         _QUEUE, _NAME, _YES)
+def _purge(args, app):
+    where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
+                     if v) or "all queues"
+    _confirm(args, lambda: f"Cancel all waiting tasks of {where}?")
+    return f"{app.store.purge(args.queue, args.name, now_ms())} tasks cancelled"
+
+
+@command("prune", "delete finished tasks past their retention",
+         "prune --older-than 1d --yes",
+         flag("--older-than", metavar="T", type=typed(parse_grace),
+              help="finished so long ago: 90s, 12h, 7d; a bare number is seconds "
+              "(default: the retention)"), _YES)
+def _prune(args, app):
+    s, now = app.settings, now_ms()
+    keep, keep_failed = s.retention, s.retention_failed
+    if args.older_than is not None:
+        keep = keep_failed = args.older_than
+    limits = finished_before(keep, now), finished_before(keep_failed, now)
+    _confirm(args, lambda: _prune_question(app.store, *limits))
+    deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
+    while cursor:
+        more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
+        deleted += more
+        app.store.checkpoint_if_large()
+    return f"{deleted} tasks deleted"
+
+
+def _prune_question(store, before, failed_before):
+    count = store.count_old(before, failed_before)
+    done, failed = (
+        "none" if limit is None else f"before {local_time(iso_time(limit))}"
+        for limit in (before, failed_before)
+    )
+    return f"Delete {count} tasks (success, cancelled: {done}; failed: {failed})?"
+
+
+def _confirm(args, question):
+    """Ask on a terminal; elsewhere the command is meant."""
+    if args.yes or not is_terminal(sys.stdin):
+        return
+    try:
+        answer = input(f"{question()} [y/N] ")
+    except EOFError:                    # Ctrl-D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise Problem("nothing was changed")
+
+
+@command("enqueue", "enqueue a task by name, with arguments in JSON",
+         "enqueue tasks.add 1 b=2",
+         flag("name", metavar="NAME", help="module.function, or its name="),
+         flag("arguments", nargs="*", default=[], metavar="[KEY=]JSON",
+              help="""1 '"text"' key='[1, 2]'"""),
+         flag("--app", metavar="MODULE[:APP]", help="the module that defines the task "
+              "(default: goes by the newest task of that name)"),
+         flag("--queue", metavar="Q", help="where it waits (default: the task's own)"),
+         flag("--countdown", metavar="S", type=typed(parse_grace),
+              help="when it is due: seconds from now, or 90s, 15m, 12h, 7d "
+              "(default: at once)"),
+         flag("--key", metavar="K",
+              help="at most one unfinished task has this key (default: none)"),
+         flag("--priority", metavar="P", type=typed(_whole_number),
+              help="a whole number, lower runs first (default: the task's own)"))
+def _enqueue(args, app):
+    checked("name", parse_name, args.name)
+    if args.app:
+        app = import_app(args.app)
+        app.override(db=args.db)
+        _check_task(app, args)
+    values, kwargs = _call_of(args.arguments)
+    given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
+    options = {k: v for k, v in given.items() if v is not None}
+    is_new = not os.path.exists(app.store.path)
+    if args.name not in app.tasks:
+        options = {**_newest_options(app, args.name, given), **options}
+    result = app.send(args.name, *values, kwargs=kwargs, **options)
+    if is_new:
+        print(f"pybgworker: made the database {app.store.path}", file=sys.stderr)
+    return str(result.id)
+
+
+def _check_task(app, args):
+    """Raise Problem that names what is near, for a task that the app has not."""
+    if args.name in app.tasks:
+        return
+    import difflib
+
+    names = sorted(name for name in app.tasks if not callback_kind(name))
+    near = difflib.get_close_matches(args.name, names, cutoff=0.5) or names[:5]
+    raise Problem(
+        f"--app {args.app} has no task {args.name!r}; it has {', '.join(near)}"
+        f"{'' if len(near) == len(names) else ', …'}"
+    )
+
+
+def _call_of(arguments):
+    """(positional, keyword arguments) of JSON texts, of which some say `name=`.
+
+    Nothing that is JSON looks like that.
+    """
+    values, kwargs = [], {}
+    for argument in arguments:
+        named = re.match(r"([^\W\d]\w*)=", argument)
+        name, text = named and named[1], argument[named.end() if named else 0:]
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(
+                f"argument {argument!r} is not JSON: a string needs quotes inside the "
+                f"shell's, '{name + '=' if name else ''}\"{text}\"'"
+            ) from None
+        if name:
+            kwargs[name] = value
+        else:
+            values.append(value)
+    return values, kwargs
+
+
+def _newest_options(app, name, given):
+    """What is known of a task without its app: how it was enqueued the last time."""
+    app.store.create()
+    found = app.store.newest_options(name)
+    if not found and given["queue"] is None:
+        print(
+            f"pybgworker: no task {name!r} was here before, so it goes to the queue "
+            "default, with the options of a bare @task; --app takes its own",
+            file=sys.stderr,
+        )
+    return found
+
+
+@command("pause", "claim nothing from a queue", "pause mail",
+         flag("queue", metavar="QUEUE"))
+def _pause(args, app):
+    app.store.pause(args.queue, now_ms())
+    return f"queue {args.queue} is paused: nothing is claimed from it until resume"
+
+
+@command("resume", "claim from a queue again", "resume mail",
+         flag("queue", metavar="QUEUE"))
+def _resume(args, app):
+    if not app.store.resume(args.queue):
+        raise Problem(f"queue {args.queue} is not paused")
+    return f"queue {args.queue} goes on"
+
+
 # == Bench ====================================================================
 # Owns `bench`: what this machine does, measured beside raw SQLite on the same file
 # system in the same run.  Raw means the same table, columns and durability, by the
@@ -10044,7 +10851,7 @@ def _middle(values):
 
 def _raw(path):
     """A plain connection to a database that has our schema."""
-    Store(path).create()
+    SqliteStore(path).create()
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("pragma synchronous = full")
     connection.execute("pragma wal_autocheckpoint = 0").fetchall()
@@ -10109,8 +10916,8 @@ class _Place:
         self.app = App()
         # Before the environment: it may name a database that is in use.
         self.app.override(db=self.db, durability="full")
-        self.noop: Task = Task(self.app, _nothing, "noop", {})
-        self.clock: Task = Task(self.app, _nothing, "clock", {})
+        self.noop: Task = Task(self.app, do_nothing, "noop", {})
+        self.clock: Task = Task(self.app, do_nothing, "clock", {})
         source = _APP_SOURCE.format(
             path=sys.path, module=__name__, db=self.db, concurrency=concurrency
         )
@@ -10317,578 +11124,18 @@ def bench_text(report: dict) -> str:
     return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}"
 
 
-# == Command line =============================================================
-# Owns `python pybgworker.py`: one table of commands, one function each, and
-# main(argv), which returns the exit status: 0 done, 1 it could not be done (one
-# line on standard error says why), 2 wrong usage.  Nothing else in this file
-# prints, but for a worker's log.
-
-_CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
-_PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
-
-
-class Problem(PyBgWorkerError):
-    """A command could not do (all of) its work; the message is for people."""
-
-
-class UsageError(PyBgWorkerError):
-    """The command line itself is wrong: exit status 2."""
-
-
-class Flag(NamedTuple):
-    """One argument of a command, as argparse wants it."""
-
-    names: tuple
-    options: dict
-
-
-class Command(NamedTuple):
-    """One row of COMMANDS."""
-
-    name: str
-    act: Callable           # (args, app) -> text to print, or None
-    help: str
-    example: str
-    flags: tuple
-    reads: bool = False     # takes --json
-
-
-def _flag(*names, **options):
-    return Flag(names, options)
-
-
-def _load(spec):
-    """Import the app for the worker."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        app = load_app(spec)
-    except PyBgWorkerError:
-        raise
-    except BaseException as exc:
-        _check_module_name(spec, exc)
-        trace = describe_exception(exc)["traceback"]
-        raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
-    _hand_over()
-    if not app.tasks:
-        raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
-    return app
-
-
-def _check_module_name(spec, exc):
-    """Raise UsageError when it was the path of a file."""
-    name, colon, attribute = spec.partition(":")
-    if isinstance(exc, (ImportError, TypeError)) and re.search(r"/|\.py$", name):
-        meant = os.path.normpath(re.sub(r"\.py$", "", name)).replace("/", ".")
-        raise UsageError(
-            f"--app {spec}: it is the name of a module, not of its file: "
-            f"--app {meant.strip('.')}{colon}{attribute}"
-        ) from None
-
-
-class _OtherCopy(Exception):
-    """The app has imported this file by another name: its tasks are there."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
-
-
-def _hand_over():
-    """Raise _OtherCopy when `python vendor/pybgworker.py` serves an app that says
-    `from vendor.pybgworker import task`."""
-    own = os.path.realpath(__file__)
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if path and name != "__main__" and hasattr(module, "main") \
-                and module is not sys.modules.get(__name__) \
-                and os.path.realpath(path) == own and not _default_app.tasks:
-            raise _OtherCopy(name)
-
-
-@contextlib.contextmanager
-def _log_apart(style):
-    """Yield the Log on standard output; within the block nothing else gets there.
-
-    What the app prints in the worker becomes `output` events; what C code and
-    subprocesses write to descriptor 1 goes to standard error.
-    """
-    log_fd, original = os.dup(1), sys.stdout
-    log = Log(log_fd, style)
-    sys.stdout = TaskStream(lambda text, _: log.output(text), 1)    # type: ignore
-    os.dup2(2, 1)
-    try:
-        yield log
-    finally:
-        log.flush(patience=1.0)
-        if original is not None:
-            original.flush()            # what was written to sys.__stdout__
-        sys.stdout = original
-        os.dup2(log_fd, 1)
-        os.close(log_fd)
-
-
-def _run(args, app):
-    flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
-    style = args.log_format or ("text" if _is_terminal(sys.stdout) else "json")
-    with _log_apart(style) as log:
-        with quitting_at_once():
-            app = _load(args.app)
-        app.override(**flags)
-        return Worker(app, args.app, burst=args.burst, log=log).run()
-
-
-def _inspect(args, app):
-    report = inspect_report(app.store, now_ms(), app.settings.worker_timeout)
-    return _printed(args, report, inspect_text)
-
-
-def _list(args, app):
-    state = None if args.status is None else STATE_NAMES.index(args.status)
-    rows = list_report(app.store, state, args.name, args.queue, args.limit)
-    return _printed(args, rows, list_text)
-
-
-def _failed(args, app):
-    rows = list_report(app.store, FAILED, args.name, args.queue, args.limit)
-    return _printed(args, rows, list_text)
-
-
-def _show(args, app):
-    return _printed(args, show_report(app.store, parse_id(args.id)), show_text)
-
-
-def _stats(args, app):
-    return _printed(args, stats_report(app.store, now_ms()), stats_text)
-
-
-def _cron(args, app):
-    return _printed(args, cron_report(app.store), cron_text)
-
-
-def _is_terminal(stream):
-    return stream is not None and stream.isatty()
-
-
-def _printed(args, report, text):
-    """The report as JSON or as text, as the flags and the terminal want it."""
-    if args.json:
-        return json.dumps(report, indent=2, default=repr)
-    colour = _is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
-    return text(report, colour)
-
-
-def _each(texts, act):
-    """Do it for every id; what fails does not keep the others from being done."""
-    lines, problems = [], []
-    for text in texts:
-        try:
-            lines.append(act(parse_id(text)))
-        except PyBgWorkerError as exc:
-            problems.append(str(exc))
-    if lines:
-        _print("\n".join(lines))
-    if problems:
-        raise Problem("\n".join(problems))
-
-
-def _retry(args, app):
-    def again(task_id):
-        app.store.retry(task_id, now_ms())
-        return f"task {task_id} is queued again"
-
-    if args.failed == bool(args.ids):
-        raise UsageError("retry takes the ids of tasks, or --failed")
-    if args.name is not None and not args.failed:
-        raise UsageError("retry --name goes with --failed")
-    if args.ids:
-        return _each(args.ids, again)
-    done, left = app.store.retry_failed(args.name, now_ms())
-    for task_id in done:
-        print(f"task {task_id} is queued again")
-    if left:
-        raise Problem("\n".join(
-            f"task {task_id}: another task with its key is unfinished"
-            for task_id in left
-        ))
-    if not done:
-        named = "" if args.name is None else f" named {args.name!r}"
-        raise Problem(f"nothing to retry: no task{named} is failed")
-    return None
-
-
-def _cancel(args, app):
-    def end(task_id):
-        before = app.store.cancel(task_id, now_ms())
-        if before in FINISHED:
-            raise TaskStateError(
-                f"task {task_id} is {state_name(before)} already: nothing to cancel"
-            )
-        if before == RUNNING:
-            reap_surely_dead(app.store, now_ms())
-        deadline = time.monotonic() + _CANCEL_PATIENCE
-        while app.store.state(task_id) == RUNNING and time.monotonic() < deadline:
-            time.sleep(0.02)
-        state = app.store.state(task_id)
-        if state == RUNNING:
-            return f"task {task_id} still runs: its worker has been asked to end it"
-        return f"task {task_id} is {state_name(state)}"
-
-    return _each(args.ids, end)
-
-
-def _purge(args, app):
-    where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
-                     if v) or "all queues"
-    _confirm(args, lambda: f"Cancel all waiting tasks of {where}?")
-    return f"{app.store.purge(args.queue, args.name, now_ms())} tasks cancelled"
-
-
-def _prune(args, app):
-    s, now = app.settings, now_ms()
-    keep, keep_failed = s.retention, s.retention_failed
-    if args.older_than is not None:
-        keep = keep_failed = args.older_than
-    limits = finished_before(keep, now), finished_before(keep_failed, now)
-    _confirm(args, lambda: _prune_question(app.store, *limits))
-    deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
-    while cursor:
-        more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
-        deleted += more
-        app.store.checkpoint_if_large()
-    return f"{deleted} tasks deleted"
-
-
-def _prune_question(store, before, failed_before):
-    count = store.count_old(before, failed_before)
-    done, failed = (
-        "none" if limit is None else f"before {local_time(iso_time(limit))}"
-        for limit in (before, failed_before)
-    )
-    return f"Delete {count} tasks (success, cancelled: {done}; failed: {failed})?"
-
-
-def _confirm(args, question):
-    """Ask on a terminal; elsewhere the command is meant."""
-    if args.yes or not _is_terminal(sys.stdin):
-        return
-    try:
-        answer = input(f"{question()} [y/N] ")
-    except EOFError:                    # Ctrl-D
-        answer = ""
-    if answer.strip().lower() not in ("y", "yes"):
-        raise Problem("nothing was changed")
-
-
-def _enqueue(args, app):
-    _checked("name", _name, args.name)
-    if args.app:
-        app = _load(args.app)
-        app.override(db=args.db)
-        _check_task(app, args)
-    values, kwargs = _call_of(args.arguments)
-    given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
-    options = {k: v for k, v in given.items() if v is not None}
-    is_new = not os.path.exists(app.store.path)
-    if args.name not in app.tasks:
-        options = {**_newest_options(app, args.name, given), **options}
-    result = app.send(args.name, *values, kwargs=kwargs, **options)
-    if is_new:
-        print(f"pybgworker: made the database {app.store.path}", file=sys.stderr)
-    return str(result.id)
-
-
-def _check_task(app, args):
-    """Raise Problem that names what is near, for a task that the app has not."""
-    if args.name in app.tasks:
-        return
-    import difflib
-
-    names = sorted(name for name in app.tasks if not callback_kind(name))
-    near = difflib.get_close_matches(args.name, names, cutoff=0.5) or names[:5]
-    raise Problem(
-        f"--app {args.app} has no task {args.name!r}; it has {', '.join(near)}"
-        f"{'' if len(near) == len(names) else ', …'}"
-    )
-
-
-def _call_of(arguments):
-    """(positional, keyword arguments) of JSON texts, of which some say `name=`.
-
-    Nothing that is JSON looks like that.
-    """
-    values, kwargs = [], {}
-    for argument in arguments:
-        named = re.match(r"([^\W\d]\w*)=", argument)
-        name, text = named and named[1], argument[named.end() if named else 0:]
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            raise UsageError(
-                f"argument {argument!r} is not JSON: a string needs quotes inside the "
-                f"shell's, '{name + '=' if name else ''}\"{text}\"'"
-            ) from None
-        if name:
-            kwargs[name] = value
-        else:
-            values.append(value)
-    return values, kwargs
-
-
-def _newest_options(app, name, given):
-    """What is known of a task without its app: how it was enqueued the last time."""
-    app.store.create()
-    found = app.store.newest_options(name)
-    if not found and given["queue"] is None:
-        print(
-            f"pybgworker: no task {name!r} was here before, so it goes to the queue "
-            "default, with the options of a bare @task; --app takes its own",
-            file=sys.stderr,
-        )
-    return found
-
-
-def _pause(args, app):
-    app.store.pause(args.queue, now_ms())
-    return f"queue {args.queue} is paused: nothing is claimed from it until resume"
-
-
-def _resume(args, app):
-    if not app.store.resume(args.queue):
-        raise Problem(f"queue {args.queue} is not paused")
-    return f"queue {args.queue} goes on"
-
-
+@command("bench", "measure this machine, beside raw SQLite", "bench --tasks 20000",
+         flag("--tasks", metavar="N", type=typed(parse_count), default=20000,
+              help="no-op tasks to run (default: 20000)"),
+         flag("--concurrency", metavar="N", type=typed(parse_children), default=2,
+              help="children, 1 to 1,000 (default: 2)"),
+         flag("--payload", metavar="BYTES", type=typed(parse_bytes), default=0,
+              help="arguments of each task: 200, 10k; a bare number is bytes "
+              "(default: none)"), JSON_FLAG)
 def _bench(args, app):
     folder = os.path.dirname(app.store.path)
     report = bench_report(args.tasks, args.concurrency, args.payload, folder)
     return json.dumps(report, indent=2) if args.json else bench_text(report)
-
-
-def _typed(parse):
-    """A parser of settings as argparse wants one: its error says what is allowed."""
-    def parse_flag(text):
-        import argparse
-
-        try:
-            return parse(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {exc}") from None
-
-    return parse_flag
-
-
-def _whole_number(text):
-    if not re.fullmatch(r"-?\d{1,9}", text):
-        raise ValueError("a whole number")
-    return int(text)
-
-
-_JSON = _flag("--json", action="store_true", help="one JSON document")
-_YES = _flag("--yes", action="store_true", help="do not ask")
-_NAME = _flag("--name", metavar="N", help="only tasks of this name (default: all)")
-_QUEUE = _flag("--queue", metavar="Q", help="only tasks of this queue (default: all)")
-_LIMIT = _flag("--limit", metavar="N", type=_typed(_count), default=50,
-               help="rows at most (default: 50)")
-
-
-def _setting_flag(setting):
-    return _flag("--" + setting.name.replace("_", "-"), type=_typed(setting.parse),
-                 default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
-
-
-COMMANDS = (
-    Command("run", _run, "work on tasks until told to stop",
-            "run --app tasks --concurrency 4", (
-                _flag("--app", required=True, metavar="MODULE[:APP]",
-                      help="the module that defines the tasks"),
-                _flag("--burst", action="store_true",
-                      help="end when nothing is due or running"),
-                _flag("--log-format", choices=("json", "text"),
-                      help="json: an object a line; text: for eyes (default: text on a "
-                      "terminal)"),
-                *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"),
-            )),
-    Command("inspect", _inspect, "show tasks by state, workers, schedules",
-            "inspect --json", (), True),
-    Command("list", _list, "list tasks, the newest first",
-            "list --status running --limit 20",
-            (_flag("--status", choices=STATE_NAMES, metavar="S",
-                   help=f"only {', '.join(STATE_NAMES)} ones (default: all)"),
-             _NAME, _QUEUE, _LIMIT), True),
-    Command("show", _show, "show all that is known of one task", "show 42",
-            (_flag("id", metavar="ID"),), True),
-    Command("failed", _failed, "list the tasks that failed for good", "failed",
-            (_NAME, _QUEUE, _LIMIT), True),
-    Command("stats", _stats, "show durations and waiting times for each task",
-            "stats", (), True),
-    Command("cron", _cron, "show schedules with their last and next run",
-            "cron", (), True),
-    Command("retry", _retry, "run finished tasks again",
-            "retry --failed --name mail.send",
-            (_flag("ids", nargs="*", default=[], metavar="ID"),
-             _flag("--failed", action="store_true", help="all that failed"), _NAME)),
-    Command("cancel", _cancel, "cancel waiting tasks, end running ones",
-            "cancel 42 43", (_flag("ids", nargs="+", metavar="ID"),)),
-    Command("purge", _purge, "cancel all waiting tasks",
-            "purge --queue mail --yes", (_QUEUE, _NAME, _YES)),
-    Command("prune", _prune, "delete finished tasks past their retention",
-            "prune --older-than 1d --yes",
-            (_flag("--older-than", metavar="T", type=_typed(_grace),
-                   help="finished so long ago: 90s, 12h, 7d; a bare number is seconds "
-                   "(default: the retention)"), _YES)),
-    Command("enqueue", _enqueue, "enqueue a task by name, with arguments in JSON",
-            "enqueue tasks.add 1 b=2",
-            (_flag("name", metavar="NAME", help="module.function, or its name="),
-             _flag("arguments", nargs="*", default=[], metavar="[KEY=]JSON",
-                   help="""1 '"text"' key='[1, 2]'"""),
-             _flag("--app", metavar="MODULE[:APP]", help="the module that defines the "
-                   "task (default: goes by the newest task of that name)"),
-             _flag("--queue", metavar="Q",
-                   help="where it waits (default: the task's own)"),
-             _flag("--countdown", metavar="S", type=_typed(_grace),
-                   help="when it is due: seconds from now, or 90s, 15m, 12h, 7d "
-                   "(default: at once)"),
-             _flag("--key", metavar="K",
-                   help="at most one unfinished task has this key (default: none)"),
-             _flag("--priority", metavar="P", type=_typed(_whole_number),
-                   help="a whole number, lower runs first (default: the task's own)"))),
-    Command("pause", _pause, "claim nothing from a queue", "pause mail",
-            (_flag("queue", metavar="QUEUE"),)),
-    Command("resume", _resume, "claim from a queue again", "resume mail",
-            (_flag("queue", metavar="QUEUE"),)),
-    Command("bench", _bench, "measure this machine, beside raw SQLite",
-            "bench --tasks 20000",
-            (_flag("--tasks", metavar="N", type=_typed(_count), default=20000,
-                   help="no-op tasks to run (default: 20000)"),
-             _flag("--concurrency", metavar="N", type=_typed(_children), default=2,
-                   help="children, 1 to 1,000 (default: 2)"),
-             _flag("--payload", metavar="BYTES", type=_typed(_bytes), default=0,
-                   help="arguments of each task: 200, 10k; a bare number is bytes "
-                   "(default: none)"), _JSON)),
-)
-
-
-def _parser():
-    import argparse
-
-    examples = "\n".join(f"  python pybgworker.py {c.example}" for c in COMMANDS)
-    parser = argparse.ArgumentParser(
-        prog="pybgworker", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Background tasks for Python programs, kept in one SQLite file.",
-        epilog=f"examples:\n{examples}",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        one = commands.add_parser(
-            command.name, help=command.help, description=command.help + ".",
-            epilog=f"example: python pybgworker.py {command.example}",
-        )
-        for flag in command.flags + ((_JSON,) if command.reads else ()):
-            one.add_argument(*flag.names, **flag.options)
-        one.add_argument("--db", type=_typed(_path), metavar="PATH", default=None,
-                         help="the SQLite file (default: PYBGWORKER_DB, else "
-                         "pybgworker.db)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 or 2; 130 after Ctrl-C.
-
-    Without `argv` this is the program: it ends soon after its main thread, with this
-    status, although a thread that the app has started would keep it for ever.
-    """
-    status = 1
-    try:
-        status = _command(argv)
-        return status
-    finally:
-        if argv is None and _is_held():
-            _end_soon(status)
-
-
-def _is_held():
-    """True when a thread lives that the interpreter waits for at its end."""
-    return any(not thread.daemon and thread is not threading.main_thread()
-               for thread in threading.enumerate())
-
-
-def _end_soon(status):
-    """Grant those threads as long as a child's exit handlers, then end the process."""
-    ends_well = threading.Event()
-    atexit.register(ends_well.set)
-
-    def watch():
-        while threading.main_thread().is_alive():
-            own_sleep(0.05)
-        if ends_well.wait(_EXIT_GRACE):
-            return
-        atexit._run_exitfuncs()
-        for stream in standard_streams()[1:]:
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(status)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _command(argv):
-    try:
-        _fill_standard_descriptors()
-        args = _parser().parse_args(argv)
-        printed = _carry_out(args)
-        if isinstance(printed, str):
-            _print(printed)
-        return printed if isinstance(printed, int) else 0
-    except _OtherCopy as other:
-        return sys.modules[other.name].main(argv)
-    except BrokenPipeError:                 # … | head: nobody reads any more
-        _silence_output()
-        return 0
-    except (PyBgWorkerError, ValueError) as exc:
-        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
-        return 2 if isinstance(exc, UsageError) else 1
-    except OSError as exc:                  # a full disk, or a file of somebody else
-        _silence_output()
-        print(f"pybgworker: {visible(str(exc))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _fill_standard_descriptors():
-    """A closed descriptor 0, 1 or 2 would be taken by the next file to be opened."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)      # gets the lowest number: this one
-
-
-def _print(text):
-    """Print in whatever encoding standard output has; what it lacks is written out."""
-    if sys.stdout is None:
-        raise Problem("standard output is closed")
-    encoding = sys.stdout.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def _silence_output():
-    """Nothing more can be printed; not even at the interpreter's exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _carry_out(args):
-    command = next(c for c in COMMANDS if c.name == args.command)
-    app = _default_app
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise Problem("the current folder was deleted: cd to another") from None
-    app.override(db=args.db)
-    return command.act(args, app)
 
 
 # == Old import paths =========================================================
@@ -10925,7 +11172,7 @@ def _exec_as_module():
     A worker that has compiled all of its source keeps twice the memory for good.
     A signal that asks for a stop waits meanwhile.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     folder = os.path.dirname(os.path.abspath(__file__))
     code = (
         f"import sys; sys.path[0] = {folder!r}; "
@@ -10938,7 +11185,7 @@ def _main_of_worker():
     """main(), where _exec_as_module() goes on."""
     with quitting_at_once():        # here arrives a signal that has waited
         pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _stop_signals())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     return main()
 
 
