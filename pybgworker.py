@@ -4317,9 +4317,9 @@ class _Pick:
 
     def _lets_wait(self, run):
         """True for a run that need not start at once."""
-        of, limits = self.order, {run.name, ""}
-        return run.name in of.ahead_names and not run.is_last \
-            and not limits & of.rates.keys()
+        name, of = run.name, self.order
+        return name in of.ahead_names and not run.is_last \
+            and not (of.rates and (name in of.rates or "" in of.rates))
 
     def _mark(self, row, callbacks):
         """Add the row to the ranges: of rows that follow each other, only the ends."""
@@ -7257,7 +7257,7 @@ class Placement:
 
     def may_wait(self, run: Run, taker: Taker) -> bool:
         """True when `run` may wait in the pipe of this child, which is not slow."""
-        return not run.is_last and self._durations.is_short(run.name) \
+        return not run.is_last and run.name in self._durations.short_names \
             and taker.delay < _AHEAD_SECONDS and taker.has < _AHEAD_FRAMES \
             and taker.has + taker.member.done < self._most
 
@@ -7293,17 +7293,21 @@ class Placement:
         ), default=0.0)
 
 
-class Taker(NamedTuple):
-    """A child that can take a frame, in the order in which they are asked."""
+class Taker:
+    """A child that can take a frame; the least is asked first."""
 
-    delay: float        # seconds until one more run would begin
-    has: int            # runs
-    number: int         # so that members are never compared
-    member: Member
+    __slots__ = ("delay", "has", "number", "member")
 
-    def after(self, run: Run) -> Taker:
-        """The same when it has taken this run as well."""
-        return Taker(self.delay + run.usual, self.has + 1, self.number, self.member)
+    def __init__(self, delay: float, has: int, number: int, member: Member):
+        self.delay = delay          # seconds until one more run would begin
+        self.has = has              # runs
+        self.number = number        # among the children
+        self.member = member
+
+    def __lt__(self, other: Taker) -> bool:
+        if self.delay != other.delay:
+            return self.delay < other.delay
+        return (self.has, self.number) < (other.has, other.number)
 
 
 # == Pool =====================================================================
@@ -7557,9 +7561,9 @@ class Pool:
         Returns the runs that none could take for a while.
         """
         takers = self.placement.takers(self.members, at)
-        return self.hand.deal(lambda run: self._send(run, takers, at), at)
+        return self.hand.deal(functools.partial(self._send, takers, at), at)
 
-    def _send(self, run, takers, at):
+    def _send(self, takers, at, run):
         """Send a run to the first of the takers, if that can take it."""
         taker = takers[0] if takers else None
         if taker is None or taker.has and not self.placement.may_wait(run, taker):
@@ -7567,11 +7571,14 @@ class Pool:
         run.usual, run.due = self.durations.usual(run.name), at + taker.delay
         if not taker.member.send(run, at):
             heapq.heappop(takers)           # its socket is full, or it just died
-            return self._send(run, takers, at)
+            return self._send(takers, at, run)
         if not taker.has:
             taker.member.transcript.announce(run)
-        if self.durations.is_short(run.name):
-            heapq.heapreplace(takers, taker.after(run))
+        if run.name in self.durations.short_names:
+            taker.delay += run.usual
+            taker.has += 1
+            if len(takers) > 1:
+                heapq.heapreplace(takers, taker)        # to its new place
         else:
             heapq.heappop(takers)           # nothing shall wait behind this one
         return True
