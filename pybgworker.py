@@ -294,8 +294,7 @@ def checked(option, parse, value):
         raise OptionError(f"{option}={value!r}: must be {exc}") from None
 
 
-def check_number(name, value, least=0, most=LARGEST, kind=(int, float),
-                  what=""):
+def check_number(name, value, least=0, most=LARGEST, kind=(int, float), what=""):
     what = what or f"a {'whole ' * (kind is int)}number from {{:,}} to {{:,}}"
     if isinstance(value, bool) or not isinstance(value, kind) \
             or not least <= value <= most:
@@ -307,7 +306,7 @@ def check_span(name, value, least=0, most=LONGEST_SECONDS):
     """Check a number of seconds, or a timedelta; return seconds."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     return check_number(name, seconds, least, most,
-                         what="seconds from {:,} to {:,}, or a timedelta")
+                        what="seconds from {:,} to {:,}, or a timedelta")
 
 
 def check_known(options, known):
@@ -4225,6 +4224,7 @@ class Queue:
     def has_mark(self, task_id: int, mark: str) -> bool:
         return payload_of(self.db, task_id, _MARK) == mark
 
+
 # == Claiming =================================================================
 # Owns the choice of what a worker runs next, and the mark that makes it its own.
 # The order is by priority, then by place, then by id.  A look reads what it takes
@@ -4554,8 +4554,9 @@ class Claims(Queue):
             f"""update bg_task set state = {QUEUED} where id = ?""",
             [(task_id,) for task_id, state in ready if state == SCHEDULED],
         )
-        queue_behind(connection,
-                      [task_id for task_id, state in ready if state == RETRYING])
+        queue_behind(
+            connection, [task_id for task_id, state in ready if state == RETRYING]
+        )
 
     def _take(self, connection, look, now):
         """Mark the picked as running, and their starts as spent.
@@ -9181,11 +9182,10 @@ class Worker:
 
 
 # == Command line =============================================================
-# Owns `python pybgworker.py`: the table of commands, `run`, and
-# main(argv), which returns the exit status: 0 done, 1 it could not be done (one
-# line on standard error says why), 2 wrong usage.  Nothing else in this file
-# prints, but for a worker's log.
-
+# Owns `python pybgworker.py`: the table of commands, `run`, and main(argv), which
+# returns the exit status: 0 done, 1 it could not be done (one line on standard
+# error says why), 2 wrong usage.  Nothing else in this file prints, but for a
+# worker's log.
 
 # What a terminal would obey and not show: controls (C0, DEL, C1), marks that turn
 # the direction of text, and halves of surrogate pairs.
@@ -9270,7 +9270,7 @@ JSON_FLAG = flag("--json", action="store_true", help="one JSON document")
 
 def _setting_flag(setting):
     return flag("--" + setting.name.replace("_", "-"), type=typed(setting.parse),
-                 default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
+                default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
 
 
 def import_app(spec: str) -> App:
@@ -10543,7 +10543,7 @@ _YES = flag("--yes", action="store_true", help="do not ask")
 _NAME = flag("--name", metavar="N", help="only tasks of this name (default: all)")
 _QUEUE = flag("--queue", metavar="Q", help="only tasks of this queue (default: all)")
 _LIMIT = flag("--limit", metavar="N", type=typed(parse_count), default=50,
-               help="rows at most (default: 50)")
+              help="rows at most (default: 50)")
 
 
 def _printed(args, report, text):

@@ -3916,7 +3916,6 @@ class Enqueueing(QueueCase):
         with self.assertRaisesRegex(ValueError, "the queue is"):
             self.app.send("t", conn=other)
 
-
     def test_the_last_attempt_is_the_one_after_all_retries_that_count(self):
         for before, retries, forgiven, is_last in (
             (0, 0, 0, True), (0, 1, 0, False), (1, 1, 0, True), (2, 3, 0, False),
@@ -7626,7 +7625,6 @@ class Outboxes(QueueCase):
         self.assertEqual(self.status(second.id), "success")
         self.sql("drop trigger mine")
         self.assertEqual(self.store.reap(1, "w", self.now)[0].id, first.id)
-
 
     def test_a_retry_that_somebody_has_cancelled_is_said_to_be_cancelled(self):
         self.enqueue(count=2)
