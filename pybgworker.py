@@ -7242,7 +7242,9 @@ class Placement:
         For the one run that takes longer than usual; or for many, each a little.
         """
         late = member.began + member.waiting[0].usual + STALL_SECONDS
-        if len(member.waiting) > 1:
+        behind = len(member.waiting) - 1
+        if behind and behind * self._durations.usual(member.waiting[1].name) \
+                >= _AHEAD_SECONDS:      # else it is us who are late
             late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
         return late
 
