@@ -152,8 +152,8 @@ _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-LONGEST_SECONDS = 10**9    # of any span, 31 years; a timer of the system takes 292
-LARGEST = 10**11           # of any other number
+LONGEST_SECONDS = 10**9     # of any span, 31 years; a timer of the system takes 292
+LARGEST = 10**11            # of any other number
 _MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
 _LEAST_MEMORY = 1 << 20     # of a child; who says 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
@@ -908,7 +908,7 @@ class Rates:
 # atomic step, durable when it returns if it has to be, and none leaves anything
 # open.  STORES says who keeps a queue; read this section, and you know what one does.
 
-MOST_ID = 10 ** 15         # as in bg_task; times 8 it is still a row id
+MOST_ID = 10 ** 15          # as in bg_task; times 8 it is still a row id
 ID_BATCH = 100          # ids that one statement looks up
 
 # What an end calls: the bit in bg_task.callbacks, and the option of @task.
@@ -3835,7 +3835,7 @@ def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
 # Rows leave as small objects; nothing above knows a column.
 
 _ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
-INLINE_CHARS = 1000        # longer texts go to bg_payload, off the hot row
+INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
 _NOT_ITS_FILES = (
     "database {}: conn= does not write to it: the file, its -wal or its -shm was "
     "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
@@ -6843,7 +6843,7 @@ def describe_exception(exc: BaseException) -> dict:
 _MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
 _READ_BYTES = 1 << 18
 _READS = 16                         # in a row from one pipe, at most
-STALL_SECONDS = 0.02       # a run this long has what waits behind it recalled,
+STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
                             # and the worker reads what it writes
 _NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
 LATEST_MS = 1 << 53                # no clock shows such a unix time
@@ -7321,7 +7321,7 @@ class Taker:
 _HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
 _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
-EXIT_GRACE = 2.0           # seconds for an idle child to run its exit handlers
+EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
 _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
@@ -8611,9 +8611,9 @@ class Outbox:
 # Owns when a worker does what: looks for work, does its chores, and tries again
 # what the database has refused.  Knows nothing of children.
 
-BUSY_PATIENCE = 0.25       # seconds a worker's turn waits for the write lock
+BUSY_PATIENCE = 0.25        # seconds a worker's turn waits for the write lock
 _BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
-ERROR_PAUSE = 0.1          # seconds between two tries on a database in trouble
+ERROR_PAUSE = 0.1           # seconds between two tries on a database in trouble
 
 
 class Lookout:
@@ -8675,10 +8675,6 @@ class Lookout:
         """Keep what a look saw beside the runs it found."""
         self.next_at, self.round = seen.next_at, seen.round
 
-    def expect(self, at: int | None) -> None:
-        """Something becomes due at this time."""
-        self.next_at = earliest(self.next_at, at)
-
     def seconds(self, now: int) -> float:
         """Seconds until a look is worth it; infinite when only news can tell."""
         if self.news or not self.round.is_over:
@@ -8735,7 +8731,10 @@ class Trouble:
         self.fatal = ""             # what no later turn can mend
 
     def survives(self, at: float, act: Callable, *args: Any) -> bool:
-        """Call `act`; True if the database let it.  It returns False: nothing done."""
+        """Call `act`; True if the database let it.
+
+        An act that returns False has not asked it: that is no sign of recovery.
+        """
         try:
             if act(*args) is not False:
                 self.failing.discard(act)
@@ -9082,17 +9081,17 @@ class Worker:
         )
         for outcome in turned.written:
             self.lookout.news |= bool(outcome.then)
-            if outcome.state == RETRYING:
-                self.lookout.expect(outcome.run_at)
         if turned.claimed:
             self._take_in(turned.claimed, now)
 
     def _gathers(self, at):
         """True while what has ended waits for more of its kind to share its commit.
 
-        Only as long as every child has something to do: nobody waits for us then.
+        Only as long as every child has something to do: nobody waits for us then, nor
+        for what is handed back.
         """
-        if not self.outbox.outcomes or self.stops.count:
+        box = self.outbox
+        if box.returned or not box.outcomes or self.stops.count:
             return False
         self._commit_by = self._commit_by or at + _GATHER_SECONDS
         return at < self._commit_by and self.pool.has_slack(_GATHER_SECONDS, at)

@@ -7711,7 +7711,7 @@ class Lookouts(unittest.TestCase):
         for reason, happens, then in (
             ("somebody committed", lambda: setattr(self.data, "version", 2), {}),
             ("a datagram", lambda: setattr(self.lookout, "news", True), {}),
-            ("a task is due", lambda: self.lookout.expect(1000), {}),
+            ("a task is due", lambda: setattr(self.lookout, "next_at", 1000), {}),
             ("more free children", nothing, {"room": (2, 0)}),
             ("more places in pipes", nothing, {"room": (1, 1)}),
             ("other names", nothing, {"unknown": {"t"}}),
