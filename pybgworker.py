@@ -7243,8 +7243,8 @@ class Placement:
         """
         late = member.began + member.waiting[0].usual + STALL_SECONDS
         behind = len(member.waiting) - 1
-        if behind and behind * self._durations.usual(member.waiting[1].name) \
-                >= _AHEAD_SECONDS:      # else it is us who are late
+        # Else it is us who are late.  By what is typical: one long run is no change.
+        if behind * self._durations.typical >= 2 * _AHEAD_SECONDS:
             late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
         return late
 

@@ -10488,10 +10488,7 @@ class Torture(Served):
             for n in (200, 2200))
         many.subtract(few)
         turns = many["epoll_wait"]          # a busy machine has more, smaller ones
-        # Where a busy machine stalls a child, what waits there is read back and sent again.
-        again = max(0, many["sendto"] - 2000)
-        self.assertLess(again, 2 * 2000, many)
-        self.assertLess(sum(many.values()) - 2 * again, 2.4 * 2000 + 40 * turns, many)
+        self.assertLess(sum(many.values()), 2.4 * 2000 + 40 * turns, many)
 
     def test_ten_thousand_tasks_with_crashes_and_timeouts_leave_nothing_behind(self):
         if not Path("/proc/self/task").exists():
