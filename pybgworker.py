@@ -937,7 +937,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about", "tokens", "usual", "due",
+        "about", "tokens", "usual", "due", "held",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -960,6 +960,7 @@ class Run:
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
         self.usual = 0.0                # seconds that runs of this task take
         self.due = 0.0                  # monotonic: when it should begin, once sent
+        self.held = 0.0                 # the same: since when no child could take it
 
     @property
     def used(self) -> int:
@@ -7427,7 +7428,6 @@ class Hand:
 
     def __init__(self):
         self.runs: collections.deque = collections.deque()
-        self.since = 0.0            # when the last one left, or there was none
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -7440,6 +7440,8 @@ class Hand:
 
     def put_in_front(self, runs: Sequence[Run]) -> None:
         """Take in what has been recalled from a child."""
+        for run in runs:
+            run.held = 0.0
         self.runs.extendleft(reversed(runs))
 
     def take(self, wanted: Callable[[Run], bool]) -> list[Run]:
@@ -7452,18 +7454,19 @@ class Hand:
     def deal(self, send: Callable[[Run], bool], at: float) -> list[Run]:
         """Give each run away with `send`, if it can.
 
-        Returns the runs that nobody could take for a while: others may have time.
+        Returns the runs that nobody could take for a while: others may have time, and
+        what is more urgent is not looked for while these are here.
         """
         left = [run for run in self.runs if not send(run)]
-        if len(left) < len(self.runs) or not left:
-            self.since = at
-        self.runs = collections.deque(left)
-        return self.empty() if at >= self.due else []
+        for run in left:
+            run.held = run.held or at
+        self.runs = collections.deque(r for r in left if at < r.held + _HAND_SECONDS)
+        return [run for run in left if at >= run.held + _HAND_SECONDS]
 
     @property
     def due(self) -> float:
-        """When deal() gives up on what is left."""
-        return self.since + _HAND_SECONDS if self.runs else math.inf
+        """When deal() gives up on one of those that are left."""
+        return min((run.held for run in self.runs), default=math.inf) + _HAND_SECONDS
 
     def empty(self) -> list[Run]:
         """Give all away."""

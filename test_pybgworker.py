@@ -6621,7 +6621,7 @@ class Pools(Served):
             with self.subTest(why):
                 self.assertEqual(pool.next_timer(), due)
         pool.hand.add([self.run_of(2)])
-        pool.hand.since = 100.5
+        pool.hand.runs[0].held = 100.5
         self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
         pool.hand.empty()
         member.kill_due, behind = 0.0, self.run_of(3)
@@ -6764,6 +6764,23 @@ class Pools(Served):
                 self.assertEqual(placement.room([member], 0, at), (0, room))
                 self.assertEqual(room > 0, any(
                     placement.may_wait(self.run_of(9), taker) for taker in takers))
+
+    def test_a_run_leaves_the_hand_in_its_own_time_though_others_go_one_by_one(self):
+        hand, at = pybgworker.Hand(), 100.0
+        hand.add([self.run_of(number) for number in range(5)])
+        takes = iter([True] + [False] * 4)
+        self.assertEqual(hand.deal(lambda run: next(takes), at), [])
+        hand.add([self.run_of(9)])
+        self.assertEqual(hand.due, 0.05)        # of one that was never dealt: now
+        takes = iter([True] + [False] * 4)
+        self.assertEqual(hand.deal(lambda run: next(takes), at + 0.03), [])
+        self.assertEqual(hand.due, at + 0.05)
+        takes = iter([True] + [False] * 3)
+        back = hand.deal(lambda run: next(takes), at + 0.051)
+        self.assertEqual([run.id for run in back], [3, 4])
+        self.assertEqual([run.id for run in hand.runs], [9])
+        hand.put_in_front(back)                 # and recalled, it begins anew
+        self.assertEqual(hand.deal(lambda run: False, at + 0.06), [])
 
     def test_when_runs_get_slower_what_waits_is_too_much(self):
         """Each is only a little late, and the head never by the stall."""
