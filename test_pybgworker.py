@@ -10756,16 +10756,69 @@ class TheFile(unittest.TestCase):
         for child in symtable.symtable(self.source, "pybgworker.py", "exec").get_children():
             check(child)
 
+    # What is larger than the rule still, and how large at most.  The list only
+    # shrinks: who makes one of these keep the rule takes it out.
+    LARGER = {
+        "section Store": 561,
+        "section Tasks and results": 653,
+        "section Forks": 500,
+        "section Database": 680,
+        "section Processes": 473,
+        "section Child": 571,
+        "section Pool": 558,
+        "section Cron": 518,
+        "class Desk": 289,
+        "class Forks": 318,
+        "class Database": 269,
+        "class Child": 333,
+        "class Pool": 346,
+        "class Worker": 310,
+        "class Cron": 256,
+        "attributes of Run": 19,
+        "attributes of Forks": 17,
+        "attributes of Surroundings": 17,
+        "attributes of Child": 22,
+        "attributes of Member": 22,
+        "attributes of Worker": 23,
+        "born late in Task": 7,
+        "born late in TaskStream": 2,
+        "born late in Transcript": 4,
+        "born late in Child": 4,
+        "born late in Member": 6,
+        "born late in Worker": 9,
+    }
+
     def test_sections_classes_and_functions_have_their_sizes(self):
         ends = [number for number, _ in self.banners[1:]] + [len(self.lines)]
-        for (start, name), end in zip(self.banners, ends):
-            self.assertLessEqual(end - start, 700, name)
+        sizes = {f"section {name}": (end - start, 450)
+                 for (start, name), end in zip(self.banners, ends)}
         for node in ast.walk(self.tree):
             size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
-            if isinstance(node, ast.ClassDef):
-                self.assertLessEqual(size, 350, node.name)
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 self.assertLessEqual(size, 45, node.name)
+            elif isinstance(node, ast.ClassDef):
+                born, given = self.attributes_of(node)
+                sizes[f"class {node.name}"] = size, 250
+                sizes[f"attributes of {node.name}"] = len(born | given), 15
+                sizes[f"born late in {node.name}"] = len(given - born), 0
+        larger = {what: size for what, (size, limit) in sizes.items() if size > limit}
+        self.assertEqual(larger.keys(), self.LARGER.keys())
+        for what, size in larger.items():
+            self.assertLessEqual(size, self.LARGER[what], what)
+
+    def attributes_of(self, node):
+        """Those a class names in its body, or its __init__; and all it ever sets."""
+        born = {name for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign))
+                for name in self.names_of(part)}
+        given, first = set(), set()
+        for method in node.body:
+            found = {part.attr for part in ast.walk(method)
+                     if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
+                     and isinstance(part.value, ast.Name) and part.value.id == "self"}
+            given |= found
+            if getattr(method, "name", "") == "__init__":
+                first = found
+        return first | born & given, given
 
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Database", "Queue", "Claiming", "Endings", "Desk", "Register",
