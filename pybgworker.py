@@ -32,11 +32,11 @@ Life of a task
 Map
     Book One: the program's side
         Settings · States and errors · Time and values ·
-        Retry and rate · Store · Functions · Waiting ·
+        Retry and rate · Rows · Store · Functions · Waiting ·
         Tasks and results
     Book Two: the queue in SQLite
-        Wake-up · Guards · Forks · Database · Queue · Claiming ·
-        Endings · Desk · Register
+        Wake-up · Guards · Forks · Database · Group commit · Queue ·
+        Claiming · Endings · Desk · Register
     Book Three: the worker
         Processes · Output · Surroundings · Child · Member · Placement
         · Pool · Liveness · Wishes · Log · Journal · Upkeep · Settling
@@ -903,10 +903,9 @@ class Rates:
         return [(n, self._rates[n]) for n in {name, ""} if n in self._rates]
 
 
-# == Store ====================================================================
-# Owns what a queue is: its rows, and what can be done to it.  Each verb is one
-# atomic step, durable when it returns if it has to be, and none leaves anything
-# open.  STORES says who keeps a queue; read this section, and you know what one does.
+# == Rows =====================================================================
+# Owns what goes into a queue and comes out of it, as small objects: tasks, runs and
+# what becomes of them, workers, schedules.  Knows nothing of how they are kept.
 
 MOST_ID = 10 ** 15          # as in bg_task; times 8 it is still a row id
 ID_BATCH = 100          # ids that one statement looks up
@@ -971,43 +970,6 @@ class Run:
     def is_last(self) -> bool:
         """True when a failure of this attempt is final."""
         return self.used > self.retries
-
-
-class Request:
-    """Calls of a task that one thread wants enqueued, and then their ids."""
-
-    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
-                 "is_given_up", "is_taken")
-
-    def __init__(self, task: NewTask, calls: Sequence[str],
-                 deadline: float = math.inf):
-        self.task = task
-        self.calls = calls          # a text of encoded arguments for each
-        self.ids: list = []
-        self.is_done = False        # committed
-        self.error: DatabaseBusy | None = None
-        self.is_given_up = False    # its thread was interrupted: not to be inserted
-        self.is_taken = False       # in the transaction that is open now
-        self.deadline = deadline    # monotonic: its thread waits no longer for a lock
-        self.turn = threading.Lock()        # opens when it is settled, or is to lead
-        self.turn.acquire()
-
-    @property
-    def is_settled(self) -> bool:
-        """True when nothing is left to be done about it."""
-        return self.is_done or self.error is not None
-
-    def take(self) -> bool:
-        """Insert it now?  Then its thread cannot give up any more."""
-        self.is_taken = True        # before the look; GroupCommit._drop(): reverse
-        if self.is_given_up:
-            self.is_taken = False
-        return self.is_taken
-
-    def call(self) -> None:
-        """Wake its thread."""
-        with contextlib.suppress(RuntimeError):     # somebody has, before
-            self.turn.release()
 
 
 class Round(NamedTuple):
@@ -1220,6 +1182,11 @@ class ClockView(NamedTuple):
     seen: int               # the last look at a clock that was believed
     doubted: int | None     # the first look after a leap forward that is not, yet
 
+
+# == Store ====================================================================
+# Owns what can be done to a queue.  Each verb is one atomic step, durable when it
+# returns if it has to be, and none leaves anything open.  STORES says who keeps a
+# queue; read this section, and you know what one does.
 
 class Store(Protocol):
     """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
@@ -3829,95 +3796,50 @@ def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
     ).fetchall()
 
 
-# == Queue ====================================================================
-# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
-# writes is one transaction of its own: no one is ever open outside of it, and what
-# serves several verbs has the connection, or the link, as its first argument.
-# Rows leave as small objects; nothing above knows a column.
+# == Group commit =============================================================
+# Owns how threads that enqueue at the same time share one commit, and so one fsync.
+# Knows of the store only how to insert; what is in a request is not looked at.
 
-_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
-INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
-_NOT_ITS_FILES = (
-    "database {}: conn= does not write to it: the file, its -wal or its -shm was "
-    "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
-    "and open it again"
-)
 _TRIES = 5                  # of a commit, when forks undo it
 _TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 
 
-def insert_all(link, requests):
-    link.wake = wake_addresses(link.connection)
-    _insert(link.connection, requests)
+class Request:
+    """Calls of a task that one thread wants enqueued, and then their ids."""
 
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
+                 "is_given_up", "is_taken")
 
-_INSERT = """
-    insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
-        state, run_at, created_at, tick, counted, args)
-    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    def __init__(self, task: NewTask, calls: Sequence[str],
+                 deadline: float = math.inf):
+        self.task = task
+        self.calls = calls          # a text of encoded arguments for each
+        self.ids: list = []
+        self.is_done = False        # committed
+        self.error: DatabaseBusy | None = None
+        self.is_given_up = False    # its thread was interrupted: not to be inserted
+        self.is_taken = False       # in the transaction that is open now
+        self.deadline = deadline    # monotonic: its thread waits no longer for a lock
+        self.turn = threading.Lock()        # opens when it is settled, or is to lead
+        self.turn.acquire()
 
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing is left to be done about it."""
+        return self.is_done or self.error is not None
 
-def _insert(connection, requests):
-    first, place = _next_id(connection)
-    for request in requests:
-        holder = key_holder(connection, request.task.key)
-        if holder is not None:
-            request.ids = [holder] * len(request.calls)
-            continue
-        numbered = list(enumerate(request.calls, first))
-        connection.executemany(_INSERT, [
-            (number, place, *request.task,
-             text if len(text) <= INLINE_CHARS else None)
-            for number, text in numbered
-        ])
-        for number, text in numbered:
-            if len(text) > INLINE_CHARS:
-                put_payload(connection, number, _ARGS, text)
-        request.ids = [number for number, _ in numbered]
-        first += len(numbered)
+    def take(self) -> bool:
+        """Insert it now?  Then its thread cannot give up any more."""
+        self.is_taken = True        # before the look; GroupCommit._drop(): reverse
+        if self.is_given_up:
+            self.is_taken = False
+        return self.is_taken
 
-
-def key_holder(connection, key):
-    """Id of the unfinished task with this key.  The write lock is held."""
-    if key is None:
-        return None
-    row = connection.execute(
-        f"""select id + 0 from bg_task
-            where key = :key and key is not null and state < {SUCCESS}""",
-        {"key": key},
-    ).fetchone()
-    return row and row[0]
-
-
-def _next_id(connection):
-    """One above every id ever given, and the place of what is new.
-
-    Also above ids of deleted rows; and behind every retry that queued again,
-    which takes a place of its own behind all that were new before: Claims.
-    Both are expressions: a converter of the caller's does not get at them.
-    """
-    return connection.execute(
-        """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
-                place.value + 0
-            from bg_meta last, bg_meta place
-            where last.name = 'last_id' and place.name = 'place'"""
-    ).fetchone()
-
-
-def put_payload(connection, task_id, kind, body):
-    connection.execute(
-        """insert or replace into bg_payload (id, body) values (:id, :body)""",
-        {"id": task_id * 8 + kind, "body": body},
-    )
-
-
-def payload_of(db, task_id, kind):
-    rows = db.read(
-        """select body from bg_payload where id = :id""",
-        {"id": task_id * 8 + kind},
-    )
-    return rows[0][0] if rows else None
+    def call(self) -> None:
+        """Wake its thread."""
+        with contextlib.suppress(RuntimeError):     # somebody has, before
+            self.turn.release()
 
 
 class GroupCommit:
@@ -3927,9 +3849,10 @@ class GroupCommit:
     there, while the others wait to be called, and then the next is called to lead.
     """
 
-    def __init__(self, queue: Queue):
+    def __init__(self, insert: Callable[[list[Request], float], None], path: str):
         self.generation = FORKS.count      # inherited locks may never open
-        self._queue = queue
+        self._insert = insert       # within so many seconds; marks each as done
+        self._path = path
         self._leading = threading.Lock()
         self._requests: collections.deque = collections.deque()
         self._crowd = 0             # requests that the last leader found
@@ -3941,7 +3864,7 @@ class GroupCommit:
         Ctrl-C that arrives while they are committed is raised after that.
         """
         if self._leader == threading.get_ident():       # in a signal handler
-            raise DatabaseBusy(REENTERED.format(self._queue.db.path))
+            raise DatabaseBusy(REENTERED.format(self._path))
         self._requests.append(request)
         try:
             while not request.is_settled:
@@ -4023,20 +3946,105 @@ class GroupCommit:
     def _check_process(self):
         """The requests of a parent, inherited in the middle, are not ours."""
         if self.generation != FORKS.generation():
-            raise DatabaseUnavailable(FORKED.format(self._queue.db.path))
+            raise DatabaseUnavailable(FORKED.format(self._path))
 
     def _commit(self, requests):
+        deadline = min(request.deadline for request in requests)
         for left in reversed(range(_TRIES)):
             try:
-                return self._commit_once(requests)
+                return self._insert(requests, max(0.0, deadline - time.monotonic()))
             except Undone:
                 self._check_process()
                 if not left:
                     raise
 
-    def _commit_once(self, requests):
-        deadline = min(request.deadline for request in requests)
-        self._queue.insert(requests, max(0.0, deadline - time.monotonic()))
+
+# == Queue ====================================================================
+# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
+# writes is one transaction of its own: no one is ever open outside of it, and what
+# serves several verbs has the connection, or the link, as its first argument.
+# Rows leave as small objects; nothing above knows a column.
+
+_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
+INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
+_NOT_ITS_FILES = (
+    "database {}: conn= does not write to it: the file, its -wal or its -shm was "
+    "deleted, replaced or closed by hand while conn= was open: roll back, close it, "
+    "and open it again"
+)
+
+
+def insert_all(link, requests):
+    link.wake = wake_addresses(link.connection)
+    _insert(link.connection, requests)
+
+
+_INSERT = """
+    insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
+        state, run_at, created_at, tick, counted, args)
+    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def _insert(connection, requests):
+    first, place = _next_id(connection)
+    for request in requests:
+        holder = key_holder(connection, request.task.key)
+        if holder is not None:
+            request.ids = [holder] * len(request.calls)
+            continue
+        numbered = list(enumerate(request.calls, first))
+        connection.executemany(_INSERT, [
+            (number, place, *request.task,
+             text if len(text) <= INLINE_CHARS else None)
+            for number, text in numbered
+        ])
+        for number, text in numbered:
+            if len(text) > INLINE_CHARS:
+                put_payload(connection, number, _ARGS, text)
+        request.ids = [number for number, _ in numbered]
+        first += len(numbered)
+
+
+def key_holder(connection, key):
+    """Id of the unfinished task with this key.  The write lock is held."""
+    if key is None:
+        return None
+    row = connection.execute(
+        f"""select id + 0 from bg_task
+            where key = :key and key is not null and state < {SUCCESS}""",
+        {"key": key},
+    ).fetchone()
+    return row and row[0]
+
+
+def _next_id(connection):
+    """One above every id ever given, and the place of what is new.
+
+    Also above ids of deleted rows; and behind every retry that queued again,
+    which takes a place of its own behind all that were new before: Claims.
+    Both are expressions: a converter of the caller's does not get at them.
+    """
+    return connection.execute(
+        """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
+                place.value + 0
+            from bg_meta last, bg_meta place
+            where last.name = 'last_id' and place.name = 'place'"""
+    ).fetchone()
+
+
+def put_payload(connection, task_id, kind, body):
+    connection.execute(
+        """insert or replace into bg_payload (id, body) values (:id, :body)""",
+        {"id": task_id * 8 + kind, "body": body},
+    )
+
+
+def payload_of(db, task_id, kind):
+    rows = db.read(
+        """select body from bg_payload where id = :id""",
+        {"id": task_id * 8 + kind},
+    )
+    return rows[0][0] if rows else None
 
 
 class CallersTransaction:
@@ -4170,7 +4178,7 @@ class Queue:
             self.db.create()
         group = self._group
         if group is None or group.generation != FORKS.generation():
-            group = self._group = GroupCommit(self)
+            group = self._group = GroupCommit(self.insert, self.db.path)
         return group.submit(request)
 
     def insert(self, requests: Sequence[Request], patience: float) -> None:

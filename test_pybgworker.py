@@ -3655,6 +3655,382 @@ class Databases(Case):
         self.assertEqual(self.python(code).stdout, "fine\n")
 
 
+# == Group commit =============================================================
+
+
+class Threads(Case):
+    """Several threads that enqueue at once share commits."""
+
+    def setUp(self):
+        super().setUp()
+        self.store.data_version()
+        self.blocker = sqlite3.connect(self.db, isolation_level=None,
+                                       check_same_thread=False)
+        self.addCleanup(self.blocker.close)
+        self.commits, commit = [], pybgworker.GroupCommit._commit
+
+        def counted(group, requests):
+            self.commits.append(len(requests))
+            return commit(group, requests)
+
+        pybgworker.GroupCommit._commit = counted
+        self.addCleanup(setattr, pybgworker.GroupCommit, "_commit", commit)
+
+    def at_once(self, calls, hold=0.0):
+        """Run each in a thread, all while the write lock is held by another."""
+        self.blocker.execute("begin immediate")
+        ended = []
+
+        def run(call):
+            try:
+                ended.append(call())
+            except Exception as exc:
+                ended.append(exc)
+            self.store.close()
+
+        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+        threads[0].start()
+        until(lambda: self.commits)         # it leads, and waits for the lock
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: hold or len(self.store._group._requests) == len(calls) - 1)
+        time.sleep(hold)
+        self.blocker.execute("rollback")
+        for thread in threads:
+            thread.join(20)
+        self.assertEqual(len(ended), len(calls))
+        return ended
+
+    def test_eight_threads_take_two_commits(self):
+        results = self.at_once([lambda n=n: self.app.send("t", n) for n in range(8)])
+        self.assertEqual(sorted(r.id for r in results), list(range(1, 9)))
+        self.assertEqual(self.commits, [1, 7])
+        for result in results:
+            self.assertEqual(result.status, "queued")
+
+    def test_each_gets_its_own_ids_from_a_shared_commit(self):
+        task = pybgworker.Task(self.app, print, "t", {})
+        found = self.at_once([
+            lambda n=n: [(n, r.id) for r in task.delay_many([(n,)] * n)] for n in range(1, 7)])
+        for n, task_id in sum(found, []):
+            self.assertEqual(self.store.args(task_id), f"[[{n}],{{}}]")
+        self.assertEqual(sorted(i for _, i in sum(found, [])), list(range(1, 22)))
+        self.assertEqual(self.commits, [1, 5])
+
+    def test_keys_hold_within_one_commit(self):
+        results = self.at_once([lambda: self.app.send("first")]
+                               + [lambda: self.app.send("t", key="k")] * 5)
+        self.assertEqual(sorted(r.id for r in results), [1, 2, 2, 2, 2, 2])
+
+    def test_one_that_cannot_be_inserted_spoils_no_other(self):
+        calls = [lambda: self.app.send("t")] * 6
+        bad = NewTask("t", "q", 5, "\ud800", 0, None, pybgworker.QUEUED, 1, 1)
+        calls[3] = lambda: self.store.enqueue(bad, ["[[],{}]"])     # send() refuses it
+        results = self.at_once(calls)
+        errors = [r for r in results if isinstance(r, Exception)]
+        self.assertEqual([type(e) for e in errors], [UnicodeEncodeError])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(5,)])
+
+    def test_all_give_up_together_on_a_locked_database(self):
+        self.app.configure(busy_timeout=0.3)
+        start = time.monotonic()
+        results = self.at_once([lambda: self.app.send("t")] * 6, hold=1.2)
+        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
+        self.assertLess(time.monotonic() - start, 1.8)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        self.assertEqual(self.app.send("t").id, 1)
+
+    def test_nobody_waits_longer_for_a_lock_than_since_it_came(self):
+        """Also who came while another waited already, and leads after that."""
+        self.app.configure(busy_timeout=0.6)
+        waits = []
+
+        def call(late):
+            time.sleep(late)
+            start = time.monotonic()
+            try:
+                return self.app.send("t")
+            except pybgworker.DatabaseBusy:
+                waits.append(time.monotonic() - start)
+                raise
+
+        results = self.at_once(
+            [lambda n=n: call(0.2 * n) for n in (0, 0, 1, 1, 2)], hold=1.5)
+        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
+        self.assertGreater(min(waits), 0.55)
+        self.assertLess(max(waits), 1.0)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
+    def test_a_leader_that_gives_up_leaves_the_others_their_time(self):
+        """It fails alone; the lock opens in time for those who came later."""
+        group = self.group()
+        self.blocker.execute("begin immediate")
+        own, other = self.request(), self.request()
+        own.deadline = time.monotonic() + 0.1
+        group._requests.append(other)
+        self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
+        self.assertFalse(other.is_settled)
+        self.assertEqual(list(group._requests), [other])
+        self.assertTrue(other.turn.acquire(timeout=0))      # it was called to lead
+        self.blocker.execute("rollback")
+        self.assertEqual(group.submit(other), [1])
+
+    def test_who_leads_calls_all_whose_request_it_committed_and_who_leads_next(self):
+        """Or they look by themselves, a tenth of a second later."""
+        group = self.group()
+        own, other, late = self.request(), self.request(), self.request()
+        group._requests.append(other)
+        insert = self.store.insert
+
+        def insert_slowly(*args):
+            group._requests.append(late)
+            insert(*args)
+
+        with mock.patch.object(self.store, "insert", insert_slowly):
+            self.assertEqual(group.submit(own), [1])
+        self.assertTrue(other.is_done and other.turn.acquire(timeout=0))
+        self.assertFalse(late.is_settled)
+        self.assertTrue(late.turn.acquire(timeout=0))
+
+    def test_a_thread_in_a_transaction_of_its_own_fails_no_other(self):
+        group = self.group()
+        own, other = self.request(), self.request()
+        group._requests.append(other)
+        with self.store.db.write():
+            self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
+        self.assertFalse(other.is_settled)
+        self.assertEqual(list(group._requests), [other])
+        self.assertEqual(group.submit(other), [1])
+
+    def group(self):
+        """Looks insert() up at each commit, for tests that put another in its place."""
+        return pybgworker.GroupCommit(lambda *a: self.store.insert(*a), self.store.path)
+
+    def request(self):
+        task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
+        return pybgworker.Request(task, ["[[],{}]"], time.monotonic() + 20)
+
+    def interrupted(self, where, name):
+        """What is left of a leader and of a follower after Ctrl-C in `name`."""
+        group, own, other = self.group(), self.request(), self.request()
+        group._requests.append(other)
+        old = getattr(where, name)
+
+        def interrupt(*args):
+            old(*args)
+            raise KeyboardInterrupt
+
+        setattr(where, name, interrupt)
+        self.addCleanup(setattr, where, name, old)
+        with self.assertRaises(KeyboardInterrupt):
+            group.submit(own)
+        setattr(where, name, old)
+        return group, own, other
+
+    def test_an_interrupt_before_the_commit_leaves_the_others_to_themselves(self):
+        group, own, other = self.interrupted(pybgworker, "insert_all")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        self.assertFalse(own.is_done or other.is_done or group._requests)
+        self.assertEqual(group.submit(other), [1])
+
+    def test_an_interrupt_after_the_commit_enqueues_nothing_twice(self):
+        group, own, other = self.interrupted(pybgworker, "send_wake_ups")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+        self.assertTrue(own.is_done and other.is_done)
+        self.assertEqual(group.submit(other), [2])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+
+    def test_an_interrupted_wait_is_not_enqueued_later(self):
+        group, own = self.group(), self.request()
+        with group._leading:                        # somebody else leads
+            own.turn = type("Turn", (), {"acquire": self.interrupt})()
+            self.assertRaises(KeyboardInterrupt, group.submit, own)
+        self.assertEqual(list(group._requests), [])
+
+    def interrupt(self, timeout=None):
+        raise KeyboardInterrupt
+
+    def interrupted_follower(self, wait, patience=20.0):
+        """One whose request a leader has, when Ctrl-C comes after wait(); the leader's.
+        """
+        group, own, other = self.group(), self.request(), self.request()
+        own.deadline = time.monotonic() + patience
+        leading = threading.Event()
+
+        def lead():
+            with group._leading:
+                leading.set()
+                until(lambda: group._requests)
+                with contextlib.suppress(pybgworker.DatabaseBusy):
+                    group._lead(own)
+            self.store.close()
+
+        class Turn:
+            def acquire(self, timeout):
+                if not other.is_given_up:
+                    wait(group)
+                    raise KeyboardInterrupt
+                time.sleep(0.001)
+
+            def release(self):
+                pass
+
+        other.turn = Turn()
+        thread = threading.Thread(target=lead)
+        thread.start()
+        self.addCleanup(thread.join)
+        leading.wait()
+        self.assertRaises(KeyboardInterrupt, group.submit, other)
+        return group, own, other, thread
+
+    def test_an_interrupted_wait_is_not_enqueued_by_who_has_the_request(self):
+        self.blocker.execute("begin immediate")
+        _, own, other, leader = self.interrupted_follower(
+            lambda group: until(lambda: not group._requests))
+        self.blocker.execute("rollback")
+        leader.join()
+        self.assertEqual((own.is_done, other.is_done), (True, False))
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    def test_an_interrupted_wait_leaves_no_request_for_another_leader(self):
+        self.blocker.execute("begin immediate")
+        group, own, other, leader = self.interrupted_follower(
+            lambda group: until(lambda: not group._requests), patience=0.2)
+        leader.join()
+        self.assertIsInstance(own.error, pybgworker.DatabaseBusy)
+        self.assertEqual(list(group._requests), [])
+
+    def test_an_interrupt_is_raised_when_it_is_known_what_was_committed(self):
+        inserted, insert_all = threading.Event(), pybgworker.insert_all
+
+        def insert(link, requests):
+            insert_all(link, requests)
+            inserted.set()
+            until(lambda: requests[-1].is_given_up)
+
+        with mock.patch.object(pybgworker, "insert_all", insert):
+            _, own, other, _ = self.interrupted_follower(lambda group: inserted.wait())
+            self.assertTrue(own.is_done and other.is_done)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+
+    def test_a_signal_handler_in_the_middle_of_a_delay_is_refused(self):
+        inner, next_id = [], pybgworker._next_id
+
+        def handler(connection):
+            pybgworker._next_id = next_id
+            for act in (lambda: self.app.send("t"), lambda: self.store.cancel(1, self.now)):
+                try:
+                    inner.append(act())
+                except pybgworker.DatabaseBusy as exc:
+                    inner.append("signal handler" in str(exc))
+            return next_id(connection)
+
+        pybgworker._next_id = handler
+        self.addCleanup(setattr, pybgworker, "_next_id", next_id)
+        self.assertEqual(self.app.send("t").status, "queued")
+        self.assertEqual(inner, [True, True])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+
+    def test_a_delay_without_a_descriptor_left_is_committed_or_raises(self):
+        """The checkpoint's second connection fails, and the wake-up's socket."""
+        code = """
+            import os, resource, sys, pybgworker as p
+            p.CALLER_CHECKPOINT_BYTES = 1
+            app = p.App(); t = p.Task(app, print, "t", {})
+            ids = [t.delay().id]
+            os.listdir(".")
+            limit = max(map(int, os.listdir("/dev/fd"))) + 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            try:
+                while True:
+                    os.dup(0)
+            except OSError:
+                pass
+            ids += [t.delay().id for _ in range(300)]
+            try:
+                app.store.db.checkpoint()
+            except p.DatabaseUnavailable:
+                print(len(ids), ids[-1])
+        """
+        self.assertEqual(self.python(code).stdout, "301 301\n")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(301,)])
+
+    def test_whatever_a_worker_says_of_its_port_a_delay_is_committed(self):
+        self.store.create()
+        for n, (port, token) in enumerate(
+                ((1 << 40, "x"), (70000, "\ud800"), (9, b"x"), (9, ""))):
+            self.sql("insert into bg_worker (name, pid, host, boot, port, token, queues,"
+                     " concurrency, started_at, beat_at) values "
+                     "('w', 1, 'h', '', ?, cast(? as blob), null, 1, 1, 1)", port,
+                     token.encode("utf-8", "surrogatepass") if isinstance(token, str)
+                     else token)
+            self.assertEqual(self.app.send("t").id, n + 1)
+
+    def log_limit(self, limit):
+        """Callers do something about a log of more bytes, which is cut to this."""
+        limits = mock.patch.multiple(
+            pybgworker, CALLER_CHECKPOINT_BYTES=limit, _WAL_KEEP_BYTES=limit)
+        limits.start()
+        self.addCleanup(limits.stop)
+        self.app.store.close()          # it is told when it opens
+
+    def test_a_checkpoint_that_fails_does_not_fail_the_delay(self):
+        def fail(*_):
+            raise pybgworker.DatabaseUnavailable("disk I/O error")
+
+        self.store.db.checkpoint_if_large = mock.Mock(side_effect=fail)
+        self.log_limit(1)
+        self.assertEqual([self.app.send("t").id for _ in range(9)], list(range(1, 10)))
+        self.assertTrue(self.store.db.checkpoint_if_large.called)
+
+    def test_callers_keep_the_log_small_whoever_they_are(self):
+        """No worker runs; a link of each has one commit, or one has a few large ones."""
+        limit = 1 << 20
+        self.log_limit(limit)
+        self.app.send("t")              # a link that stays
+
+        def in_a_thread(body):
+            thread = threading.Thread(target=self.app.send, args=("t", body))
+            thread.start()
+            thread.join()
+
+        def in_a_new_program(body):
+            App(db=str(self.db)).send("t", body)
+
+        for call, size in ((in_a_thread, 100_000), (in_a_new_program, 100_000),
+                           (lambda body: self.app.send("t", body), 1_500_000)):
+            most = 0
+            for _ in range(5_000_000 // size):
+                call("x" * size)
+                most = max(most, self.store.db.wal_bytes())
+            self.assertLess(most, 1.5 * limit + 2 * size)
+
+    def test_a_log_that_a_reader_holds_costs_no_checkpoint_for_each_commit(self):
+        self.log_limit(400_000)
+        self.app.send("t")
+        reader = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(reader.close)
+        reader.execute("begin")
+        reader.execute("select * from bg_task").fetchall()
+        tries, real = [], self.store.db.checkpoint
+        self.store.db.checkpoint = lambda: tries.append(1) or real()
+        for _ in range(60):
+            self.app.send("t", "x" * 5000)
+        self.assertLess(len(tries), 20)
+        self.assertGreater(self.store.db.wal_bytes(), 1_000_000)
+        reader.execute("rollback")
+        for _ in range(12):
+            self.app.send("t", "x" * 5000)
+        self.assertLess(self.store.db.wal_bytes(), 900_000)
+
+    def test_a_transaction_left_open_by_an_interrupt_is_undone_by_the_next(self):
+        link = self.store.db.link()
+        link.connection.execute("begin immediate")
+        link.connection.execute("update bg_meta set value = 77")
+        self.assertEqual(self.app.send("t").id, 1)
+        self.assertEqual(self.sql("select id from bg_task"), [(1,)])
+
+
 # == Queue ====================================================================
 
 
@@ -3929,375 +4305,6 @@ class Enqueueing(QueueCase):
             run = Run(1, "t", "q", before, retries, forgiven, None, 0, None, "", 5)
             with self.subTest(before=before, retries=retries, forgiven=forgiven):
                 self.assertEqual(run.is_last, is_last)
-
-
-class Threads(Case):
-    """Several threads that enqueue at once share commits."""
-
-    def setUp(self):
-        super().setUp()
-        self.store.data_version()
-        self.blocker = sqlite3.connect(self.db, isolation_level=None,
-                                       check_same_thread=False)
-        self.addCleanup(self.blocker.close)
-        self.commits, commit = [], pybgworker.GroupCommit._commit
-
-        def counted(group, requests):
-            self.commits.append(len(requests))
-            return commit(group, requests)
-
-        pybgworker.GroupCommit._commit = counted
-        self.addCleanup(setattr, pybgworker.GroupCommit, "_commit", commit)
-
-    def at_once(self, calls, hold=0.0):
-        """Run each in a thread, all while the write lock is held by another."""
-        self.blocker.execute("begin immediate")
-        ended = []
-
-        def run(call):
-            try:
-                ended.append(call())
-            except Exception as exc:
-                ended.append(exc)
-            self.store.close()
-
-        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-        threads[0].start()
-        until(lambda: self.commits)         # it leads, and waits for the lock
-        for thread in threads[1:]:
-            thread.start()
-        until(lambda: hold or len(self.store._group._requests) == len(calls) - 1)
-        time.sleep(hold)
-        self.blocker.execute("rollback")
-        for thread in threads:
-            thread.join(20)
-        self.assertEqual(len(ended), len(calls))
-        return ended
-
-    def test_eight_threads_take_two_commits(self):
-        results = self.at_once([lambda n=n: self.app.send("t", n) for n in range(8)])
-        self.assertEqual(sorted(r.id for r in results), list(range(1, 9)))
-        self.assertEqual(self.commits, [1, 7])
-        for result in results:
-            self.assertEqual(result.status, "queued")
-
-    def test_each_gets_its_own_ids_from_a_shared_commit(self):
-        task = pybgworker.Task(self.app, print, "t", {})
-        found = self.at_once([
-            lambda n=n: [(n, r.id) for r in task.delay_many([(n,)] * n)] for n in range(1, 7)])
-        for n, task_id in sum(found, []):
-            self.assertEqual(self.store.args(task_id), f"[[{n}],{{}}]")
-        self.assertEqual(sorted(i for _, i in sum(found, [])), list(range(1, 22)))
-        self.assertEqual(self.commits, [1, 5])
-
-    def test_keys_hold_within_one_commit(self):
-        results = self.at_once([lambda: self.app.send("first")]
-                               + [lambda: self.app.send("t", key="k")] * 5)
-        self.assertEqual(sorted(r.id for r in results), [1, 2, 2, 2, 2, 2])
-
-    def test_one_that_cannot_be_inserted_spoils_no_other(self):
-        calls = [lambda: self.app.send("t")] * 6
-        bad = NewTask("t", "q", 5, "\ud800", 0, None, pybgworker.QUEUED, 1, 1)
-        calls[3] = lambda: self.store.enqueue(bad, ["[[],{}]"])     # send() refuses it
-        results = self.at_once(calls)
-        errors = [r for r in results if isinstance(r, Exception)]
-        self.assertEqual([type(e) for e in errors], [UnicodeEncodeError])
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(5,)])
-
-    def test_all_give_up_together_on_a_locked_database(self):
-        self.app.configure(busy_timeout=0.3)
-        start = time.monotonic()
-        results = self.at_once([lambda: self.app.send("t")] * 6, hold=1.2)
-        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
-        self.assertLess(time.monotonic() - start, 1.8)
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
-        self.assertEqual(self.app.send("t").id, 1)
-
-    def test_nobody_waits_longer_for_a_lock_than_since_it_came(self):
-        """Also who came while another waited already, and leads after that."""
-        self.app.configure(busy_timeout=0.6)
-        waits = []
-
-        def call(late):
-            time.sleep(late)
-            start = time.monotonic()
-            try:
-                return self.app.send("t")
-            except pybgworker.DatabaseBusy:
-                waits.append(time.monotonic() - start)
-                raise
-
-        results = self.at_once(
-            [lambda n=n: call(0.2 * n) for n in (0, 0, 1, 1, 2)], hold=1.5)
-        self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
-        self.assertGreater(min(waits), 0.55)
-        self.assertLess(max(waits), 1.0)
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
-
-    def test_a_leader_that_gives_up_leaves_the_others_their_time(self):
-        """It fails alone; the lock opens in time for those who came later."""
-        group = pybgworker.GroupCommit(self.store)
-        self.blocker.execute("begin immediate")
-        own, other = self.request(), self.request()
-        own.deadline = time.monotonic() + 0.1
-        group._requests.append(other)
-        self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
-        self.assertFalse(other.is_settled)
-        self.assertEqual(list(group._requests), [other])
-        self.assertTrue(other.turn.acquire(timeout=0))      # it was called to lead
-        self.blocker.execute("rollback")
-        self.assertEqual(group.submit(other), [1])
-
-    def test_who_leads_calls_all_whose_request_it_committed_and_who_leads_next(self):
-        """Or they look by themselves, a tenth of a second later."""
-        group = pybgworker.GroupCommit(self.store)
-        own, other, late = self.request(), self.request(), self.request()
-        group._requests.append(other)
-        insert = self.store.insert
-
-        def insert_slowly(*args):
-            group._requests.append(late)
-            insert(*args)
-
-        with mock.patch.object(self.store, "insert", insert_slowly):
-            self.assertEqual(group.submit(own), [1])
-        self.assertTrue(other.is_done and other.turn.acquire(timeout=0))
-        self.assertFalse(late.is_settled)
-        self.assertTrue(late.turn.acquire(timeout=0))
-
-    def test_a_thread_in_a_transaction_of_its_own_fails_no_other(self):
-        group = pybgworker.GroupCommit(self.store)
-        own, other = self.request(), self.request()
-        group._requests.append(other)
-        with self.store.db.write():
-            self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
-        self.assertFalse(other.is_settled)
-        self.assertEqual(list(group._requests), [other])
-        self.assertEqual(group.submit(other), [1])
-
-    def request(self):
-        task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
-        return pybgworker.Request(task, ["[[],{}]"], time.monotonic() + 20)
-
-    def interrupted(self, where, name):
-        """What is left of a leader and of a follower after Ctrl-C in `name`."""
-        group, own, other = pybgworker.GroupCommit(self.store), self.request(), self.request()
-        group._requests.append(other)
-        old = getattr(where, name)
-
-        def interrupt(*args):
-            old(*args)
-            raise KeyboardInterrupt
-
-        setattr(where, name, interrupt)
-        self.addCleanup(setattr, where, name, old)
-        with self.assertRaises(KeyboardInterrupt):
-            group.submit(own)
-        setattr(where, name, old)
-        return group, own, other
-
-    def test_an_interrupt_before_the_commit_leaves_the_others_to_themselves(self):
-        group, own, other = self.interrupted(pybgworker, "insert_all")
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
-        self.assertFalse(own.is_done or other.is_done or group._requests)
-        self.assertEqual(group.submit(other), [1])
-
-    def test_an_interrupt_after_the_commit_enqueues_nothing_twice(self):
-        group, own, other = self.interrupted(pybgworker, "send_wake_ups")
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
-        self.assertTrue(own.is_done and other.is_done)
-        self.assertEqual(group.submit(other), [2])
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
-
-    def test_an_interrupted_wait_is_not_enqueued_later(self):
-        group, own = pybgworker.GroupCommit(self.store), self.request()
-        with group._leading:                        # somebody else leads
-            own.turn = type("Turn", (), {"acquire": self.interrupt})()
-            self.assertRaises(KeyboardInterrupt, group.submit, own)
-        self.assertEqual(list(group._requests), [])
-
-    def interrupt(self, timeout=None):
-        raise KeyboardInterrupt
-
-    def interrupted_follower(self, wait, patience=20.0):
-        """One whose request a leader has, when Ctrl-C comes after wait(); the leader's.
-        """
-        group, own, other = pybgworker.GroupCommit(self.store), self.request(), self.request()
-        own.deadline = time.monotonic() + patience
-        leading = threading.Event()
-
-        def lead():
-            with group._leading:
-                leading.set()
-                until(lambda: group._requests)
-                with contextlib.suppress(pybgworker.DatabaseBusy):
-                    group._lead(own)
-            self.store.close()
-
-        class Turn:
-            def acquire(self, timeout):
-                if not other.is_given_up:
-                    wait(group)
-                    raise KeyboardInterrupt
-                time.sleep(0.001)
-
-            def release(self):
-                pass
-
-        other.turn = Turn()
-        thread = threading.Thread(target=lead)
-        thread.start()
-        self.addCleanup(thread.join)
-        leading.wait()
-        self.assertRaises(KeyboardInterrupt, group.submit, other)
-        return group, own, other, thread
-
-    def test_an_interrupted_wait_is_not_enqueued_by_who_has_the_request(self):
-        self.blocker.execute("begin immediate")
-        _, own, other, leader = self.interrupted_follower(
-            lambda group: until(lambda: not group._requests))
-        self.blocker.execute("rollback")
-        leader.join()
-        self.assertEqual((own.is_done, other.is_done), (True, False))
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
-
-    def test_an_interrupted_wait_leaves_no_request_for_another_leader(self):
-        self.blocker.execute("begin immediate")
-        group, own, other, leader = self.interrupted_follower(
-            lambda group: until(lambda: not group._requests), patience=0.2)
-        leader.join()
-        self.assertIsInstance(own.error, pybgworker.DatabaseBusy)
-        self.assertEqual(list(group._requests), [])
-
-    def test_an_interrupt_is_raised_when_it_is_known_what_was_committed(self):
-        inserted, insert_all = threading.Event(), pybgworker.insert_all
-
-        def insert(link, requests):
-            insert_all(link, requests)
-            inserted.set()
-            until(lambda: requests[-1].is_given_up)
-
-        with mock.patch.object(pybgworker, "insert_all", insert):
-            _, own, other, _ = self.interrupted_follower(lambda group: inserted.wait())
-            self.assertTrue(own.is_done and other.is_done)
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
-
-    def test_a_signal_handler_in_the_middle_of_a_delay_is_refused(self):
-        inner, next_id = [], pybgworker._next_id
-
-        def handler(connection):
-            pybgworker._next_id = next_id
-            for act in (lambda: self.app.send("t"), lambda: self.store.cancel(1, self.now)):
-                try:
-                    inner.append(act())
-                except pybgworker.DatabaseBusy as exc:
-                    inner.append("signal handler" in str(exc))
-            return next_id(connection)
-
-        pybgworker._next_id = handler
-        self.addCleanup(setattr, pybgworker, "_next_id", next_id)
-        self.assertEqual(self.app.send("t").status, "queued")
-        self.assertEqual(inner, [True, True])
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
-
-    def test_a_delay_without_a_descriptor_left_is_committed_or_raises(self):
-        """The checkpoint's second connection fails, and the wake-up's socket."""
-        code = """
-            import os, resource, sys, pybgworker as p
-            p.CALLER_CHECKPOINT_BYTES = 1
-            app = p.App(); t = p.Task(app, print, "t", {})
-            ids = [t.delay().id]
-            os.listdir(".")
-            limit = max(map(int, os.listdir("/dev/fd"))) + 1
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-            try:
-                while True:
-                    os.dup(0)
-            except OSError:
-                pass
-            ids += [t.delay().id for _ in range(300)]
-            try:
-                app.store.db.checkpoint()
-            except p.DatabaseUnavailable:
-                print(len(ids), ids[-1])
-        """
-        self.assertEqual(self.python(code).stdout, "301 301\n")
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(301,)])
-
-    def test_whatever_a_worker_says_of_its_port_a_delay_is_committed(self):
-        self.store.create()
-        for n, (port, token) in enumerate(
-                ((1 << 40, "x"), (70000, "\ud800"), (9, b"x"), (9, ""))):
-            self.sql("insert into bg_worker (name, pid, host, boot, port, token, queues,"
-                     " concurrency, started_at, beat_at) values "
-                     "('w', 1, 'h', '', ?, cast(? as blob), null, 1, 1, 1)", port,
-                     token.encode("utf-8", "surrogatepass") if isinstance(token, str)
-                     else token)
-            self.assertEqual(self.app.send("t").id, n + 1)
-
-    def log_limit(self, limit):
-        """Callers do something about a log of more bytes, which is cut to this."""
-        limits = mock.patch.multiple(
-            pybgworker, CALLER_CHECKPOINT_BYTES=limit, _WAL_KEEP_BYTES=limit)
-        limits.start()
-        self.addCleanup(limits.stop)
-        self.app.store.close()          # it is told when it opens
-
-    def test_a_checkpoint_that_fails_does_not_fail_the_delay(self):
-        def fail(*_):
-            raise pybgworker.DatabaseUnavailable("disk I/O error")
-
-        self.store.db.checkpoint_if_large = mock.Mock(side_effect=fail)
-        self.log_limit(1)
-        self.assertEqual([self.app.send("t").id for _ in range(9)], list(range(1, 10)))
-        self.assertTrue(self.store.db.checkpoint_if_large.called)
-
-    def test_callers_keep_the_log_small_whoever_they_are(self):
-        """No worker runs; a link of each has one commit, or one has a few large ones."""
-        limit = 1 << 20
-        self.log_limit(limit)
-        self.app.send("t")              # a link that stays
-
-        def in_a_thread(body):
-            thread = threading.Thread(target=self.app.send, args=("t", body))
-            thread.start()
-            thread.join()
-
-        def in_a_new_program(body):
-            App(db=str(self.db)).send("t", body)
-
-        for call, size in ((in_a_thread, 100_000), (in_a_new_program, 100_000),
-                           (lambda body: self.app.send("t", body), 1_500_000)):
-            most = 0
-            for _ in range(5_000_000 // size):
-                call("x" * size)
-                most = max(most, self.store.db.wal_bytes())
-            self.assertLess(most, 1.5 * limit + 2 * size)
-
-    def test_a_log_that_a_reader_holds_costs_no_checkpoint_for_each_commit(self):
-        self.log_limit(400_000)
-        self.app.send("t")
-        reader = sqlite3.connect(self.db, isolation_level=None)
-        self.addCleanup(reader.close)
-        reader.execute("begin")
-        reader.execute("select * from bg_task").fetchall()
-        tries, real = [], self.store.db.checkpoint
-        self.store.db.checkpoint = lambda: tries.append(1) or real()
-        for _ in range(60):
-            self.app.send("t", "x" * 5000)
-        self.assertLess(len(tries), 20)
-        self.assertGreater(self.store.db.wal_bytes(), 1_000_000)
-        reader.execute("rollback")
-        for _ in range(12):
-            self.app.send("t", "x" * 5000)
-        self.assertLess(self.store.db.wal_bytes(), 900_000)
-
-    def test_a_transaction_left_open_by_an_interrupt_is_undone_by_the_next(self):
-        link = self.store.db.link()
-        link.connection.execute("begin immediate")
-        link.connection.execute("update bg_meta set value = 77")
-        self.assertEqual(self.app.send("t").id, 1)
-        self.assertEqual(self.sql("select id from bg_task"), [(1,)])
 
 
 # == Claiming =================================================================
@@ -10759,7 +10766,6 @@ class TheFile(unittest.TestCase):
     # What is larger than the rule still, and how large at most.  The list only
     # shrinks: who makes one of these keep the rule takes it out.
     LARGER = {
-        "section Store": 561,
         "section Tasks and results": 653,
         "section Forks": 500,
         "section Database": 680,
