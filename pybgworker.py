@@ -33,7 +33,7 @@ Map
     Book One: the program's side
         Settings · States and errors · Time and values ·
         Retry and rate · Rows · Store · Functions · Waiting ·
-        Tasks and results
+        Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Guards · Forks · Database · Group commit · Queue ·
         Claiming · Endings · Desk · Register
@@ -1694,463 +1694,11 @@ def _unfinished(store, awaited):
     return [one for one in awaited if one[0] in found]
 
 
-# == Tasks and results ========================================================
-# Owns what a program sees: App, @task, @cron, delay(), AsyncResult and
-# current_task().  An App holds one registry and one database; the names of this
-# module belong to a default one.
-
-if sys.version_info >= (3, 10):
-    from typing import ParamSpec
-
-    P = ParamSpec("P")
-else:
-    P = TypeVar("P")
-R = TypeVar("R")            # what a call of the function returns
-V = TypeVar("V")            # what its task returns: R, or what a coroutine does
-
-_TASK_OPTIONS = frozenset((
-    "queue", "priority", "retries", "retry_delay", "retry_backoff", "retry_max_delay",
-    "retry_jitter", "retry_for", "timeout", "rate_limit", "on_success", "on_failure",
-))
-_OPTIONS = frozenset((
-    "countdown", "eta", "priority", "queue", "retries", "timeout", "key", "conn",
-))
-
-
-def _check_timeout(value):
-    seconds = None if value is None else check_span("timeout", value)
-    if seconds == 0:
-        raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
-    return seconds
-
-
-def _check_priority(value):
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
-        raise OptionError(f"priority={value!r}: must be a whole number")
-    return value
-
-
-def _check_callback(name, value):
-    if value is not None and (not callable(value) or does_yield(value)):
-        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
-    return value
-
-
-def _due_at(now, countdown, eta):
-    """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
-    if countdown is not None and eta is not None:
-        raise OptionError("give countdown= or eta=, not both")
-    if countdown is not None:
-        return now + to_ms(check_span("countdown", countdown, -LONGEST_SECONDS))
-    if eta is not None:
-        if not isinstance(eta, datetime):
-            raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
-        try:
-            return to_ms(eta.timestamp())
-        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
-            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
-    return now
-
-
-class Task(Generic[P, R, V]):
-    """A registered function.  Calling it calls the function, here and now."""
-
-    def __init__(self, app: App, fn: Callable, name: str, options: dict):
-        self.app = app
-        self.fn = fn
-        self.name = checked("name", parse_name, name)
-        self.schedules: list = []       # of Schedule
-        self.origin = origin_of(fn)
-        check_known(options, _TASK_OPTIONS)
-        self._set(**options)
-        functools.update_wrapper(self, fn, updated=())
-        for attribute, value in getattr(fn, "__dict__", {}).items():
-            if not hasattr(self, attribute):    # an option, or delay(), goes before
-                setattr(self, attribute, value)
-
-    def _set(self, queue="default", priority=5, retries=3, retry_delay=1.0,
-             retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
-             retry_for=(Exception,), timeout=None, rate_limit=None,
-             on_success=None, on_failure=None):
-        self.queue = checked("queue", parse_queue_name, queue)
-        self.priority = _check_priority(priority)
-        self.timeout = _check_timeout(timeout)
-        self.rate_limit = rate_limit
-        if rate_limit is not None:
-            self.rate_limit = checked("rate_limit", parse_rate, rate_limit)
-        self.on_success = _check_callback("on_success", on_success)
-        self.on_failure = _check_callback("on_failure", on_failure)
-        classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
-        if not all(isinstance(c, type) and issubclass(c, BaseException)
-                   for c in classes):
-            raise OptionError(f"retry_for={retry_for!r}: must be exception classes")
-        self.policy = RetryPolicy(
-            check_number("retries", retries, kind=int),
-            check_span("retry_delay", retry_delay),
-            check_number("retry_backoff", retry_backoff),
-            check_span("retry_max_delay", retry_max_delay),
-            check_number("retry_jitter", retry_jitter, most=1),
-            tuple(classes),
-        )
-
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.fn(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<Task {self.name}>"
-
-    @property
-    def callbacks(self) -> int:
-        """What there is to call at its end: as in bg_task."""
-        return (self.on_success is not None) + 2 * (self.on_failure is not None)
-
-    def companions(self) -> Iterator[Task]:
-        """The tasks that call on_success and on_failure: NAME:on_failure."""
-        for kind in ("on_success", "on_failure"):
-            fn = getattr(self, kind)
-            if fn is not None:
-                task: Task = Task(self.app, _calling(fn), self.name, {})
-                task.name = f"{self.name}:{kind}"
-                yield task
-
-    def __reduce__(self) -> str:
-        """Pickled as functions are: by the name under which its module has it."""
-        return getattr(self, "__qualname__", self.name)
-
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
-        """Enqueue a call; return its AsyncResult.
-
-        Durable once it returns.  Raises PayloadTypeError for an argument that would
-        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
-        """
-        return self.app.enqueue(self, [(args, kwargs)], {})[0]
-
-    def options(self, /, **options: Any) -> Call[P, V]:
-        """Return something with delay() and delay_many() that uses these options.
-
-        countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
-        key: while a task with it is unfinished, that one is returned; conn: an
-        sqlite3 connection to the same file, in whose transaction to insert.
-        """
-        return Call(self, options)
-
-    def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
-                    **options: Any) -> AsyncResult[V]:
-        """The same as options(**options).delay(*args, **kwargs)."""
-        if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
-            raise OptionError(
-                f"apply_async({args!r}, {kwargs!r}): takes a tuple of positional and a "
-                "dict of keyword arguments, as in apply_async((1, 2), {'key': 3}); "
-                "delay(1, 2, key=3) takes them as they are"
-            )
-        return self.options(**options).delay(*args, **(kwargs or {}))
-
-    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
-        """Enqueue many calls in one transaction: all of them or none.
-
-        Each call is a tuple of positional or a dict of keyword arguments.
-        """
-        return self.app.enqueue(self, [_one_call(call) for call in calls], {})
-
-
-class Call(Generic[P, V]):
-    """A task with options, ready to be enqueued."""
-
-    def __init__(self, task: Task[P, Any, V], options: dict):
-        check_known(options, _OPTIONS)
-        self._task, self._options = task, options
-
-    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
-        """Enqueue a call, as Task.delay() does."""
-        return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
-
-    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
-        """Enqueue many calls, as Task.delay_many() does."""
-        found = [_one_call(call) for call in calls]
-        return self._task.app.enqueue(self._task, found, self._options)
-
-
-def _calling(fn):
-    """The function of a callback's task: makes a TaskError, drops the result."""
-    async def wait_for(coroutine):
-        await coroutine
-
-    def call(task_id, *error):
-        value = fn(task_id, *map(TaskError, error))
-        return wait_for(value) if isinstance(value, types.CoroutineType) else None
-
-    return call
-
-
-def _one_call(call):
-    if isinstance(call, dict):
-        if not all(isinstance(name, str) for name in call):
-            raise OptionError(f"delay_many(): {call!r} has a keyword that is no text")
-        return (), call
-    if isinstance(call, (tuple, list)):
-        return tuple(call), {}
-    raise OptionError(
-        f"delay_many() takes tuples and dicts, not {type(call).__name__}"
-    )
-
-
-def _refuse_at_import(module):
-    """Raise AppError that names the line of the app which enqueues at import."""
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    raise AppError(
-        f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
-        f"worker imports {module}, and would in each of its children; put it below "
-        '`if __name__ == "__main__":`, or into a function'
-    )
-
-
-class _Decorator(Protocol):
-    """What `@task(…)` is to a type checker."""
-
-    @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, V]], /
-                 ) -> Task[P, Coroutine[Any, Any, V], V]: ...
-    @overload
-    def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
-
-
-class ProcessLock:
-    """A lock for the threads of a process.  A forked child finds it open."""
-
-    def __init__(self):
-        self._locks = {}            # the lock of each process, by pid
-        self._taken = threading.local()     # .by: pids of this thread's open blocks
-
-    def __enter__(self):
-        pid = os.getpid()
-        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
-        lock.acquire()
-        self._taken.by = [*getattr(self._taken, "by", ()), pid]
-
-    def __exit__(self, kind, exc, trace):
-        pid = self._taken.by.pop()
-        if pid == os.getpid():      # else it was forked inside the block
-            self._locks[pid].release()
-
-
-class App:
-    """One registry of tasks and one database.  Keywords are settings."""
-
-    serving = ""        # the module that a worker or child imports just now
-
-    def __init__(self, **settings: Any):
-        self.tasks: dict[str, Task] = {}
-        self._code: dict = {}
-        self._flags: dict = {}
-        self._lock = ProcessLock()  # guards _settings and _store
-        self._settings: types.SimpleNamespace | None = None
-        self._store: Store | None = None
-        self.watches: dict = {}             # by event loop, see Watch
-        self.configure(**settings)
-
-    def __copy__(self) -> App:
-        """An app is one thing: its copies, and those of its results, share it."""
-        return self
-
-    def __deepcopy__(self, memo: dict) -> App:
-        return self
-
-    def __reduce__(self):
-        """Pickled as its database: no other process has its functions."""
-        return _app_on, (self.store.name,)
-
-    # -- settings
-
-    def configure(self, **settings: Any) -> None:
-        """Set settings in code; flags and environment go before them.
-
-        Raises SettingError for an unknown name or a value it cannot have.
-        """
-        self._merge(self._code, settings)
-
-    def override(self, **settings: Any) -> None:
-        """Set settings as flags do: before the environment."""
-        self._merge(self._flags, settings)
-
-    def _merge(self, target, settings):
-        for name, value in settings.items():
-            if name not in SETTING_BY_NAME:
-                known = ", ".join(sorted(SETTING_BY_NAME))
-                raise SettingError(f"unknown setting {name!r}; there are {known}")
-            if value is not None:
-                target[name] = check_setting(name, value, name)
-        with self._lock:
-            if self._store:
-                self._store.close()
-            self._settings = self._store = None
-
-    @property
-    def settings(self) -> types.SimpleNamespace:
-        """All settings, resolved when first asked for."""
-        settings = self._settings
-        if settings is None:
-            with self._lock:
-                if self._settings is None:
-                    self._settings = resolve_settings(
-                        self._code, dict(os.environ), self._flags
-                    )
-                settings = self._settings
-        return settings
-
-    @property
-    def store(self) -> Store:
-        """The database, opened by the first thread that uses it."""
-        store = self._store
-        if store is None:
-            with self._lock:
-                if self._store is None:
-                    self._store = STORES[""](self.settings)
-                store = self._store
-        return store
-
-    # -- registering
-
-    @overload
-    def task(self, fn: Callable[P, Coroutine[Any, Any, V]], *, name: str | None = None,
-             **options: Any) -> Task[P, Coroutine[Any, Any, V], V]: ...
-    @overload
-    def task(self, fn: Callable[P, R], *, name: str | None = None,
-             **options: Any) -> Task[P, R, R]: ...
-    @overload
-    def task(self, fn: None = None, *, name: str | None = None,
-             **options: Any) -> _Decorator: ...
-    def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
-        """Register a function as a task; with or without brackets.
-
-        Raises AppError when another function has the name already.
-        """
-        if fn is None:
-            return functools.partial(self.task, name=name, **options)
-        schedules = []
-        if isinstance(fn, Task):            # @task above @cron
-            schedules = fn.schedules
-            self._unregister(fn.name)
-            fn = fn.fn
-        check_function(fn)
-        name = name or own_name(fn)
-        try:
-            task: Task = Task(self, fn, name, options)
-        except OptionError as exc:
-            raise OptionError(f"@task of {default_name(fn)}: {exc}") from None
-        task.schedules = schedules
-        return self._register(task)
-
-    def _register(self, task):
-        other = self.tasks.get(task.name)
-        if other is not None and not is_reload(other, task):
-            raise AppError(
-                f"two tasks are named {task.name!r}: {place_of(other.fn)} and "
-                f"{place_of(task.fn)}; give one of them @task(name=...), or their "
-                "decorator functools.wraps()"
-            )
-        if callback_kind(task.name):
-            raise AppError(
-                f"task {task.name!r}: names with :on_success or :on_failure at the end "
-                "are for the callbacks of tasks"
-            )
-        self._unregister(task.name)
-        self.tasks[task.name] = task
-        for companion in task.companions():
-            self.tasks[companion.name] = companion
-        return task
-
-    def _unregister(self, name):
-        for of in (name, name + ":on_success", name + ":on_failure"):
-            self.tasks.pop(of, None)
-
-    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
-             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
-        """Run a task without arguments whenever `expr` says so; see Cron.
-
-        misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
-        skip a tick while the run before is unfinished; jitter: put each run off by
-        a fixed part of so many seconds.  Raises CronError, also for a date that
-        never comes.
-        """
-        return scheduled(self, expr, tz, misfire, overlap, jitter)
-
-    # -- enqueueing
-
-    def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
-        """Insert one row for each (args, kwargs); the work behind delay()."""
-        if App.serving:
-            _refuse_at_import(App.serving)
-        row = self._new_task(task, now_ms(), **options)
-        if row.key is not None and len(calls) != 1:
-            raise OptionError("key= is for one call: each call needs one of its own")
-        limit = self.settings.max_payload
-        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
-        if not texts:
-            return []
-        if options.get("conn") is None:
-            return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
-        ids, mark = self.store.enqueue_with(options["conn"], row, texts)
-        return [AsyncResult(number, self, mark) for number in ids]
-
-    def _new_task(self, task, now, countdown=None, eta=None, priority=None, queue=None,
-                  retries=None, timeout=None, key=None, conn=None):
-        run_at = _due_at(now, countdown, eta)
-        return NewTask(
-            task.name,
-            task.queue if queue is None else checked("queue", parse_queue_name, queue),
-            task.priority if priority is None else _check_priority(priority),
-            None if key is None else checked("key", parse_name, key),
-            (task.policy.retries if retries is None
-             else check_number("retries", retries, kind=int)),
-            task.timeout if timeout is None else _check_timeout(timeout),
-            SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
-            counted=countdown is not None,
-        )
-
-    def send(self, name: str, *args: Any, kwargs: dict | None = None,
-             **options: Any) -> AsyncResult[Any]:
-        """Enqueue a task by its name, which need not be registered here.
-
-        Then it has the options of a bare @task, but for those that are given.
-        `kwargs` are its keyword arguments.
-        """
-        check_known(options, _OPTIONS)
-        task = self.tasks.get(checked("name", parse_name, name))
-        task = task or Task(self, do_nothing, name, {})
-        return task.apply_async(args, kwargs, **options)
-
-    def result(self, task_id: int) -> AsyncResult[Any]:
-        """Return the AsyncResult of an id of this app's database."""
-        return AsyncResult(task_id, self)
-
-
-_apps_by_path: dict[str, App] = {}
-
-
-def _app_on(path):
-    """The default App, if that is its database; else one for all results of `path`."""
-    if default_app.store.name == path:
-        return default_app
-    if path not in _apps_by_path:
-        app = _apps_by_path[path] = App()
-        app.override(db=path)       # whatever the environment says
-    return _apps_by_path[path]
-
-
-def _encode_call(args, kwargs, limit):
-    text = encode_call(args, kwargs)
-    if len(text) > limit:
-        raise PayloadTooLarge(
-            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-            f"{limit:,}; pass the path of a file instead"
-        )
-    return text
-
-
-def do_nothing():
-    """Stands for a function that only a worker knows."""
+# == Results ==================================================================
+# Owns what a program learns of a task that it has enqueued, by AsyncResult, and of
+# the run that is going on in its own process, by current_task().
+
+V = TypeVar("V")            # what a task returns
 
 
 class Progress(NamedTuple):
@@ -2170,9 +1718,11 @@ class AsyncResult(Generic[V]):
     whoever has got the id then.
     """
 
+    default_app: App            # of a bare AsyncResult(id)
+
     def __init__(self, id: int, app: App | None = None, mark: str | None = None):
         self.id = id if type(id) is int else parse_id(str(id))
-        self._app = app or default_app
+        self._app = app or AsyncResult.default_app
         self._mark = mark       # of our row, until it has been seen committed
 
     @property
@@ -2337,7 +1887,470 @@ def current_task() -> CurrentTask | None:
     return running_task
 
 
-default_app = App()
+# == Tasks ====================================================================
+# Owns what @task makes of a function: its options, and the ways to enqueue a call.
+# Where the row of a call goes is the matter of the App.
+
+if sys.version_info >= (3, 10):
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+else:
+    P = TypeVar("P")
+R = TypeVar("R")    # what a call of the function returns: V, or a coroutine of it
+
+
+class Task(Generic[P, R, V]):
+    """A registered function.  Calling it calls the function, here and now."""
+
+    def __init__(self, app: App, fn: Callable, name: str, options: dict):
+        self.app = app
+        self.fn = fn
+        self.name = checked("name", parse_name, name)
+        self.schedules: list = []       # of Schedule
+        self.origin = origin_of(fn)
+        check_known(options, TASK_OPTIONS)
+        (self.queue, self.priority, self.timeout, self.rate_limit, self.on_success,
+         self.on_failure, self.policy) = _checked_options(**options)
+        functools.update_wrapper(self, fn, updated=())
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):    # an option, or delay(), goes before
+                setattr(self, attribute, value)
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name}>"
+
+    @property
+    def callbacks(self) -> int:
+        """What there is to call at its end: as in bg_task."""
+        return (self.on_success is not None) + 2 * (self.on_failure is not None)
+
+    def companions(self) -> Iterator[Task]:
+        """The tasks that call on_success and on_failure: NAME:on_failure."""
+        for kind in ("on_success", "on_failure"):
+            fn = getattr(self, kind)
+            if fn is not None:
+                task: Task = Task(self.app, _calling(fn), self.name, {})
+                task.name = f"{self.name}:{kind}"
+                yield task
+
+    def __reduce__(self) -> str:
+        """Pickled as functions are: by the name under which its module has it."""
+        return getattr(self, "__qualname__", self.name)
+
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """Enqueue a call; return its AsyncResult.
+
+        Durable once it returns.  Raises PayloadTypeError for an argument that would
+        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
+        """
+        return self.app.enqueue(self, [(args, kwargs)], {})[0]
+
+    def options(self, /, **options: Any) -> Call[P, V]:
+        """Return something with delay() and delay_many() that uses these options.
+
+        countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
+        key: while a task with it is unfinished, that one is returned; conn: an
+        sqlite3 connection to the same file, in whose transaction to insert.
+        """
+        return Call(self, options)
+
+    def apply_async(self, args: Sequence = (), kwargs: dict | None = None,
+                    **options: Any) -> AsyncResult[V]:
+        """The same as options(**options).delay(*args, **kwargs)."""
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
+            raise OptionError(
+                f"apply_async({args!r}, {kwargs!r}): takes a tuple of positional and a "
+                "dict of keyword arguments, as in apply_async((1, 2), {'key': 3}); "
+                "delay(1, 2, key=3) takes them as they are"
+            )
+        return self.options(**options).delay(*args, **(kwargs or {}))
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """Enqueue many calls in one transaction: all of them or none.
+
+        Each call is a tuple of positional or a dict of keyword arguments.
+        """
+        return self.app.enqueue(self, [_one_call(call) for call in calls], {})
+
+
+class Call(Generic[P, V]):
+    """A task with options, ready to be enqueued."""
+
+    def __init__(self, task: Task[P, Any, V], options: dict):
+        check_known(options, CALL_OPTIONS)
+        self._task, self._options = task, options
+
+    def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """Enqueue a call, as Task.delay() does."""
+        return self._task.app.enqueue(self._task, [(args, kwargs)], self._options)[0]
+
+    def delay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """Enqueue many calls, as Task.delay_many() does."""
+        found = [_one_call(call) for call in calls]
+        return self._task.app.enqueue(self._task, found, self._options)
+
+
+def _one_call(call):
+    if isinstance(call, dict):
+        if not all(isinstance(name, str) for name in call):
+            raise OptionError(f"delay_many(): {call!r} has a keyword that is no text")
+        return (), call
+    if isinstance(call, (tuple, list)):
+        return tuple(call), {}
+    raise OptionError(
+        f"delay_many() takes tuples and dicts, not {type(call).__name__}"
+    )
+
+
+def _calling(fn):
+    """The function of a callback's task: makes a TaskError, drops the result."""
+    async def wait_for(coroutine):
+        await coroutine
+
+    def call(task_id, *error):
+        value = fn(task_id, *map(TaskError, error))
+        return wait_for(value) if isinstance(value, types.CoroutineType) else None
+
+    return call
+
+
+def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
+                     retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
+                     retry_for=(Exception,), timeout=None, rate_limit=None,
+                     on_success=None, on_failure=None):
+    """The options of @task as a Task keeps them."""
+    classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
+    if not all(isinstance(c, type) and issubclass(c, BaseException) for c in classes):
+        raise OptionError(f"retry_for={retry_for!r}: must be exception classes")
+    if rate_limit is not None:
+        rate_limit = checked("rate_limit", parse_rate, rate_limit)
+    policy = RetryPolicy(
+        check_number("retries", retries, kind=int),
+        check_span("retry_delay", retry_delay),
+        check_number("retry_backoff", retry_backoff),
+        check_span("retry_max_delay", retry_max_delay),
+        check_number("retry_jitter", retry_jitter, most=1),
+        tuple(classes),
+    )
+    return (
+        checked("queue", parse_queue_name, queue), _check_priority(priority),
+        _check_timeout(timeout), rate_limit, _check_callback("on_success", on_success),
+        _check_callback("on_failure", on_failure), policy,
+    )
+
+
+TASK_OPTIONS = frozenset(_checked_options.__kwdefaults__ or ())
+
+
+def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
+             queue=None, retries=None, timeout=None, key=None, conn=None) -> NewTask:
+    """The row of a call, by the options of the call before those of the task."""
+    run_at = _due_at(now, countdown, eta)
+    return NewTask(
+        task.name,
+        task.queue if queue is None else checked("queue", parse_queue_name, queue),
+        task.priority if priority is None else _check_priority(priority),
+        None if key is None else checked("key", parse_name, key),
+        (task.policy.retries if retries is None
+         else check_number("retries", retries, kind=int)),
+        task.timeout if timeout is None else _check_timeout(timeout),
+        SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
+        counted=countdown is not None,
+    )
+
+
+CALL_OPTIONS = frozenset(new_task.__kwdefaults__ or ())
+
+
+def _check_timeout(value):
+    seconds = None if value is None else check_span("timeout", value)
+    if seconds == 0:
+        raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
+    return seconds
+
+
+def _check_priority(value):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
+        raise OptionError(f"priority={value!r}: must be a whole number")
+    return value
+
+
+def _check_callback(name, value):
+    if value is not None and (not callable(value) or does_yield(value)):
+        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
+    return value
+
+
+def _due_at(now, countdown, eta):
+    """Unix ms from a countdown (seconds or timedelta) or an eta; now for neither."""
+    if countdown is not None and eta is not None:
+        raise OptionError("give countdown= or eta=, not both")
+    if countdown is not None:
+        return now + to_ms(check_span("countdown", countdown, -LONGEST_SECONDS))
+    if eta is not None:
+        if not isinstance(eta, datetime):
+            raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
+        try:
+            return to_ms(eta.timestamp())
+        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
+            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
+    return now
+
+
+# == App ======================================================================
+# Owns one registry of tasks and one database, and their meeting: @task and enqueue().
+# The names of this module belong to a default App.
+
+
+class App:
+    """One registry of tasks and one database.  Keywords are settings."""
+
+    serving = ""        # the module that a worker or child imports just now
+
+    def __init__(self, **settings: Any):
+        self.tasks: dict[str, Task] = {}
+        self._code: dict = {}
+        self._flags: dict = {}
+        self._lock = ProcessLock()  # guards _settings and _store
+        self._settings: types.SimpleNamespace | None = None
+        self._store: Store | None = None
+        self.watches: dict = {}             # by event loop, see Watch
+        self.configure(**settings)
+
+    def __copy__(self) -> App:
+        """An app is one thing: its copies, and those of its results, share it."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> App:
+        return self
+
+    def __reduce__(self):
+        """Pickled as its database: no other process has its functions."""
+        return _app_on, (self.store.name,)
+
+    # -- settings
+
+    def configure(self, **settings: Any) -> None:
+        """Set settings in code; flags and environment go before them.
+
+        Raises SettingError for an unknown name or a value it cannot have.
+        """
+        self._merge(self._code, settings)
+
+    def override(self, **settings: Any) -> None:
+        """Set settings as flags do: before the environment."""
+        self._merge(self._flags, settings)
+
+    def _merge(self, target, settings):
+        for name, value in settings.items():
+            if name not in SETTING_BY_NAME:
+                known = ", ".join(sorted(SETTING_BY_NAME))
+                raise SettingError(f"unknown setting {name!r}; there are {known}")
+            if value is not None:
+                target[name] = check_setting(name, value, name)
+        with self._lock:
+            if self._store:
+                self._store.close()
+            self._settings = self._store = None
+
+    @property
+    def settings(self) -> types.SimpleNamespace:
+        """All settings, resolved when first asked for."""
+        settings = self._settings
+        if settings is None:
+            with self._lock:
+                if self._settings is None:
+                    self._settings = resolve_settings(
+                        self._code, dict(os.environ), self._flags
+                    )
+                settings = self._settings
+        return settings
+
+    @property
+    def store(self) -> Store:
+        """The database, opened by the first thread that uses it."""
+        store = self._store
+        if store is None:
+            with self._lock:
+                if self._store is None:
+                    self._store = STORES[""](self.settings)
+                store = self._store
+        return store
+
+    # -- registering
+
+    @overload
+    def task(self, fn: Callable[P, Coroutine[Any, Any, V]], *, name: str | None = None,
+             **options: Any) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def task(self, fn: Callable[P, R], *, name: str | None = None,
+             **options: Any) -> Task[P, R, R]: ...
+    @overload
+    def task(self, fn: None = None, *, name: str | None = None,
+             **options: Any) -> _Decorator: ...
+    def task(self, fn: Any = None, *, name: str | None = None, **options: Any) -> Any:
+        """Register a function as a task; with or without brackets.
+
+        Raises AppError when another function has the name already.
+        """
+        if fn is None:
+            return functools.partial(self.task, name=name, **options)
+        schedules = []
+        if isinstance(fn, Task):            # @task above @cron
+            schedules = fn.schedules
+            self._unregister(fn.name)
+            fn = fn.fn
+        check_function(fn)
+        name = name or own_name(fn)
+        try:
+            task: Task = Task(self, fn, name, options)
+        except OptionError as exc:
+            raise OptionError(f"@task of {default_name(fn)}: {exc}") from None
+        task.schedules = schedules
+        return self._register(task)
+
+    def _register(self, task):
+        other = self.tasks.get(task.name)
+        if other is not None and not is_reload(other, task):
+            raise AppError(
+                f"two tasks are named {task.name!r}: {place_of(other.fn)} and "
+                f"{place_of(task.fn)}; give one of them @task(name=...), or their "
+                "decorator functools.wraps()"
+            )
+        if callback_kind(task.name):
+            raise AppError(
+                f"task {task.name!r}: names with :on_success or :on_failure at the end "
+                "are for the callbacks of tasks"
+            )
+        self._unregister(task.name)
+        self.tasks[task.name] = task
+        for companion in task.companions():
+            self.tasks[companion.name] = companion
+        return task
+
+    def _unregister(self, name):
+        for of in (name, name + ":on_success", name + ":on_failure"):
+            self.tasks.pop(of, None)
+
+    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
+             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
+        """Run a task without arguments whenever `expr` says so; see Cron.
+
+        misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
+        skip a tick while the run before is unfinished; jitter: put each run off by
+        a fixed part of so many seconds.  Raises CronError, also for a date that
+        never comes.
+        """
+        return scheduled(self, expr, tz, misfire, overlap, jitter)
+
+    # -- enqueueing
+
+    def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
+        """Insert one row for each (args, kwargs); the work behind delay()."""
+        if App.serving:
+            _refuse_at_import(App.serving)
+        row = new_task(task, now_ms(), **options)
+        if row.key is not None and len(calls) != 1:
+            raise OptionError("key= is for one call: each call needs one of its own")
+        limit = self.settings.max_payload
+        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
+        if not texts:
+            return []
+        if options.get("conn") is None:
+            return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
+        ids, mark = self.store.enqueue_with(options["conn"], row, texts)
+        return [AsyncResult(number, self, mark) for number in ids]
+
+    def send(self, name: str, *args: Any, kwargs: dict | None = None,
+             **options: Any) -> AsyncResult[Any]:
+        """Enqueue a task by its name, which need not be registered here.
+
+        Then it has the options of a bare @task, but for those that are given.
+        `kwargs` are its keyword arguments.
+        """
+        check_known(options, CALL_OPTIONS)
+        task = self.tasks.get(checked("name", parse_name, name))
+        task = task or Task(self, do_nothing, name, {})
+        return task.apply_async(args, kwargs, **options)
+
+    def result(self, task_id: int) -> AsyncResult[Any]:
+        """Return the AsyncResult of an id of this app's database."""
+        return AsyncResult(task_id, self)
+
+
+class _Decorator(Protocol):
+    """What `@task(…)` is to a type checker."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, V]], /
+                 ) -> Task[P, Coroutine[Any, Any, V], V]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
+
+
+class ProcessLock:
+    """A lock for the threads of a process.  A forked child finds it open."""
+
+    def __init__(self):
+        self._locks = {}            # the lock of each process, by pid
+        self._taken = threading.local()     # .by: pids of this thread's open blocks
+
+    def __enter__(self):
+        pid = os.getpid()
+        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
+        lock.acquire()
+        self._taken.by = [*getattr(self._taken, "by", ()), pid]
+
+    def __exit__(self, kind, exc, trace):
+        pid = self._taken.by.pop()
+        if pid == os.getpid():      # else it was forked inside the block
+            self._locks[pid].release()
+
+
+def _refuse_at_import(module):
+    """Raise AppError that names the line of the app which enqueues at import."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    raise AppError(
+        f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
+        f"worker imports {module}, and would in each of its children; put it below "
+        '`if __name__ == "__main__":`, or into a function'
+    )
+
+
+_apps_by_path: dict[str, App] = {}
+
+
+def _app_on(path):
+    """The default App, if that is its database; else one for all results of `path`."""
+    if default_app.store.name == path:
+        return default_app
+    if path not in _apps_by_path:
+        app = _apps_by_path[path] = App()
+        app.override(db=path)       # whatever the environment says
+    return _apps_by_path[path]
+
+
+def _encode_call(args, kwargs, limit):
+    text = encode_call(args, kwargs)
+    if len(text) > limit:
+        raise PayloadTooLarge(
+            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+            f"{limit:,}; pass the path of a file instead"
+        )
+    return text
+
+
+def do_nothing():
+    """Stands for a function that only a worker knows."""
+
+
+AsyncResult.default_app = default_app = App()
 task = default_app.task
 cron = default_app.cron
 configure = default_app.configure

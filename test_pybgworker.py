@@ -1793,7 +1793,126 @@ class Waiting(QueueCase):
         self.assertEqual(len(set(map(id, found))), 3)
 
 
-# == Tasks and results ========================================================
+# == Results ==================================================================
+
+
+class Results(QueueCase):
+
+    def test_what_is_kept_of_a_missing_row_is_not_found(self):
+        result = self.task.delay()
+        self.assertEqual((result.result, result.error, result.progress), (None,) * 3)
+        result.forget()
+        for what in ("result", "error", "progress", "attempt", "status"):
+            for gone in (result, *(AsyncResult(2**n, self.app) for n in (50, 60, 63))):
+                self.assertRaises(pybgworker.TaskNotFound, getattr, gone, what)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.output, result.id)
+
+    def test_results_apps_and_tasks_survive_pickle_and_copy(self):
+        result = self.task.delay()
+        for found in (copy.copy(result), copy.deepcopy(result)):
+            self.assertIs(found._app, self.app)
+        found = pickle.loads(pickle.dumps([result, self.app]))
+        self.assertEqual(found[0], result)
+        self.assertEqual((found[0].status, found[0]._app), ("queued", found[1]))
+        found[1].store.close()
+
+        code = """
+            import concurrent.futures, copy, multiprocessing, pickle, sys
+            from pybgworker import AsyncResult, Cron, configure, task
+            @task
+            def double(n): return 2 * n
+            def outcome(result):
+                return result.get(timeout=20)
+            if __name__ == "__main__":
+                context = multiprocessing.get_context("spawn")
+                failed = AsyncResult(int(sys.argv[1]))
+                with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                    print(list(pool.map(double, [1, 2])))
+                    print(repr(pool.submit(outcome, failed).exception()))
+                cron = Cron("0 1 * * *")
+                assert pickle.loads(pickle.dumps(cron)) == copy.copy(cron) == cron
+        """
+        (self.folder / "script.py").write_text(textwrap.dedent(code))
+        failed = self.finished(pybgworker.FAILED, error={"kind": "crash", "message": "m"})
+        done = subprocess.run(
+            [sys.executable, "script.py", str(failed.id)], cwd=self.folder, text=True,
+            env=clean_environment(PYBGWORKER_DB=str(self.db)), stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout.splitlines(), [
+            "[2, 4]", f"TaskFailed('task {failed.id} failed: crash: m')"])
+
+    def setUp(self):
+        super().setUp()
+        self.task = self.app.task(name="t")(print)
+
+    def finished(self, state, **values):
+        result = self.task.delay()
+        self.now = pybgworker.now_ms()
+        run = self.claim()[-1]
+        self.finish(run, state, **values)
+        return result
+
+    def test_a_result_is_read_as_often_as_one_likes(self):
+        result = self.finished(pybgworker.SUCCESS, result='{"$tuple":[1]}')
+        self.assertEqual((result.get(), result.get(timeout=0)), ((1,), (1,)))
+        self.assertEqual((result.ready(), result.successful(), result.failed()),
+                         (True, True, False))
+        self.assertEqual(AsyncResult(result.id, self.app), result)
+        self.assertEqual(result.task_id, result.id)
+
+    def test_get_raises_what_became_of_it(self):
+        error = {"kind": "exception", "type": "E", "message": "m", "traceback": "T"}
+        failed = self.finished(pybgworker.FAILED, error=error)
+        with self.assertRaises(pybgworker.TaskFailed) as caught:
+            failed.get()
+        self.assertEqual((caught.exception.error_type, caught.exception.traceback),
+                         ("E", "T"))
+        self.assertEqual(failed.error, "E: m")
+        cancelled = self.finished(pybgworker.CANCELLED)
+        self.assertRaises(pybgworker.TaskCancelled, cancelled.get)
+        self.assertTrue(cancelled.cancelled())
+
+    def test_a_retry_just_when_it_is_read_is_waited_for(self):
+        result = self.finished(pybgworker.SUCCESS, result="7")
+        with mock.patch.object(AsyncResult, "ready", lambda self: True):
+            result.retry()          # between the look and the reading
+            with self.assertRaisesRegex(TimeoutError, "is queued"):
+                result.get(timeout=0.02)
+
+    def test_get_gives_up_after_its_timeout(self):
+        result = self.task.delay()
+        with self.assertRaisesRegex(pybgworker.WaitTimeout, f"task {result.id} is queued"):
+            result.get(timeout=0.02)
+
+    def test_a_result_can_be_awaited(self):
+        result = self.finished(pybgworker.SUCCESS, result="7")
+
+        async def wait():
+            return await result
+
+        asyncio = pybgworker.importlib.import_module("asyncio")
+        self.assertEqual(asyncio.run(wait()), 7)
+
+    def test_cancel_retry_and_forget(self):
+        result = self.task.delay()
+        self.assertTrue(result.cancel())
+        self.assertFalse(result.cancel())
+        result.retry()
+        self.assertEqual(result.status, "queued")
+        result.forget()
+        for read in (lambda: result.status, result.ready, result.get, result.cancel,
+                     result.retry, result.forget):
+            self.assertRaises(pybgworker.TaskNotFound, read)
+
+    def test_an_id_that_is_no_number_is_not_found(self):
+        for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
+            self.assertRaises(pybgworker.TaskNotFound, AsyncResult, wrong)
+        self.assertEqual(AsyncResult("7", self.app).id, 7)
+
+    def test_outside_of_a_task_there_is_no_current_one(self):
+        self.assertIsNone(pybgworker.current_task())
+
+
+# == Tasks ====================================================================
 
 
 class Tasks(Case):
@@ -1867,10 +1986,10 @@ class Tasks(Case):
                   dt.timedelta.max, dt.datetime.min, dt.datetime.max, base, Decimal("NaN"),
                   sqlite3.connect(":memory:")]
         task = self.app.task(print)
-        for value, option in itertools.product(values, sorted(pybgworker._OPTIONS)):
+        for value, option in itertools.product(values, sorted(pybgworker.CALL_OPTIONS)):
             with contextlib.suppress(pybgworker.OptionError):
                 task.options(**{option: value}).delay()
-        for value, option in itertools.product(values, sorted(pybgworker._TASK_OPTIONS)):
+        for value, option in itertools.product(values, sorted(pybgworker.TASK_OPTIONS)):
             with contextlib.suppress(pybgworker.OptionError):
                 pybgworker.Task(self.app, print, "odd", {option: value}).delay()
         for value, setting in itertools.product(values, pybgworker.SETTINGS):
@@ -2100,122 +2219,6 @@ class Types(Case):
         wrong = [n for n, line in enumerate(lines, 1) if "# wrong:" in line]
         said = {int(n) for n in re.findall(r"program\.py:(\d+): error", found.stdout)}
         self.assertEqual(sorted(said), wrong, found.stdout + found.stderr)
-
-
-class Results(QueueCase):
-
-    def test_what_is_kept_of_a_missing_row_is_not_found(self):
-        result = self.task.delay()
-        self.assertEqual((result.result, result.error, result.progress), (None,) * 3)
-        result.forget()
-        for what in ("result", "error", "progress", "attempt", "status"):
-            for gone in (result, *(AsyncResult(2**n, self.app) for n in (50, 60, 63))):
-                self.assertRaises(pybgworker.TaskNotFound, getattr, gone, what)
-        self.assertRaises(pybgworker.TaskNotFound, self.store.output, result.id)
-
-    def test_results_apps_and_tasks_survive_pickle_and_copy(self):
-        result = self.task.delay()
-        for found in (copy.copy(result), copy.deepcopy(result)):
-            self.assertIs(found._app, self.app)
-        found = pickle.loads(pickle.dumps([result, self.app]))
-        self.assertEqual(found[0], result)
-        self.assertEqual((found[0].status, found[0]._app), ("queued", found[1]))
-        found[1].store.close()
-
-        code = """
-            import concurrent.futures, copy, multiprocessing, pickle, sys
-            from pybgworker import AsyncResult, Cron, configure, task
-            @task
-            def double(n): return 2 * n
-            def outcome(result):
-                return result.get(timeout=20)
-            if __name__ == "__main__":
-                context = multiprocessing.get_context("spawn")
-                failed = AsyncResult(int(sys.argv[1]))
-                with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-                    print(list(pool.map(double, [1, 2])))
-                    print(repr(pool.submit(outcome, failed).exception()))
-                cron = Cron("0 1 * * *")
-                assert pickle.loads(pickle.dumps(cron)) == copy.copy(cron) == cron
-        """
-        (self.folder / "script.py").write_text(textwrap.dedent(code))
-        failed = self.finished(pybgworker.FAILED, error={"kind": "crash", "message": "m"})
-        done = subprocess.run(
-            [sys.executable, "script.py", str(failed.id)], cwd=self.folder, text=True,
-            env=clean_environment(PYBGWORKER_DB=str(self.db)), stdout=subprocess.PIPE)
-        self.assertEqual(done.stdout.splitlines(), [
-            "[2, 4]", f"TaskFailed('task {failed.id} failed: crash: m')"])
-
-    def setUp(self):
-        super().setUp()
-        self.task = self.app.task(name="t")(print)
-
-    def finished(self, state, **values):
-        result = self.task.delay()
-        self.now = pybgworker.now_ms()
-        run = self.claim()[-1]
-        self.finish(run, state, **values)
-        return result
-
-    def test_a_result_is_read_as_often_as_one_likes(self):
-        result = self.finished(pybgworker.SUCCESS, result='{"$tuple":[1]}')
-        self.assertEqual((result.get(), result.get(timeout=0)), ((1,), (1,)))
-        self.assertEqual((result.ready(), result.successful(), result.failed()),
-                         (True, True, False))
-        self.assertEqual(AsyncResult(result.id, self.app), result)
-        self.assertEqual(result.task_id, result.id)
-
-    def test_get_raises_what_became_of_it(self):
-        error = {"kind": "exception", "type": "E", "message": "m", "traceback": "T"}
-        failed = self.finished(pybgworker.FAILED, error=error)
-        with self.assertRaises(pybgworker.TaskFailed) as caught:
-            failed.get()
-        self.assertEqual((caught.exception.error_type, caught.exception.traceback),
-                         ("E", "T"))
-        self.assertEqual(failed.error, "E: m")
-        cancelled = self.finished(pybgworker.CANCELLED)
-        self.assertRaises(pybgworker.TaskCancelled, cancelled.get)
-        self.assertTrue(cancelled.cancelled())
-
-    def test_a_retry_just_when_it_is_read_is_waited_for(self):
-        result = self.finished(pybgworker.SUCCESS, result="7")
-        with mock.patch.object(AsyncResult, "ready", lambda self: True):
-            result.retry()          # between the look and the reading
-            with self.assertRaisesRegex(TimeoutError, "is queued"):
-                result.get(timeout=0.02)
-
-    def test_get_gives_up_after_its_timeout(self):
-        result = self.task.delay()
-        with self.assertRaisesRegex(pybgworker.WaitTimeout, f"task {result.id} is queued"):
-            result.get(timeout=0.02)
-
-    def test_a_result_can_be_awaited(self):
-        result = self.finished(pybgworker.SUCCESS, result="7")
-
-        async def wait():
-            return await result
-
-        asyncio = pybgworker.importlib.import_module("asyncio")
-        self.assertEqual(asyncio.run(wait()), 7)
-
-    def test_cancel_retry_and_forget(self):
-        result = self.task.delay()
-        self.assertTrue(result.cancel())
-        self.assertFalse(result.cancel())
-        result.retry()
-        self.assertEqual(result.status, "queued")
-        result.forget()
-        for read in (lambda: result.status, result.ready, result.get, result.cancel,
-                     result.retry, result.forget):
-            self.assertRaises(pybgworker.TaskNotFound, read)
-
-    def test_an_id_that_is_no_number_is_not_found(self):
-        for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
-            self.assertRaises(pybgworker.TaskNotFound, AsyncResult, wrong)
-        self.assertEqual(AsyncResult("7", self.app).id, 7)
-
-    def test_outside_of_a_task_there_is_no_current_one(self):
-        self.assertIsNone(pybgworker.current_task())
 
 
 # == Wake-up ==================================================================
@@ -10766,7 +10769,6 @@ class TheFile(unittest.TestCase):
     # What is larger than the rule still, and how large at most.  The list only
     # shrinks: who makes one of these keep the rule takes it out.
     LARGER = {
-        "section Tasks and results": 653,
         "section Forks": 500,
         "section Database": 680,
         "section Processes": 473,
@@ -10786,7 +10788,6 @@ class TheFile(unittest.TestCase):
         "attributes of Child": 22,
         "attributes of Member": 22,
         "attributes of Worker": 23,
-        "born late in Task": 7,
         "born late in TaskStream": 2,
         "born late in Transcript": 4,
         "born late in Child": 4,
