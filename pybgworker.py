@@ -1252,14 +1252,11 @@ class Store(Protocol):
     def args(self, task_id: int) -> str:
         """Return the encoded arguments.  Raises TaskNotFound."""
 
-    def result(self, task_id: int) -> str | None:
-        """Return the encoded result, or None when there is none."""
+    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
+        """Return state, encoded result and error, all of one moment."""
 
     def error(self, task_id: int) -> dict | None:
         """Return what the last failed run left: kind, type, message, traceback."""
-
-    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
-        """Return state, encoded result and error, all of one moment."""
 
     def output(self, task_id: int) -> str | None:
         """Return what the last run printed, as far as it was kept."""
@@ -1767,7 +1764,7 @@ class AsyncResult(Generic[V]):
     @property
     def result(self) -> V | None:
         """What the task returned; None while, or when, it did not."""
-        text = self._store.result(self.id)
+        _, text, _ = self._store.outcome(self.id)
         return None if text is None else decode(text)
 
     @property
@@ -3978,7 +3975,7 @@ class GroupCommit:
 # serves several verbs has the connection, or the link, as its first argument.
 # Rows leave as small objects; nothing above knows a column.
 
-_ARGS, _RESULT, _ERROR, _OUTPUT, _PROGRESS, _MARK = range(6)   # kinds in bg_payload
+ARGS, RESULT, ERROR, OUTPUT, PROGRESS, MARK = range(6)   # kinds in bg_payload
 INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
 _NOT_ITS_FILES = (
     "database {}: conn= does not write to it: the file, its -wal or its -shm was "
@@ -4013,7 +4010,7 @@ def _insert(connection, requests):
         ])
         for number, text in numbered:
             if len(text) > INLINE_CHARS:
-                put_payload(connection, number, _ARGS, text)
+                put_payload(connection, number, ARGS, text)
         request.ids = [number for number, _ in numbered]
         first += len(numbered)
 
@@ -4235,16 +4232,16 @@ class Queue:
             if holder is not None:      # as bytes: text is for the caller's factory
                 mark = cursor.execute(
                     """select cast(body as blob) from bg_payload where id = :id""",
-                    {"id": holder * 8 + _MARK},
+                    {"id": holder * 8 + MARK},
                 ).fetchone()
                 return request.ids, mark and mark[0].decode()
             mark = os.urandom(8).hex()
             for task_id in request.ids:
-                put_payload(cursor, task_id, _MARK, mark)
+                put_payload(cursor, task_id, MARK, mark)
         return request.ids, mark
 
     def has_mark(self, task_id: int, mark: str) -> bool:
-        return payload_of(self.db, task_id, _MARK) == mark
+        return payload_of(self.db, task_id, MARK) == mark
 
 
 # == Claiming =================================================================
@@ -4658,8 +4655,8 @@ def drop_old(connection, run, state):
         connection.execute(
             """delete from bg_payload where id > :args and id <= :last""",
             {
-                "args": run.id * 8 + _ARGS,
-                "last": run.id * 8 + (_OUTPUT if state in FINISHED else _PROGRESS),
+                "args": run.id * 8 + ARGS,
+                "last": run.id * 8 + (OUTPUT if state in FINISHED else PROGRESS),
             },
         )
 
@@ -4762,12 +4759,12 @@ class Endings(Claims):
             return False
         drop_old(connection, outcome.run, outcome.state)
         if large:
-            put_payload(connection, outcome.run.id, _RESULT, outcome.result)
+            put_payload(connection, outcome.run.id, RESULT, outcome.result)
         if outcome.error is not None:
             error = to_json(outcome.error)
-            put_payload(connection, outcome.run.id, _ERROR, error)
+            put_payload(connection, outcome.run.id, ERROR, error)
         if outcome.output:
-            put_payload(connection, outcome.run.id, _OUTPUT, outcome.output)
+            put_payload(connection, outcome.run.id, OUTPUT, outcome.output)
         if outcome.then:
             insert_all(link, [Request(row, [text]) for row, text in outcome.then])
         return True
@@ -4799,7 +4796,7 @@ class Endings(Claims):
     def _set_progress(self, connection, run, worker, progress):
         """Store what a running task last said of its progress."""
         if self._is_running(connection, run, worker):
-            put_payload(connection, run.id, _PROGRESS, progress)
+            put_payload(connection, run.id, PROGRESS, progress)
 
     def _is_running(self, connection, run, worker):
         return connection.execute(
@@ -4829,10 +4826,14 @@ class Endings(Claims):
 
 
 # == Desk =====================================================================
-# Owns the SQL of people: what they do to tasks, and read of them, be it by a
-# command or by an AsyncResult.  Every verb that writes makes its own transaction,
-# unless it says otherwise.
+# Owns the SQL of people: what they read of tasks, and what they do to them, be it by
+# a command or by an AsyncResult.
 
+_TASK = """
+    select id, state, queue, name, priority, key, attempt, retries, forgiven, timeout,
+        worker, cancel_asked, run_at, created_at, started_at, finished_at, duration,
+        tick
+    from bg_task """
 
 _UNFINISHED = (
     f"""select id from bg_task where state < {SUCCESS} and id in (?"""
@@ -4840,61 +4841,71 @@ _UNFINISHED = (
 )
 
 
-def _read_error(text):
-    error = json.loads(text) if text else None
-    if text and not (isinstance(error, dict) and error.get("kind")):
-        return {"kind": "exception", "message": text}       # edited by hand
-    return error
-
-
-_BATCH = 500                # tasks that one transaction of a command changes
-
-
-class Desk:
-    """The verbs of people and of AsyncResult: look at tasks, cancel, retry, prune."""
+class Records:
+    """What can be read of tasks."""
 
     db: Database
 
-    def task(self, task_id: int) -> TaskRow:
-        rows = self._select(first=row_id(task_id), last=task_id, limit=1)
+    def _row(self, statement, task_id):
+        """The row of a statement about one task.  Raises TaskNotFound."""
+        rows = self.db.read(statement, {"id": row_id(task_id)})
         if not rows:
             raise TaskNotFound(f"no task {task_id} in {self.db.path}")
         return rows[0]
 
+    def _kept(self, task_id, kind):
+        """A payload; None where the task has none.  Raises TaskNotFound."""
+        text = payload_of(self.db, row_id(task_id), kind)
+        if text is None:
+            self.state(task_id)
+        return text
+
+    def task(self, task_id: int) -> TaskRow:
+        return TaskRow(*self._row(_TASK + "where id = :id", task_id))
+
     def tasks(self, state: int | None = None, name: str | None = None,
               queue: str | None = None, limit: int = 50) -> list[TaskRow]:
-        return self._select(state=state, name=name, queue=queue, limit=limit)
-
-    def _select(self, first=0, last=MOST_ID, state=None, name=None, queue=None,
-                limit=50):
         rows = self.db.read(
-            """select id, state, queue, name, priority, key, attempt, retries, forgiven,
-                    timeout, worker, cancel_asked, run_at, created_at, started_at,
-                    finished_at, duration, tick
-                from bg_task
-                where id between :first and :last
-                    and (:state is null or state = :state)
+            _TASK + """
+                where (:state is null or state = :state)
                     and (:name is null or name = :name)
                     and (:queue is null or queue = :queue)
                 order by id desc limit :limit""",
-            {
-                "first": first, "last": last, "state": state, "name": name,
-                "queue": queue, "limit": limit,
-            },
+            {"state": state, "name": name, "queue": queue, "limit": limit},
         )
         return [TaskRow(*row) for row in rows]
 
     def state(self, task_id: int) -> int:
-        rows = self.db.read(
-            """select state from bg_task where id = :id""", {"id": row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
-        return rows[0][0]
+        return self._row("""select state from bg_task where id = :id""", task_id)[0]
 
     def unfinished(self, ids: list[int]) -> set[int]:
         padded = ids + ids[-1:] * (ID_BATCH - len(ids))
         return {row[0] for row in self.db.read(_UNFINISHED, padded)}
+
+    def args(self, task_id: int) -> str:
+        text, = self._row("""select args from bg_task where id = :id""", task_id)
+        return text or payload_of(self.db, task_id, ARGS)
+
+    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
+        state, result, error = self._row(
+            f"""select state,
+                    ifnull(task.result, (
+                        select body from bg_payload where id = :id * 8 + {RESULT})),
+                    (select body from bg_payload where id = :id * 8 + {ERROR})
+                from bg_task as task where id = :id""",
+            task_id,
+        )
+        return state, result, _read_error(error)
+
+    def error(self, task_id: int) -> dict | None:
+        return _read_error(self._kept(task_id, ERROR))
+
+    def output(self, task_id: int) -> str | None:
+        return self._kept(task_id, OUTPUT)
+
+    def progress(self, task_id: int) -> list | None:
+        text = self._kept(task_id, PROGRESS)
+        return json.loads(text) if text else None
 
     def newest_options(self, name: str) -> dict:
         rows = self.db.read(
@@ -4905,51 +4916,6 @@ class Desk:
         )
         names = ("queue", "priority", "retries", "timeout")
         return dict(zip(names, rows[0])) if rows else {}
-
-    def args(self, task_id: int) -> str:
-        rows = self.db.read(
-            """select args from bg_task where id = :id""", {"id": row_id(task_id)}
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
-        return rows[0][0] or payload_of(self.db, task_id, _ARGS)
-
-    def result(self, task_id: int) -> str | None:
-        rows = self.db.read(
-            """select result from bg_task where id = :id""", {"id": row_id(task_id)}
-        )
-        return rows[0][0] if rows and rows[0][0] else self._kept(task_id, _RESULT)
-
-    def _kept(self, task_id, kind):
-        """A payload; None where the task has none.  Raises TaskNotFound."""
-        text = payload_of(self.db, row_id(task_id), kind)
-        if text is None:
-            self.state(task_id)
-        return text
-
-    def error(self, task_id: int) -> dict | None:
-        return _read_error(self._kept(task_id, _ERROR))
-
-    def outcome(self, task_id: int) -> tuple[int, str | None, dict | None]:
-        rows = self.db.read(
-            """select state,
-                    ifnull(task.result, (
-                        select body from bg_payload where id = :id * 8 + 1)),
-                    (select body from bg_payload where id = :id * 8 + 2)
-                from bg_task as task where id = :id""",
-            {"id": row_id(task_id)},
-        )
-        if not rows:
-            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
-        state, result, error = rows[0]
-        return state, result, _read_error(error)
-
-    def output(self, task_id: int) -> str | None:
-        return self._kept(task_id, _OUTPUT)
-
-    def progress(self, task_id: int) -> list | None:
-        text = self._kept(task_id, _PROGRESS)
-        return json.loads(text) if text else None
 
     def counts(self) -> list[tuple[str, str, int, int]]:
         return self.db.read(
@@ -4966,6 +4932,29 @@ class Desk:
                 from bg_task where state > {RUNNING} order by id desc limit :limit""",
             {"limit": limit},
         )
+
+    def count_old(self, before: int | None, failed_before: int | None) -> int:
+        return self.db.read(
+            """select count(*) from bg_task
+                where (state in (:success, :cancelled) and finished_at < :before)
+                or (state = :failed and finished_at < :failed_before)""",
+            {"success": SUCCESS, "cancelled": CANCELLED, "failed": FAILED,
+             "before": before, "failed_before": failed_before},
+        )[0][0]
+
+
+def _read_error(text):
+    error = json.loads(text) if text else None
+    if text and not (isinstance(error, dict) and error.get("kind")):
+        return {"kind": "exception", "message": text}       # edited by hand
+    return error
+
+
+_BATCH = 500                # tasks that one transaction of a command changes
+
+
+class Desk(Records):
+    """What people can do to tasks and queues."""
 
     def cancel(self, task_id: int, now: int) -> int:
         with self.db.write() as link:
@@ -5010,7 +4999,7 @@ class Desk:
         )
         connection.execute(
             """delete from bg_payload where id > :args and id < :mark""",
-            {"args": task_id * 8 + _ARGS, "mark": task_id * 8 + _MARK},
+            {"args": task_id * 8 + ARGS, "mark": task_id * 8 + MARK},
         )
         queue_behind(connection, [task_id])
 
@@ -5115,15 +5104,6 @@ class Desk:
                     self._delete(link.connection, old)
         return len(old), after
 
-    def count_old(self, before: int | None, failed_before: int | None) -> int:
-        return self.db.read(
-            """select count(*) from bg_task
-                where (state in (:success, :cancelled) and finished_at < :before)
-                or (state = :failed and finished_at < :failed_before)""",
-            {"success": SUCCESS, "cancelled": CANCELLED, "failed": FAILED,
-             "before": before, "failed_before": failed_before},
-        )[0][0]
-
     def pause(self, queue: str, now: int) -> None:
         with self.db.write() as link:
             link.wake = wake_addresses(link.connection)
@@ -5192,7 +5172,7 @@ class Register:
                 state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
                 self._lose(link.connection, run.id, state, now)
                 drop_old(link.connection, run, state)
-                put_payload(link.connection, run.id, _ERROR, to_json(error))
+                put_payload(link.connection, run.id, ERROR, to_json(error))
                 lost.append(LostRun(run.id, run.name, run.attempt, state, name))
                 then += callback_rows(run, state, error, now)
             if then:
@@ -10303,12 +10283,13 @@ def task_report(store: Store, row: TaskRow) -> dict:
 def show_report(store: Store, task_id: int) -> dict:
     """One task with all that is kept of it.  Raises TaskNotFound."""
     row = store.task(task_id)
+    _, result, error = store.outcome(task_id)
     call = _readable(store.args(task_id))
     is_call = isinstance(call, list) and len(call) == 2
     args, kwargs = call if is_call else (call, None)
     return {
         **task_report(store, row), "args": args, "kwargs": kwargs,
-        "result": _readable(store.result(task_id)), "error": store.error(task_id),
+        "result": _readable(result), "error": error,
         "output": store.output(task_id), "progress": store.progress(task_id),
         "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
     }
