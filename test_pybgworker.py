@@ -5,6 +5,10 @@ the order of the sections of pybgworker.py, after "Promises" (what the README
 guarantees, with real processes) and before "The file itself".  One behaviour for
 each test; no sleeps where an event can be waited for; real SQLite, real children,
 real SIGKILL.  PYBGWORKER_TORTURE=seconds makes the torture tests longer.
+
+    python test_pybgworker.py [-j N] [CLASS | CLASS.TEST ...]
+
+Several tests run at a time, N of them; -j 1 runs all in this process.
 """
 
 from __future__ import annotations
@@ -10713,7 +10717,8 @@ class TheFile(unittest.TestCase):
     def test_the_tests_stand_in_the_same_order(self):
         found = re.findall(r"(?m)^# == (.+?) =+$", Path(__file__).read_text("utf-8"))
         order = ["Tools", "Promises", *(name for _, name in self.banners),
-                 "Any sequence", "Torture", "The README", "The file itself"]
+                 "Any sequence", "Torture", "The README", "The file itself",
+                 "Running"]
         self.assertEqual(found, [name for name in order if name in found])
 
     def test_banners_reach_column_79_and_say_what_they_own(self):
@@ -10877,19 +10882,121 @@ class TheFile(unittest.TestCase):
         self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
 
 
-def run_all():
-    """Run everything; close with one line that counts; return the exit status."""
+# == Running ==================================================================
+# Many tests wait for something, so several run at a time, each in one of a few
+# processes that live as long as the run: -j N, and -j 1 for a debugger.
+
+
+def units(names):
+    """What is run as one: a test, or a class that prepares something for all of its."""
     loader = unittest.defaultTestLoader
-    suite = loader.loadTestsFromModule(sys.modules["__main__"])
-    if len(sys.argv) > 1:
-        suite = loader.loadTestsFromNames(sys.argv[1:], sys.modules["__main__"])
-    result = unittest.TextTestRunner(verbosity=1).run(suite)
-    failed = len({str(test).split(" [")[0] for test, _ in result.failures + result.errors})
-    skipped = len(result.skipped)
-    passed = result.testsRun - failed - skipped
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    suite = loader.loadTestsFromNames(names or ["__main__"])
+    found = []
+
+    def collect(part):
+        if isinstance(part, unittest.TestSuite):
+            for inner in part:
+                collect(inner)
+        elif type(part).setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__:
+            found.append(type(part).__qualname__)
+        else:
+            found.append(part.id().partition("__main__.")[2] or part.id())
+
+    collect(suite)
+    # The longest first, lest one be left alone at the end.
+    return sorted(dict.fromkeys(found), key=lambda name: "Torture" not in name)
+
+
+def run_unit(name):
+    """Run one unit; return (number of tests, [text of each failure], [skipped])."""
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromName(f"__main__.{name}").run(result)
+    failed = {}
+    for test, text in result.failures + result.errors:
+        failed.setdefault(test.id().split(" ")[0], f"FAIL: {test}\n{text}")
+    failed.update((test.id(), f"FAIL: {test}: it should fail, and does not")
+                  for test in result.unexpectedSuccesses)
+    skipped = [f"{test}: {why}" for test, why in result.skipped]
+    return result.testsRun, list(failed.values()), skipped
+
+
+def serve_units():
+    """Run each unit that a line of standard input names; answer with a line of JSON."""
+    commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    for line in commands:
+        print(json.dumps(run_unit(line.strip())), file=answers, flush=True)
+
+
+class Served:
+    """A process that runs units one after the other."""
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, name):
+        """Run a unit there.  One that ends the process has failed."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--serve"], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        print(name, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        code, self.process = self.process.wait(), None
+        return 1, [f"FAIL: {name}: its process ended with status {code}"], []
+
+    def close(self):
+        if self.process is not None:
+            self.process.communicate()
+
+
+def run_side_by_side(queue, jobs, report):
+    """Run the units, so many at a time; `report` each result."""
+    def serve():
+        served = Served()
+        with contextlib.suppress(IndexError):
+            while True:
+                report(served.run(queue.popleft()))
+        served.close()
+
+    threads = [threading.Thread(target=serve) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def run_all(argv):
+    """Run what is named, or everything; close with one line that counts."""
+    jobs = 2 * (os.cpu_count() or 1)
+    if argv[:1] == ["-j"]:
+        jobs, argv = int(argv[1]), argv[2:]
+    queue = collections.deque(units([f"__main__.{name}" for name in argv]))
+    total, failed, skipped = 0, [], []
+
+    def report(result):
+        nonlocal total
+        total += result[0]
+        failed.extend(result[1])
+        skipped.extend(result[2])
+        print("\n" + "\n".join(result[1]) if result[1] else ".", end="", flush=True)
+
+    began = time.monotonic()
+    if jobs > 1 and len(queue) > 1:
+        run_side_by_side(queue, jobs, report)
+    else:
+        for name in queue:
+            report(run_unit(name))
+    print(f"\nRan {total} tests in {time.monotonic() - began:.1f} s")
+    for text in skipped:
+        print(f"skipped: {text}")
+    passed = total - len(failed) - len(skipped)
+    print(f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped")
     return 1 if failed or not passed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_all())
+    sys.exit(serve_units() if sys.argv[1:] == ["--serve"] else run_all(sys.argv[1:]))
