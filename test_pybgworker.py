@@ -9801,7 +9801,7 @@ class Bench(Case):
 
     def test_it_measures_beside_raw_sqlite(self):
         done = self.cli("bench", "--tasks", 300, "--concurrency", 1, "--payload", "2k",
-                        "--json")
+                        "--json", timeout=300)
         self.assertEqual(done.stderr, "")
         report = json.loads(done.stdout)
         limit = r"(fsync|(caller|parent|child) CPU) \d+%"
@@ -10159,8 +10159,8 @@ class AnySequence(Case):
         return program
 
     def test_any_sequence_of_operations_agrees_with_the_model(self):
-        seed, done, end = 0, 0, time.monotonic() + (TORTURE or 8)
-        while seed < 150 or TORTURE and (time.monotonic() < end or done < 100_000):
+        seed, done, end = 0, 0, time.monotonic() + TORTURE
+        while seed < 100 or TORTURE and (time.monotonic() < end or done < 100_000):
             seed += 1
             program = random_program(random.Random(seed))
             done += len(program)
@@ -10169,9 +10169,6 @@ class AnySequence(Case):
                 small = self.shrunk(program, groups)
                 self.fail(f"seed {seed}:\n" + "\n".join(map(str, small))
                           + f"\n{self.failure_of(small, groups)}")
-            if not TORTURE and time.monotonic() > end:
-                break
-        self.assertGreater(seed, 20)
         if TORTURE:
             print(f"\nmodel: {seed} programs, {done} operations agree")
 
@@ -10221,7 +10218,7 @@ class Torture(Served):
         while True:
             n = chance.randrange(1, 5)
             ids = [r.id for r in tasks.tortured.delay_many([(k,) for k in range(n)])]
-            ids.append(tasks.paced.options(key=f"p{chance.randrange(60)}").delay().id)
+            ids.append(tasks.paced.options(key=f"p{chance.randrange(20)}").delay().id)
             ids.append(tasks.broken.options(key=f"k{n}").delay().id)
             os.write(journal, "".join(f"{i}\\n" for i in ids).encode())
             os.fsync(journal)
@@ -10243,7 +10240,7 @@ class Torture(Served):
             os.kill(os.getpid(), 9)
         return k
 
-    @task(retries=50, retry_delay=0, rate_limit=40, priority=1)
+    @task(retries=50, retry_delay=0, rate_limit=10, priority=1)
     def paced():
         fd = os.open("paces", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(fd, f"{time.time()}\\n".encode())
@@ -10263,7 +10260,7 @@ class Torture(Served):
         workers = [self.worker("--concurrency", 2) for _ in range(2)]
         producers = [self.producer(n) for n in range(2)]
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or not self.has_done_enough():
             time.sleep(chance.uniform(0.02, 0.2))
             self.watch()
             place = chance.randrange(2)
@@ -10299,6 +10296,10 @@ class Torture(Served):
                 "select key from bg_task where key is not null and state < 4 "
                 "group by key having count(*) > 1"), [])                        # I5
 
+    def has_done_enough(self):
+        """Progress, not seconds: a busy machine only takes longer."""
+        return len(self.lines("journal")) > 200 and len(self.lines("paces")) > 30
+
     def of_this_folder(self):
         """Pids of the processes that run in our folder."""
         found = []
@@ -10310,10 +10311,11 @@ class Torture(Served):
 
     def check_paces(self):
         times = sorted(float(line) for line in self.lines("paces"))
-        self.assertGreater(len(times), 20)
-        for n, at in enumerate(times):
-            # 40 a second and a burst of 40, and those that a SIGSTOP had held up
-            self.assertLessEqual(sum(at <= t < at + 1 for t in times[n:n + 200]), 120)
+        # 10 a second and a burst of 10; a SIGSTOP may hold some up, for a second at most
+        for window in (1, times[-1] - times[0]):
+            most = 10 * (window + 1) + 10
+            for n, at in enumerate(times):
+                self.assertLessEqual(sum(t <= at + window for t in times[n:]), most)
 
     def check_ticks(self):
         ticks = [row[0] for row in self.sql(
@@ -10337,7 +10339,6 @@ class Torture(Served):
 
             promised = {int(line) for line in self.lines("journal") if line}
             states = dict(self.sql("select id, state from bg_task"))
-            self.assertGreater(len(promised), 50)
             self.assertEqual(promised - states.keys(), set())               # I1
             for name, state in (("tortured", 4), ("paced", 4), ("broken", 5)):
                 self.assertEqual(self.sql(                                  # I7
@@ -10929,7 +10930,7 @@ def serve_units():
         print(json.dumps(run_unit(line.strip())), file=answers, flush=True)
 
 
-class Served:
+class TestProcess:
     """A process that runs units one after the other."""
 
     def __init__(self):
@@ -10956,11 +10957,11 @@ class Served:
 def run_side_by_side(queue, jobs, report):
     """Run the units, so many at a time; `report` each result."""
     def serve():
-        served = Served()
+        process = TestProcess()
         with contextlib.suppress(IndexError):
             while True:
-                report(served.run(queue.popleft()))
-        served.close()
+                report(process.run(queue.popleft()))
+        process.close()
 
     threads = [threading.Thread(target=serve) for _ in range(jobs)]
     for thread in threads:
