@@ -68,7 +68,6 @@ import _thread
 import atexit
 import base64
 import bisect
-import calendar
 import codecs
 import collections
 import contextlib
@@ -9559,6 +9558,59 @@ _HINTS = (
 _LONGEST_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
+class _WallTimes:
+    """The wall minutes that match the five fields of an expression."""
+
+    def __init__(self, expr: str):
+        parts = _split(expr)
+        sets = [_parse_field(expr, f, part) for f, part in zip(_FIELDS, parts)]
+        self.minutes, self.hours, self.days, self.months = sets[:4]
+        self.weekdays = {day % 7 for day in sets[4]}        # 0 is Sunday
+        self.is_either = not (parts[2].startswith("*") or parts[4].startswith("*"))
+        self.is_wildcard = parts[0].startswith("*") or parts[1].startswith("*")
+        minutes = sorted(self.minutes)
+        self._times = [60 * h + m for h in sorted(self.hours) for m in minutes]
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no date matches, as in `0 0 30 2 *`.
+
+        Decided, not searched for: every date falls on every weekday some year.
+        """
+        return not self.is_either and all(
+            day > _LONGEST_MONTH[month - 1] for month in self.months
+            for day in self.days
+        )
+
+    def first_from(self, wall: int) -> int:
+        """The first at or after a wall minute.  ValueError beyond the year 9999."""
+        day, minute = divmod(wall, _DAY_MINUTES)
+        here = bisect.bisect_left(self._times, minute)
+        if here == len(self._times) or not self._has(day):
+            day, here = day + 1, 0
+            while not self._has(day):
+                day += 1
+        return day * _DAY_MINUTES + self._times[here]
+
+    def last_until(self, wall: int) -> int:
+        """The last at or before a wall minute.  ValueError before the year 1."""
+        day, minute = divmod(wall, _DAY_MINUTES)
+        here = bisect.bisect_right(self._times, minute) - 1
+        if here < 0 or not self._has(day):
+            day, here = day - 1, -1
+            while not self._has(day):
+                day -= 1
+        return day * _DAY_MINUTES + self._times[here]
+
+    def _has(self, day):
+        found = date.fromordinal(_DAY_1970 + day)
+        if found.month not in self.months:
+            return False
+        in_month = found.day in self.days
+        in_week = found.isoweekday() % 7 in self.weekdays
+        return in_month or in_week if self.is_either else in_month and in_week
+
+
 class Cron:
     """A cron expression in a time zone: `Cron("30 2 * * mon-fri", "Europe/Paris")`.
 
@@ -9571,14 +9623,9 @@ class Cron:
         if not isinstance(expr, str):
             raise OptionError(f"a cron expression is a str, not {type(expr).__name__}")
         self.expr, self.tz = expr, tz
-        parts = _split(expr)
+        self._wall = _WallTimes(expr)
         self._zone = _zone(expr, tz)
-        sets = [_parse_field(expr, f, part) for f, part in zip(_FIELDS, parts)]
-        self._minutes, self._hours = sorted(sets[0]), sorted(sets[1])
-        self._days, self._months = sets[2], sets[3]
-        self._weekdays = {day % 7 for day in sets[4]}       # 0 is Sunday
-        self._either = not (parts[2].startswith("*") or parts[4].startswith("*"))
-        self._is_wildcard = parts[0].startswith("*") or parts[1].startswith("*")
+        self.never = self._wall.is_empty    # True when no date matches
 
     def __repr__(self) -> str:
         return f"Cron({self.expr!r}, {self.tz!r})"
@@ -9589,17 +9636,6 @@ class Cron:
 
     def __hash__(self) -> int:
         return hash((self.expr, self.tz))
-
-    @property
-    def never(self) -> bool:
-        """True when no date matches, as in `0 0 30 2 *`.
-
-        Decided, not searched for: every date falls on every weekday some year.
-        """
-        return not self._either and all(
-            day > _LONGEST_MONTH[month - 1]
-            for month in self._months for day in self._days
-        )
 
     def next(self, after: datetime) -> datetime | None:
         """The first tick strictly after an aware datetime; None for never."""
@@ -9614,22 +9650,20 @@ class Cron:
 
     def tick_after(self, after: float) -> int | None:
         """next() in unix seconds."""
-        if self.never:
-            return None
-        walk = self._wildcard_after if self._is_wildcard else self._fixed_after
-        try:
-            return walk(math.floor(after))
-        except (OverflowError, ValueError, OSError):        # beyond the year 9999
-            return None
+        walk = self._wildcard_after if self._wall.is_wildcard else self._fixed_after
+        return self._tick(walk, math.floor(after))
 
     def tick_before(self, before: float) -> int | None:
         """prev() in unix seconds."""
+        walk = self._wildcard_before if self._wall.is_wildcard else self._fixed_before
+        return self._tick(walk, math.ceil(before))
+
+    def _tick(self, walk, instant):
         if self.never:
             return None
-        walk = self._wildcard_before if self._is_wildcard else self._fixed_before
         try:
-            return walk(math.ceil(before))
-        except (OverflowError, ValueError, OSError):        # before the year 1
+            return walk(instant)
+        except (OverflowError, ValueError, OSError):    # outside of years 1 to 9999
             return None
 
     def place(self, tick: int) -> int:
@@ -9638,11 +9672,11 @@ class Cron:
         For a fixed time the seconds of the wall clock, so that it stays the same
         tick when new zone data moves it; for any other its unix seconds.
         """
-        return tick if self._is_wildcard else tick + self._offset(tick)
+        return tick if self._wall.is_wildcard else tick + self._offset(tick)
 
     def tick_beyond(self, place: int) -> int | None:
         """The first tick whose place is above this one, in unix seconds."""
-        start = place if self._is_wildcard else self._instant(place // 60)
+        start = place if self._wall.is_wildcard else self._instant(place // 60)
         tick = self.tick_after(place - self._offset(place) if start is None else start)
         while tick is not None and self.place(tick) <= place:
             tick = self.tick_after(tick)
@@ -9662,7 +9696,7 @@ class Cron:
         start = after + 1
         while True:
             offset = self._offset(start)
-            wall = self._wall_from(-(-(start + offset) // 60))
+            wall = self._wall.first_from(-(-(start + offset) // 60))
             tick = wall * 60 - offset
             change = self._change(start, min(tick, start + _NEAR))
             if change is not None and change <= tick:
@@ -9676,7 +9710,7 @@ class Cron:
         start = before - 1
         while True:
             offset = self._offset(start)
-            wall = self._wall_until((start + offset) // 60)
+            wall = self._wall.last_until((start + offset) // 60)
             tick = wall * 60 - offset
             change = self._change(max(tick, start - _NEAR), start)
             if change is not None and tick < change:
@@ -9706,7 +9740,7 @@ class Cron:
         """Map each wall time to its first instant; one in a gap to the gap's end."""
         wall = (after + self._offset(after)) // 60
         while True:
-            wall = self._wall_from(wall)
+            wall = self._wall.first_from(wall)
             tick = self._instant(wall)
             if tick is not None and tick > after:
                 return tick
@@ -9717,7 +9751,7 @@ class Cron:
         earlier = before - _LARGEST_SHIFT
         wall = (before + max(self._offset(before), self._offset(earlier))) // 60
         while True:
-            wall = self._wall_until(wall)
+            wall = self._wall.last_until(wall)
             tick = self._instant(wall)
             if tick is not None and tick < before:
                 return tick
@@ -9737,85 +9771,6 @@ class Cron:
             if self._offset(instant) == offset:
                 return instant
         return None
-
-    # -- wall minutes
-
-    def _wall_from(self, wall):
-        """The first matching wall minute at or after this one."""
-        day, minute = divmod(wall, _DAY_MINUTES)
-        found = self._time_from(minute)
-        if found is None or not self._has_day(day):
-            day, found = self._day_from(day + 1), self._time_from(0)
-        return day * _DAY_MINUTES + found
-
-    def _wall_until(self, wall):
-        """The last matching wall minute at or before this one."""
-        day, minute = divmod(wall, _DAY_MINUTES)
-        found = self._time_until(minute)
-        if found is None or not self._has_day(day):
-            day, found = self._day_until(day - 1), self._time_until(_DAY_MINUTES - 1)
-        return day * _DAY_MINUTES + found
-
-    def _time_from(self, minute_of_day):
-        hour, minute = divmod(minute_of_day, 60)
-        if hour in self._hours and minute <= self._minutes[-1]:
-            return hour * 60 + self._minutes[bisect.bisect_left(self._minutes, minute)]
-        later = bisect.bisect_right(self._hours, hour)
-        if later == len(self._hours):
-            return None
-        return self._hours[later] * 60 + self._minutes[0]
-
-    def _time_until(self, minute_of_day):
-        hour, minute = divmod(minute_of_day, 60)
-        if hour in self._hours and minute >= self._minutes[0]:
-            place = bisect.bisect_right(self._minutes, minute) - 1
-            return hour * 60 + self._minutes[place]
-        earlier = bisect.bisect_left(self._hours, hour) - 1
-        if earlier < 0:
-            return None
-        return self._hours[earlier] * 60 + self._minutes[-1]
-
-    def _has_day(self, day):
-        found = date.fromordinal(_DAY_1970 + day)
-        return found.month in self._months and self._day_matches(
-            found.day, found.isoweekday() % 7
-        )
-
-    def _day_matches(self, day, weekday):
-        in_month, in_week = day in self._days, weekday in self._weekdays
-        return in_month or in_week if self._either else in_month and in_week
-
-    def _days_of(self, year, month):
-        """The matching days of a month, as numbers of days since 1970."""
-        if month not in self._months:
-            return []
-        first = date(year, month, 1)
-        length = calendar.monthrange(year, month)[1]
-        base, weekday = first.toordinal() - _DAY_1970 - 1, first.isoweekday() - 1
-        return [
-            base + day for day in range(1, length + 1)
-            if self._day_matches(day, (weekday + day) % 7)
-        ]
-
-    def _day_from(self, day):
-        """The first matching day at or after this one, month by month."""
-        start = date.fromordinal(_DAY_1970 + day)
-        year, month = start.year, start.month
-        while True:
-            for found in self._days_of(year, month):
-                if found >= day:
-                    return found
-            year, month = (year, month + 1) if month < 12 else (year + 1, 1)
-
-    def _day_until(self, day):
-        start = date.fromordinal(_DAY_1970 + day)
-        year, month = start.year, start.month
-        while True:
-            for found in reversed(self._days_of(year, month)):
-                if found <= day:
-                    return found
-            year, month = (year, month - 1) if month > 1 else (year - 1, 12)
-
 
 def _seconds_of(moment):
     """Unix time of an aware datetime, by way of UTC: a zone may repeat an hour."""
@@ -9934,6 +9889,29 @@ def _why_not(field, token):
     return f"{token!r} is not in {field.low}-{field.high}{names}"
 
 
+# == Scheduler ================================================================
+# Owns what happens at a cron tick.  Every worker does it; the database lets one of
+# them move a schedule's row on, in the transaction that enqueues the runs, so each
+# tick is enqueued once.
+#
+# A schedule is what it says: task, expression and zone, wherever it stands in the
+# program.  A worker fires those that its own program has, as that one has them; so
+# an old and a new version side by side share what they agree on and each serve the
+# rest, and neither undoes what the other wrote.
+#
+# The clock may leap and come back, so what a row remembers is no single last tick.
+# It is the ranges of ticks dealt with: a normal day extends the last range, and a
+# leap forward that drops ticks (a downtime, or a wrong clock: who knows) begins
+# another one.  No tick inside a range is enqueued, so nothing runs twice.  The range
+# at or below now is the one that goes on, so a clock that was a year ahead for a
+# moment leaves one tick of next year behind and silences nothing; and after a clock
+# that was behind, even in 1970, the range of before goes on where it was.
+
+_CRON_POLL = 30.0           # seconds; the clock may be set at any time
+_CRON_BATCH = 50            # schedules moved on by one transaction …
+_CRON_BATCH_TICKS = 1000    # … as long as they have fewer ticks than this
+
+
 class TickPlan(NamedTuple):
     """What to do about a schedule now."""
 
@@ -9953,8 +9931,7 @@ def plan_ticks(cron: Cron, done: list, now: float, misfire: str = "latest") -> T
     """Decide which ticks of a schedule to enqueue at unix time `now`.
 
     `done` is what was dealt with before: ranges [first, last] of Cron.place(), in
-    order; empty for a new schedule, whose first tick is after now.  The section
-    Scheduler says why these are ranges.
+    order; empty for a new schedule, whose first tick is after now.
     """
     latest = cron.tick_before(math.floor(now) + 1)
     if latest is None:                                  # before the year 1
@@ -10012,29 +9989,6 @@ def _next_undone(cron, place, ranges):
 def jitter_offset(name: str, seconds: float) -> float:
     """The same part of `seconds` for the same name, always and everywhere."""
     return zlib.crc32(name.encode()) / 2**32 * seconds
-
-
-# == Scheduler ================================================================
-# Owns what happens at a cron tick.  Every worker does it; the database lets one of
-# them move a schedule's row on, in the transaction that enqueues the runs, so each
-# tick is enqueued once.
-#
-# A schedule is what it says: task, expression and zone, wherever it stands in the
-# program.  A worker fires those that its own program has, as that one has them; so
-# an old and a new version side by side share what they agree on and each serve the
-# rest, and neither undoes what the other wrote.
-#
-# The clock may leap and come back, so what a row remembers is no single last tick.
-# It is the ranges of ticks dealt with: a normal day extends the last range, and a
-# leap forward that drops ticks (a downtime, or a wrong clock: who knows) begins
-# another one.  No tick inside a range is enqueued, so nothing runs twice.  The range
-# at or below now is the one that goes on, so a clock that was a year ahead for a
-# moment leaves one tick of next year behind and silences nothing; and after a clock
-# that was behind, even in 1970, the range of before goes on where it was.
-
-_CRON_POLL = 30.0           # seconds; the clock may be set at any time
-_CRON_BATCH = 50            # schedules moved on by one transaction …
-_CRON_BATCH_TICKS = 1000    # … as long as they have fewer ticks than this
 
 
 class Schedule(NamedTuple):

@@ -8988,10 +8988,10 @@ def matches(expr, moment):
     cron = Cron(expr)
     minute, hour, dom, _, dow = expr.split()
     weekday = moment.isoweekday() % 7
-    days = (moment.day in cron._days, weekday in cron._weekdays)
+    days = (moment.day in cron._wall.days, weekday in cron._wall.weekdays)
     day = all(days) if dom[0] == "*" or dow[0] == "*" else any(days)
-    return (day and moment.month in cron._months and moment.hour in cron._hours
-            and moment.minute in cron._minutes)
+    return (day and moment.month in cron._wall.months and moment.hour in cron._wall.hours
+            and moment.minute in cron._wall.minutes)
 
 
 class Crons(unittest.TestCase):
@@ -9068,8 +9068,8 @@ class Crons(unittest.TestCase):
             parts = ["*"] * 5
             parts[order.index(field)] = text
             cron = Cron(" ".join(parts))
-            found = [cron._minutes, cron._hours, cron._days, cron._months,
-                     cron._weekdays][order.index(field)]
+            found = [cron._wall.minutes, cron._wall.hours, cron._wall.days, cron._wall.months,
+                     cron._wall.weekdays][order.index(field)]
             with self.subTest(f"{field} {text}"):
                 self.assertEqual(sorted(found), [int(v) for v in values.split(",")])
 
@@ -10786,13 +10786,11 @@ class TheFile(unittest.TestCase):
         "section Processes": 473,
         "section Child": 571,
         "section Pool": 558,
-        "section Cron": 518,
         "class Forks": 318,
         "class Database": 269,
         "class Child": 333,
         "class Pool": 346,
         "class Worker": 310,
-        "class Cron": 256,
         "attributes of Run": 19,
         "attributes of Forks": 17,
         "attributes of Surroundings": 17,
