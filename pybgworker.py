@@ -1216,6 +1216,9 @@ class Store(Protocol):
     def version(self) -> tuple:
         """Equal for two looks of one thread if nothing was committed in between."""
 
+    def now(self) -> int:
+        """The time by which this queue goes, which may be that of its server."""
+
     def checkpoint_if_large(self, limit: int = 4 << 20) -> None:
         """checkpoint() when the log has grown; a busy database is left for later."""
 
@@ -1847,11 +1850,13 @@ class AsyncResult(Generic[V]):
 
         False when it has finished.
         """
-        return self._store.cancel(self.id, now_ms()) not in FINISHED
+        store = self._store
+        return store.cancel(self.id, store.now()) not in FINISHED
 
     def retry(self) -> None:
         """Run a finished task again.  Raises TaskStateError when it is unfinished."""
-        self._store.retry(self.id, now_ms())
+        store = self._store
+        store.retry(self.id, store.now())
 
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
@@ -2249,7 +2254,7 @@ class App:
         """Insert one row for each (args, kwargs); the work behind delay()."""
         if App.serving:
             _refuse_at_import(App.serving)
-        row = new_task(task, now_ms(), **options)
+        row = new_task(task, self.store.now(), **options)
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
         limit = self.settings.max_payload
@@ -5352,6 +5357,9 @@ class SqliteStore(Endings, Desk, Register):
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
         self.checkpoint_if_large = self.db.checkpoint_if_large
+
+    def now(self) -> int:
+        return now_ms()
 
     @property
     def path(self) -> str:
@@ -8909,7 +8917,7 @@ class Worker:
             try:
                 while not self._is_done():
                     self.wait()
-                    self.step(now_ms())
+                    self.step(self.store.now())
             except BaseException as exc:
                 self._break_off(exc)
                 raise
@@ -8920,7 +8928,7 @@ class Worker:
 
     def start(self) -> None:
         """Register, say what is served, start the children."""
-        now = now_ms()
+        now = self.store.now()
         self.selector = OwnSelector()
         self.ear = WakeSocket()
         if self.ear.socket:
@@ -8964,11 +8972,11 @@ class Worker:
             return idle or 0 < self.stop_by <= time.monotonic()
         if not self.burst or not idle or not self._is_ready:
             return False
-        return self.lookout.is_done(now_ms())
+        return self.lookout.is_done(self.store.now())
 
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
-        now = now_ms()
+        now = self.store.now()
         if not self.stops.count:
             self.outbox.handed_back = 0
         self.outbox.returned += self.pool.recall_all()
@@ -9033,7 +9041,7 @@ class Worker:
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
         if not self.stops.count and any(self.pool.room(at)):
-            longest = min(longest, self.lookout.seconds(now_ms()))
+            longest = min(longest, self.lookout.seconds(self.store.now()))
         punctual = (chore.due for chore in self.chores if chore.is_punctual)
         due = earliest(min(punctual, default=math.inf), self.pool.next_timer())
         return max(0.0, min(longest, due - at))
@@ -9182,7 +9190,7 @@ class Worker:
 
     def _mind_clock(self, _=None):
         # Not by the time of the turn: it may have waited long for a lock since then.
-        self.lookout.news |= self.upkeep.mind_clock(now_ms(), time.monotonic())
+        self.lookout.news |= self.upkeep.mind_clock(self.store.now(), time.monotonic())
 
 
 # == Command line =============================================================
@@ -10163,7 +10171,7 @@ def _step_of(row, plan, task, schedule, now):
 def cron_chore(worker: Worker) -> Chore:
     """Register the schedules of a worker that starts, and fire what is due."""
     scheduler = Scheduler(worker.app, worker.journal.say)
-    scheduler.register(now_ms(), drop=not worker.upkeep.is_in_doubt)
+    scheduler.register(worker.store.now(), drop=not worker.upkeep.is_in_doubt)
     if scheduler.count():
         worker.journal.say("scheduler_start", schedules=scheduler.count())
 
@@ -10517,7 +10525,7 @@ def _printed(args, report, text):
 @command("inspect", "show tasks by state, workers, schedules", "inspect --json",
          reads=True)
 def _inspect(args, app):
-    report = inspect_report(app.store, now_ms(), app.settings.worker_timeout)
+    report = inspect_report(app.store, app.store.now(), app.settings.worker_timeout)
     return _printed(args, report, inspect_text)
 
 
@@ -10547,7 +10555,7 @@ def _show(args, app):
 @command("stats", "show durations and waiting times for each task", "stats",
          reads=True)
 def _stats(args, app):
-    return _printed(args, stats_report(app.store, now_ms()), stats_text)
+    return _printed(args, stats_report(app.store, app.store.now()), stats_text)
 
 
 @command("cron", "show schedules with their last and next run", "cron", reads=True)
@@ -10574,7 +10582,7 @@ def _each(texts, act):
          flag("--failed", action="store_true", help="all that failed"), _NAME)
 def _retry(args, app):
     def again(task_id):
-        app.store.retry(task_id, now_ms())
+        app.store.retry(task_id, app.store.now())
         return f"task {task_id} is queued again"
 
     if args.failed == bool(args.ids):
@@ -10583,7 +10591,7 @@ def _retry(args, app):
         raise UsageError("retry --name goes with --failed")
     if args.ids:
         return _each(args.ids, again)
-    done, left = app.store.retry_failed(args.name, now_ms())
+    done, left = app.store.retry_failed(args.name, app.store.now())
     for task_id in done:
         print(f"task {task_id} is queued again")
     if left:
@@ -10601,13 +10609,13 @@ def _retry(args, app):
          flag("ids", nargs="+", metavar="ID"))
 def _cancel(args, app):
     def end(task_id):
-        before = app.store.cancel(task_id, now_ms())
+        before = app.store.cancel(task_id, app.store.now())
         if before in FINISHED:
             raise TaskStateError(
                 f"task {task_id} is {state_name(before)} already: nothing to cancel"
             )
         if before == RUNNING:
-            reap_surely_dead(app.store, now_ms())
+            reap_surely_dead(app.store, app.store.now())
         deadline = time.monotonic() + _CANCEL_PATIENCE
         while app.store.state(task_id) == RUNNING and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -10625,7 +10633,7 @@ def _purge(args, app):
     where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
                      if v) or "all queues"
     _confirm(args, lambda: f"Cancel all waiting tasks of {where}?")
-    return f"{app.store.purge(args.queue, args.name, now_ms())} tasks cancelled"
+    return f"{app.store.purge(args.queue, args.name, app.store.now())} tasks cancelled"
 
 
 @command("prune", "delete finished tasks past their retention",
@@ -10634,7 +10642,7 @@ def _purge(args, app):
               help="finished so long ago: 90s, 12h, 7d; a bare number is seconds "
               "(default: the retention)"), _YES)
 def _prune(args, app):
-    s, now = app.settings, now_ms()
+    s, now = app.settings, app.store.now()
     keep, keep_failed = s.retention, s.retention_failed
     if args.older_than is not None:
         keep = keep_failed = args.older_than
@@ -10755,7 +10763,7 @@ def _newest_options(app, name, given):
 @command("pause", "claim nothing from a queue", "pause mail",
          flag("queue", metavar="QUEUE"))
 def _pause(args, app):
-    app.store.pause(args.queue, now_ms())
+    app.store.pause(args.queue, app.store.now())
     return f"queue {args.queue} is paused: nothing is claimed from it until resume"
 
 

@@ -1907,6 +1907,21 @@ class Results(QueueCase):
                      result.retry, result.forget):
             self.assertRaises(pybgworker.TaskNotFound, read)
 
+    def test_times_are_those_of_the_stores_clock(self):
+        for hours, status in (5, "queued"), (-5, "scheduled"):
+            now = self.now + hours * 3_600_000
+            with mock.patch.object(pybgworker.SqliteStore, "now", return_value=now):
+                result = self.app.send("t", eta=dt.datetime.fromtimestamp(
+                    self.now / 1000 + 1))
+                again = self.app.send("t", countdown=60)
+                self.assertEqual(self.store.task(again.id).run_at, now + 60_000)
+                self.assertEqual(self.store.task(result.id).created_at, now)
+                again.cancel()
+                self.assertEqual(self.store.task(again.id).finished_at, now)
+                again.retry()
+                self.assertEqual(self.store.task(again.id).run_at, now)
+            self.assertEqual(result.status, status)
+
     def test_an_id_that_is_no_number_is_not_found(self):
         for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
             self.assertRaises(pybgworker.TaskNotFound, AsyncResult, wrong)
@@ -10876,6 +10891,9 @@ class TheFile(unittest.TestCase):
         clock = [self.section_of(n)[0] for n, line in enumerate(self.lines, 1)
                  if re.search(r"\btime\.time(_ns)?\(", line) and "def " not in line]
         self.assertLessEqual(set(clock), {"Time and values", "Child", "Bench"})
+        calls = {self.section_of(node.lineno)[0] for node in ast.walk(self.tree)
+                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "now_ms"}
+        self.assertEqual(calls, {"Register", "Child", "Bench"})     # above: store.now()
 
     def test_every_name_in_all_exists_and_is_sorted(self):
         self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
