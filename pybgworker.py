@@ -8240,59 +8240,57 @@ class Event(NamedTuple):
     meaning: str
 
 
-_ENDS = "how a run ended, said after its commit"
-
 # Each has `worker`; those of a run have task_id, name and attempt as well.
 EVENTS = {
     "worker_start": Event(
-        "pid db concurrency queues durability tasks schedules", "what it serves"),
+        "pid db concurrency queues durability tasks schedules",
+        "a worker starts: what it serves"),
     "worker_ready": Event("children", "the first child has imported the app"),
     "worker_stopping": Event(
         "running patience tasks",
-        "the first signal: which tasks are waited for, how many seconds at most"),
+        "the first signal: it waits at most `patience` seconds for these tasks"),
     "worker_stop": Event(
         "handed_back cpu children_cpu error",
-        "the end; `error`: why it could not go on; after a crash of its own, its runs "
-        "are charged as after a kill"),
-    "scheduler_start": Event("schedules", "so many schedules are served"),
+        "the worker ends; `error` says why it could not go on"),
+    "scheduler_start": Event("schedules", "the number of schedules it serves"),
     "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
     "cron_missed": Event(
         "schedule expr ticks misfire overlap clock_set_back",
-        "ticks left out: missed, or the run before is unfinished"),
+        "ticks were left out: missed, or the run before is unfinished"),
     "cron_error": Event(
-        "schedule expr error", "a schedule's row cannot be read: it starts anew"),
+        "schedule expr error", "a schedule's row is unreadable; it starts anew"),
     "clock_leap": Event(
         "seconds in_doubt",
-        "the clock was set by over an hour; in doubt: nothing is deleted yet"),
+        "the clock was set by over an hour; while in doubt, nothing is deleted"),
     "task_start": Event("", "a run began"),
-    "task_success": Event("duration", _ENDS),
-    "task_retry": Event("duration kind error retry_at", _ENDS),
-    "task_failure": Event("duration kind error traceback", _ENDS),
-    "task_cancelled": Event("duration", _ENDS),
+    "task_success": Event("duration", "the run succeeded"),
+    "task_retry": Event(
+        "duration kind error retry_at",
+        "the run failed; the next one is at `retry_at`"),
+    "task_failure": Event(
+        "duration kind error traceback", "the run failed, and the task for good"),
+    "task_cancelled": Event("duration", "the run was cancelled"),
     "task_timeout": Event(
-        "duration timeout stack",
-        "its time limit was reached; what follows comes after"),
+        "duration timeout stack", "the run reached its time limit; its end follows"),
     "task_crash": Event(
         "duration signal exit_code error stack",
-        "its child died; what follows comes after"),
+        "the child of the run died; the run's end follows"),
     "task_lost": Event(
         "state reason",
-        "a run of a dead worker, given away, or whose end cannot be stored at all"),
+        "a run whose worker died, that was given away, or whose end cannot be stored"),
     "unknown_task": Event(
-        "", "a child does not know it: handed back, and left to workers that do"),
-    "child_error": Event(
-        "pid error stack",
-        "a child in trouble outside of any run; what can be mended will be"),
+        "", "a child does not know the task: it is left to workers that do"),
+    "child_error": Event("pid error stack", "a child had trouble outside of a run"),
     "output": Event(
         "text",
-        "what a task printed, also from C code; the first 64,000 of a run are kept"),
-    "rate_limited": Event("until", "a name waits for its rate"),
+        "what a task printed, C code too; a run keeps its first 64,000 characters"),
+    "rate_limited": Event("until", "tasks of this name wait for their rate limit"),
     "callback_error": Event(
         "callback error", "an `on_success` or `on_failure` has failed for good"),
-    "heartbeat_error": Event("error", "as database_error, about the sign of life"),
+    "heartbeat_error": Event("error", "the heartbeat could not be written"),
     "database_error": Event(
-        "error", "locked, full or gone: said once an episode; the worker goes on"),
-    "log_dropped": Event("lines", "the reader of the log was too slow for these"),
+        "error", "locked, full or gone; logged once an episode; the worker goes on"),
+    "log_dropped": Event("lines", "lost lines: the reader of the log was too slow"),
 }
 
 

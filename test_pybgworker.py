@@ -10586,16 +10586,54 @@ class Readme(Case):
     def blocks(self, language):
         return re.findall(rf"(?ms)^```{language}\n(.*?)^```", self.text)
 
-    def test_every_setting_command_and_event_is_in_it(self):
+    def test_every_setting_command_event_and_public_name_is_in_it(self):
         names = ["PYBGWORKER_" + s.name.upper() for s in pybgworker.SETTINGS]
         names += [f"`{command.name}" for command in pybgworker.COMMANDS]
         for event, (fields, meaning) in pybgworker.EVENTS.items():
             fields = ", ".join(f"`{field}`" for field in fields.split())
             names.append(f"| `{event}` | {fields} | {meaning} |")
         names += [f"`{state}`" for state in pybgworker.STATE_NAMES]
+        names += pybgworker.__all__
         for name in names:
             with self.subTest(name):
-                self.assertIn(name, self.text)
+                self.assertTrue(name in self.text, "not in README.md")
+
+    def test_every_flag_that_it_names_is_one(self):
+        known = {"--init", "--preload"}         # of docker, of web servers
+        for command in pybgworker.COMMANDS:
+            with contextlib.redirect_stdout(io.StringIO()) as out, \
+                    self.assertRaises(SystemExit):
+                pybgworker.main([command.name, "--help"])
+            known.update(re.findall(r"--[a-z-]+", out.getvalue()))
+        text = self.text.replace("|---", "")
+        self.assertEqual(set(re.findall(r"--[a-z-]+", text)) - known, set())
+
+    def test_its_lines_are_short_and_its_links_lead_somewhere(self):
+        long = [line for line in self.text.splitlines()
+                if len(line) > 100 and not line.startswith("|")]
+        self.assertEqual(long, [])
+        headings = re.findall(r"(?m)^##+ (.*)$", self.text)
+        places = {re.sub(r"[^a-z -]", "", h.lower()).replace(" ", "-") for h in headings}
+        links = set(re.findall(r"\]\(#(.*?)\)", self.text))
+        self.assertEqual(links - places, set())
+
+    def test_the_first_screen_prints_what_it_shows(self):
+        """`...` is what is left out; numbers, names and paths are the machine's."""
+        (self.folder / "tasks.py").write_text(self.blocks("python")[0])
+        environ = clean_environment(PYTHONPATH="", PYBGWORKER_CONCURRENCY="2")
+        parts = re.split(r"(?m)^\$ python ", self.blocks("console")[0])[1:]
+        self.assertEqual(len(parts), 3)
+        for part in parts:
+            command, _, shown = part.partition("\n")
+            argv = command.split()
+            argv += ["--log-format", "text"] if "run" in argv else []   # a terminal's
+            done = subprocess.run([sys.executable, *argv], cwd=self.folder, env=environ,
+                                  text=True, stdout=subprocess.PIPE, check=True)
+            pattern = re.sub(r"\d\d+", r"\\d+", re.escape(shown))
+            pattern = re.sub(r'(worker|db)="[^"]*"', r'\1="[^"]*"', pattern)
+            pattern = pattern.replace(re.escape("..."), ".*")
+            with self.subTest(command):
+                self.assertRegex(done.stdout, f"(?s)\\A{pattern}\\Z")
 
     def test_every_python_block_runs(self):
         for number, block in enumerate(self.blocks("python")):
@@ -10606,17 +10644,6 @@ class Readme(Case):
                 stderr=subprocess.STDOUT, timeout=60)
             with self.subTest(block[:50]):
                 self.assertEqual(done.returncode, 0, done.stdout)
-
-    def test_the_first_example_works_as_it_stands(self):
-        first = self.blocks("python")[0]
-        (self.folder / "tasks.py").write_text(first)
-        environ = clean_environment(PYTHONPATH="")
-        subprocess.run([sys.executable, "tasks.py"], cwd=self.folder, env=environ,
-                       check=True)
-        done = subprocess.run(
-            [sys.executable, "pybgworker.py", "run", "--app", "tasks", "--burst"],
-            cwd=self.folder, env=environ, stdout=subprocess.PIPE, text=True, check=True)
-        self.assertIn('"event":"task_success"', done.stdout)
 
     def test_every_command_line_runs(self):
         """In the README's order, on its first example; endless ones with an end."""
