@@ -7194,8 +7194,41 @@ class Durations:
             self.short_names.discard(name)
 
 
+class Room(NamedTuple):
+    """How many runs could go to children."""
+
+    free: int = 0               # children with nothing to do
+    ahead: int = 0              # further places in pipes
+
+    def less(self, runs: int) -> Room:
+        """What is left when so many have been taken."""
+        more = max(0, runs - self.free)
+        return Room(max(0, self.free - runs), max(0, self.ahead - more))
+
+
+class Places(NamedTuple):
+    """What can be done with the children of a pool at one moment."""
+
+    takers: list[tuple]     # (delay, runs it has, number, child), a heap: the soonest
+    room: Room
+    slack: float            # seconds for which none will have nothing to do
+    late: list[Member]      # in their pipes something waits behind a slow run
+
+    def overloaded(self, is_spare: bool) -> list[Member]:
+        """Those in whose pipe something waits behind a slow run.
+
+        And, if there is nothing else for an idle one to do (`is_spare`), the one
+        in which it waits longest.
+        """
+        if self.late or not (is_spare and self.room.free):
+            return self.late
+        full = [taker for taker in self.takers if taker[1] > 1]
+        delay, has, _, longest = max(full, default=(0.0, 0, 0, None))
+        return [longest] if longest and (has > 2 or delay > _SPARE_SECONDS) else []
+
+
 class Placement:
-    """Where runs go, by what the `members` of a pool have now.
+    """Where runs go, by what the children of a pool have now.
 
     `size` of them work at a time.  None is ever sent more runs than `most`.
     """
@@ -7203,17 +7236,33 @@ class Placement:
     def __init__(self, size: int, most: int | None, durations: Durations):
         self._size, self._most, self._durations = size, most or sys.maxsize, durations
 
-    def working(self, members: Sequence[Member]) -> list[Member]:
-        """The children that may be given work: not more than `size` have any."""
-        busy: list[Member] = []     # whoever has some stays in
-        idle: list[Member] = []
-        others = 0
-        for member in members:
-            if member.able:
-                (busy if member.waiting else idle).append(member)
-            elif member.waiting:
-                others += 1
-        return (busy + idle)[: max(0, self._size - others)]
+    def survey(self, members: Sequence[Member], at: float) -> Places:
+        """One look at each child: it is made in every turn, whoever has news."""
+        idle, takers, late = [], [], []
+        free, ahead, slack = self._size, 0, math.inf
+        for number, member in enumerate(members):
+            has = len(member.waiting)
+            if has:
+                free -= 1           # whoever has some stays in; others come after
+            if not member.able:
+                continue
+            if not has:
+                idle.append((0.0, 0, number, member))
+                continue
+            delay = self.delay_of(member, at)
+            slack = min(slack, delay if has > 1 else 0.0)
+            if not self._is_slow(member, at):
+                takers.append((delay, has, number, member))
+                ahead += self._places_in(member, has, delay)
+            elif has > 1:
+                late.append(member)
+        del idle[max(0, free):]
+        for _, _, _, member in idle:
+            ahead += max(0, self._places_in(member, 0, 0.0) - 1)
+        takers += idle
+        heapq.heapify(takers)
+        slack = 0.0 if idle or slack == math.inf else slack
+        return Places(takers, Room(len(idle), ahead), slack, late)
 
     def delay_of(self, member: Member, at: float) -> float:
         """Seconds until one more run would begin in this child; 0 when it is idle."""
@@ -7221,20 +7270,9 @@ class Placement:
             return 0.0
         return max(0.0, member.waiting[0].usual - (at - member.began)) + member.behind
 
-    def room(self, members: Sequence[Member], taken: int, at: float) -> tuple[int, int]:
-        """(children with nothing to do, further places in pipes), but for `taken`."""
-        free = ahead = 0
-        for member in self.working(members):
-            if not member.waiting:
-                free += 1
-                ahead += max(0, self._places_in(member, at) - 1)
-            elif not self._is_slow(member, at):
-                ahead += self._places_in(member, at)
-        return max(0, free - taken), max(0, ahead - max(0, taken - free))
-
-    def _places_in(self, member, at):
+    def _places_in(self, member, has, delay):
         """How many more runs it can take, if they are like those before."""
-        has, left = len(member.waiting), _AHEAD_SECONDS - self.delay_of(member, at)
+        left = _AHEAD_SECONDS - delay
         if left <= 0:
             return 0
         fit = math.ceil(left / max(self._durations.typical, 1e-6) - 1e-6)
@@ -7257,69 +7295,16 @@ class Placement:
             late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
         return late
 
-    def takers(self, members: Sequence[Member], at: float) -> list[Taker]:
-        """The children that can take a frame, as a heap: the first is the soonest."""
-        found = [
-            Taker(self.delay_of(m, at), len(m.waiting), n, m)
-            for n, m in enumerate(self.working(members))
-            if not (m.waiting and self._is_slow(m, at))
-        ]
-        heapq.heapify(found)
-        return found
-
-    def may_wait(self, run: Run, taker: Taker) -> bool:
+    def may_wait(self, run: Run, delay: float, has: int, member: Member) -> bool:
         """True when `run` may wait in the pipe of this child, which is not slow."""
-        return not run.is_last and run.name in self._durations.short_names \
-            and taker.delay < _AHEAD_SECONDS and taker.has < _AHEAD_FRAMES \
-            and taker.has + taker.member.done < self._most
-
-    def overloaded(self, members: Sequence[Member], at: float,
-                   is_spare: bool) -> list[Member]:
-        """Those in whose pipe something waits behind a slow run.
-
-        And, if there is nothing else for an idle one to do (`is_spare`), the one
-        in which it waits longest.
-        """
-        working = self.working(members)
-        found = [m for m in working if len(m.waiting) > 1 and self._is_slow(m, at)]
-        if is_spare and not found and any(not m.waiting for m in working):
-            full = [m for m in working if len(m.waiting) > 1]
-            delay, _, longest = max(
-                ((self.delay_of(m, at), n, m) for n, m in enumerate(full)),
-                default=(0.0, 0, None),
-            )
-            if longest and (len(longest.waiting) > 2 or delay > _SPARE_SECONDS):
-                found.append(longest)
-        return found
+        return not run.is_last and self._durations.is_short(run.name) \
+            and delay < _AHEAD_SECONDS and has < _AHEAD_FRAMES \
+            and has + member.done < self._most
 
     def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
         """Those in whose pipe something less urgent waits; its end is the least."""
         return [m for m in members
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
-
-    def slack(self, members: Sequence[Member], at: float) -> float:
-        """Seconds for which no child will have nothing to do, by past durations."""
-        return min((
-            self.delay_of(m, at) if len(m.waiting) > 1 else 0.0
-            for m in self.working(members)
-        ), default=0.0)
-
-
-class Taker:
-    """A child that can take a frame; the least is asked first."""
-
-    __slots__ = ("delay", "has", "number", "member")
-
-    def __init__(self, delay: float, has: int, number: int, member: Member):
-        self.delay = delay          # seconds until one more run would begin
-        self.has = has              # runs
-        self.number = number        # among the children
-        self.member = member
-
-    def __lt__(self, other: Taker) -> bool:
-        if self.delay != other.delay:
-            return self.delay < other.delay
-        return (self.has, self.number) < (other.has, other.number)
 
 
 # == Pool =====================================================================
@@ -7498,6 +7483,7 @@ class Pool:
         self.hand = Hand()
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
+        self._due = 0.0         # nothing is before; 0: look at each child
         self.durations = Durations()
         most = limits.max_tasks_per_child
         self.placement = Placement(size, most, self.durations)
@@ -7531,10 +7517,6 @@ class Pool:
         return any(member.ready for member in self.members)
 
     # -- giving out work
-
-    def room(self, at: float) -> tuple[int, int]:
-        """(children with nothing to do, further places in pipes)."""
-        return self.placement.room(self.members, len(self.hand), at)
 
     def take(self, runs: Sequence[Run]) -> None:
         """Have claimed runs in hand, the most urgent first; none waits for others."""
@@ -7574,41 +7556,43 @@ class Pool:
 
         Returns the runs that none could take for a while.
         """
-        takers = self.placement.takers(self.members, at)
+        if not self.hand:
+            return []
+        takers = self.placement.survey(self.members, at).takers
         return self.hand.deal(functools.partial(self._send, takers, at), at)
 
     def _send(self, takers, at, run):
         """Send a run to the first of the takers, if that can take it."""
-        taker = takers[0] if takers else None
-        if taker is None or taker.has and not self.placement.may_wait(run, taker):
+        if not takers:
             return False
-        run.usual, run.due = self.durations.usual(run.name), at + taker.delay
-        if not taker.member.send(run, at):
+        delay, has, number, member = takers[0]
+        if has and not self.placement.may_wait(run, delay, has, member):
+            return False
+        run.usual, run.due = self.durations.usual(run.name), at + delay
+        if not member.send(run, at):
             heapq.heappop(takers)           # its socket is full, or it just died
             return self._send(takers, at, run)
-        if not taker.has:
-            taker.member.transcript.announce(run)
-        if run.name in self.durations.short_names:
-            taker.delay += run.usual
-            taker.has += 1
-            if len(takers) > 1:
-                heapq.heapreplace(takers, taker)        # to its new place
+        if not has:
+            member.transcript.announce(run)
+        self._mark(member, at)
+        if self.durations.is_short(run.name):       # to its new place
+            heapq.heapreplace(takers, (delay + run.usual, has + 1, number, member))
         else:
             heapq.heappop(takers)           # nothing shall wait behind this one
         return True
 
-    def has_slack(self, seconds: float, at: float) -> bool:
-        """True when no child will have nothing to do before so many have gone."""
-        return self.placement.slack(self.members, at) >= seconds
-
-    def balance(self, at: float) -> None:
-        """Recall what waits behind a slow run, or while another child is idle."""
-        is_spare = not self.hand
-        for member in self.placement.overloaded(self.members, at, is_spare):
+    def balance(self, at: float) -> Places:
+        """The places that there are; but first recall what waits behind a slow run,
+        or while another child is idle."""
+        places = self.placement.survey(self.members, at)
+        overloaded = places.overloaded(is_spare=not self.hand)
+        for member in overloaded:
             self._recall(member)
+        return self.placement.survey(self.members, at) if overloaded else places
 
     def _recall(self, member):
         self.hand.put_in_front(member.recall())
+        self._due = 0.0
 
     def recall_all(self) -> list[Run]:
         """Take back all that has not begun: for a stop."""
@@ -7623,6 +7607,7 @@ class Pool:
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
                 self._hear(member, at)
+                self._mark(member, at)
         for member, fd in heard:
             if fd == member.output and member in self.members and member.is_settled(at):
                 member.read_output()
@@ -7699,43 +7684,63 @@ class Pool:
 
     # -- ending children
 
-    def next_timer(self) -> float | None:
-        """When enforce(), balance() or dispatch() has something to do."""
-        due: float | None = self.hand.due if self.hand else None
-        for member in self.members:
-            if member.kill_due:
-                due = earliest(due, member.kill_due)
-            elif member.waiting:
-                head = member.waiting[0]
-                if head.timeout:
-                    due = earliest(due, member.began + head.timeout)
-                if not head.announced or member.is_unheard:
-                    due = earliest(due, member.began + STALL_SECONDS)
-                if len(member.waiting) > 1:
-                    due = earliest(due, self.placement.late_at(member))
+    def next_timer(self) -> float:
+        """When enforce(), balance() or dispatch() has something to do, or before."""
+        if not self._due:
+            self._due = min(map(self._due_in, self.members), default=math.inf)
+        return min(self._due, self.hand.due) if self.hand else self._due
+
+    def _mark(self, member, at):
+        """The child has changed: something may be due in it earlier than known.
+
+        What is not due any more is noticed when its time has come: so a turn looks
+        at the children that it is about, however many there are.
+        """
+        if member in self.members:
+            member.mind_output(self._selector, at)
+            self._due = min(self._due, self._due_in(member))
+
+    def _due_in(self, member):
+        """When something has to be done about this child."""
+        if member.kill_due:
+            return member.kill_due
+        if not member.waiting:
+            return 0.0 if member.retiring or member.is_unheard else math.inf
+        head, due = member.waiting[0], math.inf
+        if head.timeout:
+            due = member.began + head.timeout
+        if not head.announced or member.is_unheard:
+            due = min(due, member.began + STALL_SECONDS)
+        if len(member.waiting) > 1:
+            due = min(due, self.placement.late_at(member))
         return due
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
-        for member in list(self.members):
-            member.mind_output(self._selector, at)
-            if member.kill_due:
-                if at >= member.kill_due:
-                    self._kill(member, at)
-            elif member.waiting:
-                head, age = member.waiting[0], at - member.began
-                if age >= STALL_SECONDS:
-                    member.transcript.announce(head)
-                if head.timeout and age >= head.timeout:
-                    self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
-            elif member.retiring:
-                member.hang_up()
-                member.why, member.kill_due = "leaving", at + EXIT_GRACE
+        if at >= self._due:
+            self._due = 0.0
+            for member in list(self.members):
+                self._enforce_on(member, at)
+
+    def _enforce_on(self, member, at):
+        member.mind_output(self._selector, at)
+        if member.kill_due:
+            if at >= member.kill_due:
+                self._kill(member, at)
+        elif member.waiting:
+            head, age = member.waiting[0], at - member.began
+            if age >= STALL_SECONDS:
+                member.transcript.announce(head)
+            if head.timeout and age >= head.timeout:
+                self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
+        elif member.retiring:
+            member.hang_up()
+            member.why, member.kill_due = "leaving", at + EXIT_GRACE
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""
         self._recall(member)
-        member.retiring = True
+        member.retiring, self._due = True, 0.0
 
     def _condemn(self, member, why, at, grace=0.0):
         """Kill it in `grace` seconds, unless it answers before.
@@ -7744,7 +7749,7 @@ class Pool:
         """
         if not member.kill_due:
             self._recall(member)
-            member.why, member.kill_due = why, at + grace
+            member.why, member.kill_due, self._due = why, at + grace, 0.0
 
     def _kill(self, member, at):
         """Kill it with its group; a stuck one first dumps its Python stack."""
@@ -8642,11 +8647,11 @@ class Lookout:
         self.news = True                # something may be there to claim
         self.next_at: int | None = None     # when a task is due
         self.round = Round()            # how far it was looked for
-        self._room = 0, 0               # of the pool, a turn ago
+        self._room = Room()             # of the pool, as the last turn has left it
         self._passed_over: set[str] = set()     # names that children do not know
         self._version: tuple = ()       # of the data, at the last look
 
-    def order(self, worker: int, room: tuple[int, int], unknown: set[str],
+    def order(self, worker: int, room: Room, unknown: set[str],
               short_names: set[str]) -> ClaimOrder | None:
         """What could be claimed now; None without room.
 
@@ -8683,6 +8688,15 @@ class Lookout:
     def learn(self, seen: Claimed) -> None:
         """Keep what a look saw beside the runs it found."""
         self.next_at, self.round = seen.next_at, seen.round
+
+    def took(self, runs: int) -> None:
+        """So many were claimed: then perhaps there is more."""
+        self._room, self.news = self._room.less(runs), True
+
+    @property
+    def has_room(self) -> bool:
+        """True when a run could be taken, had there been one."""
+        return any(self._room)
 
     def seconds(self, now: int) -> float:
         """Seconds until a look is worth it; infinite when only news can tell."""
@@ -9038,10 +9052,10 @@ class Worker:
             return max(0.0, self._commit_by - at)
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
-        if not self.stops.count and any(self.pool.room(at)):
+        if not self.stops.count and self.lookout.has_room:
             longest = min(longest, self.lookout.seconds(self.store.now()))
         punctual = (chore.due for chore in self.chores if chore.is_punctual)
-        due = earliest(min(punctual, default=math.inf), self.pool.next_timer())
+        due = min(min(punctual, default=math.inf), self.pool.next_timer())
         return max(0.0, min(longest, due - at))
 
     def step(self, now: int) -> None:
@@ -9050,7 +9064,7 @@ class Worker:
         self.pool.receive(self.heard, at)
         self._say_ready()
         self.pool.enforce(at)
-        self.pool.balance(at)
+        places = self.pool.balance(at)
         if self.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
             self.outbox.handed_back = 0         # from now on it is for the stop
@@ -9058,7 +9072,7 @@ class Worker:
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
-        if not self.trouble.survives(at, self._transact, now, at):
+        if not self.trouble.survives(at, self._transact, now, at, places):
             self.lookout.news = True    # what it saw, it may not have claimed
         self.outbox.returned += self.pool.dispatch(at)
         self.trouble.do_chores(self.chores, now, at)
@@ -9076,12 +9090,12 @@ class Worker:
         ended, self.pool.ended = self.pool.ended, []
         self.outbox.settle(ended, now)
 
-    def _transact(self, now, at):
+    def _transact(self, now, at, places):
         """Write what ended and claim what comes next, in one step."""
-        if self._gathers(at):
+        if self._gathers(at, places):
             return False
         self._commit_by = 0.0
-        order = self._order(at)
+        order = self._order(places)
         if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
             return
         self.lookout.news |= bool(self.outbox.returned)
@@ -9093,7 +9107,7 @@ class Worker:
         if turned.claimed:
             self._take_in(turned.claimed, now)
 
-    def _gathers(self, at):
+    def _gathers(self, at, places):
         """True while what has ended waits for more of its kind to share its commit.
 
         Only as long as every child has something to do: nobody waits for us then, nor
@@ -9103,13 +9117,13 @@ class Worker:
         if box.returned or not box.outcomes or self.stops.count:
             return False
         self._commit_by = self._commit_by or at + _GATHER_SECONDS
-        return at < self._commit_by and self.pool.has_slack(_GATHER_SECONDS, at)
+        return at < self._commit_by and places.slack >= _GATHER_SECONDS
 
-    def _order(self, at):
+    def _order(self, places):
         """What could be claimed now; None while stopping, or without room."""
         pool = self.pool
         order = self.lookout.order(
-            self.liveness.id, pool.room(at), pool.starts.unknown,
+            self.liveness.id, places.room.less(len(pool.hand)), pool.starts.unknown,
             pool.durations.short_names,
         )
         return None if self.stops.count else order
@@ -9133,7 +9147,7 @@ class Worker:
         self._learn(claimed, now)
         if claimed.runs:
             self.pool.take(claimed.runs)
-            self.lookout.news = True        # then perhaps there is more
+            self.lookout.took(len(claimed.runs))
         for run in claimed.runs:
             if run.timeout is None:
                 run.timeout = self.settings.timeout

@@ -6635,7 +6635,7 @@ class Pools(Served):
         """Or a time limit is as late as the next poll."""
         stall = 100.0 + pybgworker.STALL_SECONDS
         for why, of_run, of_member, due in (
-            ("nothing", {}, {}, None),
+            ("nothing", {}, {}, float("inf")),
             ("a time limit", {"timeout": 9.0}, {}, 109.0),
             ("it begins to be slow", {"announced": False, "timeout": 9.0}, {}, stall),
             ("its output is not listened to", {}, {"_listens": False}, stall),
@@ -6649,14 +6649,38 @@ class Pools(Served):
                     setattr(of, name, value)
             with self.subTest(why):
                 self.assertEqual(pool.next_timer(), due)
+        pool._due = 0.0
         pool.hand.add([self.run_of(2)])
         pool.hand.runs[0].held = 100.5
         self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
         pool.hand.empty()
         member.kill_due, behind = 0.0, self.run_of(3)
-        behind.due = 100.0
+        behind.due, pool._due = 100.0, 0.0
         member.waiting.append(behind)
         self.assertEqual(pool.next_timer(), pool.placement.late_at(member))
+
+    def test_what_changes_in_one_child_is_due_in_time_without_a_look_at_the_others(self):
+        first, second = self.run_of(1), self.run_of(2)
+        pool, member = self.pool_of(first, second)
+        first.announced, second.timeout, looks = True, 0.005, []
+        member.behind, member.output, pool._due = 0.0, -2, 1e9
+        other = self.ready_member()
+        other.__dict__.update(mind_output=looks.append, is_mute=False, _listens=True)
+        pool.members.append(other)
+        member._buffer += pybgworker.MESSAGE.pack(4, b"S", 1, 1, 1, 0.5) + b"null"
+        pool.receive([(member, -1)], 200.0)
+        self.assertEqual([run.id for run in member.waiting], [2])
+        self.assertEqual(pool.next_timer(), 200.005)
+        pool.enforce(200.004)
+        self.assertEqual((looks, member.why), ([], ""))
+        with mock.patch.object(pybgworker.Member, "mind_output"):
+            del other.mind_output
+            pool.enforce(200.006)
+        self.assertEqual(member.why, "timeout")
+        self.assertEqual(pool.next_timer(), member.kill_due)
+        pool.cancel(2, 201.0)
+        pool._retire(other)
+        self.assertEqual(pool.next_timer(), 0.0)        # it is asked to leave, now
 
     def test_what_stays_too_long_is_ended_step_by_step(self):
         """Interrupted by its child, dumped, killed; or asked to leave, then killed."""
@@ -6787,12 +6811,13 @@ class Pools(Served):
             member = self.ready_member(*(self.run_of(n, usual=usual)
                                          for n in range(waits)))
             at = member.began + age
-            takers = placement.takers([member], at)
+            places = placement.survey([member], at)
             with self.subTest(why):
-                self.assertEqual([], takers) if slow else self.assertTrue(takers)
-                self.assertEqual(placement.room([member], 0, at), (0, room))
+                self.assertEqual(places.takers == [], slow)
+                self.assertEqual(places.room, (0, room))
                 self.assertEqual(room > 0, any(
-                    placement.may_wait(self.run_of(9), taker) for taker in takers))
+                    placement.may_wait(self.run_of(9), delay, has, taker)
+                    for delay, has, _, taker in places.takers))
 
     def test_a_run_leaves_the_hand_in_its_own_time_though_others_go_one_by_one(self):
         hand, at = pybgworker.Hand(), 100.0
@@ -6817,12 +6842,12 @@ class Pools(Served):
         member = self.ready_member(*(self.run_of(n, usual=0.0001) for n in range(100)))
         member.began += 0.06
         at = member.began + 0.015
-        self.assertTrue(was.takers([member], at))
-        self.assertEqual(was.overloaded([member], at, False), [])
-        self.assertEqual(now.takers([member], at), [])
-        self.assertEqual(now.overloaded([member], at, False), [member])
+        self.assertTrue(was.survey([member], at).takers)
+        self.assertEqual(was.survey([member], at).overloaded(False), [])
+        self.assertEqual(now.survey([member], at).takers, [])
+        self.assertEqual(now.survey([member], at).overloaded(False), [member])
         member.recall()
-        self.assertTrue(now.takers([member], at))
+        self.assertTrue(now.survey([member], at).takers)
 
     def test_what_waits_is_forgotten_with_what_is_recalled(self):
         """Also when the head itself had not begun: the child is idle, then."""
@@ -6852,35 +6877,63 @@ class Pools(Served):
         placement, member = self.placement(0.0001, most=7), self.ready_member(
             self.run_of(1))
         member.done = 5
-        taker, = placement.takers([member], member.began)
-        self.assertTrue(placement.may_wait(self.run_of(2), taker))
-        self.assertFalse(placement.may_wait(self.run_of(3, attempt=3), taker))
-        self.assertEqual(placement.room([member], 0, member.began), (0, 1))   # of 7
+        self.assertTrue(placement.may_wait(self.run_of(2), 0.0, 1, member))
+        self.assertFalse(placement.may_wait(self.run_of(3, attempt=3), 0.0, 1, member))
+        room = placement.survey([member], member.began).room
+        self.assertEqual(room, (0, 1))                                  # of 7
         member.done = 6
-        self.assertFalse(placement.may_wait(self.run_of(2), taker))
+        self.assertFalse(placement.may_wait(self.run_of(2), 0.0, 1, member))
 
     def test_who_is_idle_soonest_comes_first_and_idle_ones_before_all(self):
         placement = self.placement(0.01, size=4)
         idle, late = self.ready_member(), self.ready_member(self.run_of(1, usual=0.01))
         two = self.ready_member(self.run_of(2, usual=0.01), self.run_of(3, usual=0.01))
         late.began -= 0.015
-        takers = placement.takers([two, late, idle], two.began)
-        order = [pybgworker.heapq.heappop(takers).member for _ in range(3)]
+        takers = placement.survey([two, late, idle], two.began).takers
+        order = [pybgworker.heapq.heappop(takers)[-1] for _ in range(3)]
         self.assertEqual([id(m) for m in order], [id(idle), id(late), id(two)])
-        self.assertEqual(placement.slack([two, late], two.began), 0.0)
-        self.assertAlmostEqual(placement.slack([two], two.began), 0.02)
+        for members, slack in (([two, late], 0.0), ([two, idle], 0.0), ([], 0.0),
+                               ([two], 0.02)):
+            found = placement.survey(members, two.began).slack
+            self.assertAlmostEqual(found, slack)
+
+    def test_the_spare_child_is_idle_while_the_others_work(self):
+        """One more than work at a time: it is warm, and takes over from a dead one."""
+        placement = self.placement(0.1, size=2)
+        spare, busy = self.ready_member(), self.ready_member(self.run_of(1, usual=0.1))
+        leaving = self.ready_member(self.run_of(2, usual=0.1))
+        leaving.retiring = True
+        at = busy.began
+        for members, room in (([busy, spare, spare], (1, 0)), ([busy, busy, spare], (0, 0)),
+                              ([busy, leaving, spare], (0, 0)), ([leaving, spare], (1, 0))):
+            places = placement.survey(members, at)
+            with self.subTest(room=room, children=len(members)):
+                self.assertEqual(places.room, room)
+                self.assertEqual([m is spare for _, has, _, m in places.takers if not has],
+                                 [True] * room[0])
+
+    def test_room_is_taken_by_idle_children_first(self):
+        for runs, left in ((0, (2, 3)), (1, (1, 3)), (2, (0, 3)), (4, (0, 1)), (9, (0, 0))):
+            self.assertEqual(pybgworker.Room(2, 3).less(runs), left)
 
     def test_what_waits_longer_than_a_moment_goes_to_an_idle_child(self):
         placement = self.placement(0.01, size=2)
         busy = self.ready_member(self.run_of(1, usual=0.01), self.run_of(2, usual=0.01))
         idle, at = self.ready_member(), busy.began
-        self.assertEqual(placement.overloaded([busy, idle], at, True), [busy])
-        self.assertEqual(placement.overloaded([busy, idle], at, False), [])
-        self.assertEqual(placement.overloaded([busy, busy], at, True), [])
+        def overloaded(members, is_spare=True):
+            return placement.survey(members, at).overloaded(is_spare)
+
+        self.assertEqual(overloaded([busy, idle]), [busy])
+        self.assertEqual(overloaded([busy, idle], is_spare=False), [])
+        self.assertEqual(overloaded([busy, busy]), [])
+        longer = self.ready_member(self.run_of(3, usual=0.9))
+        self.assertEqual(overloaded([busy, longer, idle], True), [])    # two work
+        placement._size = 3
+        self.assertEqual(overloaded([busy, longer, idle]), [busy])
         for run in busy.waiting:
             run.usual = 0.0001
         busy.behind = 0.0001
-        self.assertEqual(placement.overloaded([busy, idle], at, True), [])
+        self.assertEqual(overloaded([busy, idle]), [])
 
     def ready_member(self, *runs):
         """A member whose pipe holds `runs`; the child has taken the first."""
@@ -8157,7 +8210,8 @@ class Workers(Served):
         worker.outbox.outcomes, found = done, []
         connection = self.store.db.link().connection
         connection.set_trace_callback(found.append)
-        worker._transact(pybgworker.now_ms(), time.monotonic())
+        at = time.monotonic()
+        worker._transact(pybgworker.now_ms(), at, worker.pool.balance(at))
         connection.set_trace_callback(None)
         claimed = len(worker.pool.hand)
         self.assertGreater(claimed, 10)
@@ -8165,7 +8219,7 @@ class Workers(Served):
 
     def claim_one(self, worker):
         self.tasks.add.delay(0, 0)
-        order = worker._order(time.monotonic())._replace(free=1, ahead=0)
+        order = worker._order(worker.pool.balance(time.monotonic()))._replace(free=1, ahead=0)
         turn = pybgworker.Turn(order.worker, order=order)
         return self.store.turn(turn, self.now, 5.0).claimed.runs[0]
 
@@ -8261,8 +8315,9 @@ class Workers(Served):
         "both crash": lambda case, worker, held: [
             os.kill(member.pid, 9) for member in worker.pool.members],
         "cancel": lambda case, worker, held: held.cancel(),
-        "time limit": lambda case, worker, held: setattr(
-            case.busy(worker).waiting[0], "timeout", 0.01),
+        "time limit": lambda case, worker, held: [
+            setattr(case.busy(worker).waiting[0], "timeout", 0.01),
+            setattr(worker.pool, "_due", 0.0)],
         "retired": lambda case, worker, held: [
             setattr(worker.settings, "max_tasks_per_child", 1),
             (case.folder / "go").touch()],
