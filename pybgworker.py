@@ -7295,6 +7295,21 @@ class Placement:
             late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
         return late
 
+    def due_in(self, member: Member) -> float:
+        """When something has to be done about this child; 0: now."""
+        if member.kill_due:
+            return member.kill_due
+        if not member.waiting:
+            return 0.0 if member.retiring or member.is_unheard else math.inf
+        head, due = member.waiting[0], math.inf
+        if head.timeout:
+            due = member.began + head.timeout
+        if not head.announced or member.is_unheard:
+            due = min(due, member.began + STALL_SECONDS)
+        if len(member.waiting) > 1:
+            due = min(due, self.late_at(member))
+        return due
+
     def may_wait(self, run: Run, delay: float, has: int, member: Member) -> bool:
         """True when `run` may wait in the pipe of this child, which is not slow."""
         return not run.is_last and self._durations.is_short(run.name) \
@@ -7483,7 +7498,7 @@ class Pool:
         self.hand = Hand()
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
-        self._due = 0.0         # nothing is before; 0: look at each child
+        self._due = 0.0         # nothing in any child is before; 0: look at each
         self.durations = Durations()
         most = limits.max_tasks_per_child
         self.placement = Placement(size, most, self.durations)
@@ -7556,9 +7571,7 @@ class Pool:
 
         Returns the runs that none could take for a while.
         """
-        if not self.hand:
-            return []
-        takers = self.placement.survey(self.members, at).takers
+        takers = self.placement.survey(self.members, at).takers if self.hand else []
         return self.hand.deal(functools.partial(self._send, takers, at), at)
 
     def _send(self, takers, at, run):
@@ -7687,37 +7700,18 @@ class Pool:
     def next_timer(self) -> float:
         """When enforce(), balance() or dispatch() has something to do, or before."""
         if not self._due:
-            self._due = min(map(self._due_in, self.members), default=math.inf)
+            self._due = min(map(self.placement.due_in, self.members), default=math.inf)
         return min(self._due, self.hand.due) if self.hand else self._due
 
     def _mark(self, member, at):
-        """The child has changed: something may be due in it earlier than known.
-
-        What is not due any more is noticed when its time has come: so a turn looks
-        at the children that it is about, however many there are.
-        """
+        """The child has changed: something may be due in it earlier than known."""
         if member in self.members:
             member.mind_output(self._selector, at)
-            self._due = min(self._due, self._due_in(member))
-
-    def _due_in(self, member):
-        """When something has to be done about this child."""
-        if member.kill_due:
-            return member.kill_due
-        if not member.waiting:
-            return 0.0 if member.retiring or member.is_unheard else math.inf
-        head, due = member.waiting[0], math.inf
-        if head.timeout:
-            due = member.began + head.timeout
-        if not head.announced or member.is_unheard:
-            due = min(due, member.began + STALL_SECONDS)
-        if len(member.waiting) > 1:
-            due = min(due, self.placement.late_at(member))
-        return due
+            self._due = min(self._due, self.placement.due_in(member))
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
-        if at >= self._due:
+        if at >= self._due:         # else a turn is only about those that changed
             self._due = 0.0
             for member in list(self.members):
                 self._enforce_on(member, at)
