@@ -8288,7 +8288,7 @@ EVENTS = {
         "callback error", "an `on_success` or `on_failure` has failed for good"),
     "heartbeat_error": Event("error", "the heartbeat could not be written"),
     "database_error": Event(
-        "error", "locked, full or gone; logged once an episode; the worker goes on"),
+        "error", "locked, full or gone; logged once per episode; the worker goes on"),
     "log_dropped": Event("lines", "lost lines: the reader of the log was too slow"),
 }
 
