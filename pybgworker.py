@@ -72,6 +72,7 @@ import codecs
 import collections
 import contextlib
 import contextvars
+import copyreg
 import errno
 import functools
 import heapq
@@ -130,13 +131,8 @@ class PyBgWorkerError(Exception):
 
     def __reduce__(self):
         """Pickled and copied as it is: its __init__ may want other arguments."""
-        return _error_again, (type(self), self.args, self.__dict__)
-
-
-def _error_again(kind, args, state):
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(state)
-    return error
+        new = copyreg.__newobj__            # type: ignore[attr-defined]
+        return new, (type(self), *self.args), self.__dict__
 
 
 class SettingError(PyBgWorkerError, ValueError):
@@ -2116,9 +2112,9 @@ class App:
         self.tasks: dict[str, Task] = {}
         self._code: dict = {}
         self._flags: dict = {}
-        self._lock = ProcessLock()  # guards _settings and _store
-        self._settings: types.SimpleNamespace | None = None
-        self._store: Store | None = None
+        # Settings and store, each as the first thread has made it.  No lock, for a
+        # fork may come in the middle; configure() puts an empty one in its place.
+        self._opened: dict[str, Any] = {}
         self.watches: dict = {}             # by event loop, see Watch
         self.configure(**settings)
 
@@ -2153,34 +2149,23 @@ class App:
                 raise SettingError(f"unknown setting {name!r}; there are {known}")
             if value is not None:
                 target[name] = check_setting(name, value, name)
-        with self._lock:
-            if self._store:
-                self._store.close()
-            self._settings = self._store = None
+        before, self._opened = self._opened, {}
+        if "store" in before:
+            before["store"].close()
 
     @property
     def settings(self) -> types.SimpleNamespace:
         """All settings, resolved when first asked for."""
-        settings = self._settings
-        if settings is None:
-            with self._lock:
-                if self._settings is None:
-                    self._settings = resolve_settings(
-                        self._code, dict(os.environ), self._flags
-                    )
-                settings = self._settings
-        return settings
+        opened = self._opened
+        return opened.get("settings") or opened.setdefault(
+            "settings", resolve_settings(self._code, dict(os.environ), self._flags))
 
     @property
     def store(self) -> Store:
         """The database, opened by the first thread that uses it."""
-        store = self._store
-        if store is None:
-            with self._lock:
-                if self._store is None:
-                    self._store = STORES[""](self.settings)
-                store = self._store
-        return store
+        opened = self._opened
+        return opened.get("store") or opened.setdefault(
+            "store", STORES[""](self.settings))
 
     # -- registering
 
@@ -2291,25 +2276,6 @@ class _Decorator(Protocol):
                  ) -> Task[P, Coroutine[Any, Any, V], V]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
-
-
-class ProcessLock:
-    """A lock for the threads of a process.  A forked child finds it open."""
-
-    def __init__(self):
-        self._locks = {}            # the lock of each process, by pid
-        self._taken = threading.local()     # .by: pids of this thread's open blocks
-
-    def __enter__(self):
-        pid = os.getpid()
-        lock = self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
-        lock.acquire()
-        self._taken.by = [*getattr(self._taken, "by", ()), pid]
-
-    def __exit__(self, kind, exc, trace):
-        pid = self._taken.by.pop()
-        if pid == os.getpid():      # else it was forked inside the block
-            self._locks[pid].release()
 
 
 def _refuse_at_import(module):
@@ -9226,13 +9192,6 @@ class UsageError(PyBgWorkerError):
     """The command line itself is wrong: exit status 2."""
 
 
-class Flag(NamedTuple):
-    """One argument of a command, as argparse wants it."""
-
-    names: tuple
-    options: dict
-
-
 class Command(NamedTuple):
     """One row of COMMANDS."""
 
@@ -9244,15 +9203,15 @@ class Command(NamedTuple):
     reads: bool = False     # takes --json
 
 
-def flag(*names: str, **options: Any) -> Flag:
+def flag(*names: str, **options: Any) -> tuple:
     """One argument, by what argparse's add_argument() takes."""
-    return Flag(names, options)
+    return names, options
 
 
 COMMANDS: list[Command] = []
 
 
-def command(name: str, help: str, example: str, *flags: Flag,
+def command(name: str, help: str, example: str, *flags: tuple,
             reads: bool = False) -> Callable:
     """Decorate a function (args, app) that is to be a command.
 
@@ -9398,8 +9357,8 @@ def _parser():
             command.name, help=command.help, description=command.help + ".",
             epilog=f"example: python pybgworker.py {command.example}",
         )
-        for flag in command.flags + ((JSON_FLAG,) if command.reads else ()):
-            one.add_argument(*flag.names, **flag.options)
+        for names, options in command.flags + ((JSON_FLAG,) if command.reads else ()):
+            one.add_argument(*names, **options)
         one.add_argument("--db", type=typed(parse_path), metavar="PATH", default=None,
                          help="the SQLite file (default: PYBGWORKER_DB, else "
                          "pybgworker.db)")

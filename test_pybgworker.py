@@ -2160,6 +2160,49 @@ class Tasks(Case):
         with self.assertRaisesRegex(pybgworker.PayloadTooLarge, "PYBGWORKER_MAX_PAYLOAD"):
             task.delay("x" * 2000)
 
+    def held(self, where, name):
+        """Hold up who calls this first; return (its thread's results, let it go)."""
+        held, go, old = threading.Event(), threading.Event(), where[name]
+
+        def hold(*args):
+            where[name] = old
+            held.set()
+            go.wait(20)
+            return old(*args)
+
+        where[name] = hold
+        results = []
+        thread = threading.Thread(target=lambda: results.append(self.app.store))
+        thread.start()
+        self.assertTrue(held.wait(20))
+        return results, lambda: (go.set(), thread.join())
+
+    def test_an_app_has_one_store_whoever_opens_it_first(self):
+        self.app.configure(busy_timeout=5)
+        results, let_go = self.held(pybgworker.STORES, "")
+        store = self.app.store
+        let_go()
+        self.assertIs(results[0], store)
+        self.assertIs(self.app.store, store)
+
+    def test_what_is_configured_while_another_thread_looks_is_not_lost(self):
+        self.app.configure(busy_timeout=5)
+        _, let_go = self.held(vars(pybgworker), "resolve_settings")
+        self.app.configure(busy_timeout=7)
+        let_go()
+        self.assertEqual(self.app.settings.busy_timeout, 7)
+        self.assertEqual(self.app.store.db.busy_timeout, 7)
+
+    def test_a_fork_while_another_thread_opens_the_store_does_not_matter(self):
+        self.app.configure(busy_timeout=5)
+        _, let_go = self.held(pybgworker.STORES, "")
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            os._exit(self.app.store.name != str(self.db))
+        let_go()
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
     def test_an_app_is_found_by_its_name_or_as_the_only_one(self):
         (self.folder / "two.py").write_text(
             "from pybgworker import App\nother = App()\n@other.task\ndef f(): pass\n"
@@ -2682,43 +2725,6 @@ class Forking(Case):
             os.wait()
         """)
         self.assertEqual(said[-1], "True")
-
-    def test_a_lock_that_a_thread_held_is_open_in_the_child(self):
-        lock = pybgworker.ProcessLock()
-        held, go = threading.Event(), threading.Event()
-
-        def hold():
-            with lock:
-                held.set()
-                go.wait()
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait()
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(10)
-            with lock:
-                os._exit(0)
-        go.set()
-        thread.join()
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
-        self.assertIsInstance(self.app._lock, pybgworker.ProcessLock)
-
-    def test_a_lock_is_given_back_by_the_process_that_took_it(self):
-        """A fork inside the block, and blocks of the child before it leaves that one."""
-        lock = pybgworker.ProcessLock()
-        pid = None
-        try:
-            with lock:
-                pid = os.fork()
-                if pid == 0:
-                    with lock:
-                        pass
-        finally:
-            if pid == 0:
-                os._exit(sys.exc_info()[0] is not None)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
 
     USED_BY_ANOTHER = """
         import os, sqlite3
@@ -9009,10 +9015,10 @@ class CommandLine(Served):
             if setting.default is not None and not isinstance(setting.default, bool):
                 self.assertEqual(setting.parse(shown), setting.default)
         for command in pybgworker.COMMANDS:
-            for flag in command.flags:
-                if flag.names[0].startswith("-") and "action" not in flag.options \
-                        and not flag.options.get("required"):
-                    self.assertIn("(default: ", flag.options["help"], command.name)
+            for names, options in command.flags:
+                if names[0].startswith("-") and "action" not in options \
+                        and not options.get("required"):
+                    self.assertIn("(default: ", options["help"], command.name)
 
     def test_help_has_every_command_with_an_example(self):
         text = self.ok("--help")
