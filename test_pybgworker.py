@@ -1401,6 +1401,11 @@ class Values(unittest.TestCase):
             with self.subTest(repr(value)[:60]):
                 self.assert_arrives(value)
 
+    def test_what_somebody_else_has_written_is_read_or_refused_as_json_is(self):
+        self.assertEqual(pybgworker.decode(' [ 1,\n"x" ]\n'), [1, "x"])
+        for text in ("", " ", "[1", "[1] x", "nul"):
+            self.assertRaises(ValueError, pybgworker.decode, text)
+
     def test_an_integer_may_have_any_length(self):
         self.assertEqual(self.trip(10**5000 + 1), 10**5000 + 1)
         if hasattr(sys, "set_int_max_str_digits"):
@@ -6062,6 +6067,16 @@ class Children(Served):
         self.assertEqual(failed.kind, "timeout")
         self.assertIn("in stuck", failed.traceback)
         self.assertEqual(worker.all("child_error"), [])
+
+    def test_a_frame_says_all_that_a_child_must_know_of_a_run(self):
+        for name, timeout, tick, args in (
+            ("t", None, None, None), ("mod.t", 0.5, 0, "[[1],{}]"),
+            ("\u00fcnic\u00f6de\U0001f40d", 3600, 1_700_000_100, "[[],{}]"),
+        ):
+            run = Run((1 << 63) - 1, name, "q", 2, 3, 0, timeout, 0, tick, args, 5)
+            self.assertEqual(
+                pybgworker.read_frame(pybgworker.write_frame(run)),
+                (run.id, 3, timeout or 0, tick, name, args or ""))
 
     def test_a_thread_that_outlives_its_run_speaks_for_no_other(self):
         (self.folder / "threads.py").write_text(textwrap.dedent("""
