@@ -5372,9 +5372,8 @@ STORES[""] = _open_sqlite
 
 # == Processes ================================================================
 # Owns all that depends on the operating system: starting, killing and reaping
-# processes, the locks that show who is alive, memory, signal names.  A Windows
-# half would define these same names; until it can be tested, workers run on
-# Linux and macOS only.
+# processes, sockets and pipes, memory, signal names.  A Windows half would define
+# these same names; until it can be tested, workers run on Linux and macOS only.
 
 try:
     import fcntl
@@ -5731,119 +5730,6 @@ class Guardian:
             with contextlib.suppress(ChildProcessError):
                 _waitpid(self._pid, 0)
         self._pid = 0
-
-
-def _open_live(path, may_create):
-    """Open, or make, DATABASE-live for exactly those who may write the database.
-
-    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
-    where others may write, somebody may have put something else there.
-    """
-    try:
-        database = os.stat(path.removesuffix("-live"))
-    except OSError:                     # none yet: for us alone
-        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
-    writers = database.st_mode & 0o222
-    mode = 0o600 | writers | writers << 1
-    create = os.O_CREAT if may_create else 0
-    try:
-        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise DatabaseUnavailable(
-            f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
-            "must not be a link"
-        ) from None
-    found = os.fstat(fd)
-    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
-    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
-            and ours):
-        close_fd(fd)
-        raise DatabaseUnavailable(
-            f"{path}: somebody else has put this here: remove it, once no worker runs"
-        )
-    with contextlib.suppress(OSError):      # of another owner: it is as he made it
-        if os.geteuid() == 0 or mode & 0o060:
-            owner = database.st_uid if os.geteuid() == 0 else -1
-            os.fchown(fd, owner, database.st_gid)
-        os.fchmod(fd, mode)
-    return fd
-
-
-class LiveFile:
-    """Byte n of the file `path` is locked for as long as worker n lives.
-
-    The kernel drops the lock with the process, so a death shows at once and no
-    clock is asked.  The file is opened once per process and never closed: closing
-    any descriptor of it would drop all locks.  A lock does not keep out its own
-    process, so `_held` knows the bytes that are ours.
-
-    Somebody may remove the file: then those who come next lock a new one, and a
-    free byte there says nothing about a worker that has locked another `number`.
-    """
-
-    _open: dict[tuple | None, LiveFile] = {}        # by device and inode
-
-    def __init__(self, path: str, may_create: bool = True):
-        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
-        self._pid = os.getpid()
-        self._held: set[int] = set()
-        # Fits an integer of SQLite; unique while one of those who lock it lives.
-        self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
-
-    @classmethod
-    def of(cls, path: str, may_create: bool = True) -> LiveFile:
-        """The one instance for this file in this process, by whatever name."""
-        known = cls._open.get(file_identity(path))
-        if known is None or known._pid != os.getpid():
-            cls._close_removed()
-            known = cls(path, may_create)
-            found = os.fstat(known._fd)
-            cls._open[found.st_dev, found.st_ino] = known
-        return known
-
-    @classmethod
-    def _close_removed(cls):
-        """Nobody asks for what lies in a removed file, once we hold nothing there."""
-        for identity, known in list(cls._open.items()):
-            with contextlib.suppress(OSError):
-                if not (known._held or os.fstat(known._fd).st_nlink):
-                    close_fd(known._fd)
-                    del cls._open[identity]
-
-    def hold_only_here(self, worker: int) -> None:
-        """Drop its lock in a file that was removed: its row tells of this one."""
-        for other in list(self._open.values()):
-            if other is not self and other._path == self._path:
-                other.drop(worker)
-
-    def hold(self, worker: int) -> bool:
-        """Lock our byte.  False: it is somebody else's, so no proof that we live."""
-        self._held.add(worker)
-        return self._try_lock(worker) is not False
-
-    def drop(self, worker: int) -> None:
-        """Unlock it, when the worker has ended in an orderly way."""
-        self._held.discard(worker)
-        with contextlib.suppress(OSError):
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
-
-    def is_held(self, worker: int) -> bool | None:
-        """True when a process holds this byte; None where locks do not work."""
-        if worker in self._held:
-            return True
-        free = self._try_lock(worker)
-        if free:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
-        return None if free is None else not free
-
-    def _try_lock(self, worker):
-        """True: it is locked now; False: somebody else's; None: it cannot be."""
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
-            return True
-        except OSError as exc:
-            return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
 
 
 # == Output ===================================================================
@@ -7880,8 +7766,122 @@ def _crash(why, found, max_memory):
 
 
 # == Liveness =================================================================
-# Owns the worker's entry among the workers: its id, its lock, its heartbeat, and
-# the judgement that another is dead.  A dead worker's tasks go on within a second.
+# Owns the worker's entry among the workers: its id, its lock in DATABASE-live, its
+# heartbeat, and the judgement that another is dead.  A dead worker's tasks go on
+# within a second.
+
+
+def _open_live(path, may_create):
+    """Open, or make, DATABASE-live for exactly those who may write the database.
+
+    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
+    where others may write, somebody may have put something else there.
+    """
+    try:
+        database = os.stat(path.removesuffix("-live"))
+    except OSError:                     # none yet: for us alone
+        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
+    writers = database.st_mode & 0o222
+    mode = 0o600 | writers | writers << 1
+    create = os.O_CREAT if may_create else 0
+    try:
+        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise DatabaseUnavailable(
+            f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
+            "must not be a link"
+        ) from None
+    found = os.fstat(fd)
+    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
+    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
+            and ours):
+        close_fd(fd)
+        raise DatabaseUnavailable(
+            f"{path}: somebody else has put this here: remove it, once no worker runs"
+        )
+    with contextlib.suppress(OSError):      # of another owner: it is as he made it
+        if os.geteuid() == 0 or mode & 0o060:
+            owner = database.st_uid if os.geteuid() == 0 else -1
+            os.fchown(fd, owner, database.st_gid)
+        os.fchmod(fd, mode)
+    return fd
+
+
+class LiveFile:
+    """Byte n of the file `path` is locked for as long as worker n lives.
+
+    The kernel drops the lock with the process, so a death shows at once and no
+    clock is asked.  The file is opened once per process and never closed: closing
+    any descriptor of it would drop all locks.  A lock does not keep out its own
+    process, so `_held` knows the bytes that are ours.
+
+    Somebody may remove the file: then those who come next lock a new one, and a
+    free byte there says nothing about a worker that has locked another `number`.
+    """
+
+    _open: dict[tuple | None, LiveFile] = {}        # by device and inode
+
+    def __init__(self, path: str, may_create: bool = True):
+        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
+        self._pid = os.getpid()
+        self._held: set[int] = set()
+        # Fits an integer of SQLite; unique while one of those who lock it lives.
+        self.number = os.fstat(self._fd).st_ino & (1 << 62) - 1
+
+    @classmethod
+    def of(cls, path: str, may_create: bool = True) -> LiveFile:
+        """The one instance for this file in this process, by whatever name."""
+        known = cls._open.get(file_identity(path))
+        if known is None or known._pid != os.getpid():
+            cls._close_removed()
+            known = cls(path, may_create)
+            found = os.fstat(known._fd)
+            cls._open[found.st_dev, found.st_ino] = known
+        return known
+
+    @classmethod
+    def _close_removed(cls):
+        """Nobody asks for what lies in a removed file, once we hold nothing there."""
+        for identity, known in list(cls._open.items()):
+            with contextlib.suppress(OSError):
+                if not (known._held or os.fstat(known._fd).st_nlink):
+                    close_fd(known._fd)
+                    del cls._open[identity]
+
+    def hold_only_here(self, worker: int) -> None:
+        """Drop its lock in a file that was removed: its row tells of this one."""
+        for other in list(self._open.values()):
+            if other is not self and other._path == self._path:
+                other.drop(worker)
+
+    def hold(self, worker: int) -> bool:
+        """Lock our byte.  False: it is somebody else's, so no proof that we live."""
+        self._held.add(worker)
+        return self._try_lock(worker) is not False
+
+    def drop(self, worker: int) -> None:
+        """Unlock it, when the worker has ended in an orderly way."""
+        self._held.discard(worker)
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+
+    def is_held(self, worker: int) -> bool | None:
+        """True when a process holds this byte; None where locks do not work."""
+        if worker in self._held:
+            return True
+        free = self._try_lock(worker)
+        if free:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, worker)
+        return None if free is None else not free
+
+    def _try_lock(self, worker):
+        """True: it is locked now; False: somebody else's; None: it cannot be."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, worker)
+            return True
+        except OSError as exc:
+            return False if exc.errno in (errno.EACCES, errno.EAGAIN) else None
 
 
 def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:

@@ -5263,128 +5263,6 @@ class Faults(QueueCase):
 
 class Processes(Case):
 
-    def test_a_lock_shows_that_another_process_lives(self):
-        path = str(self.folder / "live")
-        code = """
-            import sys; from pybgworker import LiveFile
-            LiveFile.of(sys.argv[1]).hold(7); print("held", flush=True); sys.stdin.read()
-        """
-        other = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), path], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=clean_environment(),
-        )
-        self.assertEqual(other.stdout.readline(), b"held\n")
-        mine = pybgworker.LiveFile.of(path)
-        self.assertTrue(mine.is_held(7))
-        other.kill()
-        other.communicate()
-
-        self.assertIs(mine.is_held(7), False)
-        self.assertIs(mine.is_held(8), False)
-
-    def test_where_locks_do_not_work_they_say_nothing(self):
-        mine = pybgworker.LiveFile.of(str(self.folder / "live"))
-        real = pybgworker.fcntl.lockf
-        self.addCleanup(setattr, pybgworker.fcntl, "lockf", real)
-
-        def refuse(*_):
-            raise OSError(pybgworker.errno.ENOLCK, "no locks here")
-
-        pybgworker.fcntl.lockf = refuse
-        mine.hold(7)
-        self.assertIsNone(mine.is_held(8))
-
-    def test_our_own_lock_is_alive_and_shared_by_all_users_of_the_file(self):
-        path = str(self.folder / "live")
-        pybgworker.LiveFile.of(path).hold(1)
-
-        self.assertIs(pybgworker.LiveFile.of(path), pybgworker.LiveFile.of(path))
-        (self.folder / "linked").symlink_to(self.folder)
-        by_other_name = pybgworker.LiveFile.of(str(self.folder / "linked" / "live"))
-        self.assertTrue(by_other_name.is_held(1))
-        self.assertTrue(pybgworker.LiveFile.of(path).is_held(1))
-        pybgworker.LiveFile.of(path).drop(1)
-        self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
-
-    def test_a_file_of_locks_that_is_removed_leaves_no_descriptor_open(self):
-        path, other = str(self.folder / "live"), str(self.folder / "other")
-        pybgworker.LiveFile.of(other).hold(1)           # another queue's worker 1
-        count = []
-        for _ in range(5):
-            locks = pybgworker.LiveFile.of(path)
-            locks.hold(1)
-            locks.hold_only_here(1)
-            pybgworker.LiveFile.of(path, may_create=False)
-            count.append(len(os.listdir("/dev/fd")))
-            os.unlink(path)
-        with self.assertRaises(pybgworker.DatabaseUnavailable):
-            pybgworker.LiveFile.of(path, may_create=False)
-        self.assertFalse(os.path.exists(path))
-        self.assertLessEqual(max(count) - count[0], 1)
-        self.assertTrue(pybgworker.LiveFile.of(other)._held)
-        pybgworker.LiveFile.of(other).drop(1)
-
-    def test_the_live_file_is_for_those_who_may_write_the_database(self):
-        live = f"{self.db}-live"
-        self.app.send("t")
-        for database, mode in ((0o644, 0o600), (0o640, 0o600), (0o660, 0o660),
-                               (0o664, 0o660), (0o666, 0o666), (0o600, 0o600)):
-            os.chmod(self.db, database)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(live)
-            for _ in range(2):          # made, and found with a mode of before
-                with self.subTest(f"{database:o}"):
-                    self.forget_live_files()
-                    pybgworker.LiveFile.of(live)
-                    self.assertEqual(os.stat(live).st_mode & 0o777, mode)
-                os.chmod(live, 0o644)
-
-    def forget_live_files(self):
-        """As in a new process."""
-        pybgworker.LiveFile._open.clear()
-
-    def test_what_others_have_planted_as_the_live_file_is_refused(self):
-        live, target = self.folder / "queue.db-live", self.folder / "target"
-        self.app.send("t")
-        target.write_text("of somebody")
-        os.chmod(target, 0o644)
-        for plant in (lambda: os.symlink(target, live), lambda: os.link(target, live),
-                      lambda: os.symlink("nowhere", live), lambda: os.mkfifo(live),
-                      lambda: os.mkdir(live), lambda: shutil.copy(target, live)):
-            plant()
-            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "-live: "):
-                pybgworker.LiveFile.of(str(live))
-            os.rmdir(live) if live.is_dir() else os.unlink(live)
-        os.symlink(target, live)
-        done = self.cli("run", "--app", "example")
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
-        self.assertIn("-live: ", done.stderr)
-        self.assertEqual(target.read_text(), "of somebody")
-        self.assertEqual(target.stat().st_mode & 0o777, 0o644)
-        self.assertFalse((self.folder / "nowhere").exists())
-
-    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
-    def test_the_live_file_of_a_stranger_is_refused_and_of_our_group_is_not(self):
-        live = self.folder / "queue.db-live"
-        self.app.send("t")
-        live.touch()
-        os.chown(live, 4711, 4711)
-        os.chmod(self.db, 0o644)
-        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "somebody else"):
-            pybgworker.LiveFile.of(str(live))
-        os.chmod(self.db, 0o660)
-        pybgworker.LiveFile.of(str(live))
-
-    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
-    def test_what_root_makes_belongs_to_the_owner_of_the_database(self):
-        self.app.send("t")
-        self.app.store.close()
-        os.chown(self.db, 4711, 4712)
-        pybgworker.LiveFile.of(f"{self.db}-live")
-        found = os.stat(f"{self.db}-live")
-        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o777),
-                         (4711, 4712, 0o600))
-
     def test_signals_and_exit_codes_have_names(self):
         self.assertEqual(pybgworker.signal_name(11), "SIGSEGV")
         self.assertEqual(pybgworker.signal_name(250), "signal 250")
@@ -7103,6 +6981,128 @@ TASKS += Served_TASKS_MORE
 
 
 class Lives(Case):
+
+    def test_a_lock_shows_that_another_process_lives(self):
+        path = str(self.folder / "live")
+        code = """
+            import sys; from pybgworker import LiveFile
+            LiveFile.of(sys.argv[1]).hold(7); print("held", flush=True); sys.stdin.read()
+        """
+        other = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), path], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=clean_environment(),
+        )
+        self.assertEqual(other.stdout.readline(), b"held\n")
+        mine = pybgworker.LiveFile.of(path)
+        self.assertTrue(mine.is_held(7))
+        other.kill()
+        other.communicate()
+
+        self.assertIs(mine.is_held(7), False)
+        self.assertIs(mine.is_held(8), False)
+
+    def test_where_locks_do_not_work_they_say_nothing(self):
+        mine = pybgworker.LiveFile.of(str(self.folder / "live"))
+        real = pybgworker.fcntl.lockf
+        self.addCleanup(setattr, pybgworker.fcntl, "lockf", real)
+
+        def refuse(*_):
+            raise OSError(pybgworker.errno.ENOLCK, "no locks here")
+
+        pybgworker.fcntl.lockf = refuse
+        mine.hold(7)
+        self.assertIsNone(mine.is_held(8))
+
+    def test_our_own_lock_is_alive_and_shared_by_all_users_of_the_file(self):
+        path = str(self.folder / "live")
+        pybgworker.LiveFile.of(path).hold(1)
+
+        self.assertIs(pybgworker.LiveFile.of(path), pybgworker.LiveFile.of(path))
+        (self.folder / "linked").symlink_to(self.folder)
+        by_other_name = pybgworker.LiveFile.of(str(self.folder / "linked" / "live"))
+        self.assertTrue(by_other_name.is_held(1))
+        self.assertTrue(pybgworker.LiveFile.of(path).is_held(1))
+        pybgworker.LiveFile.of(path).drop(1)
+        self.assertIs(pybgworker.LiveFile.of(path).is_held(1), False)
+
+    def test_a_file_of_locks_that_is_removed_leaves_no_descriptor_open(self):
+        path, other = str(self.folder / "live"), str(self.folder / "other")
+        pybgworker.LiveFile.of(other).hold(1)           # another queue's worker 1
+        count = []
+        for _ in range(5):
+            locks = pybgworker.LiveFile.of(path)
+            locks.hold(1)
+            locks.hold_only_here(1)
+            pybgworker.LiveFile.of(path, may_create=False)
+            count.append(len(os.listdir("/dev/fd")))
+            os.unlink(path)
+        with self.assertRaises(pybgworker.DatabaseUnavailable):
+            pybgworker.LiveFile.of(path, may_create=False)
+        self.assertFalse(os.path.exists(path))
+        self.assertLessEqual(max(count) - count[0], 1)
+        self.assertTrue(pybgworker.LiveFile.of(other)._held)
+        pybgworker.LiveFile.of(other).drop(1)
+
+    def test_the_live_file_is_for_those_who_may_write_the_database(self):
+        live = f"{self.db}-live"
+        self.app.send("t")
+        for database, mode in ((0o644, 0o600), (0o640, 0o600), (0o660, 0o660),
+                               (0o664, 0o660), (0o666, 0o666), (0o600, 0o600)):
+            os.chmod(self.db, database)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(live)
+            for _ in range(2):          # made, and found with a mode of before
+                with self.subTest(f"{database:o}"):
+                    self.forget_live_files()
+                    pybgworker.LiveFile.of(live)
+                    self.assertEqual(os.stat(live).st_mode & 0o777, mode)
+                os.chmod(live, 0o644)
+
+    def forget_live_files(self):
+        """As in a new process."""
+        pybgworker.LiveFile._open.clear()
+
+    def test_what_others_have_planted_as_the_live_file_is_refused(self):
+        live, target = self.folder / "queue.db-live", self.folder / "target"
+        self.app.send("t")
+        target.write_text("of somebody")
+        os.chmod(target, 0o644)
+        for plant in (lambda: os.symlink(target, live), lambda: os.link(target, live),
+                      lambda: os.symlink("nowhere", live), lambda: os.mkfifo(live),
+                      lambda: os.mkdir(live), lambda: shutil.copy(target, live)):
+            plant()
+            with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "-live: "):
+                pybgworker.LiveFile.of(str(live))
+            os.rmdir(live) if live.is_dir() else os.unlink(live)
+        os.symlink(target, live)
+        done = self.cli("run", "--app", "example")
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
+        self.assertIn("-live: ", done.stderr)
+        self.assertEqual(target.read_text(), "of somebody")
+        self.assertEqual(target.stat().st_mode & 0o777, 0o644)
+        self.assertFalse((self.folder / "nowhere").exists())
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_the_live_file_of_a_stranger_is_refused_and_of_our_group_is_not(self):
+        live = self.folder / "queue.db-live"
+        self.app.send("t")
+        live.touch()
+        os.chown(live, 4711, 4711)
+        os.chmod(self.db, 0o644)
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "somebody else"):
+            pybgworker.LiveFile.of(str(live))
+        os.chmod(self.db, 0o660)
+        pybgworker.LiveFile.of(str(live))
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_what_root_makes_belongs_to_the_owner_of_the_database(self):
+        self.app.send("t")
+        self.app.store.close()
+        os.chown(self.db, 4711, 4712)
+        pybgworker.LiveFile.of(f"{self.db}-live")
+        found = os.stat(f"{self.db}-live")
+        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o777),
+                         (4711, 4712, 0o600))
 
     def liveness(self, timeout=15.0):
         ear = pybgworker.WakeSocket()
@@ -10901,7 +10901,6 @@ class TheFile(unittest.TestCase):
     LARGER = {
         "section Forks": 500,
         "section Database": 680,
-        "section Processes": 473,
         "section Child": 571,
         "section Pool": 558,
         "class Forks": 318,
