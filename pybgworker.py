@@ -38,7 +38,7 @@ Map
         Wake-up · Guards · Forks · Database · Group commit · Queue ·
         Claiming · Endings · Desk · Register
     Book Three: the worker
-        Processes · Output · Surroundings · Child · Member · Placement
+        Processes · Wire · Output · Surroundings · Child · Member · Placement
         · Pool · Liveness · Wishes · Log · Journal · Upkeep · Settling
         · Lookout · Worker · Command line
     Rooms
@@ -5732,6 +5732,127 @@ class Guardian:
         self._pid = 0
 
 
+# == Wire =====================================================================
+# Owns what a worker and its child say to each other, and in which form: frames with
+# runs to the child, messages from it.  Knows nothing of what either makes of it.
+#
+# A frame to the child is this header, the name of the task, and its arguments as
+# they are encoded:
+
+_FRAME = struct.Struct("!qqddI")        # id attempt timeout tick length-of-the-name
+_NO_TICK = -1.0
+
+# A message to the parent is this header and a body of `length` bytes:
+
+MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
+READY, BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
+LACKING = b"L"                         # … for want of what there may be later
+SUCCEEDED, ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
+UNKNOWN = b"U"                         # no task here has this name
+PRINTED, PROGRESSED = b"O", b"P"      # text; [percent, message]
+WRITTEN, STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
+
+CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
+FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
+
+
+def write_frame(run: Run) -> bytes:
+    """The bytes that make a child run this; without a time limit it is 0."""
+    tick = _NO_TICK if run.tick is None else run.tick
+    attempt = int(run.attempt)      # whatever somebody has put into its row
+    head = _FRAME.pack(run.id, attempt, run.timeout or 0, tick, len(run.name))
+    return head + f"{run.name}{run.args or ''}".encode()
+
+
+def read_frame(frame: bytes) -> tuple:
+    """(id, attempt, timeout, tick or None, name, text of the arguments)."""
+    run_id, attempt, timeout, tick, size = _FRAME.unpack_from(frame)
+    text = frame[_FRAME.size:].decode()
+    return (run_id, attempt, timeout, None if tick == _NO_TICK else tick,
+            text[:size], text[size:])
+
+
+class ChildEnd:
+    """The child's end of the connection to its worker: frames in, messages out."""
+
+    def __init__(self, frames: int, messages: int):
+        self.frames = own_socket(frames)
+        self.messages = own_socket(messages)
+        # Held while a message is written: threads of a task may print too, and so
+        # may a signal handler or a finalizer in the middle of that.
+        self._lock = threading.RLock()
+        self._sender = 0            # ident of the thread that is writing one
+        self._outbox: collections.deque = collections.deque()   # to be written
+
+    def receive_now(self) -> bytes | None:
+        """The frame that is there; None: there is none, or it has to be waited for."""
+        try:
+            return self.frames.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
+        except OSError:
+            return None
+
+    def receive(self) -> bytes:
+        """Wait for a frame; empty: the worker has closed its end, or is gone."""
+        while True:
+            try:
+                return self.frames.recv(FRAME_BYTES)
+            except BlockingIOError:         # a task has changed our descriptors
+                self.frames.setblocking(True)
+            except OSError as exc:
+                self.end_if_closed(exc)
+                return b""
+
+    def send(self, message: bytes) -> None:
+        """Write a message, whole; also within the writing of another: after it."""
+        with self._lock:
+            self._outbox.append(message)
+            if self._sender:
+                return
+            self._sender = own_ident()
+            try:
+                while self._outbox:
+                    self._write(self._outbox.popleft())
+            finally:
+                self._sender = 0
+
+    def is_sending(self) -> bool:
+        """True in the thread that is in the middle of a message."""
+        return self._sender == own_ident()
+
+    def _write(self, message):
+        try:
+            while message:
+                try:
+                    message = message[self.messages.send(message):]
+                except BlockingIOError:         # as above
+                    self.messages.setblocking(True)
+        except OSError as exc:              # the worker is gone
+            self.end_if_closed(exc)
+            kill_group(os.getpid())
+
+    def end_if_closed(self, exc: OSError) -> None:
+        """Say by our exit status that it was a task which closed the connection."""
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            os._exit(CUT_OFF_STATUS)
+
+    def wanted(self) -> set[int]:
+        """Ids of the runs that the worker wants to be cancelled; does not wait."""
+        try:
+            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
+        except OSError:
+            return set()
+        return {number for number, in struct.iter_unpack("!q", wanted)}
+
+    def keep_open(self) -> None:
+        """Till the very end: a socket that closes is taken for a death."""
+        os.dup(self.messages.fileno())
+
+    def close(self) -> None:
+        """In a forked process, which has nothing to say."""
+        self.frames.close()
+        self.messages.close()
+
+
 # == Output ===================================================================
 # Owns how what a task prints becomes whole lines of the right run.  Two ways lead
 # to the worker: text that Python prints comes in messages, which name the run;
@@ -6144,41 +6265,6 @@ def _decimal_context():
 # one message, and only then takes the next.  Nothing that happens in a task can
 # reach past this process.  It knows the registry and the frames, nothing of
 # claims or retries.
-#
-# A frame to the child is this header, the name of the task, and its arguments as
-# they are encoded:
-
-_FRAME = struct.Struct("!qqddI")        # id attempt timeout tick length-of-the-name
-_NO_TICK = -1.0
-
-# A message to the parent is this header and a body of `length` bytes:
-
-MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
-_READY, _BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
-LACKING = b"L"                         # … for want of what there may be later
-_SUCCEEDED, _ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
-UNKNOWN = b"U"                         # no task here has this name
-_PRINTED, _PROGRESSED = b"O", b"P"      # text; [percent, message]
-_WRITTEN, _STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
-
-FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
-TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
-
-
-def write_frame(run: Run) -> bytes:
-    """The bytes that make a child run this; without a time limit it is 0."""
-    tick = _NO_TICK if run.tick is None else run.tick
-    attempt = int(run.attempt)      # whatever somebody has put into its row
-    head = _FRAME.pack(run.id, attempt, run.timeout or 0, tick, len(run.name))
-    return head + f"{run.name}{run.args or ''}".encode()
-
-
-def read_frame(frame: bytes) -> tuple:
-    """(id, attempt, timeout, tick or None, name, text of the arguments)."""
-    run_id, attempt, timeout, tick, size = _FRAME.unpack_from(frame)
-    text = frame[_FRAME.size:].decode()
-    return (run_id, attempt, timeout, None if tick == _NO_TICK else tick,
-            text[:size], text[size:])
 
 
 class ChildSpec(NamedTuple):
@@ -6195,10 +6281,10 @@ class ChildSpec(NamedTuple):
     settings: dict      # that differ from the environment
 
 
+TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
 _FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 _FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
-CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
 CHILD_CODE = (
@@ -6274,94 +6360,13 @@ async def _all_of(left):
     await asyncio.gather(*left, return_exceptions=True)
 
 
-class Wire:
-    """The child's end of the connection to its worker: frames in, messages out."""
-
-    def __init__(self, spec: ChildSpec):
-        self.frames = own_socket(spec.frames)
-        self.messages = own_socket(spec.messages)
-        # Held while a message is written: threads of a task may print too, and so
-        # may a signal handler or a finalizer in the middle of that.
-        self._lock = threading.RLock()
-        self._sender = 0            # ident of the thread that is writing one
-        self._outbox: collections.deque = collections.deque()   # to be written
-
-    def receive_now(self) -> bytes | None:
-        """The frame that is there; None: there is none, or it has to be waited for."""
-        try:
-            return self.frames.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
-        except OSError:
-            return None
-
-    def receive(self) -> bytes:
-        """Wait for a frame; empty: the worker has closed its end, or is gone."""
-        while True:
-            try:
-                return self.frames.recv(FRAME_BYTES)
-            except BlockingIOError:         # a task has changed our descriptors
-                self.frames.setblocking(True)
-            except OSError as exc:
-                self.end_if_closed(exc)
-                return b""
-
-    def send(self, message: bytes) -> None:
-        """Write a message, whole; also within the writing of another: after it."""
-        with self._lock:
-            self._outbox.append(message)
-            if self._sender:
-                return
-            self._sender = own_ident()
-            try:
-                while self._outbox:
-                    self._write(self._outbox.popleft())
-            finally:
-                self._sender = 0
-
-    def is_sending(self) -> bool:
-        """True in the thread that is in the middle of a message."""
-        return self._sender == own_ident()
-
-    def _write(self, message):
-        try:
-            while message:
-                try:
-                    message = message[self.messages.send(message):]
-                except BlockingIOError:         # as above
-                    self.messages.setblocking(True)
-        except OSError as exc:              # the worker is gone
-            self.end_if_closed(exc)
-            kill_group(os.getpid())
-
-    def end_if_closed(self, exc: OSError) -> None:
-        """Say by our exit status that it was a task which closed the connection."""
-        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
-            os._exit(CUT_OFF_STATUS)
-
-    def wanted(self) -> set[int]:
-        """Ids of the runs that the worker wants to be cancelled; does not wait."""
-        try:
-            wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
-        except OSError:
-            return set()
-        return {number for number, in struct.iter_unpack("!q", wanted)}
-
-    def keep_open(self) -> None:
-        """Till the very end: a socket that closes is taken for a death."""
-        os.dup(self.messages.fileno())
-
-    def close(self) -> None:
-        """In a forked process, which has nothing to say."""
-        self.frames.close()
-        self.messages.close()
-
-
 class Child:
     """The child's side.  One task at a time, in the main thread."""
 
     def __init__(self, spec: ChildSpec):
         self.spec = spec
         self.is_forked = False      # a process that a task has forked
-        self.wire = Wire(spec)
+        self.wire = ChildEnd(spec.frames, spec.messages)
         self.strays = False         # processes that earlier runs have started live
         self.main_thread = own_ident()
         self.run_id = 0             # of the current run; 0: none
@@ -6396,7 +6401,7 @@ class Child:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
-            self._say(LACKING if lacks else _BROKEN,
+            self._say(LACKING if lacks else BROKEN,
                       trace.encode("utf-8", "backslashreplace"))
             os._exit(1)
         import gc
@@ -6406,7 +6411,7 @@ class Child:
         self.surroundings = Surroundings(self.handlers)
         self.surroundings.restore(standard_streams())
         self.own_threads = set(threading.enumerate())
-        self._say(_READY, to_json(list(self.app.tasks)).encode())
+        self._say(READY, to_json(list(self.app.tasks)).encode())
         lasted = False              # the run before
         while True:
             frame = self.wire.receive_now()
@@ -6510,11 +6515,11 @@ class Child:
             if task is None:
                 message = UNKNOWN, b""
             else:
-                message = _SUCCEEDED, self._run(task, text, timeout, tick)
+                message = SUCCEEDED, self._run(task, text, timeout, tick)
         except BaseException as exc:
             if self.is_forked:
                 self._leave_fork(exc)
-            message = _ENDED_BADLY, self._describe(exc, task)
+            message = ENDED_BADLY, self._describe(exc, task)
         if self.is_forked:
             self._leave_fork(None)
         duration = time.perf_counter() - start
@@ -6530,7 +6535,7 @@ class Child:
                 stream.end_run()
         try:
             if self.has_written():
-                self._say(_WRITTEN, os.read(self.spec.output, LINE_BYTES))
+                self._say(WRITTEN, os.read(self.spec.output, LINE_BYTES))
         except BlockingIOError:             # the worker has read it meanwhile
             pass
         except OSError as exc:
@@ -6542,7 +6547,7 @@ class Child:
             strays = others_write_here()
             if strays != self.strays:
                 self.strays = strays
-                self._say(_STRAYS, b"1" if strays else b"0")
+                self._say(STRAYS, b"1" if strays else b"0")
 
     def _run(self, task, text, timeout, tick):
         global running_task
@@ -6661,7 +6666,7 @@ class Child:
         of = run.id, run.attempt
         if of == (self.run_id, self.attempt) and not self._is_left_over():
             text = None if message is None else str(message)[:1000]
-            self._send(_PROGRESSED, to_json([percent, text]).encode(), *of)
+            self._send(PROGRESSED, to_json([percent, text]).encode(), *of)
 
     def print(self, text: str, fd: int) -> None:
         """Send what a task printed, up to OUTPUT_CHARS for each run."""
@@ -6678,7 +6683,7 @@ class Child:
             self.printed += len(text)
         if text:
             body = text.encode("utf-8", "backslashreplace")
-            self._send(_PRINTED, body, run_id, attempt)
+            self._send(PRINTED, body, run_id, attempt)
 
     def _say(self, kind, body):
         """Send a message of the current run, or of none."""
@@ -7524,33 +7529,33 @@ class Pool:
         (_, kind, run_id, attempt, started_at, duration), body = message
         head = member.waiting[0] if member.waiting else None
         is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
-        if kind == _SUCCEEDED and is_heads:                 # most are
+        if kind == SUCCEEDED and is_heads:                 # most are
             result = body.decode("ascii")
             self._take_answer(member, None, result, started_at, duration, at)
-        elif kind == _READY:
+        elif kind == READY:
             self._welcome(member, json.loads(body), at)
-        elif kind in (_BROKEN, LACKING):
+        elif kind in (BROKEN, LACKING):
             member.cannot_start(body.decode("utf-8", "replace"), kind == LACKING)
-        elif kind == _PRINTED:
+        elif kind == PRINTED:
             run = head if is_heads else None
             text = body.decode("utf-8", "replace")
             member.transcript.printed(text, run, is_heads or head is None)
-        elif kind == _STRAYS:
+        elif kind == STRAYS:
             member.transcript.set_strays(body == b"1")
-        elif kind == _PROGRESSED and not is_heads:
+        elif kind == PROGRESSED and not is_heads:
             pass                        # of a thread whose run was ending
         elif head is None or not is_heads:
             raise ValueError("an answer that nobody asked for")
-        elif kind == _WRITTEN:
+        elif kind == WRITTEN:
             member.transcript.written(bytes(body), head)
-        elif kind == _PROGRESSED:
+        elif kind == PROGRESSED:
             percent, text = json.loads(body)
             self.progress[head.id] = head, to_json([percent, text])
         elif kind == UNKNOWN:
             self.starts.unknown.add(head.name)
             self.ended.append(Ended(member.waiting.popleft(), "unknown"))
             member.begin_head(at)
-        elif kind == _ENDED_BADLY:
+        elif kind == ENDED_BADLY:
             self._take_answer(member, _error_of(body), None, started_at, duration, at)
         else:
             raise ValueError("an unknown kind of message")

@@ -5333,6 +5333,22 @@ class Processes(Case):
             until(lambda pid=pid: pybgworker.poll_exit(pid))
 
 
+# == Wire =====================================================================
+
+
+class Wires(unittest.TestCase):
+
+    def test_a_frame_says_all_that_a_child_must_know_of_a_run(self):
+        for name, timeout, tick, args in (
+            ("t", None, None, None), ("mod.t", 0.5, 0, "[[1],{}]"),
+            ("\u00fcnic\u00f6de\U0001f40d", 3600, 1_700_000_100, "[[],{}]"),
+        ):
+            run = Run((1 << 63) - 1, name, "q", 2, 3, 0, timeout, 0, tick, args, 5)
+            self.assertEqual(
+                pybgworker.read_frame(pybgworker.write_frame(run)),
+                (run.id, 3, timeout or 0, tick, name, args or ""))
+
+
 # == Output ===================================================================
 
 PRINTING = """
@@ -5945,16 +5961,6 @@ class Children(Served):
         self.assertEqual(failed.kind, "timeout")
         self.assertIn("in stuck", failed.traceback)
         self.assertEqual(worker.all("child_error"), [])
-
-    def test_a_frame_says_all_that_a_child_must_know_of_a_run(self):
-        for name, timeout, tick, args in (
-            ("t", None, None, None), ("mod.t", 0.5, 0, "[[1],{}]"),
-            ("\u00fcnic\u00f6de\U0001f40d", 3600, 1_700_000_100, "[[],{}]"),
-        ):
-            run = Run((1 << 63) - 1, name, "q", 2, 3, 0, timeout, 0, tick, args, 5)
-            self.assertEqual(
-                pybgworker.read_frame(pybgworker.write_frame(run)),
-                (run.id, 3, timeout or 0, tick, name, args or ""))
 
     def test_a_thread_that_outlives_its_run_speaks_for_no_other(self):
         (self.folder / "threads.py").write_text(textwrap.dedent("""
@@ -10901,21 +10907,21 @@ class TheFile(unittest.TestCase):
     LARGER = {
         "section Forks": 500,
         "section Database": 680,
-        "section Child": 571,
+        "section Child": 477,
         "section Pool": 558,
         "class Forks": 318,
         "class Database": 269,
-        "class Child": 333,
+        "class Child": 335,
         "class Pool": 346,
         "class Worker": 310,
         "attributes of Run": 19,
         "attributes of Forks": 17,
-        "attributes of Surroundings": 17,
-        "attributes of Child": 22,
+        "attributes of Surroundings": 18,
+        "attributes of Child": 23,
         "attributes of Member": 22,
         "attributes of Worker": 23,
         "born late in Transcript": 4,
-        "born late in Child": 4,
+        "born late in Child": 5,
         "born late in Member": 6,
         "born late in Worker": 9,
     }
