@@ -4358,7 +4358,7 @@ class Look:
         if not pick.is_full and order.queues is None and self._offer_in_order():
             return Round(None, limited)
         if pick.is_full:
-            return round_._replace(limited=limited, halted=not pick.runs)
+            return Round(round_.after, limited, round_.again, not pick.runs)
         heads, after = self._groups()
         if order.queues is not None and (round_.after or after):
             self._offer_in_order()      # too many to see the first among them
@@ -4477,12 +4477,14 @@ class Look:
         return row[0] if row else 0.0
 
 
-def _next_due(connection):
-    """When the first task that waits for its time is due; None when none does."""
-    row = connection.execute(
-        f"""select run_at from bg_task where state < {QUEUED} order by run_at limit 1"""
+def _standing(connection, worker):
+    """(the worker has its row, when the first task is due that waits for its time)."""
+    return connection.execute(
+        f"""select exists (select 1 from bg_worker where id = :worker),
+                (select run_at from bg_task where state < {QUEUED}
+                    order by run_at limit 1)""",
+        {"worker": worker},
     ).fetchone()
-    return row and row[0]
 
 
 def queue_behind(connection, ids):
@@ -4513,7 +4515,7 @@ class Claims(Queue):
         free = min(order.free, 1)
         ahead = 0 if free else min(order.ahead, 1)
         try:
-            due = _next_due(connection)
+            _, due = _standing(connection, order.worker)
             if due is not None and due <= now:
                 return True, Claimed([], now, order.round)
             look = Look(connection, order._replace(free=free, ahead=ahead), now)
@@ -4527,14 +4529,12 @@ class Claims(Queue):
         Stops at the first task that needs a free child when none is left, so that
         those behind it cannot pass it for ever.
         """
-        if not connection.execute(
-            """select 1 from bg_worker where id = :worker""", {"worker": order.worker}
-        ).fetchone():
+        is_registered, due = _standing(connection, order.worker)
+        if not is_registered:
             return Claimed([], None, Round(), is_registered=False)
-        due = _next_due(connection)
         if due is not None and due <= now:
             self._promote(connection, now)
-            due = _next_due(connection)
+            _, due = _standing(connection, order.worker)
         look = Look(connection, order, now)
         self._take(connection, look, now)
         return look.seen(due)
@@ -4692,9 +4692,7 @@ class Endings(Claims):
         unbegun = [o.run for o in outcomes if not o.run.announced]
         self._return_tokens(connection, unbegun)
         plain = [o for o in outcomes if _is_plain(o)]
-        if self._succeed_all(connection, plain, worker, now):
-            if len(plain) == len(outcomes):
-                return []
+        if len(plain) > 1 and self._succeed_all(connection, plain, worker, now):
             outcomes = [o for o in outcomes if not _is_plain(o)]
         stale = []
         for outcome in outcomes:
@@ -4707,8 +4705,6 @@ class Endings(Claims):
 
     def _succeed_all(self, connection, outcomes, worker, now):
         """Write plain successes at once; False, and nothing, if one does not go."""
-        if not outcomes:
-            return True
         connection.execute("savepoint plain")
         try:
             done = connection.executemany(self._SUCCEED, [
@@ -7128,51 +7124,49 @@ class Placement:
         self._size, self._most, self._durations = size, most or sys.maxsize, durations
 
     def survey(self, members: Sequence[Member], at: float) -> Places:
-        """One look at each child: it is made in every turn, whoever has news."""
+        """One look at each child.  Every turn makes it: so it has to be cheap."""
         idle, takers, late = [], [], []
-        free, ahead, slack = self._size, 0, math.inf
+        free, slack = self._size, math.inf
+        typical, short_names = self._durations.typical, self._durations.short_names
         for number, member in enumerate(members):
             has = len(member.waiting)
             if has:
-                free -= 1           # whoever has some stays in; others come after
+                free -= 1               # whoever has some stays in; others come after
             if not member.able:
                 continue
             if not has:
                 idle.append((0.0, 0, number, member))
                 continue
-            delay = self.delay_of(member, at)
-            slack = min(slack, delay if has > 1 else 0.0)
-            if not self._is_slow(member, at):
+            head = member.waiting[0]
+            left = member.began + head.usual - at
+            delay = (left if left > 0 else 0.0) + member.behind
+            if has == 1 or delay < slack:
+                slack = delay if has > 1 else 0.0
+            is_few = has * typical < 2 * _AHEAD_SECONDS
+            if left > -STALL_SECONDS and head.name in short_names \
+                    and (is_few or at < self.late_at(member)):
                 takers.append((delay, has, number, member))
-                ahead += self._places_in(member, has, delay)
             elif has > 1:
                 late.append(member)
         del idle[max(0, free):]
-        for _, _, _, member in idle:
-            ahead += max(0, self._places_in(member, 0, 0.0) - 1)
+        ahead = self._places_in(takers, typical) + self._places_in(idle, typical)
         takers += idle
         heapq.heapify(takers)
         slack = 0.0 if idle or slack == math.inf else slack
-        return Places(takers, Room(len(idle), ahead), slack, late)
+        room = Room(len(idle), max(0, ahead - len(idle)))
+        return Places(takers, room, slack, late)
 
-    def delay_of(self, member: Member, at: float) -> float:
-        """Seconds until one more run would begin in this child; 0 when it is idle."""
-        if not member.waiting:
-            return 0.0
-        return max(0.0, member.waiting[0].usual - (at - member.began)) + member.behind
-
-    def _places_in(self, member, has, delay):
-        """How many more runs it can take, if they are like those before."""
-        left = _AHEAD_SECONDS - delay
-        if left <= 0:
-            return 0
-        fit = math.ceil(left / max(self._durations.typical, 1e-6) - 1e-6)
-        return max(0, min(fit, _AHEAD_FRAMES - has, self._most - member.done - has))
-
-    def _is_slow(self, member, at):
-        """True when nothing should wait behind what this child runs."""
-        head = member.waiting[0]
-        return at >= self.late_at(member) or not self._durations.is_short(head.name)
+    def _places_in(self, takers, typical):
+        """How many more runs these can take, if they are like those before."""
+        places, per_second = 0, 1 / max(typical, 1e-6)
+        for delay, has, _, member in takers:
+            fit = int((_AHEAD_SECONDS - delay) * per_second + 0.999999)
+            most = self._most - member.done - has
+            if fit > _AHEAD_FRAMES - has:
+                fit = _AHEAD_FRAMES - has
+            if fit > 0 and most > 0:
+                places += fit if fit < most else most
+        return places
 
     def late_at(self, member: Member) -> float:
         """When what waits in this pipe has waited too long.
@@ -7190,13 +7184,14 @@ class Placement:
         """When something has to be done about this child; 0: now."""
         if member.kill_due:
             return member.kill_due
-        if not member.waiting:
-            return 0.0 if member.retiring or member.is_unheard else math.inf
-        head, due = member.waiting[0], math.inf
-        if head.timeout:
-            due = member.began + head.timeout
-        if not head.announced or member.is_unheard:
-            due = min(due, member.began + STALL_SECONDS)
+        head = member.waiting[0] if member.waiting else None
+        if head is None and member.retiring:
+            return 0.0
+        due = math.inf
+        if member.is_unheard or head and not head.announced:
+            due = member.began + STALL_SECONDS
+        if head and head.timeout:
+            due = min(due, member.began + head.timeout)
         if len(member.waiting) > 1:
             due = min(due, self.late_at(member))
         return due
@@ -7445,7 +7440,8 @@ class Pool:
 
     def _take_back(self, unwanted):
         for member in self.members:
-            if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
+            if len(member.waiting) > 1 \
+                    and any(map(unwanted, itertools.islice(member.waiting, 1, None))):
                 self._recall(member)
         return self.hand.take(unwanted)
 
@@ -7457,13 +7453,13 @@ class Pool:
         """The runs at the head of each child."""
         return [m.waiting[0] for m in self.members if m.waiting]
 
-    def dispatch(self, at: float) -> list[Run]:
+    def dispatch(self, places: Places, at: float) -> list[Run]:
         """Send what is in hand, to the child that will begin it first.
 
-        Returns the runs that none could take for a while.
+        Returns the runs that none could take for a while.  What has been recalled
+        since balance() has left more room than `places` say, never less.
         """
-        takers = self.placement.survey(self.members, at).takers if self.hand else []
-        return self.hand.deal(functools.partial(self._send, takers, at), at)
+        return self.hand.deal(functools.partial(self._send, places.takers, at), at)
 
     def _send(self, takers, at, run):
         """Send a run to the first of the takers, if that can take it."""
@@ -7597,7 +7593,8 @@ class Pool:
     def _mark(self, member, at):
         """The child has changed: something may be due in it earlier than known."""
         if member in self.members:
-            member.mind_output(self._selector, at)
+            if member.waiting:          # else it may be given some in this very turn
+                member.mind_output(self._selector, at)
             self._due = min(self._due, self.placement.due_in(member))
 
     def enforce(self, at: float) -> None:
@@ -8169,7 +8166,7 @@ class Log:
         self._is_file = _is_seekable(fd)
         self._write = functools.partial(os.write, fd) if self._is_file \
             else _never_waiting(fd, self)
-        self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
+        self._second, self._stamp = -1, ""  # of the last line: unix s, and its text
         self._lines: list[str] = []
         self._unsent = bytearray()          # its beginning is cheap to take off
 
@@ -8190,15 +8187,14 @@ class Log:
 
     def line(self, event: str, part: str) -> None:
         """Add one line, whose fields part() has made into text."""
-        at = self._clock()
-        if at != self._at:
-            self._at, self._stamp = at, iso_time(at)
+        second, ms = divmod(self._clock(), 1000)
+        if second != self._second:
+            self._second, self._stamp = second, iso_time(second * 1000)[:-4]
+        stamp = f"{self._stamp}{ms:03d}Z"
         if self._is_text:
-            self._lines.append(f"{self._stamp} {event:<16}{part}")
+            self._lines.append(f"{stamp} {event:<16}{part}")
         else:
-            self._lines.append(
-                f'{{"timestamp":"{self._stamp}","event":"{event}"{part}}}'
-            )
+            self._lines.append(f'{{"timestamp":"{stamp}","event":"{event}"{part}}}')
 
     def flush(self, patience: float = 0.0) -> None:
         """Write what there is; wait at most `patience` seconds for a slow reader."""
@@ -8682,7 +8678,7 @@ class Lookout:
         """The order with where its round stands; what is new begins another."""
         if self.news:
             self.news, self.round = False, self.round.renewed()
-        return order._replace(round=self.round)
+        return ClaimOrder(*order[:-1], self.round)
 
     def learn(self, seen: Claimed) -> None:
         """Keep what a look saw beside the runs it found."""
@@ -9073,7 +9069,7 @@ class Worker:
         self._settle(now)
         if not self.trouble.survives(at, self._transact, now, at, places):
             self.lookout.news = True    # what it saw, it may not have claimed
-        self.outbox.returned += self.pool.dispatch(at)
+        self.outbox.returned += self.pool.dispatch(places, at)
         self.trouble.do_chores(self.chores, now, at)
         self.fatal = self.fatal or self.trouble.fatal
         self.journal.log.flush()
