@@ -7439,9 +7439,8 @@ class Pool:
         return self._take_back(lambda run: run.queue in queues)
 
     def _take_back(self, unwanted):
-        for member in self.members:
-            if len(member.waiting) > 1 \
-                    and any(map(unwanted, itertools.islice(member.waiting, 1, None))):
+        for member in [m for m in self.members if len(m.waiting) > 1]:
+            if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
                 self._recall(member)
         return self.hand.take(unwanted)
 
@@ -7456,8 +7455,8 @@ class Pool:
     def dispatch(self, places: Places, at: float) -> list[Run]:
         """Send what is in hand, to the child that will begin it first.
 
-        Returns the runs that none could take for a while.  What has been recalled
-        since balance() has left more room than `places` say, never less.
+        Returns those that none could take for a while.  Since balance() found these
+        places, they can only have got more.
         """
         return self.hand.deal(functools.partial(self._send, places.takers, at), at)
 
