@@ -149,7 +149,7 @@ _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 LONGEST_SECONDS = 10**9     # of any span, 31 years; a timer of the system takes 292
 LARGEST = 10**11            # of any other number
-_MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
+MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
 _LEAST_MEMORY = 1 << 20     # of a child; who says 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
 _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
@@ -192,8 +192,8 @@ def parse_count(value):
 
 
 def parse_children(value):
-    if not 1 <= _whole(value) <= _MOST_CHILDREN:
-        raise ValueError(f"a whole number from 1 to {_MOST_CHILDREN:,}")
+    if not 1 <= _whole(value) <= MOST_CHILDREN:
+        raise ValueError(f"a whole number from 1 to {MOST_CHILDREN:,}")
     return _whole(value)
 
 
@@ -397,7 +397,7 @@ def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleName
             f"heartbeat_interval={found.heartbeat_interval:g}"
         )
     if found.concurrency is None:
-        found.concurrency = min(os.cpu_count() or 1, _MOST_CHILDREN)
+        found.concurrency = min(os.cpu_count() or 1, MOST_CHILDREN)
     found.worker_name = found.worker_name or f"{socket.gethostname()}-{os.getpid()}"
     return found
 
@@ -942,7 +942,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "about", "tokens", "usual", "due", "held",
+        "tokens", "usual", "due", "held",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -961,7 +961,6 @@ class Run:
         self.callbacks = callbacks      # as in the row
         self.announced = False          # task_start is logged
         self.cancelled = False          # somebody asked to end it
-        self.about = ""                 # what each of its log lines says
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
         self.usual = 0.0                # seconds that runs of this task take
         self.due = 0.0                  # monotonic: when it should begin, once sent
@@ -8299,6 +8298,7 @@ class Journal:
     def __init__(self, log: Log, worker: str):
         self.log, self._worker = log, worker
         self._limited: dict[str, int] = {}      # names that wait for their rate
+        self._about: dict[Run, str] = {}        # what each line of a run says
 
     def say(self, event: str, /, **fields: Any) -> None:
         """An event of the worker itself."""
@@ -8328,12 +8328,15 @@ class Journal:
         if run is None:
             self.say(event, **fields)
             return
-        if not run.about:
-            run.about = self.log.part({
+        about = self._about.get(run)
+        if about is None:
+            if len(self._about) >= MOST_CHILDREN:       # more do not run at a time
+                self._about.clear()
+            about = self._about[run] = self.log.part({
                 "task_id": run.id, "name": run.name, "attempt": run.attempt,
                 "worker": self._worker,
             })
-        self.log.line(event, run.about + self.log.part(fields) if fields else run.about)
+        self.log.line(event, about + self.log.part(fields) if fields else about)
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""

@@ -8517,6 +8517,20 @@ class Workers(Served):
         self.assertEqual(said[4:], [("task_timeout", {
             "duration": 2.5, "timeout": 2.0, "stack": "in f"})])
 
+    def test_a_line_names_its_run_however_many_there_have_been(self):
+        log = Log(os.open(os.devnull, os.O_WRONLY))
+        journal = pybgworker.Journal(log, "w")
+        runs = [Run(n, f"t{n}", "q", n, 3, 0, 2.0, 0, None, "", 5) for n in range(5)]
+        with mock.patch.object(pybgworker, "MOST_CHILDREN", 2):
+            for event in "task_start", "task_success":
+                for run in runs:
+                    journal.run(event, run)
+                    journal.run(event, run)
+                    self.assertLessEqual(len(journal._about), 2)
+        said = [json.loads(line) for line in log._lines]
+        self.assertEqual([(r["task_id"], r["name"], r["attempt"]) for r in said],
+                         [(n, f"t{n}", n + 1) for n in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)] * 2)
+
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
         good, bad = self.tasks.add.delay(1, 2), self.tasks.die.delay("exit")
@@ -10913,7 +10927,7 @@ class TheFile(unittest.TestCase):
         "class Child": 335,
         "class Pool": 346,
         "class Worker": 310,
-        "attributes of Run": 19,
+        "attributes of Run": 18,
         "attributes of Forks": 17,
         "attributes of Surroundings": 18,
         "attributes of Child": 23,
