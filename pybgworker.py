@@ -40,7 +40,7 @@ Map
     Book Three: the worker
         Processes · Wire · Output · Surroundings · Child · Member · Placement
         · Pool · Liveness · Wishes · Log · Journal · Upkeep · Settling
-        · Lookout · Worker · Command line
+        · Lookout · Senses · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -7929,7 +7929,7 @@ class Liveness:
         self.store, self.settings, self._ear = store, settings, ear
         self.id = 0                     # bg_worker.id; 0: not registered
         self._machine = socket.gethostname(), boot_id()
-        self._locks = LiveFile.of(store.path + "-live")
+        self._locks: Any = None         # LiveFile, from register() on
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
         self._looked_at = 0             # the last worker looked at; 0: all were
         self._awake = 0.0               # seconds of turns; a long one counts as 1
@@ -8288,6 +8288,8 @@ EVENTS = {
     "heartbeat_error": Event("error", "the heartbeat could not be written"),
     "database_error": Event(
         "error", "locked, full or gone; logged once per episode; the worker goes on"),
+    "listener_dropped": Event(
+        "listener error", "what a room hears events with has failed: it hears no more"),
     "log_dropped": Event("lines", "lost lines: the reader of the log was too slow"),
 }
 
@@ -8299,10 +8301,32 @@ class Journal:
         self.log, self._worker = log, worker
         self._limited: dict[str, int] = {}      # names that wait for their rate
         self._about: dict[Run, str] = {}        # what each line of a run says
+        self._listeners: list[Callable[[str, dict], Any]] = []
+
+    def hear(self, listener: Callable[[str, dict], Any]) -> None:
+        """Have `listener(event, fields)` called at each event from now on.
+
+        The fields are those of EVENTS that are not None.  The worker waits for it; if
+        it raises, that is said, and it is not called again.
+        """
+        self._listeners.append(listener)
 
     def say(self, event: str, /, **fields: Any) -> None:
         """An event of the worker itself."""
-        self.log.event(event, worker=self._worker, **fields)
+        self._write(event, {"worker": self._worker, **fields})
+
+    def _write(self, event, fields):
+        self.log.line(event, self.log.part(fields))
+        if self._listeners:
+            self._tell(event, fields)
+
+    def _tell(self, event, fields):
+        for listener in self._listeners[:]:
+            try:
+                listener(event, {k: v for k, v in fields.items() if v is not None})
+            except Exception as exc:
+                self._listeners.remove(listener)
+                self.say("listener_dropped", listener=repr(listener), error=repr(exc))
 
     def start(self, settings: types.SimpleNamespace, db: str,
               tasks: dict[str, Task]) -> None:
@@ -8332,11 +8356,14 @@ class Journal:
         if about is None:
             if len(self._about) >= MOST_CHILDREN:       # more do not run at a time
                 self._about.clear()
-            about = self._about[run] = self.log.part({
-                "task_id": run.id, "name": run.name, "attempt": run.attempt,
-                "worker": self._worker,
-            })
+            about = self._about[run] = self.log.part(self._fields_of(run))
         self.log.line(event, about + self.log.part(fields) if fields else about)
+        if self._listeners:
+            self._tell(event, {**self._fields_of(run), **fields})
+
+    def _fields_of(self, run):
+        return {"task_id": run.id, "name": run.name, "attempt": run.attempt,
+                "worker": self._worker}
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""
@@ -8377,13 +8404,13 @@ class Journal:
 
     def lost(self, lost: LostRun) -> None:
         """A run whose worker died."""
-        self.log.event("task_lost", task_id=lost.id, name=lost.name,
-                       attempt=lost.attempt, worker=lost.worker,
-                       state=state_name(lost.state))
+        about, state = {"task_id": lost.id, "name": lost.name}, state_name(lost.state)
+        self._write("task_lost", {**about, "attempt": lost.attempt,
+                                  "worker": lost.worker, "state": state})
         kind = callback_kind(lost.name)
         if kind and lost.state == FAILED:
-            self.log.event("callback_error", task_id=lost.id, name=lost.name,
-                           callback=kind, error="lost: its worker died")
+            self._write("callback_error", {**about, "callback": kind,
+                                           "error": "lost: its worker died"})
 
 
 def _rounded(seconds):
@@ -8482,6 +8509,8 @@ class Upkeep:
 # Owns what follows a run: settle() decides it, and the Outbox keeps it until it is
 # in the database, also through hours in which that cannot be written.
 
+_GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
+
 
 def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
     """Decide what follows a run: the one place where that is decided.
@@ -8559,6 +8588,7 @@ class Outbox:
         self._progress = progress               # of the pool: by id, (run, text)
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
+        self.due = 0.0                          # monotonic; 0: nothing waits for more
         self.handed_back = 0                    # runs that were queued again
 
     @property
@@ -8566,9 +8596,25 @@ class Outbox:
         """True when something must not be lost in a power cut."""
         return bool(self.outcomes or self.returned)
 
+    @property
+    def makes_work(self) -> bool:
+        """True when what is to be written may be claimed then."""
+        return bool(self.returned) or any(outcome.then for outcome in self.outcomes)
+
+    def gathers(self, slack: float, at: float) -> bool:
+        """True while what has ended waits for more of its kind to share its commit.
+
+        Only as long as every child has something to do, which is for `slack` seconds:
+        nobody waits for us then, nor for what is handed back.
+        """
+        if self.returned or not self.outcomes:
+            return False
+        self.due = self.due or at + _GATHER_SECONDS
+        return at < self.due and slack >= _GATHER_SECONDS
+
     def clear(self) -> None:
         """It is written, or does not matter any more."""
-        self.outcomes, self.returned = [], []
+        self.outcomes, self.returned, self.due = [], [], 0.0
         self._progress.clear()
 
     def settle(self, ended: Sequence[Ended], now: int) -> None:
@@ -8788,19 +8834,9 @@ class Trouble:
             self._say(event, error=str(exc))
 
 
-# == Worker ===================================================================
-# Owns the loop.  Each turn is step(now): hear the children, settle and claim in
-# one transaction, dispatch, then whatever housekeeping is due.  One thread, one
-# writer; nothing in it waits long.  A database that is locked, full or gone
-# means: keep the outcomes in hand, claim nothing, say so once, try again.
-
-_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
-_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
-_PRUNE_SECONDS = 60.0       # between two rounds of passes
-_REAP_SECONDS = 0.5         # between two looks for dead workers
-_REAP_PAUSE = 0.05          # … while there are more than one look is about
-_GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
-_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
+# == Senses ===================================================================
+# Owns a worker's sleep and what ends it: something from a child, a datagram from who
+# has committed, a signal, the clock.  Says what was heard, and decides nothing.
 
 
 def stop_signals():
@@ -8890,6 +8926,135 @@ class StopSignals:
                 pass
 
 
+class Heard(NamedTuple):
+    """What has ended a sleep."""
+
+    children: Sequence[tuple] = ()      # (child, descriptor) with something to read
+    news: bool = False                  # somebody says to have committed
+    signal: bool = False                # one has come: of a child's end, perhaps
+
+
+class Senses:
+    """What a worker listens to."""
+
+    def __init__(self):
+        self.selector = OwnSelector()       # children register with themselves
+        self.ear = WakeSocket()
+        self.stops = StopSignals()
+        if self.ear.socket:
+            self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
+
+    def begin(self) -> None:
+        """From now on there is something to be stopped in good order."""
+        self.stops.begun = True
+        if self.stops.receiver:
+            self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
+
+    def hear(self, seconds: float) -> Heard:
+        """Sleep until there is something, so long at most."""
+        children, news, is_signal = [], False, False
+        for key, _ in self.selector.select(seconds):
+            if key.data == "ear":
+                news = self.ear.drain()
+            elif key.data == "signal":
+                self.stops.drain()
+                is_signal = True
+            else:
+                children.append((key.data, key.fd))
+        return Heard(children, news, is_signal)
+
+    def close(self) -> None:
+        """Listen to nothing any more."""
+        self.ear.close()
+        self.selector.close()
+
+
+# == Household ================================================================
+# Owns a worker's chores: its sign of life, the dead, the clock, what is old, and the
+# children's state.  One that the database refuses comes again; see Trouble.
+
+_PRUNE_SECONDS = 60.0       # between two rounds of passes
+_REAP_SECONDS = 0.5         # between two looks for dead workers
+_REAP_PAUSE = 0.05          # … while there are more than one look is about
+
+
+class Household:
+    """The chores of one worker.  `start_over` is called when it was taken for dead."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, journal: Journal,
+                 lookout: Lookout, liveness: Liveness, pool: Pool,
+                 start_over: Callable[[int], Any]):
+        self._store, self._journal, self._lookout = store, journal, lookout
+        self._liveness, self._pool, self._start_over = liveness, pool, start_over
+        self.upkeep = Upkeep(store, settings, journal.say)
+        self.trouble = Trouble(journal.say)
+        self.chores = [
+            Chore(settings.heartbeat_interval, self._beat),
+            Chore(_REAP_SECONDS, self._reap),
+            Chore(1.0, self._look_after_children),
+            Chore(1.0, lambda now: store.checkpoint_if_large()),
+            Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
+            Chore(_PRUNE_SECONDS, self._prune),
+        ]
+
+    def keep(self, now: int, at: float) -> None:
+        """Do what is due."""
+        self.trouble.do_chores(self.chores, now, at)
+
+    def next_due(self) -> float:
+        """When there is something that is worth waking for."""
+        punctual = [chore.due for chore in self.chores if chore.is_punctual]
+        return min(punctual, default=math.inf)
+
+    def mind_clock(self, _: int | None = None) -> None:
+        """Look whether the clock was set.
+
+        Not by the time of the turn: that may have waited long for a lock since then.
+        """
+        news = self.upkeep.mind_clock(self._store.now(), time.monotonic())
+        self._lookout.news |= news
+
+    def _beat(self, now):
+        try:
+            alive = self._liveness.beat(len(self._pool.running()), now)
+        except DatabaseUnavailable as exc:
+            self.trouble.say_once("heartbeat_error", exc)
+            self._liveness.doubt()
+            raise
+        if not alive:
+            self._start_over(now)
+
+    def _reap(self, now):
+        for lost in self._liveness.reap_dead(now):
+            self._lookout.news = True
+            self._journal.lost(lost)
+        return _REAP_PAUSE if self._liveness.is_behind else None
+
+    def _look_after_children(self, now):
+        at, pool = time.monotonic(), self._pool
+        pool.notice_deaths(at)
+        pool.check_memory(at)
+        pool.fill(at)
+        pool.starts.mention_slow(pool.members, at)
+
+    def _prune(self, now):
+        """Delete old finished tasks; by a clock that is looked at first."""
+        self.mind_clock()
+        return 0.1 if self.upkeep.prune(now) else None
+
+
+# == Worker ===================================================================
+# Owns the loop.  Each turn is step(now): hear the children, decide what is worth
+# the write lock, write what ended and claim in one transaction, hand out, keep
+# house.  One thread, one writer; nothing in it waits long.  A database that is
+# locked, full or gone means: keep the outcomes, claim nothing, say so once, try again.
+
+_POLL_SECONDS = 0.1         # between two looks, when no wake-up arrives
+_DEAF_POLL_SECONDS = 0.02   # … where there is no wake-up socket
+_HEED_SECONDS = 0.25        # between two looks for what people want of our runs
+_STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
+
+
 class Worker:
     """Serves one database with a pool of children.
 
@@ -8901,18 +9066,23 @@ class Worker:
                  log: Log | None = None):
         check_platform()
         ensure_descriptors(app.settings.concurrency)
-        self.app, self.app_spec, self.burst = app, app_spec, burst
+        self.app, self.burst = app, burst
         self.settings, self.store = app.settings, app.store
         self.store.follow = False       # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
-        self.stops = StopSignals()
-        self.stop_by = 0.0              # monotonic: the end of a graceful stop
-        self.fatal = ""                 # why it must end with status 1
+        self.senses = Senses()
+        self.liveness = Liveness(self.store, self.settings, self.senses.ear)
+        self.pool = Pool(child_spec(app_spec, self.store.path, self.settings),
+                         self.settings.concurrency, self.settings, self.journal.run,
+                         self.senses.selector)
+        self.outbox = Outbox(self.store, self.journal, app.tasks, self.pool.progress)
         self.lookout = Lookout(self.store, self.settings, app.tasks)
-        self.heard: list = []           # (child, descriptor) with something to read
-        self._commit_by = 0.0           # monotonic; 0: no outcome waits for others
-        self._is_ready = False          # a child has imported the app
-        self.trouble = Trouble(self.journal.say)
+        self.house = Household(self.store, self.settings, self.journal, self.lookout,
+                               self.liveness, self.pool, self._start_over)
+        self.wishes = Wishes(self.store, self.pool)
+        self.hearing = Chore(_HEED_SECONDS, self._heed_wishes)
+        self.is_ready = False           # a child has imported the app
+        self.stop_by = 0.0              # monotonic: the end of a graceful stop
 
     # -- life
 
@@ -8921,72 +9091,47 @@ class Worker:
 
         0 after an orderly end, 1 when it cannot go on; standard error says why.
         """
-        with self.stops.caught():
+        with self.senses.stops.caught():
             self.start()
             try:
                 while not self._is_done():
-                    self.wait()
-                    self.step(self.store.now())
+                    heard = self.wait()
+                    self.step(self.store.now(), heard)
             except BaseException as exc:
                 self._break_off(exc)
                 raise
             self.stop()
-        if self.fatal:
-            print(f"pybgworker: {self.fatal}", file=sys.stderr)
-        return 1 if self.fatal else 0
+        fatal = self.house.trouble.fatal
+        if fatal:
+            print(f"pybgworker: {fatal}", file=sys.stderr)
+        return 1 if fatal else 0
 
     def start(self) -> None:
         """Register, say what is served, start the children."""
-        now = self.store.now()
-        self.selector = OwnSelector()
-        self.ear = WakeSocket()
-        if self.ear.socket:
-            self.selector.register(self.ear.socket, selectors.EVENT_READ, "ear")
         self.store.create()
-        self.liveness = Liveness(self.store, self.settings, self.ear)
-        self.liveness.register(now)
-        self.upkeep = Upkeep(self.store, self.settings, self.journal.say)
+        self.liveness.register(self.store.now())
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
-            self._mind_clock()
+            self.house.mind_clock()
         self.journal.start(self.settings, self.store.path, self.app.tasks)
-        self._plan_chores()
-        self.stops.begun = True
-        if self.stops.receiver:
-            self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
-        spec = child_spec(self.app_spec, self.store.path, self.settings)
-        self.pool = Pool(spec, self.settings.concurrency, self.settings,
-                         self.journal.run, self.selector)
-        self.outbox = Outbox(self.store, self.journal, self.app.tasks,
-                             self.pool.progress)
+        self.house.chores += [self.hearing, *(make(self) for make in CHORES)]
+        self.senses.begin()
         self.pool.fill(time.monotonic())
-        self.wishes = Wishes(self.store, self.pool)
-
-    def _plan_chores(self):
-        self._hearing = Chore(0.25, self._heed_wishes)
-        self.chores = [
-            Chore(self.settings.heartbeat_interval, self._beat),
-            Chore(_REAP_SECONDS, self._reap),
-            Chore(1.0, self._look_after_children),
-            Chore(1.0, lambda now: self.store.checkpoint_if_large()),
-            Chore(0.0, self._mind_clock),       # a turn may last as long as the leap
-            self._hearing, Chore(_PRUNE_SECONDS, self._prune),
-            *(make(self) for make in CHORES),
-        ]
 
     def _is_done(self):
-        if self.fatal or self.stops.count > 1:
+        stops = self.senses.stops.count
+        if self.house.trouble.fatal or stops > 1:
             return True
         idle = not (self.outbox.is_full or self.pool.in_hand())
-        if self.stops.count:
+        if stops:
             return idle or 0 < self.stop_by <= time.monotonic()
-        if not self.burst or not idle or not self._is_ready:
+        if not self.burst or not idle or not self.is_ready:
             return False
         return self.lookout.is_done(self.store.now())
 
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
         now = self.store.now()
-        if not self.stops.count:
+        if not self.senses.stops.count:
             self.outbox.handed_back = 0
         self.outbox.returned += self.pool.recall_all()
         busy = self.pool.in_hand()
@@ -9001,7 +9146,8 @@ class Worker:
             self.liveness.forsake()
         own, childrens = cpu_seconds()
         self.journal.say("worker_stop", handed_back=self.outbox.handed_back, cpu=own,
-                         children_cpu=childrens, error=self.fatal or None)
+                         children_cpu=childrens,
+                         error=self.house.trouble.fatal or None)
         self._close()
 
     def _break_off(self, exc):
@@ -9019,111 +9165,108 @@ class Worker:
 
     def _close(self):
         self.journal.log.flush(patience=2.0)
-        self.ear.close()
-        self.selector.close()
+        self.senses.close()
+
+    def _start_over(self, now):
+        """We were taken for dead: our runs are somebody else's now.
+
+        Guarded by test_a_worker_that_was_given_up_kills_its_runs.
+        """
+        self.pool.recall_all()
+        at = time.monotonic()
+        for run in self.pool.kill_all(at):
+            self.journal.run("task_lost", run, reason="this worker was given up")
+        self.pool.ended = []
+        self.outbox.clear()
+        self.liveness.forsake()
+        self.liveness.register(now)
+        self.pool.fill(at)
 
     # -- one turn
 
-    def wait(self) -> None:
+    def wait(self) -> Heard:
         """Sleep until a child, a caller, a signal or the clock wants something."""
-        self.heard = []
-        for key, _ in self.selector.select(self._patience()):
-            if key.data == "ear":
-                self.lookout.news |= self.ear.drain()
-                self._hearing.due = 0       # it may be about a cancellation
-            elif key.data == "signal":
-                self.stops.drain()
-                self.pool.notice_deaths(time.monotonic())
-            else:
-                self.heard.append((key.data, key.fd))
+        return self.senses.hear(self._patience())
 
     def _patience(self):
         """Seconds to sleep at most."""
-        if self._transact in self.trouble.failing:
+        if self._transact in self.house.trouble.failing:
             return ERROR_PAUSE
-        longest = _POLL_SECONDS if self.ear.port else _DEAF_POLL_SECONDS
-        at = time.monotonic()
         if self.outbox.returned:        # others may have time for them
             return 0.0
-        if self._commit_by:
-            return max(0.0, self._commit_by - at)
+        at = time.monotonic()
+        if self.outbox.due:
+            return max(0.0, self.outbox.due - at)
+        longest = _POLL_SECONDS if self.senses.ear.port else _DEAF_POLL_SECONDS
         # What no child could take is not due: the end of a run wakes us.  Guarded
         # by test_a_turn_that_can_do_nothing_is_not_due.
-        if not self.stops.count and self.lookout.has_room:
+        if self.lookout.has_room and not self.senses.stops.count:
             longest = min(longest, self.lookout.seconds(self.store.now()))
-        punctual = (chore.due for chore in self.chores if chore.is_punctual)
-        due = min(min(punctual, default=math.inf), self.pool.next_timer())
+        due = min(self.house.next_due(), self.pool.next_timer())
         return max(0.0, min(longest, due - at))
 
-    def step(self, now: int) -> None:
+    def step(self, now: int, heard: Heard = Heard()) -> None:
         """One turn.  Raises nothing that a database in trouble can cause."""
         at = self.liveness.mind_the_time()
-        self.pool.receive(self.heard, at)
-        self._say_ready()
-        self.pool.enforce(at)
+        self._hear(heard, now, at)
         places = self.pool.balance(at)
-        if self.stops.count and not self.stop_by:
+        if not self.house.trouble.survives(at, self._transact, places, now, at):
+            self.lookout.news = True    # what it saw, it may not have claimed
+        self.outbox.returned += self.pool.dispatch(places, at)
+        self.house.keep(now, at)
+        self.journal.log.flush()
+
+    def _hear(self, heard, now, at):
+        """Take in what the children say, and what has come to an end by itself."""
+        if heard.news:
+            self.lookout.news, self.hearing.due = True, 0.0     # or a cancellation
+        if heard.signal:
+            self.pool.notice_deaths(at)
+        self.pool.receive(heard.children, at)
+        self.pool.enforce(at)
+        self._say_ready()
+        if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
             self.outbox.handed_back = 0         # from now on it is for the stop
             self.pool.starts.end()
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
-        if not self.trouble.survives(at, self._transact, now, at, places):
-            self.lookout.news = True    # what it saw, it may not have claimed
-        self.outbox.returned += self.pool.dispatch(places, at)
-        self.trouble.do_chores(self.chores, now, at)
-        self.fatal = self.fatal or self.trouble.fatal
-        self.journal.log.flush()
 
     def _say_ready(self):
         if self.pool.starts.given_up and not self.pool.is_ready():
-            self.fatal = f"its children cannot start:\n{self.pool.starts.given_up}"
-        if not self._is_ready and self.pool.is_ready():
-            self._is_ready = True
+            reason = f"its children cannot start:\n{self.pool.starts.given_up}"
+            self.house.trouble.fatal = self.house.trouble.fatal or reason
+        if not self.is_ready and self.pool.is_ready():
+            self.is_ready = True
             self.journal.say("worker_ready", children=self.settings.concurrency)
 
     def _settle(self, now):
         ended, self.pool.ended = self.pool.ended, []
         self.outbox.settle(ended, now)
 
-    def _transact(self, now, at, places):
-        """Write what ended and claim what comes next, in one step."""
-        if self._gathers(at, places):
+    def _transact(self, places, now, at):
+        """Decide what is worth the write lock; write what ended and claim by it."""
+        is_stopping, box = self.senses.stops.count > 0, self.outbox
+        if not is_stopping and box.gathers(places.slack, at):
             return False
-        self._commit_by = 0.0
-        order = self._order(places)
-        if not (self.outbox.is_full or self.pool.progress or self._wants(order, now)):
-            return
-        self.lookout.news |= bool(self.outbox.returned)
-        turned = self.outbox.turn(
-            self.liveness.id, now, BUSY_PATIENCE, order and self.lookout.begin(order),
-        )
-        for outcome in turned.written:
-            self.lookout.news |= bool(outcome.then)
+        order = None if is_stopping else self._order(places)
+        if not (box.is_full or self.pool.progress or self._wants(order, now)):
+            return None
+        self.lookout.news |= box.makes_work
+        turned = box.turn(self.liveness.id, now, BUSY_PATIENCE,
+                          order and self.lookout.begin(order))
         if turned.claimed:
             self._take_in(turned.claimed, now)
-
-    def _gathers(self, at, places):
-        """True while what has ended waits for more of its kind to share its commit.
-
-        Only as long as every child has something to do: nobody waits for us then, nor
-        for what is handed back.
-        """
-        box = self.outbox
-        if box.returned or not box.outcomes or self.stops.count:
-            return False
-        self._commit_by = self._commit_by or at + _GATHER_SECONDS
-        return at < self._commit_by and places.slack >= _GATHER_SECONDS
+        return None
 
     def _order(self, places):
-        """What could be claimed now; None while stopping, or without room."""
+        """What could be claimed now; None without room."""
         pool = self.pool
-        order = self.lookout.order(
+        return self.lookout.order(
             self.liveness.id, places.room.less(len(pool.hand)), pool.starts.unknown,
             pool.durations.short_names,
         )
-        return None if self.stops.count else order
 
     def _wants(self, order, now):
         """True when it is worth taking the write lock just to claim."""
@@ -9142,64 +9285,15 @@ class Worker:
         if not claimed.is_registered:
             return self._start_over(now)
         self._learn(claimed, now)
-        if claimed.runs:
-            self.pool.take(claimed.runs)
-            self.lookout.took(len(claimed.runs))
         for run in claimed.runs:
             if run.timeout is None:
                 run.timeout = self.settings.timeout
-
-    # -- chores
-
-    def _beat(self, now):
-        try:
-            alive = self.liveness.beat(len(self.pool.running()), now)
-        except DatabaseUnavailable as exc:
-            self.trouble.say_once("heartbeat_error", exc)
-            self.liveness.doubt()
-            raise
-        if not alive:
-            self._start_over(now)
-
-    def _start_over(self, now):
-        """We were taken for dead: our runs are somebody else's now.
-
-        Guarded by test_a_worker_that_was_given_up_kills_its_runs.
-        """
-        self.pool.recall_all()
-        at = time.monotonic()
-        for run in self.pool.kill_all(at):
-            self.journal.run("task_lost", run, reason="this worker was given up")
-        self.pool.ended = []
-        self.outbox.clear()
-        self.liveness.forsake()
-        self.liveness.register(now)
-        self.pool.fill(at)
-
-    def _reap(self, now):
-        for lost in self.liveness.reap_dead(now):
-            self.lookout.news = True
-            self.journal.lost(lost)
-        return _REAP_PAUSE if self.liveness.is_behind else None
+        if claimed.runs:
+            self.pool.take(claimed.runs)
+            self.lookout.took(len(claimed.runs))
 
     def _heed_wishes(self, now):
         self.outbox.returned += self.wishes.heed(self.liveness.id, time.monotonic())
-
-    def _look_after_children(self, now):
-        at = time.monotonic()
-        self.pool.notice_deaths(at)
-        self.pool.check_memory(at)
-        self.pool.fill(at)
-        self.pool.starts.mention_slow(self.pool.members, at)
-
-    def _prune(self, now):
-        """Delete old finished tasks; by a clock that is looked at first."""
-        self._mind_clock()
-        return 0.1 if self.upkeep.prune(now) else None
-
-    def _mind_clock(self, _=None):
-        # Not by the time of the turn: it may have waited long for a lock since then.
-        self.lookout.news |= self.upkeep.mind_clock(self.store.now(), time.monotonic())
 
 
 # == Command line =============================================================
@@ -10173,7 +10267,7 @@ def _step_of(row, plan, task, schedule, now):
 def cron_chore(worker: Worker) -> Chore:
     """Register the schedules of a worker that starts, and fire what is due."""
     scheduler = Scheduler(worker.app, worker.journal.say)
-    scheduler.register(worker.store.now(), drop=not worker.upkeep.is_in_doubt)
+    scheduler.register(worker.store.now(), drop=not worker.house.upkeep.is_in_doubt)
     if scheduler.count():
         worker.journal.say("scheduler_start", schedules=scheduler.count())
 

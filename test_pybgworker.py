@@ -3264,8 +3264,7 @@ class Databases(Case):
         try:
             worker.start()
         finally:
-            worker.ear.close()
-            worker.selector.close()
+            worker.senses.close()
 
     def test_a_lost_database_is_never_made_anew(self):
         inside, away = self.folder / "disk", self.folder / "away"
@@ -7347,6 +7346,46 @@ class Logs(unittest.TestCase):
     def log(self, style="json"):
         return Log(self.writer, style, clock=lambda: 1_800_000_000_007)
 
+    def test_a_room_hears_what_is_logged(self):
+        out, heard = tempfile.TemporaryFile(), []
+        self.addCleanup(out.close)
+        journal = pybgworker.Journal(Log(out.fileno()), "w")
+        journal.hear(lambda event, fields: heard.append((event, fields)))
+        run = Run(1, "t", "q", 0, 0, 0, None, 0, None, "", 5)
+        journal.say("heartbeat_error", error="locked")
+        journal.run("task_start", run)
+        journal.outcome(pybgworker.Outcome(run, 4, duration=0.5))
+        journal.run("output", None, text="hi")
+        journal.lost(pybgworker.LostRun(2, "u:on_failure", 1, 5, "dead"))
+        journal.log.flush(1)
+        out.seek(0)
+        said = []
+        for line in map(json.loads, out.read().decode().splitlines()):
+            del line["timestamp"]
+            said.append((line.pop("event"), line))
+        self.assertEqual(heard, said)
+        self.assertEqual([event for event, _ in heard], [
+            "heartbeat_error", "task_start", "task_success", "output", "task_lost",
+            "callback_error"])
+
+    def test_a_listener_that_raises_is_said_once_and_hurts_nobody(self):
+        journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
+        heard, calls = [], []
+
+        def broken(event, fields):
+            calls.append(event)
+            fields.clear()
+            raise KeyError("no such counter")
+
+        journal.hear(broken)
+        journal.hear(lambda event, fields: heard.append((event, fields.get("error"))))
+        for text in ("a", "b"):
+            journal.say("heartbeat_error", error=text)
+        self.assertEqual(calls, ["heartbeat_error"])
+        self.assertEqual(heard, [
+            ("listener_dropped", "KeyError('no such counter')"),
+            ("heartbeat_error", "a"), ("heartbeat_error", "b")])
+
     def test_an_event_is_one_line_of_json(self):
         log = self.log()
         log.event("task_start", task_id=1, name="ä\n\ud800", gone=None, part=0.5, list=[1])
@@ -7881,6 +7920,74 @@ class Lookouts(unittest.TestCase):
         self.assertEqual((order.rates, order.callbacks), ({"u": 2.0, "": 5.0}, {"u": 3}))
 
 
+# == Senses ===================================================================
+
+class Sensing(unittest.TestCase):
+    def setUp(self):
+        self.senses = pybgworker.Senses()
+        self.addCleanup(self.senses.close)
+
+    def send(self, token):
+        pybgworker.send_wake_ups([(self.senses.ear.port, token)])
+
+    def test_what_ended_a_sleep_is_said(self):
+        self.assertEqual(self.senses.hear(0), pybgworker.Heard([], False, False))
+        self.send(self.senses.ear.token)
+        self.assertEqual(self.senses.hear(5), pybgworker.Heard([], True, False))
+        self.send("forged")
+        self.assertEqual(self.senses.hear(5), pybgworker.Heard([], False, False))
+        ours, theirs = pybgworker.socket_pair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        self.senses.selector.register(ours, 1, "child")
+        theirs.send(b"x")
+        self.assertEqual(self.senses.hear(5).children, [("child", ours.fileno())])
+
+    def test_a_signal_is_heard_and_counted(self):
+        with self.senses.stops.caught():
+            self.senses.begin()
+            os.kill(os.getpid(), signal.SIGCHLD)
+            self.assertTrue(self.senses.hear(5).signal)
+            self.assertEqual(self.senses.stops.count, 0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.assertTrue(self.senses.hear(5).signal)
+            self.assertEqual(self.senses.stops.count, 1)
+            self.senses.selector.unregister(self.senses.stops.receiver)
+
+
+# == Household ================================================================
+
+class Households(unittest.TestCase):
+    def household(self, start_over=None, **liveness):
+        settings = pybgworker.types.SimpleNamespace(heartbeat_interval=5.0)
+        return pybgworker.Household(
+            mock.Mock(), settings, mock.Mock(), mock.Mock(news=False),
+            mock.Mock(**liveness), mock.Mock(**{"running.return_value": []}), start_over)
+
+    def test_who_was_taken_for_dead_starts_over(self):
+        over = mock.Mock()
+        for alive, calls in ((True, []), (False, [mock.call(7)])):
+            house = self.household(over, **{"beat.return_value": alive})
+            house._beat(7)
+            self.assertEqual(over.mock_calls, calls)
+
+    def test_the_runs_of_the_dead_are_news(self):
+        lost = pybgworker.LostRun(1, "t", 1, 2, "w")
+        for found, is_behind, pause in (([], False, None), ([lost], True, 0.05)):
+            house = self.household(**{"reap_dead.return_value": found,
+                                      "is_behind": is_behind})
+            self.assertEqual(house._reap(7), pause)
+            self.assertEqual(house._lookout.news, bool(found))
+            self.assertEqual(house._journal.lost.call_count, len(found))
+
+    def test_only_what_is_punctual_is_worth_waking_for(self):
+        house = self.household()
+        self.assertEqual(house.next_due(), float("inf"))
+        house.chores.append(pybgworker.Chore(1.0, mock.Mock(), is_punctual=True))
+        house.chores[-1].due = 17.0
+        self.assertEqual(house.next_due(), 17.0)
+
+
 # == Worker ===================================================================
 
 
@@ -7900,19 +8007,19 @@ class Workers(Served):
 
     def crons(self, worker):
         """The chore that fires schedules."""
-        return next(chore for chore in worker.chores if chore.is_punctual)
+        return next(chore for chore in worker.house.chores if chore.is_punctual)
 
     def turn_until(self, worker, predicate, now=pybgworker.now_ms):
         def turn():
-            worker.wait()
-            worker.step(now())
+            heard = worker.wait()
+            worker.step(now(), heard)
             return predicate()
         until(turn)
 
     def test_step_takes_the_time_from_its_caller(self):
         worker = self.started()
         later = self.tasks.add.options(countdown=3600).delay(1, 2)
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         self.assertEqual(later.status, "scheduled")
 
         self.turn_until(worker, later.ready, lambda: pybgworker.now_ms() + 3_600_000)
@@ -7962,7 +8069,7 @@ class Workers(Served):
         worker = self.started(shutdown_timeout=0.4)
         self.tasks.long_nap.delay(30)
         self.turn_until(worker, lambda: self.lines("nap"))
-        worker.stops.count, began = 1, time.monotonic()
+        worker.senses.stops.count, began = 1, time.monotonic()
         worker.step(pybgworker.now_ms())
         for hours in (1, -1):
             self.set_the_clock(hours)
@@ -7979,8 +8086,8 @@ class Workers(Served):
         limited = self.tasks.limited.delay_many([()] * 30)
         turns, end = 0, time.monotonic() + 0.4
         while time.monotonic() < end:
-            worker.wait()
-            worker.step(pybgworker.now_ms())
+            heard = worker.wait()
+            worker.step(pybgworker.now_ms(), heard)
             turns += 1
         self.assertLess(turns, 30)
         self.turn_until(worker, due.ready)              # at once when there is room
@@ -7993,16 +8100,16 @@ class Workers(Served):
         until(lambda: worker.step(pybgworker.now_ms()) or worker.pool.running())
         self.tasks.add.options(countdown=0.01).delay(1, 2)
         worker.lookout.next_at = pybgworker.now_ms() + 10       # it has seen it
-        worker.stops.count, turns, end = 1, 0, time.monotonic() + 0.3
+        worker.senses.stops.count, turns, end = 1, 0, time.monotonic() + 0.3
         while time.monotonic() < end:
-            worker.wait()
-            worker.step(pybgworker.now_ms())
+            heard = worker.wait()
+            worker.step(pybgworker.now_ms(), heard)
             turns += 1
         self.assertLess(turns, 30)
 
     def prefetched(self, worker):
         """As many runs of step_of() as may be are claimed; some have begun."""
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         worker.pool.durations.__init__()        # nothing is known but that they are short
         worker.pool.durations.learn("tasks.step_of", 0.0001)
         worker.pool.durations.learn("tasks.urgent_twice", 0.0001)
@@ -8029,7 +8136,7 @@ class Workers(Served):
     def test_what_no_child_can_take_is_handed_back_without_a_poll(self):
         """Behind a head that hangs, which was short so far."""
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         with mock.patch.object(pybgworker, "_POLL_SECONDS", 60.0):
             worker.pool.durations.learn("tasks.hold", 0.0001)
             worker.pool.durations.learn("tasks.add", 0.0001)
@@ -8044,7 +8151,7 @@ class Workers(Served):
     def test_a_stop_says_how_many_it_has_handed_back(self):
         worker = self.started()
         self.prefetched(worker)
-        worker.stops.count = 1
+        worker.senses.stops.count = 1
         claimed = {id for id, in self.sql("select id from bg_task where state = 3")}
         self.turn_until(worker, lambda: worker._is_done())
         back = {id for id, in self.sql("select id from bg_task where state = 2")}
@@ -8066,11 +8173,11 @@ class Workers(Served):
     def test_a_worker_learns_that_it_was_given_up_before_it_claims(self):
         """After a stall: what it would claim must neither be killed nor fail."""
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         old = worker.liveness.id
         self.sql("delete from bg_worker")
         result = self.tasks.once.delay("x")
-        worker.chores = []                  # also without a heartbeat
+        worker.house.chores = []                  # also without a heartbeat
         worker.lookout.news = True                  # its address went with its row
         self.turn_until(worker, result.ready)
         self.assertEqual((result.status, result.attempt), ("success", 1))
@@ -8082,7 +8189,7 @@ class Workers(Served):
         self.sql("delete from bg_worker")
         again = self.tasks.once.options(priority=1).delay("y")
         worker.lookout.news = True
-        worker._beat(pybgworker.now_ms())
+        worker.house._beat(pybgworker.now_ms())
         self.turn_until(worker, again.ready)
         self.assertEqual((again.status, again.attempt), ("success", 1))
 
@@ -8101,10 +8208,10 @@ class Workers(Served):
     def test_a_worker_that_was_given_up_claims_nothing_and_starts_over(self):
         """A run with retries=0, claimed and killed, would have failed."""
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         before = worker.liveness.id
         self.store.reap(before, "w", pybgworker.now_ms())
-        for chore in worker.chores:             # it has not beaten since
+        for chore in worker.house.chores:             # it has not beaten since
             chore.due = time.monotonic() + 3600
         result = self.tasks.add.options(retries=0).delay(1, 2)
         self.turn_until(worker, result.ready)
@@ -8125,8 +8232,8 @@ class Workers(Served):
             while True:
                 self.app.send("t", "x" * 900)
         for _ in range(30):
-            worker.wait()
-            worker.step(pybgworker.now_ms())
+            heard = worker.wait()
+            worker.step(pybgworker.now_ms(), heard)
         link.connection.execute("pragma max_page_count = 1000000").fetchall()
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, "slept")
@@ -8134,9 +8241,9 @@ class Workers(Served):
     def test_what_cannot_be_written_does_not_stop_the_heartbeat(self):
         """A result that is larger than what is left of the disk; a lost table."""
         worker = self.started(heartbeat_interval=0.02)
-        worker.trouble._say = lambda event, **_: said.append(event)
+        worker.house.trouble._say = lambda event, **_: said.append(event)
         said, result = [], self.tasks.big.delay("x" * 200_000)
-        until(lambda: worker.wait() or worker.pool.receive(worker.heard, 0)
+        until(lambda: worker.pool.receive(worker.wait().children, 0)
               or worker.step(pybgworker.now_ms()) or worker.pool.running())
         link = self.store.db.link()
         size = link.connection.execute("pragma page_count").fetchone()[0]
@@ -8153,22 +8260,22 @@ class Workers(Served):
         self.assertEqual(said, ["database_error"])
         link.connection.execute("pragma max_page_count = 1000000").fetchall()
         self.turn_until(worker, result.ready)
-        self.assertFalse(worker.trouble.failing)
+        self.assertFalse(worker.house.trouble.failing)
 
         self.sql("alter table bg_schedule rename to gone")
         self.crons(worker).due = 0
         self.turn_until(worker, lambda: self.crons(worker).act_now
-                        in worker.trouble.failing)
+                        in worker.house.trouble.failing)
         before = beats()
         self.turn_until(worker, lambda: beats() > before)
         self.assertEqual(self.tasks.add.delay(1, 2).status, "queued")
         self.sql("alter table gone rename to bg_schedule")
-        self.turn_until(worker, lambda: not worker.trouble.failing)
+        self.turn_until(worker, lambda: not worker.house.trouble.failing)
         self.assertEqual(said, ["database_error"] * 2)
 
     def test_an_episode_of_trouble_is_said_once(self):
         worker, said = self.started(heartbeat_interval=0.02), []
-        worker.trouble._say = lambda event, **_: said.append(event)
+        worker.house.trouble._say = lambda event, **_: said.append(event)
         self.addCleanup(setattr, pybgworker, "_BUSY_SILENCE", pybgworker._BUSY_SILENCE)
         pybgworker._BUSY_SILENCE = 0.5
         other = sqlite3.connect(self.db, isolation_level=None)
@@ -8176,12 +8283,12 @@ class Workers(Served):
             other.execute("begin immediate")
             end = time.monotonic() + 2
             while time.monotonic() < end:
-                worker.wait()
-                worker.step(pybgworker.now_ms())
+                heard = worker.wait()
+                worker.step(pybgworker.now_ms(), heard)
             self.assertEqual(said.count("heartbeat_error"), episode)
             self.assertEqual(said.count("database_error"), episode)
             other.execute("rollback")
-            self.turn_until(worker, lambda: not worker.trouble.failing)
+            self.turn_until(worker, lambda: not worker.house.trouble.failing)
         other.close()
 
     def test_a_chore_that_failed_is_tried_again_soon_and_keeps_no_other_waiting(self):
@@ -8202,7 +8309,7 @@ class Workers(Served):
         self.assertFalse(trouble.failing)
 
         worker, done = self.started(), []
-        worker.chores = [pybgworker.Chore(0, fail), pybgworker.Chore(0, fail),
+        worker.house.chores = [pybgworker.Chore(0, fail), pybgworker.Chore(0, fail),
                          pybgworker.Chore(0, lambda now: done.append("good"))]
         for _ in range(3):
             worker.step(pybgworker.now_ms())
@@ -8212,7 +8319,7 @@ class Workers(Served):
         worker = self.started()
         other = SqliteStore(str(self.db))
         self.addCleanup(other.close)
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         for n in range(1, 45):
             results = [self.tasks.add.delay(n, 1), self.tasks.flaky.delay()]
             link = self.store.db.link()
@@ -8226,7 +8333,7 @@ class Workers(Served):
 
     def test_a_turn_that_finishes_and_claims_takes_few_statements(self):
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         self.tasks.add.delay_many([(1, n) for n in range(40)])
         self.turn_until(worker, lambda: worker.store.cancels_asked(0) == []
                         and len(worker.store.finished_runs(99)) >= 40)
@@ -8237,7 +8344,7 @@ class Workers(Served):
         connection = self.store.db.link().connection
         connection.set_trace_callback(found.append)
         at = time.monotonic()
-        worker._transact(pybgworker.now_ms(), at, worker.pool.balance(at))
+        worker._transact(worker.pool.balance(at), pybgworker.now_ms(), at)
         connection.set_trace_callback(None)
         claimed = len(worker.pool.hand)
         self.assertGreater(claimed, 10)
@@ -8251,10 +8358,10 @@ class Workers(Served):
 
     def test_a_worker_that_hears_no_wake_up_looks_by_itself(self):
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         self.crons(worker).due = time.monotonic() + 3600     # a tick would be news
-        worker.selector.unregister(worker.ear.socket)
-        worker.ear.close()
+        worker.senses.selector.unregister(worker.senses.ear.socket)
+        worker.senses.ear.close()
         result = self.tasks.add.delay(1, 2)
         self.turn_until(worker, result.ready)
         self.assertEqual(result.result, 3)
@@ -8266,7 +8373,7 @@ class Workers(Served):
                 link.connection.execute(
                     "update bg_task set state = 3, worker = 4711, attempt = 1"
                     " where id = ?", (later.id,))
-            worker._reap(pybgworker.now_ms())
+            worker.house._reap(pybgworker.now_ms())
 
         def fire(worker, later):
             with self.store.db.write() as link:
@@ -8276,10 +8383,10 @@ class Workers(Served):
             self.crons(worker).act(pybgworker.now_ms())
 
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         for act, name in ((reap, "tasks.add"), (fire, "tasks.tick")):
             later = self.tasks.add.options(countdown=3600).delay(1, 2)
-            for chore in worker.chores:         # not by a chore of the turn
+            for chore in worker.house.chores:         # not by a chore of the turn
                 chore.due = time.monotonic() + 3600
             self.turn_until(worker, lambda: worker.lookout.next_at
                             and not worker.lookout.news)
@@ -8290,7 +8397,7 @@ class Workers(Served):
 
     def test_what_is_to_be_handed_back_waits_for_nothing(self):
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         run = self.claim_one(worker)
         self.turn_until(worker, lambda: worker._patience() > 0)
         worker.outbox.returned.append(run)
@@ -8298,11 +8405,40 @@ class Workers(Served):
         self.turn_until(worker, lambda: self.store.task(run.id).status == "success")
         self.assertEqual(self.store.task(run.id).attempt, 1)
 
+    def test_what_a_turn_queues_itself_is_news_to_its_look(self):
+        """Or it waits for the next round, behind where this one stands."""
+        worker = self.started()
+        self.turn_until(worker, lambda: worker.is_ready)
+        run = self.claim_one(worker)
+        row = (pybgworker.NewTask("t:on_failure", "q", 5, None, 0, None, 2, 0, 0), "[[],{}]")
+        for of, again in (
+            ({}, False),
+            ({"returned": [run]}, True),
+            ({"outcomes": [pybgworker.Outcome(run, 5, then=(row,))]}, True),
+            ({"outcomes": [pybgworker.Outcome(run, 5)]}, False),
+        ):
+            self.turn_until(worker, lambda: not worker.lookout.news)
+            worker.lookout.round = pybgworker.Round(after=("q", "t"))
+            worker.outbox.clear()
+            for name, value in of.items():
+                setattr(worker.outbox, name, value)
+            orders = []
+            worker.outbox.turn = lambda *values: orders.append(values[-1]) or mock.Mock(
+                claimed=None)
+            at = time.monotonic()
+            places = worker.pool.balance(at)
+            with self.subTest(**of), \
+                    mock.patch.object(worker, "_wants", return_value=True):
+                worker._transact(places, pybgworker.now_ms(), at)
+                self.assertEqual([order.round.again for order in orders], [again])
+            del worker.outbox.turn
+            worker.outbox.clear()
+
     def test_a_cancellation_is_heard_with_its_hint(self):
         worker = self.started()
         result = self.tasks.long_nap.delay(30)
         self.wait_for_start(worker)
-        worker._hearing.due = time.monotonic() + 3600
+        worker.hearing.due = time.monotonic() + 3600
         result.cancel()
         self.turn_until(worker, result.ready)
         self.assertTrue(result.cancelled())
@@ -8310,12 +8446,12 @@ class Workers(Served):
     def test_what_is_left_over_of_a_chore_is_done_soon(self):
         """The next tick, more dead workers, more old tasks: not a period later."""
         worker = self.started()
-        worker.upkeep = mock.Mock(**{"prune.return_value": True,
+        worker.house.upkeep = mock.Mock(**{"prune.return_value": True,
                                      "mind_clock.return_value": False})
         behind = mock.patch.multiple(pybgworker.Liveness, is_behind=True,
                                      reap_dead=lambda *_: [])
         tick = mock.patch.object(pybgworker.Scheduler, "fire", lambda *_: (False, 0.1))
-        chores = {chore.act.__name__: chore for chore in worker.chores}
+        chores = {chore.act.__name__: chore for chore in worker.house.chores}
         for name in ("fire", "_prune", "_reap"):
             chore, now = chores[name], time.monotonic()
             with behind, tick, self.subTest(name):
@@ -8325,7 +8461,7 @@ class Workers(Served):
     def test_a_worker_that_starts_over_forgets_what_became_of_its_runs(self):
         """They are somebody else's now; nothing is written or said of them."""
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         run = self.claim_one(worker)
         end = pybgworker.Ended(run, "success", "1")
         worker.outbox.settle([end], pybgworker.now_ms())
@@ -8376,7 +8512,7 @@ class Workers(Served):
     def test_what_a_task_enqueues_at_its_end_starts_at_once(self):
         with mock.patch.multiple(pybgworker, _POLL_SECONDS=60):
             worker = self.started(durability="normal")
-            self.turn_until(worker, lambda: worker._is_ready)
+            self.turn_until(worker, lambda: worker.is_ready)
             began = time.monotonic()
             for n in range(1, 21):      # soon its name is known to be short
                 self.tasks.pass_on.delay(n)
@@ -8427,7 +8563,7 @@ class Workers(Served):
     def test_a_tick_that_meets_a_lock_comes_as_soon_as_that_is_gone(self):
         for seconds in (0.1, 1.9):
             worker = self.started()
-            self.turn_until(worker, lambda: worker._is_ready)
+            self.turn_until(worker, lambda: worker.is_ready)
             self.sql("update bg_schedule set next_tick = 1, "
                      "done = '[[1700000040, 1700000040]]'")
             other = sqlite3.connect(self.db, isolation_level=None)
@@ -8446,7 +8582,7 @@ class Workers(Served):
 
     def test_a_retry_put_off_by_a_clock_that_was_ahead_comes_when_it_is_right(self):
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         for early in (True, False):         # the clock is set before or during the run
             clock = self.set_the_clock(9000 if early else 0)
             if early:
@@ -8464,11 +8600,11 @@ class Workers(Served):
     def test_a_task_behind_many_that_cannot_run_starts_in_a_few_turns(self):
         """No hint and no poll is waited for; and then the worker sleeps."""
         worker = self.started()
-        self.turn_until(worker, lambda: worker._is_ready)
+        self.turn_until(worker, lambda: worker.is_ready)
         self.fill(1000, "'q' || i", "'unknown'")
         worker.step(pybgworker.now_ms())        # the round has begun without it
         self.assertFalse(worker.lookout.round.is_over)
-        worker.ear.close()
+        worker.senses.ear.close()
         result = self.tasks.add.options(queue="a", priority=9).delay(1, 2)
         for _ in range(60):
             if not worker.pool.in_hand():
@@ -8536,7 +8672,7 @@ class Workers(Served):
         good, bad = self.tasks.add.delay(1, 2), self.tasks.die.delay("exit")
         self.turn_until(worker, lambda: good.ready() and bad.ready())
         self.sql("update bg_task set finished_at = finished_at - 7200000")
-        worker._prune(pybgworker.now_ms())
+        worker.house._prune(pybgworker.now_ms())
 
         self.assertRaises(pybgworker.TaskNotFound, good.ready)
         self.assertTrue(bad.failed())
@@ -10579,12 +10715,12 @@ class Torture(Served):
             p.configure(heartbeat_interval=100, worker_timeout=300)
             worker = p.Worker(p.default_app, "tasks", log=p.Log(os.open("log", 66)))
             def turn():
-                worker.wait()
-                worker.step(p.now_ms())
+                heard = worker.wait()
+                worker.step(p.now_ms(), heard)
             def mark(text):
                 os.write(2, text)
             worker.start()
-            while not worker._is_ready:
+            while not worker.is_ready:
                 turn()
             result = tasks.nap.delay(0.5)
             mark(b"CLAIM")
@@ -10926,17 +11062,14 @@ class TheFile(unittest.TestCase):
         "class Database": 269,
         "class Child": 335,
         "class Pool": 346,
-        "class Worker": 310,
         "attributes of Run": 18,
         "attributes of Forks": 17,
         "attributes of Surroundings": 18,
         "attributes of Child": 23,
         "attributes of Member": 22,
-        "attributes of Worker": 23,
         "born late in Transcript": 4,
         "born late in Child": 5,
         "born late in Member": 6,
-        "born late in Worker": 9,
     }
 
     def test_sections_classes_and_functions_have_their_sizes(self):
