@@ -5098,7 +5098,8 @@ class Desk(Records):
 
 
 # == Register =================================================================
-# Owns all other SQL: the register of workers, the schedules, the clock.
+# Owns all other SQL: the register of workers, the schedules, the clock.  Here all verbs
+# meet in SqliteStore.
 
 class Register:
     """The verbs of workers about themselves and about schedules; and all above."""
@@ -5326,22 +5327,13 @@ class SqliteStore(Endings, Desk, Register):
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
         self.db = Database(path, durability, busy_timeout, allow_network_fs)
+        self.path, self.name = self.db.path, self.db.name
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
         self.checkpoint_if_large = self.db.checkpoint_if_large
 
     def now(self) -> int:
         return now_ms()
-
-    @property
-    def path(self) -> str:
-        """The real path of the file."""
-        return self.db.path
-
-    @property
-    def name(self) -> str:
-        """The path as it was given."""
-        return self.db.name
 
     @property
     def follow(self) -> bool:
