@@ -942,7 +942,7 @@ class Run:
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
         "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
-        "tokens", "usual", "due", "held",
+        "tokens", "usual", "due",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
@@ -964,7 +964,6 @@ class Run:
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
         self.usual = 0.0                # seconds that runs of this task take
         self.due = 0.0                  # monotonic: when it should begin, once sent
-        self.held = 0.0                 # the same: since when no child could take it
 
     @property
     def used(self) -> int:
@@ -4688,7 +4687,8 @@ class Endings(Claims):
     def _finish(self, link, outcomes, worker, now):
         """Write what became of runs, and what follows it.  Returns the stale ones."""
         connection = link.connection
-        unbegun = [o.run for o in outcomes if not o.run.announced]
+        unbegun = [o.run for o in outcomes
+                   if o.state == CANCELLED and o.duration is None]
         self._return_tokens(connection, unbegun)
         plain = [o for o in outcomes if _is_plain(o)]
         if len(plain) > 1 and self._succeed_all(connection, plain, worker, now):
@@ -7313,6 +7313,7 @@ class Hand:
 
     def __init__(self):
         self.runs: collections.deque = collections.deque()
+        self._held: dict[Run, float] = {}   # since when no child could take it
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -7326,7 +7327,7 @@ class Hand:
     def put_in_front(self, runs: Sequence[Run]) -> None:
         """Take in what has been recalled from a child."""
         for run in runs:
-            run.held = 0.0
+            self._held.pop(run, None)
         self.runs.extendleft(reversed(runs))
 
     def take(self, wanted: Callable[[Run], bool]) -> list[Run]:
@@ -7343,15 +7344,15 @@ class Hand:
         what is more urgent is not looked for while these are here.
         """
         left = [run for run in self.runs if not send(run)]
-        for run in left:
-            run.held = run.held or at
-        self.runs = collections.deque(r for r in left if at < r.held + _HAND_SECONDS)
-        return [run for run in left if at >= run.held + _HAND_SECONDS]
+        held = self._held = {run: self._held.get(run, at) for run in left}
+        self.runs = collections.deque(r for r in left if at < held[r] + _HAND_SECONDS)
+        return [run for run in left if at >= held[run] + _HAND_SECONDS]
 
     @property
     def due(self) -> float:
         """When deal() gives up on one of those that are left."""
-        return min((run.held for run in self.runs), default=math.inf) + _HAND_SECONDS
+        return min((self._held.get(run, 0.0) for run in self.runs),
+                   default=math.inf) + _HAND_SECONDS
 
     def empty(self) -> list[Run]:
         """Give all away."""

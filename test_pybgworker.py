@@ -6555,7 +6555,7 @@ class Pools(Served):
                 self.assertEqual(pool.next_timer(), due)
         pool._due = 0.0
         pool.hand.add([self.run_of(2)])
-        pool.hand.runs[0].held = 100.5
+        pool.hand._held[pool.hand.runs[0]] = 100.5
         self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
         pool.hand.empty()
         member.kill_due, behind = 0.0, self.run_of(3)
@@ -11062,7 +11062,7 @@ class TheFile(unittest.TestCase):
         "class Database": 269,
         "class Child": 335,
         "class Pool": 346,
-        "attributes of Run": 18,
+        "attributes of Run": 17,
         "attributes of Forks": 17,
         "attributes of Surroundings": 18,
         "attributes of Child": 23,
