@@ -7356,8 +7356,7 @@ class Hand:
 
     def empty(self) -> list[Run]:
         """Give all away."""
-        runs = list(self.runs)
-        self.runs.clear()
+        runs, self.runs = list(self.runs), collections.deque()
         return runs
 
 
