@@ -38,9 +38,10 @@ Map
         Wake-up · Guards · Forks · Database · Group commit · Queue ·
         Claiming · Endings · Desk · Register
     Book Three: the worker
-        Processes · Wire · Output · Surroundings · Child · Member · Placement
-        · Pool · Liveness · Wishes · Log · Journal · Upkeep · Settling
-        · Lookout · Senses · Household · Worker · Command line
+        Processes · Wire · Output · Surroundings · Interrupts · Child ·
+        Member · Placement · Pool · Liveness · Wishes · Log · Journal ·
+        Upkeep · Settling · Lookout · Senses · Household · Worker ·
+        Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -5720,27 +5721,67 @@ class Guardian:
 
 
 # == Wire =====================================================================
-# Owns what a worker and its child say to each other, and in which form: frames with
-# runs to the child, messages from it.  Knows nothing of what either makes of it.
+# Owns what a worker and its child say to each other, in which form, and the two
+# sockets between them: frames with runs to the child, messages from it, each of a
+# run, or of none.  Knows nothing of what either makes of it.
 #
-# A frame to the child is this header, the name of the task, and its arguments as
-# they are encoded:
+# Several frames may wait in a child's socket, so that it is never idle while the
+# worker commits.  The worker keeps a duplicate of the receiving end and can read
+# back what the child has not taken: each frame is got by exactly one of the two.
 
+# A frame is this header, the name of the task, and its arguments as they are encoded.
 _FRAME = struct.Struct("!qqddI")        # id attempt timeout tick length-of-the-name
 _NO_TICK = -1.0
+_FRAME_BYTES = 1 << 16          # the longest; longer arguments are fetched
 
-# A message to the parent is this header and a body of `length` bytes:
+# A message is this header and a body of so many bytes; the id of no run is 0.
+_MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
+_MESSAGE_EXTRA_BYTES = 1 << 20      # one is never so much over max_payload
+_READ_BYTES = 1 << 18
+_CANCEL = struct.Struct("!q")           # from the worker: the id of a run
+CUT_OFF_STATUS = 117            # of a child whose connection a task has closed
+LATEST_MS = 1 << 53             # no clock shows such a unix time
+NONSENSE = (ValueError, TypeError, RecursionError)      # what reading one may raise
 
-MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
-READY, BROKEN = b"R", b"B"            # imported the app: names; or not: traceback
-LACKING = b"L"                         # … for want of what there may be later
-SUCCEEDED, ENDED_BADLY = b"S", b"F"   # the encoded result; what went wrong
-UNKNOWN = b"U"                         # no task here has this name
-PRINTED, PROGRESSED = b"O", b"P"      # text; [percent, message]
-WRITTEN, STRAYS = b"W", b"X"          # bytes from the pipe; 1 or 0: see Output
 
-CUT_OFF_STATUS = 117           # of a child whose connection a task has closed
-FRAME_BYTES = 1 << 16          # the longest frame; longer arguments are fetched
+class Kind(NamedTuple):
+    """A kind of message: what a body of it is made of, and read as."""
+
+    code: bytes
+    write: Callable[[Any], bytes]
+    read: Callable[[Any], Any]      # of a bytearray
+
+
+def _write_text(text):
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _read_text(body):
+    return body.decode("utf-8", "replace")
+
+
+def _write_json(value):
+    return to_json(value).encode()
+
+
+def _read_result(body):
+    return body.decode("ascii")
+
+
+READY = Kind(b"R", _write_json, json.loads)         # names of tasks: it has the app
+BROKEN = Kind(b"B", _write_text, _read_text)        # traceback: it cannot import it
+LACKING = Kind(b"L", _write_text, _read_text)       # … for want of what may come later
+UNKNOWN = Kind(b"U", bytes, bytes)                  # nothing: no task has this name
+SUCCEEDED = Kind(b"S", str.encode, _read_result)    # the encoded result
+ENDED_BADLY = Kind(b"F", _write_json, json.loads)   # the error, as settle() reads it
+PRINTED = Kind(b"O", _write_text, _read_text)       # text
+PROGRESSED = Kind(b"P", _write_json, json.loads)    # [percent, message]
+WRITTEN = Kind(b"W", bytes, bytes)                  # what the pipe held: see Output
+STRAYS = Kind(b"X", _write_json, json.loads)        # whether others write there
+_KINDS = {kind.code: kind for kind in (
+    READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, PROGRESSED,
+    WRITTEN, STRAYS,
+)}
 
 
 def write_frame(run: Run) -> bytes:
@@ -5759,6 +5800,15 @@ def read_frame(frame: bytes) -> tuple:
             text[:size], text[size:])
 
 
+def write_message(kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
+                  started_at: int = 0, duration: float = 0.0) -> bytes:
+    """The bytes by which a child says this of a run: (id, attempt)."""
+    body, (run_id, attempt) = kind.write(value), of
+    return _MESSAGE.pack(
+        len(body), kind.code, run_id, attempt, started_at, duration
+    ) + body
+
+
 class ChildEnd:
     """The child's end of the connection to its worker: frames in, messages out."""
 
@@ -5774,7 +5824,7 @@ class ChildEnd:
     def receive_now(self) -> bytes | None:
         """The frame that is there; None: there is none, or it has to be waited for."""
         try:
-            return self.frames.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
+            return self.frames.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
         except OSError:
             return None
 
@@ -5782,7 +5832,7 @@ class ChildEnd:
         """Wait for a frame; empty: the worker has closed its end, or is gone."""
         while True:
             try:
-                return self.frames.recv(FRAME_BYTES)
+                return self.frames.recv(_FRAME_BYTES)
             except BlockingIOError:         # a task has changed our descriptors
                 self.frames.setblocking(True)
             except OSError as exc:
@@ -5828,7 +5878,7 @@ class ChildEnd:
             wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
         except OSError:
             return set()
-        return {number for number, in struct.iter_unpack("!q", wanted)}
+        return {number for number, in _CANCEL.iter_unpack(wanted)}
 
     def keep_open(self) -> None:
         """Till the very end: a socket that closes is taken for a death."""
@@ -5837,6 +5887,104 @@ class ChildEnd:
     def close(self) -> None:
         """In a forked process, which has nothing to say."""
         self.frames.close()
+        self.messages.close()
+
+
+class WorkerEnd:
+    """The worker's end: frames out, and back again; messages in.  Never waits."""
+
+    def __init__(self, undo: contextlib.ExitStack):
+        self._frames, self._unread = frame_pair()
+        self.messages, self._theirs = socket_pair()
+        for end in (self._frames, self._unread, self.messages, self._theirs):
+            undo.callback(end.close)
+        # Not _unread: it shares its flags with the child's end, which has to wait.
+        self._frames.setblocking(False)
+        self.messages.setblocking(False)
+        self._buffer = bytearray()      # of messages, not yet whole
+        self._is_deaf = False           # nothing is taken in any more
+
+    def theirs(self) -> tuple[int, int]:
+        """The descriptors of frames and of messages that the child is to inherit."""
+        return self._unread.fileno(), self._theirs.fileno()
+
+    def given(self) -> None:
+        """The child has its own copies now."""
+        self._theirs.close()
+
+    def send(self, run: Run) -> bool:
+        """Send a frame.  False when the socket is full, or the child just died."""
+        try:
+            self._frames.send(write_frame(run)[:_FRAME_BYTES])
+            return True
+        except OSError:
+            return False
+
+    def recall(self) -> set[int]:
+        """Read back the frames that the child has not taken; return the ids of runs."""
+        ids = set()
+        with contextlib.suppress(OSError):      # EAGAIN: there are no more
+            while frame := self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT):
+                ids.add(read_frame(frame)[0])
+        return ids
+
+    def read(self) -> bool:
+        """Take in what the child sent.  False when the socket is at its end."""
+        while True:
+            try:
+                chunk = self.messages.recv(_READ_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not chunk:
+                return False
+            if not self._is_deaf:
+                self._buffer += chunk
+            if len(chunk) < _READ_BYTES:
+                return True
+
+    def heard(self, max_payload: int) -> Iterator[tuple]:
+        """Yield (kind, (id, attempt), value, started_at, duration) of whole messages.
+
+        Raises one of NONSENSE for what cannot be one.
+        """
+        buffer, at, size = self._buffer, 0, _MESSAGE.size
+        try:
+            while len(buffer) - at >= size:
+                length, code, run_id, attempt, started_at, duration = \
+                    _MESSAGE.unpack_from(buffer, at)
+                if length > max_payload + _MESSAGE_EXTRA_BYTES:
+                    raise ValueError("a message that is too long")
+                if code not in _KINDS:
+                    raise ValueError("an unknown kind of message")
+                if not (0 <= started_at < LATEST_MS and 0 <= duration < LATEST_MS):
+                    raise ValueError("a time that cannot be")
+                start, end = at + size, at + size + length
+                if len(buffer) < end:
+                    break
+                at, kind = end, _KINDS[code]
+                yield (kind, (run_id, attempt), kind.read(buffer[start:end]),
+                       started_at, duration)
+        finally:
+            del buffer[:at]
+
+    def go_deaf(self) -> None:
+        """Let go of what has come, and take in nothing more."""
+        self._buffer, self._is_deaf = bytearray(), True
+
+    def cancel(self, run_id: int) -> None:
+        """Name the run that is to be cancelled; a signal has to say that it is so."""
+        with contextlib.suppress(OSError):
+            self.messages.send(_CANCEL.pack(run_id))
+
+    def hang_up(self) -> None:
+        """Let the child see that no more will come."""
+        self._frames.close()
+        self._unread.close()
+
+    def close(self) -> None:
+        self.hang_up()
         self.messages.close()
 
 
@@ -6018,6 +6166,68 @@ class _TaskBuffer(io.BufferedIOBase):
         self.flush()
 
 
+class Printer:
+    """What the runs of one child print by Python, as messages of the right run.
+
+    A thread that outlives its run speaks for no other.
+    """
+
+    def __init__(self, say: Callable):
+        self._say = say             # say(kind, value, of)
+        self._of = 0, 0             # id and attempt of the current run; 0: none
+        self._chars = 0             # that it has printed
+        self._strange_chars = 0     # … and threads that are left over
+        self._own_threads: set = set()      # the app's, and the main thread
+        self._left_over: set = set()        # threads of runs that are over
+        self._is_fork = False
+        self.streams = TaskStream(self.print, 1), TaskStream(self.print, 2)
+
+    def ready(self) -> None:
+        """The app is imported: what runs now is its own."""
+        self._own_threads = set(threading.enumerate())
+
+    def begin(self, of: tuple[int, int]) -> None:
+        """From now on this run prints."""
+        self._of, self._chars, self._strange_chars = of, 0, 0
+
+    def print(self, text: str, fd: int) -> None:
+        """Send what a task printed, up to OUTPUT_CHARS for each run."""
+        if self._is_fork:
+            write_all(fd, text.encode("utf-8", "backslashreplace"))
+            return
+        of = self._of
+        if self.is_left_over():
+            of = 0, 0
+            text = cut_output(text, self._strange_chars)
+            self._strange_chars += len(text)
+        else:
+            text = cut_output(text, self._chars)
+            self._chars += len(text)
+        if text:
+            self._say(PRINTED, text, of)
+
+    def is_left_over(self) -> bool:
+        """True in a thread that has outlived the run which started it."""
+        return bool(self._left_over) and threading.current_thread() in self._left_over
+
+    def end_run(self) -> None:
+        """What this run has printed is its own; what comes later may not be."""
+        if TaskStream.unended:
+            for stream in self.streams:
+                stream.end_run()
+
+    def note_threads(self) -> None:
+        """Those that live now have outlived their run, but for the app's."""
+        if _thread._count() or self._left_over:
+            self._left_over = set(threading.enumerate()) - self._own_threads
+
+    def leave(self) -> None:
+        """In a forked process: what was begun is the other's to print."""
+        self._is_fork = True
+        for stream in self.streams:
+            stream.forget()
+
+
 class LineCutter:
     """Makes text of bytes that come in pieces; cuts it at line ends only."""
 
@@ -6111,6 +6321,22 @@ def standard_streams() -> tuple:
         return get("stdin"), get("stdout"), get("stderr")
 
 
+class _Environment:
+    """os.environ, as the app's import has left it."""
+
+    def __init__(self):
+        self._environ, self._pairs = os.environ, os.environ.copy()
+        # The encoded pairs behind it: compared in 1 µs, not in 20.
+        self._data = getattr(os.environ, "_data", os.environ)
+        self._data_before = dict(self._data)
+
+    def restore(self):
+        os.environ = self._environ      # noqa: B003 - a task may have replaced it
+        if self._data != self._data_before:
+            os.environ.clear()
+            os.environ.update(self._pairs)
+
+
 class Surroundings:
     """What a task may change of its process, as the app's import has left it.
 
@@ -6132,16 +6358,12 @@ class Surroundings:
             timer for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
             if not any(signal.getitimer(timer))     # else the app profiles itself
         ]
-        self._environ = os.environ
-        # The encoded pairs behind it: compared in 1 µs, not in 20.
-        self._pairs = getattr(os.environ, "_data", os.environ)
+        self._environment = _Environment()
         self._streams = standard_streams()
         self._descriptors = [
             (own, fd, os.get_blocking(fd)) for fd in range(3) if (own := _copy(fd)) > 0
         ]
         self._folder = self._here()
-        self._environment = os.environ.copy()
-        self._pairs_before = dict(self._pairs)
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         self._depth = sys.getrecursionlimit()
@@ -6177,10 +6399,7 @@ class Surroundings:
         if self._here() != self._folder:
             with contextlib.suppress(OSError):
                 os.chdir(self._folder)
-        os.environ = self._environ      # noqa: B003 - a task may have replaced it
-        if self._pairs != self._pairs_before:
-            os.environ.clear()
-            os.environ.update(self._environment)
+        self._environment.restore()
 
     def _restore_handlers(self, numbers):
         """True when there was something to do."""
@@ -6247,6 +6466,86 @@ def _decimal_context():
     return None
 
 
+# == Interrupts ===============================================================
+# Owns how a time limit, or a cancellation, gets into the middle of a task: the
+# signals of a child.  Knows nothing of what the task is.
+
+_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
+
+
+class Interrupts:
+    """Raises a time limit, or a cancellation, in the middle of a task.
+
+    But never in the middle of a message, or of a fork: then after it.
+    """
+
+    def __init__(self, wire: ChildEnd):
+        self._wire, self._main_thread = wire, own_ident()
+        self.allowed = False        # True while code of the task runs
+        self.run_id = 0             # whose that is
+        self.raised: BaseException | None = None        # in the task
+        self.pending: BaseException | None = None       # to be, after a send, a fork
+        self.forking = 0            # threads that are in the middle of os.fork()
+        self._mask = threading.local()      # .before: of a thread that forks
+        # Process managers signal whole groups: leave the end to our worker.  Not
+        # SIG_IGN, which programs started by a task would inherit.
+        self.handlers = {
+            signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None,
+            signal.SIGALRM: self.on_alarm, signal.SIGUSR1: self.on_cancel,
+        }
+
+    def begin(self, run_id: int) -> None:
+        """From now on it is about this run."""
+        self.run_id, self.raised, self.pending = run_id, None, None
+
+    def on_alarm(self, *_: Any) -> None:
+        exc, self.pending = self.pending, None
+        self._raise(exc or TaskTimeout("the time limit is reached"))
+
+    def on_cancel(self, *_: Any) -> None:
+        """The parent wrote the id it means, which may have just finished."""
+        if self.run_id in self._wire.wanted():
+            self._raise(TaskCancelled(f"task {self.run_id} is being cancelled"))
+
+    def _raise(self, exc):
+        """Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept."""
+        if not self.allowed:
+            return
+        self.raised = exc
+        if self._wire.is_sending():
+            self.pending = exc
+        elif self.forking:      # where the interpreter would drop the exception
+            self.pending = exc
+            signal.setitimer(signal.ITIMER_REAL, _FORK_PAUSE)
+        else:
+            raise exc
+
+    def after_send(self) -> None:
+        """Raise what fell into the message."""
+        if self.pending is not None and own_ident() == self._main_thread:
+            exc, self.pending = self.pending, None
+            raise exc
+
+    def before_fork(self) -> None:
+        """Hold back signals that our handlers would swallow in the new process."""
+        self.forking += 1
+        self._mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
+
+    def after_fork(self) -> None:
+        """In both processes."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before)
+        self.forking -= 1
+
+    def leave(self) -> None:
+        """In a forked process: let signals do there what they do anywhere else."""
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == handler:
+                is_int = number == signal.SIGINT
+                signal.signal(
+                    number, signal.default_int_handler if is_int else signal.SIG_DFL
+                )
+
+
 # == Child ====================================================================
 # Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
 # one message, and only then takes the next.  Nothing that happens in a task can
@@ -6269,7 +6568,6 @@ class ChildSpec(NamedTuple):
 
 
 TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
-_FORK_PAUSE = 0.001             # seconds until what fell into a fork is raised
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 _FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
@@ -6352,53 +6650,31 @@ class Child:
 
     def __init__(self, spec: ChildSpec):
         self.spec = spec
-        self.is_forked = False      # a process that a task has forked
         self.wire = ChildEnd(spec.frames, spec.messages)
+        self.interrupts = Interrupts(self.wire)
+        self.printer = Printer(self._say)
+        self.originals: tuple = ()          # what our streams stand in for
+        self.plain_streams: tuple = ()      # ours
+        self.has_written: Callable = list   # anything of a run waits in the pipe
         self.strays = False         # processes that earlier runs have started live
-        self.main_thread = own_ident()
-        self.run_id = 0             # of the current run; 0: none
-        self.attempt = 0
-        self.printed = 0            # characters of the current run
-        self.strange = 0            # … and of threads that are left over
-        self.own_threads: set = set()       # the app's, and the main thread
-        self.left_over: set = set()         # threads of runs that are over
-        self.surroundings: Any = None       # once the app is imported
-        self.interruptible = False  # True while code of the task runs
-        self.forking = 0            # threads that are in the middle of os.fork()
-        self.pending: BaseException | None = None   # to be raised after a send, fork
-        self.interrupt: BaseException | None = None     # what we raised in the task
-        self.mask = threading.local()   # .before: of a thread that forks
-        # Process managers signal whole groups: leave the end to our worker.  Not
-        # SIG_IGN, which programs started by a task would inherit.
-        self.handlers = {
-            signal.SIGTERM: lambda *_: None, signal.SIGINT: lambda *_: None,
-            signal.SIGALRM: self._on_alarm, signal.SIGUSR1: self._on_cancel,
-        }
+        self.app: Any = None        # once it is imported
+        self.surroundings: Any = None       # the same
+        self.of = 0, 0              # id and attempt of the current run; 0: none
+        self.is_fork = False        # this is a process that a task has forked
 
     def main(self) -> None:
         """Prepare, import the app, then serve; return for an orderly exit."""
         die_with_parent(self.spec.parent)
         self._prepare()
-        try:
-            # Written shortly before the worker looks for it.
-            with stack_when_slow(self.spec.crash, 0.9 * SLOW_SECONDS):
-                self.app = load_app(self.spec.app)
-            self.app.override(**self.spec.settings)
-        except BaseException as exc:
-            # A lock that is taken will be so for as long as the worker lives.
-            lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
-            trace = describe_exception(exc)["traceback"]
-            self._say(LACKING if lacks else BROKEN,
-                      trace.encode("utf-8", "backslashreplace"))
-            os._exit(1)
+        self._import()
         import gc
 
         gc.freeze()         # what is imported will never be garbage
         dump_crashes(self.spec.crash)
-        self.surroundings = Surroundings(self.handlers)
+        self.surroundings = Surroundings(self.interrupts.handlers)
         self.surroundings.restore(standard_streams())
-        self.own_threads = set(threading.enumerate())
-        self._say(READY, to_json(list(self.app.tasks)).encode())
+        self.printer.ready()
+        self._say(READY, list(self.app.tasks))
         lasted = False              # the run before
         while True:
             frame = self.wire.receive_now()
@@ -6412,6 +6688,24 @@ class Child:
                 return
             lasted = self._serve(frame) > _SPAWN_SECONDS
 
+    def _prepare(self):
+        atexit.register(self._let_go)       # the first to come is the last to go
+        dump_crashes(self.spec.crash)
+        # Whoever started the worker may have ignored or blocked what tasks rely on.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for number, handler in self.interrupts.handlers.items():
+            signal.signal(number, handler)
+        os.register_at_fork(
+            before=self.interrupts.before_fork, after_in_child=self._in_fork,
+            after_in_parent=self.interrupts.after_fork,
+        )
+        for fd in self.spec[4:8]:
+            os.set_inheritable(fd, False)
+        self.has_written = watch_pipe(self.spec.output)
+        self._capture()
+
     def _let_go(self):
         """At the very end: what the app has made ends with it, so files are flushed.
 
@@ -6420,42 +6714,29 @@ class Child:
         for app in (self.app, default_app):
             app.tasks.clear()
 
-    def _prepare(self):
-        atexit.register(self._let_go)       # the first to come is the last to go
-        dump_crashes(self.spec.crash)
-        # Whoever started the worker may have ignored or blocked what tasks rely on.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._after_fork,
-            after_in_child=self._in_fork,
-        )
-        for fd in self.spec[4:8]:
-            os.set_inheritable(fd, False)
-        self.has_written = watch_pipe(self.spec.output)
-        self._capture()
-
     def _capture(self):
         """Also as sys.__stdout__: "sys.stdout = sys.__stdout__" ends a redirection."""
         self.originals = sys.stdout, sys.stderr
         for stream in self.originals:
             stream.flush()
-        self.streams = out, err = TaskStream(self.print, 1), TaskStream(self.print, 2)
+        out, err = self.printer.streams
         sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
         sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
         self.plain_streams = standard_streams()
 
-    def _before_fork(self):
-        """Hold back signals that our handlers would swallow in the new process."""
-        self.forking += 1
-        self.mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
-
-    def _after_fork(self):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.before)
-        self.forking -= 1
+    def _import(self):
+        """Import the app; where that fails, say so and end."""
+        try:
+            # Written before the worker looks for it, which counts from our start.
+            with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
+                self.app = load_app(self.spec.app)
+            self.app.override(**self.spec.settings)
+        except BaseException as exc:
+            # A lock that is taken will be so for as long as the worker lives.
+            lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
+            trace = describe_exception(exc)["traceback"]
+            self._say(LACKING if lacks else BROKEN, trace)
+            os._exit(1)
 
     def _in_fork(self):
         """In a process that a task has forked: be to it as a program of its own.
@@ -6464,20 +6745,14 @@ class Child:
         """
         import faulthandler
 
-        self.is_forked = True
+        self.is_fork = True
         faulthandler.unregister(signal.SIGUSR2)
-        for number, handler in self.handlers.items():
-            if signal.getsignal(number) == handler:
-                is_int = number == signal.SIGINT
-                signal.signal(
-                    number, signal.default_int_handler if is_int else signal.SIG_DFL
-                )
-        for stream in self.streams:
-            stream.forget()
+        self.interrupts.leave()
+        self.printer.leave()
         if self.surroundings:
             self.surroundings.leave()
         self.wire.close()
-        self._after_fork()
+        self.interrupts.after_fork()
 
     def _leave_fork(self, exc):
         """A process that a task has forked came back here: end it as Python would."""
@@ -6486,64 +6761,62 @@ class Child:
             code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
         elif exc is not None:
             code = 1
-            self.print(describe_exception(exc)["traceback"], 2)
-        for stream in self.streams:
-            stream.end_run()
+            self.printer.print(describe_exception(exc)["traceback"], 2)
+        self.printer.end_run()
         os._exit(code & 0xFF)
 
     def _serve(self, frame):
-        self.run_id, self.attempt, timeout, tick, name, text = read_frame(frame)
-        self.printed = self.strange = 0
-        self.interrupt = self.pending = None
+        run_id, attempt, timeout, tick, name, text = read_frame(frame)
+        self.of = run_id, attempt
+        self.printer.begin(self.of)
+        self.interrupts.begin(run_id)
         started_at = now_ms()
         start = time.perf_counter()
         task = self.app.tasks.get(name)
         try:
             if task is None:
-                message = UNKNOWN, b""
+                kind, value = UNKNOWN, b""
             else:
-                message = SUCCEEDED, self._run(task, text, timeout, tick)
+                kind, value = SUCCEEDED, self._run(task, text, timeout, tick)
         except BaseException as exc:
-            if self.is_forked:
+            if self.is_fork:
                 self._leave_fork(exc)
-            message = ENDED_BADLY, self._describe(exc, task)
-        if self.is_forked:
+            kind, value = ENDED_BADLY, _error_of(exc, self.interrupts.raised, task)
+        if self.is_fork:
             self._leave_fork(None)
         duration = time.perf_counter() - start
         self._end_output(duration)
-        self._send(*message, self.run_id, self.attempt, started_at, duration)
-        self.run_id = 0
+        self._say(kind, value, self.of, started_at, duration)
+        self.of = 0, 0
         return duration
 
     def _end_output(self, seconds):
         """What this run has printed is its own; what comes later may not be."""
-        if TaskStream.unended:
-            for stream in self.streams:
-                stream.end_run()
+        self.printer.end_run()
         try:
             if self.has_written():
-                self._say(WRITTEN, os.read(self.spec.output, LINE_BYTES))
+                self._say(WRITTEN, os.read(self.spec.output, LINE_BYTES), self.of)
         except BlockingIOError:             # the worker has read it meanwhile
             pass
         except OSError as exc:
             self.wire.end_if_closed(exc)
             raise
-        if _thread._count() or self.left_over:
-            self.left_over = set(threading.enumerate()) - self.own_threads
+        self.printer.note_threads()
         if seconds > _SPAWN_SECONDS or self.strays:
             strays = others_write_here()
             if strays != self.strays:
                 self.strays = strays
-                self._say(STRAYS, b"1" if strays else b"0")
+                self._say(STRAYS, strays)
 
     def _run(self, task, text, timeout, tick):
         global running_task
-        args, kwargs = decode(text or self.app.store.args(self.run_id))
+        run_id, attempt = self.of
+        args, kwargs = decode(text or self.app.store.args(run_id))
         deadline = time.time() + timeout if timeout else None
         if tick is not None:
             tick = datetime.fromtimestamp(tick, timezone.utc)
         running_task = CurrentTask(
-            self.run_id, task.name, self.attempt, deadline, tick, self._progress
+            run_id, task.name, attempt, deadline, tick, self._progress
         )
         try:
             value = self._interruptibly(timeout, task.fn, args, kwargs)
@@ -6556,20 +6829,19 @@ class Child:
 
     def _encode_result(self, value):
         if value is None:
-            return b"null"
-        body = encode(value, "result").encode()
-        limit = self.app.settings.max_payload
-        if len(body) > limit:
+            return "null"
+        text, limit = encode(value, "result"), self.app.settings.max_payload
+        if len(text) > limit:               # it is ASCII: as many bytes
             raise PayloadTooLarge(
-                f"result of {len(body):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                f"result of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
                 f"{limit:,}; write it to a file and return its path"
             )
-        return body
+        return text
 
     def _interruptibly(self, timeout, fn, args, kwargs):
         """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
         context = self.surroundings.context()
-        self.interruptible = True
+        self.interrupts.allowed = True
         try:
             if timeout:
                 signal.setitimer(signal.ITIMER_REAL, timeout)
@@ -6578,7 +6850,7 @@ class Child:
                 value = context.run(run_coroutine, value)
             return value
         finally:
-            self.interruptible = False
+            self.interrupts.allowed = False
             streams = standard_streams()
             if streams != self.plain_streams:
                 self._flush(streams[1:])
@@ -6589,99 +6861,47 @@ class Child:
 
         Never raises, and waits only so long: a stream may lead to who does not read.
         """
-        before = self.interrupt
+        raised = self.interrupts.raised
         for stream in streams:
             with contextlib.suppress(Exception):
                 try:
-                    self.interruptible = True
+                    self.interrupts.allowed = True
                     signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
                     stream.flush()
                 finally:
-                    self.interruptible = False
-        self.interrupt = before
-
-    def _on_alarm(self, *_):
-        exc, self.pending = self.pending, None
-        self._interrupt(exc or TaskTimeout("the time limit is reached"))
-
-    def _on_cancel(self, *_):
-        """The parent wrote the id it means, which may have just finished."""
-        if self.run_id in self.wire.wanted():
-            self._interrupt(TaskCancelled(f"task {self.run_id} is being cancelled"))
-
-    def _interrupt(self, exc):
-        """Raise in the task, but never in the middle of a message or of a fork.
-
-        Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept.
-        """
-        if not self.interruptible:
-            return
-        self.interrupt = exc
-        if self.wire.is_sending():
-            self.pending = exc
-        elif self.forking:      # where the interpreter would drop the exception
-            self.pending = exc
-            signal.setitimer(signal.ITIMER_REAL, _FORK_PAUSE)
-        else:
-            raise exc
-
-    def _describe(self, exc, task):
-        """What the parent needs to decide, as JSON."""
-        error = describe_exception(exc)
-        if isinstance(exc, _ResultRefused):
-            error["type"] = type(exc.__cause__).__name__
-        elif isinstance(exc, Abort):        # it wins, also over a time limit
-            error["kind"] = "abort"
-        elif self.interrupt is not None:
-            timed_out = isinstance(self.interrupt, TaskTimeout)
-            error["kind"] = "timeout" if timed_out else "cancelled"
-        if isinstance(exc, Retry):
-            error["countdown"] = _countdown(exc.countdown)
-        error["retryable"] = not isinstance(exc, Abort) and (
-            error["kind"] == "timeout"
-            or isinstance(exc, (Retry, *task.policy.retry_for))
-        )
-        return to_json(error).encode()
-
-    def _is_left_over(self):
-        """True in a thread that has outlived the run which started it."""
-        return self.left_over and threading.current_thread() in self.left_over
+                    self.interrupts.allowed = False
+        self.interrupts.raised = raised
 
     def _progress(self, run, percent, message):
-        if self.is_forked:
+        if self.is_fork:
             return
         of = run.id, run.attempt
-        if of == (self.run_id, self.attempt) and not self._is_left_over():
+        if of == self.of and not self.printer.is_left_over():
             text = None if message is None else str(message)[:1000]
-            self._send(PROGRESSED, to_json([percent, text]).encode(), *of)
+            self._say(PROGRESSED, [percent, text], of)
 
-    def print(self, text: str, fd: int) -> None:
-        """Send what a task printed, up to OUTPUT_CHARS for each run."""
-        if self.is_forked:
-            write_all(fd, text.encode("utf-8", "backslashreplace"))
-            return
-        run_id, attempt = self.run_id, self.attempt
-        if self._is_left_over():
-            run_id = attempt = 0
-            text = cut_output(text, self.strange)
-            self.strange += len(text)
-        else:
-            text = cut_output(text, self.printed)
-            self.printed += len(text)
-        if text:
-            body = text.encode("utf-8", "backslashreplace")
-            self._send(PRINTED, body, run_id, attempt)
+    def _say(self, kind, value, of=(0, 0), started_at=0, duration=0.0):
+        """Send a message of this run, or of none."""
+        self.wire.send(write_message(kind, value, of, started_at, duration))
+        self.interrupts.after_send()
 
-    def _say(self, kind, body):
-        """Send a message of the current run, or of none."""
-        self._send(kind, body, self.run_id, self.attempt)
 
-    def _send(self, kind, body, run_id, attempt, started_at=0, duration=0.0):
-        head = MESSAGE.pack(len(body), kind, run_id, attempt, started_at, duration)
-        self.wire.send(head + body)
-        if self.pending is not None and own_ident() == self.main_thread:
-            exc, self.pending = self.pending, None
-            raise exc
+def _error_of(exc, raised, task):
+    """What the worker needs to decide; `raised` is what we have put into the task."""
+    error = describe_exception(exc)
+    if isinstance(exc, _ResultRefused):
+        error["type"] = type(exc.__cause__).__name__
+    elif isinstance(exc, Abort):        # it wins, also over a time limit
+        error["kind"] = "abort"
+    elif raised is not None:
+        timed_out = isinstance(raised, TaskTimeout)
+        error["kind"] = "timeout" if timed_out else "cancelled"
+    if isinstance(exc, Retry):
+        error["countdown"] = _countdown(exc.countdown)
+    error["retryable"] = not isinstance(exc, Abort) and (
+        error["kind"] == "timeout" or isinstance(exc, (Retry, *task.policy.retry_for))
+    )
+    return error
 
 
 def _countdown(value):
@@ -6728,20 +6948,13 @@ def describe_exception(exc: BaseException) -> dict:
 # Owns one child as the worker sees it: its process, its sockets and pipes, what it
 # was sent and what it said.  Decides nothing.
 #
-# Several frames may wait in a child's socket, so that it is never idle while the
-# worker commits.  The worker keeps a duplicate of the receiving end and can read
-# back what the child has not taken: each frame is got by exactly one of the two.
-#
 # `at`, here and in the Pool, is monotonic seconds: every span is measured by a
 # clock that nobody can set.
 
-_MESSAGE_EXTRA_BYTES = 1 << 20      # a message is never so much over max_payload
-_READ_BYTES = 1 << 18
+_PIPE_BYTES = 1 << 16               # of a pipe, in one read
 _READS = 16                         # in a row from one pipe, at most
 STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
                             # and the worker reads what it writes
-_NONSENSE = (ValueError, TypeError, RecursionError)     # what reading one may raise
-LATEST_MS = 1 << 53                # no clock shows such a unix time
 
 
 class Ended(NamedTuple):
@@ -6761,7 +6974,7 @@ def _read_all(fd, most):
     found, at_end = bytearray(), False
     for _ in range(_READS):         # not for ever, when somebody goes on writing
         try:
-            chunk = os.read(fd, _READ_BYTES)
+            chunk = os.read(fd, _PIPE_BYTES)
         except OSError:
             break
         if not chunk:
@@ -6796,35 +7009,24 @@ class Member:
         self.why = ""                   # condemned: timeout, cancelled, see _crash()
         self.kill_due = 0.0             # 0: not condemned
         self.exit: Exit | None = None   # once it is dead
-        self._buffer = bytearray()      # of messages, not yet whole
-        self._is_deaf = False           # nothing is taken in any more
         self._reason = ""               # why it could not start
         self._lacks = False             # … for want of what there may be later
 
     def _open(self, spec):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            self.frames, child_frames = frame_pair()
-            self.messages, child_messages = socket_pair()
-            for end in (self.frames, child_frames, self.messages, child_messages):
-                undo.callback(end.close)
+            self.wire = WorkerEnd(undo)
             self.output, child_output = _pipe(undo, theirs)
             self.crash, child_crash = _pipe(undo, theirs)
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(close_fd, null)
-            ends = (child_frames.fileno(), child_messages.fileno(), child_crash,
-                    self.output)
+            ends = (*self.wire.theirs(), child_crash, self.output)
             spec = spec._replace(
                 frames=ends[0], messages=ends[1], crash=child_crash, output=self.output
             )
             argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
             self.pid = spawn(argv, ends, null, child_output)
             undo.pop_all()
-        child_messages.close()
-        # The duplicate that frames are read back by.  It shares its flags with the
-        # child's end, so it must stay blocking.
-        self._unread = child_frames
-        self.frames.setblocking(False)
-        self.messages.setblocking(False)
+        self.wire.given()
         os.set_blocking(self.output, False)
         os.set_blocking(self.crash, False)
 
@@ -6835,9 +7037,7 @@ class Member:
 
     def send(self, run: Run, at: float) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
-        try:
-            self.frames.send(write_frame(run)[:FRAME_BYTES])
-        except OSError:
+        if not self.wire.send(run):
             return False
         self.waiting.append(run)
         self.behind += run.usual
@@ -6855,33 +7055,11 @@ class Member:
 
     def recall(self) -> list:
         """Read back the frames that the child has not taken; return their runs."""
-        ids = set()
-        with contextlib.suppress(OSError):      # EAGAIN: there are no more
-            while True:
-                frame = self._unread.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
-                if not frame:
-                    break
-                ids.add(read_frame(frame)[0])
+        ids = self.wire.recall()
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
         self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
         return back
-
-    def read(self) -> bool:
-        """Take in what it sent.  False when the socket is at its end."""
-        while True:
-            try:
-                chunk = self.messages.recv(_READ_BYTES)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not chunk:
-                return False
-            if not self._is_deaf:
-                self._buffer += chunk
-            if len(chunk) < _READ_BYTES:
-                return True
 
     def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
         """Call understand(self, message, at) with all that it sent.
@@ -6890,36 +7068,15 @@ class Member:
         """
         alive, wrong = True, ""
         try:
-            alive = self.read()
-            for message in self.parse(max_payload):
+            alive = self.wire.read()
+            for message in self.wire.heard(max_payload):
                 understand(self, message, at)
-        except _NONSENSE:
+        except NONSENSE:
             wrong = "mad"
         except MemoryError:             # costs this run, not the worker
             wrong = "too much"
-            self._buffer, self._is_deaf = bytearray(), True
+            self.wire.go_deaf()
         return alive, wrong
-
-    def parse(self, max_payload: int) -> Iterator[tuple]:
-        """Yield (header, body) of the whole messages, the header as MESSAGE has it.
-
-        Raises ValueError for what cannot be one.
-        """
-        buffer, at, size = self._buffer, 0, MESSAGE.size
-        try:
-            while len(buffer) - at >= size:
-                header = MESSAGE.unpack_from(buffer, at)
-                if header[0] > max_payload + _MESSAGE_EXTRA_BYTES:
-                    raise ValueError("a message that is too long")
-                if not (0 <= header[4] < LATEST_MS and 0 <= header[5] < LATEST_MS):
-                    raise ValueError("a time that cannot be")
-                start, end = at + size, at + size + header[0]
-                if len(buffer) < end:
-                    break
-                at = end
-                yield header, buffer[start:end]
-        finally:
-            del buffer[:at]
 
     def is_settled(self, at: float) -> bool:
         """True when what the pipe holds was written by the run at the head.
@@ -6982,8 +7139,7 @@ class Member:
 
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
-        with contextlib.suppress(OSError):
-            self.messages.send(struct.pack("!q", run_id))
+        self.wire.cancel(run_id)
         send_signal(self.pid, signal.SIGUSR1)
 
     def poll(self) -> Exit | None:
@@ -7004,8 +7160,7 @@ class Member:
 
     def hang_up(self) -> None:
         """Tell an idle child to exit."""
-        self.frames.close()
-        self._unread.close()
+        self.wire.hang_up()
 
     def watch(self, selector: selectors.BaseSelector) -> None:
         """Have the selector name us when there is something to read.
@@ -7013,7 +7168,7 @@ class Member:
         Raises OSError, and kills the child, when it cannot.
         """
         try:
-            selector.register(self.messages, selectors.EVENT_READ, self)
+            selector.register(self.wire.messages, selectors.EVENT_READ, self)
             self.mind_output(selector, 0.0)
         except OSError:
             self.wait(0)
@@ -7022,11 +7177,10 @@ class Member:
 
     def close(self, selector: selectors.BaseSelector) -> None:
         """Close our ends.  The child must be dead."""
-        for channel in (self.messages, self.output):
+        for channel in (self.wire.messages, self.output):
             with contextlib.suppress(KeyError):
                 selector.unregister(channel)
-        for end in (self.frames, self.messages, self._unread):
-            end.close()
+        self.wire.close()
         for fd in (self.output, self.crash):
             close_fd(fd)
 
@@ -7212,7 +7366,7 @@ _STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
-_KINDS = ("exception", "timeout", "abort", "cancelled")     # of errors, by a child
+_KINDS_OF_ERRORS = ("exception", "timeout", "abort", "cancelled")    # by a child
 
 
 class Starts:
@@ -7512,39 +7666,36 @@ class Pool:
 
     def _understand(self, member, message, at):
         """Raises ValueError for what a child in its right mind does not say."""
-        (_, kind, run_id, attempt, started_at, duration), body = message
+        kind, of, value, started_at, duration = message
         head = member.waiting[0] if member.waiting else None
-        is_heads = head is not None and (head.id, head.attempt) == (run_id, attempt)
-        if kind == SUCCEEDED and is_heads:                 # most are
-            result = body.decode("ascii")
-            self._take_answer(member, None, result, started_at, duration, at)
-        elif kind == READY:
-            self._welcome(member, json.loads(body), at)
+        is_heads = head is not None and (head.id, head.attempt) == of
+        if kind is SUCCEEDED and is_heads:                  # most are
+            self._take_answer(member, None, value, started_at, duration, at)
+        elif kind is READY:
+            self._welcome(member, value, at)
         elif kind in (BROKEN, LACKING):
-            member.cannot_start(body.decode("utf-8", "replace"), kind == LACKING)
-        elif kind == PRINTED:
+            member.cannot_start(value, kind is LACKING)
+        elif kind is PRINTED:
             run = head if is_heads else None
-            text = body.decode("utf-8", "replace")
-            member.transcript.printed(text, run, is_heads or head is None)
-        elif kind == STRAYS:
-            member.transcript.set_strays(body == b"1")
-        elif kind == PROGRESSED and not is_heads:
+            member.transcript.printed(value, run, is_heads or head is None)
+        elif kind is STRAYS:
+            member.transcript.set_strays(value)
+        elif kind is PROGRESSED and not is_heads:
             pass                        # of a thread whose run was ending
         elif head is None or not is_heads:
             raise ValueError("an answer that nobody asked for")
-        elif kind == WRITTEN:
-            member.transcript.written(bytes(body), head)
-        elif kind == PROGRESSED:
-            percent, text = json.loads(body)
+        elif kind is WRITTEN:
+            member.transcript.written(value, head)
+        elif kind is PROGRESSED:
+            percent, text = value
             self.progress[head.id] = head, to_json([percent, text])
-        elif kind == UNKNOWN:
+        elif kind is UNKNOWN:
             self.starts.unknown.add(head.name)
             self.ended.append(Ended(member.waiting.popleft(), "unknown"))
             member.begin_head(at)
-        elif kind == ENDED_BADLY:
-            self._take_answer(member, _error_of(body), None, started_at, duration, at)
         else:
-            raise ValueError("an unknown kind of message")
+            error = _checked_error(value)
+            self._take_answer(member, error, None, started_at, duration, at)
 
     def _welcome(self, member, names, at):
         """A child has imported the app, which knows these tasks."""
@@ -7708,10 +7859,9 @@ class Pool:
         self._guardian.stop()
 
 
-def _error_of(text):
+def _checked_error(error):
     """The error that a child describes.  Raises ValueError when it is none."""
-    error = json.loads(text)
-    if not isinstance(error, dict) or error.get("kind") not in _KINDS:
+    if not isinstance(error, dict) or error.get("kind") not in _KINDS_OF_ERRORS:
         raise ValueError("an error without a kind")
     countdown = error.get("countdown")
     if countdown is not None and not -LARGEST <= countdown <= LARGEST:

@@ -6013,25 +6013,25 @@ class Children(Served):
 
     def test_a_time_limit_that_falls_into_a_fork_is_kept(self):
         """The interpreter drops what a handler raises inside its fork hooks."""
-        child = pybgworker.Child(pybgworker.ChildSpec("m", "a", [], 1, *self.ends(), {}))
+        interrupts = pybgworker.Interrupts(pybgworker.ChildEnd(*self.ends()))
         raised = []
 
         def handle(*_):
             try:
-                child._on_alarm()
+                interrupts.on_alarm()
             except pybgworker.TaskTimeout as exc:
-                raised.append((child.forking, exc))
+                raised.append((interrupts.forking, exc))
 
-        child.handlers[signal.SIGALRM] = handle
+        interrupts.handlers[signal.SIGALRM] = handle
         before = signal.signal(signal.SIGALRM, handle)
         self.addCleanup(signal.signal, signal.SIGALRM, before)
-        child.interruptible = True
-        child._before_fork()
+        interrupts.allowed = True
+        interrupts.before_fork()
         os.kill(os.getpid(), signal.SIGALRM)
-        child._after_fork()                     # the mask goes, and the signal comes
+        interrupts.after_fork()                     # the mask goes, and the signal comes
         until(lambda: raised, what="the time limit")
         self.assertEqual([forking for forking, _ in raised], [0])
-        self.assertIsNone(child.pending)
+        self.assertIsNone(interrupts.pending)
 
     def test_a_default_timeout_of_sockets_is_not_for_ours(self):
         """Set by the app, before the child has its sockets, or by a task."""
@@ -6101,13 +6101,13 @@ class Children(Served):
 
     def test_a_cancellation_that_comes_late_ends_no_other_run(self):
         """It names the run it means, which may have just finished."""
-        child = pybgworker.Child(pybgworker.ChildSpec("m", "a", [], 1, *self.ends(), {}))
-        child.run_id, child.interruptible = 2, True
+        interrupts = pybgworker.Interrupts(pybgworker.ChildEnd(*self.ends()))
+        interrupts.run_id, interrupts.allowed = 2, True
         for wanted in ((), (1,), (1, 3)):
             self.worker_end.send(b"".join(n.to_bytes(8, "big") for n in wanted))
-            child._on_cancel()
+            interrupts.on_cancel()
         self.worker_end.send((1).to_bytes(8, "big") + (2).to_bytes(8, "big"))
-        self.assertRaises(pybgworker.TaskCancelled, child._on_cancel)
+        self.assertRaises(pybgworker.TaskCancelled, interrupts.on_cancel)
 
     def ends(self):
         """Descriptors such as a child is given."""
@@ -6115,7 +6115,7 @@ class Children(Served):
         for end in (*frames, *messages):
             self.addCleanup(end.close)
         self.worker_end = messages[1]
-        return (os.dup(frames[0].fileno()), os.dup(messages[0].fileno()), -1, -1)
+        return os.dup(frames[0].fileno()), os.dup(messages[0].fileno())
 
     def test_a_child_ends_as_a_program_does(self):
         """Exit handlers run and buffers are flushed: at a stop, and when replaced."""
@@ -6257,7 +6257,7 @@ class Pools(Served):
         site = self.folder / "site"
         site.mkdir()
         (site / "sitecustomize.py").write_text(
-            "import pybgworker\npybgworker._SLOW_SECONDS = 0.2\n")
+            "import pybgworker\npybgworker.SLOW_SECONDS = 4\n")
         (self.folder / "hanging.py").write_text(textwrap.dedent("""
             import os, sys, time
             from pybgworker import task
@@ -6444,7 +6444,7 @@ class Pools(Served):
     def test_random_messages_of_a_child_never_get_past_the_pool(self):
         chance = random.Random(6)
         limits = self.app.settings
-        head = pybgworker.MESSAGE
+        head = pybgworker._MESSAGE
         bodies = (b"null", b"[]", b"{}", b"[" * 100_000, b'{"kind":"crash"}', b"\xff\xfe",
                   b'{"kind":"exception","countdown":NaN}', b'{"kind":["a"]}', b"1" * 5000,
                   b'{"kind":"exception","countdown":1e999,"retryable":true}',
@@ -6458,8 +6458,8 @@ class Pools(Served):
             member.__dict__.update(
                 waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
                 why="", kill_due=0, ready=True, retiring=False,
-                transcript=pybgworker.Transcript(journal.run), read=lambda: True, recall=list,
-                crash=-1)
+                transcript=pybgworker.Transcript(journal.run), recall=list,
+                wire=self.wire(), crash=-1)
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
                 body = chance.choice(bodies)
@@ -6471,7 +6471,7 @@ class Pools(Served):
                 ) + body
             for _ in range(chance.choice((0, 0, 1, 5))):
                 message[chance.randrange(len(message))] = chance.randrange(256)
-            member._buffer = message
+            member.wire._buffer = message
             pool._hear(member, 1)
             for end in pool.ended:
                 said += 1
@@ -6531,7 +6531,7 @@ class Pools(Served):
                      "read_output"):
             setattr(member, name, mock.Mock())
         member.pid, member.read_stack, member.read = 4711, str, lambda: True
-        member._buffer, member._listens, member.is_mute = bytearray(), True, False
+        member.wire, member._listens, member.is_mute = self.wire(), True, False
         pool.members.append(member)
         return pool, member
 
@@ -6571,7 +6571,7 @@ class Pools(Served):
         other = self.ready_member()
         other.__dict__.update(mind_output=looks.append, is_mute=False, _listens=True)
         pool.members.append(other)
-        member._buffer += pybgworker.MESSAGE.pack(4, b"S", 1, 1, 1, 0.5) + b"null"
+        member.wire._buffer += pybgworker._MESSAGE.pack(4, b"S", 1, 1, 1, 0.5) + b"null"
         pool.receive([(member, -1)], 200.0)
         self.assertEqual([run.id for run in member.waiting], [2])
         self.assertEqual(pool.next_timer(), 200.005)
@@ -6626,7 +6626,7 @@ class Pools(Served):
                 pool.check_memory(1.0)
 
         def noise(pool, member):
-            member._buffer += b"\xff" * 500
+            member.wire._buffer += b"\xff" * 500
             pool._hear(member, 1.0)
 
         for condemn in (limit, memory, noise):
@@ -6637,9 +6637,15 @@ class Pools(Served):
                 self.assertEqual([run.id for run in member.waiting], [1])
                 self.assertEqual([run.id for run in pool.hand.runs], [2])
 
+    def wire(self, **ends):
+        """A WorkerEnd that nothing comes from but what is put into its buffer."""
+        wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
+        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True, **ends)
+        return wire
+
     def answer(self, run, value=b"1"):
         """The message of a child that this run has succeeded."""
-        return pybgworker.MESSAGE.pack(
+        return pybgworker._MESSAGE.pack(
             len(value), b"S", run.id, run.attempt, 1000, 0.1) + value
 
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
@@ -6653,7 +6659,7 @@ class Pools(Served):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
             member.why, member.kill_due = why, 1.0 if why else 0.0
-            member._buffer += self.answer(run)
+            member.wire._buffer += self.answer(run)
             end(pool, member)
             with self.subTest(why):
                 self.assertEqual([(end.run.id, end.kind, end.result)
@@ -6668,7 +6674,7 @@ class Pools(Served):
             pool._condemn(member, why, 5.0, 2.0)
             pool._condemn(member, "mad", 5.5)       # the first sentence stands
             self.assertEqual((member.why, member.kill_due), (why, 7.0))
-            member._buffer += self.answer(run)
+            member.wire._buffer += self.answer(run)
             pool._hear(member, 6.0)
             with self.subTest(why):
                 self.assertEqual([end.kind for end in pool.ended], ["success"])
@@ -6760,7 +6766,7 @@ class Pools(Served):
             self.addCleanup(end.close)
         member = self.ready_member()
         del member.recall
-        member.frames, member._unread = ours, theirs
+        member.wire = self.wire(_frames=ours, _unread=theirs)
         member.transcript = mock.Mock()
         for count in (1, 3):
             for number in range(count):
@@ -6901,13 +6907,13 @@ Served_TASKS_MORE = """
     @task(retries=0)
     def scribble(how):
         child = sys._getframe(1).f_locals["self"]
-        head = pybgworker.MESSAGE
+        head = pybgworker._MESSAGE
         frames = {
             "noise": b"\\xff" * 500,
             "length": head.pack(1 << 31, b"S", 1, 1, 0, 0),
             "stranger": head.pack(0, b"S", 12345, 1, 0, 0),
-            "no error": head.pack(2, b"F", child.run_id, child.attempt, 0, 0) + b"[]",
-            "no time": head.pack(0, b"S", child.run_id, child.attempt, 1 << 63, 0),
+            "no error": head.pack(2, b"F", *child.of, 0, 0) + b"[]",
+            "no time": head.pack(0, b"S", *child.of, 1 << 63, 0),
         }
         child.wire.messages.sendall(frames[how])
         time.sleep(20)
@@ -11056,19 +11062,14 @@ class TheFile(unittest.TestCase):
     LARGER = {
         "section Forks": 500,
         "section Database": 680,
-        "section Child": 477,
         "section Pool": 558,
         "class Forks": 318,
         "class Database": 269,
-        "class Child": 335,
         "class Pool": 346,
         "attributes of Run": 17,
         "attributes of Forks": 17,
-        "attributes of Surroundings": 18,
-        "attributes of Child": 23,
         "attributes of Member": 22,
         "born late in Transcript": 4,
-        "born late in Child": 5,
         "born late in Member": 6,
     }
 
