@@ -11024,6 +11024,7 @@ _SINGLES = 100              # durable inserts in a round, one by one
 _THREADS = 8                # that call delay() at the same time
 _CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
 _LATENCY_CALLS = 150
+_NAPS, _NAP_SECONDS, _NAPPERS = 4800, 0.01, 16      # ordinary tasks, and children
 _APP_SOURCE = '''
 import sys
 sys.path += [path for path in {path!r} if path not in sys.path]
@@ -11038,11 +11039,17 @@ def noop(*payload):
 def clock():
     import time
     return time.time()
+
+@app.task(name="nap")
+def nap(seconds):
+    import time
+    time.sleep(seconds)
 '''
 _BENCH_NOTE = (
     "raw sqlite: the same rows by the shortest code there is: insert + commit; "
     "executemany; claim\nand acknowledge 100 in a transaction.  limited by: what "
-    "took this share of the time."
+    "took this share of the time.\nBeside tasks of 10 ms: what children that are "
+    "never idle would do."
 )
 _RAW_INSERT = """
     insert into bg_task (name, queue, priority, key, retries, timeout, state, run_at,
@@ -11131,15 +11138,20 @@ class _Place:
         self.app.override(db=self.db, durability="full")
         self.noop: Task = Task(self.app, do_nothing, "noop", {})
         self.clock: Task = Task(self.app, do_nothing, "clock", {})
+        self.nap: Task = Task(self.app, do_nothing, "nap", {})
         source = _APP_SOURCE.format(
             path=sys.path, module=__name__, db=self.db, concurrency=concurrency
         )
         with open(os.path.join(self.folder, "bench_app.py"), "w") as f:
             f.write(source)
 
-    def burst(self):
+    def burst(self, *flags):
         """Run a worker until all is done; return CPU seconds: its own, children's."""
-        if self.worker("--burst").wait() != 0:
+        return self.end(self.worker("--burst", *flags))
+
+    def end(self, worker):
+        """Wait for the end of a worker; the same."""
+        if worker.wait() != 0:
             raise PyBgWorkerError("bench: the worker failed")
         with open(os.path.join(self.folder, "log.jsonl"), encoding="ascii") as log:
             *_, last = log
@@ -11187,6 +11199,7 @@ def _measure_enqueue(place, raw, tasks):
         "delay_per_second": _figure(one, raw_one, _limit_of_caller(one)),
         "threads_per_second": _figure(threads, raw_one, _limit_of_caller(threads)),
         "delay_many_per_second": _figure(many, raw_many, _limit_of_caller(many)),
+        "wal_bytes": os.path.getsize(place.db + "-wal"),
     }
 
 
@@ -11249,8 +11262,25 @@ def _limit_of_worker(parent, children, concurrency):
     return f"child CPU {min(1, each):.0%}"
 
 
+def _measure_ordinary(place, count):
+    """Tasks that sleep, against as many children that are never idle."""
+    flags = "--concurrency", str(_NAPPERS)
+    idle, _ = place.burst(*flags)
+    place.nap.delay_many([(_NAP_SECONDS,)] * count)
+    computed, _ = place.burst(*flags)
+    rows = place.app.store.finished_runs(count)
+    ends = sorted(row[3] / 1000 + row[5] for row in rows)
+    # All children have started by the half; at the very end not all have work.
+    first, last = count // 2, int(count * 0.95)
+    rate = (last - first) / max(0.001, ends[last] - ends[first])
+    limit = f"worker CPU {span(max(0.0, computed - idle) / count)} a task"
+    ideal = _NAPPERS / _NAP_SECONDS
+    return {"ordinary_per_second": _figure((rate, 0), (ideal, 0), limit)}
+
+
 def _measure_latency(place, disk):
     """An idle worker: from delay() to the task's first line, and to its result."""
+    idle, _ = place.burst()
     worker = place.worker()
     try:
         for _ in range(10):
@@ -11264,9 +11294,10 @@ def _measure_latency(place, disk):
             time.sleep(0.005)
     finally:
         worker.terminate()
-        worker.wait()
+        computed, _ = place.end(worker)
+    each = max(0.0, computed - idle) / (_LATENCY_CALLS + 10)
     return {"pick_up_seconds": _spread(picked, disk, 1),
-            "get_seconds": _spread(got, disk, 2)}
+            "get_seconds": _spread(got, disk, 2), "cpu_of_one_task": round(each, 6)}
 
 
 def _spread(values, disk, syncs):
@@ -11297,6 +11328,7 @@ def bench_report(tasks: int = 20000, concurrency: int = 2, payload: int = 0,
         }
         disk = 1 / report["delay_per_second"]["raw"]
         report.update(_measure_throughput(place, raw))
+        report.update(_measure_ordinary(place, min(_NAPS, tasks)))
         report.update(_measure_latency(place, disk))
         raw.close()
         return report
@@ -11309,13 +11341,15 @@ def bench_text(report: dict) -> str:
     head = (
         f"pybgworker {report['version']}, Python {report['python']}, SQLite "
         f"{report['sqlite']}, {report['cpus']} CPUs, {report['concurrency']} children, "
-        f"payload {report['payload']}, durability {report['durability']}"
+        f"payload {report['payload']}, durability {report['durability']}, the callers' "
+        f"-wal grew to {report['wal_bytes'] / 1e6:.1f} MB"
     )
     names = {
         "delay_per_second": "delay(), durable, a second",
         "threads_per_second": f"delay() from {_THREADS} threads, a second",
         "delay_many_per_second": "delay_many(), a second",
         "tasks_per_second": "no-op tasks, a second",
+        "ordinary_per_second": f"tasks of {span(_NAP_SECONDS)} on {_NAPPERS} children",
     }
     rows = [
         {"what": text, "ours": f"{report[key]['ours']:,.0f}",
@@ -11333,6 +11367,8 @@ def bench_text(report: dict) -> str:
          "ratio": "", "limited by": report[key]["limit"]}
         for key, text in latencies.items()
     ]
+    rows.append({"what": "worker CPU of a task that comes alone",
+                 "ours": span(report["cpu_of_one_task"])})
     columns = ["what", "ours", "raw sqlite", "ratio", "limited by"]
     return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}"
 

@@ -10066,6 +10066,12 @@ class Bench(Case):
         for key in ("pick_up_seconds", "get_seconds"):
             self.assertLessEqual(report[key]["p50"], report[key]["p99"])
             self.assertRegex(report[key]["limit"], limit)
+        self.assertGreater(report["wal_bytes"], 0)
+        ordinary = report["ordinary_per_second"]
+        self.assertEqual(ordinary["raw"], 1600)         # 16 children, 10 ms each
+        self.assertLess(ordinary["ratio"], 1.3)
+        self.assertRegex(ordinary["limit"], r"worker CPU [\d.]+ ms a task")
+        self.assertGreater(report["cpu_of_one_task"], 0)
         self.assertEqual((report["payload"], report["concurrency"]), (2048, 1))
         text = pybgworker.bench_text(report)
         self.assertIn("delay(), durable, a second", text)
