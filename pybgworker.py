@@ -723,6 +723,20 @@ def _unpack(found):
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
+def _tree_to_json(make=getattr(json.encoder, "c_make_encoder", None)):
+    """to_json for what _pack() returns, which holds no cycle: set up once for all."""
+    if make is None:
+        return to_json
+    chunks = make(
+        None, None, json.encoder.encode_basestring_ascii, None, ":", ",", False, False,
+        True,
+    )
+    return lambda tree: "".join(chunks(tree, 0))
+
+
+_to_text = _tree_to_json()
+
+
 # The encoder's own parts, without the cost of setting it up each time.
 SCALARS = {
     int: int.__repr__, str: json.encoder.encode_basestring_ascii,
@@ -737,7 +751,7 @@ def encode(value: Any, path: str) -> str:
     `args[0]["user"]: <class User>`.
     """
     try:
-        return to_json(_pack(value))
+        return _to_text(_pack(value))
     except _Refused:
         raise PayloadTypeError(_blame(value, path)) from None
     except RecursionError:
@@ -749,7 +763,7 @@ def encode(value: Any, path: str) -> str:
 def encode_call(args: tuple, kwargs: dict) -> str:
     """Return the text of a call's arguments.  Raises as encode() does."""
     try:
-        return to_json([_pack_list(args), _pack_dict(kwargs)])
+        return _to_text([_pack_list(args), _pack_dict(kwargs)])
     except (_Refused, RecursionError):
         encode(list(args), "args")
         encode(kwargs, "kwargs")
@@ -2835,8 +2849,10 @@ class Forks:
 
     def is_on(self) -> bool:
         """True while another thread forks: begin nothing."""
+        if not self._forking:
+            return False
         me = threading.get_ident()
-        return bool(self._forking) and me not in self._forking and (
+        return me not in self._forking and (
             bool(self._closing) or me not in self._impatient)
 
     def wait(self) -> None:
@@ -3475,8 +3491,8 @@ class _Tables:
 class _Write:
     """A write transaction.  They do not nest."""
 
-    def __init__(self, store, durable, patience):
-        self.store, self.durable, self.patience = store, durable, patience
+    def __init__(self, store, durable, deadline):
+        self.store, self.durable, self.deadline = store, durable, deadline
         self.link: Any = None       # the Link it is on, from __enter__() on
 
     def __enter__(self):
@@ -3544,14 +3560,19 @@ class Database:
             except (sqlite3.Error, OSError) as exc:
                 raise explained(exc, self.path) from exc
 
-    def write(self, durable: bool = True, patience: float | None = None) -> _Write:
+    def write(self, durable: bool = True, patience: float | None = None,
+              deadline: float | None = None) -> _Write:
         """A transaction that begins by taking the write lock.
 
         `durable=False` spares the fsync, for what is harmless to lose in a power
-        cut.  Waits at most `patience` seconds (default: busy_timeout), then
-        raises DatabaseBusy.  Raises DatabaseUnavailable for all else.
+        cut.  Waits at most `patience` seconds (default: busy_timeout), or until
+        time.monotonic() is past `deadline`, then raises DatabaseBusy.  Raises
+        DatabaseUnavailable for all else.
         """
-        return _Write(self, durable, patience)
+        if deadline is None:
+            deadline = time.monotonic() + (
+                self.busy_timeout if patience is None else patience)
+        return _Write(self, durable, deadline)
 
     def link(self):
         link = getattr(self._local, "link", None)
@@ -3559,10 +3580,10 @@ class Database:
             return link         # of the block we are in; if closed, it has failed
         if link is None or link.generation != FORKS.generation():
             link = self._local.link = self._open()
-        elif not link.is_open and (
+        elif (
             link.is_closed or link.is_stale
             or link.identity != file_identity(self.name)
-        ):
+        ) and not link.is_open:
             link = self._reopen(link)
         return link
 
@@ -3654,14 +3675,12 @@ class Database:
 
     def _begin(self, write):
         """Take the write lock; return the link that has it."""
-        patience = self.busy_timeout if write.patience is None else write.patience
-        deadline = time.monotonic() + patience
         while True:
             link = self._free_link()
             try:
                 link.writer = weakref.ref(write)    # from here on a fork waits for us
                 if not FORKS.is_on():
-                    self._take_lock(link, write.durable, deadline)
+                    self._take_lock(link, write.durable, write.deadline)
                     return link
             except StepAside:
                 pass
@@ -3681,8 +3700,10 @@ class Database:
 
     def _take_lock(self, link, durable, deadline):
         synchronous = "full" if durable and self.durability == "full" else "normal"
-        link.roll_back()       # what an interrupt (Ctrl-C) has left open
+        link.undone = True
         try:
+            if link.connection.in_transaction:  # an interrupt (Ctrl-C) has left it open
+                link.roll_back()
             if link.synchronous != synchronous:
                 link.connection.execute("pragma synchronous = " + synchronous)
                 link.synchronous = synchronous
@@ -3841,7 +3862,7 @@ class GroupCommit:
 
     def __init__(self, insert: Callable[[list[Request], float], None], path: str):
         self.generation = FORKS.count      # inherited locks may never open
-        self._insert = insert       # within so many seconds; marks each as done
+        self._insert = insert       # until a deadline; marks each as done
         self._path = path
         self._leading = threading.Lock()
         self._requests: collections.deque = collections.deque()
@@ -3902,11 +3923,13 @@ class GroupCommit:
         if self._crowd > 1:
             time.sleep(_CROWD_SECONDS)
         others = []
-        with contextlib.suppress(IndexError):       # one that gives up takes its own
-            while True:
+        try:
+            while self._requests:
                 others.append(self._requests.popleft())
+        except IndexError:          # one that gives up takes its own
+            pass
         self._crowd = len(others)
-        requests = [own, *(request for request in others if request is not own)]
+        requests = [own, *[request for request in others if request is not own]]
         try:
             self._commit(requests)
         except DatabaseBusy as exc:
@@ -3939,10 +3962,10 @@ class GroupCommit:
             raise DatabaseUnavailable(FORKED.format(self._path))
 
     def _commit(self, requests):
-        deadline = min(request.deadline for request in requests)
+        deadline = min([request.deadline for request in requests])
         for left in reversed(range(_TRIES)):
             try:
-                return self._insert(requests, max(0.0, deadline - time.monotonic()))
+                return self._insert(requests, deadline)
             except Undone:
                 self._check_process()
                 if not left:
@@ -3978,21 +4001,20 @@ _INSERT = """
 def _insert(connection, requests):
     first, place = _next_id(connection)
     for request in requests:
-        holder = key_holder(connection, request.task.key)
-        if holder is not None:
-            request.ids = [holder] * len(request.calls)
+        task, calls = request.task, request.calls
+        holder = task.key and key_holder(connection, task.key)
+        if holder:
+            request.ids = [holder] * len(calls)
             continue
-        numbered = list(enumerate(request.calls, first))
+        request.ids = list(range(first, first + len(calls)))
         connection.executemany(_INSERT, [
-            (number, place, *request.task,
-             text if len(text) <= INLINE_CHARS else None)
-            for number, text in numbered
+            (number, place, *task, text if len(text) <= INLINE_CHARS else None)
+            for number, text in zip(request.ids, calls)
         ])
-        for number, text in numbered:
+        for number, text in zip(request.ids, calls):
             if len(text) > INLINE_CHARS:
                 put_payload(connection, number, ARGS, text)
-        request.ids = [number for number, _ in numbered]
-        first += len(numbered)
+        first += len(calls)
 
 
 def key_holder(connection, key):
@@ -4171,12 +4193,12 @@ class Queue:
             group = self._group = GroupCommit(self.insert, self.db.path)
         return group.submit(request)
 
-    def insert(self, requests: Sequence[Request], patience: float) -> None:
+    def insert(self, requests: Sequence[Request], deadline: float) -> None:
         """The same for each, in one commit; they are told when it is done.
 
-        Raises DatabaseBusy after `patience` seconds.
+        Raises DatabaseBusy when time.monotonic() has passed `deadline`.
         """
-        write, taken = self.db.write(patience=patience), []
+        write, taken = self.db.write(deadline=deadline), []
         try:
             with write as link:
                 taken = [request for request in requests if request.take()]
