@@ -35,8 +35,8 @@ Map
         Retry and rate · Rows · Store · Functions · Waiting ·
         Results · Tasks · App
     Book Two: the queue in SQLite
-        Wake-up · Guards · Forks · Database · Group commit · Queue ·
-        Claiming · Endings · Desk · Register
+        Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
+        Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
         Processes · Wire · Output · Surroundings · Interrupts · Child ·
         Member · Placement · Pool · Liveness · Wishes · Log · Journal ·
@@ -2410,19 +2410,46 @@ def send_wake_ups(addresses: Iterable[tuple[int, str]]) -> None:
                 sender.sendto(token.encode(), ("127.0.0.1", port))
 
 
-# == Guards ===================================================================
-# Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
-# which any close() of the file in this process drops: a copy of it, a checksum.
-# Knows what this process has open, for a close() of its own is such a one too: it
-# comes only when nobody else here has the file open.
+# == Files ====================================================================
+# Owns what is asked of the database's file by its name: which file that is, whether
+# SQLite may use it where it lies, whether its -wal is still there, and the words for
+# what goes wrong with it.  Knows of no connection that stays open.
 
-_READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
-_SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
-_WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
-_FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
-_HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
-_LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
+FORKED = (
+    "database {}: the process forked in the middle of this: nothing was written, "
+    "do it again"
+)
+GONE = (
+    "database {}: it is gone: deleted, moved, or on a disk that is not mounted: bring "
+    "it back, or start anew with a new process"
+)
 _MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
+_NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
+# As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
+# virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
+_NETWORK_FILESYSTEMS = frozenset((
+    "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse",
+    "gfs2", "glusterfs", "gpfs", "juicefs", "lustre", "mfs", "ncpfs", "nfs", "nfs4",
+    "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb2", "smb3", "smbfs",
+    "sshfs",
+    "9p", "drvfs", "fakeowner", "grpcfuse", "osxfs", "prl_fs", "vboxsf", "virtiofs",
+    "vmhgfs", "vmhgfs-fuse",
+))
+
+
+# Real paths that this process has opened.  A file that was there and is gone (a
+# disk that is not mounted any more) is never made anew: that would be an empty
+# queue, which gives the ids of the other once more.  True: our tables were in it.
+KNOWN_PATHS: dict[str, bool] = {}
+
+
+def absolute(path):
+    try:
+        return os.path.abspath(path)
+    except OSError as exc:          # the working folder was deleted
+        raise DatabaseUnavailable(
+            f"database {path}: the current folder is gone: name it by a full path"
+        ) from exc
 
 
 def file_identity(path):
@@ -2432,6 +2459,14 @@ def file_identity(path):
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def count_links(path):
+    """The number of names that a file has in its file system; 0: there is none."""
+    try:
+        return os.stat(path).st_nlink
+    except OSError:
+        return 0
 
 
 def descriptors():
@@ -2448,6 +2483,182 @@ def descriptors():
             status = os.fstat(int(name))
             found.setdefault((status.st_dev, status.st_ino), set()).add(int(name))
     return found
+
+
+def mount_table():
+    """The text of this process's mount table; Linux, elsewhere empty."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+def _mount_of(path, mounts):
+    """(mount point, file system type) of what holds `path`; ("", "") if unknown."""
+    best, kind = "", ""
+    for mount in mounts.splitlines():
+        left, _, right = mount.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return best, kind
+
+
+def check_place(path, mounts, allow_network_fs):
+    """Refuse a file that SQLite would damage where, or as, it lies.
+
+    Its -wal is found by the file's name.  One file with two names in different
+    folders has two of them, and each program overwrites what the other wrote.
+    """
+    point, kind = _mount_of(path, mounts)
+    if kind.removeprefix("fuse.") in _NETWORK_FILESYSTEMS and not allow_network_fs:
+        raise DatabaseUnusable(
+            f"database {path}: on a network file system ({kind}), where SQLite loses "
+            "data: choose a local path with PYBGWORKER_DB, or set "
+            "PYBGWORKER_ALLOW_NETWORK_FS=1"
+        )
+    if point == path and not os.path.isdir(path):
+        raise DatabaseUnusable(
+            f"database {path}: mounted as a single file, so its -wal is not the one "
+            "that other programs see: mount the folder that it lies in"
+        )
+    if count_links(path) > 1 and not os.path.isdir(path):
+        raise DatabaseUnusable(
+            f"database {path}: a hard link gives it a second name, and SQLite loses "
+            f"data by two names: remove the other (find -samefile {path})"
+        )
+
+
+class Undone(DatabaseUnavailable):
+    """A transaction was undone for no fault of its own: do it again."""
+
+
+def explained(exc, path):
+    """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
+    text = str(exc)
+    if "closed database" in text:
+        return Undone(FORKED.format(path))
+    for words, kind, advice in (
+        ("locked", DatabaseBusy, "another process holds its write lock"),
+        ("is full", DatabaseUnavailable, "free some disk space"),
+        ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
+        ("unable to open", DatabaseUnavailable, "is there such a folder?"),
+        ("already exists", DatabaseUnusable,
+         "it is another program's: give us another file with PYBGWORKER_DB"),
+        ("not a database", DatabaseUnusable, "it is some other file; name another"),
+        ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
+        ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
+    ):
+        if words in text:
+            return kind(f"database {path}: {text}: {advice}")
+    return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
+
+
+def is_busy(exc):
+    return "locked" in str(exc) or "busy" in str(exc)
+
+
+def make_file(path):
+    """Make it empty, not for others to read: arguments may be secrets.
+
+    By mknod, for closing a descriptor would drop SQLite's locks on a file that
+    another thread has just opened.  Guarded by test_a_new_database_is_private.
+    """
+    if os.path.exists(path):
+        return
+    try:
+        os.mknod(path, stat.S_IFREG | _NEW_FILE_MODE)
+    except FileExistsError:
+        pass
+    except (AttributeError, OSError):       # Windows; macOS; some sandboxes
+        try:
+            sqlite3.connect(path).close()
+            os.chmod(path, os.stat(path).st_mode & _NEW_FILE_MODE)
+        except (sqlite3.Error, OSError) as exc:
+            raise explained(exc, path) from exc
+
+
+def check_exists(path):
+    """Raise DatabaseUnavailable where there is no such file, or no way to it."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise DatabaseUnavailable(
+            GONE.format(path) if path in KNOWN_PATHS else
+            f"there is no database {path}: name one with --db or PYBGWORKER_DB"
+        ) from None
+    except OSError as exc:
+        raise explained(exc, path) from exc
+
+
+def connect_to(path: str, **options: Any) -> sqlite3.Connection:
+    """Connect to a file that exists; sqlite3.connect(path) would make one."""
+    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    if os.sep != "/":
+        name = "/" + name.replace(os.sep, "/")
+    return sqlite3.connect(
+        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
+        **options,
+    )
+
+
+class WalFiles:
+    """The -wal and -shm of `path` as they are now."""
+
+    def __init__(self, path):
+        self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
+        self._identity = file_identity(path)
+        self._wal = file_identity(self._path)
+        self._shm = file_identity(self._shm_path)
+        self.bytes = 0              # of the -wal, at the last look
+
+    def is_there(self):
+        """True while it is still the one that others read; one stat."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return False
+        self.bytes = status.st_size
+        found = status.st_dev, status.st_ino
+        if self._wal is None:       # our first write has made it
+            self._wal = found
+        return self._wal == found
+
+    def lies_before(self, path):
+        """True if SQLite would read this -wal together with that file."""
+        return self._wal is not None and self._wal == file_identity(path + "-wal")
+
+    def is_replaced(self):
+        """True when another file lies there, and perhaps another -wal."""
+        return file_identity(self._file) not in (None, self._identity)
+
+    def is_stale(self):
+        """True when both were deleted beside the file: others may have moved on.
+
+        Where it is the -wal alone, SQLite saves what is in it.
+        """
+        return file_identity(self._file) == self._identity and \
+            self._shm not in (None, file_identity(self._shm_path))
+
+
+# == Guards ===================================================================
+# Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
+# which any close() of the file in this process drops: a copy of it, a checksum.
+# A close() of ours is such a one too: who says that a Guard is to be closed knows
+# that nobody else here has the file open.
+
+_READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
+_SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
+_WRITERS_LOCK = (120, 1)    # of the -shm; held inside a write transaction
+# In the -shm: page size, frames in the -wal, how many of them are in the database.
+# https://sqlite.org/walformat.html#the_wal_index_header
+_LOG_STATE = struct.Struct("=14xHI76xI")
+_FRAME_HEAD = 24            # bytes before each page in the -wal
+_FLOCK = struct.Struct("hhqqi4x")   # type, whence, start, length, pid; Linux
+_HAS_OWN_LOCKS = sys.platform.startswith("linux")   # others have another struct
+_LOCK_TRIES = 20            # a millisecond apart: a last user closes the file now
 
 
 class _OwnLock:
@@ -2614,10 +2825,253 @@ class Guard:
             return False
         return found[4] == os.getpid()
 
+    def log_bytes(self) -> int | None:
+        """How much of the -wal is not in the database yet; None: nobody says.
+
+        Its size does not tell: it is overwritten from its beginning, not cut.
+        """
+        try:
+            page, frames, moved = _LOG_STATE.unpack(
+                os.pread(self._shm.fd, _LOG_STATE.size, 0))
+        except (OSError, AttributeError, struct.error):
+            return None             # there is no -shm, or we have no lock of it
+        return max(0, frames - moved) * ((page if page > 1 else 1 << 16) + _FRAME_HEAD)
+
     def is_where_we_write(self) -> bool:
         """True in a transaction of this process on the files that lie there."""
         return self.is_writing() and os.path.exists(self.path + "-wal") and \
             self._shm.identity == file_identity(self.path + "-shm")
+
+
+# == Open files ===============================================================
+# Owns what this process has open: its connections by file, and the Guard that each
+# file has meanwhile.  A close() of any descriptor would drop SQLite's locks, so a
+# Guard is closed when nobody else here has the file open.
+
+IN_TRANSACTION = (
+    "this process was forked while a transaction on the file was open, so SQLite "
+    "would wait for itself here for ever: end it before the fork"
+)
+WAL_LOST = (
+    "its -wal was deleted while in use, and what this program wrote last is lost: "
+    "never delete or copy its files by hand; restart all programs that use it"
+)
+_WITHOUT_WAL = (
+    "a connection to the file is open in this process whose -wal was deleted, so "
+    "SQLite would lose data here: close it before the fork, if there was one; else "
+    "restart this program, which has opened the file for a copy, or the like"
+)
+LEFT_OPEN = (
+    "this process was forked while a connection to the file was open, so SQLite "
+    "would lose data here: close it before the fork"
+)
+
+
+def _leads_to(name):
+    """A predicate of descriptors; Linux, elsewhere always false."""
+    def leads(fd):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}") == name
+        return False
+
+    return leads
+
+
+def _put_away_log(path):
+    """Be the last that closes it, unless others have it open."""
+    with contextlib.suppress(sqlite3.Error), \
+            contextlib.closing(connect_to(path)) as connection:
+        connection.execute("pragma schema_version").fetchall()
+
+
+class OpenFiles:
+    """The files that this process has open, by their (device, inode).
+
+    For each: our connections, and the Guard that is held while there are any.
+    """
+
+    def __init__(self):
+        self.refused = {}           # file: why it cannot be used here
+        # Our connections (Links), by id().
+        self.links: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self.users = {}             # threads that open or close a file, by token
+        self.lock = threading.RLock()       # for users, and for the next
+        self._guards = {}           # file: its Guard
+        self._paths = {}            # file: its path; all that were ever used
+        self._callers = set()       # files used by a caller's connection
+        self._dangers = {}          # file: what the next child is to refuse
+
+    def check(self, identity: tuple | None, path: str) -> None:
+        """Refuse a file that cannot be used here; care for it at every fork."""
+        reason = self.refused.get(identity)
+        if reason:
+            raise DatabaseUnusable(f"database {path}: {reason}")
+        if identity is not None:
+            self._paths[identity] = path
+
+    def open_links(self) -> list:
+        """Our connections that are open."""
+        found = [ref() for ref in self.links.valuerefs()]
+        return [link for link in found if link is not None and not link.is_closed]
+
+    def has_others(self, identity: tuple) -> bool:
+        """True where somebody else's connection is open before the first of ours.
+
+        It may be inherited, from a fork before anybody told us of the file.
+        """
+        guard = self._guards.get(identity)
+        return not (guard and guard.is_held or self._has_links(identity)) \
+            and self._is_open(identity, descriptors())
+
+    def hold(self, identity: tuple, path: str, has_others: bool) -> None:
+        """Keep the files in place for as long as a connection of ours is open."""
+        with self.lock:
+            guard = self._guard(identity)
+        if not has_others:
+            return
+        if guard:
+            guard.stays = True      # our own locks may be inherited, and no locks
+        is_lost = _leads_to(path + "-shm (deleted)")
+        if any(map(is_lost, set().union(*descriptors().values()))):
+            self.refused[identity] = _WITHOUT_WAL  # SQLite would use it still
+            self.check(identity, path)
+
+    def log_bytes(self, identity: tuple) -> int | None:
+        """How much of its -wal is not in the database yet; None: unknown."""
+        guard = self._guards.get(identity)
+        return guard and guard.log_bytes()
+
+    def is_away(self, identity: tuple) -> bool:
+        """True when the whole database has left its place, and lives: see _reopen()."""
+        return file_identity(self._paths[identity]) is None and any(
+            os.fstat(fd).st_nlink for fd in descriptors().get(identity, ()))
+
+    @contextlib.contextmanager
+    def closing(self, identity: tuple):
+        """A block that closes a connection, and tidies up if it is our last one.
+
+        Then SQLite moves the -wal over and deletes it, if it is the last of all.
+        """
+        with self.lock:
+            guard = self._guards.get(identity)
+            if guard and not (guard.stays or self._has_links(identity)):
+                guard.unlock()
+            yield
+            if guard and self._has_links(identity):    # opened by a handler
+                guard.lock()
+            elif guard and identity not in self._callers:
+                guard.unlock()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the Guards of files that nobody has open here any more.
+
+        A thread of ours that opens one now would lose its locks, one of the app's
+        still may: it gets the Guard back.  The log that a Guard kept in place when
+        its last user closed the file is put away here.
+        """
+        with self.lock:
+            idle = [item for item in list(self._guards.items())
+                    if not self._has_links(item[0])]
+            found = descriptors() if idle and not self._has_other_users() else None
+            for identity, guard in idle:
+                if found is not None and guard.is_useless(found):
+                    self._close_guard(identity, guard)
+
+    def _has_other_users(self):
+        me = threading.get_ident()
+        return any(ident != me for ident in list(self.users.values()))
+
+    def _close_guard(self, identity, guard):
+        guard.close()
+        self._guards.pop(identity, None)
+        self._callers.discard(identity)
+        if guard.stays and file_identity(guard.path) == identity:
+            _put_away_log(guard.path)
+        if identity in descriptors():      # since this very moment
+            self._guards[identity] = guard
+            guard.stays = guard.lock()
+
+    def is_held_for_caller(self, identity: tuple) -> bool:
+        """True when hold_for_caller() was called, and all is as it was then."""
+        guard = self._guards.get(identity)
+        return guard is not None and guard.is_held and guard.is_open() and \
+            identity in self._callers and guard.is_where_we_write()
+
+    def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
+        """Keep the files in place while the app's own connection is open.
+
+        Nobody tells us when it is closed: let_go() looks.  None: impossible.
+        """
+        self.check(identity, path)
+        with self.lock:
+            guard = self._guard(identity)
+            if guard:
+                guard.stays = True
+                self._callers.add(identity)
+        return guard
+
+    def end(self) -> None:
+        """The program ends, and with it those whose connections a caller has open."""
+        with self.lock:
+            self.let_go()
+            for identity in self._callers & set(self._guards):
+                self._guards[identity].unlock()
+
+    # -- at a fork
+
+    def guard_what_is_open(self) -> None:
+        """The caller's own connections, and ours that were not done in time."""
+        self._dangers = {}
+        found = descriptors() if self._paths else {}
+        for identity, path in list(self._paths.items()):
+            if file_identity(path) == identity and self._is_open(identity, found):
+                guard = self._guard(identity)
+                if guard is None:
+                    self._dangers[identity] = LEFT_OPEN
+                    continue
+                guard.share()
+                if guard.is_writing():
+                    self._dangers[identity] = IN_TRANSACTION
+
+    def _is_open(self, identity, found):
+        guard = self._guards.get(identity)
+        return bool(found.get(identity, set()) - (guard.fds if guard else set()))
+
+    def keep(self, identity: tuple) -> bool:
+        """A child uses it that was just forked: it needs the Guard.  False: none."""
+        guard = self._guard(identity)
+        if guard:
+            guard.share()
+        return guard is not None
+
+    def begin_in_child(self) -> None:
+        """Only the thread that forked is left, and no lock of ours is held by it."""
+        self.refused.update(self._dangers)
+        if self._has_other_users():     # one that would not wait; see Forks.wait()
+            self.refused.update(dict.fromkeys(self._paths, IN_TRANSACTION))
+        self.links = weakref.WeakValueDictionary()
+        self.users, self._dangers, self.lock = {}, {}, threading.RLock()
+        for guard in self._guards.values():
+            if not guard.is_shared:
+                guard.leave_to_parent()
+        self.let_go()
+
+    def _guard(self, identity):
+        """Keep the -wal of this file in place from now on; None: impossible."""
+        path = self._paths[identity]
+        guard = self._guards.get(identity)
+        if guard is None:
+            if self._guards:
+                self.let_go()
+            guard = self._guards[identity] = Guard(path, identity)
+        return guard if guard.lock() else None
+
+    def _has_links(self, identity):
+        return any(link.identity == identity for link in self.open_links())
+
+
+FILES = OpenFiles()
 
 
 # == Forks ====================================================================
@@ -2636,37 +3090,6 @@ _NO_HOOKS = (
     "this process was forked while the file was open, by code that runs no Python "
     "fork hooks, so SQLite would lose data here: use it only after such a fork"
 )
-_IN_TRANSACTION = (
-    "this process was forked while a transaction on the file was open, so SQLite "
-    "would wait for itself here for ever: end it before the fork"
-)
-FORKED = (
-    "database {}: the process forked in the middle of this: nothing was written, "
-    "do it again"
-)
-WAL_LOST = (
-    "its -wal was deleted while in use, and what this program wrote last is lost: "
-    "never delete or copy its files by hand; restart all programs that use it"
-)
-_WITHOUT_WAL = (
-    "a connection to the file is open in this process whose -wal was deleted, so "
-    "SQLite would lose data here: close it before the fork, if there was one; else "
-    "restart this program, which has opened the file for a copy, or the like"
-)
-_LEFT_OPEN = (
-    "this process was forked while a connection to the file was open, so SQLite "
-    "would lose data here: close it before the fork"
-)
-
-
-def _leads_to(name):
-    """A predicate of descriptors; Linux, elsewhere always false."""
-    def leads(fd):
-        with contextlib.suppress(OSError):
-            return os.readlink(f"/proc/self/fd/{fd}") == name
-        return False
-
-    return leads
 
 
 def _adapts():
@@ -2678,36 +3101,22 @@ class StepAside(PyBgWorkerError):
     """Raised where a thread waits for a lock while another one forks."""
 
 
-class Undone(DatabaseUnavailable):
-    """A transaction was undone for no fault of its own: do it again."""
-
-
 def nobody(*_):
     """Stands for a weak reference whose object is gone."""
 
 
 class Forks:
-    """Where this process stands among its forks, and what it has open meanwhile."""
+    """Where this process stands among its forks, and who waits for one."""
 
     def __init__(self):
         self.count = 0              # of forks that led to this process
-        # Our connections, by id().
-        self.links: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self.refused = {}           # (device, inode): why it cannot be used here
         self._pid = os.getpid()
+        self.is_leaving = False     # the program ends
         self._is_watching = False
-        self._is_leaving = False    # the program ends
         self._forking = []          # threads that fork now, or wait to do so
         self._closing = []          # those of them that close our connections now
         self._impatient = set()     # threads that wait for no fork any more
         self._one_fork = threading.RLock()  # from _before() to the hooks after it
-        self._lock = threading.RLock()      # for _guards, and the next
-        self._users = {}            # threads that open or close a file, by token
-        self._files = {}            # (device, inode) of all files used: the path
-        self._guards = {}           # the same: its Guard
-        self._dangers = {}          # the same: what the next child is to refuse
-        self._callers = set()       # the same: of those used by a caller's connection
-        self.put_away_log = nobody     # a function of a path; see Database
 
     def generation(self) -> int:
         """A number that is another one after a fork, whoever forked."""
@@ -2718,109 +3127,8 @@ class Forks:
     def check(self, identity: tuple | None, path: str) -> None:
         """Refuse a file that cannot be used here; care for it at every fork."""
         self.generation()
-        reason = self.refused.get(identity)
-        if reason:
-            raise DatabaseUnusable(f"database {path}: {reason}")
-        if identity is not None:
-            self._files[identity] = path
+        FILES.check(identity, path)
         self._watch()
-
-    def has_others(self, identity: tuple) -> bool:
-        """True where somebody else's connection is open before the first of ours.
-
-        It may be inherited, from a fork before anybody told us of the file.
-        """
-        guard = self._guards.get(identity)
-        return not (guard and guard.is_held or self._has_links(identity)) \
-            and self._is_open(identity, descriptors())
-
-    def hold(self, link: Link, path: str, has_others: bool) -> None:
-        """Keep the files in place for as long as this connection is open."""
-        if self._is_leaving:        # nobody will close it in good order
-            return
-        with self._lock:
-            guard = self.guard(link.identity)
-        if not has_others:
-            return
-        if guard:
-            guard.stays = True      # our own locks may be inherited, and no locks
-        is_lost = _leads_to(path + "-shm (deleted)")
-        if any(map(is_lost, set().union(*descriptors().values()))):
-            self.refused[link.identity] = _WITHOUT_WAL  # SQLite would use it still
-            self.check(link.identity, path)
-
-    def is_away(self, identity: tuple) -> bool:
-        """True when the whole database has left its place, and lives: see _reopen()."""
-        return file_identity(self._files[identity]) is None and any(
-            os.fstat(fd).st_nlink for fd in descriptors().get(identity, ()))
-
-    @contextlib.contextmanager
-    def closing(self, link: Link):
-        """A block that closes it, and tidies up if it is the last one of ours.
-
-        Then SQLite moves the -wal over and deletes it, if it is the last of all.
-        """
-        with self._lock:
-            guard = self._guards.get(link.identity)
-            if guard and not (guard.stays or self._has_links(link.identity)):
-                guard.unlock()
-            yield
-            if guard and self._has_links(link.identity):    # opened by a handler
-                guard.lock()
-            elif guard and link.identity not in self._callers:
-                guard.unlock()
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Close the Guards of files that nobody has open here any more.
-
-        A thread of ours that opens one now would lose its locks, one of the app's
-        still may: it gets the Guard back.  The log that a Guard kept in place when
-        its last user closed the file is put away here.
-        """
-        with self._lock:
-            idle = [item for item in list(self._guards.items())
-                    if not self._has_links(item[0])]
-            found = descriptors() if idle and not self._has_other_users() else None
-            for identity, guard in idle:
-                if found is not None and guard.is_useless(found):
-                    self._close_guard(identity, guard)
-
-    def _has_other_users(self):
-        me = threading.get_ident()
-        return any(ident != me for ident in list(self._users.values()))
-
-    def _close_guard(self, identity, guard):
-        guard.close()
-        self._guards.pop(identity, None)
-        self._callers.discard(identity)
-        if guard.stays and file_identity(guard.path) == identity:
-            self.put_away_log(guard.path)
-        if identity in descriptors():      # since this very moment
-            self._guards[identity] = guard
-            guard.stays = guard.lock()
-
-    def is_held_for_caller(self, identity: tuple) -> bool:
-        """True when hold_for_caller() was called, and all is as it was then."""
-        guard = self._guards.get(identity)
-        return guard is not None and guard.is_held and guard.is_open() and \
-            identity in self._callers and guard.is_where_we_write()
-
-    def hold_for_caller(self, identity: tuple, path: str) -> Guard | None:
-        """Keep the files in place while the app's own connection is open.
-
-        Nobody tells us when it is closed: let_go() looks.  None: impossible.
-        """
-        self.check(identity, path)
-        with self._lock:
-            guard = self.guard(identity)
-            if guard:
-                guard.stays = True
-                self._callers.add(identity)
-        return guard
-
-    def _has_links(self, identity):
-        return any(link.identity == identity for link in self._open_links())
 
     def _watch(self):
         if not self._is_watching and hasattr(os, "register_at_fork"):
@@ -2837,13 +3145,10 @@ class Forks:
         Daemon threads run on, and begin nothing as long as this waits for what they
         are in the middle of; a close() then would be a crash.
         """
-        self._is_leaving = True
+        self.is_leaving = True
         self._forking.append(threading.get_ident())     # for good; see wait()
         self._close_all(_EXIT_PATIENCE)
-        with self._lock:
-            self.let_go()
-            for identity in self._callers & set(self._guards):
-                self._guards[identity].unlock()     # its owner ends with us
+        FILES.end()
 
     # -- for those who use a file
 
@@ -2878,21 +3183,21 @@ class Forks:
         token, is_inside = object(), self._is_inside()
         try:
             while True:
-                with self._lock:    # let_go() looks for us
-                    self._users[token] = threading.get_ident()
+                with FILES.lock:    # let_go() looks for us
+                    FILES.users[token] = threading.get_ident()
                 if is_inside or not self.is_on():
                     break
-                del self._users[token]
+                del FILES.users[token]
                 self.wait()
             yield
         finally:
-            self._users.pop(token, None)
+            FILES.users.pop(token, None)
 
     def _is_inside(self):
         """True for a thread that a fork waits for already."""
         ident = threading.get_ident()
-        return ident in list(self._users.values()) or any(
-            link.is_busy for link in self._open_links() if link.thread == ident)
+        return ident in list(FILES.users.values()) or any(
+            link.is_busy for link in FILES.open_links() if link.thread == ident)
 
     # -- the fork itself
 
@@ -2902,8 +3207,8 @@ class Forks:
         self._forking.append(threading.get_ident())
         self._one_fork.acquire(timeout=_FORK_PATIENCE)
         self._close_all(_FORK_PATIENCE)
-        with self._lock:
-            self._guard_what_is_open()
+        with FILES.lock:
+            FILES.guard_what_is_open()
 
     def _close_all(self, patience):
         self._closing.append(threading.get_ident())
@@ -2911,37 +3216,24 @@ class Forks:
             deadline = time.monotonic() + patience
             while self._is_busy() and time.monotonic() < deadline:
                 time.sleep(0.0005)
-            for link in self._open_links():
+            for link in FILES.open_links():
                 if link.generation == self.count and not self._is_in_a_call(link):
                     link.close()
         finally:
             self._closing.remove(threading.get_ident())
 
-    def _keep(self, link):
-        """A hook of the app's that ran after _before() has used it: the child needs
-        the Guard.  False: there is none.
-        """
-        guard = self.guard(link.identity)
-        if guard:
-            guard.share()
-        return guard is not None
-
     def _after_in_parent(self):
-        for link in self._open_links():
-            self._keep(link)
+        for link in FILES.open_links():     # a later hook of the app's has used it
+            FILES.keep(link.identity)
         with contextlib.suppress(ValueError, RuntimeError):     # _watch() came later
             self._impatient.clear()
             self._forking.remove(threading.get_ident())
             self._one_fork.release()
 
-    def _open_links(self):
-        found = [ref() for ref in self.links.valuerefs()]
-        return [link for link in found if link is not None and not link.is_closed]
-
     def _is_busy(self):
         """True while a thread that does not fork uses a file."""
-        return any(ident not in self._forking for ident in list(self._users.values())) \
-            or any(map(self._is_others, self._open_links()))
+        return any(ident not in self._forking for ident in list(FILES.users.values())) \
+            or any(map(self._is_others, FILES.open_links()))
 
     def _is_others(self, link):
         return link.is_busy and link.thread not in self._forking
@@ -2955,99 +3247,24 @@ class Forks:
         """
         return self._is_others(link) or link.is_busy and _adapts()
 
-    def _guard_what_is_open(self):
-        """The caller's own connections, and ours that were not done in time."""
-        self._dangers = {}
-        found = descriptors() if self._files else {}
-        for identity, path in list(self._files.items()):
-            if file_identity(path) == identity and self._is_open(identity, found):
-                guard = self.guard(identity)
-                if guard is None:
-                    self._dangers[identity] = _LEFT_OPEN
-                    continue
-                guard.share()
-                if guard.is_writing():
-                    self._dangers[identity] = _IN_TRANSACTION
-
-    def _is_open(self, identity, found):
-        guard = self._guards.get(identity)
-        return bool(found.get(identity, set()) - (guard.fds if guard else set()))
-
-    def guard(self, identity: tuple) -> Guard | None:
-        """Keep the -wal of this file in place from now on; None: impossible."""
-        path = self._files[identity]
-        guard = self._guards.get(identity)
-        if guard is None:
-            if self._guards:
-                self.let_go()
-            guard = self._guards[identity] = Guard(path, identity)
-        return guard if guard.lock() else None
-
     def _after_in_child(self):
         """Only the thread that forked is left, and no lock of ours is held by it."""
-        for link in self._open_links():
+        for link in FILES.open_links():
             link.leak()
             if not self._forking:
-                self.refused[link.identity] = _NO_HOOKS
+                FILES.refused[link.identity] = _NO_HOOKS
             elif link.is_busy:
-                self.refused[link.identity] = _IN_TRANSACTION
-            elif not self._keep(link):
-                self.refused[link.identity] = _LEFT_OPEN
-        self.refused.update(self._dangers)
-        if self._has_other_users():     # one that would not wait; see wait()
-            self.refused.update(dict.fromkeys(self._files, _IN_TRANSACTION))
-        self.links = weakref.WeakValueDictionary()
-        self._users, self._dangers, self._impatient = {}, {}, set()
-        self._forking, self._closing = [], []
-        self._lock, self._one_fork = threading.RLock(), threading.RLock()
-        for guard in self._guards.values():
-            if not guard.is_shared:
-                guard.leave_to_parent()
-        self.let_go()
+                FILES.refused[link.identity] = IN_TRANSACTION
+            elif not FILES.keep(link.identity):
+                FILES.refused[link.identity] = LEFT_OPEN
+        FILES.begin_in_child()
+        self._forking, self._closing, self._impatient = [], [], set()
+        self._one_fork = threading.RLock()
         self.count += 1
         self._pid = os.getpid()
 
 
 FORKS = Forks()
-
-
-class WalFiles:
-    """The -wal and -shm of `path` as they are now."""
-
-    def __init__(self, path):
-        self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
-        self._identity = file_identity(path)
-        self._wal = file_identity(self._path)
-        self._shm = file_identity(self._shm_path)
-        self.bytes = 0              # of the -wal, at the last look
-
-    def is_there(self):
-        """True while it is still the one that others read; one stat."""
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return False
-        self.bytes = status.st_size
-        found = status.st_dev, status.st_ino
-        if self._wal is None:       # our first write has made it
-            self._wal = found
-        return self._wal == found
-
-    def lies_before(self, path):
-        """True if SQLite would read this -wal together with that file."""
-        return self._wal is not None and self._wal == file_identity(path + "-wal")
-
-    def is_replaced(self):
-        """True when another file lies there, and perhaps another -wal."""
-        return file_identity(self._file) not in (None, self._identity)
-
-    def is_stale(self):
-        """True when both were deleted beside the file: others may have moved on.
-
-        Where it is the -wal alone, SQLite saves what is in it.
-        """
-        return file_identity(self._file) == self._identity and \
-            self._shm not in (None, file_identity(self._shm_path))
 
 
 class Link:
@@ -3063,11 +3280,11 @@ class Link:
         self.synchronous = None     # what the pragma was last set to
         self.commits = 0
         self.undone = True          # the last transaction was, or never began
-        self.writer = nobody       # weak reference to the _Write that is open
+        self.writer = nobody        # weak reference to the Transaction that is open
         self.is_reading = False
         self.wake = []              # whom to wake after the commit
         self.is_stale = False       # opened while the file could not be written
-        FORKS.links[id(self)] = self
+        FILES.links[id(self)] = self
 
     @property
     def is_busy(self):
@@ -3090,12 +3307,13 @@ class Link:
             self.roll_back()
         if self.wal is not None and (self.wal.is_replaced() or self.wal.is_stale()):
             if self.wal.is_stale():
-                FORKS.refused[self.identity] = WAL_LOST
+                FILES.refused[self.identity] = WAL_LOST
             self.leak()         # a close would delete, or overwrite, what is newer
             return
         self.is_closed = True
         FORKS.be_patient()
-        with FORKS.using(), FORKS.closing(self), contextlib.suppress(sqlite3.Error):
+        with FORKS.using(), FILES.closing(self.identity), \
+                contextlib.suppress(sqlite3.Error):
             self.connection.close()
 
     def roll_back(self):
@@ -3122,15 +3340,9 @@ class Link:
             self.leak()
 
 
-# == Database =================================================================
-# Owns the file: schema, migrations, connections, transactions, the write-ahead
-# log, and what goes wrong with any of them.  Knows nothing of what the rows mean.
-#
-# Rules that hold here and in the next two sections, each with its reason:
-#   begin immediate     a read that upgrades fails at once instead of waiting
-#   no RETURNING        unordered, and its cursor holds the write lock open
-#   literals in where   a partial index does not match a bound parameter
-#   no open()           closing any descriptor of the file drops SQLite's locks
+# == Schema ===================================================================
+# Owns the tables in the file, and the steps from one version of them to the next.
+# Knows what a column holds, not who asks for it.
 
 _SCHEMA = (
     """
@@ -3258,139 +3470,6 @@ create table bg_meta (
 # bg_meta: user_version is for the program whose file it may be.
 _MIGRATIONS = (_SCHEMA,)
 
-REENTERED = (
-    "database {}: this thread is in the middle of a transaction: a signal handler may "
-    "have interrupted it; let the handler set a flag instead"
-)
-_GONE = (
-    "database {}: it is gone: deleted, moved, or on a disk that is not mounted: bring "
-    "it back, or start anew with a new process"
-)
-_NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
-_WAKE_WORKERS = 32                  # how many are sent a hint
-_CHECKPOINT_BYTES = 4 << 20         # of -wal, when a worker moves it over
-CALLER_CHECKPOINT_BYTES = 32 << 20     # … and when nobody else has done it
-_WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
-# As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
-# virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
-_NETWORK_FILESYSTEMS = frozenset((
-    "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse",
-    "gfs2", "glusterfs", "gpfs", "juicefs", "lustre", "mfs", "ncpfs", "nfs", "nfs4",
-    "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb2", "smb3", "smbfs",
-    "sshfs",
-    "9p", "drvfs", "fakeowner", "grpcfuse", "osxfs", "prl_fs", "vboxsf", "virtiofs",
-    "vmhgfs", "vmhgfs-fuse",
-))
-
-
-def explained(exc, path):
-    """Return the DatabaseUnavailable that says what to do about a sqlite3 error."""
-    text = str(exc)
-    if "closed database" in text:
-        return Undone(FORKED.format(path))
-    for words, kind, advice in (
-        ("locked", DatabaseBusy, "another process holds its write lock"),
-        ("is full", DatabaseUnavailable, "free some disk space"),
-        ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
-        ("unable to open", DatabaseUnavailable, "is there such a folder?"),
-        ("already exists", DatabaseUnusable,
-         "it is another program's: give us another file with PYBGWORKER_DB"),
-        ("not a database", DatabaseUnusable, "it is some other file; name another"),
-        ("malformed", DatabaseUnusable, "restore a backup, or sqlite3 FILE .recover"),
-        ("no such table", DatabaseUnusable, "it was emptied while in use; restart"),
-    ):
-        if words in text:
-            return kind(f"database {path}: {text}: {advice}")
-    return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
-
-
-def is_busy(exc):
-    return "locked" in str(exc) or "busy" in str(exc)
-
-
-def _mounts():
-    """The text of this process's mount table; Linux, elsewhere empty."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
-
-
-def _mount_of(path, mounts):
-    """(mount point, file system type) of what holds `path`; ("", "") if unknown."""
-    best, kind = "", ""
-    for mount in mounts.splitlines():
-        left, _, right = mount.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return best, kind
-
-
-def _absolute(path):
-    try:
-        return os.path.abspath(path)
-    except OSError as exc:          # the working folder was deleted
-        raise DatabaseUnavailable(
-            f"database {path}: the current folder is gone: name it by a full path"
-        ) from exc
-
-
-def count_links(path):
-    """The number of names that a file has in its file system; 0: there is none."""
-    try:
-        return os.stat(path).st_nlink
-    except OSError:
-        return 0
-
-
-def _check_place(path, mounts, allow_network_fs):
-    """Refuse a file that SQLite would damage where, or as, it lies.
-
-    Its -wal is found by the file's name.  One file with two names in different
-    folders has two of them, and each program overwrites what the other wrote.
-    """
-    point, kind = _mount_of(path, mounts)
-    if kind.removeprefix("fuse.") in _NETWORK_FILESYSTEMS and not allow_network_fs:
-        raise DatabaseUnusable(
-            f"database {path}: on a network file system ({kind}), where SQLite loses "
-            "data: choose a local path with PYBGWORKER_DB, or set "
-            "PYBGWORKER_ALLOW_NETWORK_FS=1"
-        )
-    if point == path and not os.path.isdir(path):
-        raise DatabaseUnusable(
-            f"database {path}: mounted as a single file, so its -wal is not the one "
-            "that other programs see: mount the folder that it lies in"
-        )
-    if count_links(path) > 1 and not os.path.isdir(path):
-        raise DatabaseUnusable(
-            f"database {path}: a hard link gives it a second name, and SQLite loses "
-            f"data by two names: remove the other (find -samefile {path})"
-        )
-
-
-def _open_uri(path, **options):
-    """Connect to a file that exists; sqlite3.connect(path) would make one."""
-    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    if os.sep != "/":
-        name = "/" + name.replace(os.sep, "/")
-    return sqlite3.connect(
-        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
-        **options,
-    )
-
-
-def _put_away_log(path):
-    """Be the last that closes it, unless others have it open."""
-    with contextlib.suppress(sqlite3.Error), \
-            contextlib.closing(_open_uri(path)) as connection:
-        connection.execute("pragma schema_version").fetchall()
-
-
-FORKS.put_away_log = _put_away_log
-
 
 @contextlib.contextmanager
 def missing_is_none():
@@ -3402,34 +3481,7 @@ def missing_is_none():
             raise
 
 
-def _patiently(connection, deadline, statement):
-    """Run one statement until it is not locked out; return its first value."""
-    while True:
-        try:
-            rows = connection.execute(statement).fetchall()
-            return rows[0][0] if rows else None
-        except sqlite3.OperationalError as exc:
-            if not is_busy(exc) or time.monotonic() > deadline:
-                raise
-            if FORKS.is_on():
-                raise StepAside from exc
-        # Short and uneven: SQLite's own waiting grows, so newcomers would win.
-        time.sleep(random.uniform(0.0005, 0.003))
-
-
-def _set_up(connection, deadline):
-    for pragma in (
-        "wal_autocheckpoint = 0",       # see checkpoint()
-        f"journal_size_limit = {_WAL_KEEP_BYTES}",
-        "secure_delete = off",          # on by default in some builds
-        "temp_store = memory",
-        "cache_size = -8000",           # KiB
-        "fullfsync = on",               # macOS: reach the platter
-    ):
-        _patiently(connection, deadline, "pragma " + pragma)
-
-
-class _Tables:
+class Tables:
     """Our tables in a file.  `ask` runs one statement and returns its first value."""
 
     def __init__(self, path: str, ask: Callable[[str], Any]):
@@ -3488,35 +3540,135 @@ class _Tables:
                 raise sqlite3.OperationalError(f"journal mode is {mode}, not wal")
 
 
-class _Write:
-    """A write transaction.  They do not nest."""
+# == Database =================================================================
+# Owns connections, transactions and the write-ahead log.  Knows nothing of what the
+# rows mean.
+#
+# Rules that hold here and in the sections that follow, each with its reason:
+#   begin immediate     a read that upgrades fails at once instead of waiting
+#   no RETURNING        unordered, and its cursor holds the write lock open
+#   literals in where   a partial index does not match a bound parameter
+#   no open()           closing any descriptor of the file drops SQLite's locks
 
-    def __init__(self, store, durable, deadline):
-        self.store, self.durable, self.deadline = store, durable, deadline
+REENTERED = (
+    "database {}: this thread is in the middle of a transaction: a signal handler may "
+    "have interrupted it; let the handler set a flag instead"
+)
+_WAKE_WORKERS = 32                  # how many are sent a hint
+_CHECKPOINT_BYTES = 2 << 20         # of -wal, when a worker moves it over
+# … and when a caller does, if nobody else has.  A commit that overwrites the -wal is
+# faster by a third than one that lengthens it, for that changes the file's size, too.
+CALLER_CHECKPOINT_BYTES = 4 << 20
+_WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+
+
+def patiently(connection, deadline, statement):
+    """Run one statement until it is not locked out; return its first value."""
+    while True:
+        try:
+            rows = connection.execute(statement).fetchall()
+            return rows[0][0] if rows else None
+        except sqlite3.OperationalError as exc:
+            if not is_busy(exc) or time.monotonic() > deadline:
+                raise
+            if FORKS.is_on():
+                raise StepAside from exc
+        # Short and uneven: SQLite's own waiting grows, so newcomers would win.
+        time.sleep(random.uniform(0.0005, 0.003))
+
+
+def _set_up(connection, deadline):
+    for pragma in (
+        "wal_autocheckpoint = 0",       # see checkpoint()
+        f"journal_size_limit = {_WAL_KEEP_BYTES}",
+        "secure_delete = off",          # on by default in some builds
+        "temp_store = memory",
+        "cache_size = -8000",           # KiB
+        "fullfsync = on",               # macOS: reach the platter
+    ):
+        patiently(connection, deadline, "pragma " + pragma)
+
+
+class Transaction:
+    """A write transaction of this thread.  They do not nest."""
+
+    def __init__(self, db: Database, durable: bool, deadline: float):
+        self._db, self._deadline = db, deadline
+        self._synchronous = \
+            "full" if durable and db.durability == "full" else "normal"
         self.link: Any = None       # the Link it is on, from __enter__() on
 
-    def __enter__(self):
-        self.link = self.store._begin(self)
-        return self.link
+    def __enter__(self) -> Link:
+        """Take the write lock; return the link that has it."""
+        while True:
+            link = self._db.free_link()
+            try:
+                link.writer = weakref.ref(self)     # from here on a fork waits for us
+                if not FORKS.is_on():
+                    self._take_lock(link)
+                    self.link = link
+                    return link
+            except StepAside:
+                pass
+            except BaseException:
+                link.writer = nobody
+                raise
+            link.writer = nobody
+            FORKS.wait()
+
+    def _take_lock(self, link):
+        link.undone = True
+        try:
+            if link.connection.in_transaction:  # an interrupt (Ctrl-C) has left it open
+                link.roll_back()
+            if link.synchronous != self._synchronous:
+                link.connection.execute("pragma synchronous = " + self._synchronous)
+                link.synchronous = self._synchronous
+            patiently(link.connection, self._deadline, "begin immediate")
+            link.undone = False
+        except sqlite3.Error as exc:
+            link.is_stale = "readonly" in str(exc)
+            raise explained(exc, self._db.path) from exc
 
     @property
-    def is_committed(self):
+    def is_committed(self) -> bool:
         """True once it is; also where an interrupt hides how the block ended."""
         link = self.link
         return link is not None and not (link.undone or link.is_open)
 
     def __exit__(self, kind, exc, trace):
-        self.store._end(self.link, failed=kind is not None)
-        if isinstance(exc, sqlite3.Error):
-            self.link.is_stale = "readonly" in str(exc)
-            raise explained(exc, self.store.path) from exc
+        link, is_undone = self.link, kind is not None
+        wake, link.wake = link.wake, []
+        try:
+            if not is_undone:
+                self._commit(link)
+        except (sqlite3.Error, DatabaseUnavailable) as failed:
+            is_undone, exc = True, failed
+        finally:
+            if is_undone:
+                link.roll_back()
+            link.writer = nobody
+        if not is_undone:
+            link.commits += 1
+            send_wake_ups(wake)
+        elif isinstance(exc, sqlite3.Error):
+            link.is_stale = "readonly" in str(exc)
+            raise explained(exc, self._db.path) from exc
+        elif kind is None:
+            raise exc
         return False
 
-
-# Real paths that this process has opened.  A file that was there and is gone (a
-# disk that is not mounted any more) is never made anew: that would be an empty
-# queue, which gives the ids of the other once more.  True: our tables were in it.
-KNOWN_PATHS: dict[str, bool] = {}
+    def _commit(self, link):
+        """Return once it is committed, to the log that all others read."""
+        if link.generation != FORKS.generation():
+            raise Undone(FORKED.format(self._db.path))
+        link.connection.execute("commit")
+        if not link.wal.is_there() and not FILES.is_away(link.identity):
+            # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
+            # a stray close() of the file in this process has dropped our locks, and
+            # another program took itself for the last user; else it was done by hand.
+            FILES.refused[link.identity] = WAL_LOST
+            FORKS.check(link.identity, self._db.path)
 
 
 class Database:
@@ -3524,13 +3676,14 @@ class Database:
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
-        self.name = _absolute(path)                 # as it was given
+        self.name = absolute(path)                 # as it was given
         self.path = os.path.realpath(self.name)     # its one name for all
         self.durability = durability
         self.busy_timeout = busy_timeout
         self.allow_network_fs = allow_network_fs
         self.follow = True          # to the new file, when ours is replaced
-        self.may_create = True     # until it is opened
+        self.may_create = True      # until it is opened
+        self._tried_at = 0          # bytes of the log when a caller last tried to
         self._local = threading.local()
 
     def create(self) -> None:
@@ -3538,30 +3691,11 @@ class Database:
             self.link()
             return
         if self.path not in KNOWN_PATHS:
-            self._make_file()
+            make_file(self.path)
         self._local.link = self._open(create=not KNOWN_PATHS.get(self.path))
 
-    def _make_file(self):
-        """Make it empty, not for others to read: arguments may be secrets.
-
-        By mknod, for closing a descriptor would drop SQLite's locks on a file that
-        another thread has just opened.  Guarded by test_a_new_database_is_private.
-        """
-        if os.path.exists(self.path):
-            return
-        try:
-            os.mknod(self.path, stat.S_IFREG | _NEW_FILE_MODE)
-        except FileExistsError:
-            pass
-        except (AttributeError, OSError):       # Windows; macOS; some sandboxes
-            try:
-                sqlite3.connect(self.path).close()
-                os.chmod(self.path, os.stat(self.path).st_mode & _NEW_FILE_MODE)
-            except (sqlite3.Error, OSError) as exc:
-                raise explained(exc, self.path) from exc
-
     def write(self, durable: bool = True, patience: float | None = None,
-              deadline: float | None = None) -> _Write:
+              deadline: float | None = None) -> Transaction:
         """A transaction that begins by taking the write lock.
 
         `durable=False` spares the fsync, for what is harmless to lose in a power
@@ -3572,7 +3706,7 @@ class Database:
         if deadline is None:
             deadline = time.monotonic() + (
                 self.busy_timeout if patience is None else patience)
-        return _Write(self, durable, deadline)
+        return Transaction(self, durable, deadline)
 
     def link(self):
         link = getattr(self._local, "link", None)
@@ -3595,7 +3729,7 @@ class Database:
         path = os.path.realpath(self.name)          # a link may lead elsewhere now
         found = file_identity(path)
         if found is None:
-            raise DatabaseUnavailable(_GONE.format(self.path))
+            raise DatabaseUnavailable(GONE.format(self.path))
         if not self.follow and found != link.identity:
             raise DatabaseUnusable(
                 f"database {self.path}: the file was replaced while in use: start the "
@@ -3616,12 +3750,12 @@ class Database:
         link, self._local.link = getattr(self._local, "link", None), None
         if link and link.generation == FORKS.generation():
             link.close()
-        FORKS.let_go()
+        FILES.let_go()
 
     def _open(self, create=False):
         while True:
-            self._check_exists()
-            _check_place(self.path, _mounts(), self.allow_network_fs)
+            check_exists(self.path)
+            check_place(self.path, mount_table(), self.allow_network_fs)
             try:
                 with FORKS.using():
                     return self._open_now(create)
@@ -3633,17 +3767,18 @@ class Database:
     def _open_now(self, create):
         identity = file_identity(self.path)
         FORKS.check(identity, self.path)
-        has_others = FORKS.has_others(identity)
+        has_others = FILES.has_others(identity)
         link = Link(
-            _open_uri(self.path, check_same_thread=False, cached_statements=256),
+            connect_to(self.path, check_same_thread=False, cached_statements=256),
             identity,
         )
         try:
             deadline = time.monotonic() + self.busy_timeout
             _set_up(link.connection, deadline)
-            ask = functools.partial(_patiently, link.connection, deadline)
-            _Tables(self.path, ask).open(create)
-            FORKS.hold(link, self.path, has_others)
+            ask = functools.partial(patiently, link.connection, deadline)
+            Tables(self.path, ask).open(create)
+            if not FORKS.is_leaving:    # else nobody will close it in good order
+                FILES.hold(identity, self.path, has_others)
         except BaseException:
             link.close()
             raise
@@ -3652,97 +3787,22 @@ class Database:
         KNOWN_PATHS[self.path] = True
         return link
 
-    def _check_exists(self):
-        try:
-            os.stat(self.path)
-        except FileNotFoundError:
-            raise DatabaseUnavailable(
-                _GONE.format(self.path) if self.path in KNOWN_PATHS else
-                f"there is no database {self.path}: name one with --db or PYBGWORKER_DB"
-            ) from None
-        except OSError as exc:
-            raise explained(exc, self.path) from exc
-
     def prepare(self, cursor: sqlite3.Cursor) -> None:
         """Make the tables, if need be, in somebody else's transaction on this file."""
         def ask(statement):
             row = cursor.execute(statement).fetchone()
             return row and row[0]
 
-        tables = _Tables(self.path, ask)
-        if tables.version() != len(_MIGRATIONS):
-            tables.migrate()
+        Tables(self.path, ask).migrate()
 
-    def _begin(self, write):
-        """Take the write lock; return the link that has it."""
-        while True:
-            link = self._free_link()
-            try:
-                link.writer = weakref.ref(write)    # from here on a fork waits for us
-                if not FORKS.is_on():
-                    self._take_lock(link, write.durable, write.deadline)
-                    return link
-            except StepAside:
-                pass
-            except BaseException:
-                link.writer = nobody
-                raise
-            link.writer = nobody
-            FORKS.wait()
-
-    def _free_link(self):
+    def free_link(self) -> Link:
+        """This thread's link, which is in no transaction."""
         link = getattr(self._local, "link", None)
         if link is not None and link.writer() is not None:
             if link.is_open:
                 raise DatabaseBusy(REENTERED.format(self.path))
             link.writer = nobody
         return self.link()
-
-    def _take_lock(self, link, durable, deadline):
-        synchronous = "full" if durable and self.durability == "full" else "normal"
-        link.undone = True
-        try:
-            if link.connection.in_transaction:  # an interrupt (Ctrl-C) has left it open
-                link.roll_back()
-            if link.synchronous != synchronous:
-                link.connection.execute("pragma synchronous = " + synchronous)
-                link.synchronous = synchronous
-            _patiently(link.connection, deadline, "begin immediate")
-            link.undone = False
-        except sqlite3.Error as exc:
-            link.is_stale = "readonly" in str(exc)
-            raise explained(exc, self.path) from exc
-
-    def _end(self, link, failed):
-        wake, link.wake = link.wake, []
-        try:
-            if not failed:
-                self._commit(link)
-        except sqlite3.Error as exc:
-            failed = True
-            raise explained(exc, self.path) from exc
-        except DatabaseUnavailable:
-            failed = True
-            raise
-        finally:
-            if failed:
-                link.roll_back()
-            link.writer = nobody
-        if not failed:
-            link.commits += 1
-            send_wake_ups(wake)
-
-    def _commit(self, link):
-        """Return once it is committed, to the log that all others read."""
-        if link.generation != FORKS.generation():
-            raise Undone(FORKED.format(self.path))
-        link.connection.execute("commit")
-        if not link.wal.is_there() and not FORKS.is_away(link.identity):
-            # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
-            # a stray close() of the file in this process has dropped our locks, and
-            # another program took itself for the last user; else it was done by hand.
-            FORKS.refused[link.identity] = WAL_LOST
-            FORKS.check(link.identity, self.path)
 
     def read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
@@ -3785,14 +3845,29 @@ class Database:
         https://sqlite.org/wal.html#walresetbug
         """
         with self.write(durable=False, patience=0.05), \
-                contextlib.closing(_open_uri(self.path)) as helper:
+                contextlib.closing(connect_to(self.path)) as helper:
             helper.execute("pragma wal_autocheckpoint = 0").fetchall()
             helper.execute("pragma wal_checkpoint(passive)").fetchall()
 
     def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
-        if self.wal_bytes() > limit:
+        if self._log_bytes() > limit:
             with contextlib.suppress(DatabaseBusy):
                 self.checkpoint()
+
+    def checkpoint_by_caller(self) -> None:
+        """The same where no worker does it; not for each commit while none helps.
+
+        Whoever wrote what is in the log: a thread, or a process, for every call.
+        """
+        found, last, limit = self._log_bytes(), self._tried_at, CALLER_CHECKPOINT_BYTES
+        if not last <= found < last + limit // 4:
+            self._tried_at = found if found > limit else 0
+            self.checkpoint_if_large(limit)
+
+    def _log_bytes(self):
+        """What lies in the log alone; its size, which may be more, where unknown."""
+        found = FILES.log_bytes(file_identity(self.path))
+        return self.wal_bytes() if found is None else found
 
 
 def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
@@ -4146,10 +4221,10 @@ class CallersTransaction:
         """
         path = self.db.path
         identity = file_identity(path)
-        if FORKS.is_held_for_caller(identity) or \
+        if FILES.is_held_for_caller(identity) or \
                 self._ask("pragma main.journal_mode")[0] != b"wal":     # not yet
             return
-        guard = FORKS.hold_for_caller(identity, path)
+        guard = FILES.hold_for_caller(identity, path)
         if guard and not guard.is_where_we_write():
             raise DatabaseUnavailable(_NOT_ITS_FILES.format(path))
 
@@ -4182,7 +4257,6 @@ class Queue:
     db: Database
 
     _group: GroupCommit | None = None
-    _tried_at = 0           # bytes of the log when callers last tried a checkpoint
 
     def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
         request = Request(task, calls, time.monotonic() + self.db.busy_timeout)
@@ -4207,20 +4281,9 @@ class Queue:
             for request in taken:
                 request.is_done = write.is_committed
                 request.is_taken = False
-        if self._has_grown(write.link.wal.bytes):
+        if write.link.wal.bytes > CALLER_CHECKPOINT_BYTES:
             with contextlib.suppress(DatabaseUnavailable):      # it is committed
-                self.db.checkpoint_if_large(CALLER_CHECKPOINT_BYTES)
-
-    def _has_grown(self, wal_bytes):
-        """True when callers may try a checkpoint: not for each commit while none helps.
-
-        Whoever wrote what is in the log: a thread, or a process, for every call.
-        """
-        last, limit = self._tried_at, CALLER_CHECKPOINT_BYTES
-        if wal_bytes <= limit or last <= wal_bytes < last + limit // 4:
-            return False
-        self._tried_at = wal_bytes
-        return True
+                self.db.checkpoint_by_caller()
 
     def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
                      calls: Sequence[str]) -> tuple[list, str | None]:

@@ -2698,11 +2698,11 @@ class Forking(Case):
             other = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
             other.execute("begin immediate")
             started = threading.Event()
-            take_lock = p.Database._take_lock
+            take_lock = p.Transaction._take_lock
             def noted(*args):
                 started.set()
                 return take_lock(*args)
-            p.Database._take_lock = noted
+            p.Transaction._take_lock = noted
             thread = threading.Thread(target=delay)
             thread.start()
             started.wait()
@@ -2828,14 +2828,14 @@ class Forking(Case):
                 conn.execute("select count(*) from bg_task").fetchall()
             os.register_at_fork(after_in_child=reconnect)
             delay()
-            p.FORKS.let_go = lambda: None      # as while another thread opens it
+            p.FILES.let_go = lambda: None      # as while another thread opens it
             if os.fork() == 0:
                 subprocess.run([sys.executable, "-c", {textwrap.dedent(
                     self.USED_BY_ANOTHER)!r}], check=True)
                 with conn:
                     say("id", t.options(conn=conn).delay().id)
                 os._exit(0)
-            del p.FORKS.let_go
+            del p.FILES.let_go
             os.wait()
         """)
         self.assertEqual(said, ["id 1", "id 2"])
@@ -2921,7 +2921,7 @@ class Forking(Case):
                     time.sleep(0.001)
                 p.FORKS._close_all = lambda patience, real=p.FORKS._close_all: [
                     real(patience), say("left", any(
-                        link.is_busy for link in p.FORKS._open_links()))]
+                        link.is_busy for link in p.FILES.open_links()))]
             """), check=False)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             self.assertEqual(done.stdout, "left False\n")
@@ -2955,7 +2955,7 @@ class Forking(Case):
         mine.execute("select * from bg_task").fetchall()
         shutil.copy(self.db, self.folder / "copy")      # before our first use
         self.python(self.USED_BY_ANOTHER)
-        self.addCleanup(pybgworker.FORKS.refused.clear)
+        self.addCleanup(pybgworker.FILES.refused.clear)
         for act in (lambda: self.app.send("t"), lambda: self.app.send("t", conn=mine)):
             with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "for a copy"):
                 act()
@@ -3006,7 +3006,7 @@ class Forking(Case):
         self.addCleanup(setattr, pybgworker, "_HAS_OWN_LOCKS",
                         pybgworker._HAS_OWN_LOCKS)
         pybgworker._HAS_OWN_LOCKS = False
-        self.addCleanup(pybgworker.FORKS.refused.clear)
+        self.addCleanup(pybgworker.FILES.refused.clear)
         self.app.send("before")
         with open(self.db, "rb"):
             pass
@@ -3029,7 +3029,7 @@ class Forking(Case):
 
     def test_a_log_deleted_by_hand_is_an_error_that_stays(self):
         self.app.send("t")
-        self.addCleanup(pybgworker.FORKS.refused.clear)
+        self.addCleanup(pybgworker.FILES.refused.clear)
         os.unlink(f"{self.db}-wal")
         for _ in range(2):
             with self.assertRaisesRegex(pybgworker.DatabaseUnusable, "-wal was deleted"):
@@ -3217,11 +3217,11 @@ class Databases(Case):
                      "fuse.glusterfs", "fuse.sshfs", "9p", "fuse.rclone"):
             with self.subTest(kind), \
                     self.assertRaisesRegex(pybgworker.DatabaseUnusable, re.escape(kind)):
-                pybgworker._check_place("/home/a b/q.db", line.format(kind), False)
-            pybgworker._check_place("/home/a b/q.db", line.format(kind), True)
-            pybgworker._check_place("/home/a bc/q.db", line.format(kind), False)
+                pybgworker.check_place("/home/a b/q.db", line.format(kind), False)
+            pybgworker.check_place("/home/a b/q.db", line.format(kind), True)
+            pybgworker.check_place("/home/a bc/q.db", line.format(kind), False)
         for kind in ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "fuseblk", "zfs"):
-            pybgworker._check_place("/home/a b/q.db", line.format(kind), False)
+            pybgworker.check_place("/home/a b/q.db", line.format(kind), False)
 
     def test_a_network_file_system_is_refused_unless_allowed(self):
         old = pybgworker._mount_of
@@ -3378,7 +3378,7 @@ class Databases(Case):
                                         "there is no database .*--db"):
                 use()
         with self.assertRaises(sqlite3.OperationalError):   # gone at the last moment
-            pybgworker._open_uri(str(self.db)).execute("select 1")
+            pybgworker.connect_to(str(self.db)).execute("select 1")
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_commands_leave_a_file_that_is_no_queue_as_it_is(self):
@@ -4036,6 +4036,46 @@ class Threads(Case):
                 call("x" * size)
                 most = max(most, self.store.db.wal_bytes())
             self.assertLess(most, 1.5 * limit + 2 * size)
+
+    @NEEDS_OWN_LOCKS
+    @mock.patch.object(pybgworker, "CALLER_CHECKPOINT_BYTES", 200_000)
+    def test_callers_overwrite_the_log_from_its_limit_on(self):
+        sizes = []
+        for _ in range(200):
+            self.app.send("t", "x" * 900)
+            sizes.append(self.store.db.wal_bytes())
+        self.assertGreater(sizes[-1], 200_000)
+        self.assertLess(max(sizes), 250_000)
+        self.assertEqual(sizes[60], sizes[-1])
+
+    @NEEDS_OWN_LOCKS
+    def test_how_much_of_the_log_is_not_in_the_database_yet(self):
+        for size in (512, 4096, 65536):
+            with self.subTest(page=size):
+                path = str(self.folder / f"{size}.db")
+                other = sqlite3.connect(path, isolation_level=None)
+                other.execute(f"pragma page_size = {size}")
+                other.execute("create table theirs (a)")
+                app = App(db=path)
+                app.send("t")
+                other.close()
+                found, db = pybgworker.FILES.log_bytes, app.store.db
+                identity = pybgworker.file_identity(path)
+                self.assertEqual(found(identity), db.wal_bytes() - 32)  # less its head
+                db.checkpoint()
+                self.assertEqual(found(identity), 0)
+                app.send("t")
+                self.assertEqual(found(identity) % (size + 24), 0)
+                self.assertLess(0, found(identity))
+                self.assertLess(found(identity), db.wal_bytes() // 2)
+                app.store.close()
+
+    def test_where_nobody_says_what_is_in_the_log_callers_go_by_its_size(self):
+        with mock.patch.object(pybgworker.Guard, "log_bytes", return_value=None):
+            self.log_limit(200_000)
+            for _ in range(200):
+                self.app.send("t", "x" * 900)
+            self.assertLess(self.store.db.wal_bytes(), 400_000)
 
     def test_a_log_that_a_reader_holds_costs_no_checkpoint_for_each_commit(self):
         self.log_limit(400_000)
@@ -4923,15 +4963,13 @@ class Operating(QueueCase):
 
     def between(self, statement):
         """Run SQL of somebody else's just before our next transaction begins."""
-        begin = self.store.db._begin
-
-        def late(*args):
-            self.store.db._begin = begin
+        def late(transaction):
+            patched.stop()
             self.sql(statement)
-            return begin(*args)
+            return transaction.__enter__()
 
-        self.store.db._begin = late
-        self.addCleanup(self.store.db.__dict__.pop, "_begin", None)
+        patched = mock.patch.object(pybgworker.Transaction, "__enter__", late)
+        patched.start()
 
     def test_what_changed_between_the_look_and_the_lock_is_left_alone(self):
         self.enqueue(count=3)
@@ -10813,7 +10851,7 @@ class Torture(Served):
         self.assertEqual(states, {pybgworker.SUCCESS: 10_000 - 2 * (bad + 4),
                                   pybgworker.FAILED: 2 * (bad + 4)})
         self.tasks.add.delay(1, 2).get(timeout=10)          # a new log begins
-        until(lambda: self.store.db.wal_bytes() <= pybgworker._CHECKPOINT_BYTES + (4 << 20))
+        until(lambda: self.store.db.wal_bytes() <= pybgworker.CALLER_CHECKPOINT_BYTES + (4 << 20))
 
 
 # == The README ===============================================================
@@ -11066,14 +11104,9 @@ class TheFile(unittest.TestCase):
     # What is larger than the rule still, and how large at most.  The list only
     # shrinks: who makes one of these keep the rule takes it out.
     LARGER = {
-        "section Forks": 500,
-        "section Database": 680,
         "section Pool": 558,
-        "class Forks": 318,
-        "class Database": 269,
         "class Pool": 346,
         "attributes of Run": 17,
-        "attributes of Forks": 17,
         "attributes of Member": 22,
         "born late in Transcript": 4,
         "born late in Member": 6,
@@ -11112,7 +11145,7 @@ class TheFile(unittest.TestCase):
         return first | born & given, given
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Database", "Queue", "Claiming", "Endings", "Desk", "Register",
+        allowed = {"Schema", "Database", "Queue", "Claiming", "Endings", "Desk", "Register",
                    "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
