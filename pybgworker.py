@@ -5413,10 +5413,15 @@ class SqliteStore(Endings, Desk, Register):
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
         self.db = Database(path, durability, busy_timeout, allow_network_fs)
-        self.path, self.name = self.db.path, self.db.name
+        self.name = self.db.name
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
         self.checkpoint_if_large = self.db.checkpoint_if_large
+
+    @property
+    def path(self) -> str:
+        """The real path of the file: another one when a link leads elsewhere."""
+        return self.db.path
 
     def now(self) -> int:
         return now_ms()
