@@ -7619,7 +7619,7 @@ class Pool:
         self.hand = Hand()
         self.ended: list[Ended] = []
         self.progress: dict[int, tuple[Run, str]] = {}
-        self._due = 0.0         # nothing in any child is before; 0: look at each
+        self._due: dict[Member, float] = {}     # when each has to be looked after
         self.durations = Durations()
         most = limits.max_tasks_per_child
         self.placement = Placement(size, most, self.durations)
@@ -7690,8 +7690,7 @@ class Pool:
     def dispatch(self, places: Places, at: float) -> list[Run]:
         """Send what is in hand, to the child that will begin it first.
 
-        Returns those that none could take for a while.  Since balance() found these
-        places, they can only have got more.
+        Returns those that none could take for a while.  `places` are balance()'s.
         """
         return self.hand.deal(functools.partial(self._send, places.takers, at), at)
 
@@ -7708,7 +7707,9 @@ class Pool:
             return self._send(takers, at, run)
         if not has:
             member.transcript.announce(run)
-        self._mark(member, at)
+        if has < 2:             # more of them change nothing
+            member.mind_output(self._selector, at)
+            self._mark(member)
         if self.durations.is_short(run.name):       # to its new place
             heapq.heapreplace(takers, (delay + run.usual, has + 1, number, member))
         else:
@@ -7716,8 +7717,7 @@ class Pool:
         return True
 
     def balance(self, at: float) -> Places:
-        """The places that there are; but first recall what waits behind a slow run,
-        or while another child is idle."""
+        """The places there are, once nothing waits behind a slow run for nothing."""
         places = self.placement.survey(self.members, at)
         overloaded = places.overloaded(is_spare=not self.hand)
         for member in overloaded:
@@ -7726,7 +7726,7 @@ class Pool:
 
     def _recall(self, member):
         self.hand.put_in_front(member.recall())
-        self._due = 0.0
+        self._mark(member)
 
     def recall_all(self) -> list[Run]:
         """Take back all that has not begun: for a stop."""
@@ -7741,7 +7741,9 @@ class Pool:
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
                 self._hear(member, at)
-                self._mark(member, at)
+                if member.waiting:      # else it may get some in this very turn
+                    member.mind_output(self._selector, at)
+                self._mark(member)
         for member, fd in heard:
             if fd == member.output and member in self.members and member.is_settled(at):
                 member.read_output()
@@ -7817,23 +7819,18 @@ class Pool:
 
     def next_timer(self) -> float:
         """When enforce(), balance() or dispatch() has something to do, or before."""
-        if not self._due:
-            self._due = min(map(self.placement.due_in, self.members), default=math.inf)
-        return min(self._due, self.hand.due) if self.hand else self._due
+        return min(*self._due.values(), self.hand.due, math.inf)
 
-    def _mark(self, member, at):
-        """The child has changed: something may be due in it earlier than known."""
+    def _mark(self, member):
+        """The child has changed: find out when something is due in it."""
         if member in self.members:
-            if member.waiting:          # else it may be given some in this very turn
-                member.mind_output(self._selector, at)
-            self._due = min(self._due, self.placement.due_in(member))
+            self._due[member] = self.placement.due_in(member)
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
-        if at >= self._due:         # else a turn is only about those that changed
-            self._due = 0.0
-            for member in list(self.members):
-                self._enforce_on(member, at)
+        for member in [member for member, due in self._due.items() if due <= at]:
+            self._enforce_on(member, at)
+            self._mark(member)
 
     def _enforce_on(self, member, at):
         member.mind_output(self._selector, at)
@@ -7853,7 +7850,8 @@ class Pool:
     def _retire(self, member):
         """Replace it once it has nothing to do."""
         self._recall(member)
-        member.retiring, self._due = True, 0.0
+        member.retiring = True
+        self._mark(member)
 
     def _condemn(self, member, why, at, grace=0.0):
         """Kill it in `grace` seconds, unless it answers before.
@@ -7862,7 +7860,8 @@ class Pool:
         """
         if not member.kill_due:
             self._recall(member)
-            member.why, member.kill_due, self._due = why, at + grace, 0.0
+            member.why, member.kill_due = why, at + grace
+            self._mark(member)
 
     def _kill(self, member, at):
         """Kill it with its group; a stuck one first dumps its Python stack."""
@@ -7904,6 +7903,7 @@ class Pool:
         self._guardian.release(member.pid)
         member.close(self._selector)
         self.members.remove(member)
+        self._due.pop(member, None)
 
     def cancel(self, run_id: int, at: float) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""

@@ -6591,22 +6591,23 @@ class Pools(Served):
                 for name, value in values.items():
                     setattr(of, name, value)
             with self.subTest(why):
+                pool._mark(member)
                 self.assertEqual(pool.next_timer(), due)
-        pool._due = 0.0
         pool.hand.add([self.run_of(2)])
         pool.hand._held[pool.hand.runs[0]] = 100.5
         self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
         pool.hand.empty()
         member.kill_due, behind = 0.0, self.run_of(3)
-        behind.due, pool._due = 100.0, 0.0
+        behind.due = 100.0
         member.waiting.append(behind)
+        pool._mark(member)
         self.assertEqual(pool.next_timer(), pool.placement.late_at(member))
 
     def test_what_changes_in_one_child_is_due_in_time_without_a_look_at_the_others(self):
         first, second = self.run_of(1), self.run_of(2)
         pool, member = self.pool_of(first, second)
         first.announced, second.timeout, looks = True, 0.005, []
-        member.behind, member.output, pool._due = 0.0, -2, 1e9
+        member.behind, member.output = 0.0, -2
         other = self.ready_member()
         other.__dict__.update(mind_output=looks.append, is_mute=False, _listens=True)
         pool.members.append(other)
@@ -6630,6 +6631,7 @@ class Pools(Served):
         run = self.run_of(1)
         pool, member = self.pool_of(run)
         run.timeout, began = 2.0, member.began
+        pool._mark(member)
         with mock.patch.object(pybgworker, "send_signal") as send:
             steps = []
             for seconds in (1.9, 2.0, 2.0 + pybgworker._TIMEOUT_GRACE - 0.01):
@@ -6648,7 +6650,7 @@ class Pools(Served):
         self.assertEqual(pool.members, [])
 
         pool, member = self.pool_of()
-        member.retiring = True
+        pool._retire(member)
         pool.enforce(5.0)
         member.hang_up.assert_called_once_with()
         self.assertEqual((member.why, member.kill_due),
@@ -6657,6 +6659,7 @@ class Pools(Served):
     def test_what_waits_behind_a_run_that_is_to_be_killed_begins_elsewhere(self):
         def limit(pool, member):
             member.waiting[0].timeout = 0.5
+            pool._mark(member)
             pool.enforce(member.began + 1)
 
         def memory(pool, member):
@@ -6889,6 +6892,7 @@ class Pools(Served):
         member.__dict__.update(
             waiting=pybgworker.collections.deque(runs), began=time.monotonic(), done=0,
             why="", kill_due=0.0, ready=True, retiring=False,
+            _listens=True, is_mute=False,
             behind=sum(run.usual for run in runs[1:]))
         for n, run in enumerate(runs):
             run.due = member.began + sum(before.usual for before in runs[:n])
@@ -8524,7 +8528,7 @@ class Workers(Served):
         "cancel": lambda case, worker, held: held.cancel(),
         "time limit": lambda case, worker, held: [
             setattr(case.busy(worker).waiting[0], "timeout", 0.01),
-            setattr(worker.pool, "_due", 0.0)],
+            worker.pool._mark(case.busy(worker))],
         "retired": lambda case, worker, held: [
             setattr(worker.settings, "max_tasks_per_child", 1),
             (case.folder / "go").touch()],
