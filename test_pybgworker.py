@@ -6701,6 +6701,7 @@ class Pools(Served):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
             member.why, member.kill_due = why, 1.0 if why else 0.0
+            pool._mark(member)
             member.wire._buffer += self.answer(run)
             end(pool, member)
             with self.subTest(why):
