@@ -956,7 +956,7 @@ class Run:
 
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "callbacks", "announced", "cancelled",
+        "run_at", "tick", "args", "priority", "callbacks",
         "tokens", "usual", "due",
     )
 
@@ -974,8 +974,6 @@ class Run:
         self.args = args                # None: the child reads them itself
         self.priority = priority
         self.callbacks = callbacks      # as in the row
-        self.announced = False          # task_start is logged
-        self.cancelled = False          # somebody asked to end it
         self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
         self.usual = 0.0                # seconds that runs of this task take
         self.due = 0.0                  # monotonic: when it should begin, once sent
@@ -6343,6 +6341,7 @@ class Transcript:
         self._log = log             # log(event, run, **fields)
         self._lines = LineCutter()
         self._will_stray = False
+        self.announced: Run | None = None       # the last whose start was said
         self.begin()
 
     def begin(self) -> None:
@@ -6353,8 +6352,8 @@ class Transcript:
 
     def announce(self, run: Run) -> None:
         """Say that a run has started, once."""
-        if not run.announced:
-            run.announced = True
+        if run is not self.announced:
+            self.announced = run
             self._log("task_start", run)
 
     def printed(self, text: str, run: Run | None, is_kept: bool = True) -> None:
@@ -7423,7 +7422,7 @@ class Placement:
         if head is None and member.retiring:
             return 0.0
         due = math.inf
-        if member.is_unheard or head and not head.announced:
+        if member.is_unheard or head and member.transcript.announced is not head:
             due = member.began + STALL_SECONDS
         if head and head.timeout:
             due = min(due, member.began + head.timeout)
@@ -7801,6 +7800,8 @@ class Pool:
 
     def _take_answer(self, member, error, result, started_at, duration, at):
         run, kind = member.waiting.popleft(), error["kind"] if error else "success"
+        if error and member.why == "cancelled":         # whatever it says of that
+            kind = "cancelled"
         member.transcript.announce(run)
         self.ended.append(Ended(
             run, kind, result, error, member.transcript.finish(run), started_at,
@@ -7912,7 +7913,6 @@ class Pool:
                 self._recall(member)        # it may not have begun
                 head = member.waiting[0] if member.waiting else None
                 if head and head.id == run_id and not member.kill_due:
-                    head.cancelled = True
                     self._condemn(member, "cancelled", at, _CANCEL_GRACE)
                     member.interrupt(run_id)
         found = self.hand.take(lambda run: run.id == run_id)
@@ -8761,7 +8761,7 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     if error is None and ended.kind == "success":
         return _with_callback(outcome, now)
     outcome = outcome._replace(state=FAILED)
-    if ended.kind == "cancelled" or run.cancelled:
+    if ended.kind == "cancelled":
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
         return _with_callback(outcome, now)

@@ -4716,7 +4716,7 @@ class Claiming(QueueCase):
     def test_a_token_comes_back_from_a_run_that_never_began(self):
         """Handed back, or cancelled before its start; not from one that has begun."""
         rates = {"t": 1 / 3600, "": 10}
-        for end in ("handed back", "cancelled", "interrupted"):
+        for end in ("handed back", "cancelled", "interrupted", "cancelled as it ran"):
             self.sql("delete from bg_rate")
             self.sql("delete from bg_task")
             self.enqueue("t", count=2)
@@ -4724,11 +4724,13 @@ class Claiming(QueueCase):
             self.now += 100
             if end == "cancelled":
                 self.finish(run, pybgworker.CANCELLED)
+            elif end == "cancelled as it ran":
+                self.finish(run, pybgworker.CANCELLED, duration=0.5)
             else:
-                run.announced = end == "interrupted"
-                self.turn(**{"stopped" if run.announced else "unbegun": [run]})
+                self.turn(**{"stopped" if end == "interrupted" else "unbegun": [run]})
             with self.subTest(end):
-                self.assertEqual(len(self.claim(**rates)), int(end != "interrupted"))
+                self.assertEqual(len(self.claim(**rates)),
+                                 int(end in ("handed back", "cancelled")))
 
     def test_whatever_makes_work_runnable_wakes_the_workers(self):
         """Each hint is for those that would look by themselves only later."""
@@ -6555,8 +6557,15 @@ class Pools(Served):
         self.assertEqual([run.id for run in pool.hand.runs], [3])
         pool.cancel(1, 5.0)
         self.assertEqual((pool.ended, member.why), ([], "cancelled"))
-        self.assertTrue(member.waiting[0].cancelled)        # whatever it answers
         member.interrupt.assert_called_once_with(1)
+
+    def test_a_run_that_is_cancelled_is_so_whatever_it_raises_and_not_if_it_succeeds(self):
+        for error, kind in (None, "success"), ({"kind": "exception"}, "cancelled"):
+            pool, member = self.pool_of(self.run_of(1))
+            pool.cancel(1, 5.0)
+            pool._take_answer(member, error, "null", 1000, 0.5, 6.0)
+            self.assertEqual([end.kind for end in pool.ended], [kind])
+            self.assertEqual((member.why, member.retiring), ("", kind == "cancelled"))
 
     def pool_of(self, *runs):
         """A pool of one child that has taken the first of these runs, and it."""
@@ -6580,13 +6589,14 @@ class Pools(Served):
         for why, of_run, of_member, due in (
             ("nothing", {}, {}, float("inf")),
             ("a time limit", {"timeout": 9.0}, {}, 109.0),
-            ("it begins to be slow", {"announced": False, "timeout": 9.0}, {}, stall),
+            ("it begins to be slow", {"timeout": 9.0}, {}, stall),
             ("its output is not listened to", {}, {"_listens": False}, stall),
             ("a kill", {"timeout": 1.0}, {"kill_due": 103.0}, 103.0),
         ):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
-            member.began, run.announced = 100.0, True
+            member.began = 100.0
+            member.transcript.announced = None if "slow" in why else run
             for of, values in ((run, of_run), (member, of_member)):
                 for name, value in values.items():
                     setattr(of, name, value)
@@ -6606,7 +6616,7 @@ class Pools(Served):
     def test_what_changes_in_one_child_is_due_in_time_without_a_look_at_the_others(self):
         first, second = self.run_of(1), self.run_of(2)
         pool, member = self.pool_of(first, second)
-        first.announced, second.timeout, looks = True, 0.005, []
+        second.timeout, looks = 0.005, []
         member.behind, member.output = 0.0, -2
         other = self.ready_member()
         other.__dict__.update(mind_output=looks.append, is_mute=False, _listens=True)
@@ -7750,25 +7760,23 @@ class Upkeeps(QueueCase):
 class Settling(unittest.TestCase):
 
     TABLE = """
-        kind       retryable  last  cancelled | becomes
-        success    -          no    no        | success
-        success    -          yes   yes       | success
-        exception  yes        no    no        | retrying
-        exception  yes        yes   no        | failed
-        exception  no         no    no        | failed
-        exception  yes        no    yes       | cancelled
-        crash      yes        no    no        | retrying
-        crash      yes        yes   no        | failed
-        timeout    yes        no    no        | retrying
-        abort      no         no    no        | failed
-        cancelled  no         no    no        | cancelled
+        kind       retryable  last | becomes
+        success    -          no   | success
+        success    -          yes  | success
+        exception  yes        no   | retrying
+        exception  yes        yes  | failed
+        exception  no         no   | failed
+        crash      yes        no   | retrying
+        crash      yes        yes  | failed
+        timeout    yes        no   | retrying
+        abort      no         no   | failed
+        cancelled  no         no   | cancelled
     """
 
     def test_what_follows_a_run(self):
         for line in self.TABLE.strip().splitlines()[1:]:
-            kind, retryable, last, cancelled, _, becomes = line.split()
+            kind, retryable, last, _, becomes = line.split()
             run = Run(1, "t", "q", 0, 0 if last == "yes" else 3, 0, None, 0, None, "", 5)
-            run.cancelled = cancelled == "yes"
             error = None if kind == "success" else {
                 "kind": kind, "retryable": retryable == "yes"}
             end = pybgworker.Ended(run, kind, "1", error)
@@ -11112,7 +11120,6 @@ class TheFile(unittest.TestCase):
     LARGER = {
         "section Pool": 558,
         "class Pool": 346,
-        "attributes of Run": 17,
         "attributes of Member": 22,
         "born late in Transcript": 4,
         "born late in Member": 6,
