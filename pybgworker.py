@@ -1834,7 +1834,8 @@ class AsyncResult(Generic[V]):
             if deadline is not None:
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
-                    raise self._too_late(seconds)
+                    raise WaitTimeout(
+                        f"task {self.id} is {self.status} after {seconds} s")
             time.sleep(pause)
 
     def __await__(self) -> Generator[Any, None, V]:
@@ -1859,9 +1860,6 @@ class AsyncResult(Generic[V]):
         if state == CANCELLED:
             raise TaskCancelled(f"task {self.id} was cancelled")
         raise _Unfinished       # somebody has retried it a moment ago
-
-    def _too_late(self, timeout):
-        return WaitTimeout(f"task {self.id} is {self.status} after {timeout} s")
 
     def cancel(self) -> bool:
         """Cancel it, or have its worker end its run within a second.

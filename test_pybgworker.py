@@ -11071,18 +11071,13 @@ class TheFile(unittest.TestCase):
                 for part in name.split("."):
                     found = getattr(found, part)
 
-    # The kinds of frames, until Wire is a section and these are its public names.
-    SHARED_STILL = {"_SUCCEEDED", "_READY", "_BROKEN", "_PRINTED", "_STRAYS",
-                    "_PROGRESSED", "_WRITTEN", "_ENDED_BADLY"}
-
     def test_an_underscore_is_for_one_section(self):
         homes = {name: self.section_of(node.lineno) for node in self.tree.body
                  for name in self.names_of(node)}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Name) and node.id[0] == "_" and node.id[:2] != "__":
                 home = homes.get(node.id, self.section_of(node.lineno))
-                if node.id not in self.SHARED_STILL:
-                    self.assertEqual(home, self.section_of(node.lineno), node.id)
+                self.assertEqual(home, self.section_of(node.lineno), node.id)
 
     def names_of(self, node):
         """What a statement of the module defines."""
