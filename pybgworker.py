@@ -4744,7 +4744,7 @@ class Endings(Claims):
 
     def _heed_cancels(self, outcomes, worker):
         """What somebody wants cancelled is not run again, and not said to be."""
-        if all(outcome.state != RETRYING for outcome in outcomes):
+        if RETRYING not in [outcome.state for outcome in outcomes]:
             return list(outcomes)
         asked = set(self.cancels_asked(worker))
         return [
@@ -4772,9 +4772,13 @@ class Endings(Claims):
         unbegun = [o.run for o in outcomes
                    if o.state == CANCELLED and o.duration is None]
         self._return_tokens(connection, unbegun)
-        plain = [o for o in outcomes if _is_plain(o)]
-        if len(plain) > 1 and self._succeed_all(connection, plain, worker, now):
-            outcomes = [o for o in outcomes if not _is_plain(o)]
+        if len(outcomes) > 1:
+            plain: list[Outcome] = []
+            others: list[Outcome] = []
+            for outcome in outcomes:
+                (plain if _is_plain(outcome) else others).append(outcome)
+            if plain and self._succeed_all(connection, plain, worker, now):
+                outcomes = others
         stale = []
         for outcome in outcomes:
             try:
@@ -7289,16 +7293,12 @@ class Durations:
 
     def __init__(self):
         self._usual: dict[str, float] = {}      # seconds
-        self.short_names: set[str] = set()      # tasks that may wait in a pipe
+        self.short_names: set[str] = set()      # whose runs may wait in a pipe
         self.typical = 0.0                      # of all, whatever their name
 
     def usual(self, name: str) -> float:
         """Seconds that a run of this task usually takes; 0 for the unknown."""
         return self._usual.get(name, 0.0)
-
-    def is_short(self, name: str) -> bool:
-        """True when a run of this task may wait in a pipe, or be waited for."""
-        return name in self.short_names
 
     def learn(self, name: str, seconds: float) -> None:
         """Take a run into account; a long one counts at once."""
@@ -7430,7 +7430,7 @@ class Placement:
 
     def may_wait(self, run: Run, delay: float, has: int, member: Member) -> bool:
         """True when `run` may wait in the pipe of this child, which is not slow."""
-        return not run.is_last and self._durations.is_short(run.name) \
+        return not run.is_last and run.name in self._durations.short_names \
             and delay < _AHEAD_SECONDS and has < _AHEAD_FRAMES \
             and has + member.done < self._most
 
@@ -7653,7 +7653,7 @@ class Pool:
 
     def take(self, runs: Sequence[Run]) -> None:
         """Have claimed runs in hand, the most urgent first; none waits for others."""
-        behind = self.placement.behind(self.members, min(r.priority for r in runs))
+        behind = self.placement.behind(self.members, min([r.priority for r in runs]))
         for member in behind:
             self._recall(member)
         self.hand.add(runs)
@@ -7707,7 +7707,7 @@ class Pool:
         if has < 2:             # more of them change nothing
             member.mind_output(self._selector, at)
             self._mark(member)
-        if self.durations.is_short(run.name):       # to its new place
+        if run.name in self.durations.short_names:      # to its new place
             heapq.heapreplace(takers, (delay + run.usual, has + 1, number, member))
         else:
             heapq.heappop(takers)           # nothing shall wait behind this one
@@ -8394,7 +8394,8 @@ class Log:
         self._is_file = _is_seekable(fd)
         self._write = functools.partial(os.write, fd) if self._is_file \
             else _never_waiting(fd, self)
-        self._second, self._stamp = -1, ""  # of the last line: unix s, and its text
+        self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
+        self._second, self._until = -1, ""  # the same up to the second
         self._lines: list[str] = []
         self._unsent = bytearray()          # its beginning is cheap to take off
 
@@ -8415,14 +8416,18 @@ class Log:
 
     def line(self, event: str, part: str) -> None:
         """Add one line, whose fields part() has made into text."""
-        second, ms = divmod(self._clock(), 1000)
-        if second != self._second:
-            self._second, self._stamp = second, iso_time(second * 1000)[:-4]
-        stamp = f"{self._stamp}{ms:03d}Z"
+        at = self._clock()
+        if at != self._at:
+            self._at = at
+            if at // 1000 != self._second:
+                self._second, self._until = at // 1000, iso_time(at)[:-4]
+            self._stamp = f"{self._until}{at % 1000:03d}Z"
         if self._is_text:
-            self._lines.append(f"{stamp} {event:<16}{part}")
+            self._lines.append(f"{self._stamp} {event:<16}{part}")
         else:
-            self._lines.append(f'{{"timestamp":"{stamp}","event":"{event}"{part}}}')
+            self._lines.append(
+                f'{{"timestamp":"{self._stamp}","event":"{event}"{part}}}'
+            )
 
     def flush(self, patience: float = 0.0) -> None:
         """Write what there is; wait at most `patience` seconds for a slow reader."""
@@ -8610,10 +8615,15 @@ class Journal:
         """How a run ended; said after the commit, so it is true."""
         run, duration = outcome.run, _rounded(outcome.duration)
         if outcome.state == SUCCESS:
-            return self.run("task_success", run, duration=duration)
-        if outcome.state == CANCELLED:
-            return self.run("task_cancelled", run, duration=duration)
-        error: dict = outcome.error or {}
+            self.run("task_success", run, duration=duration)
+        elif outcome.state == CANCELLED:
+            self.run("task_cancelled", run, duration=duration)
+        else:
+            self._failed(outcome, duration)
+        self._about.pop(run, None)
+
+    def _failed(self, outcome, duration):
+        run, error = outcome.run, outcome.error or {}
         about = {"kind": error["kind"], "error": str(TaskError(error))}
         if outcome.state == RETRYING:
             retry_at = iso_time(outcome.run_at or 0)
@@ -8753,11 +8763,11 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     if started_at is None and ended.duration is not None:   # its child is dead
         started_at = now - to_ms(ended.duration)
     outcome = Outcome(
-        run, SUCCESS, ended.result, _kept_error(error), ended.output, started_at,
-        ended.duration,
+        run, SUCCESS, ended.result, error and _kept_error(error), ended.output,
+        started_at, ended.duration,
     )
     if error is None and ended.kind == "success":
-        return _with_callback(outcome, now)
+        return _with_callback(outcome, now) if run.callbacks else outcome
     outcome = outcome._replace(state=FAILED)
     if ended.kind == "cancelled":
         return outcome._replace(state=CANCELLED)
@@ -8787,16 +8797,12 @@ def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
 
 
 def _with_callback(outcome, now):
-    if not outcome.run.callbacks:       # as most
-        return outcome
     rows = callback_rows(outcome.run, outcome.state, outcome.error, now)
     return outcome._replace(then=rows)
 
 
 def _kept_error(error):
     """The parts of an error that are stored with the task."""
-    if error is None:
-        return None
     parts = ("kind", "type", "message", "traceback", "signal", "exit_code")
     return {part: error[part] for part in parts if error.get(part) not in (None, "")}
 

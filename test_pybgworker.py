@@ -6947,7 +6947,7 @@ class Pools(Served):
         durations.learn("t", 0.0001)
         self.assertIn("t", durations.short_names)
         self.assertEqual(durations.usual("new"), 0.0)
-        self.assertFalse(durations.is_short("new"))
+        self.assertNotIn("new", durations.short_names)
 
 
 Served_TASKS_MORE = """
