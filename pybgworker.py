@@ -74,6 +74,7 @@ import collections
 import contextlib
 import contextvars
 import copyreg
+import enum
 import errno
 import functools
 import heapq
@@ -5460,6 +5461,8 @@ except ImportError:                         # Windows
     fcntl = resource = None                 # type: ignore[assignment]
 
 _IS_LINUX = sys.platform.startswith("linux")
+_PIPE_BYTES = 1 << 16               # of a pipe, in one read
+_READS = 16                         # in a row from one pipe, at most
 
 
 # A worker imports the app, and an app may replace what the standard library gives:
@@ -5669,6 +5672,21 @@ def write_all(fd: int, data: bytes) -> None:
     """Write the whole of `data`, also where one write takes only a part."""
     while data:
         data = data[os.write(fd, data):]
+
+
+def read_all(fd: int, most: int) -> tuple[bytes, bool]:
+    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
+    found, at_end = bytearray(), False
+    for _ in range(_READS):         # not for ever, when somebody goes on writing
+        try:
+            chunk = os.read(fd, _PIPE_BYTES)
+        except OSError:
+            break
+        if not chunk:
+            at_end = True
+            break
+        found += chunk[: max(0, most - len(found))]
+    return bytes(found), at_end
 
 
 def memory_bytes(pid: int) -> int:
@@ -6336,64 +6354,48 @@ class LineCutter:
         return data[:size].decode("utf-8", "backslashreplace")
 
 
-class Transcript:
-    """What one child prints, as its worker books it: on a run, or on none."""
+class OutputPipe:
+    """The worker's end of what C code and subprocesses of one child write."""
 
-    def __init__(self, log: Callable):
-        self._log = log             # log(event, run, **fields)
+    def __init__(self, fd: int):
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self.is_mute = False        # nobody can write to it any more
+        self.strays = False         # … processes of earlier runs can
+        self._will_stray = False    # the same, from the next run on
+        self._listens = False       # the selector tells of it
         self._lines = LineCutter()
-        self._will_stray = False
-        self.announced: Run | None = None       # the last whose start was said
-        self.begin()
 
     def begin(self) -> None:
-        """From now on another run prints."""
-        self._strays = self._will_stray
-        self._kept: list[str] = []
-        self._chars = self._strange_chars = 0
-
-    def announce(self, run: Run) -> None:
-        """Say that a run has started, once."""
-        if run is not self.announced:
-            self.announced = run
-            self._log("task_start", run)
-
-    def printed(self, text: str, run: Run | None, is_kept: bool = True) -> None:
-        """Log a text, up to a limit for each run, and keep it for text()."""
-        before = self._chars if is_kept else self._strange_chars
-        text = cut_output(text, before)
-        if not text:
-            return
-        if is_kept:
-            self._chars += len(text)
-            self._kept.append(text)
-        else:
-            self._strange_chars += len(text)
-        if run is not None:
-            self.announce(run)
-        self._log("output", run, text=text.rstrip("\n"))
-
-    def written(self, data: bytes, head: Run | None) -> None:
-        """Bytes from the pipe, while `head` runs."""
-        self._book(self._lines.cut(data, at_end=head is None), head)
-
-    def _book(self, text, head):
-        is_kept = head is None or not self._strays
-        self.printed(text, head if is_kept else None, is_kept)
-
-    def finish(self, head: Run) -> str:
-        """The run has ended: return all that is kept of its output."""
-        if self._lines.rest:
-            self._book(self._lines.cut(b"", at_end=True), head)
-        return self.text()
+        """From now on another run writes."""
+        self.strays = self._will_stray
 
     def set_strays(self, strays: bool) -> None:
-        """Whether processes of this run may write to the pipe in the next ones."""
+        """Whether processes of this run may write to it in the next ones."""
         self._will_stray = strays
 
-    def text(self) -> str:
-        """All that is kept since begin()."""
-        return "".join(self._kept)
+    def mind(self, selector: selectors.BaseSelector, wanted: bool, data: Any) -> None:
+        """Have the selector tell of it, or not, while that is wanted."""
+        wanted = wanted and not self.is_mute
+        if wanted and not self._listens:
+            selector.register(self.fd, selectors.EVENT_READ, data)
+        elif self._listens and not wanted:
+            selector.unregister(self.fd)
+        self._listens = wanted
+
+    @property
+    def is_unheard(self) -> bool:
+        """True when there will be something to read that nobody tells of."""
+        return not (self._listens or self.is_mute)
+
+    def read(self) -> bytes:
+        """What it holds."""
+        data, self.is_mute = read_all(self.fd, 4 * OUTPUT_CHARS)
+        return data
+
+    def cut(self, data: bytes, at_end: bool = False) -> str:
+        """The whole lines so far, with `data`; at the end also what is left."""
+        return self._lines.cut(data, at_end) if data or self._lines.rest else ""
 
 
 # == Surroundings =============================================================
@@ -7042,8 +7044,6 @@ def describe_exception(exc: BaseException) -> dict:
 # `at`, here and in the Pool, is monotonic seconds: every span is measured by a
 # clock that nobody can set.
 
-_PIPE_BYTES = 1 << 16               # of a pipe, in one read
-_READS = 16                         # in a row from one pipe, at most
 STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
                             # and the worker reads what it writes
 
@@ -7060,21 +7060,6 @@ class Ended(NamedTuple):
     duration: float | None = None
 
 
-def _read_all(fd, most):
-    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
-    found, at_end = bytearray(), False
-    for _ in range(_READS):         # not for ever, when somebody goes on writing
-        try:
-            chunk = os.read(fd, _PIPE_BYTES)
-        except OSError:
-            break
-        if not chunk:
-            at_end = True
-            break
-        found += chunk[: max(0, most - len(found))]
-    return bytes(found), at_end
-
-
 def _pipe(undo, theirs):
     """A pipe from a child: one end to be closed if it fails, one in any case."""
     reader, writer = os.pipe()
@@ -7083,89 +7068,192 @@ def _pipe(undo, theirs):
     return reader, writer
 
 
+class Phase(enum.Enum):
+    """How far the life of a child has come."""
+
+    STARTING = "it imports the app"
+    READY = "it may be given work"
+    RETIRING = "it takes nothing more, and is replaced"
+    LEAVING = "it was told to exit"
+
+
+class Verdict(enum.Enum):
+    """Why a child is to be killed."""
+
+    TIMEOUT = "its run has reached the time limit"
+    CANCELLED = "its run is cancelled"
+    STUCK = "the same run has not ended within the grace: it dumps its stack"
+    MEMORY = "it takes more than max_memory"
+    MAD = "it sent what is no message"
+    TOO_MUCH = "we have not the memory for what it sent"
+    CUT_OFF = "it has closed its connection to us"
+
+
+_READY_PHASE = Phase.READY      # looked up once: `able` is asked in each turn
+_OF_A_RUN = (Verdict.TIMEOUT, Verdict.CANCELLED)    # void once that has ended
+
+
+class Slot:
+    """A place for one run in a child: since when, what it printed, its sentence."""
+
+    run: Run | None             # that has it
+    began: float                # monotonic
+    verdict: Verdict | None     # on this run
+    kill_due: float             # monotonic; 0: not condemned
+    _kept: list[str]            # of what it printed
+    _chars: int                 # of that
+    _strange_chars: int         # … and of what others printed meanwhile
+
+    def __init__(self, log: Callable, at: float):
+        self._log = log             # log(event, run, **fields)
+        self.announced: Run | None = None       # the last whose start was said
+        self.begin(None, at)
+
+    def begin(self, run: Run | None, at: float) -> None:
+        """From now on this run has it; None: nobody."""
+        self.run, self.began = run, at
+        self.verdict, self.kill_due = None, 0.0
+        self._kept = []
+        self._chars = self._strange_chars = 0
+
+    def announce(self) -> None:
+        """Say that its run has started, once."""
+        run = self.run
+        if run is not None and run is not self.announced:
+            self.announced = run
+            self._log("task_start", run)
+
+    def printed(self, text: str, is_own: bool = True) -> None:
+        """Log a text, up to a limit for each run; keep it if the run's own."""
+        text = cut_output(text, self._chars if is_own else self._strange_chars)
+        if not text:
+            return
+        if is_own:
+            self._chars += len(text)
+            self._kept.append(text)
+            self.announce()
+        else:
+            self._strange_chars += len(text)
+        self._log("output", self.run if is_own else None, text=text.rstrip("\n"))
+
+    def text(self) -> str:
+        """All that is kept."""
+        return "".join(self._kept)
+
+
 class Member:
     """One child of the pool."""
 
-    def __init__(self, spec: ChildSpec, log: Callable):
-        self._open(spec)
-        self.transcript = Transcript(log)
-        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
-        self.began = 0.0                # when [0] became the first; before: it started
-        self.behind = 0.0               # seconds that all but [0] usually take
-        self.ready = False              # it has imported the app
-        self.retiring = False           # takes nothing more
-        self.is_mute = False            # nobody can write to its output any more
-        self._listens = False           # the selector tells of its output
-        self.done = 0                   # runs answered
-        self.why = ""                   # condemned: timeout, cancelled, see _crash()
-        self.kill_due = 0.0             # 0: not condemned
-        self.exit: Exit | None = None   # once it is dead
-        self._reason = ""               # why it could not start
-        self._lacks = False             # … for want of what there may be later
-
-    def _open(self, spec):
+    def __init__(self, spec: ChildSpec, log: Callable, at: float):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             self.wire = WorkerEnd(undo)
-            self.output, child_output = _pipe(undo, theirs)
+            output, child_output = _pipe(undo, theirs)
             self.crash, child_crash = _pipe(undo, theirs)
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(close_fd, null)
-            ends = (*self.wire.theirs(), child_crash, self.output)
+            ends = (*self.wire.theirs(), child_crash, output)
             spec = spec._replace(
-                frames=ends[0], messages=ends[1], crash=child_crash, output=self.output
+                frames=ends[0], messages=ends[1], crash=child_crash, output=output
             )
             argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
             self.pid = spawn(argv, ends, null, child_output)
             undo.pop_all()
         self.wire.given()
-        os.set_blocking(self.output, False)
         os.set_blocking(self.crash, False)
+        self.pipe = OutputPipe(output)
+        self.slot = Slot(log, at)       # of waiting[0]
+        self.began = at                 # monotonic
+        self.waiting: collections.deque = collections.deque()   # sent; [0] runs
+        self.behind = 0.0               # seconds that all but [0] usually take
+        self.done = 0                   # runs answered
+        self.phase = Phase.STARTING
+        self.verdict: Verdict | None = None     # on the child, not on its run
+        self._kill_due = 0.0            # when that is carried out
+        self.exit: Exit | None = None   # once it is dead
+        self._reason = ""               # why it could not start
+        self._lacks = False             # … for want of what there may be later
 
     @property
     def able(self) -> bool:
         """True when it may be given work."""
-        return self.ready and not self.retiring and not self.why
+        return self.phase is _READY_PHASE \
+            and not (self._kill_due or self.slot.kill_due or self.verdict)
+
+    @property
+    def ready(self) -> bool:
+        """True when it has imported the app."""
+        return self.phase is not Phase.STARTING
+
+    @property
+    def is_retiring(self) -> bool:
+        """True when it is to be replaced anyway."""
+        return self.phase in (Phase.RETIRING, Phase.LEAVING)
+
+    @property
+    def kill_due(self) -> float:
+        """When it is to be killed; 0: not at all."""
+        return self._kill_due or self.slot.kill_due
+
+    @property
+    def why(self) -> Verdict | None:
+        """Why it is to be killed, or was."""
+        return self.verdict or self.slot.verdict
+
+    def condemn(self, verdict: Verdict, kill_due: float) -> None:
+        """Have it killed then, unless that is about its run, and it ends before."""
+        if verdict in _OF_A_RUN:
+            self.slot.verdict, self.slot.kill_due = verdict, kill_due
+        else:
+            self.verdict, self._kill_due = verdict, kill_due
 
     def send(self, run: Run, at: float) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
         if not self.wire.send(run):
             return False
         self.waiting.append(run)
-        self.behind += run.usual
         if len(self.waiting) == 1:
-            self.begin_head(at)
+            self._begin_head(at)
+        else:
+            self.behind += run.usual
         return True
 
-    def begin_head(self, at: float) -> None:
-        """From now on the first of `waiting` runs."""
-        self.began = at
-        is_followed = len(self.waiting) > 1     # else floats would leave a trace
-        self.behind = max(0.0, self.behind - self.waiting[0].usual) \
-            if is_followed else 0.0
-        self.transcript.begin()
+    def begin_next(self, at: float) -> None:
+        """The first of `waiting` has ended."""
+        self.waiting.popleft()
+        if self.waiting:
+            self.behind = max(0.0, self.behind - self.waiting[0].usual)
+        self._begin_head(at)
+
+    def _begin_head(self, at):
+        if len(self.waiting) < 2:       # else floats leave a trace
+            self.behind = 0.0
+        self.slot.begin(self.waiting[0] if self.waiting else None, at)
+        self.pipe.begin()
 
     def recall(self) -> list:
         """Read back the frames that the child has not taken; return their runs."""
         ids = self.wire.recall()
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
+        if not self.waiting:
+            self.slot.run = None
         self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
         return back
 
     def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
         """Call understand(self, message, at) with all that it sent.
 
-        Returns (False when the socket is at its end, what was wrong or "").
+        Returns (False when the socket is at its end, what was wrong).
         """
-        alive, wrong = True, ""
+        alive, wrong = True, None
         try:
             alive = self.wire.read()
             for message in self.wire.heard(max_payload):
                 understand(self, message, at)
         except NONSENSE:
-            wrong = "mad"
+            wrong = Verdict.MAD
         except MemoryError:             # costs this run, not the worker
-            wrong = "too much"
+            wrong = Verdict.TOO_MUCH
             self.wire.go_deaf()
         return alive, wrong
 
@@ -7176,26 +7264,28 @@ class Member:
         empties the pipe itself, before it answers.  Guarded by
         test_what_c_code_writes_is_booked_on_the_run_that_wrote_it.
         """
-        return not self.waiting or at - self.began >= STALL_SECONDS
+        return not self.waiting or at - self.slot.began >= STALL_SECONDS
 
     def mind_output(self, selector: selectors.BaseSelector, at: float) -> None:
         """Have the selector tell of the pipe while its text can be booked."""
-        wanted = self.is_settled(at) and not self.is_mute
-        if wanted and not self._listens:
-            selector.register(self.output, selectors.EVENT_READ, self)
-        elif self._listens and not wanted:
-            selector.unregister(self.output)
-        self._listens = wanted
-
-    @property
-    def is_unheard(self) -> bool:
-        """True when there will be something to read that nobody tells of."""
-        return not (self._listens or self.is_mute)
+        self.pipe.mind(selector, self.is_settled(at), self)
 
     def read_output(self) -> None:
         """Take in what C code, or a subprocess, has written to stdout and stderr."""
-        data, self.is_mute = _read_all(self.output, 4 * OUTPUT_CHARS)
-        self.transcript.written(data, self.waiting[0] if self.waiting else None)
+        self.written(self.pipe.read())
+
+    def written(self, data: bytes) -> None:
+        """Book what came by the pipe on the run, if it surely is of that."""
+        self._book(self.pipe.cut(data, at_end=not self.waiting))
+
+    def _book(self, text):
+        self.slot.printed(text, not (self.waiting and self.pipe.strays))
+
+    def finish(self) -> str:
+        """The run has ended: return all that is kept of its output."""
+        self.slot.announce()
+        self._book(self.pipe.cut(b"", at_end=True))
+        return self.slot.text()
 
     def cannot_start(self, reason: str, lacks: bool) -> None:
         """What it says of the import of the app."""
@@ -7206,8 +7296,8 @@ class Member:
 
         Whoever is killed before it is ready is so by the kernel, out of memory.
         """
-        return self._lacks or not self.why and self.exit is not None \
-            and self.exit.signal == "SIGKILL"
+        return self._lacks or not self.why and self.phase is not Phase.LEAVING \
+            and self.exit is not None and self.exit.signal == "SIGKILL"
 
     def outgrows(self, limit: int | None) -> bool:
         """True when it takes over `limit` bytes before its first run."""
@@ -7221,12 +7311,12 @@ class Member:
 
     def last_words(self) -> str:
         """Why it could not start."""
-        said = self._reason or self.transcript.text()
+        said = self._reason or self.slot.text()
         return said or f"they die at once: {self.exit}"
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
-        return _read_all(self.crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
+        return read_all(self.crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
 
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
@@ -7238,20 +7328,21 @@ class Member:
         self.exit = self.exit or poll_exit(self.pid)
         return self.exit
 
-    def wait(self, seconds: float, why: str = "") -> Exit:
+    def wait(self, seconds: float, verdict: Verdict | None = None) -> Exit:
         """Wait for its end; after so many seconds kill it, for this reason."""
         deadline = time.monotonic() + seconds
         while not self.poll():
             if time.monotonic() >= deadline:
-                self.why = self.why or why
+                self.verdict = self.why or verdict
                 send_signal(self.pid, signal.SIGKILL)
             own_sleep(0.001)
         kill_group(self.pid)            # what it has left behind
         return self.poll() or Exit(None, None, 0)
 
-    def hang_up(self) -> None:
-        """Tell an idle child to exit."""
+    def leave(self, kill_due: float) -> None:
+        """Tell it to exit: it has nothing to do."""
         self.wire.hang_up()
+        self.phase, self._kill_due = Phase.LEAVING, kill_due
 
     def watch(self, selector: selectors.BaseSelector) -> None:
         """Have the selector name us when there is something to read.
@@ -7268,11 +7359,11 @@ class Member:
 
     def close(self, selector: selectors.BaseSelector) -> None:
         """Close our ends.  The child must be dead."""
-        for channel in (self.wire.messages, self.output):
+        for channel in (self.wire.messages, self.pipe.fd):
             with contextlib.suppress(KeyError):
                 selector.unregister(channel)
         self.wire.close()
-        for fd in (self.output, self.crash):
+        for fd in (self.pipe.fd, self.crash):
             close_fd(fd)
 
 
@@ -7370,7 +7461,7 @@ class Placement:
                 idle.append((0.0, 0, number, member))
                 continue
             head = member.waiting[0]
-            left = member.began + head.usual - at
+            left = member.slot.began + head.usual - at
             delay = (left if left > 0 else 0.0) + member.behind
             if has == 1 or delay < slack:
                 slack = delay if has > 1 else 0.0
@@ -7405,7 +7496,7 @@ class Placement:
 
         For the one run that takes longer than usual; or for many, each a little.
         """
-        late = member.began + member.waiting[0].usual + STALL_SECONDS
+        late = member.slot.began + member.waiting[0].usual + STALL_SECONDS
         behind = len(member.waiting) - 1
         # Else it is us who are late.  By what is typical: one long run is no change.
         if behind * self._durations.typical >= 2 * _AHEAD_SECONDS:
@@ -7417,13 +7508,13 @@ class Placement:
         if member.kill_due:
             return member.kill_due
         head = member.waiting[0] if member.waiting else None
-        if head is None and member.retiring:
+        if head is None and member.phase is Phase.RETIRING:
             return 0.0
         due = math.inf
-        if member.is_unheard or head and member.transcript.announced is not head:
-            due = member.began + STALL_SECONDS
+        if member.pipe.is_unheard or head and member.slot.announced is not head:
+            due = member.slot.began + STALL_SECONDS
         if head and head.timeout:
-            due = min(due, member.began + head.timeout)
+            due = min(due, member.slot.began + head.timeout)
         if len(member.waiting) > 1:
             due = min(due, self.late_at(member))
         return due
@@ -7523,8 +7614,8 @@ class Starts:
             self.lacked(at, member.last_words())
         else:
             self.failed(at, member.last_words())
-        if member.ready and not (member.waiting or member.why or member.retiring):
-            about = _crash("", member.exit, 0)["message"]
+        if member.phase is Phase.READY and not (member.waiting or member.why):
+            about = _crash(None, member.exit, 0)["message"]
             self._say(f"a child has ended while it had nothing to do: {about}",
                       pid=member.pid)
 
@@ -7633,11 +7724,10 @@ class Pool:
         """
         try:
             self._guardian.check()
-            staying = sum(member.why != "leaving" for member in self.members)
+            staying = sum(m.phase is not Phase.LEAVING for m in self.members)
             missing = self._size + 1 - staying
             for _ in range(min(missing, self.starts.room(self.members, at))):
-                member = Member(self._spec, self._log)
-                member.began = at
+                member = Member(self._spec, self._log, at)
                 member.watch(self._selector)
                 self._guardian.watch(member.pid)
                 self.members.append(member)
@@ -7703,7 +7793,7 @@ class Pool:
             heapq.heappop(takers)           # its socket is full, or it just died
             return self._send(takers, at, run)
         if not has:
-            member.transcript.announce(run)
+            member.slot.announce()
         if has < 2:             # more of them change nothing
             member.mind_output(self._selector, at)
             self._mark(member)
@@ -7742,7 +7832,8 @@ class Pool:
                     member.mind_output(self._selector, at)
                 self._mark(member)
         for member, fd in heard:
-            if fd == member.output and member in self.members and member.is_settled(at):
+            is_output = fd == member.pipe.fd and member in self.members
+            if is_output and member.is_settled(at):
                 member.read_output()
 
     def _hear(self, member, at):
@@ -7750,7 +7841,7 @@ class Pool:
         if wrong:
             self._condemn(member, wrong, at)
         if not alive:           # dead, or it closed its socket, which is as good
-            member.wait(0.1, "cut off")
+            member.wait(0.1, Verdict.CUT_OFF)
             self._bury(member, at)
 
     def _understand(self, member, message, at):
@@ -7765,23 +7856,22 @@ class Pool:
         elif kind in (BROKEN, LACKING):
             member.cannot_start(value, kind is LACKING)
         elif kind is PRINTED:
-            run = head if is_heads else None
-            member.transcript.printed(value, run, is_heads or head is None)
+            member.slot.printed(value, is_heads or head is None)
         elif kind is STRAYS:
-            member.transcript.set_strays(value)
+            member.pipe.set_strays(value)
         elif kind is PROGRESSED and not is_heads:
             pass                        # of a thread whose run was ending
         elif head is None or not is_heads:
             raise ValueError("an answer that nobody asked for")
         elif kind is WRITTEN:
-            member.transcript.written(value, head)
+            member.written(value)
         elif kind is PROGRESSED:
             percent, text = value
             self.progress[head.id] = head, to_json([percent, text])
         elif kind is UNKNOWN:
             self.starts.unknown.add(head.name)
-            self.ended.append(Ended(member.waiting.popleft(), "unknown"))
-            member.begin_head(at)
+            member.begin_next(at)
+            self.ended.append(Ended(head, "unknown"))
         else:
             error = _checked_error(value)
             self._take_answer(member, error, None, started_at, duration, at)
@@ -7789,26 +7879,21 @@ class Pool:
     def _welcome(self, member, names, at):
         """A child has imported the app, which knows these tasks."""
         if member.outgrows(self._limits.max_memory):    # as all would that replace it
-            self._condemn(member, "memory", at)
+            self._condemn(member, Verdict.MEMORY, at)
             return
-        member.ready = True
+        member.phase = Phase.READY
         member.read_stack()         # of a slow import: not of a crash to come
         self.starts.succeeded(names)
         self.fill(at)
 
     def _take_answer(self, member, error, result, started_at, duration, at):
-        run, kind = member.waiting.popleft(), error["kind"] if error else "success"
-        if error and member.why == "cancelled":         # whatever it says of that
+        run, kind = member.waiting[0], error["kind"] if error else "success"
+        if error and member.why is Verdict.CANCELLED:       # whatever it says of that
             kind = "cancelled"
-        member.transcript.announce(run)
-        self.ended.append(Ended(
-            run, kind, result, error, member.transcript.finish(run), started_at,
-            duration,
-        ))
-        member.begin_head(at)
+        text = member.finish()
+        self.ended.append(Ended(run, kind, result, error, text, started_at, duration))
+        member.begin_next(at)       # with its slot goes a sentence on the run
         member.done += 1
-        if member.why in ("timeout", "cancelled"):
-            member.why, member.kill_due = "", 0.0      # it ended within its grace
         self.durations.learn(run.name, duration)
         if kind in ("timeout", "cancelled") \
                 or member.done >= (self._limits.max_tasks_per_child or math.inf):
@@ -7837,35 +7922,34 @@ class Pool:
             if at >= member.kill_due:
                 self._kill(member, at)
         elif member.waiting:
-            head, age = member.waiting[0], at - member.began
+            head, age = member.waiting[0], at - member.slot.began
             if age >= STALL_SECONDS:
-                member.transcript.announce(head)
+                member.slot.announce()
             if head.timeout and age >= head.timeout:
-                self._condemn(member, "timeout", at, _TIMEOUT_GRACE)
-        elif member.retiring:
-            member.hang_up()
-            member.why, member.kill_due = "leaving", at + EXIT_GRACE
+                self._condemn(member, Verdict.TIMEOUT, at, _TIMEOUT_GRACE)
+        elif member.phase is Phase.RETIRING:
+            member.leave(at + EXIT_GRACE)
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""
         self._recall(member)
-        member.retiring = True
+        member.phase = Phase.RETIRING
         self._mark(member)
 
-    def _condemn(self, member, why, at, grace=0.0):
+    def _condemn(self, member, verdict, at, grace=0.0):
         """Kill it in `grace` seconds, unless it answers before.
 
         What waits behind is recalled first, so that nothing else can begin in it.
         """
         if not member.kill_due:
             self._recall(member)
-            member.why, member.kill_due = why, at + grace
+            member.condemn(verdict, at + grace)
             self._mark(member)
 
     def _kill(self, member, at):
         """Kill it with its group; a stuck one first dumps its Python stack."""
-        if member.why == "timeout":
-            member.why, member.kill_due = "timeout, killed", at + _STACK_GRACE
+        if member.slot.verdict is Verdict.TIMEOUT and not member.verdict:
+            member.condemn(Verdict.STUCK, at + _STACK_GRACE)
             send_signal(member.pid, signal.SIGUSR2)
         else:
             self._hear_last(member, at)
@@ -7875,7 +7959,7 @@ class Pool:
         """Take in the answers that were sent before the end, which is now."""
         member.wait(0)
         _, wrong = member.hear(self._understand, self._limits.max_payload, at)
-        member.why = member.why or wrong
+        member.verdict = member.why or wrong
 
     def notice_deaths(self, at: float) -> None:
         """Find the dead whose socket a grandchild keeps open."""
@@ -7892,9 +7976,8 @@ class Pool:
         member.read_output()
         stack = member.read_stack()
         self.starts.ended(member, at)
-        for run in member.waiting:
-            member.transcript.announce(run)
-            self.ended.append(_death_of(run, member, stack, self._limits, at))
+        if member.waiting:
+            self.ended.append(_death_of(member, stack, self._limits, at))
         self._remove(member)
         self.fill(at)
 
@@ -7911,7 +7994,7 @@ class Pool:
                 self._recall(member)        # it may not have begun
                 head = member.waiting[0] if member.waiting else None
                 if head and head.id == run_id and not member.kill_due:
-                    self._condemn(member, "cancelled", at, _CANCEL_GRACE)
+                    self._condemn(member, Verdict.CANCELLED, at, _CANCEL_GRACE)
                     member.interrupt(run_id)
         found = self.hand.take(lambda run: run.id == run_id)
         self.ended += [Ended(run, "cancelled") for run in found]
@@ -7920,10 +8003,10 @@ class Pool:
         """Replace idle children over the memory limit; kill those that run."""
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
-            if memory_bytes(member.pid) <= limit or member.retiring:
+            if memory_bytes(member.pid) <= limit or member.is_retiring:
                 continue
             if member.waiting:
-                self._condemn(member, "memory", at)
+                self._condemn(member, Verdict.MEMORY, at)
             else:
                 self._retire(member)
 
@@ -7940,7 +8023,7 @@ class Pool:
         """End the idle children and the guardian."""
         until = time.monotonic() + EXIT_GRACE
         for member in self.members:
-            member.hang_up()
+            member.wire.hang_up()
         for member in list(self.members):
             member.wait(until - time.monotonic())
             self._remove(member)
@@ -7957,30 +8040,31 @@ def _checked_error(error):
     return error
 
 
-def _death_of(run, member, stack, limits, at):
-    """The Ended of a run whose child died."""
+def _death_of(member, stack, limits, at):
+    """The Ended of the run at whose time a child died."""
+    run, verdict = member.waiting[0], member.why
     error: dict = {"traceback": stack, "retryable": True}
-    if member.why == "cancelled":
+    if verdict is Verdict.CANCELLED:
         error.update(kind="cancelled", message="cancelled, and killed")
-    elif member.why.startswith("timeout"):
+    elif verdict in (Verdict.TIMEOUT, Verdict.STUCK):
         message = f"killed after its limit of {run.timeout:g} s"
         error.update(kind="timeout", message=message)
     else:
-        error.update(_crash(member.why, member.exit, limits.max_memory))
-    return Ended(run, error["kind"], None, error, member.transcript.finish(run), None,
-                 at - member.began)
+        error.update(_crash(verdict, member.exit, limits.max_memory))
+    return Ended(run, error["kind"], None, error, member.finish(), None,
+                 at - member.slot.began)
 
 
-def _crash(why, found, max_memory):
+def _crash(verdict, found, max_memory):
     """signal or exit_code, and a sentence for people, with the peak memory."""
-    if why == "mad":
+    if verdict is Verdict.MAD:
         text = "the child sent what is no message: did the task write to its sockets?"
-    elif why == "too much":
+    elif verdict is Verdict.TOO_MUCH:
         text = "the worker has not the memory to read its result"
-    elif why == "cut off" or found.code == CUT_OFF_STATUS:
+    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
         text = "the task has closed the connection of its process to the worker: did " \
             "it close descriptors that are not its own?"
-    elif why == "memory":
+    elif verdict is Verdict.MEMORY:
         text = f"it used more than max_memory, {max_memory >> 20} MiB"
     elif found.signal == "SIGKILL":
         text = "killed: out of memory, or somebody's kill -9"

@@ -47,9 +47,8 @@ sys.path.insert(0, str(HERE))
 
 import pybgworker  # noqa: E402
 from pybgworker import (  # noqa: E402
-    App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, RetryPolicy, Run,
-    SqliteStore,
-    Worker,
+    App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, Phase, RetryPolicy, Run,
+    SqliteStore, Verdict, Worker,
 )
 
 
@@ -5332,7 +5331,7 @@ class Processes(Case):
 
         before = lowest_free()
         for _ in range(3):
-            self.assertRaises(BlockingIOError, pybgworker.Member, spec, None)
+            self.assertRaises(BlockingIOError, pybgworker.Member, spec, None, 0.0)
             self.assertRaises(BlockingIOError, guardian.check)
         guardian.stop()
         self.assertEqual(lowest_free(), before)
@@ -5340,8 +5339,8 @@ class Processes(Case):
         pybgworker.spawn = real                     # and one that cannot be watched
         selector = pybgworker.selectors.DefaultSelector()
         before = lowest_free()
-        member = pybgworker.Member(spec, None)
-        selector.register(member.output, pybgworker.selectors.EVENT_READ)
+        member = pybgworker.Member(spec, None, 0.0)
+        selector.register(member.pipe.fd, pybgworker.selectors.EVENT_READ)
 
         class Full:
             unregister = selector.unregister
@@ -6495,12 +6494,8 @@ class Pools(Served):
         for _ in range(6000):
             pool = pybgworker.Pool(None, 1, limits, journal.run, None)
             pool.starts.end()
-            member = pybgworker.Member.__new__(pybgworker.Member)
-            member.__dict__.update(
-                waiting=pybgworker.collections.deque([self.run_of(7)]), began=0, done=0,
-                why="", kill_due=0, ready=True, retiring=False,
-                transcript=pybgworker.Transcript(journal.run), recall=list,
-                wire=self.wire(), crash=-1)
+            member = self.ready_member(self.run_of(7), log=journal.run)
+            member.recall, member.crash = list, -1
             message = bytearray()
             for _ in range(chance.randrange(1, 4)):
                 body = chance.choice(bodies)
@@ -6552,11 +6547,11 @@ class Pools(Served):
             with self.subTest(number):
                 self.assertEqual([(end.run.id, end.kind) for end in pool.ended],
                                  [(number, "cancelled")])
-                self.assertEqual((member.why, member.kill_due), ("", 0.0))
+                self.assertEqual((member.why, member.kill_due), (None, 0.0))
             pool.ended.clear()
         self.assertEqual([run.id for run in pool.hand.runs], [3])
         pool.cancel(1, 5.0)
-        self.assertEqual((pool.ended, member.why), ([], "cancelled"))
+        self.assertEqual((pool.ended, member.why), ([], Verdict.CANCELLED))
         member.interrupt.assert_called_once_with(1)
 
     def test_a_run_that_is_cancelled_is_so_whatever_it_raises_and_not_if_it_succeeds(self):
@@ -6565,7 +6560,7 @@ class Pools(Served):
             pool.cancel(1, 5.0)
             pool._take_answer(member, error, "null", 1000, 0.5, 6.0)
             self.assertEqual([end.kind for end in pool.ended], [kind])
-            self.assertEqual((member.why, member.retiring), ("", kind == "cancelled"))
+            self.assertEqual((member.why, member.is_retiring), (None, kind == "cancelled"))
 
     def pool_of(self, *runs):
         """A pool of one child that has taken the first of these runs, and it."""
@@ -6573,13 +6568,10 @@ class Pools(Served):
         pool.starts.end()               # no other is started
         pool._guardian = mock.Mock()
         member = self.ready_member(*runs)
-        member.transcript = pybgworker.Transcript(mock.Mock())
         member.exit = pybgworker.Exit(None, "SIGKILL", 0)
-        for name in ("interrupt", "wait", "poll", "close", "hang_up", "mind_output",
-                     "read_output"):
+        for name in ("interrupt", "wait", "poll", "close", "mind_output", "read_output"):
             setattr(member, name, mock.Mock())
-        member.pid, member.read_stack, member.read = 4711, str, lambda: True
-        member.wire, member._listens, member.is_mute = self.wire(), True, False
+        member.pid, member.read_stack = 4711, str
         pool.members.append(member)
         return pool, member
 
@@ -6591,15 +6583,15 @@ class Pools(Served):
             ("a time limit", {"timeout": 9.0}, {}, 109.0),
             ("it begins to be slow", {"timeout": 9.0}, {}, stall),
             ("its output is not listened to", {}, {"_listens": False}, stall),
-            ("a kill", {"timeout": 1.0}, {"kill_due": 103.0}, 103.0),
+            ("a kill", {"timeout": 1.0}, {"_kill_due": 103.0}, 103.0),
         ):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
-            member.began = 100.0
-            member.transcript.announced = None if "slow" in why else run
+            member.slot.began = 100.0
+            member.slot.announced = None if "slow" in why else run
             for of, values in ((run, of_run), (member, of_member)):
                 for name, value in values.items():
-                    setattr(of, name, value)
+                    setattr(of if name != "_listens" else member.pipe, name, value)
             with self.subTest(why):
                 pool._mark(member)
                 self.assertEqual(pool.next_timer(), due)
@@ -6607,7 +6599,7 @@ class Pools(Served):
         pool.hand._held[pool.hand.runs[0]] = 100.5
         self.assertEqual(pool.next_timer(), 100.5 + pybgworker._HAND_SECONDS)
         pool.hand.empty()
-        member.kill_due, behind = 0.0, self.run_of(3)
+        member._kill_due, behind = 0.0, self.run_of(3)
         behind.due = 100.0
         member.waiting.append(behind)
         pool._mark(member)
@@ -6616,21 +6608,20 @@ class Pools(Served):
     def test_what_changes_in_one_child_is_due_in_time_without_a_look_at_the_others(self):
         first, second = self.run_of(1), self.run_of(2)
         pool, member = self.pool_of(first, second)
-        second.timeout, looks = 0.005, []
-        member.behind, member.output = 0.0, -2
+        second.timeout, looks, member.behind = 0.005, [], 0.0
         other = self.ready_member()
-        other.__dict__.update(mind_output=looks.append, is_mute=False, _listens=True)
+        other.mind_output = looks.append
         pool.members.append(other)
         member.wire._buffer += pybgworker._MESSAGE.pack(4, b"S", 1, 1, 1, 0.5) + b"null"
         pool.receive([(member, -1)], 200.0)
         self.assertEqual([run.id for run in member.waiting], [2])
         self.assertEqual(pool.next_timer(), 200.005)
         pool.enforce(200.004)
-        self.assertEqual((looks, member.why), ([], ""))
+        self.assertEqual((looks, member.why), ([], None))
         with mock.patch.object(pybgworker.Member, "mind_output"):
             del other.mind_output
             pool.enforce(200.006)
-        self.assertEqual(member.why, "timeout")
+        self.assertEqual(member.why, Verdict.TIMEOUT)
         self.assertEqual(pool.next_timer(), member.kill_due)
         pool.cancel(2, 201.0)
         pool._retire(other)
@@ -6640,14 +6631,14 @@ class Pools(Served):
         """Interrupted by its child, dumped, killed; or asked to leave, then killed."""
         run = self.run_of(1)
         pool, member = self.pool_of(run)
-        run.timeout, began = 2.0, member.began
+        run.timeout, began = 2.0, member.slot.began
         pool._mark(member)
         with mock.patch.object(pybgworker, "send_signal") as send:
             steps = []
             for seconds in (1.9, 2.0, 2.0 + pybgworker._TIMEOUT_GRACE - 0.01):
                 pool.enforce(began + seconds)
                 steps.append(member.why)
-            self.assertEqual(steps, ["", "timeout", "timeout"])
+            self.assertEqual(steps, [None, Verdict.TIMEOUT, Verdict.TIMEOUT])
             send.assert_not_called()
             at = member.kill_due
             self.assertEqual(at, began + 2.0 + pybgworker._TIMEOUT_GRACE)
@@ -6662,15 +6653,15 @@ class Pools(Served):
         pool, member = self.pool_of()
         pool._retire(member)
         pool.enforce(5.0)
-        member.hang_up.assert_called_once_with()
-        self.assertEqual((member.why, member.kill_due),
-                         ("leaving", 5.0 + pybgworker.EXIT_GRACE))
+        member.wire.hang_up.assert_called_once_with()
+        self.assertEqual((member.phase, member.why, member.kill_due),
+                         (Phase.LEAVING, None, 5.0 + pybgworker.EXIT_GRACE))
 
     def test_what_waits_behind_a_run_that_is_to_be_killed_begins_elsewhere(self):
         def limit(pool, member):
             member.waiting[0].timeout = 0.5
             pool._mark(member)
-            pool.enforce(member.began + 1)
+            pool.enforce(member.slot.began + 1)
 
         def memory(pool, member):
             self.app.settings.max_memory = 1 << 20
@@ -6692,7 +6683,8 @@ class Pools(Served):
     def wire(self, **ends):
         """A WorkerEnd that nothing comes from but what is put into its buffer."""
         wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
-        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True, **ends)
+        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True,
+                             hang_up=mock.Mock(), **ends)
         return wire
 
     def answer(self, run, value=b"1"):
@@ -6703,14 +6695,15 @@ class Pools(Served):
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
         """And its group is not watched any more: its number may be another's soon."""
         for why, end in (
-            ("cancelled", lambda pool, member: pool.enforce(9.0)),
-            ("timeout, killed", lambda pool, member: pool.enforce(9.0)),
-            ("", lambda pool, member: pool.notice_deaths(9.0)),
-            ("", lambda pool, member: pool.kill_all(9.0)),
+            (Verdict.CANCELLED, lambda pool, member: pool.enforce(9.0)),
+            (Verdict.STUCK, lambda pool, member: pool.enforce(9.0)),
+            (None, lambda pool, member: pool.notice_deaths(9.0)),
+            (None, lambda pool, member: pool.kill_all(9.0)),
         ):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
-            member.why, member.kill_due = why, 1.0 if why else 0.0
+            if why:
+                member.condemn(why, 1.0)
             pool._mark(member)
             member.wire._buffer += self.answer(run)
             end(pool, member)
@@ -6721,18 +6714,19 @@ class Pools(Served):
                 pool._guardian.release.assert_called_once_with(4711)
 
     def test_a_child_whose_run_ends_within_its_grace_is_not_killed(self):
-        for why, kill_due in (("timeout", 0.0), ("cancelled", 0.0), ("memory", 7.0)):
+        for why, kill_due in ((Verdict.TIMEOUT, 0.0), (Verdict.CANCELLED, 0.0),
+                              (Verdict.MEMORY, 7.0)):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
             pool._condemn(member, why, 5.0, 2.0)
-            pool._condemn(member, "mad", 5.5)       # the first sentence stands
+            pool._condemn(member, Verdict.MAD, 5.5)       # the first sentence stands
             self.assertEqual((member.why, member.kill_due), (why, 7.0))
             member.wire._buffer += self.answer(run)
             pool._hear(member, 6.0)
             with self.subTest(why):
                 self.assertEqual([end.kind for end in pool.ended], ["success"])
                 self.assertEqual((member.why, member.kill_due),
-                                 (why if kill_due else "", kill_due))
+                                 (why if kill_due else None, kill_due))
 
     def test_a_cancelled_task_that_does_not_listen_is_killed(self):
         self.worker("--concurrency", 1)
@@ -6773,7 +6767,7 @@ class Pools(Served):
             placement = self.placement(usual)
             member = self.ready_member(*(self.run_of(n, usual=usual)
                                          for n in range(waits)))
-            at = member.began + age
+            at = member.slot.began + age
             places = placement.survey([member], at)
             with self.subTest(why):
                 self.assertEqual(places.takers == [], slow)
@@ -6803,8 +6797,8 @@ class Pools(Served):
         """Each is only a little late, and the head never by the stall."""
         was, now = self.placement(0.0001), self.placement(0.015)
         member = self.ready_member(*(self.run_of(n, usual=0.0001) for n in range(100)))
-        member.began += 0.06
-        at = member.began + 0.015
+        member.slot.began += 0.06
+        at = member.slot.began + 0.015
         self.assertTrue(was.survey([member], at).takers)
         self.assertEqual(was.survey([member], at).overloaded(False), [])
         self.assertEqual(now.survey([member], at).takers, [])
@@ -6820,7 +6814,6 @@ class Pools(Served):
         member = self.ready_member()
         del member.recall
         member.wire = self.wire(_frames=ours, _unread=theirs)
-        member.transcript = mock.Mock()
         for count in (1, 3):
             for number in range(count):
                 self.assertTrue(member.send(self.run_of(number + 1, usual=0.1), 5.0))
@@ -6830,8 +6823,7 @@ class Pools(Served):
         for number in range(8):
             member.send(self.run_of(number + 1, usual=0.1), 5.0)
         for _ in range(8):
-            member.waiting.popleft()
-            member.begin_head(6.0)
+            member.begin_next(6.0)
             self.assertGreaterEqual(member.behind, 0.0)
         self.assertEqual(member.behind, 0.0)
 
@@ -6841,7 +6833,7 @@ class Pools(Served):
         member.done = 5
         self.assertTrue(placement.may_wait(self.run_of(2), 0.0, 1, member))
         self.assertFalse(placement.may_wait(self.run_of(3, attempt=3), 0.0, 1, member))
-        room = placement.survey([member], member.began).room
+        room = placement.survey([member], member.slot.began).room
         self.assertEqual(room, (0, 1))                                  # of 7
         member.done = 6
         self.assertFalse(placement.may_wait(self.run_of(2), 0.0, 1, member))
@@ -6850,13 +6842,13 @@ class Pools(Served):
         placement = self.placement(0.01, size=4)
         idle, late = self.ready_member(), self.ready_member(self.run_of(1, usual=0.01))
         two = self.ready_member(self.run_of(2, usual=0.01), self.run_of(3, usual=0.01))
-        late.began -= 0.015
-        takers = placement.survey([two, late, idle], two.began).takers
+        late.slot.began -= 0.015
+        takers = placement.survey([two, late, idle], two.slot.began).takers
         order = [pybgworker.heapq.heappop(takers)[-1] for _ in range(3)]
         self.assertEqual([id(m) for m in order], [id(idle), id(late), id(two)])
         for members, slack in (([two, late], 0.0), ([two, idle], 0.0), ([], 0.0),
                                ([two], 0.02)):
-            found = placement.survey(members, two.began).slack
+            found = placement.survey(members, two.slot.began).slack
             self.assertAlmostEqual(found, slack)
 
     def test_the_spare_child_is_idle_while_the_others_work(self):
@@ -6864,8 +6856,8 @@ class Pools(Served):
         placement = self.placement(0.1, size=2)
         spare, busy = self.ready_member(), self.ready_member(self.run_of(1, usual=0.1))
         leaving = self.ready_member(self.run_of(2, usual=0.1))
-        leaving.retiring = True
-        at = busy.began
+        leaving.phase = Phase.RETIRING
+        at = busy.slot.began
         for members, room in (([busy, spare, spare], (1, 0)), ([busy, busy, spare], (0, 0)),
                               ([busy, leaving, spare], (0, 0)), ([leaving, spare], (1, 0))):
             places = placement.survey(members, at)
@@ -6881,7 +6873,7 @@ class Pools(Served):
     def test_what_waits_longer_than_a_moment_goes_to_an_idle_child(self):
         placement = self.placement(0.01, size=2)
         busy = self.ready_member(self.run_of(1, usual=0.01), self.run_of(2, usual=0.01))
-        idle, at = self.ready_member(), busy.began
+        idle, at = self.ready_member(), busy.slot.began
         def overloaded(members, is_spare=True):
             return placement.survey(members, at).overloaded(is_spare)
 
@@ -6897,16 +6889,20 @@ class Pools(Served):
         busy.behind = 0.0001
         self.assertEqual(overloaded([busy, idle]), [])
 
-    def ready_member(self, *runs):
+    def ready_member(self, *runs, log=mock.Mock()):
         """A member whose pipe holds `runs`; the child has taken the first."""
         member = pybgworker.Member.__new__(pybgworker.Member)
+        pipe = pybgworker.OutputPipe.__new__(pybgworker.OutputPipe)
+        pipe.__dict__.update(fd=-2, is_mute=False, strays=False, _will_stray=False,
+                             _listens=True, _lines=pybgworker.LineCutter())
+        slot = pybgworker.Slot(log, time.monotonic())
+        slot.begin(runs[0] if runs else None, slot.began)
         member.__dict__.update(
-            waiting=pybgworker.collections.deque(runs), began=time.monotonic(), done=0,
-            why="", kill_due=0.0, ready=True, retiring=False,
-            _listens=True, is_mute=False,
+            waiting=pybgworker.collections.deque(runs), began=slot.began, done=0, slot=slot,
+            pipe=pipe, wire=self.wire(), phase=Phase.READY, verdict=None, _kill_due=0.0,
             behind=sum(run.usual for run in runs[1:]))
         for n, run in enumerate(runs):
-            run.due = member.began + sum(before.usual for before in runs[:n])
+            run.due = member.slot.began + sum(before.usual for before in runs[:n])
 
         def recall():
             back, member.behind = list(member.waiting)[1:], 0.0
@@ -11116,9 +11112,6 @@ class TheFile(unittest.TestCase):
     LARGER = {
         "section Pool": 558,
         "class Pool": 346,
-        "attributes of Member": 22,
-        "born late in Transcript": 4,
-        "born late in Member": 6,
     }
 
     def test_sections_classes_and_functions_have_their_sizes(self):
