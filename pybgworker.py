@@ -7828,8 +7828,8 @@ class Pool:
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
                 self._hear(member, at)
-                if member.waiting:      # else it may get some in this very turn
-                    member.mind_output(self._selector, at)
+                if member in self.members and member.waiting:   # else it may get some
+                    member.mind_output(self._selector, at)      # in this very turn
                 self._mark(member)
         for member, fd in heard:
             is_output = fd == member.pipe.fd and member in self.members

@@ -6713,6 +6713,13 @@ class Pools(Served):
                 self.assertEqual(pool.members, [])
                 pool._guardian.release.assert_called_once_with(4711)
 
+    def test_a_child_that_died_while_it_was_heard_is_not_listened_to_any_more(self):
+        pool, member = self.pool_of(self.run_of(1))
+        member.wire.read = lambda: False
+        pool.receive([(member, -1)], 9.0)
+        self.assertEqual(([end.kind for end in pool.ended], pool.members), (["crash"], []))
+        member.mind_output.assert_not_called()
+
     def test_a_child_whose_run_ends_within_its_grace_is_not_killed(self):
         for why, kill_due in ((Verdict.TIMEOUT, 0.0), (Verdict.CANCELLED, 0.0),
                               (Verdict.MEMORY, 7.0)):
