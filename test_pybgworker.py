@@ -6648,7 +6648,7 @@ class Pools(Served):
             self.assertEqual(pool.ended, [])
             pool.enforce(at + pybgworker._STACK_GRACE)
         self.assertEqual([end.kind for end in pool.ended], ["timeout"])
-        self.assertEqual(pool.members, [])
+        self.assertEqual((pool.members, pool.next_timer()), ([], float("inf")))
 
         pool, member = self.pool_of()
         pool._retire(member)
