@@ -183,20 +183,15 @@ def parse_queue_name(value):
     return value
 
 
-def _whole(value):
-    return int(value) if re.fullmatch(r"\d{1,9}", str(value)) else 0
-
-
-def parse_count(value):
-    if not _whole(value):
-        raise ValueError("a whole number from 1 up")
-    return _whole(value)
+def parse_count(value, most=10**9, what="a whole number from 1 up"):
+    if not re.fullmatch(r"\d{1,9}", str(value)) or not 1 <= int(value) <= most:
+        raise ValueError(what)
+    return int(value)
 
 
 def parse_children(value):
-    if not 1 <= _whole(value) <= MOST_CHILDREN:
-        raise ValueError(f"a whole number from 1 to {MOST_CHILDREN:,}")
-    return _whole(value)
+    what = f"a whole number from 1 to {MOST_CHILDREN:,}"
+    return parse_count(value, MOST_CHILDREN, what)
 
 
 def _amount(value, units):
@@ -10698,22 +10693,14 @@ def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
 
 def _worker_reports(store, now, worker_timeout):
     running, is_dead = store.running_counts(), judge_of(store)
-    return [
-        {**_worker_report(row, now, worker_timeout), "dead": is_dead(row),
-         "running": running.get(row.id, 0)}
-        for row in store.workers()
-    ]
-
-
-def _worker_report(row, now, worker_timeout):
-    age = max(0, now - row.beat_at) / 1000
-    return {
+    ages = ((row, max(0, now - row.beat_at) / 1000) for row in store.workers())
+    return [{
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
         "queues": json.loads(row.queues) if row.queues else None,
-        "concurrency": row.concurrency,
-        "started_at": _when(row.started_at), "heartbeat_age": age,
-        "stale": age > worker_timeout,
-    }
+        "concurrency": row.concurrency, "started_at": _when(row.started_at),
+        "heartbeat_age": age, "stale": age > worker_timeout, "dead": is_dead(row),
+        "running": running.get(row.id, 0),
+    } for row, age in ages]
 
 
 def cron_report(store: Store) -> list[dict]:
