@@ -39,7 +39,7 @@ Map
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
         Processes · Wire · Output · Surroundings · Interrupts · Child ·
-        Member · Placement · Pool · Liveness · Wishes · Log · Journal ·
+        Member · Hearing · Placement · Crew · Pool · Liveness · Wishes · Log · Journal ·
         Upkeep · Settling · Lookout · Senses · Household · Worker ·
         Command line
     Rooms
@@ -7043,18 +7043,6 @@ STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
                             # and the worker reads what it writes
 
 
-class Ended(NamedTuple):
-    """How a run ended, as far as the pool knows."""
-
-    run: Run
-    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
-    result: str | None = None
-    error: dict | None = None       # also retryable, countdown; crash: exit data
-    output: str = ""
-    started_at: int | None = None
-    duration: float | None = None
-
-
 def _pipe(undo, theirs):
     """A pipe from a child: one end to be closed if it fails, one in any case."""
     reader, writer = os.pipe()
@@ -7235,23 +7223,6 @@ class Member:
         self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
         return back
 
-    def hear(self, understand: Callable, max_payload: int, at: float) -> tuple:
-        """Call understand(self, message, at) with all that it sent.
-
-        Returns (False when the socket is at its end, what was wrong).
-        """
-        alive, wrong = True, None
-        try:
-            alive = self.wire.read()
-            for message in self.wire.heard(max_payload):
-                understand(self, message, at)
-        except NONSENSE:
-            wrong = Verdict.MAD
-        except MemoryError:             # costs this run, not the worker
-            wrong = Verdict.TOO_MUCH
-            self.wire.go_deaf()
-        return alive, wrong
-
     def is_settled(self, at: float) -> bool:
         """True when what the pipe holds was written by the run at the head.
 
@@ -7360,6 +7331,104 @@ class Member:
         self.wire.close()
         for fd in (self.pipe.fd, self.crash):
             close_fd(fd)
+
+
+# == Hearing ==================================================================
+# Owns what the messages of a child mean: for its run, its output and its life.  What
+# the pool has to know of them is returned as News.
+
+_KINDS_OF_ERRORS = ("exception", "timeout", "abort", "cancelled")    # by a child
+
+
+class Ended(NamedTuple):
+    """How a run ended, as far as the pool knows."""
+
+    run: Run
+    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
+    result: str | None = None
+    error: dict | None = None       # also retryable, countdown; crash: exit data
+    output: str = ""
+    started_at: int | None = None
+    duration: float | None = None
+
+
+class News(NamedTuple):
+    """What children said of their runs, and of themselves."""
+
+    ended: list[Ended]
+    progress: dict[int, tuple[Run, str]]    # by id of the run: the latest
+    tasks: list[set]                        # that a child, now ready, knows
+
+
+def hear(member: Member, news: News, max_payload: int, at: float) -> tuple:
+    """Take in what this child sent, and add to the news.  Never raises.
+
+    Returns (False when the socket is at its end, what was wrong).
+    """
+    alive, wrong = True, None
+    try:
+        alive = member.wire.read()
+        for message in member.wire.heard(max_payload):
+            _understand(member, news, message, at)
+    except NONSENSE:
+        wrong = Verdict.MAD
+    except MemoryError:             # costs this run, not the worker
+        wrong = Verdict.TOO_MUCH
+        member.wire.go_deaf()
+    return alive, wrong
+
+
+def _understand(member, news, message, at):
+    """Raises ValueError for what a child in its right mind does not say."""
+    kind, of, value, started_at, duration = message
+    head = member.waiting[0] if member.waiting else None
+    is_heads = head is not None and (head.id, head.attempt) == of
+    if kind is SUCCEEDED and is_heads:                  # most are
+        news.ended.append(_answered(member, None, value, started_at, duration, at))
+    elif kind is READY:
+        news.tasks.append(set(value))
+    elif kind in (BROKEN, LACKING):
+        member.cannot_start(value, kind is LACKING)
+    elif kind is PRINTED:
+        member.slot.printed(value, is_heads or head is None)
+    elif kind is STRAYS:
+        member.pipe.set_strays(value)
+    elif kind is PROGRESSED and not is_heads:
+        pass                        # of a thread whose run was ending
+    elif head is None or not is_heads:
+        raise ValueError("an answer that nobody asked for")
+    elif kind is WRITTEN:
+        member.written(value)
+    elif kind is PROGRESSED:
+        percent, text = value
+        news.progress[head.id] = head, to_json([percent, text])
+    elif kind is UNKNOWN:
+        member.begin_next(at)
+        news.ended.append(Ended(head, "unknown"))
+    else:
+        error = _checked_error(value)
+        news.ended.append(_answered(member, error, None, started_at, duration, at))
+
+
+def _answered(member, error, result, started_at, duration, at):
+    """The run at the head has ended like this; the next begins."""
+    run, kind = member.waiting[0], error["kind"] if error else "success"
+    if error and member.why is Verdict.CANCELLED:       # whatever it says of that
+        kind = "cancelled"
+    text = member.finish()
+    member.begin_next(at)           # with its slot goes a sentence on the run
+    member.done += 1
+    return Ended(run, kind, result, error, text, started_at, duration)
+
+
+def _checked_error(error):
+    """The error that a child describes.  Raises ValueError when it is none."""
+    if not isinstance(error, dict) or error.get("kind") not in _KINDS_OF_ERRORS:
+        raise ValueError("an error without a kind")
+    countdown = error.get("countdown")
+    if countdown is not None and not -LARGEST <= countdown <= LARGEST:
+        raise ValueError("a countdown that cannot be")
+    return error
 
 
 # == Placement ================================================================
@@ -7526,20 +7595,14 @@ class Placement:
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
 
 
-# == Pool =====================================================================
-# Owns the set of children: who runs what, time limits, recall of what has not begun,
-# replacement.  Knows nothing of the database; what happened to a run is returned as
-# an Ended record.
+# == Crew =====================================================================
+# Owns which children there are: as many as should be, started few at a time, watched,
+# and removed when they are dead.  Knows nothing of what they run.
 
-_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
-_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
-_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
 EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
-_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
-_KINDS_OF_ERRORS = ("exception", "timeout", "abort", "cancelled")    # by a child
 
 
 class Starts:
@@ -7610,7 +7673,7 @@ class Starts:
         else:
             self.failed(at, member.last_words())
         if member.phase is Phase.READY and not (member.waiting or member.why):
-            about = _crash(None, member.exit, 0)["message"]
+            about = crash_of(None, member.exit, 0)["message"]
             self._say(f"a child has ended while it had nothing to do: {about}",
                       pid=member.pid)
 
@@ -7629,6 +7692,108 @@ class Starts:
         """One is ready, with these tasks: earlier failures do not count any more."""
         self.failures = self._lacks = 0
         self.unknown.difference_update(names)
+
+
+class Crew:
+    """`size` children, and one more that is warm."""
+
+    def __init__(self, spec: ChildSpec, size: int, log: Callable,
+                 selector: selectors.BaseSelector):
+        self._spec, self._size = spec, size
+        self._log = log             # log(event, run, **fields)
+        self.selector = selector
+        self._guardian = Guardian()
+        self.members: list[Member] = []
+        self.starts = Starts(
+            lambda error, **more: log("child_error", None, error=error, **more)
+        )
+
+    def fill(self, at: float) -> None:
+        """Have all the processes there should be; but few start at a time.
+
+        The others follow as these get ready.
+        """
+        try:
+            self._guardian.check()
+            staying = sum(m.phase is not Phase.LEAVING for m in self.members)
+            missing = self._size + 1 - staying
+            for _ in range(min(missing, self.starts.room(self.members, at))):
+                member = Member(self._spec, self._log, at)
+                member.watch(self.selector)
+                self._guardian.watch(member.pid)
+                self.members.append(member)
+        except OSError as exc:
+            tell = self.starts.lacked if is_lack(exc) else self.starts.failed
+            tell(at, str(exc))
+
+    def is_ready(self) -> bool:
+        """True when a child has imported the app."""
+        return any(member.ready for member in self.members)
+
+    def welcome(self, member: Member, names: set[str], most_bytes: int | None,
+                at: float) -> bool:
+        """One has imported the app, which knows these tasks.
+
+        False when that alone takes too much memory, as all would that replace it.
+        """
+        if member.outgrows(most_bytes):
+            return False
+        member.phase = Phase.READY
+        member.read_stack()         # of a slow import: not of a crash to come
+        self.starts.succeeded(names)
+        self.fill(at)
+        return True
+
+    def remove(self, member: Member) -> None:
+        """It is dead: let go of what is left of it."""
+        self._guardian.release(member.pid)
+        member.close(self.selector)
+        self.members.remove(member)
+
+    def stop(self) -> None:
+        """End the idle children and the guardian."""
+        until = time.monotonic() + EXIT_GRACE
+        for member in self.members:
+            member.wire.hang_up()
+        for member in list(self.members):
+            member.wait(until - time.monotonic())
+            self.remove(member)
+        self._guardian.stop()
+
+
+def crash_of(verdict, found, max_memory):
+    """signal or exit_code, and a sentence for people, with the peak memory."""
+    if verdict is Verdict.MAD:
+        text = "the child sent what is no message: did the task write to its sockets?"
+    elif verdict is Verdict.TOO_MUCH:
+        text = "the worker has not the memory to read its result"
+    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
+        text = "the task has closed the connection of its process to the worker: did " \
+            "it close descriptors that are not its own?"
+    elif verdict is Verdict.MEMORY:
+        text = f"it used more than max_memory, {max_memory >> 20} MiB"
+    elif found.signal == "SIGKILL":
+        text = "killed: out of memory, or somebody's kill -9"
+    elif found.signal:
+        text = "this signal ended the child"
+    else:
+        text = f"the process exited with code {found.code}"
+    return {
+        "kind": "crash", "type": found.signal or "",
+        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
+        "signal": found.signal, "exit_code": found.code,
+    }
+
+
+# == Pool =====================================================================
+# Owns who runs what: time limits, recall of what has not begun, what becomes of a run
+# whose child dies.  Knows nothing of the database; what happened to a run is returned
+# as an Ended record.
+
+_HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
+_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
+_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
+_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 
 
 def _urgency(run):
@@ -7688,53 +7853,19 @@ class Hand:
 
 
 class Pool:
-    """`size` children that run tasks, and one more that is warm."""
+    """The children of a worker, and the runs that they have."""
 
     def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
                  log: Callable, selector: selectors.BaseSelector):
-        self._spec = spec
-        self._size = size
         self._limits = limits       # settings
-        self._log = log             # log(event, run, **fields)
-        self._selector = selector
-        self._guardian = Guardian()
-        self.members: list[Member] = []
+        self.crew = Crew(spec, size, log, selector)
+        self.members = self.crew.members        # the same list
         self.hand = Hand()
-        self.ended: list[Ended] = []
-        self.progress: dict[int, tuple[Run, str]] = {}
+        self._ended: list[Ended] = []           # since the last collect()
+        self._progress: dict[int, tuple[Run, str]] = {}     # the same
         self._due: dict[Member, float] = {}     # when each has to be looked after
         self.durations = Durations()
-        most = limits.max_tasks_per_child
-        self.placement = Placement(size, most, self.durations)
-        self.starts = Starts(
-            lambda error, **more: log("child_error", None, error=error, **more)
-        )
-
-    # -- children
-
-    def fill(self, at: float) -> None:
-        """Have all the processes there should be; but few start at a time.
-
-        The others follow as these get ready.
-        """
-        try:
-            self._guardian.check()
-            staying = sum(m.phase is not Phase.LEAVING for m in self.members)
-            missing = self._size + 1 - staying
-            for _ in range(min(missing, self.starts.room(self.members, at))):
-                member = Member(self._spec, self._log, at)
-                member.watch(self._selector)
-                self._guardian.watch(member.pid)
-                self.members.append(member)
-        except OSError as exc:
-            tell = self.starts.lacked if is_lack(exc) else self.starts.failed
-            tell(at, str(exc))
-
-    def is_ready(self) -> bool:
-        """True when a child has imported the app."""
-        return any(member.ready for member in self.members)
-
-    # -- giving out work
+        self.placement = Placement(size, limits.max_tasks_per_child, self.durations)
 
     def take(self, runs: Sequence[Run]) -> None:
         """Have claimed runs in hand, the most urgent first; none waits for others."""
@@ -7790,7 +7921,7 @@ class Pool:
         if not has:
             member.slot.announce()
         if has < 2:             # more of them change nothing
-            member.mind_output(self._selector, at)
+            member.mind_output(self.crew.selector, at)
             self._mark(member)
         if run.name in self.durations.short_names:      # to its new place
             heapq.heapreplace(takers, (delay + run.usual, has + 1, number, member))
@@ -7816,15 +7947,13 @@ class Pool:
             self._recall(member)
         return self.hand.empty()
 
-    # -- hearing from children
-
     def receive(self, heard: Iterable, at: float) -> None:
         """Read from the (member, descriptor) that the selector named."""
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
                 self._hear(member, at)
                 if member in self.members and member.waiting:   # else it may get some
-                    member.mind_output(self._selector, at)      # in this very turn
+                    member.mind_output(self.crew.selector, at)      # in this very turn
                 self._mark(member)
         for member, fd in heard:
             is_output = fd == member.pipe.fd and member in self.members
@@ -7832,69 +7961,35 @@ class Pool:
                 member.read_output()
 
     def _hear(self, member, at):
-        alive, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        alive, wrong = self._listen(member, at)
         if wrong:
             self._condemn(member, wrong, at)
         if not alive:           # dead, or it closed its socket, which is as good
             member.wait(0.1, Verdict.CUT_OFF)
             self._bury(member, at)
 
-    def _understand(self, member, message, at):
-        """Raises ValueError for what a child in its right mind does not say."""
-        kind, of, value, started_at, duration = message
-        head = member.waiting[0] if member.waiting else None
-        is_heads = head is not None and (head.id, head.attempt) == of
-        if kind is SUCCEEDED and is_heads:                  # most are
-            self._take_answer(member, None, value, started_at, duration, at)
-        elif kind is READY:
-            self._welcome(member, value, at)
-        elif kind in (BROKEN, LACKING):
-            member.cannot_start(value, kind is LACKING)
-        elif kind is PRINTED:
-            member.slot.printed(value, is_heads or head is None)
-        elif kind is STRAYS:
-            member.pipe.set_strays(value)
-        elif kind is PROGRESSED and not is_heads:
-            pass                        # of a thread whose run was ending
-        elif head is None or not is_heads:
-            raise ValueError("an answer that nobody asked for")
-        elif kind is WRITTEN:
-            member.written(value)
-        elif kind is PROGRESSED:
-            percent, text = value
-            self.progress[head.id] = head, to_json([percent, text])
-        elif kind is UNKNOWN:
-            self.starts.unknown.add(head.name)
-            member.begin_next(at)
-            self.ended.append(Ended(head, "unknown"))
-        else:
-            error = _checked_error(value)
-            self._take_answer(member, error, None, started_at, duration, at)
+    def _listen(self, member, at):
+        """Take in what a child said; return what hear() does."""
+        news = News([], self._progress, [])
+        found = hear(member, news, self._limits.max_payload, at)
+        for names in news.tasks:
+            if not self.crew.welcome(member, names, self._limits.max_memory, at):
+                self._condemn(member, Verdict.MEMORY, at)
+        for end in news.ended:
+            if end.kind == "unknown":
+                self.crew.starts.unknown.add(end.run.name)
+                continue
+            self.durations.learn(end.run.name, end.duration or 0.0)
+            if end.kind in ("timeout", "cancelled") \
+                    or member.done >= (self._limits.max_tasks_per_child or math.inf):
+                self._retire(member)    # with what an interrupted task has started
+        self._ended += news.ended
+        return found
 
-    def _welcome(self, member, names, at):
-        """A child has imported the app, which knows these tasks."""
-        if member.outgrows(self._limits.max_memory):    # as all would that replace it
-            self._condemn(member, Verdict.MEMORY, at)
-            return
-        member.phase = Phase.READY
-        member.read_stack()         # of a slow import: not of a crash to come
-        self.starts.succeeded(names)
-        self.fill(at)
-
-    def _take_answer(self, member, error, result, started_at, duration, at):
-        run, kind = member.waiting[0], error["kind"] if error else "success"
-        if error and member.why is Verdict.CANCELLED:       # whatever it says of that
-            kind = "cancelled"
-        text = member.finish()
-        self.ended.append(Ended(run, kind, result, error, text, started_at, duration))
-        member.begin_next(at)       # with its slot goes a sentence on the run
-        member.done += 1
-        self.durations.learn(run.name, duration)
-        if kind in ("timeout", "cancelled") \
-                or member.done >= (self._limits.max_tasks_per_child or math.inf):
-            self._retire(member)        # with what an interrupted task has started
-
-    # -- ending children
+    def collect(self) -> tuple[list[Ended], dict]:
+        """What has become of runs since the last call, and how far others have come."""
+        found, self._ended, self._progress = (self._ended, self._progress), [], {}
+        return found
 
     def next_timer(self) -> float:
         """When enforce(), balance() or dispatch() has something to do, or before."""
@@ -7912,7 +8007,7 @@ class Pool:
             self._mark(member)
 
     def _enforce_on(self, member, at):
-        member.mind_output(self._selector, at)
+        member.mind_output(self.crew.selector, at)
         if member.kill_due:
             if at >= member.kill_due:
                 self._kill(member, at)
@@ -7932,12 +8027,9 @@ class Pool:
         self._mark(member)
 
     def _condemn(self, member, verdict, at, grace=0.0):
-        """Kill it in `grace` seconds, unless it answers before.
-
-        What waits behind is recalled first, so that nothing else can begin in it.
-        """
+        """Kill it in `grace` seconds, unless it answers before."""
         if not member.kill_due:
-            self._recall(member)
+            self._recall(member)        # so that nothing else can begin in it
             member.condemn(verdict, at + grace)
             self._mark(member)
 
@@ -7953,7 +8045,7 @@ class Pool:
     def _hear_last(self, member, at):
         """Take in the answers that were sent before the end, which is now."""
         member.wait(0)
-        _, wrong = member.hear(self._understand, self._limits.max_payload, at)
+        _, wrong = self._listen(member, at)
         member.verdict = member.why or wrong
 
     def notice_deaths(self, at: float) -> None:
@@ -7970,16 +8062,14 @@ class Pool:
         self._recall(member)
         member.read_output()
         stack = member.read_stack()
-        self.starts.ended(member, at)
+        self.crew.starts.ended(member, at)
         if member.waiting:
-            self.ended.append(_death_of(member, stack, self._limits, at))
+            self._ended.append(_death_of(member, stack, self._limits, at))
         self._remove(member)
-        self.fill(at)
+        self.crew.fill(at)
 
     def _remove(self, member):
-        self._guardian.release(member.pid)
-        member.close(self._selector)
-        self.members.remove(member)
+        self.crew.remove(member)
         self._due.pop(member, None)
 
     def cancel(self, run_id: int, at: float) -> None:
@@ -7987,23 +8077,22 @@ class Pool:
         for member in self.members:
             if any(run.id == run_id for run in member.waiting):
                 self._recall(member)        # it may not have begun
-                head = member.waiting[0] if member.waiting else None
+                head = member.slot.run
                 if head and head.id == run_id and not member.kill_due:
                     self._condemn(member, Verdict.CANCELLED, at, _CANCEL_GRACE)
                     member.interrupt(run_id)
         found = self.hand.take(lambda run: run.id == run_id)
-        self.ended += [Ended(run, "cancelled") for run in found]
+        self._ended += [Ended(run, "cancelled") for run in found]
 
     def check_memory(self, at: float) -> None:
         """Replace idle children over the memory limit; kill those that run."""
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
-            if memory_bytes(member.pid) <= limit or member.is_retiring:
-                continue
-            if member.waiting:
-                self._condemn(member, Verdict.MEMORY, at)
-            else:
-                self._retire(member)
+            if memory_bytes(member.pid) > limit and not member.is_retiring:
+                if member.waiting:
+                    self._condemn(member, Verdict.MEMORY, at)
+                else:
+                    self._retire(member)
 
     def kill_all(self, at: float) -> list[Run]:
         """Kill every child; return the runs this interrupted."""
@@ -8013,26 +8102,6 @@ class Pool:
             runs += member.waiting
             self._remove(member)
         return runs
-
-    def stop(self) -> None:
-        """End the idle children and the guardian."""
-        until = time.monotonic() + EXIT_GRACE
-        for member in self.members:
-            member.wire.hang_up()
-        for member in list(self.members):
-            member.wait(until - time.monotonic())
-            self._remove(member)
-        self._guardian.stop()
-
-
-def _checked_error(error):
-    """The error that a child describes.  Raises ValueError when it is none."""
-    if not isinstance(error, dict) or error.get("kind") not in _KINDS_OF_ERRORS:
-        raise ValueError("an error without a kind")
-    countdown = error.get("countdown")
-    if countdown is not None and not -LARGEST <= countdown <= LARGEST:
-        raise ValueError("a countdown that cannot be")
-    return error
 
 
 def _death_of(member, stack, limits, at):
@@ -8045,33 +8114,9 @@ def _death_of(member, stack, limits, at):
         message = f"killed after its limit of {run.timeout:g} s"
         error.update(kind="timeout", message=message)
     else:
-        error.update(_crash(verdict, member.exit, limits.max_memory))
+        error.update(crash_of(verdict, member.exit, limits.max_memory))
     return Ended(run, error["kind"], None, error, member.finish(), None,
                  at - member.slot.began)
-
-
-def _crash(verdict, found, max_memory):
-    """signal or exit_code, and a sentence for people, with the peak memory."""
-    if verdict is Verdict.MAD:
-        text = "the child sent what is no message: did the task write to its sockets?"
-    elif verdict is Verdict.TOO_MUCH:
-        text = "the worker has not the memory to read its result"
-    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
-        text = "the task has closed the connection of its process to the worker: did " \
-            "it close descriptors that are not its own?"
-    elif verdict is Verdict.MEMORY:
-        text = f"it used more than max_memory, {max_memory >> 20} MiB"
-    elif found.signal == "SIGKILL":
-        text = "killed: out of memory, or somebody's kill -9"
-    elif found.signal:
-        text = "this signal ended the child"
-    else:
-        text = f"the process exited with code {found.code}"
-    return {
-        "kind": "crash", "type": found.signal or "",
-        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
-        "signal": found.signal, "exit_code": found.code,
-    }
 
 
 # == Liveness =================================================================
@@ -8897,10 +8942,10 @@ def child_spec(app_spec, path, settings):
 class Outbox:
     """What became of runs and is not in the database yet; kept until it is."""
 
-    def __init__(self, store: Store, journal: Journal, tasks: dict, progress: dict):
+    def __init__(self, store: Store, journal: Journal, tasks: dict):
         self._store, self._journal = store, journal
         self._tasks = tasks                     # by name
-        self._progress = progress               # of the pool: by id, (run, text)
+        self.progress: dict[int, tuple[Run, str]] = {}      # by id, to be written
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
         self.due = 0.0                          # monotonic; 0: nothing waits for more
@@ -8930,7 +8975,7 @@ class Outbox:
     def clear(self) -> None:
         """It is written, or does not matter any more."""
         self.outcomes, self.returned, self.due = [], [], 0.0
-        self._progress.clear()
+        self.progress.clear()
 
     def settle(self, ended: Sequence[Ended], now: int) -> None:
         """Turn what the pool says into outcomes to be written."""
@@ -8956,7 +9001,7 @@ class Outbox:
             try:
                 turned = self._store.turn(Turn(
                     worker, self.outcomes, self.returned, stopped,
-                    tuple(self._progress.values()), order,
+                    tuple(self.progress.values()), order,
                 ), now, patience)
                 break
             except OutcomeRefused as exc:
@@ -9349,8 +9394,8 @@ class Household:
         at, pool = time.monotonic(), self._pool
         pool.notice_deaths(at)
         pool.check_memory(at)
-        pool.fill(at)
-        pool.starts.mention_slow(pool.members, at)
+        pool.crew.fill(at)
+        pool.crew.starts.mention_slow(pool.members, at)
 
     def _prune(self, now):
         """Delete old finished tasks; by a clock that is looked at first."""
@@ -9390,7 +9435,7 @@ class Worker:
         self.pool = Pool(child_spec(app_spec, self.store.path, self.settings),
                          self.settings.concurrency, self.settings, self.journal.run,
                          self.senses.selector)
-        self.outbox = Outbox(self.store, self.journal, app.tasks, self.pool.progress)
+        self.outbox = Outbox(self.store, self.journal, app.tasks)
         self.lookout = Lookout(self.store, self.settings, app.tasks)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
                                self.liveness, self.pool, self._start_over)
@@ -9430,7 +9475,7 @@ class Worker:
         self.journal.start(self.settings, self.store.path, self.app.tasks)
         self.house.chores += [self.hearing, *(make(self) for make in CHORES)]
         self.senses.begin()
-        self.pool.fill(time.monotonic())
+        self.pool.crew.fill(time.monotonic())
 
     def _is_done(self):
         stops = self.senses.stops.count
@@ -9452,7 +9497,7 @@ class Worker:
         busy = self.pool.in_hand()
         interrupted = self.pool.kill_all(time.monotonic()) if busy else []
         self._settle(now)
-        self.pool.stop()
+        self.pool.crew.stop()
         try:
             self.outbox.turn(self.liveness.id, now, _STOP_PATIENCE, stopped=interrupted)
             self.liveness.leave()
@@ -9473,7 +9518,7 @@ class Worker:
         test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end.
         """
         self.pool.kill_all(time.monotonic())
-        self.pool.stop()
+        self.pool.crew.stop()
         self.liveness.forsake()
         self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
         self._close()
@@ -9491,11 +9536,11 @@ class Worker:
         at = time.monotonic()
         for run in self.pool.kill_all(at):
             self.journal.run("task_lost", run, reason="this worker was given up")
-        self.pool.ended = []
+        self.pool.collect()
         self.outbox.clear()
         self.liveness.forsake()
         self.liveness.register(now)
-        self.pool.fill(at)
+        self.pool.crew.fill(at)
 
     # -- one turn
 
@@ -9543,22 +9588,23 @@ class Worker:
         if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
             self.outbox.handed_back = 0         # from now on it is for the stop
-            self.pool.starts.end()
+            self.pool.crew.starts.end()
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
 
     def _say_ready(self):
-        if self.pool.starts.given_up and not self.pool.is_ready():
-            reason = f"its children cannot start:\n{self.pool.starts.given_up}"
+        if self.pool.crew.starts.given_up and not self.pool.crew.is_ready():
+            reason = f"its children cannot start:\n{self.pool.crew.starts.given_up}"
             self.house.trouble.fatal = self.house.trouble.fatal or reason
-        if not self.is_ready and self.pool.is_ready():
+        if not self.is_ready and self.pool.crew.is_ready():
             self.is_ready = True
             self.journal.say("worker_ready", children=self.settings.concurrency)
 
     def _settle(self, now):
-        ended, self.pool.ended = self.pool.ended, []
+        ended, progress = self.pool.collect()
         self.outbox.settle(ended, now)
+        self.outbox.progress.update(progress)
 
     def _transact(self, places, now, at):
         """Decide what is worth the write lock; write what ended and claim by it."""
@@ -9566,7 +9612,7 @@ class Worker:
         if not is_stopping and box.gathers(places.slack, at):
             return False
         order = None if is_stopping else self._order(places)
-        if not (box.is_full or self.pool.progress or self._wants(order, now)):
+        if not (box.is_full or box.progress or self._wants(order, now)):
             return None
         self.lookout.news |= box.makes_work
         turned = box.turn(self.liveness.id, now, BUSY_PATIENCE,
@@ -9577,9 +9623,9 @@ class Worker:
 
     def _order(self, places):
         """What could be claimed now; None without room."""
-        pool = self.pool
+        pool, unknown = self.pool, self.pool.crew.starts.unknown
         return self.lookout.order(
-            self.liveness.id, places.room.less(len(pool.hand)), pool.starts.unknown,
+            self.liveness.id, places.room.less(len(pool.hand)), unknown,
             pool.durations.short_names,
         )
 
