@@ -2416,6 +2416,7 @@ GONE = (
     "it back, or start anew with a new process"
 )
 _MOST_DESCRIPTORS = 1 << 14     # that are tried where nobody lists them
+_LONGEST_TICK_NS = 2_000_000_000    # of the clock of a file system
 _NEW_FILE_MODE = 0o660              # less what the umask takes; others: nothing
 # As mountinfo names them, without "fuse.": hosts, clusters, and what a desktop's
 # virtual machine sees of its host (fakeowner to prl_fs: Docker, WSL, VMware …).
@@ -2601,22 +2602,35 @@ class WalFiles:
 
     def __init__(self, path):
         self._file, self._path, self._shm_path = path, path + "-wal", path + "-shm"
+        self._folder = os.path.dirname(path)
         self._identity = file_identity(path)
         self._wal = file_identity(self._path)
         self._shm = file_identity(self._shm_path)
-        self.bytes = 0              # of the -wal, at the last look
+        self._seen = None           # the folder's state with our -wal in it
 
     def is_there(self):
-        """True while it is still the one that others read; one stat."""
+        """True while it is still the one that others read; one stat, of the folder.
+
+        Whoever deletes or replaces the -wal changes the folder's time.  A stat of the
+        -wal itself would cost the next write to it 25 µs: from Linux 6.13 on that
+        must take a new time of its own then, and journal it.
+        """
         try:
-            status = os.stat(self._path)
+            folder = os.stat(self._folder)
+            seen = folder.st_dev, folder.st_ino, folder.st_mtime_ns
+            if seen == self._seen:
+                return True
+            log = os.stat(self._path)
         except OSError:
             return False
-        self.bytes = status.st_size
-        found = status.st_dev, status.st_ino
+        found = log.st_dev, log.st_ino
         if self._wal is None:       # our first write has made it
             self._wal = found
-        return self._wal == found
+        # A change of the same moment would look the same, for clocks have ticks: the
+        # folder's has to be older than what we have just written to the log.
+        is_old = log.st_mtime_ns - folder.st_mtime_ns > _LONGEST_TICK_NS
+        self._seen = seen if is_old and found == self._wal else None
+        return found == self._wal
 
     def lies_before(self, path):
         """True if SQLite would read this -wal together with that file."""
@@ -2831,7 +2845,7 @@ class Guard:
 
     def is_where_we_write(self) -> bool:
         """True in a transaction of this process on the files that lie there."""
-        return self.is_writing() and os.path.exists(self.path + "-wal") and \
+        return self.is_writing() and os.access(self.path + "-wal", os.F_OK) and \
             self._shm.identity == file_identity(self.path + "-shm")
 
 
@@ -2915,23 +2929,19 @@ class OpenFiles:
         return not (guard and guard.is_held or self._has_links(identity)) \
             and self._is_open(identity, descriptors())
 
-    def hold(self, identity: tuple, path: str, has_others: bool) -> None:
+    def hold(self, identity: tuple, path: str, has_others: bool) -> Guard | None:
         """Keep the files in place for as long as a connection of ours is open."""
         with self.lock:
             guard = self._guard(identity)
         if not has_others:
-            return
+            return guard
         if guard:
             guard.stays = True      # our own locks may be inherited, and no locks
         is_lost = _leads_to(path + "-shm (deleted)")
         if any(map(is_lost, set().union(*descriptors().values()))):
-            self.refused[identity] = _WITHOUT_WAL  # SQLite would use it still
+            self.refused[identity] = _WITHOUT_WAL   # SQLite would use it still
             self.check(identity, path)
-
-    def log_bytes(self, identity: tuple) -> int | None:
-        """How much of its -wal is not in the database yet; None: unknown."""
-        guard = self._guards.get(identity)
-        return guard and guard.log_bytes()
+        return guard
 
     def is_away(self, identity: tuple) -> bool:
         """True when the whole database has left its place, and lives: see _reopen()."""
@@ -3266,6 +3276,7 @@ class Link:
         self.connection = connection
         self.identity = identity
         self.wal = None             # the WalFiles that it writes to
+        self.guard = None           # that keeps them in place
         self.thread = threading.get_ident()
         self.generation = FORKS.count
         self.is_closed = False
@@ -3704,6 +3715,19 @@ class Database:
         link = getattr(self._local, "link", None)
         if link is not None and link.writer() is not None:
             return link         # of the block we are in; if closed, it has failed
+        return self._current(link)
+
+    def free_link(self) -> Link:
+        """This thread's link, which is in no transaction."""
+        link = getattr(self._local, "link", None)
+        if link is not None and link.writer() is not None:
+            if link.is_open:
+                raise DatabaseBusy(REENTERED.format(self.path))
+            link.writer = nobody
+        return self._current(link)
+
+    def _current(self, link):
+        """It, or a new one in its place where it is of no use any more."""
         if link is None or link.generation != FORKS.generation():
             link = self._local.link = self._open()
         elif (
@@ -3770,7 +3794,7 @@ class Database:
             ask = functools.partial(patiently, link.connection, deadline)
             Tables(self.path, ask).open(create)
             if not FORKS.is_leaving:    # else nobody will close it in good order
-                FILES.hold(identity, self.path, has_others)
+                link.guard = FILES.hold(identity, self.path, has_others)
         except BaseException:
             link.close()
             raise
@@ -3786,15 +3810,6 @@ class Database:
             return row and row[0]
 
         Tables(self.path, ask).migrate()
-
-    def free_link(self) -> Link:
-        """This thread's link, which is in no transaction."""
-        link = getattr(self._local, "link", None)
-        if link is not None and link.writer() is not None:
-            if link.is_open:
-                raise DatabaseBusy(REENTERED.format(self.path))
-            link.writer = nobody
-        return self.link()
 
     def read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
@@ -3842,23 +3857,27 @@ class Database:
             helper.execute("pragma wal_checkpoint(passive)").fetchall()
 
     def checkpoint_if_large(self, limit: int = _CHECKPOINT_BYTES) -> None:
-        if self._log_bytes() > limit:
+        if self._log_bytes(self.link()) > limit:
             with contextlib.suppress(DatabaseBusy):
                 self.checkpoint()
 
-    def checkpoint_by_caller(self) -> None:
+    def checkpoint_by_caller(self, link: Link) -> None:
         """The same where no worker does it; not for each commit while none helps.
 
         Whoever wrote what is in the log: a thread, or a process, for every call.
+        Never raises DatabaseUnavailable: what the caller wanted is committed.
         """
-        found, last, limit = self._log_bytes(), self._tried_at, CALLER_CHECKPOINT_BYTES
-        if not last <= found < last + limit // 4:
-            self._tried_at = found if found > limit else 0
-            self.checkpoint_if_large(limit)
+        found, last = self._log_bytes(link), self._tried_at
+        if found <= CALLER_CHECKPOINT_BYTES:
+            self._tried_at = 0
+        elif not last <= found < last + CALLER_CHECKPOINT_BYTES // 4:
+            self._tried_at = found
+            with contextlib.suppress(DatabaseUnavailable):
+                self.checkpoint_if_large(CALLER_CHECKPOINT_BYTES)
 
-    def _log_bytes(self):
+    def _log_bytes(self, link):
         """What lies in the log alone; its size, which may be more, where unknown."""
-        found = FILES.log_bytes(file_identity(self.path))
+        found = link.guard and link.guard.log_bytes()
         return self.wal_bytes() if found is None else found
 
 
@@ -3989,14 +4008,15 @@ class GroupCommit:
     def _lead(self, own):
         if self._crowd > 1:
             time.sleep(_CROWD_SECONDS)
-        others = []
+        requests = [own]
         try:
             while self._requests:
-                others.append(self._requests.popleft())
+                request = self._requests.popleft()
+                if request is not own:
+                    requests.append(request)
         except IndexError:          # one that gives up takes its own
             pass
-        self._crowd = len(others)
-        requests = [own, *[request for request in others if request is not own]]
+        self._crowd = len(requests)
         try:
             self._commit(requests)
         except DatabaseBusy as exc:
@@ -4055,8 +4075,9 @@ _NOT_ITS_FILES = (
 
 
 def insert_all(link, requests):
-    link.wake = wake_addresses(link.connection)
-    _insert(link.connection, requests)
+    first, place, is_awaited = _next_id(link.connection)
+    link.wake = wake_addresses(link.connection) if is_awaited else []
+    _insert(link.connection, requests, first, place)
 
 
 _INSERT = """
@@ -4065,8 +4086,7 @@ _INSERT = """
     values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
-def _insert(connection, requests):
-    first, place = _next_id(connection)
+def _insert(connection, requests, first, place):
     for request in requests:
         task, calls = request.task, request.calls
         holder = task.key and key_holder(connection, task.key)
@@ -4097,7 +4117,7 @@ def key_holder(connection, key):
 
 
 def _next_id(connection):
-    """One above every id ever given, and the place of what is new.
+    """One above every id ever given, the place of what is new, is a worker there?
 
     Also above ids of deleted rows; and behind every retry that queued again,
     which takes a place of its own behind all that were new before: Claims.
@@ -4105,7 +4125,7 @@ def _next_id(connection):
     """
     return connection.execute(
         """select 1 + max(last.value, ifnull((select max(id) from bg_task), 0)),
-                place.value + 0
+                place.value + 0, exists (select 1 from bg_worker where port > 0)
             from bg_meta last, bg_meta place
             where last.name = 'last_id' and place.name = 'place'"""
     ).fetchone()
@@ -4273,9 +4293,7 @@ class Queue:
             for request in taken:
                 request.is_done = write.is_committed
                 request.is_taken = False
-        if write.link.wal.bytes > CALLER_CHECKPOINT_BYTES:
-            with contextlib.suppress(DatabaseUnavailable):      # it is committed
-                self.db.checkpoint_by_caller()
+        self.db.checkpoint_by_caller(write.link)
 
     def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
                      calls: Sequence[str]) -> tuple[list, str | None]:
@@ -4284,7 +4302,7 @@ class Queue:
         transaction = CallersTransaction(self.db, connection)
         with FORKS.using(), transaction as cursor:
             holder = key_holder(cursor, task.key)
-            _insert(cursor, [request])
+            _insert(cursor, [request], *_next_id(cursor)[:2])
             transaction.keep_files()
             if holder is not None:      # as bytes: text is for the caller's factory
                 mark = cursor.execute(

@@ -3211,6 +3211,41 @@ class Databases(Case):
         other.close()
         self.assertEqual(self.app.send("t").id, 1)
 
+    def test_whether_the_log_is_still_there_is_asked_of_the_folder(self):
+        """Not of the log: a stat of it makes the next write to it journal its time."""
+        wal, aside = Path(f"{self.db}-wal"), self.folder / "aside"
+
+        def replace():
+            wal.rename(aside)
+            wal.write_bytes(b"")
+
+        def restore():
+            aside.replace(wal)
+
+        for age in (0, 3600):
+            for act in (lambda: wal.rename(aside), replace):
+                with self.subTest(age=age, act=act):
+                    wal.touch()
+                    files = pybgworker.WalFiles(str(self.db))
+                    at = time.time_ns() - age * 10**9
+                    os.utime(self.folder, ns=(at, at))
+                    self.assertTrue(files.is_there() and files.is_there())
+                    with mock.patch.object(os, "stat", wraps=os.stat) as asked:
+                        files.is_there()
+                    self.assertEqual(asked.call_count, 1 if age else 2)
+                    act()
+                    if not age:         # in the same tick of the clock
+                        os.utime(self.folder, ns=(at, at))
+                    self.assertFalse(files.is_there())
+                    self.assertFalse(files.is_there())
+                    restore()
+                    self.assertTrue(files.is_there())
+        (self.folder / "other").touch()
+        self.assertTrue(files.is_there())
+        self.folder.rename(f"{self.folder}-away")
+        self.assertFalse(files.is_there())
+        Path(f"{self.folder}-away").rename(self.folder)
+
     def test_network_file_systems_are_known_by_their_names(self):
         line = "36 35 98:0 / /home/a\\040b rw - {} none rw\n1 1 0:1 / / rw - ext4 x rw\n"
         for kind in ("nfs4", "fakeowner", "fuse.grpcfuse", "osxfs", "drvfs", "smb2",
@@ -4060,15 +4095,14 @@ class Threads(Case):
                 app = App(db=path)
                 app.send("t")
                 other.close()
-                found, db = pybgworker.FILES.log_bytes, app.store.db
-                identity = pybgworker.file_identity(path)
-                self.assertEqual(found(identity), db.wal_bytes() - 32)  # less its head
+                db = app.store.db
+                found = db.link().guard.log_bytes
+                self.assertEqual(found(), db.wal_bytes() - 32)      # less its head
                 db.checkpoint()
-                self.assertEqual(found(identity), 0)
+                self.assertEqual(found(), 0)
                 app.send("t")
-                self.assertEqual(found(identity) % (size + 24), 0)
-                self.assertLess(0, found(identity))
-                self.assertLess(found(identity), db.wal_bytes() // 2)
+                self.assertEqual(found() % (size + 24), 0)
+                self.assertTrue(0 < found() < db.wal_bytes() // 2)
                 app.store.close()
 
     def test_where_nobody_says_what_is_in_the_log_callers_go_by_its_size(self):
