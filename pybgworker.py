@@ -3313,11 +3313,12 @@ class Link:
                 FILES.refused[self.identity] = WAL_LOST
             self.leak()         # a close would delete, or overwrite, what is newer
             return
-        self.is_closed = True
         FORKS.be_patient()
-        with FORKS.using(), FILES.closing(self.identity), \
-                contextlib.suppress(sqlite3.Error):
-            self.connection.close()
+        with FORKS.using():     # a child that is forked before that inherits it open
+            if not self.is_closed:
+                self.is_closed = True
+                with FILES.closing(self.identity), contextlib.suppress(sqlite3.Error):
+                    self.connection.close()
 
     def roll_back(self):
         """Leave no transaction open; some errors have already rolled back."""
