@@ -5423,6 +5423,35 @@ class Wires(unittest.TestCase):
                 pybgworker.read_frame(pybgworker.write_frame(run)),
                 (run.id, 3, timeout or 0, tick, name, args or ""))
 
+    def test_what_a_child_says_arrives_and_nonsense_is_refused(self):
+        said = ((pybgworker.READY, ["a"]), (pybgworker.BROKEN, "trace \ud800"),
+                (pybgworker.SUCCEEDED, "[1]"), (pybgworker.ENDED_BADLY, {"kind": "abort"}),
+                (pybgworker.PRINTED, "\u00fc\n"), (pybgworker.PROGRESSED, [5, None]),
+                (pybgworker.WRITTEN, b"\xff"), (pybgworker.STRAYS, True),
+                (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"))
+        self.assertEqual({kind.code for kind, _ in said}, set(pybgworker._KINDS))
+        with contextlib.ExitStack() as ends:
+            wire = pybgworker.WorkerEnd(ends)
+            frames, messages = map(os.dup, wire.theirs())
+            child = pybgworker.ChildEnd(frames, messages)
+            ends.callback(child.close)
+            for kind, value in said:
+                child.send(pybgworker.write_message(kind, value, (7, 2), 1000, 0.5))
+            self.assertTrue(wire.read())
+            heard = list(wire.heard(1000))
+            self.assertEqual([kind for kind, *_ in heard], [kind for kind, _ in said])
+            self.assertEqual({of for _, of, *_ in heard}, {(7, 2)})
+            self.assertEqual([value for _, _, value, *_ in heard[2:]],
+                             [value for _, value in said[2:]])
+            for code, started_at, duration, length in (
+                (b"?", 1, 0.5, 0), (b"S", 1 << 60, 0.5, 0), (b"S", 1, float("nan"), 0),
+                (b"S", 1, -1.0, 0), (b"S", 1, 0.5, 1 << 30),
+            ):
+                wire._buffer[:] = pybgworker._MESSAGE.pack(length, code, 7, 2, started_at,
+                                                           duration)
+                with self.subTest(code):
+                    self.assertRaises(ValueError, list, wire.heard(1000))
+
 
 # == Output ===================================================================
 
