@@ -11304,7 +11304,6 @@ def _raw(path):
     SqliteStore(path).create()
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("pragma synchronous = full")
-    connection.execute("pragma wal_autocheckpoint = 0").fetchall()
     return connection
 
 
@@ -11415,7 +11414,7 @@ class _Place:
 def _measure_enqueue(place, raw, tasks):
     """delay() and delay_many() against the same inserts, round by round."""
     count, args = tasks // _ROUNDS, encode_call(place.call, {})
-    rounds = []
+    rounds, logs = [], []
     for _ in range(_ROUNDS):
         rounds.append((
             _timed(_SINGLES, lambda: _raw_singles(raw, _SINGLES, args)),
@@ -11424,13 +11423,26 @@ def _measure_enqueue(place, raw, tasks):
             _timed(count, lambda: _raw_many(raw, count, args)),
             _timed(count, lambda: place.noop.delay_many([place.call] * count)),
         ))
+        logs.append([os.path.getsize(os.path.join(place.folder, name))
+                     for name in ("bench.db-wal", "raw.db-wal")])
     raw_one, one, threads, raw_many, many = (_middle(found) for found in zip(*rounds))
     return {
         "delay_per_second": _figure(one, raw_one, _limit_of_caller(one)),
         "threads_per_second": _figure(threads, raw_one, _limit_of_caller(threads)),
         "delay_many_per_second": _figure(many, raw_many, _limit_of_caller(many)),
-        "wal_bytes": os.path.getsize(place.db + "-wal"),
+        "wal_bytes": logs[-1][0],
+        "wal": _state_of_logs(logs),
     }
+
+
+def _state_of_logs(logs):
+    """Whether each was made longer in the second half of the rounds.
+
+    A commit that lengthens its log takes longer than one that overwrites it.
+    """
+    half, end = logs[len(logs) // 2], logs[-1]
+    return {name: "lengthened" if after > before else "overwritten"
+            for name, before, after in zip(("ours", "raw"), half, end)}
 
 
 def _call_often(place, count):
@@ -11600,7 +11612,8 @@ def bench_text(report: dict) -> str:
     rows.append({"what": "worker CPU of a task that comes alone",
                  "ours": span(report["cpu_of_one_task"])})
     columns = ["what", "ours", "raw sqlite", "ratio", "limited by"]
-    return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}"
+    logs = "; ".join(f"{name}: {state}" for name, state in report["wal"].items())
+    return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}  The -wal was {logs}."
 
 
 @command("bench", "measure this machine, beside raw SQLite", "bench --tasks 20000",

@@ -10173,6 +10173,11 @@ class Bench(Case):
         self.assertEqual(limit(0.9, 0.3, 1), "parent CPU 90%")
         self.assertEqual(limit(0.5, 0.8, 1), "child CPU 80%")
 
+    def test_it_says_which_state_of_the_log_it_measured(self):
+        self.assertEqual(
+            pybgworker._state_of_logs([(1, 1), (2, 2), (4, 3), (4, 4), (4, 5)]),
+            {"ours": "overwritten", "raw": "lengthened"})
+
     def test_it_measures_beside_raw_sqlite(self):
         done = self.cli("bench", "--tasks", 300, "--concurrency", 1, "--payload", "2k",
                         "--json", timeout=300)
@@ -10189,6 +10194,8 @@ class Bench(Case):
             self.assertLessEqual(report[key]["p50"], report[key]["p99"])
             self.assertRegex(report[key]["limit"], limit)
         self.assertGreater(report["wal_bytes"], 0)
+        self.assertLess(report["wal_bytes"], 2 * pybgworker.CALLER_CHECKPOINT_BYTES)
+        self.assertEqual(set(report["wal"]), {"ours", "raw"})
         ordinary = report["ordinary_per_second"]
         self.assertEqual(ordinary["raw"], 1600)         # 16 children, 10 ms each
         self.assertLess(ordinary["ratio"], 1.3)
@@ -10197,6 +10204,7 @@ class Bench(Case):
         self.assertEqual((report["payload"], report["concurrency"]), (2048, 1))
         text = pybgworker.bench_text(report)
         self.assertIn("delay(), durable, a second", text)
+        self.assertIn("The -wal was ours: ", text)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
 
 
