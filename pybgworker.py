@@ -11613,7 +11613,7 @@ def bench_text(report: dict) -> str:
                  "ours": span(report["cpu_of_one_task"])})
     columns = ["what", "ours", "raw sqlite", "ratio", "limited by"]
     logs = "; ".join(f"{name}: {state}" for name, state in report["wal"].items())
-    return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}  The -wal was {logs}."
+    return f"{head}\n\n{table(rows, columns)}\n\n{_BENCH_NOTE}\nThe -wal of {logs}."
 
 
 @command("bench", "measure this machine, beside raw SQLite", "bench --tasks 20000",

@@ -10204,7 +10204,7 @@ class Bench(Case):
         self.assertEqual((report["payload"], report["concurrency"]), (2048, 1))
         text = pybgworker.bench_text(report)
         self.assertIn("delay(), durable, a second", text)
-        self.assertIn("The -wal was ours: ", text)
+        self.assertIn("The -wal of ours: ", text)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
 
 
