@@ -885,7 +885,8 @@ class Promises(Served):
         self.worker()
 
         self.assertEqual(self.get(result), 3)
-        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+        self.assertEqual(self.sql("select count(*) from bg_task "
+                                  "where name = 'tasks.add'"), [(1,)])
 
     def test_a_cron_tick_is_run_once_by_two_workers(self):
         self.worker("--burst").wait()
@@ -910,10 +911,10 @@ class Promises(Served):
         self.assertFalse(results[-1].ready())
 
         starts = sorted(self.get(r) for r in results)
-        self.assertLess(starts[19] - starts[0], 0.5)        # the burst
+        self.assertLess(starts[19] - starts[0], 0.95)       # the burst: not one by one
         for number, at in enumerate(starts):                # then 20 a second
             earliest = (number - 19) / 20
-            self.assertGreater(at - starts[0], earliest - 0.15, number)
+            self.assertGreater(at - starts[0], earliest - 0.25, number)
 
     def test_a_paused_queue_is_left_alone(self):
         self.store.pause("slow", self.now)
