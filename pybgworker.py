@@ -2611,13 +2611,15 @@ class WalFiles:
     def is_there(self):
         """True while it is still the one that others read; one stat, of the folder.
 
-        Whoever deletes or replaces the -wal changes the folder's time.  A stat of the
-        -wal itself would cost the next write to it 25 µs: from Linux 6.13 on that
-        must take a new time of its own then, and journal it.
+        Whoever deletes or replaces the -wal changes the folder's times, and can put
+        back but one of them (tar, rsync).  A stat of the -wal itself would cost the
+        next write to it 25 µs: from Linux 6.13 on that must take a new time of its
+        own then, and journal it.
         """
         try:
             folder = os.stat(self._folder)
-            seen = folder.st_dev, folder.st_ino, folder.st_mtime_ns
+            times = folder.st_mtime_ns, folder.st_ctime_ns
+            seen = folder.st_dev, folder.st_ino, *times
             if seen == self._seen:
                 return True
             log = os.stat(self._path)
@@ -2628,7 +2630,8 @@ class WalFiles:
             self._wal = found
         # A change of the same moment would look the same, for clocks have ticks: the
         # folder's has to be older than what we have just written to the log.
-        is_old = log.st_mtime_ns - folder.st_mtime_ns > _LONGEST_TICK_NS
+        # The topmost folder of a FAT has none at all: 0.
+        is_old = 0 not in times and log.st_mtime_ns - max(times) > _LONGEST_TICK_NS
         self._seen = seen if is_old and found == self._wal else None
         return found == self._wal
 
@@ -7019,7 +7022,7 @@ def _countdown(value):
     return float(min(max(seconds, 0), LONGEST_SECONDS))
 
 
-def _text_of(fn, *args):
+def text_of(fn, *args):
     """Call what may be an exception's own, broken, code."""
     try:
         return str(fn(*args))
@@ -7046,8 +7049,8 @@ def describe_exception(exc: BaseException) -> dict:
     return {
         "kind": "exception",
         "type": type(exc).__qualname__,
-        "message": _text_of(str, exc)[:TRACEBACK_CHARS],
-        "traceback": _text_of(text)[-TRACEBACK_CHARS:],
+        "message": text_of(str, exc)[:TRACEBACK_CHARS],
+        "traceback": text_of(text)[-TRACEBACK_CHARS:],
     }
 
 
@@ -8700,11 +8703,18 @@ class Journal:
 
     def _tell(self, event, fields):
         for listener in self._listeners[:]:
+            if listener not in self._listeners:     # what was said meanwhile broke it
+                continue
             try:
                 listener(event, {k: v for k, v in fields.items() if v is not None})
             except Exception as exc:
-                self._listeners.remove(listener)
-                self.say("listener_dropped", listener=repr(listener), error=repr(exc))
+                self._drop(listener, exc)
+
+    def _drop(self, listener, exc):
+        with contextlib.suppress(ValueError):       # it was dropped meanwhile
+            self._listeners.remove(listener)
+        self.say("listener_dropped", listener=text_of(repr, listener),
+                 error=text_of(repr, exc))
 
     def start(self, settings: types.SimpleNamespace, db: str,
               tasks: dict[str, Task]) -> None:

@@ -3229,21 +3229,28 @@ class Databases(Case):
                 with self.subTest(age=age, act=act):
                     wal.touch()
                     files = pybgworker.WalFiles(str(self.db))
-                    at = time.time_ns() - age * 10**9
-                    os.utime(self.folder, ns=(at, at))
+                    at = self.folder.stat().st_mtime_ns
+                    os.utime(wal, ns=(at + age * 10**9,) * 2)
                     self.assertTrue(files.is_there() and files.is_there())
                     with mock.patch.object(os, "stat", wraps=os.stat) as asked:
                         files.is_there()
                     self.assertEqual(asked.call_count, 1 if age else 2)
-                    act()
-                    if not age:         # in the same tick of the clock
-                        os.utime(self.folder, ns=(at, at))
+                    act()           # by one that puts back the folder's time: tar
+                    os.utime(self.folder, ns=(at, at))
                     self.assertFalse(files.is_there())
                     self.assertFalse(files.is_there())
                     restore()
                     self.assertTrue(files.is_there())
         (self.folder / "other").touch()
         self.assertTrue(files.is_there())
+        fat = mock.Mock(st_dev=1, st_ino=1, st_mtime_ns=0, st_ctime_ns=0)
+        asked, files = os.stat, pybgworker.WalFiles(str(self.db))
+        with mock.patch.object(os, "stat", lambda path: (
+                fat if path == str(self.folder) else asked(path))):
+            self.assertTrue(files.is_there() and files.is_there())
+            wal.rename(aside)       # where a folder has no times
+            self.assertFalse(files.is_there())
+            restore()
         self.folder.rename(f"{self.folder}-away")
         self.assertFalse(files.is_there())
         Path(f"{self.folder}-away").rename(self.folder)
@@ -7516,6 +7523,35 @@ class Logs(unittest.TestCase):
         self.assertEqual(heard, [
             ("listener_dropped", "KeyError('no such counter')"),
             ("heartbeat_error", "a"), ("heartbeat_error", "b")])
+
+    def test_listeners_that_raise_at_the_same_event_hurt_nobody(self):
+        class Unprintable(Exception):
+            def __repr__(self):
+                raise RuntimeError("no words")
+
+        heard, journal = [], pybgworker.Journal(
+            Log(os.open(os.devnull, os.O_WRONLY)), "w")
+
+        def one(event, fields):
+            raise KeyError(1)
+
+        def other(event, fields):
+            raise Unprintable
+
+        def endless(event, fields):
+            journal.say("heartbeat_error", error="again")
+
+        for listener in (one, other, one, endless):
+            journal.hear(listener)
+        journal.hear(lambda event, fields: heard.append((event, fields.get("error"))))
+        journal.say("heartbeat_error", error="a")
+        self.assertEqual(heard[-1], ("heartbeat_error", "a"))
+        errors = [error for event, error in heard if event == "listener_dropped"]
+        self.assertEqual(errors.count("KeyError(1)"), 2)
+        self.assertEqual(errors.count("<it cannot be printed: RuntimeError>"), 1)
+        heard.clear()
+        journal.say("heartbeat_error", error="b")
+        self.assertEqual(heard, [("heartbeat_error", "b")])
 
     def test_an_event_is_one_line_of_json(self):
         log = self.log()
