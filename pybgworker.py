@@ -3170,7 +3170,8 @@ class Forks:
 
         A hook of the app's may wait for a lock, and we are called by who has it.  A
         child that is forked while we go on is told so.  Guarded by
-        test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork.
+        test_a_fork_hook_may_wait_for_a_thread_that_waits_for_the_fork, and by
+        test_a_fork_hook_may_wait_for_a_thread_that_reads_on.
         """
         deadline = time.monotonic() + _HOOKS_PATIENCE
         while self.is_on():
@@ -3831,6 +3832,7 @@ class Database:
                     raise explained(exc, self.path) from exc
             finally:
                 link.is_reading = outer
+            FORKS.wait()
             time.sleep(random.uniform(0.0005, 0.003))
 
     def data_version(self) -> tuple:

@@ -2873,6 +2873,35 @@ class Forking(Case):
         """)
         self.assertEqual(len(said), 2 * (3 + 30))
 
+    def test_a_fork_hook_may_wait_for_a_thread_that_reads_on(self):
+        """Its connection was in a call of SQLite, so that the fork left it open."""
+        said = self.ran("""
+            lock, locked, held = threading.Lock(), threading.Event(), threading.Event()
+            os.register_at_fork(before=lambda: held.set() or lock.acquire(),
+                                after_in_parent=lock.release, after_in_child=lock.release)
+            p._HOOKS_PATIENCE = p._FORK_PATIENCE = 0.1
+            def pause():
+                locked.set()
+                held.wait()             # our own hook has run before that one
+            def read():
+                with lock:
+                    db = app.store.db
+                    db.link().connection.create_function("pause", 0, pause)
+                    db.read("select pause()")
+                    say("read", app.store.counts()[0][3])
+                app.store.close()
+            delay()
+            thread = threading.Thread(target=read)
+            thread.start()
+            locked.wait()
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+            thread.join()
+            delay()
+        """)
+        self.assertEqual(said, ["id 1", "read 1", "id 2"])
+
     def test_a_child_forked_while_a_thread_would_not_wait_is_refused(self):
         said = self.ran("""
             begun, forked = threading.Event(), Signs()
