@@ -31,16 +31,15 @@ Life of a task
 
 Map
     Book One: the program's side
-        Settings · States and errors · Time and values ·
-        Retry and rate · Rows · Store · Functions · Waiting ·
-        Results · Tasks · App
+        Settings · States and errors · Time and values · Retry and rate · Rows ·
+        Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
         Processes · Wire · Output · Surroundings · Interrupts · Child ·
-        Member · Hearing · Placement · Crew · Pool · Liveness · Wishes · Log · Journal ·
-        Upkeep · Settling · Lookout · Senses · Household · Worker ·
+        Member · Hearing · Placement · Crew · Pool · Liveness · Wishes · Log ·
+        Journal · Upkeep · Settling · Lookout · Senses · Household · Worker ·
         Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
@@ -142,38 +141,32 @@ class SettingError(PyBgWorkerError, ValueError):
 
 
 class OptionError(PyBgWorkerError, ValueError, TypeError):
-    """An option or an argument cannot be what it is.  Nothing was changed."""
+    """An option or an argument has a value it cannot have.  Nothing was changed."""
 
 
 _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
-
 LONGEST_SECONDS = 10**9     # of any span, 31 years; a timer of the system takes 292
 LARGEST = 10**11            # of any other number
-MOST_CHILDREN = 1000       # of one worker: 20 GB of processes that do nothing
-_LEAST_MEMORY = 1 << 20     # of a child; who says 512 means MiB
+MOST_CHILDREN = 1000        # of one worker: 20 GB of processes that do nothing
+_LEAST_MEMORY = 1 << 20     # of a child: whoever writes 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
 _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
 
 
-def _text(value):
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) \
-            or "\0" in str(value):
-        raise ValueError("a text that is not empty")
-    return os.fspath(value)
-
-
 def parse_path(value):
-    if str(value) == ":memory:" or str(value).startswith("file:"):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) \
+            or "\0" in str(value) or str(value) == ":memory:" \
+            or str(value).startswith("file:"):
         raise ValueError("the path of a file, which workers can open as well")
-    return _text(value)
+    return os.fspath(value)
 
 
 def parse_name(value):
     if not isinstance(value, str) or not 0 < len(value) <= 200 \
             or _NOT_IN_NAMES.search(value):
-        raise ValueError("a text of 1 to 200 characters")
+        raise ValueError("a text of 1 to 200 characters, no NUL or lone surrogate")
     return value
 
 
@@ -218,7 +211,7 @@ def parse_grace(value):
 
 
 def _retention(value):
-    """Seconds; infinite for `"forever"`, for None means that nothing was said."""
+    """Seconds; infinite for `"forever"`: None would mean that nothing was said."""
     return math.inf if value in ("forever", math.inf) else parse_grace(value)
 
 
@@ -246,9 +239,10 @@ def _payload_bytes(value):
 def _names(value):
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    names = tuple(parse_queue_name(name) for name in value)
+    values = value if isinstance(value, Iterable) else ()
+    names = tuple(parse_queue_name(name) for name in values)
     if not names:
-        raise ValueError("queue names with commas between them")
+        raise ValueError("queue names with commas between them, or a list of them")
     return names
 
 
@@ -287,6 +281,7 @@ def checked(option, parse, value):
 
 
 def check_number(name, value, least=0, most=LARGEST, kind=(int, float), what=""):
+    """Return a number from `least` to `most`.  Raises OptionError for all else."""
     what = what or f"a {'whole ' * (kind is int)}number from {{:,}} to {{:,}}"
     if isinstance(value, bool) or not isinstance(value, kind) \
             or not least <= value <= most:
@@ -302,6 +297,7 @@ def check_span(name, value, least=0, most=LONGEST_SECONDS):
 
 
 def check_known(options, known):
+    """Raise OptionError for an option that there is not."""
     unknown = options.keys() - known
     if unknown:
         raise OptionError(
@@ -733,13 +729,6 @@ def _tree_to_json(make=getattr(json.encoder, "c_make_encoder", None)):
 _to_text = _tree_to_json()
 
 
-# The encoder's own parts, without the cost of setting it up each time.
-SCALARS = {
-    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
-    float: lambda value: repr(value) if math.isfinite(value) else "null",
-}
-
-
 def encode(value: Any, path: str) -> str:
     """Return the text of `value`, ASCII only.  `path` is its name in messages.
 
@@ -798,8 +787,8 @@ _scan = json.JSONDecoder().scan_once       # type: ignore[attr-defined]
 def decode(text: str) -> Any:
     """Return the value whose text encode() made.
 
-    By the scanner alone, in a third of the time of json.loads(), which has to read
-    what is no such text, and to say what is wrong with it.
+    By the scanner alone, in a third of the time of json.loads(), which is left to
+    read what is no such text, and to say what is wrong with it.
     """
     if '{"$' in text:
         return json.loads(text, object_hook=_unpack)
@@ -924,8 +913,8 @@ class Rates:
 # Owns what goes into a queue and comes out of it, as small objects: tasks, runs and
 # what becomes of them, workers, schedules.  Knows nothing of how they are kept.
 
-MOST_ID = 10 ** 15          # as in bg_task; times 8 it is still a row id
-ID_BATCH = 100          # ids that one statement looks up
+MOST_ID = 10**15            # as in bg_task; times 8 it is still a row id
+ID_BATCH = 100              # ids that one statement looks up
 
 # What an end calls: the bit in bg_task.callbacks, and the option of @task.
 CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
@@ -1095,7 +1084,7 @@ def callback_kind(name: str) -> str:
 
 
 class TaskRow(NamedTuple):
-    """A task as the reports see it."""
+    """A task without its arguments, and without what it left behind."""
 
     id: int
     state: int
@@ -1118,6 +1107,7 @@ class TaskRow(NamedTuple):
 
     @property
     def status(self) -> str:
+        """The word for its state."""
         return state_name(self.state)
 
 
@@ -1134,6 +1124,8 @@ def parse_id(text: str) -> int:
 
 
 class WorkerRow(NamedTuple):
+    """A worker as it has registered, and as of its last heartbeat."""
+
     id: int
     name: str
     pid: int
@@ -1197,9 +1189,9 @@ class ClockView(NamedTuple):
 
 
 # == Store ====================================================================
-# Owns what can be done to a queue.  Each verb is one atomic step, durable when it
-# returns if it has to be, and none leaves anything open.  STORES says who keeps a
-# queue; read this section, and you know what one does.
+# Owns what can be done to a queue.  Each verb is one atomic step, but for two that
+# say so; it is durable when it returns, if it has to be, and leaves nothing open.
+# STORES says who keeps a queue; read this section, and you know what one does.
 
 class Store(Protocol):
     """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
@@ -1233,8 +1225,8 @@ class Store(Protocol):
     def now(self) -> int:
         """The time by which this queue goes, which may be that of its server."""
 
-    def checkpoint_if_large(self, limit: int = 4 << 20) -> None:
-        """checkpoint() when the log has grown; a busy database is left for later."""
+    def checkpoint_if_large(self) -> None:
+        """Move a log that has grown into the database; if that is busy, later."""
 
     # -- for programs
 
@@ -1315,13 +1307,16 @@ class Store(Protocol):
         """
 
     def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
-        """Queue all failed tasks again, or those of a name.
+        """Queue all failed tasks again, or those of a name; not in one step.
 
         Returns (the ids queued, the ids left because another task has their key).
         """
 
     def purge(self, queue: str | None, name: str | None, now: int) -> int:
-        """Cancel all waiting tasks of a queue, of a name, or of both; count them."""
+        """Cancel all waiting tasks of a queue, a name, or both; return how many.
+
+        Not in one step: what was cancelled before an error stays so.
+        """
 
     def prune(self, cursor: int, before: int | None, failed_before: int | None,
               batch: int) -> tuple[int, int]:
@@ -1368,7 +1363,8 @@ class Store(Protocol):
     # -- for workers, about each other
 
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
-        """Register a worker; return its id.
+        """Register a worker; return its id.  `values` are those of a WorkerRow from
+        name to concurrency, `live`, and `now`.
 
         `lock(id)` is called before the commit: nobody can find the row and its
         byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
@@ -1490,6 +1486,7 @@ _CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
 
 
 def does_yield(fn):
+    """True when a call of it only makes a generator."""
     code = _code_of(fn)
     return code is not None and bool(code.co_flags & _CO_GENERATORS)
 
@@ -1523,7 +1520,8 @@ def check_function(fn):
             )
 
 
-def place_of(fn):
+def line_of(fn):
+    """FILE:LINE of a function, for people."""
     code = getattr(fn, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
 
@@ -1541,6 +1539,7 @@ class _Origin(NamedTuple):
 
 
 def origin_of(fn):
+    """Return the origin of a task that is being made of `fn`."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals is globals():
         frame = frame.f_back
@@ -1576,10 +1575,10 @@ def _is_same_function(a, b):
     spaces = a.__globals__, b.__globals__
     is_one_file = spaces[0] is spaces[1] or spaces[1].get("__name__") == "__main__"
     return a.__code__ == b.__code__ and is_one_file \
-        and _surroundings(a) == _surroundings(b)
+        and _closure_of(a) == _closure_of(b)
 
 
-def _surroundings(fn):
+def _closure_of(fn):
     """What it closes over, by identity, for that may change; and its defaults."""
     with contextlib.suppress(ValueError):       # a cell that is still empty
         cells = [
@@ -1611,6 +1610,21 @@ def growing_pauses() -> Iterator[float]:
         pause = _longer(pause)
 
 
+class _Batch(NamedTuple):
+    """What is looked at together.  Those that are due at a time become one."""
+
+    due: float              # by the clock of the loop
+    number: int             # no two have the same, so that no more is compared
+    pause: float            # seconds since the look before
+    version: Any            # of the database at that look; None: there was none
+    awaited: list           # (task id, future)
+
+    @property
+    def pending(self) -> list:
+        """What was neither settled nor cancelled."""
+        return [one for one in self.awaited if not one[1].done()]
+
+
 class Watch:
     """The tasks that one event loop awaits of one app.  Only its thread comes here.
 
@@ -1620,10 +1634,8 @@ class Watch:
 
     def __init__(self, watches: dict, store: Callable, loop: Any):
         self._watches, self._store, self._loop = watches, store, loop
-        # A heap of batches: (due, number, pause, version of the database that was
-        # looked at, [(task id, future)]).  Those that are due together become one.
-        self._batches: list = []
-        self._count = 0             # numbers given, so that no more is compared
+        self._batches: list[_Batch] = []        # a heap
+        self._count = 0             # numbers given
         self._timer: Any = None     # at the first of the heap
 
     @classmethod
@@ -1651,10 +1663,11 @@ class Watch:
         if pause == _WAIT_LONGEST:          # all at the same moments, then
             due -= due % pause
         self._count += 1
-        heapq.heappush(self._batches, (due, self._count, pause, version, awaited))
+        batch = _Batch(due, self._count, pause, version, awaited)
+        heapq.heappush(self._batches, batch)
 
     def _wind(self):
-        due = self._batches[0][0]
+        due = self._batches[0].due
         if self._timer is None or due < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
@@ -1663,14 +1676,14 @@ class Watch:
     def _look(self):
         self._timer = None
         soon, due = self._loop.time() + _WAIT_SHORTEST / 2, []
-        while self._batches and self._batches[0][0] <= soon:
+        while self._batches and self._batches[0].due <= soon:
             due.append(heapq.heappop(self._batches))
         try:
             version = self._store().version()   # before the look: what comes is new
             left = self._look_for(due, version)
         except PyBgWorkerError as exc:
             left = {}
-            for _, future in _pending(due):
+            for _, future in itertools.chain(*[batch.pending for batch in due]):
                 future.set_exception(type(exc)(*exc.args))
         for pause, awaited in left.items():
             self._put(pause, version, awaited)
@@ -1680,23 +1693,19 @@ class Watch:
             self._watches.pop(self._loop, None)
 
     def _look_for(self, due, version):
-        """Settle what has ended; return the rest by its next pause."""
+        """Settle what has ended; return what is left, by its next pause."""
         left = collections.defaultdict(list)
         for batch in due:
-            awaited = _pending([batch])
-            if batch[3] != version:
+            awaited = batch.pending
+            if batch.version != version:
                 awaited = _unfinished(self._store(), awaited)
             if awaited:
-                left[_longer(batch[2])].extend(awaited)
+                left[_longer(batch.pause)].extend(awaited)
         return left
 
 
-def _pending(batches):
-    """What of them was neither settled nor cancelled."""
-    return [one for batch in batches for one in batch[4] if not one[1].done()]
-
-
 def _unfinished(store, awaited):
+    """Settle the futures of tasks that have ended; return the others."""
     found = set()
     for start in range(0, len(awaited), ID_BATCH):
         part = awaited[start:start + ID_BATCH]
@@ -1715,6 +1724,8 @@ V = TypeVar("V")            # what a task returns
 
 
 class Progress(NamedTuple):
+    """How far a task has come, as it last said."""
+
     percent: float
     message: str | None
 
@@ -1939,11 +1950,12 @@ class Task(Generic[P, R, V]):
     @property
     def callbacks(self) -> int:
         """What there is to call at its end: as in bg_task."""
-        return (self.on_success is not None) + 2 * (self.on_failure is not None)
+        return sum(
+            bit for bit, kind in CALLBACKS.values() if getattr(self, kind) is not None)
 
     def companions(self) -> Iterator[Task]:
         """The tasks that call on_success and on_failure: NAME:on_failure."""
-        for kind in ("on_success", "on_failure"):
+        for _, kind in CALLBACKS.values():
             fn = getattr(self, kind)
             if fn is not None:
                 task: Task = Task(self.app, _calling(fn), self.name, {})
@@ -2150,7 +2162,8 @@ class App:
     def configure(self, **settings: Any) -> None:
         """Set settings in code; flags and environment go before them.
 
-        Raises SettingError for an unknown name or a value it cannot have.
+        Raises SettingError for an unknown name or a value it cannot have; then none
+        of them is set.
         """
         self._merge(self._code, settings)
 
@@ -2159,12 +2172,13 @@ class App:
         self._merge(self._flags, settings)
 
     def _merge(self, target, settings):
-        for name, value in settings.items():
-            if name not in SETTING_BY_NAME:
-                known = ", ".join(sorted(SETTING_BY_NAME))
-                raise SettingError(f"unknown setting {name!r}; there are {known}")
-            if value is not None:
-                target[name] = check_setting(name, value, name)
+        for name in settings.keys() - SETTING_BY_NAME:
+            known = ", ".join(sorted(SETTING_BY_NAME))
+            raise SettingError(f"unknown setting {name!r}; there are {known}")
+        target.update({
+            name: check_setting(name, value, name)
+            for name, value in settings.items() if value is not None
+        })
         before, self._opened = self._opened, {}
         if "store" in before:
             before["store"].close()
@@ -2219,8 +2233,8 @@ class App:
         other = self.tasks.get(task.name)
         if other is not None and not is_reload(other, task):
             raise AppError(
-                f"two tasks are named {task.name!r}: {place_of(other.fn)} and "
-                f"{place_of(task.fn)}; give one of them @task(name=...), or their "
+                f"two tasks are named {task.name!r}: {line_of(other.fn)} and "
+                f"{line_of(task.fn)}; give one of them @task(name=...), or their "
                 "decorator functools.wraps()"
             )
         if callback_kind(task.name):
@@ -2437,6 +2451,7 @@ KNOWN_PATHS: dict[str, bool] = {}
 
 
 def absolute(path):
+    """os.path.abspath().  Raises DatabaseUnavailable where the folder is gone."""
     try:
         return os.path.abspath(path)
     except OSError as exc:          # the working folder was deleted
@@ -2454,7 +2469,7 @@ def file_identity(path):
     return found.st_dev, found.st_ino
 
 
-def count_links(path):
+def count_names(path):
     """The number of names that a file has in its file system; 0: there is none."""
     try:
         return os.stat(path).st_nlink
@@ -2517,7 +2532,7 @@ def check_place(path, mounts, allow_network_fs):
             f"database {path}: mounted as a single file, so its -wal is not the one "
             "that other programs see: mount the folder that it lies in"
         )
-    if count_links(path) > 1 and not os.path.isdir(path):
+    if count_names(path) > 1 and not os.path.isdir(path):
         raise DatabaseUnusable(
             f"database {path}: a hard link gives it a second name, and SQLite loses "
             f"data by two names: remove the other (find -samefile {path})"
@@ -2550,11 +2565,12 @@ def explained(exc, path):
 
 
 def is_busy(exc):
+    """True for the sqlite3 error of whoever came while another had the lock."""
     return "locked" in str(exc) or "busy" in str(exc)
 
 
 def make_file(path):
-    """Make it empty, not for others to read: arguments may be secrets.
+    """Make an empty file that others cannot read: arguments may be secrets.
 
     By mknod, for closing a descriptor would drop SQLite's locks on a file that
     another thread has just opened.  Guarded by test_a_new_database_is_private.
@@ -2654,9 +2670,8 @@ class WalFiles:
 
 # == Guards ===================================================================
 # Owns the locks that keep a database's -wal and -shm in place beside SQLite's own,
-# which any close() of the file in this process drops: a copy of it, a checksum.
-# A close() of ours is such a one too: who says that a Guard is to be closed knows
-# that nobody else here has the file open.
+# which any close() of the file in this process drops: by a copy of it, a checksum,
+# or by ours.  So whoever closes a Guard knows that nobody else here has the file open.
 
 _READERS_LOCK = (0x40000002, 510)   # of the file; held by all who have it open
 _SHM_LOCK = (128, 1)        # of the -shm; held by all who have it open
@@ -3691,7 +3706,7 @@ class Database:
         self.allow_network_fs = allow_network_fs
         self.follow = True          # to the new file, when ours is replaced
         self.may_create = True      # until it is opened
-        self._tried_at = 0          # bytes of the log when a caller last tried to
+        self._tried_bytes = 0       # of the log, when a caller last moved it over
         self._local = threading.local()
 
     def create(self) -> None:
@@ -3873,11 +3888,11 @@ class Database:
         Whoever wrote what is in the log: a thread, or a process, for every call.
         Never raises DatabaseUnavailable: what the caller wanted is committed.
         """
-        found, last = self._log_bytes(link), self._tried_at
+        found, last = self._log_bytes(link), self._tried_bytes
         if found <= CALLER_CHECKPOINT_BYTES:
-            self._tried_at = 0
+            self._tried_bytes = 0
         elif not last <= found < last + CALLER_CHECKPOINT_BYTES // 4:
-            self._tried_at = found
+            self._tried_bytes = found
             with contextlib.suppress(DatabaseUnavailable):
                 self.checkpoint_if_large(CALLER_CHECKPOINT_BYTES)
 
@@ -3904,14 +3919,14 @@ def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
 # Knows of the store only how to insert; what is in a request is not looked at.
 
 _TRIES = 5                  # of a commit, when forks undo it
-_TURN_SECONDS = 0.1         # until a thread that nobody calls looks by itself
+_BELL_SECONDS = 0.1         # until a thread that nobody calls looks by itself
 _CROWD_SECONDS = 0.0001     # for threads just served to come back with more
 
 
 class Request:
     """Calls of a task that one thread wants enqueued, and then their ids."""
 
-    __slots__ = ("task", "calls", "ids", "is_done", "error", "turn", "deadline",
+    __slots__ = ("task", "calls", "ids", "is_done", "error", "bell", "deadline",
                  "is_given_up", "is_taken")
 
     def __init__(self, task: NewTask, calls: Sequence[str],
@@ -3924,8 +3939,8 @@ class Request:
         self.is_given_up = False    # its thread was interrupted: not to be inserted
         self.is_taken = False       # in the transaction that is open now
         self.deadline = deadline    # monotonic: its thread waits no longer for a lock
-        self.turn = threading.Lock()        # opens when it is settled, or is to lead
-        self.turn.acquire()
+        self.bell = threading.Lock()        # opens when it is settled, or is to lead
+        self.bell.acquire()
 
     @property
     def is_settled(self) -> bool:
@@ -3942,7 +3957,7 @@ class Request:
     def call(self) -> None:
         """Wake its thread."""
         with contextlib.suppress(RuntimeError):     # somebody has, before
-            self.turn.release()
+            self.bell.release()
 
 
 class GroupCommit:
@@ -3991,11 +4006,11 @@ class GroupCommit:
             self._requests.remove(request)
         while request.is_taken and not request.is_settled and \
                 self._leading.locked() and self.generation == FORKS.generation():
-            request.turn.acquire(timeout=_TURN_SECONDS)
+            request.bell.acquire(timeout=_BELL_SECONDS)
 
     def _wait_or_lead(self, request):
         if self._leading.locked():
-            request.turn.acquire(timeout=_TURN_SECONDS)
+            request.bell.acquire(timeout=_BELL_SECONDS)
             self._check_process()
             return
         with self._leading:
@@ -4066,10 +4081,10 @@ class GroupCommit:
 
 
 # == Queue ====================================================================
-# Owns the SQL of how tasks come in.  Here and in the next sections, a verb that
-# writes is one transaction of its own: no one is ever open outside of it, and what
-# serves several verbs has the connection, or the link, as its first argument.
-# Rows leave as small objects; nothing above knows a column.
+# Owns the SQL of how tasks come in.  Here and in the sections up to Register, what a
+# verb promises is said in Store.  One that writes is a transaction of its own, which
+# ends with it; what serves several has the connection, or the link, as its first
+# argument.  Rows leave as small objects: only Book Two knows a column.
 
 ARGS, RESULT, ERROR, OUTPUT, PROGRESS, MARK = range(6)   # kinds in bg_payload
 INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
@@ -4081,6 +4096,7 @@ _NOT_ITS_FILES = (
 
 
 def insert_all(link, requests):
+    """Insert what is requested; wake workers once it is committed."""
     first, place, is_awaited = _next_id(link.connection)
     link.wake = wake_addresses(link.connection) if is_awaited else []
     _insert(link.connection, requests, first, place)
@@ -4125,8 +4141,8 @@ def key_holder(connection, key):
 def _next_id(connection):
     """One above every id ever given, the place of what is new, is a worker there?
 
-    Also above ids of deleted rows; and behind every retry that queued again,
-    which takes a place of its own behind all that were new before: Claims.
+    Also above ids of deleted rows; and behind every retry that queued again, which
+    takes a place of its own behind all that were new before: see queue_behind().
     Both are expressions: a converter of the caller's does not get at them.
     """
     return connection.execute(
@@ -4138,6 +4154,7 @@ def _next_id(connection):
 
 
 def put_payload(connection, task_id, kind, body):
+    """Keep a text of a task, in place of the last one of this kind."""
     connection.execute(
         """insert or replace into bg_payload (id, body) values (:id, :body)""",
         {"id": task_id * 8 + kind, "body": body},
@@ -4145,6 +4162,7 @@ def put_payload(connection, task_id, kind, body):
 
 
 def payload_of(db, task_id, kind):
+    """Return a text that was kept of a task, or None."""
     rows = db.read(
         """select body from bg_payload where id = :id""",
         {"id": task_id * 8 + kind},
@@ -4225,7 +4243,7 @@ class CallersTransaction:
         path = os.fsdecode(self._ask("pragma database_list")[2] or b"")
         ours, found = self.db.path, file_identity(path)
         if found is None or found != file_identity(ours) or (
-            os.path.realpath(path) != ours and count_links(path) > 1
+            os.path.realpath(path) != ours and count_names(path) > 1
         ):
             raise OptionError(
                 f"conn= is open on {path or 'memory'}, the queue is {ours}")
@@ -4743,7 +4761,7 @@ def drop_old(connection, run, state):
 
 
 class Endings(Claims):
-    """The verb of workers for a turn: what ended is written, what is next is taken."""
+    """The verbs of workers at work: their turns, and what people ask of their runs."""
 
     def turn(self, turn: Turn, now: int, patience: float) -> Turned:
         worker = turn.worker
@@ -5204,11 +5222,11 @@ class Desk(Records):
 
 
 # == Register =================================================================
-# Owns all other SQL: the register of workers, the schedules, the clock.  Here all verbs
-# meet in SqliteStore.
+# Owns all other SQL: the register of workers, the schedules, the clock.  All verbs
+# meet here, in SqliteStore.
 
 class Register:
-    """The verbs of workers about themselves and about schedules; and all above."""
+    """The verbs of workers about each other, and about time."""
 
     db: Database
 
@@ -5335,7 +5353,7 @@ class Register:
         soon = now + LATE_TURN_MS
         rows = self.db.read(
             f"""select id, run_at, began from (
-                    select id, run_at, case state when 0 then created_at else
+                    select id, run_at, case state when {SCHEDULED} then created_at else
                         started_at + cast(ifnull(duration, 0) * 1000 as integer)
                         end as began
                     from bg_task where state < {QUEUED} and run_at > :soon
@@ -8469,6 +8487,13 @@ _PIPE_CHUNK_BYTES = getattr(select, "PIPE_BUF", 512)
 _WriteWaiter = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+# to_json for what most fields are, without the cost of setting it up each time.
+_SCALARS = {
+    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
+    float: lambda value: repr(value) if math.isfinite(value) else "null",
+}
+
+
 def _text_part(fields):
     return "".join([
         f" {key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
@@ -8478,7 +8503,7 @@ def _text_part(fields):
 
 def _json_part(fields):
     return "".join([
-        f',"{key}":{SCALARS.get(type(value), to_json)(value)}'
+        f',"{key}":{_SCALARS.get(type(value), to_json)(value)}'
         for key, value in fields.items() if value is not None
     ])
 

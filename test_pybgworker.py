@@ -1238,7 +1238,7 @@ class Settings(unittest.TestCase):
         timeout              -1         seconds above 0
         timeout              nan        seconds above 0
         timeout              99999w     at most 31 years
-        worker_name          a\ud800b   1 to 200 characters
+        worker_name          a\ud800b   no NUL or lone surrogate
         max_payload          2g         at most 900m
         rate_limit           5/         starts per second
         retention            soon       seconds above 0
@@ -1257,8 +1257,11 @@ class Settings(unittest.TestCase):
 
     def test_a_list_of_queues_has_names_that_a_queue_can_have(self):
         self.assertEqual(App(queues=["a", "b"]).settings.queues, ("a", "b"))
-        for queues in (["a,b"], [" a"], [], [1], 7):
+        for queues in (["a,b"], [" a"], [1]):
             self.assertRaises(pybgworker.SettingError, App, queues=queues)
+        for queues in ([], iter([]), 7):
+            with self.assertRaisesRegex(pybgworker.SettingError, "or a list of them"):
+                App(queues=queues)
 
     def rows(self, table):
         return [line.split(None, 2) for line in table.strip().splitlines()]
@@ -1301,6 +1304,19 @@ class Settings(unittest.TestCase):
                                App, colour="red")
         self.assertRaisesRegex(pybgworker.SettingError, "concurrency=0", App,
                                concurrency=0)
+
+    def test_configure_sets_all_or_nothing(self):
+        app = App(concurrency=2)
+        for bad in ({"timeout": "never"}, {"colour": "red"}):
+            with self.assertRaises(pybgworker.SettingError):
+                app.configure(concurrency=7, **bad)
+            app.configure()             # the next reads all settings anew
+            self.assertEqual(app.settings.concurrency, 2)
+
+    def test_a_path_is_one_of_a_file(self):
+        for path in ("", "a\0b", ":memory:", "file:a.db", 7, b"a.db"):
+            with self.assertRaisesRegex(pybgworker.SettingError, "the path of a file"):
+                App(db=path)
 
 
 # == States and errors ========================================================
@@ -3877,7 +3893,7 @@ class Threads(Case):
         self.assertRaises(pybgworker.DatabaseBusy, group.submit, own)
         self.assertFalse(other.is_settled)
         self.assertEqual(list(group._requests), [other])
-        self.assertTrue(other.turn.acquire(timeout=0))      # it was called to lead
+        self.assertTrue(other.bell.acquire(timeout=0))      # it was called to lead
         self.blocker.execute("rollback")
         self.assertEqual(group.submit(other), [1])
 
@@ -3894,9 +3910,9 @@ class Threads(Case):
 
         with mock.patch.object(self.store, "insert", insert_slowly):
             self.assertEqual(group.submit(own), [1])
-        self.assertTrue(other.is_done and other.turn.acquire(timeout=0))
+        self.assertTrue(other.is_done and other.bell.acquire(timeout=0))
         self.assertFalse(late.is_settled)
-        self.assertTrue(late.turn.acquire(timeout=0))
+        self.assertTrue(late.bell.acquire(timeout=0))
 
     def test_a_thread_in_a_transaction_of_its_own_fails_no_other(self):
         group = self.group()
@@ -3949,7 +3965,7 @@ class Threads(Case):
     def test_an_interrupted_wait_is_not_enqueued_later(self):
         group, own = self.group(), self.request()
         with group._leading:                        # somebody else leads
-            own.turn = type("Turn", (), {"acquire": self.interrupt})()
+            own.bell = type("Bell", (), {"acquire": self.interrupt})()
             self.assertRaises(KeyboardInterrupt, group.submit, own)
         self.assertEqual(list(group._requests), [])
 
@@ -3971,7 +3987,7 @@ class Threads(Case):
                     group._lead(own)
             self.store.close()
 
-        class Turn:
+        class Bell:
             def acquire(self, timeout):
                 if not other.is_given_up:
                     wait(group)
@@ -3981,7 +3997,7 @@ class Threads(Case):
             def release(self):
                 pass
 
-        other.turn = Turn()
+        other.bell = Bell()
         thread = threading.Thread(target=lead)
         thread.start()
         self.addCleanup(thread.join)
