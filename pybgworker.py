@@ -8710,6 +8710,7 @@ class Journal:
         self._limited: dict[str, int] = {}      # names that wait for their rate
         self._about: dict[Run, str] = {}        # what each line of a run says
         self._listeners: list[Callable[[str, dict], Any]] = []
+        self.was_heard = False      # somebody may have enqueued, or cancelled
 
     def hear(self, listener: Callable[[str, dict], Any]) -> None:
         """Have `listener(event, fields)` called at each event from now on.
@@ -8729,6 +8730,7 @@ class Journal:
             self._tell(event, fields)
 
     def _tell(self, event, fields):
+        self.was_heard = True
         for listener in self._listeners[:]:
             if listener not in self._listeners:     # what was said meanwhile broke it
                 continue
@@ -9630,6 +9632,9 @@ class Worker:
             self.lookout.news = True    # what it saw, it may not have claimed
         self.outbox.returned += self.pool.dispatch(places, at)
         self.house.keep(now, at)
+        # What is committed in this thread shows in no version of the data.
+        self.lookout.news |= self.journal.was_heard
+        self.journal.was_heard = False
         self.journal.log.flush()
 
     def _hear(self, heard, now, at):

@@ -8731,6 +8731,27 @@ class Workers(Served):
         names = collections.Counter(self.lines("ran"))
         self.assertEqual(set(names.values()), {1})
 
+    def test_what_a_listener_enqueues_starts_at_once(self):
+        def follow(event, fields):
+            if event == "task_success" and len(results) < 3:
+                results.append(self.tasks.add.delay(1, 2))
+
+        self.app.override(concurrency=1)
+        self.app.tasks.update(pybgworker.default_app.tasks)
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+        os.chdir(self.folder)
+        for is_deaf in (False, True):
+            with self.subTest(is_deaf=is_deaf):
+                results = [self.tasks.add.delay(1, 2)]
+                with mock.patch.object(pybgworker._socket, "socket", side_effect=OSError) \
+                        if is_deaf else contextlib.nullcontext():
+                    worker = Worker(self.app, "tasks", burst=True,
+                                    log=Log(os.open(os.devnull, os.O_WRONLY)))
+                worker.journal.hear(follow)
+                self.assertEqual(worker.run(), 0)
+                self.assertEqual([r.status for r in results], ["success"] * 3)
+
     def test_an_unknown_task_waits_for_a_worker_that_knows_it(self):
         worker = self.started()
         stranger = self.app.send("elsewhere.task", 1)
