@@ -5978,6 +5978,7 @@ class Children(Served):
             @task(name="spoil", retries=0)
             def spoil():
                 os.chdir("/")
+                os.environ._data = {os.environ.encodekey("OTHERS"): b"1"}
                 os.environ["SPOILT"] = "1"
                 os.environ.pop("PATH", None)
                 os.umask(0o177)
