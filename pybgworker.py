@@ -518,7 +518,8 @@ class AppError(PyBgWorkerError):
 
 
 class DatabaseUnavailable(PyBgWorkerError):
-    """The database cannot be used now.  Nothing was changed by the call.
+    """The database cannot be used now.  Nothing was changed by the call; where it is
+    about many tasks (purge, retry of all that failed), some may have been.
 
     `.fatal` is True where waiting cannot help: not a database, corrupt, replaced.
     """
@@ -1141,6 +1142,18 @@ class WorkerRow(NamedTuple):
     live: int
 
 
+class FinishedRun(NamedTuple):
+    """The last run of a finished task."""
+
+    name: str
+    state: int
+    run_at: int
+    started_at: int | None      # None: cancelled before it began
+    finished_at: int | None
+    duration: float | None
+    attempt: int
+
+
 class LostRun(NamedTuple):
     """A run whose worker died, and the state its task was put into."""
 
@@ -1149,6 +1162,9 @@ class LostRun(NamedTuple):
     attempt: int
     state: int
     worker: str
+
+
+AHEAD_MS = 60_000           # a row set so long after now was by a clock ahead of ours
 
 
 class ScheduleRow(NamedTuple):
@@ -1241,8 +1257,8 @@ class Store(Protocol):
                      calls: Sequence[str]) -> tuple[list, str | None]:
         """The same in the transaction of a caller's connection; also return a mark.
 
-        A rollback leaves the ids to whoever enqueues next.  Only rows that are ours
-        have this mark.  None: all know the row, a key's holder, as committed.
+        After a rollback whoever enqueues next gets the same ids: only the rows of
+        this call have its mark.  None: the row is one that was committed before.
         """
 
     def has_mark(self, task_id: int, mark: str) -> bool:
@@ -1255,7 +1271,8 @@ class Store(Protocol):
         """Return the state of one task.  Raises TaskNotFound."""
 
     def unfinished(self, ids: list[int]) -> set[int]:
-        """Those of at most ID_BATCH ids that are unfinished: others ended, or went."""
+        """Those of at most ID_BATCH ids that are unfinished: others ended, or are gone.
+        """
 
     def args(self, task_id: int) -> str:
         """Return the encoded arguments.  Raises TaskNotFound."""
@@ -1297,8 +1314,8 @@ class Store(Protocol):
     def counts(self) -> list[tuple[str, str, int, int]]:
         """(queue, name, state, number) over all tasks.  Reads the whole table."""
 
-    def finished_runs(self, limit: int) -> list[tuple]:
-        """Name, state, run_at, started_at, finished_at, duration, attempt; newest."""
+    def finished_runs(self, limit: int) -> list[FinishedRun]:
+        """Those of the newest finished tasks, as many as `limit`."""
 
     def newest_options(self, name: str) -> dict:
         """Queue, priority, retries, timeout of the newest task of a name, or nothing.
@@ -2836,7 +2853,7 @@ class Guard:
             self._file.is_alone(found) and self._shm.is_alone(found))
 
     def close(self) -> None:
-        """Of one that is useless."""
+        """Let go of all.  Only of one that is useless."""
         self.unlock()
         self._file.close()
         self._shm.close()
@@ -3032,7 +3049,7 @@ class OpenFiles:
         return guard
 
     def end(self) -> None:
-        """The program ends, and with it those whose connections a caller has open."""
+        """At the end of the program: what a caller's connections have open, too."""
         with self.lock:
             self.let_go()
             for identity in self._callers & set(self._guards):
@@ -3041,7 +3058,8 @@ class OpenFiles:
     # -- at a fork
 
     def guard_what_is_open(self) -> None:
-        """The caller's own connections, and ours that were not done in time."""
+        """Guard the files of callers' connections, and of ours that are still in use.
+        """
         self._dangers = {}
         found = descriptors() if self._paths else {}
         for identity, path in list(self._paths.items()):
@@ -3059,7 +3077,7 @@ class OpenFiles:
         return bool(found.get(identity, set()) - (guard.fds if guard else set()))
 
     def keep(self, identity: tuple) -> bool:
-        """A child uses it that was just forked: it needs the Guard.  False: none."""
+        """Guard a file that a child uses which was just forked.  False: impossible."""
         guard = self._guard(identity)
         if guard:
             guard.share()
@@ -3100,7 +3118,7 @@ FILES = OpenFiles()
 # opens takes none, and the next to close deletes the -wal that it writes to.  So
 # no connection of ours is open while the process forks: the fork waits for those
 # in use and closes all, and each opens again when it is used.  Guards stand in for
-# locks that it cannot rely on.
+# locks that a child cannot rely on.
 # https://sqlite.org/howtocorrupt.html, 2.2 and "Carrying an open database connection"
 
 _FORK_PATIENCE = 5.0        # seconds that a fork waits for transactions to end
@@ -3839,7 +3857,7 @@ class Database:
             outer, inside = link.is_reading, link.writer() is not None
             try:
                 link.is_reading = True      # from here on a fork waits for us
-                if inside or not FORKS.is_on():
+                if outer or inside or not FORKS.is_on():    # it waits for outer ones
                     return link.connection.execute(statement, parameters).fetchall()
             except sqlite3.Error as exc:
                 is_forked = link.is_closed and not inside
@@ -3948,7 +3966,7 @@ class Request:
         return self.is_done or self.error is not None
 
     def take(self) -> bool:
-        """Insert it now?  Then its thread cannot give up any more."""
+        """True if it is to be inserted now: then its thread cannot give up any more."""
         self.is_taken = True        # before the look; GroupCommit._drop(): reverse
         if self.is_given_up:
             self.is_taken = False
@@ -4139,7 +4157,7 @@ def key_holder(connection, key):
 
 
 def _next_id(connection):
-    """One above every id ever given, the place of what is new, is a worker there?
+    """One above every id ever given; the place of what is new; 1 if a worker listens.
 
     Also above ids of deleted rows; and behind every retry that queued again, which
     takes a place of its own behind all that were new before: see queue_behind().
@@ -4361,9 +4379,14 @@ _TASK_ROW = f"""
     from bg_task where state = {QUEUED}"""
 
 
+# Where in such a row.
+_ROW_ID, _ROW_NAME, _ROW_QUEUE, _ROW_PRIORITY, _ROW_PLACE, _ROW_PAUSED = \
+    0, 1, 2, 10, 11, 12
+
+
 def _order_of(row):
     """Where a row of _TASK_ROW stands in the order of claims."""
-    return row[10], row[11], row[0]
+    return row[_ROW_PRIORITY], row[_ROW_PLACE], row[_ROW_ID]
 
 
 class _Pick:
@@ -4398,13 +4421,13 @@ class _Pick:
         self.offered += 1
         if not follows:
             self._range = []
-        order, name = self.order, row[1]
-        if row[12] or name not in order.names \
-                or order.queues is not None and row[2] not in order.queues \
+        order, name = self.order, row[_ROW_NAME]
+        if row[_ROW_PAUSED] or name not in order.names \
+                or order.queues is not None and row[_ROW_QUEUE] not in order.queues \
                 or self.rates and self.waits(name):
             self._range = []
             return False
-        run = Run(*row[:11])
+        run = Run(*row[:_ROW_PLACE])
         if self.free:
             self.free -= 1
         elif self.ahead and self._lets_wait(run):
@@ -4441,11 +4464,11 @@ class _Pick:
 
     def _mark(self, row, callbacks):
         """Add the row to the ranges: of rows that follow each other, only the ends."""
-        last = self._range
-        if last and last[:3] == [callbacks, row[10], row[11]]:
-            last[4] = row[0]
+        last, (priority, place, task_id) = self._range, _order_of(row)
+        if last and last[:3] == [callbacks, priority, place]:
+            last[4] = task_id
         else:
-            self._range = [callbacks, row[10], row[11], row[0], row[0]]
+            self._range = [callbacks, priority, place, task_id, task_id]
             self.ranges.append(self._range)
 
 
@@ -4516,12 +4539,12 @@ class Look:
         for _ in range(_SEEK_STEPS):
             i = bisect.bisect_right(names, name)
             row = self._head(queue, names[i]) if i < len(names) else None
-            if row is None or row[12]:
+            if row is None or row[_ROW_PAUSED]:
                 queue, name = self._next_queue(queues, queue), ""
                 if queue is None or not names:
                     return heads, None
                 continue
-            name = row[1]
+            name = row[_ROW_NAME]
             i = bisect.bisect_left(names, name)
             if names[i : i + 1] != [name]:      # unknown, or at its limit
                 continue
@@ -4571,7 +4594,7 @@ class Look:
         with contextlib.ExitStack() as cursors:
             while heap and not pick.is_full:
                 _, row, rest = heapq.heappop(heap)
-                if row[0] not in taken and not pick.offer(row, follows=False):
+                if row[_ROW_ID] not in taken and not pick.offer(row, follows=False):
                     continue                # nor can the others of its group
                 if rest is None:
                     rest = self._rest(row, pick.free + pick.ahead + len(taken))
@@ -4585,7 +4608,7 @@ class Look:
         return self._connection.execute(
             _TASK_ROW + """ and queue = :queue and name = :name
                 order by priority, place, id limit :most offset 1""",
-            {"queue": head[2], "name": head[1], "most": most},
+            {"queue": head[_ROW_QUEUE], "name": head[_ROW_NAME], "most": most},
         )
 
     def _tat(self, limit):
@@ -4941,6 +4964,9 @@ _UNFINISHED = (
 )
 
 
+_NEWEST = 100_000           # tasks that are looked through for what has no index
+
+
 class Records:
     """What can be read of tasks."""
 
@@ -5010,9 +5036,9 @@ class Records:
     def newest_options(self, name: str) -> dict:
         rows = self.db.read(
             """select queue, priority, retries, timeout from bg_task
-                where id > (select max(id) from bg_task) - 100000 and name = :name
+                where id > (select max(id) from bg_task) - :newest and name = :name
                 order by id desc limit 1""",
-            {"name": name},
+            {"name": name, "newest": _NEWEST},
         )
         names = ("queue", "priority", "retries", "timeout")
         return dict(zip(names, rows[0])) if rows else {}
@@ -5026,12 +5052,13 @@ class Records:
     def paused_queues(self) -> list[str]:
         return [row[0] for row in self.db.read("""select name from bg_queue""")]
 
-    def finished_runs(self, limit: int) -> list[tuple]:
-        return self.db.read(
+    def finished_runs(self, limit: int) -> list[FinishedRun]:
+        rows = self.db.read(
             f"""select name, state, run_at, started_at, finished_at, duration, attempt
                 from bg_task where state > {RUNNING} order by id desc limit :limit""",
             {"limit": limit},
         )
+        return [FinishedRun(*row) for row in rows]
 
     def count_old(self, before: int | None, failed_before: int | None) -> int:
         return self.db.read(
@@ -5384,8 +5411,8 @@ class Register:
 
     def due_schedules(self, now: int) -> list[ScheduleRow]:
         rows = self.db.read(
-            self._SCHEDULES + "where next_tick <= :tick or set_at > :now + 60000",
-            {"tick": now // 1000, "now": now},
+            self._SCHEDULES + "where next_tick <= :tick or set_at > :ahead",
+            {"tick": now // 1000, "ahead": now + AHEAD_MS},
         )
         found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
         return sorted(found, key=lambda row: (row.next_tick or 0, row))
@@ -10657,7 +10684,7 @@ class Scheduler:
         if plan.missed:
             self._log("cron_missed", **about, ticks=plan.missed,
                       misfire=schedule.misfire)
-        if row.set_at > now + 60_000:
+        if row.set_at > now + AHEAD_MS:
             self._log("cron_missed", **about, ticks=0, clock_set_back=True)
 
 
@@ -10840,18 +10867,19 @@ def stats_report(store: Store, now: int) -> list[dict]:
     per_minute counts the finished of the last hour.
     """
     groups: dict[str, list] = {}
-    for name, *rest in store.finished_runs(_STATS_ROWS):
-        groups.setdefault(name, []).append(rest)
+    for row in store.finished_runs(_STATS_ROWS):
+        groups.setdefault(row.name, []).append(row)
     return [_task_stats(name, groups[name], now) for name in sorted(groups)]
 
 
 def _task_stats(name, rows, now):
-    ran = sorted(row[4] for row in rows if row[4] is not None)
-    waited = sorted(max(0, row[2] - row[1]) / 1000 for row in rows if row[2])
-    recent = sum(row[3] > now - HOUR_MS for row in rows if row[3])
+    ran = sorted(row.duration for row in rows if row.duration is not None)
+    waited = sorted(max(0, row.started_at - row.run_at) / 1000
+                    for row in rows if row.started_at)
+    recent = sum(row.finished_at > now - HOUR_MS for row in rows if row.finished_at)
     report = {
-        "name": name, "finished": len(rows), "runs": sum(row[5] for row in rows),
-        "failures": sum(row[0] == FAILED for row in rows),
+        "name": name, "finished": len(rows), "runs": sum(row.attempt for row in rows),
+        "failures": sum(row.state == FAILED for row in rows),
         "per_minute": round(recent / 60, 3),
     }
     for what, values in (("duration", ran), ("waited", waited)):
@@ -11527,8 +11555,8 @@ def _measure_throughput(place, raw):
     rows = place.app.store.finished_runs(1 << 40)
     if len(rows) != queued:
         raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
-    first = min(row[3] for row in rows)
-    seconds = max(0.001, (max(row[4] for row in rows) - first) / 1000)
+    first = min(row.started_at for row in rows)
+    seconds = max(0.001, (max(row.finished_at for row in rows) - first) / 1000)
     parent, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
     left, = raw.execute(
         f"""select count(*) from bg_task where state = {QUEUED}"""
@@ -11555,7 +11583,7 @@ def _measure_ordinary(place, count):
     place.nap.delay_many([(_NAP_SECONDS,)] * count)
     computed, _ = place.burst(*flags)
     rows = place.app.store.finished_runs(count)
-    ends = sorted(row[3] / 1000 + row[5] for row in rows)
+    ends = sorted(row.started_at / 1000 + row.duration for row in rows)
     # All children have started by the half; at the very end not all have work.
     first, last = count // 2, int(count * 0.95)
     rate = (last - first) / max(0.001, ends[last] - ends[first])

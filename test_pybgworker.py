@@ -2918,6 +2918,18 @@ class Forking(Case):
         """)
         self.assertEqual(said, ["id 1", "read 1", "id 2"])
 
+    def test_a_read_within_a_read_does_not_wait_for_a_fork_that_waits_for_it(self):
+        """In a signal handler: so it ends, and with it the outer one."""
+        forks, db = pybgworker.FORKS, self.store.db
+        with mock.patch.multiple(forks, _forking=[-1], _closing=[-1],
+                                 wait=mock.Mock(side_effect=AssertionError)):
+            with self.assertRaises(AssertionError):
+                db.read("select 1")
+            db.link().is_reading = True
+            self.assertEqual(db.read("select 1"), [(1,)])
+        self.assertTrue(db.link().is_reading)
+        db.link().is_reading = False
+
     def test_a_child_forked_while_a_thread_would_not_wait_is_refused(self):
         said = self.ran("""
             begun, forked = threading.Event(), Signs()
