@@ -2235,7 +2235,8 @@ class App:
         schedules = []
         if isinstance(fn, Task):            # @task above @cron
             schedules = fn.schedules
-            self._unregister(fn.name)
+            if self.tasks.get(fn.name) is fn:
+                self._unregister(fn.name)
             fn = fn.fn
         check_function(fn)
         name = name or own_name(fn)
@@ -2404,10 +2405,8 @@ class WakeSocket:
         while self.socket:
             try:
                 heard |= self.socket.recv(64) == self.token.encode()
-            except BlockingIOError:
-                return heard
-            except OSError:                 # an ICMP error for an earlier send
-                continue
+            except OSError:                 # nothing is left
+                break
         return heard
 
     def close(self) -> None:
@@ -3713,7 +3712,10 @@ class Transaction:
 
 
 class Database:
-    """The file `path`.  One connection for each thread that asks."""
+    """The file `path`.  One connection for each thread that asks.
+
+    What is without a word here is a verb of Store, and promises what is said there.
+    """
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False):
@@ -3749,7 +3751,8 @@ class Database:
                 self.busy_timeout if patience is None else patience)
         return Transaction(self, durable, deadline)
 
-    def link(self):
+    def link(self) -> Link:
+        """This thread's link; in a transaction, the one that it is on."""
         link = getattr(self._local, "link", None)
         if link is not None and link.writer() is not None:
             return link         # of the block we are in; if closed, it has failed
@@ -4318,10 +4321,10 @@ class Queue:
             self.db.create()
         group = self._group
         if group is None or group.generation != FORKS.generation():
-            group = self._group = GroupCommit(self.insert, self.db.path)
+            group = self._group = GroupCommit(self._enqueue_all, self.db.path)
         return group.submit(request)
 
-    def insert(self, requests: Sequence[Request], deadline: float) -> None:
+    def _enqueue_all(self, requests, deadline):
         """The same for each, in one commit; they are told when it is done.
 
         Raises DatabaseBusy when time.monotonic() has passed `deadline`.

@@ -1674,6 +1674,16 @@ class Functions(Case):
         self.assertEqual((done.stdout, done.stderr), ("1\n", ""))
         self.assertEqual(self.store.task(1).name, "proj.jobs.hello")
 
+    def test_a_task_of_another_app_does_not_displace_one_of_its_name(self):
+        def function():
+            pass
+
+        other = App(db=str(self.folder / "other.db"))
+        ours = self.app.task(name="x")(lambda: None)
+        self.app.task(other.task(name="x")(function), name="y")
+        self.assertIs(self.app.tasks["x"], ours)
+        self.assertIs(self.app.tasks["y"].fn, function)
+
     def test_two_tasks_of_one_name_are_an_error_and_a_reload_is_not(self):
         self.module("@task\ndef f(): pass")
         self.module("@task\ndef f(): return 1")
@@ -2325,6 +2335,14 @@ class WakeUps(unittest.TestCase):
         ear.close()
         pybgworker.send_wake_ups([(ear.port, ear.token), (0, "")])
         self.assertFalse(ear.drain())
+
+    def test_an_ear_that_somebody_has_closed_hears_nothing(self):
+        ear = pybgworker.WakeSocket()
+        os.close(ear.socket.detach())
+        thread = threading.Thread(target=ear.drain, daemon=True)
+        thread.start()
+        thread.join(5)
+        self.assertFalse(thread.is_alive())
 
 
 # == Forks ====================================================================
@@ -3914,13 +3932,13 @@ class Threads(Case):
         group = self.group()
         own, other, late = self.request(), self.request(), self.request()
         group._requests.append(other)
-        insert = self.store.insert
+        insert = self.store._enqueue_all
 
         def insert_slowly(*args):
             group._requests.append(late)
             insert(*args)
 
-        with mock.patch.object(self.store, "insert", insert_slowly):
+        with mock.patch.object(self.store, "_enqueue_all", insert_slowly):
             self.assertEqual(group.submit(own), [1])
         self.assertTrue(other.is_done and other.bell.acquire(timeout=0))
         self.assertFalse(late.is_settled)
@@ -3937,8 +3955,8 @@ class Threads(Case):
         self.assertEqual(group.submit(other), [1])
 
     def group(self):
-        """Looks insert() up at each commit, for tests that put another in its place."""
-        return pybgworker.GroupCommit(lambda *a: self.store.insert(*a), self.store.path)
+        """Looks _enqueue_all() up at each commit, for tests that put another in its place."""
+        return pybgworker.GroupCommit(lambda *a: self.store._enqueue_all(*a), self.store.path)
 
     def request(self):
         task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
