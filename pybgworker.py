@@ -6100,7 +6100,7 @@ class WorkerEnd:
         ids = set()
         with contextlib.suppress(OSError):      # EAGAIN: there are no more
             while frame := self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT):
-                ids.add(read_frame(frame)[0])
+                ids.add(_FRAME.unpack_from(frame)[0])
         return ids
 
     def read(self) -> bool:
@@ -7736,8 +7736,8 @@ class Starts:
 
     def ended(self, member: Member, at: float) -> None:
         """A child has died; what it had not begun was taken back."""
-        if member.ready and (member.done or member.waiting):
-            # Whether another can start is found out now, not by tries of before.
+        if member.is_retiring or member.ready and (member.done or member.waiting):
+            # Whether another can start is found out now, not by earlier tries.
             # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
             self.failures = 0
             if self.next_start < math.inf:
@@ -8159,19 +8159,19 @@ class Pool:
         self._ended += [Ended(run, "cancelled") for run in found]
 
     def check_memory(self, at: float) -> None:
-        """Replace idle children over the memory limit; kill those that run."""
+        """Replace idle children over the memory limit; kill the others."""
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
             if memory_bytes(member.pid) > limit and not member.is_retiring:
-                if member.waiting:
-                    self._condemn(member, Verdict.MEMORY, at)
-                else:
+                if member.phase is Phase.READY and not member.waiting:
                     self._retire(member)
+                elif member.ready or member.outgrows(limit):
+                    self._condemn(member, Verdict.MEMORY, at)
 
-    def kill_all(self, at: float) -> list[Run]:
-        """Kill every child; return the runs this interrupted."""
+    def interrupt(self, at: float) -> list[Run]:
+        """Kill all children but the idle, which may end well; return what ran."""
         runs: list[Run] = []
-        for member in list(self.members):
+        for member in [m for m in self.members if m.waiting or not m.able]:
             self._hear_last(member, at)
             runs += member.waiting
             self._remove(member)
@@ -9585,7 +9585,7 @@ class Worker:
             self.outbox.handed_back = 0
         self.outbox.returned += self.pool.recall_all()
         busy = self.pool.in_hand()
-        interrupted = self.pool.kill_all(time.monotonic()) if busy else []
+        interrupted = self.pool.interrupt(time.monotonic()) if busy else []
         self._settle(now)
         self.pool.crew.stop()
         try:
@@ -9607,7 +9607,7 @@ class Worker:
         be forgiven, and come again for ever.  Guarded by
         test_a_run_that_breaks_its_worker_is_charged_and_fails_in_the_end.
         """
-        self.pool.kill_all(time.monotonic())
+        self.pool.interrupt(time.monotonic())
         self.pool.crew.stop()
         self.liveness.forsake()
         self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
@@ -9624,12 +9624,13 @@ class Worker:
         """
         self.pool.recall_all()
         at = time.monotonic()
-        for run in self.pool.kill_all(at):
+        for run in self.pool.interrupt(at):
             self.journal.run("task_lost", run, reason="this worker was given up")
         self.pool.collect()
         self.outbox.clear()
         self.liveness.forsake()
         self.liveness.register(now)
+        self.lookout.news = True
         self.pool.crew.fill(at)
 
     # -- one turn

@@ -5496,6 +5496,15 @@ class Processes(Case):
 
 class Wires(unittest.TestCase):
 
+    def test_a_frame_that_was_cut_is_recalled(self):
+        """By its id: arguments that somebody has edited may end within a character."""
+        with contextlib.ExitStack() as undo:
+            end = pybgworker.WorkerEnd(undo)
+            for name in ("n", "nn"):
+                run = pybgworker.Run(7, name, "q", 0, 3, 0, None, 0, None, "\u00e9" * 40000, 5)
+                end.send(run)
+            self.assertEqual(end.recall(), {7})
+
     def test_a_frame_says_all_that_a_child_must_know_of_a_run(self):
         for name, timeout, tick, args in (
             ("t", None, None, None), ("mod.t", 0.5, 0, "[[1],{}]"),
@@ -6328,6 +6337,26 @@ class Children(Served):
             self.assertEqual(self.lines(f"buffered{pid}")[0][:5], "whole")
             self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
 
+    def test_a_stop_that_interrupts_a_run_lets_idle_children_end(self):
+        (self.folder / "leaving.py").write_text(textwrap.dedent("""
+            import atexit, os, time
+            from pybgworker import task
+
+            @task(name="leave", retries=0)
+            def leave(seconds):
+                atexit.register(lambda: open(f"atexit{os.getpid()}", "w").write("ran"))
+                time.sleep(seconds)
+                return os.getpid()
+            """))
+        worker = self.worker("--concurrency", 2, "--shutdown-timeout", 0.2,
+                             app="leaving")
+        long = pybgworker.default_app.send("leave", 60)
+        worker.wait_for("task_start", task_id=long.id)
+        pid = self.get(pybgworker.default_app.send("leave", 0))
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
+        self.assertEqual(long.status, "queued")
+
     def test_abort_wins_over_the_time_limit_it_answers(self):
         self.worker()
         failed = self.failure(self.tasks.abort_at_timeout.delay())
@@ -6391,8 +6420,13 @@ class Pools(Served):
                 getattr(starts, tell)(100.0, "it dies")
             starts.ended(crashed, 100.5)
             self.assertEqual((starts.given_up, starts.next_start), ("", 100.5))
-        broken = mock.Mock(ready=False, **{"has_lacked.return_value": False,
+        broken = mock.Mock(ready=False, is_retiring=False, **{"has_lacked.return_value": False,
                                            "last_words.return_value": "it dies"})
+        retired = mock.Mock(ready=True, is_retiring=True, done=0, waiting=[],
+                            **{"has_lacked.return_value": False})
+        for _ in range(5):      # it grew while it was idle, and was to be replaced
+            starts.ended(retired, 100.8)
+        self.assertEqual(starts.failures, 0)
         for _ in range(5):
             starts.ended(broken, 101.0)
         self.assertTrue(starts.given_up)
@@ -6831,6 +6865,21 @@ class Pools(Served):
                 self.assertEqual([run.id for run in member.waiting], [1])
                 self.assertEqual([run.id for run in pool.hand.runs], [2])
 
+    def test_a_child_over_its_memory_is_replaced_killed_or_gives_the_reason(self):
+        for phase, runs, after, why, reason in (
+            (Phase.READY, (), Phase.RETIRING, None, False),
+            (Phase.READY, (self.run_of(1),), Phase.READY, Verdict.MEMORY, False),
+            (Phase.STARTING, (), Phase.STARTING, Verdict.MEMORY, True),
+            (Phase.LEAVING, (), Phase.LEAVING, None, False),
+        ):
+            pool, member = self.pool_of(*runs)
+            member.phase, self.app.settings.max_memory = phase, 1 << 20
+            with mock.patch.object(pybgworker, "memory_bytes", return_value=1 << 30):
+                pool.check_memory(1.0)
+            with self.subTest(phase, runs=runs):
+                self.assertEqual((member.phase, member.why), (after, why))
+                self.assertEqual(bool(getattr(member, "_reason", "")), reason)
+
     def wire(self, **ends):
         """A WorkerEnd that nothing comes from but what is put into its buffer."""
         wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
@@ -6849,7 +6898,7 @@ class Pools(Served):
             (Verdict.CANCELLED, lambda pool, member: pool.enforce(9.0)),
             (Verdict.STUCK, lambda pool, member: pool.enforce(9.0)),
             (None, lambda pool, member: pool.notice_deaths(9.0)),
-            (None, lambda pool, member: pool.kill_all(9.0)),
+            (None, lambda pool, member: pool.interrupt(9.0)),
         ):
             run = self.run_of(1)
             pool, member = self.pool_of(run)
