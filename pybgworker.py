@@ -5960,7 +5960,7 @@ _KINDS = {kind.code: kind for kind in (
 
 
 def write_frame(run: Run) -> bytes:
-    """The bytes that make a child run this; without a time limit it is 0."""
+    """The bytes that make a child run this; a limit of 0 is none."""
     tick = _NO_TICK if run.tick is None else run.tick
     attempt = int(run.attempt)      # whatever somebody has put into its row
     head = _FRAME.pack(run.id, attempt, run.timeout or 0, tick, len(run.name))
@@ -6661,11 +6661,12 @@ class Interrupts:
         self.run_id, self.raised, self.pending = run_id, None, None
 
     def on_alarm(self, *_: Any) -> None:
+        """The time limit; or what could not be raised in the middle of a fork."""
         exc, self.pending = self.pending, None
         self._raise(exc or TaskTimeout("the time limit is reached"))
 
     def on_cancel(self, *_: Any) -> None:
-        """The parent wrote the id it means, which may have just finished."""
+        """The worker has written the id it means: that run may have just ended."""
         if self.run_id in self._wire.wanted():
             self._raise(TaskCancelled(f"task {self.run_id} is being cancelled"))
 
@@ -6711,8 +6712,8 @@ class Interrupts:
 # == Child ====================================================================
 # Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
 # one message, and only then takes the next.  Nothing that happens in a task can
-# reach past this process.  It knows the registry and the frames, nothing of
-# claims or retries.
+# reach past this process.  It knows the app and the frames, nothing of claims;
+# of retries only whether an error is one of the task's `retry_for`.
 
 
 class ChildSpec(NamedTuple):
@@ -6727,6 +6728,14 @@ class ChildSpec(NamedTuple):
     crash: int          # descriptor for the Python stack of a crash
     output: int         # the reading end of the pipe behind descriptors 1 and 2
     settings: dict      # that differ from the environment
+
+
+def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> ChildSpec:
+    """The ChildSpec of all children of this process; each adds its own descriptors."""
+    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
+    values = {name: getattr(settings, name) for name in names}
+    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
+                     {"db": db, **values})
 
 
 TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
@@ -6851,8 +6860,9 @@ class Child:
             lasted = self._serve(frame) > _SPAWN_SECONDS
 
     def _prepare(self):
+        spec = self.spec
         atexit.register(self._let_go)       # the first to come is the last to go
-        dump_crashes(self.spec.crash)
+        dump_crashes(spec.crash)
         # Whoever started the worker may have ignored or blocked what tasks rely on.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -6863,9 +6873,9 @@ class Child:
             before=self.interrupts.before_fork, after_in_child=self._in_fork,
             after_in_parent=self.interrupts.after_fork,
         )
-        for fd in self.spec[4:8]:
+        for fd in (spec.frames, spec.messages, spec.crash, spec.output):
             os.set_inheritable(fd, False)
-        self.has_written = watch_pipe(self.spec.output)
+        self.has_written = watch_pipe(spec.output)
         self._capture()
 
     def _let_go(self):
@@ -7110,7 +7120,7 @@ def describe_exception(exc: BaseException) -> dict:
 # Owns one child as the worker sees it: its process, its sockets and pipes, what it
 # was sent and what it said.  Decides nothing.
 #
-# `at`, here and in the Pool, is monotonic seconds: every span is measured by a
+# `at`, from here to the Worker, is monotonic seconds: every span is measured by a
 # clock that nobody can set.
 
 STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
@@ -7151,12 +7161,12 @@ _OF_A_RUN = (Verdict.TIMEOUT, Verdict.CANCELLED)    # void once that has ended
 
 
 class Slot:
-    """A place for one run in a child: since when, what it printed, its sentence."""
+    """A place for one run in a child: since when, what it printed, its verdict."""
 
     run: Run | None             # that has it
     began: float                # monotonic
     verdict: Verdict | None     # on this run
-    kill_due: float             # monotonic; 0: not condemned
+    kill_due: float             # monotonic; 0: not to be killed
     _kept: list[str]            # of what it printed
     _chars: int                 # of that
     _strange_chars: int         # … and of what others printed meanwhile
@@ -7409,7 +7419,7 @@ class Member:
 
 # == Hearing ==================================================================
 # Owns what the messages of a child mean: for its run, its output and its life.  What
-# the pool has to know of them is returned as News.
+# the pool has to know of them is added to a Said.
 
 _KINDS_OF_ERRORS = ("exception", "timeout", "abort", "cancelled")    # by a child
 
@@ -7426,7 +7436,7 @@ class Ended(NamedTuple):
     duration: float | None = None
 
 
-class News(NamedTuple):
+class Said(NamedTuple):
     """What children said of their runs, and of themselves."""
 
     ended: list[Ended]
@@ -7434,8 +7444,8 @@ class News(NamedTuple):
     tasks: list[set]                        # that a child, now ready, knows
 
 
-def hear(member: Member, news: News, max_payload: int, at: float) -> tuple:
-    """Take in what this child sent, and add to the news.  Never raises.
+def hear(member: Member, said: Said, max_payload: int, at: float) -> tuple:
+    """Take in what this child sent, and add to `said`.  Never raises.
 
     Returns (False when the socket is at its end, what was wrong).
     """
@@ -7443,7 +7453,7 @@ def hear(member: Member, news: News, max_payload: int, at: float) -> tuple:
     try:
         alive = member.wire.read()
         for message in member.wire.heard(max_payload):
-            _understand(member, news, message, at)
+            _understand(member, said, message, at)
     except NONSENSE:
         wrong = Verdict.MAD
     except MemoryError:             # costs this run, not the worker
@@ -7452,15 +7462,15 @@ def hear(member: Member, news: News, max_payload: int, at: float) -> tuple:
     return alive, wrong
 
 
-def _understand(member, news, message, at):
+def _understand(member, said, message, at):
     """Raises ValueError for what a child in its right mind does not say."""
     kind, of, value, started_at, duration = message
     head = member.waiting[0] if member.waiting else None
     is_heads = head is not None and (head.id, head.attempt) == of
     if kind is SUCCEEDED and is_heads:                  # most are
-        news.ended.append(_answered(member, None, value, started_at, duration, at))
+        said.ended.append(_answered(member, None, value, started_at, duration, at))
     elif kind is READY:
-        news.tasks.append(set(value))
+        said.tasks.append(set(value))
     elif kind in (BROKEN, LACKING):
         member.cannot_start(value, kind is LACKING)
     elif kind is PRINTED:
@@ -7475,13 +7485,13 @@ def _understand(member, news, message, at):
         member.written(value)
     elif kind is PROGRESSED:
         percent, text = value
-        news.progress[head.id] = head, to_json([percent, text])
+        said.progress[head.id] = head, to_json([percent, text])
     elif kind is UNKNOWN:
         member.begin_next(at)
-        news.ended.append(Ended(head, "unknown"))
+        said.ended.append(Ended(head, "unknown"))
     else:
         error = _checked_error(value)
-        news.ended.append(_answered(member, error, None, started_at, duration, at))
+        said.ended.append(_answered(member, error, None, started_at, duration, at))
 
 
 def _answered(member, error, result, started_at, duration, at):
@@ -7490,7 +7500,7 @@ def _answered(member, error, result, started_at, duration, at):
     if error and member.why is Verdict.CANCELLED:       # whatever it says of that
         kind = "cancelled"
     text = member.finish()
-    member.begin_next(at)           # with its slot goes a sentence on the run
+    member.begin_next(at)           # with it goes a verdict on the run
     member.done += 1
     return Ended(run, kind, result, error, text, started_at, duration)
 
@@ -7605,7 +7615,7 @@ class Placement:
                 slack = delay if has > 1 else 0.0
             is_few = has * typical < 2 * _AHEAD_SECONDS
             if left > -STALL_SECONDS and head.name in short_names \
-                    and (is_few or at < self.late_at(member)):
+                    and (is_few or at < self.late_from(member)):
                 takers.append((delay, has, number, member))
             elif has > 1:
                 late.append(member)
@@ -7629,7 +7639,7 @@ class Placement:
                 places += fit if fit < most else most
         return places
 
-    def late_at(self, member: Member) -> float:
+    def late_from(self, member: Member) -> float:
         """When what waits in this pipe has waited too long.
 
         For the one run that takes longer than usual; or for many, each a little.
@@ -7654,7 +7664,7 @@ class Placement:
         if head and head.timeout:
             due = min(due, member.slot.began + head.timeout)
         if len(member.waiting) > 1:
-            due = min(due, self.late_at(member))
+            due = min(due, self.late_from(member))
         return due
 
     def may_wait(self, run: Run, delay: float, has: int, member: Member) -> bool:
@@ -7693,7 +7703,6 @@ class Starts:
         self._reason = ""       # of the last failure
         self._lacks = 0         # times in a row that something was lacking
         self._slow: set[int] = set()        # pids that were said to be
-        self.unknown: set[str] = set()      # tasks that a new child did not know
 
     @property
     def given_up(self) -> str:
@@ -7762,10 +7771,9 @@ class Starts:
                 self._slow.add(member.pid)
         self._slow.intersection_update(member.pid for member in starting)
 
-    def succeeded(self, names: Iterable[str] = ()) -> None:
-        """One is ready, with these tasks: earlier failures do not count any more."""
+    def succeeded(self) -> None:
+        """One is ready: earlier failures do not count any more."""
         self.failures = self._lacks = 0
-        self.unknown.difference_update(names)
 
 
 class Crew:
@@ -7778,6 +7786,7 @@ class Crew:
         self.selector = selector
         self._guardian = Guardian()
         self.members: list[Member] = []
+        self.unknown: set[str] = set()      # names of tasks that a child did not know
         self.starts = Starts(
             lambda error, **more: log("child_error", None, error=error, **more)
         )
@@ -7814,7 +7823,8 @@ class Crew:
             return False
         member.phase = Phase.READY
         member.read_stack()         # of a slow import: not of a crash to come
-        self.starts.succeeded(names)
+        self.starts.succeeded()
+        self.unknown -= names
         self.fill(at)
         return True
 
@@ -8021,7 +8031,7 @@ class Pool:
             self._recall(member)
         return self.hand.empty()
 
-    def receive(self, heard: Iterable, at: float) -> None:
+    def receive(self, heard: Sequence[tuple], at: float) -> None:
         """Read from the (member, descriptor) that the selector named."""
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
@@ -8044,20 +8054,20 @@ class Pool:
 
     def _listen(self, member, at):
         """Take in what a child said; return what hear() does."""
-        news = News([], self._progress, [])
-        found = hear(member, news, self._limits.max_payload, at)
-        for names in news.tasks:
+        said = Said([], self._progress, [])
+        found = hear(member, said, self._limits.max_payload, at)
+        for names in said.tasks:
             if not self.crew.welcome(member, names, self._limits.max_memory, at):
                 self._condemn(member, Verdict.MEMORY, at)
-        for end in news.ended:
+        for end in said.ended:
             if end.kind == "unknown":
-                self.crew.starts.unknown.add(end.run.name)
+                self.crew.unknown.add(end.run.name)
                 continue
             self.durations.learn(end.run.name, end.duration or 0.0)
             if end.kind in ("timeout", "cancelled") \
                     or member.done >= (self._limits.max_tasks_per_child or math.inf):
                 self._retire(member)    # with what an interrupted task has started
-        self._ended += news.ended
+        self._ended += said.ended
         return found
 
     def collect(self) -> tuple[list[Ended], dict]:
@@ -8359,9 +8369,9 @@ class Liveness:
         self._machine = socket.gethostname(), boot_id()
         self._locks: Any = None         # LiveFile, from register() on
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
-        self._looked_at = 0             # the last worker looked at; 0: all were
+        self._cursor = 0                # the last worker looked at; 0: all were
         self._awake = 0.0               # seconds of turns; a long one counts as 1
-        self._turn_at = time.monotonic()
+        self._turn_began = time.monotonic()
 
     def register(self, now: int) -> None:
         """Get a new id, with its byte locked."""
@@ -8404,8 +8414,8 @@ class Liveness:
         A stall of ours or a sleep of the machine counts as one second at most.
         """
         at = time.monotonic()
-        self._awake += min(1.0, at - self._turn_at)
-        self._turn_at = at
+        self._awake += min(1.0, at - self._turn_began)
+        self._turn_began = at
         return at
 
     def doubt(self) -> None:
@@ -8422,8 +8432,8 @@ class Liveness:
         Looks at so many workers at a time, from where it was, and reaps so many:
         rows of the dead may lie there by thousands, and each reap waits for the disk.
         """
-        rows = self.store.workers(self._looked_at, _REAP_ROWS)
-        self._looked_at = rows[-1].id if len(rows) == _REAP_ROWS else 0
+        rows = self.store.workers(self._cursor, _REAP_ROWS)
+        self._cursor = rows[-1].id if len(rows) == _REAP_ROWS else 0
         dead = [row for row in rows if row.id != self.id and self._is_dead(row)]
         holding = self.store.running_counts() if dead else {}
         idle = [row for row in dead if row.id not in holding]
@@ -8440,7 +8450,7 @@ class Liveness:
         lost: list[LostRun] = []
         for n, values in enumerate(workers):
             if n == _REAP_WORKERS:
-                self._looked_at = workers[n - 1][0]
+                self._cursor = workers[n - 1][0]
                 break
             try:
                 lost += self.store.reap(*values)
@@ -8453,7 +8463,7 @@ class Liveness:
     @property
     def is_behind(self) -> bool:
         """True when reap_dead() has not looked at all workers yet."""
-        return self._looked_at > 0
+        return self._cursor > 0
 
     def _is_dead(self, row):
         """By what the kernel knows; or by its heartbeat, timed by our waking time.
@@ -8471,8 +8481,8 @@ class Liveness:
 
 
 # == Wishes ===================================================================
-# Owns the hearing of what people want of runs that this worker has: to be cancelled,
-# or left alone because their queue is paused.  Asks only when somebody has committed
+# Owns what people want of the runs that this worker has: that they be cancelled, or
+# left alone because their queue is paused.  Asks only when somebody has committed
 # since, so that it costs a turn one cheap statement.
 
 
@@ -8557,8 +8567,7 @@ def _never_waiting(fd, owner):
     try:
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             is_blocking = os.get_blocking(fd)
-            end = _socket.socket(fileno=os.dup(fd))
-            end.settimeout(None)            # not socket.setdefaulttimeout()'s
+            end = own_socket(os.dup(fd))
             os.set_blocking(fd, is_blocking)
             weakref.finalize(owner, end.close)
             return lambda chunk: end.send(chunk, socket.MSG_DONTWAIT)
@@ -8678,7 +8687,8 @@ class Event(NamedTuple):
     meaning: str
 
 
-# Each has `worker`; those of a run have task_id, name and attempt as well.
+# Each but log_dropped, and output that is no child's, has `worker`; those of a run
+# have task_id, name and attempt as well.
 EVENTS = {
     "worker_start": Event(
         "pid db concurrency queues durability tasks schedules",
@@ -8691,9 +8701,9 @@ EVENTS = {
         "handed_back cpu children_cpu error",
         "the worker ends; `error` says why it could not go on"),
     "scheduler_start": Event("schedules", "the number of schedules it serves"),
-    "cron_fired": Event("schedule expr tick", "a tick was enqueued"),
+    "cron_fired": Event("schedule name expr task_id tick", "a tick was enqueued"),
     "cron_missed": Event(
-        "schedule expr ticks misfire overlap clock_set_back",
+        "schedule name expr ticks misfire overlap clock_set_back",
         "ticks were left out: missed, or the run before is unfinished"),
     "cron_error": Event(
         "schedule expr error", "a schedule's row is unreadable; it starts anew"),
@@ -8722,7 +8732,7 @@ EVENTS = {
     "output": Event(
         "text",
         "what a task printed, C code too; a run keeps its first 64,000 characters"),
-    "rate_limited": Event("until", "tasks of this name wait for their rate limit"),
+    "rate_limited": Event("name until", "tasks of this name wait for their rate limit"),
     "callback_error": Event(
         "callback error", "an `on_success` or `on_failure` has failed for good"),
     "heartbeat_error": Event("error", "the heartbeat could not be written"),
@@ -8912,7 +8922,7 @@ class Upkeep:
         self.store, self.settings, self._log = store, settings, log
         self.is_in_doubt = False        # about the clock: nothing is deleted
         self._offset: float | None = None       # ms of wall clock ahead of monotonic
-        self._kept_at = -math.inf       # monotonic: when the clock was last looked up
+        self._kept = -math.inf          # monotonic: when the clock was last looked up
         self._wrong_waits = False       # some may be too long, and are looked for
         self._cursor = 0
 
@@ -8923,9 +8933,9 @@ class Upkeep:
         leap = 0.0 if self._offset is None else offset - self._offset
         went_back = leap < -LATE_TURN_MS
         if went_back or leap > HOUR_MS \
-                or (at - self._kept_at) * 1000 >= _CLOCK_KEEP_MS:
+                or (at - self._kept) * 1000 >= _CLOCK_KEEP_MS:
             self._look(now, went_back)
-            self._kept_at = at
+            self._kept = at
         self._offset = offset
         if not self._wrong_waits:
             return False
@@ -9021,14 +9031,6 @@ def _kept_error(error):
     return {part: error[part] for part in parts if error.get(part) not in (None, "")}
 
 
-def child_spec(app_spec, path, settings):
-    """What children need; each adds its own descriptors."""
-    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
-    values = {name: getattr(settings, name) for name in names}
-    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
-                     {"db": path, **values})
-
-
 class Outbox:
     """What became of runs and is not in the database yet; kept until it is."""
 
@@ -9115,12 +9117,10 @@ class Outbox:
 
 
 # == Lookout ==================================================================
-# Owns when a worker does what: looks for work, does its chores, and tries again
-# what the database has refused.  Knows nothing of children.
+# Owns when a worker looks for work, and how far it has looked.  Knows nothing of
+# children but how much room they have.
 
 BUSY_PATIENCE = 0.25        # seconds a worker's turn waits for the write lock
-_BUSY_SILENCE = 5.0         # seconds of "locked" before it is worth a log line
-ERROR_PAUSE = 0.1           # seconds between two tries on a database in trouble
 
 
 class Lookout:
@@ -9200,88 +9200,6 @@ class Lookout:
     def is_done(self, now: int) -> bool:
         """True when nothing is due, nor waits for a rate."""
         return self.seconds(now) > 0 and not self.round.limited
-
-
-class Chore:
-    """Something to be done every so many seconds of the worker's own time."""
-
-    def __init__(self, seconds: float, act: Callable[[int], float | None],
-                 is_punctual: bool = False):
-        self.seconds = seconds
-        self.act = act              # returns when it is due again, if not in `seconds`
-        self.is_punctual = is_punctual      # worth waking for
-        self.due = 0.0
-
-    def act_now(self, now: int, at: float) -> None:
-        """Do it.  `at` is monotonic: setting the clock neither hurries nor stops it.
-
-        One that fails is due again at once, not a period later.
-        """
-        self.due = at + ERROR_PAUSE
-        wait = self.act(now)
-        self.due = at + (self.seconds if wait is None else wait)
-
-
-# Chores of rooms: each is called with the worker that starts, and returns a Chore.
-CHORES: list[Callable[[Worker], Chore]] = []
-
-
-def chore(make: Callable[[Worker], Chore]) -> Callable[[Worker], Chore]:
-    """Decorate a function that is to be one of CHORES."""
-    CHORES.append(make)
-    return make
-
-
-class Trouble:
-    """What of a worker's dealings with the database fails now.
-
-    An episode is as long as anything that failed has not worked again.  Each event
-    is said once in it; a lock is worth no line before _BUSY_SILENCE.
-    """
-
-    def __init__(self, say: Callable):
-        self._say = say
-        self._since = 0.0           # monotonic; of the episode
-        self._said: set[str] = set()
-        self.failing: set = set()   # the acts, as they were called
-        self.fatal = ""             # what no later turn can mend
-
-    def survives(self, at: float, act: Callable, *args: Any) -> bool:
-        """Call `act`; True if the database let it.
-
-        An act that returns False has not asked it: that is no sign of recovery.
-        """
-        try:
-            if act(*args) is not False:
-                self.failing.discard(act)
-        except DatabaseUnavailable as exc:
-            self._since = self._since if self.failing else at
-            self.failing.add(act)
-            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
-                self.say_once("database_error", exc)
-            if exc.fatal:
-                self.fatal = str(exc)
-            return False
-        if not self.failing:
-            self._said.clear()
-        return True
-
-    def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
-        """Do those that are due, up to the first that fails: it has waited enough.
-
-        That one goes to the end, so that it keeps no other from its turn.
-        """
-        for chore in [chore for chore in chores if at >= chore.due]:
-            if not self.survives(at, chore.act_now, now, at):
-                chores.remove(chore)
-                chores.append(chore)
-                break
-
-    def say_once(self, event: str, exc: Exception) -> None:
-        """A log line, unless this episode has had it."""
-        if event not in self._said:
-            self._said.add(event)
-            self._say(event, error=str(exc))
 
 
 # == Senses ===================================================================
@@ -9420,12 +9338,97 @@ class Senses:
 
 
 # == Household ================================================================
-# Owns a worker's chores: its sign of life, the dead, the clock, what is old, and the
-# children's state.  One that the database refuses comes again; see Trouble.
+# Owns a worker's chores: its sign of life, the dead, the clock, what is old, the
+# children's state, and those of rooms.  What the database refuses comes again, and
+# is said once: see Trouble.
 
+ERROR_PAUSE = 0.1           # seconds between two tries on a database in trouble
+_BUSY_SILENCE = 5.0         # … of "locked" before it is worth a log line
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
 _REAP_PAUSE = 0.05          # … while there are more than one look is about
+
+
+class Chore:
+    """Something to be done every so many seconds of the worker's own time."""
+
+    def __init__(self, seconds: float, act: Callable[[int], float | None],
+                 is_punctual: bool = False):
+        self.seconds = seconds
+        self.act = act              # returns when it is due again, if not in `seconds`
+        self.is_punctual = is_punctual      # worth waking for
+        self.due = 0.0
+
+    def act_now(self, now: int, at: float) -> None:
+        """Do it.  `at` is monotonic: setting the clock neither hurries nor stops it.
+
+        One that fails is due again at once, not a period later.
+        """
+        self.due = at + ERROR_PAUSE
+        wait = self.act(now)
+        self.due = at + (self.seconds if wait is None else wait)
+
+
+# Chores of rooms: each is called with the worker that starts, and returns a Chore.
+CHORES: list[Callable[[Worker], Chore]] = []
+
+
+def chore(make: Callable[[Worker], Chore]) -> Callable[[Worker], Chore]:
+    """Decorate a function that is to be one of CHORES."""
+    CHORES.append(make)
+    return make
+
+
+class Trouble:
+    """What of a worker's dealings with the database fails now.
+
+    An episode is as long as anything that failed has not worked again.  Each event
+    is said once in it; a lock is worth no line before _BUSY_SILENCE.
+    """
+
+    def __init__(self, say: Callable):
+        self._say = say
+        self._since = 0.0           # monotonic; of the episode
+        self._said: set[str] = set()
+        self.failing: set = set()   # the acts, as they were called
+        self.fatal = ""             # what no later turn can mend
+
+    def survives(self, at: float, act: Callable, *args: Any) -> bool:
+        """Call `act`; True if the database let it.
+
+        An act that returns False has not asked it: that is no sign of recovery.
+        """
+        try:
+            if act(*args) is not False:
+                self.failing.discard(act)
+        except DatabaseUnavailable as exc:
+            self._since = self._since if self.failing else at
+            self.failing.add(act)
+            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
+                self.say_once("database_error", exc)
+            if exc.fatal:
+                self.fatal = str(exc)
+            return False
+        if not self.failing:
+            self._said.clear()
+        return True
+
+    def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
+        """Do those that are due, up to the first that fails: it has waited enough.
+
+        That one goes to the end, so that it keeps no other from its turn.
+        """
+        for chore in [chore for chore in chores if at >= chore.due]:
+            if not self.survives(at, chore.act_now, now, at):
+                chores.remove(chore)
+                chores.append(chore)
+                break
+
+    def say_once(self, event: str, exc: Exception) -> None:
+        """A log line, unless this episode has had it."""
+        if event not in self._said:
+            self._said.add(event)
+            self._say(event, error=str(exc))
 
 
 class Household:
@@ -9530,7 +9533,7 @@ class Worker:
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
                                self.liveness, self.pool, self._start_over)
         self.wishes = Wishes(self.store, self.pool)
-        self.hearing = Chore(_HEED_SECONDS, self._heed_wishes)
+        self.heeding = Chore(_HEED_SECONDS, self._heed_wishes)
         self.is_ready = False           # a child has imported the app
         self.stop_by = 0.0              # monotonic: the end of a graceful stop
 
@@ -9563,7 +9566,7 @@ class Worker:
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
             self.house.mind_clock()
         self.journal.start(self.settings, self.store.path, self.app.tasks)
-        self.house.chores += [self.hearing, *(make(self) for make in CHORES)]
+        self.house.chores += [self.heeding, *(make(self) for make in CHORES)]
         self.senses.begin()
         self.pool.crew.fill(time.monotonic())
 
@@ -9673,12 +9676,12 @@ class Worker:
     def _hear(self, heard, now, at):
         """Take in what the children say, and what has come to an end by itself."""
         if heard.news:
-            self.lookout.news, self.hearing.due = True, 0.0     # or a cancellation
+            self.lookout.news, self.heeding.due = True, 0.0     # or a cancellation
         if heard.signal:
             self.pool.notice_deaths(at)
         self.pool.receive(heard.children, at)
         self.pool.enforce(at)
-        self._say_ready()
+        self._note_readiness()
         if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
             self.outbox.handed_back = 0         # from now on it is for the stop
@@ -9687,7 +9690,7 @@ class Worker:
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
 
-    def _say_ready(self):
+    def _note_readiness(self):
         if self.pool.crew.starts.given_up and not self.pool.crew.is_ready():
             reason = f"its children cannot start:\n{self.pool.crew.starts.given_up}"
             self.house.trouble.fatal = self.house.trouble.fatal or reason
@@ -9717,7 +9720,7 @@ class Worker:
 
     def _order(self, places):
         """What could be claimed now; None without room."""
-        pool, unknown = self.pool, self.pool.crew.starts.unknown
+        pool, unknown = self.pool, self.pool.crew.unknown
         return self.lookout.order(
             self.liveness.id, places.room.less(len(pool.hand)), unknown,
             pool.durations.short_names,
@@ -9754,8 +9757,7 @@ class Worker:
 # == Command line =============================================================
 # Owns `python pybgworker.py`: the table of commands, `run`, and main(argv), which
 # returns the exit status: 0 done, 1 it could not be done (one line on standard
-# error says why), 2 wrong usage.  Nothing else in this file prints, but for a
-# worker's log.
+# error says why), 2 wrong usage.
 
 # What a terminal would obey and not show: controls (C0, DEL, C1), marks that turn
 # the direction of text, and halves of surrogate pairs.
@@ -9782,7 +9784,7 @@ class Command(NamedTuple):
     """One row of COMMANDS."""
 
     name: str
-    act: Callable           # (args, app) -> text to print, or None
+    act: Callable           # (args, app) -> text to print, exit status, or None
     help: str
     example: str
     flags: tuple
@@ -10331,6 +10333,7 @@ class Cron:
                 return instant
         return None
 
+
 def _seconds_of(moment):
     """Unix time of an aware datetime, by way of UTC: a zone may repeat an hour."""
     if not isinstance(moment, datetime) or moment.tzinfo is None:
@@ -10475,7 +10478,7 @@ class TickPlan(NamedTuple):
     """What to do about a schedule now."""
 
     ticks: list[int]        # to be enqueued, oldest first; unix seconds
-    next_at: int | None     # the tick to wait for
+    next_tick: int | None   # to wait for
     missed: int             # ticks dropped, counted up to the cap
     done: list              # the ranges of ticks dealt with, from now on
 
@@ -10507,8 +10510,8 @@ def plan_ticks(cron: Cron, done: list, now: float, misfire: str = "latest") -> T
         first = cron.place(ticks[0]) if ticks else end
         # What was dropped is left as a gap: the clock may have leapt.
         before.append([first if missed else before.pop()[0], end])
-    next_at = _next_undone(cron, before[-1][1], after)
-    return TickPlan(ticks, next_at, missed, _joined(before + after))
+    next_tick = _next_undone(cron, before[-1][1], after)
+    return TickPlan(ticks, next_tick, missed, _joined(before + after))
 
 
 def _choose_ticks(cron, latest, last_done, now, misfire):
@@ -10625,10 +10628,10 @@ class Scheduler:
         if row is None:
             row = ScheduleRow._make([*says, *about, None, None, "[]", now, now])
             plan = self._plan(row, schedule, now)
-            return row._replace(next_tick=plan.next_at, done=json.dumps(plan.done))
+            return row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done))
         plan = self._plan(row, schedule, now)
         is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
-        next_tick = now // 1000 if is_due else plan.next_at
+        next_tick = now // 1000 if is_due else plan.next_tick
         return row._make([*says, *about, next_tick, None, row.done, now, now])
 
     def fire(self, now: int) -> tuple[bool, float]:
@@ -10706,7 +10709,7 @@ def _step_of(row, plan, task, schedule, now):
     says = " ".join(str(part) for part in row[:4])
     key = f"cron {says}" if schedule.overlap == "skip" else None
     late = to_ms(jitter_offset(says, schedule.jitter)) if schedule.jitter else 0
-    new = row._replace(next_tick=plan.next_at, done=json.dumps(plan.done), set_at=now)
+    new = row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done), set_at=now)
     runs = []
     for tick in plan.ticks:
         run_at = max(now, tick * 1000 + late)
@@ -11323,7 +11326,7 @@ def _resume(args, app):
 # Owns `bench`: what this machine does, measured beside raw SQLite on the same file
 # system in the same run.  Raw means the same table, columns and durability, by the
 # shortest code there is; each round does both, for disks drift.  The only section
-# but the three of the database that holds SQL: that of the raw side.
+# outside of Book Two that holds SQL: that of the raw side.
 
 _ROUNDS = 9                 # ours and raw in turn: disks drift
 _SINGLES = 100              # durable inserts in a round, one by one
@@ -11561,22 +11564,22 @@ def _measure_throughput(place, raw):
         raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
     first = min(row.started_at for row in rows)
     seconds = max(0.001, (max(row.finished_at for row in rows) - first) / 1000)
-    parent, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
+    worker, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
     left, = raw.execute(
         f"""select count(*) from bg_task where state = {QUEUED}"""
     ).fetchone()
     theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
-    limit = _limit_of_worker(parent, children, place.app.settings.concurrency)
+    limit = _limit_of_worker(worker, children, place.app.settings.concurrency)
     return {"tasks_per_second": _figure((len(rows) / seconds, 0), theirs, limit)}
 
 
-def _limit_of_worker(parent, children, concurrency):
+def _limit_of_worker(worker, children, concurrency):
     """By the share of the time that each computed; 1.0 is one CPU."""
     each = children / min(concurrency, os.cpu_count() or 1)
-    if max(parent, each) < 0.6:
-        return f"fsync {1 - max(parent, each):.0%}"
-    if parent >= each:
-        return f"parent CPU {min(1, parent):.0%}"
+    if max(worker, each) < 0.6:
+        return f"fsync {1 - max(worker, each):.0%}"
+    if worker >= each:
+        return f"worker CPU {min(1, worker):.0%}"
     return f"child CPU {min(1, each):.0%}"
 
 
@@ -11699,7 +11702,7 @@ def bench_text(report: dict) -> str:
               help="children, 1 to 1,000 (default: 2)"),
          flag("--payload", metavar="BYTES", type=typed(parse_bytes), default=0,
               help="arguments of each task: 200, 10k; a bare number is bytes "
-              "(default: none)"), JSON_FLAG)
+              "(default: none)"), reads=True)
 def _bench(args, app):
     folder = os.path.dirname(app.store.path)
     report = bench_report(args.tasks, args.concurrency, args.payload, folder)
