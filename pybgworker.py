@@ -2184,6 +2184,12 @@ class App:
         """
         self._merge(self._code, settings)
 
+    def suggest(self, **settings: Any) -> None:
+        """Set those settings that configure() has not set."""
+        self._merge(self._code, {
+            name: settings[name] for name in settings.keys() - self._code
+        })
+
     def override(self, **settings: Any) -> None:
         """Set settings as flags do: before the environment."""
         self._merge(self._flags, settings)
@@ -5561,7 +5567,7 @@ def check_platform() -> None:
         raise AppError("workers need Linux or macOS for now; delay() works here")
 
 
-_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors that a worker has: for each, besides
+_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors: for each child, for the rest
 
 
 def ensure_descriptors(children: int) -> None:
@@ -5742,7 +5748,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def read_all(fd: int, most: int) -> tuple[bytes, bool]:
-    """(what a pipe holds now, True at its end); over `most` bytes are dropped."""
+    """(what a pipe holds now, True at its end); bytes beyond `most` are dropped."""
     found, at_end = bytearray(), False
     for _ in range(_READS):         # not for ever, when somebody goes on writing
         try:
@@ -6773,8 +6779,8 @@ def load_app(spec: str) -> App:
         if not app.tasks and len(apps) == 1:
             app, = apps.values()
     limit = getattr(module, "RATE_LIMIT", None)
-    if limit is not None and "rate_limit" not in app._code:
-        app.configure(rate_limit=limit)
+    if limit is not None:
+        app.suggest(rate_limit=limit)
     return app
 
 
@@ -7191,7 +7197,7 @@ class Slot:
             self._log("task_start", run)
 
     def printed(self, text: str, is_own: bool = True) -> None:
-        """Log a text, up to a limit for each run; keep it if the run's own."""
+        """Log a text, up to a limit for each run; keep it if it is the run's own."""
         text = cut_output(text, self._chars if is_own else self._strange_chars)
         if not text:
             return
@@ -7350,7 +7356,7 @@ class Member:
             and self.exit is not None and self.exit.signal == "SIGKILL"
 
     def outgrows(self, limit: int | None) -> bool:
-        """True when it takes over `limit` bytes before its first run."""
+        """True when it takes more than `limit` bytes before its first run."""
         taken = memory_bytes(self.pid) if limit else 0
         if limit and taken > limit:
             self._reason = (
@@ -7362,7 +7368,8 @@ class Member:
     def last_words(self) -> str:
         """Why it could not start."""
         said = self._reason or self.slot.text()
-        return said or f"they die at once: {self.exit}"
+        how = self.exit and (self.exit.signal or f"exit code {self.exit.code}")
+        return said or f"it died at once: {how}"
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
@@ -7651,7 +7658,7 @@ class Placement:
             late = min(late, member.waiting[1].due + _AHEAD_SECONDS)
         return late
 
-    def due_in(self, member: Member) -> float:
+    def next_due(self, member: Member) -> float:
         """When something has to be done about this child; 0: now."""
         if member.kill_due:
             return member.kill_due
@@ -7673,7 +7680,7 @@ class Placement:
             and delay < _AHEAD_SECONDS and has < _AHEAD_FRAMES \
             and has + member.done < self._most
 
-    def behind(self, members: Sequence[Member], priority: int) -> list[Member]:
+    def less_urgent(self, members: Sequence[Member], priority: int) -> list[Member]:
         """Those in whose pipe something less urgent waits; its end is the least."""
         return [m for m in members
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
@@ -7850,7 +7857,7 @@ def crash_of(verdict, found, max_memory):
     if verdict is Verdict.MAD:
         text = "the child sent what is no message: did the task write to its sockets?"
     elif verdict is Verdict.TOO_MUCH:
-        text = "the worker has not the memory to read its result"
+        text = "the worker lacks the memory to read its result"
     elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
         text = "the task has closed the connection of its process to the worker: did " \
             "it close descriptors that are not its own?"
@@ -7953,8 +7960,8 @@ class Pool:
 
     def take(self, runs: Sequence[Run]) -> None:
         """Have claimed runs in hand, the most urgent first; none waits for others."""
-        behind = self.placement.behind(self.members, min([r.priority for r in runs]))
-        for member in behind:
+        least = min([run.priority for run in runs])
+        for member in self.placement.less_urgent(self.members, least):
             self._recall(member)
         self.hand.add(runs)
 
@@ -7964,13 +7971,13 @@ class Pool:
         It needs a child with nothing to do.  Guarded by
         test_an_urgent_task_does_not_wait_for_what_was_prefetched.
         """
-        return self._take_back(lambda run: run.priority > priority)
+        return self._withdraw(lambda run: run.priority > priority)
 
-    def leave(self, queues: set[str]) -> list[Run]:
+    def take_back(self, queues: set[str]) -> list[Run]:
         """Take back what has not begun and is of these queues: they are paused."""
-        return self._take_back(lambda run: run.queue in queues)
+        return self._withdraw(lambda run: run.queue in queues)
 
-    def _take_back(self, unwanted):
+    def _withdraw(self, unwanted):
         for member in [m for m in self.members if len(m.waiting) > 1]:
             if any(map(unwanted, itertools.islice(member.waiting, 1, None))):
                 self._recall(member)
@@ -8082,7 +8089,7 @@ class Pool:
     def _mark(self, member):
         """The child has changed: find out when something is due in it."""
         if member in self.members:
-            self._due[member] = self.placement.due_in(member)
+            self._due[member] = self.placement.next_due(member)
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
@@ -8429,8 +8436,8 @@ class Liveness:
     def reap_dead(self, now: int) -> list[LostRun]:
         """Give the runs of dead workers back; return them.
 
-        Looks at so many workers at a time, from where it was, and reaps so many:
-        rows of the dead may lie there by thousands, and each reap waits for the disk.
+        Looks at so many workers at a time, from where it left off, and reaps so many:
+        there may be thousands of rows of the dead, and each reap waits for the disk.
         """
         rows = self.store.workers(self._cursor, _REAP_ROWS)
         self._cursor = rows[-1].id if len(rows) == _REAP_ROWS else 0
@@ -8487,7 +8494,7 @@ class Liveness:
 
 
 class Wishes:
-    """What becomes of the runs in a pool by other hands."""
+    """What other people do to the runs in a pool."""
 
     def __init__(self, store: Store, pool: Pool):
         self._store, self._pool = store, pool
@@ -8507,7 +8514,7 @@ class Wishes:
             self._pool.cancel(task_id, at)
         back = []
         if self._pool.in_hand():
-            back = self._pool.leave(self._store.pauses_asked(worker))
+            back = self._pool.take_back(self._store.pauses_asked(worker))
         self._heard = () if cancels else version
         return back
 
@@ -8882,8 +8889,8 @@ def _rounded(seconds):
 
 
 # == Upkeep ===================================================================
-# Owns what is done for the database by and by: old finished tasks are deleted, and
-# what a wrong clock has written is put right.
+# Owns what is done for the database from time to time: old finished tasks are
+# deleted, and what a wrong clock has written is put right.
 #
 # A wall clock that leapt forward looks like a machine that was off, but a wrong one
 # is mostly put right soon.  So a leap of more than an hour since any worker's last
@@ -9124,7 +9131,7 @@ BUSY_PATIENCE = 0.25        # seconds a worker's turn waits for the write lock
 
 
 class Lookout:
-    """Whether a look for work is worth it, how far the last one came, when is next.
+    """Whether a look for work is worth it, how far the last got, when the next is due.
 
     A look only reads; a claim takes the write lock, and is made when a look has
     found something, or when there is something to be written as well.
@@ -9203,8 +9210,8 @@ class Lookout:
 
 
 # == Senses ===================================================================
-# Owns a worker's sleep and what ends it: something from a child, a datagram from who
-# has committed, a signal, the clock.  Says what was heard, and decides nothing.
+# Owns a worker's sleep and what ends it: something from a child, a datagram from
+# whoever has committed, a signal, the clock.  Says what was heard, and decides nothing.
 
 
 def stop_signals():
@@ -9218,7 +9225,7 @@ def stop_signals():
 def _handling(numbers, handler):
     """Within this block these signals come to `handler`, however we were started.
 
-    Who starts a worker may have blocked or ignored what it needs, and its children
+    Whoever starts a worker may have blocked or ignored what it needs, and its children
     inherit that.  Ignored from here on: the stop of a background process that
     writes to its terminal.
     """
@@ -9298,7 +9305,7 @@ class Heard(NamedTuple):
     """What has ended a sleep."""
 
     children: Sequence[tuple] = ()      # (child, descriptor) with something to read
-    news: bool = False                  # somebody says to have committed
+    news: bool = False                  # somebody says that they have committed
     signal: bool = False                # one has come: of a child's end, perhaps
 
 
@@ -9319,7 +9326,7 @@ class Senses:
             self.selector.register(self.stops.receiver, selectors.EVENT_READ, "signal")
 
     def hear(self, seconds: float) -> Heard:
-        """Sleep until there is something, so long at most."""
+        """Sleep until there is something, or so many seconds have passed."""
         children, news, is_signal = [], False, False
         for key, _ in self.selector.select(seconds):
             if key.data == "ear":
@@ -9380,7 +9387,7 @@ def chore(make: Callable[[Worker], Chore]) -> Callable[[Worker], Chore]:
 
 
 class Trouble:
-    """What of a worker's dealings with the database fails now.
+    """Which of a worker's dealings with the database fail now.
 
     An episode is as long as anything that failed has not worked again.  Each event
     is said once in it; a lock is worth no line before _BUSY_SILENCE.

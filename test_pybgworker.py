@@ -6867,6 +6867,13 @@ class Pools(Served):
                 self.assertEqual([run.id for run in member.waiting], [1])
                 self.assertEqual([run.id for run in pool.hand.runs], [2])
 
+    def test_a_child_that_died_without_a_word_is_described_in_words(self):
+        _, member = self.pool_of()
+        member._reason = ""
+        for how, words in (((None, 1, 0), "exit code 1"), (("SIGSEGV", None, 0), "SIGSEGV")):
+            member.exit = pybgworker.Exit(*how)
+            self.assertEqual(member.last_words(), f"it died at once: {words}")
+
     def test_a_child_over_its_memory_is_replaced_killed_or_gives_the_reason(self):
         for phase, runs, after, why, reason in (
             (Phase.READY, (), Phase.RETIRING, None, False),
@@ -7133,7 +7140,7 @@ class Pools(Served):
         pool.take([run(7, priority=1)])
         self.assertEqual([r.id for r in pool.hand.runs][0], 7)
         self.assertEqual({r.id for r in pool.hand.runs}, {7, 6, 2, 3, 5})
-        self.assertEqual([r.id for r in pool.leave({"paused"})], [5])
+        self.assertEqual([r.id for r in pool.take_back({"paused"})], [5])
         self.assertEqual({r.id for r in pool.make_way(1)}, {6, 2, 3})
         self.assertEqual([r.id for r in pool.hand.runs], [7])
         self.assertEqual([len(m.waiting) for m in pool.members], [1, 1])
@@ -7535,7 +7542,7 @@ class Wishing(QueueCase):
         super().setUp()
         self.pool = mock.Mock()
         self.pool.in_hand.return_value = 5
-        self.pool.leave.side_effect = lambda queues: sorted(queues)
+        self.pool.take_back.side_effect = lambda queues: sorted(queues)
         self.wishes = pybgworker.Wishes(self.store, self.pool)
         self.enqueue(queue="a", count=5)
         self.enqueue(queue="b", count=5)
@@ -11341,6 +11348,24 @@ class TheFile(unittest.TestCase):
             if isinstance(node, ast.Name) and node.id[0] == "_" and node.id[:2] != "__":
                 home = homes.get(node.id, self.section_of(node.lineno))
                 self.assertEqual(home, self.section_of(node.lineno), node.id)
+
+    def test_a_private_attribute_is_for_one_section(self):
+        """But for what a class inherits."""
+        homes: dict = {}
+        for node in ast.walk(self.tree):
+            here = self.section_of(getattr(node, "lineno", 0))[0]
+            if isinstance(node, ast.ClassDef):
+                for name in [name for part in node.body for name in self.names_of(part)]:
+                    homes.setdefault(name, set()).add(here)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                homes.setdefault(node.attr, set()).add(here)
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Attribute) and node.attr in homes \
+                    and re.match("_[a-z]", node.attr) \
+                    and getattr(node.value, "id", "") not in ("self", "cls", "_thread") \
+                    and node.attr != "_replace":        # of named tuples
+                here, = self.section_of(node.lineno)
+                self.assertIn(here, homes[node.attr], f"{node.lineno}: {node.attr}")
 
     def names_of(self, node):
         """What a statement of the module defines."""
