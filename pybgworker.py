@@ -8009,9 +8009,9 @@ class Pool:
         if not member.send(run, at):
             heapq.heappop(takers)           # its socket is full, or it just died
             return self._send(takers, at, run)
-        if not has:
+        if len(member.waiting) == 1:        # now: `has` is of before a recall
             member.slot.announce()
-        if has < 2:             # more of them change nothing
+        if len(member.waiting) <= 2:        # more of them change nothing
             member.mind_output(self.crew.selector, at)
             self._mark(member)
         if run.name in self.durations.short_names:      # to its new place

@@ -6814,6 +6814,28 @@ class Pools(Served):
         pool._retire(other)
         self.assertEqual(pool.next_timer(), 0.0)        # it is asked to leave, now
 
+    def test_a_time_limit_is_minded_in_a_child_from_which_all_was_recalled(self):
+        first, second = self.run_of(1), self.run_of(2)
+        pool, member = self.pool_of(first, second)
+        at, urgent = member.slot.began, self.run_of(3, priority=1)
+        urgent.timeout, member.wire.send = 9.0, lambda run: True
+        pool.durations.short_names.add(urgent.name)
+        for run in (first, second):
+            pool.durations.learn(run.name, 0.001)
+        places = pool.balance(at)
+        self.assertEqual([has for _, has, *_ in places.takers], [2])
+
+        def recall():           # it has not begun the first
+            back, member.waiting = list(member.waiting), pybgworker.collections.deque()
+            return back
+
+        member.recall = recall
+        pool.take([urgent])
+        pool.hand.take(lambda run: run is not urgent)
+        pool.dispatch(places, at)
+        self.assertEqual(list(member.waiting), [urgent])
+        self.assertEqual(pool.next_timer(), at + 9)
+
     def test_what_stays_too_long_is_ended_step_by_step(self):
         """Interrupted by its child, dumped, killed; or asked to leave, then killed."""
         run = self.run_of(1)
