@@ -1241,8 +1241,8 @@ class Store(Protocol):
     def now(self) -> int:
         """The time by which this queue goes, which may be that of its server."""
 
-    def checkpoint_if_large(self) -> None:
-        """Move a log that has grown into the database; if that is busy, later."""
+    def housekeep(self) -> None:
+        """Do what the queue itself needs, in little time: asked for once a second."""
 
     # -- for programs
 
@@ -5490,7 +5490,7 @@ class SqliteStore(Endings, Desk, Register):
         self.name = self.db.name
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
-        self.checkpoint_if_large = self.db.checkpoint_if_large
+        self.housekeep = self.db.checkpoint_if_large
 
     @property
     def path(self) -> str:
@@ -9452,7 +9452,7 @@ class Household:
             Chore(settings.heartbeat_interval, self._beat),
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
-            Chore(1.0, lambda now: store.checkpoint_if_large()),
+            Chore(1.0, lambda now: store.housekeep()),
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
             Chore(_PRUNE_SECONDS, self._prune),
         ]
@@ -9591,6 +9591,7 @@ class Worker:
     def stop(self) -> None:
         """Hand back what runs, end the children, and leave the database."""
         now = self.store.now()
+        self.pool.crew.starts.end()
         if not self.senses.stops.count:
             self.outbox.handed_back = 0
         self.outbox.returned += self.pool.recall_all()
@@ -11206,7 +11207,7 @@ def _prune(args, app):
     while cursor:
         more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
         deleted += more
-        app.store.checkpoint_if_large()
+        app.store.housekeep()
     return f"{deleted} tasks deleted"
 
 

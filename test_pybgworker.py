@@ -3780,7 +3780,7 @@ class Databases(Case):
         sizes = []
         for _ in range(6):
             task.delay_many([("x" * 500,)] * 1000)
-            self.store.checkpoint_if_large(1 << 19)
+            self.store.db.checkpoint_if_large(1 << 19)
             sizes.append(self.store.db.wal_bytes())
         self.assertLess(max(sizes), 3 << 20)
         self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
@@ -8325,6 +8325,16 @@ class Workers(Served):
         worker.start()
         self.addCleanup(worker.stop)
         return worker
+
+    def test_a_stop_starts_no_child(self):
+        """Not even in the place of one that says only now that it is ready."""
+        worker = self.started()
+        until(lambda: all(pybgworker.select.select([member.wire.messages], [], [], 0)[0]
+                          for member in worker.pool.members))
+        with mock.patch.object(worker.pool, "in_hand", return_value=1), \
+                mock.patch.object(pybgworker, "spawn", side_effect=OSError) as spawn:
+            worker.stop()
+        spawn.assert_not_called()
 
     def crons(self, worker):
         """The chore that fires schedules."""
