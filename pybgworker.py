@@ -8878,10 +8878,13 @@ class Journal:
         about, state = {"task_id": lost.id, "name": lost.name}, state_name(lost.state)
         self._write("task_lost", {**about, "attempt": lost.attempt,
                                   "worker": lost.worker, "state": state})
-        kind = callback_kind(lost.name)
-        if kind and lost.state == FAILED:
-            self._write("callback_error", {**about, "callback": kind,
-                                           "error": "lost: its worker died"})
+        if lost.state != FAILED:
+            return
+        error, kind = {"error": "lost: its worker died"}, callback_kind(lost.name)
+        self._write("task_failure", {**about, "attempt": lost.attempt, "kind": "lost",
+                                     **error})
+        if kind:
+            self._write("callback_error", {**about, "callback": kind, **error})
 
 
 def _rounded(seconds):

@@ -8141,12 +8141,15 @@ class Outboxes(QueueCase):
         self.assertEqual(self.status(first.id), "cancelled")
         self.assertEqual(self.status(second.id), "retrying")
 
-    def test_a_callback_that_is_lost_for_good_is_said_like_one_that_failed(self):
-        for state, count in ((pybgworker.QUEUED, 0), (pybgworker.FAILED, 1)):
+    def test_what_is_lost_for_good_is_said_like_what_failed(self):
+        said = []
+        self.outbox._journal.hear(lambda event, fields: said.append((event, fields)))
+        for state in (pybgworker.QUEUED, pybgworker.FAILED):
             lost = pybgworker.LostRun(1, "t:on_failure", 4, state, "w")
             self.outbox._journal.lost(lost)
-            self.outbox._journal.log.flush()
-            self.assertEqual(self.log.read_text().count("callback_error"), count)
+        self.assertEqual([event for event, _ in said],
+                         ["task_lost", "task_lost", "task_failure", "callback_error"])
+        self.assertEqual((said[2][1]["kind"], said[2][1]["attempt"]), ("lost", 4))
 
 
 # == Lookout ==================================================================
