@@ -1457,6 +1457,15 @@ class Store(Protocol):
 STORES: dict[str, Callable[[types.SimpleNamespace], Store]] = {}
 
 
+def open_store(settings: types.SimpleNamespace) -> Store:
+    """The store that keeps what `settings.db` names.  Raises SettingError."""
+    scheme = settings.db.partition("://")[0] if "://" in settings.db else ""
+    if scheme not in STORES:
+        raise SettingError(f"db {settings.db}: nothing here keeps a queue at "
+                           f"{scheme}://; give the path of a file")
+    return STORES[scheme](settings)
+
+
 # == Functions ================================================================
 # Owns what a task may be made of: which functions, under which name, and whether
 # two of them are one.  Knows nothing of tasks but their function and origin.
@@ -2218,7 +2227,7 @@ class App:
         """The database, opened by the first thread that uses it."""
         opened = self._opened
         return opened.get("store") or opened.setdefault(
-            "store", STORES[""](self.settings))
+            "store", open_store(self.settings))
 
     # -- registering
 

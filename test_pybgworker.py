@@ -2219,6 +2219,15 @@ class Tasks(Case):
         self.assertIs(results[0], store)
         self.assertIs(self.app.store, store)
 
+    def test_the_scheme_of_the_database_says_who_keeps_it(self):
+        made = []
+        with mock.patch.dict(pybgworker.STORES, {"mine": made.append}):
+            App(db="mine://host/1").store
+        self.assertEqual([settings.db for settings in made], ["mine://host/1"])
+        with self.assertRaisesRegex(pybgworker.SettingError, "at mine://; give the path"):
+            App(db="mine://host/1").store
+        self.assertIsInstance(App(db=str(self.folder / "a:b")).store, SqliteStore)
+
     def test_what_is_configured_while_another_thread_looks_is_not_lost(self):
         self.app.configure(busy_timeout=5)
         _, let_go = self.held(vars(pybgworker), "resolve_settings")
