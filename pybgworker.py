@@ -3718,7 +3718,9 @@ class Transaction:
         if link.generation != FORKS.generation():
             raise Undone(FORKED.format(self._db.path))
         link.connection.execute("commit")
-        if not link.wal.is_there() and not FILES.is_away(link.identity):
+        if link.is_closed:      # by a fork since then, which has put the -wal away
+            FILES.check(link.identity, self._db.path)
+        elif not link.wal.is_there() and not FILES.is_away(link.identity):
             # Nobody will ever see what is in ours.  Where Guards cannot prevent it,
             # a stray close() of the file in this process has dropped our locks, and
             # another program took itself for the last user; else it was done by hand.

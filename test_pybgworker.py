@@ -2569,6 +2569,39 @@ class Forking(Case):
         self.assertIn("lines True {0}", said)
 
     @NEEDS_OWN_LOCKS
+    def test_a_fork_right_after_a_commit_is_no_loss_of_the_log(self):
+        """By a signal handler: what takes long there is the commit."""
+        self.python("""
+            import os, pybgworker as p
+            from pybgworker import task
+
+            @task
+            def t(): pass
+
+            class Forking:
+                def __init__(self, connection):
+                    self.connection = connection
+
+                def __getattr__(self, name):
+                    return getattr(self.connection, name)
+
+                def execute(self, statement, *values):
+                    found = self.connection.execute(statement, *values)
+                    if statement == "commit":
+                        pid = os.fork()
+                        if not pid:
+                            os._exit(0)
+                        os.waitpid(pid, 0)
+                    return found
+
+            t.delay()
+            link = p.default_app.store.db.link()
+            link.connection = Forking(link.connection)
+            assert (t.delay().id, link.is_closed) == (2, True)
+            assert t.delay().id == 3
+        """)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(3,)])
+
     def test_a_fork_within_a_call_of_sqlite_closes_nothing(self):
         said = self.ran("""
             delay()
