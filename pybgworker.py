@@ -6574,6 +6574,7 @@ class Surroundings:
             sys.setrecursionlimit(self._depth)
         if _socket.getdefaulttimeout() != self._timeout:
             _socket.setdefaulttimeout(self._timeout)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         os.umask(self._umask)
         if self._here() != self._folder:
             with contextlib.suppress(OSError):
@@ -6597,7 +6598,6 @@ class Surroundings:
         handlers = list(map(_signal.getsignal, self._handlers))
         touched = handlers != list(self._handlers.values()) \
             and self._restore_handlers(self._handlers)
-        _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for limit, soft in self._limits:
             now, hard = resource.getrlimit(limit)
             if now != soft:
@@ -9678,7 +9678,8 @@ class Worker:
         # by test_a_turn_that_can_do_nothing_is_not_due.
         if self.lookout.has_room and not self.senses.stops.count:
             longest = min(longest, self.lookout.seconds(self.store.now()))
-        due = min(self.house.next_due(), self.pool.next_timer())
+        due = min(self.house.next_due(), self.pool.next_timer(),
+                  self.stop_by or math.inf)
         return max(0.0, min(longest, due - at))
 
     def step(self, now: int, heard: Heard = Heard()) -> None:

@@ -6114,6 +6114,17 @@ class Children(Served):
         failed = self.failure(send("limited", timeout=0.2))
         self.assertEqual(failed.error_type, "TaskTimeout")
 
+    def test_a_blocked_signal_is_put_right_after_the_shortest_run(self):
+        """Else the next one, which may lie in the pipe already, has no time limit."""
+        done = self.python("""
+            import signal, pybgworker
+            around = pybgworker.Surroundings({})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            around.restore(pybgworker.standard_streams())
+            print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        """)
+        self.assertEqual(done.stdout, "set()\n", done.stderr)
+
     def test_a_task_finds_its_process_as_the_app_has_left_it(self):
         """Descriptors, timers, masks, all signals, limits, contexts, time-outs."""
         (self.folder / "spoilt.py").write_text(textwrap.dedent("""
@@ -8482,6 +8493,18 @@ class Workers(Served):
             worker.step(pybgworker.now_ms(), heard)
             turns += 1
         self.assertLess(turns, 30)
+
+    def test_the_end_of_a_stops_patience_needs_no_poll(self):
+        worker = self.started()
+        self.tasks.nap.delay(5)
+        self.wait_for_start(worker)
+        worker.settings.shutdown_timeout = 0.3
+        worker.senses.stops.count = 1
+        with mock.patch.object(pybgworker, "_POLL_SECONDS", 60):
+            worker.step(pybgworker.now_ms())
+            self.assertLess(worker._patience(), 0.31)
+        worker.stop_by = time.monotonic() - 1
+        self.assertEqual(worker._patience(), 0)
 
     def prefetched(self, worker):
         """As many runs of step_of() as may be are claimed; some have begun."""
