@@ -972,7 +972,7 @@ class Run:
     @property
     def is_last(self) -> bool:
         """True when a failure of this attempt is final."""
-        return self.used > self.retries
+        return self.attempt - self.forgiven > self.retries
 
 
 class Round(NamedTuple):
@@ -4416,12 +4416,15 @@ class _Pick:
         self.order, self.rates = order, rates
         self.free, self.ahead = order.free, order.ahead
         self.runs: list[Run] = []
-        self.ranges: list[list] = []    # [callbacks, priority, place, first id, last]
+        self.ranges: list[list] = []    # [(callbacks, priority, place), first id, last]
         self.limited: dict[str, int] = {}
         self.offered = 0
         self.is_full = False            # nothing behind can be taken, either
         self.needs_child: int | None = None     # priority of what does
         self._range: list = []          # the last one; empty: a row was passed over
+        # Names whose runs need not start at once.
+        self._may_wait = order.ahead_names if not order.rates \
+            else () if "" in order.rates else order.ahead_names - order.rates.keys()
         if rates and order.round.limited:
             self._remember(rates, now)
 
@@ -4450,7 +4453,7 @@ class _Pick:
         run = Run(*row[:_ROW_PLACE])
         if self.free:
             self.free -= 1
-        elif self.ahead and self._lets_wait(run):
+        elif self.ahead and name in self._may_wait and not run.is_last:
             self.ahead -= 1
         else:
             self.is_full = True     # it needs a free child: none may pass it
@@ -4476,19 +4479,14 @@ class _Pick:
             self.is_full = self.rates.opens_at("") is not None
         return until is not None
 
-    def _lets_wait(self, run):
-        """True for a run that need not start at once."""
-        name, of = run.name, self.order
-        return name in of.ahead_names and not run.is_last \
-            and not (of.rates and (name in of.rates or "" in of.rates))
-
     def _mark(self, row, callbacks):
         """Add the row to the ranges: of rows that follow each other, only the ends."""
-        last, (priority, place, task_id) = self._range, _order_of(row)
-        if last and last[:3] == [callbacks, priority, place]:
-            last[4] = task_id
+        last, task_id = self._range, row[_ROW_ID]
+        key = callbacks, row[_ROW_PRIORITY], row[_ROW_PLACE]
+        if last and last[0] == key:
+            last[2] = task_id
         else:
-            self._range = [callbacks, priority, place, task_id, task_id]
+            self._range = [key, task_id, task_id]
             self.ranges.append(self._range)
 
 
@@ -4730,7 +4728,7 @@ class Claims(Queue):
                     started_at = ?, callbacks = ?
                 where state = {QUEUED} and priority = ? and place = ?
                     and id between ? and ?""",
-            [(look.order.worker, now, *ids) for ids in look.pick.ranges],
+            [(look.order.worker, now, *key, *ids) for key, *ids in look.pick.ranges],
         )
         if look.rates:
             connection.executemany(
@@ -7351,7 +7349,9 @@ class Member:
     def finish(self) -> str:
         """The run has ended: return all that is kept of its output."""
         self.slot.announce()
-        self._book(self.pipe.cut(b"", at_end=True))
+        rest = self.pipe.cut(b"", at_end=True)
+        if rest:
+            self._book(rest)
         return self.slot.text()
 
     def cannot_start(self, reason: str, lacks: bool) -> None:
@@ -8697,6 +8697,8 @@ class Log:
 # == Journal ==================================================================
 # Owns the words of the worker's log: which event says what, with which fields.
 
+_MOST_NAMES = 1000          # of tasks, whose text is kept
+
 
 class Event(NamedTuple):
     """One row of EVENTS, and of the README's table."""
@@ -8769,6 +8771,10 @@ class Journal:
         self.log, self._worker = log, worker
         self._limited: dict[str, int] = {}      # names that wait for their rate
         self._about: dict[Run, str] = {}        # what each line of a run says
+        self._names: dict[str, str] = {}        # … and of its name
+        # The text that comes before the numbers, and the end.
+        self._id, self._attempt = log.part({"task_id": 0, "attempt": 0}).split("0")[:2]
+        self._us = log.part({"worker": worker})
         self._listeners: list[Callable[[str, dict], Any]] = []
         self.was_heard = False      # somebody may have enqueued, or cancelled
 
@@ -8833,10 +8839,17 @@ class Journal:
         if about is None:
             if len(self._about) >= MOST_CHILDREN:       # more do not run at a time
                 self._about.clear()
-            about = self._about[run] = self.log.part(self._fields_of(run))
+            name = self._names.get(run.name) or self._name_part(run.name)
+            about = self._about[run] = \
+                f"{self._id}{run.id}{name}{self._attempt}{run.attempt}{self._us}"
         self.log.line(event, about + self.log.part(fields) if fields else about)
         if self._listeners:
             self._tell(event, {**self._fields_of(run), **fields})
+
+    def _name_part(self, name):
+        if len(self._names) >= _MOST_NAMES:
+            self._names.clear()
+        return self._names.setdefault(name, self.log.part({"name": name}))
 
     def _fields_of(self, run):
         return {"task_id": run.id, "name": run.name, "attempt": run.attempt,

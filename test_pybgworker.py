@@ -7713,7 +7713,7 @@ class Logs(unittest.TestCase):
         self.assertEqual(heard, said)
         self.assertEqual([event for event, _ in heard], [
             "heartbeat_error", "task_start", "task_success", "output", "task_lost",
-            "callback_error"])
+            "task_failure", "callback_error"])
 
     def test_a_listener_that_raises_is_said_once_and_hurts_nobody(self):
         journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
