@@ -7133,7 +7133,7 @@ class Pools(Served):
         placement = self.placement(0.01, size=4)
         idle, late = self.ready_member(), self.ready_member(self.run_of(1, usual=0.01))
         two = self.ready_member(self.run_of(2, usual=0.01), self.run_of(3, usual=0.01))
-        late.slot.began -= 0.015
+        late.slot.began = two.slot.began - 0.015
         takers = placement.survey([two, late, idle], two.slot.began).takers
         order = [pybgworker.heapq.heappop(takers)[-1] for _ in range(3)]
         self.assertEqual([id(m) for m in order], [id(idle), id(late), id(two)])
