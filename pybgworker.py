@@ -3432,7 +3432,7 @@ create table bg_task (
     check (id between 1 and 1e15), check (place between 0 and 1e15),
     check (typeof(queue) = 'text'), check (typeof(name) = 'text'),
     check (state between 0 and 99), check (priority between -1e10 and 1e10),
-    check (attempt between 0 and 1e9),
+    check (typeof(attempt) = 'integer' and attempt between 0 and 1e9),
     check (retries between 0 and 1e12), check (forgiven between 0 and 1e9),
     check (timeout is null or timeout between 0 and 1e12),
     check (run_at between 0 and 1e16), check (created_at between 0 and 1e16),
@@ -5977,8 +5977,7 @@ _KINDS = {kind.code: kind for kind in (
 def write_frame(run: Run) -> bytes:
     """The bytes that make a child run this; a limit of 0 is none."""
     tick = _NO_TICK if run.tick is None else run.tick
-    attempt = int(run.attempt)      # whatever somebody has put into its row
-    head = _FRAME.pack(run.id, attempt, run.timeout or 0, tick, len(run.name))
+    head = _FRAME.pack(run.id, run.attempt, run.timeout or 0, tick, len(run.name))
     return head + f"{run.name}{run.args or ''}".encode()
 
 
@@ -6241,14 +6240,14 @@ class TaskStream(io.TextIOBase):
         and send what is begun: then this part belongs to a new beginning.  Guarded
         by test_a_print_in_the_middle_of_a_print_arrives.
         """
-        me = threading.get_ident()
+        me, size = threading.get_ident(), len(rest)
         while rest is not None:
             begun = self._begun.setdefault(me, collections.deque())
             begun.append(rest)
             is_sent_without = self._begun.get(me) is not begun and begun
             rest = begun.pop() if is_sent_without else None
         TaskStream.unended.add(self)
-        if len(begun) > _LINE_PARTS or begun and len(begun[-1]) > OUTPUT_CHARS:
+        if len(begun) > _LINE_PARTS or size > OUTPUT_CHARS:
             self.flush()
 
     def _send(self, text):
@@ -7284,7 +7283,8 @@ class Member:
     def condemn(self, verdict: Verdict, kill_due: float) -> None:
         """Have it killed then, unless that is about its run, and it ends before."""
         if verdict in _OF_A_RUN:
-            self.slot.verdict, self.slot.kill_due = verdict, kill_due
+            if self.waiting:        # else it had not begun, and was recalled
+                self.slot.verdict, self.slot.kill_due = verdict, kill_due
         else:
             self.verdict, self._kill_due = verdict, kill_due
 
@@ -7318,7 +7318,7 @@ class Member:
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
         if not self.waiting:
-            self.slot.run = None
+            self.slot.begin(None, self.slot.began)
         self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
         return back
 
@@ -8165,8 +8165,9 @@ class Pool:
         member.read_output()
         stack = member.read_stack()
         self.crew.starts.ended(member, at)
-        if member.waiting:
+        while member.waiting:       # one, or all that it took and has not answered
             self._ended.append(_death_of(member, stack, self._limits, at))
+            member.begin_next(at)
         self._remove(member)
         self.crew.fill(at)
 
@@ -8836,6 +8837,8 @@ class Journal:
             self.say(event, **fields)
             return
         about = self._about.get(run)
+        if about is not None and event == "task_start":     # in another child, before
+            return
         if about is None:
             if len(self._about) >= MOST_CHILDREN:       # more do not run at a time
                 self._about.clear()

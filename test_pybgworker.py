@@ -7004,6 +7004,28 @@ class Pools(Served):
         self.assertEqual(([end.kind for end in pool._ended], pool.members), (["crash"], []))
         member.mind_output.assert_not_called()
 
+    def test_all_that_a_child_took_and_has_not_answered_ends_with_it(self):
+        """It went mad, say, and read on: what came after that was not heard."""
+        runs = [self.run_of(n) for n in (1, 2, 3)]
+        pool, member = self.pool_of(*runs)
+        member.recall = lambda: []
+        pool._condemn(member, Verdict.MAD, 5.0)
+        pool.enforce(6.0)
+        self.assertEqual([(end.run, end.kind) for end in pool._ended],
+                         [(run, "crash") for run in runs])
+        self.assertEqual((pool.members, pool.in_hand()), ([], 0))
+
+    def test_a_run_that_had_not_begun_takes_its_verdict_along(self):
+        run = self.run_of(1)
+        run.timeout = 1.0
+        pool, member = self.pool_of(run)
+        del member.recall                       # nothing was taken
+        member.wire.recall = lambda: {1}
+        member.slot.began = 0.0
+        pool._enforce_on(member, 5.0)
+        self.assertEqual((list(pool.hand.runs), member.kill_due, member.why),
+                         ([run], 0.0, None))
+
     def test_a_child_whose_run_ends_within_its_grace_is_not_killed(self):
         for why, kill_due in ((Verdict.TIMEOUT, 0.0), (Verdict.CANCELLED, 0.0),
                               (Verdict.MEMORY, 7.0)):
@@ -9045,7 +9067,7 @@ class Workers(Served):
         self.turn_until(worker, lambda: ("rate_limited", name) in said)
 
     def test_a_name_that_waits_for_its_rate_is_said_once_a_wait(self):
-        journal, said = pybgworker.Journal(mock.Mock(), "w"), []
+        journal, said = pybgworker.Journal(Log(-1), "w"), []
         journal.say = lambda event, **about: said.append((event, about["name"]))
         for limited, now, count in (
             ({"t": 2000}, 1000, 1), ({"t": 2000}, 1500, 1), ({"t": 3000}, 1900, 1),
@@ -9058,7 +9080,7 @@ class Workers(Served):
         self.assertEqual(said, [("rate_limited", name) for name in "tut"])
 
     def test_each_end_of_a_run_has_its_event(self):
-        journal, run = pybgworker.Journal(mock.Mock(), "w"), Run(
+        journal, run = pybgworker.Journal(Log(-1), "w"), Run(
             1, "t", "q", 0, 3, 0, 2.0, 0, None, "", 5)
         said = []
         journal.run = lambda event, run, **about: said.append((event, about))
@@ -9081,11 +9103,18 @@ class Workers(Served):
             for event in "task_start", "task_success":
                 for run in runs:
                     journal.run(event, run)
-                    journal.run(event, run)
+                    journal.run("output", run)
                     self.assertLessEqual(len(journal._about), 2)
         said = [json.loads(line) for line in log._lines]
         self.assertEqual([(r["task_id"], r["name"], r["attempt"]) for r in said],
                          [(n, f"t{n}", n + 1) for n in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)] * 2)
+
+    def test_a_run_that_is_sent_to_another_child_has_started_once(self):
+        journal = pybgworker.Journal(Log(-1), "w")
+        run = Run(1, "t", "q", 0, 3, 0, 2.0, 0, None, "", 5)
+        journal.run("task_start", run)
+        journal.run("task_start", run)
+        self.assertEqual(len(journal.log._lines), 1)
 
     def test_old_finished_tasks_are_deleted(self):
         worker = self.started(retention="1h", retention_failed="forever")
@@ -9415,7 +9444,7 @@ class CommandLine(Served):
     def test_rows_edited_by_hand_are_refused_or_survived(self):
         """By the commands, and by a worker, which goes on with the others."""
         for column, value in (("run_at", 10**17), ("created_at", "soon"), ("state", "x"),
-                              ("priority", "x"), ("started_at", -10**15), ("attempt", "1x"),
+                              ("priority", "x"), ("started_at", -10**15), ("attempt", "1x"), ("attempt", 1.5),
                               ("tick", "never"), ("name", b"\xff"), ("timeout", "long")):
             self.tasks.add.delay(1, 2)
             with self.subTest(column), self.assertRaises(sqlite3.IntegrityError):
@@ -9423,7 +9452,7 @@ class CommandLine(Served):
         self.sql("delete from bg_task")
         odd = (("args", "{"), ("args", "[1]"), ("args", "5"), ("args", '{"$set": 5}'),
                ("args", '[[{"$decimal": "x"}], {}]'), ("args", b"\xff"), ("state", 77),
-               ("timeout", 1e-9), ("retries", 10**12), ("attempt", 1.5), ("key", b"\xff"),
+               ("timeout", 1e-9), ("retries", 10**12), ("key", b"\xff"),
                ("name", "nobody"), ("queue", ""), ("cancel_asked", "yes"), ("worker", "x"))
         ids = [self.tasks.add.delay(1, 2).id for _ in odd]
         for task_id, (column, value) in zip(ids, odd):
