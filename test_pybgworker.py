@@ -7008,7 +7008,7 @@ class Pools(Served):
         """It went mad, say, and read on: what came after that was not heard."""
         runs = [self.run_of(n) for n in (1, 2, 3)]
         pool, member = self.pool_of(*runs)
-        member.recall = lambda: []
+        member.recall = list
         pool._condemn(member, Verdict.MAD, 5.0)
         pool.enforce(6.0)
         self.assertEqual([(end.run, end.kind) for end in pool._ended],
