@@ -8163,10 +8163,9 @@ class Pool:
             return
         self._recall(member)
         member.read_output()
-        stack = member.read_stack()
         self.crew.starts.ended(member, at)
         while member.waiting:       # one, or all that it took and has not answered
-            self._ended.append(_death_of(member, stack, self._limits, at))
+            self._ended.append(_death_of(member, self._limits, at))
             member.begin_next(at)
         self._remove(member)
         self.crew.fill(at)
@@ -8207,10 +8206,10 @@ class Pool:
         return runs
 
 
-def _death_of(member, stack, limits, at):
+def _death_of(member, limits, at):
     """The Ended of the run at whose time a child died."""
     run, verdict = member.waiting[0], member.why
-    error: dict = {"traceback": stack, "retryable": True}
+    error: dict = {"traceback": member.read_stack(), "retryable": True}
     if verdict is Verdict.CANCELLED:
         error.update(kind="cancelled", message="cancelled, and killed")
     elif verdict in (Verdict.TIMEOUT, Verdict.STUCK):
