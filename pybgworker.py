@@ -319,14 +319,15 @@ SETTINGS = (
     Setting("db", "pybgworker.db", parse_path, True,
             "path of the SQLite file (default: pybgworker.db)"),
     Setting("concurrency", None, parse_children, True,
-            "children, that is tasks at a time, 1 to 1,000 (default: the CPU count)"),
+            "children, which is how many tasks run at once, 1 to 1,000 (default: the "
+            "CPU count)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
             "starts over all tasks and workers: 5 (a second), 5/s, 100/m, 1000/h "
             "(default: no limit)"),
     Setting("timeout", None, _seconds, True,
-            "limit of a run, for tasks that name none: seconds, or 90s, 15m, 12h "
+            "time limit of a run whose task has none: seconds, or 90s, 15m, 12h "
             "(default: no limit)"),
     Setting("worker_name", None, parse_name, True,
             "name shown in logs and inspect (default: host-pid)"),
@@ -1860,7 +1861,8 @@ class AsyncResult(Generic[V]):
             deadline = time.monotonic() + seconds
         pauses = growing_pauses()
         while True:
-            if self.ready():
+            state = self._store.state(self.id)
+            if state in FINISHED:
                 with contextlib.suppress(_Unfinished):
                     return self._outcome()
             pause = next(pauses)
@@ -1868,7 +1870,7 @@ class AsyncResult(Generic[V]):
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
                     raise WaitTimeout(
-                        f"task {self.id} is {self.status} after {seconds} s")
+                        f"task {self.id} is {state_name(state)} after {seconds} s")
             time.sleep(pause)
 
     def __await__(self) -> Generator[Any, None, V]:
