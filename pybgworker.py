@@ -1017,7 +1017,7 @@ class ClaimOrder(NamedTuple):
     names: Any                  # container of the task names it knows
     free: int                   # children that have nothing to do
     ahead: int                  # more places, for tasks that may wait in a pipe
-    ahead_names: Any            # container of the names that may
+    ahead_names: Any            # set of the names that may
     rates: dict                 # starts per second by task name; "": over all
     callbacks: dict = {}        # by task name, for those that have one: as in the row
     round: Round = Round()      # as the claim before has left it
@@ -9956,8 +9956,8 @@ def _log_apart(style):
          flag("--burst", action="store_true",
               help="end when nothing is due or running"),
          flag("--log-format", choices=("json", "text"),
-              help="json: an object a line; text: for eyes (default: text on a "
-              "terminal)"),
+              help="json: an object a line; text: human-readable (default: text on "
+              "a terminal)"),
          *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"))
 def _run(args, app):
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
