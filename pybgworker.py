@@ -5922,8 +5922,9 @@ class Guardian:
 # back what the child has not taken: each frame is got by exactly one of the two.
 
 # A frame is this header, the name of the task, and its arguments as they are encoded.
-_FRAME = struct.Struct("!qqddI")        # id attempt timeout tick length-of-the-name
+_FRAME = struct.Struct("!qqddII")   # id attempt timeout tick cell length-of-the-name
 _NO_TICK = -1.0
+NO_CELL = 0xFFFFFFFF            # of a run whose beginning is not noted in a cell
 _FRAME_BYTES = 1 << 16          # the longest; longer arguments are fetched
 
 # A message is this header and a body of so many bytes; the id of no run is 0.
@@ -5970,24 +5971,26 @@ PRINTED = Kind(b"O", _write_text, _read_text)       # text
 PROGRESSED = Kind(b"P", _write_json, json.loads)    # [percent, message]
 WRITTEN = Kind(b"W", bytes, bytes)                  # what the pipe held: see Output
 STRAYS = Kind(b"X", _write_json, json.loads)        # whether others write there
+LAGGED = Kind(b"G", _write_json, json.loads)        # [seconds, stack]: see Coroutines
 _KINDS = {kind.code: kind for kind in (
     READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, PROGRESSED,
-    WRITTEN, STRAYS,
+    WRITTEN, STRAYS, LAGGED,
 )}
 
 
-def write_frame(run: Run) -> bytes:
+def write_frame(run: Run, cell: int = NO_CELL) -> bytes:
     """The bytes that make a child run this; a limit of 0 is none."""
     tick = _NO_TICK if run.tick is None else run.tick
-    head = _FRAME.pack(run.id, run.attempt, run.timeout or 0, tick, len(run.name))
+    head = _FRAME.pack(
+        run.id, run.attempt, run.timeout or 0, tick, cell, len(run.name))
     return head + f"{run.name}{run.args or ''}".encode()
 
 
 def read_frame(frame: bytes) -> tuple:
-    """(id, attempt, timeout, tick or None, name, text of the arguments)."""
-    run_id, attempt, timeout, tick, size = _FRAME.unpack_from(frame)
+    """(id, attempt, timeout, tick or None, cell, name, text of the arguments)."""
+    run_id, attempt, timeout, tick, cell, size = _FRAME.unpack_from(frame)
     text = frame[_FRAME.size:].decode()
-    return (run_id, attempt, timeout, None if tick == _NO_TICK else tick,
+    return (run_id, attempt, timeout, None if tick == _NO_TICK else tick, cell,
             text[:size], text[size:])
 
 
@@ -6744,6 +6747,10 @@ class ChildSpec(NamedTuple):
     crash: int          # descriptor for the Python stack of a crash
     output: int         # the reading end of the pipe behind descriptors 1 and 2
     settings: dict      # that differ from the environment
+    beside: int = -1    # descriptor to read the frames of coroutines from; -1: none
+    begun: int = -1     # descriptor of the mapping of what has begun; -1: none
+    threads: int = 1    # ordinary tasks at a time; 1: on the main thread
+    coroutines: int = 100       # async tasks at a time
 
 
 def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> ChildSpec:
@@ -6954,7 +6961,7 @@ class Child:
         os._exit(code & 0xFF)
 
     def _serve(self, frame):
-        run_id, attempt, timeout, tick, name, text = read_frame(frame)
+        run_id, attempt, timeout, tick, _, name, text = read_frame(frame)
         self.of = run_id, attempt
         self.printer.begin(self.of)
         self.interrupts.begin(run_id)

@@ -5557,14 +5557,18 @@ class Wires(unittest.TestCase):
             run = Run((1 << 63) - 1, name, "q", 2, 3, 0, timeout, 0, tick, args, 5)
             self.assertEqual(
                 pybgworker.read_frame(pybgworker.write_frame(run)),
-                (run.id, 3, timeout or 0, tick, name, args or ""))
+                (run.id, 3, timeout or 0, tick, pybgworker.NO_CELL, name, args or ""))
+            self.assertEqual(
+                pybgworker.read_frame(pybgworker.write_frame(run, 70_000))[4:6],
+                (70_000, name))
 
     def test_what_a_child_says_arrives_and_nonsense_is_refused(self):
         said = ((pybgworker.READY, ["a"]), (pybgworker.BROKEN, "trace \ud800"),
                 (pybgworker.SUCCEEDED, "[1]"), (pybgworker.ENDED_BADLY, {"kind": "abort"}),
                 (pybgworker.PRINTED, "\u00fc\n"), (pybgworker.PROGRESSED, [5, None]),
                 (pybgworker.WRITTEN, b"\xff"), (pybgworker.STRAYS, True),
-                (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"))
+                (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"),
+                (pybgworker.LAGGED, [1.5, "stack"]))
         self.assertEqual({kind.code for kind, _ in said}, set(pybgworker._KINDS))
         with contextlib.ExitStack() as ends:
             wire = pybgworker.WorkerEnd(ends)
