@@ -5661,6 +5661,38 @@ def send_signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+class Process:
+    """A process that this one has started: signals to it, and how it ended."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.exit: Exit | None = None       # once it is dead
+
+    def poll(self) -> Exit | None:
+        """How it ended; None while it lives."""
+        self.exit = self.exit or poll_exit(self.pid)
+        return self.exit
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, while it lives."""
+        if not self.exit:
+            send_signal(self.pid, number)
+
+    def end(self, seconds: float) -> bool:
+        """Wait for its end; after so many seconds kill it.  With it goes its group.
+
+        False: it had to be killed.
+        """
+        deadline, by_itself = time.monotonic() + seconds, True
+        while not self.poll():
+            if time.monotonic() >= deadline:
+                by_itself = False
+                self.signal(signal.SIGKILL)
+            own_sleep(0.001)
+        kill_group(self.pid)            # what it has left behind
+        return by_itself
+
+
 def own_socket(fd: int) -> _socket.socket:
     """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
 
@@ -7246,7 +7278,7 @@ class Member:
                 frames=ends[0], messages=ends[1], crash=child_crash, output=output
             )
             argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
-            self.pid = spawn(argv, ends, null, child_output)
+            self.process = Process(spawn(argv, ends, null, child_output))
             undo.pop_all()
         self.wire.given()
         os.set_blocking(self.crash, False)
@@ -7259,7 +7291,6 @@ class Member:
         self.phase = Phase.STARTING
         self.verdict: Verdict | None = None     # on the child, not on its run
         self._kill_due = 0.0            # when that is carried out
-        self.exit: Exit | None = None   # once it is dead
         self._reason = ""               # why it could not start
         self._lacks = False             # … for want of what there may be later
 
@@ -7373,11 +7404,12 @@ class Member:
         Whoever is killed before it is ready is so by the kernel, out of memory.
         """
         return self._lacks or not self.why and self.phase is not Phase.LEAVING \
-            and self.exit is not None and self.exit.signal == "SIGKILL"
+            and self.process.exit is not None \
+            and self.process.exit.signal == "SIGKILL"
 
     def outgrows(self, limit: int | None) -> bool:
         """True when it takes more than `limit` bytes before its first run."""
-        taken = memory_bytes(self.pid) if limit else 0
+        taken = memory_bytes(self.process.pid) if limit else 0
         if limit and taken > limit:
             self._reason = (
                 f"max_memory is {limit >> 20} MiB, and to import the app alone takes "
@@ -7388,7 +7420,8 @@ class Member:
     def last_words(self) -> str:
         """Why it could not start."""
         said = self._reason or self.slot.text()
-        how = self.exit and (self.exit.signal or f"exit code {self.exit.code}")
+        end = self.process.exit
+        how = end and (end.signal or f"exit code {end.code}")
         return said or f"it died at once: {how}"
 
     def read_stack(self) -> str:
@@ -7398,23 +7431,12 @@ class Member:
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
         self.wire.cancel(run_id)
-        send_signal(self.pid, signal.SIGUSR1)
+        self.process.signal(signal.SIGUSR1)
 
-    def poll(self) -> Exit | None:
-        """How it ended; None while it lives."""
-        self.exit = self.exit or poll_exit(self.pid)
-        return self.exit
-
-    def wait(self, seconds: float, verdict: Verdict | None = None) -> Exit:
+    def wait(self, seconds: float, verdict: Verdict | None = None) -> None:
         """Wait for its end; after so many seconds kill it, for this reason."""
-        deadline = time.monotonic() + seconds
-        while not self.poll():
-            if time.monotonic() >= deadline:
-                self.verdict = self.why or verdict
-                send_signal(self.pid, signal.SIGKILL)
-            own_sleep(0.001)
-        kill_group(self.pid)            # what it has left behind
-        return self.poll() or Exit(None, None, 0)
+        if not self.process.end(seconds):
+            self.verdict = self.why or verdict
 
     def leave(self, kill_due: float) -> None:
         """Tell it to exit: it has nothing to do."""
@@ -7783,20 +7805,21 @@ class Starts:
         else:
             self.failed(at, member.last_words())
         if member.phase is Phase.READY and not (member.waiting or member.why):
-            about = crash_of(None, member.exit, 0)["message"]
+            about = crash_of(None, member.process.exit, 0)["message"]
             self._say(f"a child has ended while it had nothing to do: {about}",
-                      pid=member.pid)
+                      pid=member.process.pid)
 
     def mention_slow(self, members: Sequence[Member], at: float) -> None:
         """Say once of each child that it imports the app for long, and where it is."""
         starting = [m for m in members if not m.ready]
         for member in starting:
-            if at - member.began >= SLOW_SECONDS and member.pid not in self._slow:
+            pid = member.process.pid
+            if at - member.began >= SLOW_SECONDS and pid not in self._slow:
                 self._say(f"a child is not ready after {SLOW_SECONDS:g} s: it still "
-                          "imports the app, and is waited for", pid=member.pid,
+                          "imports the app, and is waited for", pid=pid,
                           stack=member.read_stack() or None)
-                self._slow.add(member.pid)
-        self._slow.intersection_update(member.pid for member in starting)
+                self._slow.add(pid)
+        self._slow.intersection_update(member.process.pid for member in starting)
 
     def succeeded(self) -> None:
         """One is ready: earlier failures do not count any more."""
@@ -7830,7 +7853,7 @@ class Crew:
             for _ in range(min(missing, self.starts.room(self.members, at))):
                 member = Member(self._spec, self._log, at)
                 member.watch(self.selector)
-                self._guardian.watch(member.pid)
+                self._guardian.watch(member.process.pid)
                 self.members.append(member)
         except OSError as exc:
             tell = self.starts.lacked if is_lack(exc) else self.starts.failed
@@ -7857,7 +7880,7 @@ class Crew:
 
     def remove(self, member: Member) -> None:
         """It is dead: let go of what is left of it."""
-        self._guardian.release(member.pid)
+        self._guardian.release(member.process.pid)
         member.close(self.selector)
         self.members.remove(member)
 
@@ -8148,7 +8171,7 @@ class Pool:
         """Kill it with its group; a stuck one first dumps its Python stack."""
         if member.slot.verdict is Verdict.TIMEOUT and not member.verdict:
             member.condemn(Verdict.STUCK, at + _STACK_GRACE)
-            send_signal(member.pid, signal.SIGUSR2)
+            member.process.signal(signal.SIGUSR2)
         else:
             self._hear_last(member, at)
             self._bury(member, at)
@@ -8162,7 +8185,7 @@ class Pool:
     def notice_deaths(self, at: float) -> None:
         """Find the dead whose socket a grandchild keeps open."""
         for member in list(self.members):
-            if member.poll():
+            if member.process.poll():
                 self._hear_last(member, at)
                 self._bury(member, at)
 
@@ -8199,7 +8222,7 @@ class Pool:
         """Replace idle children over the memory limit; kill the others."""
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
-            if memory_bytes(member.pid) > limit and not member.is_retiring:
+            if memory_bytes(member.process.pid) > limit and not member.is_retiring:
                 if member.phase is Phase.READY and not member.waiting:
                     self._retire(member)
                 elif member.ready or member.outgrows(limit):
@@ -8225,7 +8248,7 @@ def _death_of(member, limits, at):
         message = f"killed after its limit of {run.timeout:g} s"
         error.update(kind="timeout", message=message)
     else:
-        error.update(crash_of(verdict, member.exit, limits.max_memory))
+        error.update(crash_of(verdict, member.process.exit, limits.max_memory))
     return Ended(run, error["kind"], None, error, member.finish(), None,
                  at - member.slot.began)
 

@@ -5512,7 +5512,7 @@ class Processes(Case):
                 raise OSError(pybgworker.errno.ENOSPC, "no more")
 
         self.assertRaises(OSError, member.watch, Full())
-        self.assertFalse(is_alive(member.pid))
+        self.assertFalse(is_alive(member.process.pid))
         self.assertEqual(lowest_free(), before)
         selector.close()
 
@@ -6812,10 +6812,11 @@ class Pools(Served):
         pool.crew.starts.end()               # no other is started
         pool.crew._guardian = mock.Mock()
         member = self.ready_member(*runs)
-        member.exit = pybgworker.Exit(None, "SIGKILL", 0)
-        for name in ("interrupt", "wait", "poll", "close", "mind_output", "read_output"):
+        end = pybgworker.Exit(None, "SIGKILL", 0)
+        member.process = mock.Mock(pid=4711, exit=end)
+        for name in ("interrupt", "wait", "close", "mind_output", "read_output"):
             setattr(member, name, mock.Mock())
-        member.pid, member.read_stack = 4711, str
+        member.read_stack = str
         pool.members.append(member)
         return pool, member
 
@@ -6899,20 +6900,19 @@ class Pools(Served):
         pool, member = self.pool_of(run)
         run.timeout, began = 2.0, member.slot.began
         pool._mark(member)
-        with mock.patch.object(pybgworker, "send_signal") as send:
-            steps = []
-            for seconds in (1.9, 2.0, 2.0 + pybgworker._TIMEOUT_GRACE - 0.01):
-                pool.enforce(began + seconds)
-                steps.append(member.why)
-            self.assertEqual(steps, [None, Verdict.TIMEOUT, Verdict.TIMEOUT])
-            send.assert_not_called()
-            at = member.kill_due
-            self.assertEqual(at, began + 2.0 + pybgworker._TIMEOUT_GRACE)
-            pool.enforce(at)
-            send.assert_called_once_with(member.pid, signal.SIGUSR2)
-            pool.enforce(at + pybgworker._STACK_GRACE / 2)
-            self.assertEqual(pool._ended, [])
-            pool.enforce(at + pybgworker._STACK_GRACE)
+        steps, send = [], member.process.signal
+        for seconds in (1.9, 2.0, 2.0 + pybgworker._TIMEOUT_GRACE - 0.01):
+            pool.enforce(began + seconds)
+            steps.append(member.why)
+        self.assertEqual(steps, [None, Verdict.TIMEOUT, Verdict.TIMEOUT])
+        send.assert_not_called()
+        at = member.kill_due
+        self.assertEqual(at, began + 2.0 + pybgworker._TIMEOUT_GRACE)
+        pool.enforce(at)
+        send.assert_called_once_with(signal.SIGUSR2)
+        pool.enforce(at + pybgworker._STACK_GRACE / 2)
+        self.assertEqual(pool._ended, [])
+        pool.enforce(at + pybgworker._STACK_GRACE)
         self.assertEqual([end.kind for end in pool._ended], ["timeout"])
         self.assertEqual((pool.members, pool.next_timer()), ([], float("inf")))
 
@@ -6950,7 +6950,7 @@ class Pools(Served):
         _, member = self.pool_of()
         member._reason = ""
         for how, words in (((None, 1, 0), "exit code 1"), (("SIGSEGV", None, 0), "SIGSEGV")):
-            member.exit = pybgworker.Exit(*how)
+            member.process.exit = pybgworker.Exit(*how)
             self.assertEqual(member.last_words(), f"it died at once: {words}")
 
     def test_a_child_over_its_memory_is_replaced_killed_or_gives_the_reason(self):
@@ -8898,9 +8898,9 @@ class Workers(Served):
     # How the only child that works becomes free, or is replaced.
     FREED = {
         "end": lambda case, worker, held: (case.folder / "go").touch(),
-        "crash": lambda case, worker, held: os.kill(case.busy(worker).pid, 9),
+        "crash": lambda case, worker, held: os.kill(case.busy(worker).process.pid, 9),
         "both crash": lambda case, worker, held: [
-            os.kill(member.pid, 9) for member in worker.pool.members],
+            os.kill(member.process.pid, 9) for member in worker.pool.members],
         "cancel": lambda case, worker, held: held.cancel(),
         "time limit": lambda case, worker, held: [
             setattr(case.busy(worker).waiting[0], "timeout", 0.01),
