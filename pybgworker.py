@@ -938,17 +938,16 @@ class NewTask(NamedTuple):
     counted: bool = False       # run_at was counted from created_at
 
 
-class Run:
-    """One attempt of one task, claimed by this worker."""
+class Attempt:
+    """One attempt of one task, as the row has it."""
 
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "callbacks",
-        "tokens", "usual", "due",
+        "run_at", "tick", "args", "priority", "callbacks", "alone",
     )
 
     def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
-                 run_at, tick, args, priority, callbacks=0):
+                 run_at, tick, args, priority, callbacks=0, alone=0):
         self.id = id
         self.name = name
         self.queue = queue
@@ -961,9 +960,7 @@ class Run:
         self.args = args                # None: the child reads them itself
         self.priority = priority
         self.callbacks = callbacks      # as in the row
-        self.tokens: tuple = ()         # (limit, ms) that its start spent: Rates
-        self.usual = 0.0                # seconds that runs of this task take
-        self.due = 0.0                  # monotonic: when it should begin, once sent
+        self.alone = bool(alone)        # it is to have a child to itself
 
     @property
     def used(self) -> int:
@@ -974,6 +971,14 @@ class Run:
     def is_last(self) -> bool:
         """True when a failure of this attempt is final."""
         return self.attempt - self.forgiven > self.retries
+
+
+class Run(Attempt):
+    """An attempt that a worker has claimed, with what only that worker knows of it."""
+
+    tokens: tuple = ()              # (limit, ms) that its start spent: Rates
+    usual = 0.0                     # seconds that runs of this task take
+    due = 0.0                       # monotonic: when it should begin, once sent
 
 
 class Round(NamedTuple):
@@ -1141,6 +1146,7 @@ class WorkerRow(NamedTuple):
     beat_at: int
     running: int
     live: int
+    start_method: str = ""      # of its children, and why; as far as it is known
 
 
 class FinishedRun(NamedTuple):
@@ -3523,9 +3529,31 @@ create table bg_meta (
 ) without rowid""",
     """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
 )
+_SCHEMA_2 = (
+    """alter table bg_task add column
+    alone       integer not null default 0  -- 1: its last run died among others, so
+                                      -- that the next has a child to itself
+        check (alone in (0, 1))""",
+    """alter table bg_worker add column
+    start_method text not null default ''  -- of its children, and why; '' unknown
+        check (typeof(start_method) = 'text')""",
+    # What needs a child to itself is in an index of its own, and in no other: a look
+    # that has no such child finds none of it, however much there is.
+    """drop index bg_ready""",
+    """drop index bg_group""",
+    f"""create index bg_ready on bg_task (priority, place)
+        where state = {QUEUED} and alone = 0""",
+    f"""create index bg_group on bg_task (queue, name, priority, place)
+        where state = {QUEUED} and alone = 0""",
+    f"""create index bg_alone on bg_task (priority, place)
+        where state = {QUEUED} and alone = 1""",
+    # With the name: how many run of one is counted with a seek for each worker.
+    """drop index bg_running""",
+    f"""create index bg_running on bg_task (worker, name) where state = {RUNNING}""",
+)
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
-_MIGRATIONS = (_SCHEMA,)
+_MIGRATIONS = (_SCHEMA, _SCHEMA_2)
 
 
 @contextlib.contextmanager
@@ -4398,7 +4426,7 @@ _TASK_ROW = f"""
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
         priority, place,
         exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
-    from bg_task where state = {QUEUED}"""
+    from bg_task where state = {QUEUED} and alone = 0"""
 
 
 # Where in such a row.
@@ -4595,10 +4623,11 @@ class Look:
         return self._connection.execute(
             f"""with recursive leap (queue) as (
                     select min(queue) from bg_task
-                        where state = {QUEUED} and queue > :queue
+                        where state = {QUEUED} and alone = 0 and queue > :queue
                     union all
                     select (select min(queue) from bg_task
-                            where state = {QUEUED} and queue > leap.queue)
+                            where state = {QUEUED} and alone = 0
+                                and queue > leap.queue)
                         from leap join bg_queue on bg_queue.name = leap.queue
                     limit :most)
                 select queue from leap""",
@@ -4728,7 +4757,7 @@ class Claims(Queue):
         connection.executemany(
             f"""update bg_task set state = {RUNNING}, worker = ?, attempt = attempt + 1,
                     started_at = ?, callbacks = ?
-                where state = {QUEUED} and priority = ? and place = ?
+                where state = {QUEUED} and alone = 0 and priority = ? and place = ?
                     and id between ? and ?""",
             [(look.order.worker, now, *key, *ids) for key, *ids in look.pick.ranges],
         )
@@ -4785,6 +4814,16 @@ def _is_plain(outcome):
     is_first = outcome.state == SUCCESS and outcome.run.attempt == 1
     is_small = len(outcome.result or "") <= INLINE_CHARS
     return is_first and is_small and not (outcome.output or outcome.then)
+
+
+def _stays_alone(outcome):
+    """1 if the next run has a child to itself, too.
+
+    A run that came to an end of its own while it was alone is no danger to others.
+    One that has not come to its end, or has taken the child with it, may be.
+    """
+    is_danger = outcome.state == QUEUED or (outcome.error or {}).get("kind") == "crash"
+    return int(outcome.run.alone and is_danger)
 
 
 def drop_old(connection, run, state):
@@ -4844,7 +4883,7 @@ class Endings(Claims):
                 then {CANCELLED} else ? end,
             finished_at = case when cancel_asked or ? > {RUNNING} then ? end,
             started_at = ifnull(?, started_at), duration = ?, run_at = ?,
-            result = ?, forgiven = forgiven + ?, attempt = attempt - ?
+            result = ?, forgiven = forgiven + ?, attempt = attempt - ?, alone = ?
         where id = ? and state = {RUNNING} and worker = ? and attempt = ?"""
 
     def _finish(self, link, outcomes, worker, now):
@@ -4890,7 +4929,8 @@ class Endings(Claims):
         return (
             state, state, state, now, outcome.started_at, outcome.duration,
             run.run_at if outcome.run_at is None else outcome.run_at,
-            outcome.result, forgive, uncount, run.id, worker, run.attempt,
+            outcome.result, forgive, uncount, _stays_alone(outcome),
+            run.id, worker, run.attempt,
         )
 
     def _finish_one(self, link, outcome, worker, now):
@@ -5139,7 +5179,7 @@ class Desk(Records):
     def _queue_again(self, connection, task_id, now):
         connection.execute(
             f"""update bg_task set state = {QUEUED}, forgiven = attempt,
-                    cancel_asked = 0, run_at = :now, started_at = null,
+                    alone = 0, cancel_asked = 0, run_at = :now, started_at = null,
                     finished_at = null, duration = null, result = null
                 where id = :id""",
             {"id": task_id, "now": now},
@@ -5220,7 +5260,11 @@ class Desk(Records):
             f"""select id from (
                     select id, queue, name from bg_task where state < {QUEUED}
                     union all
-                    select id, queue, name from bg_task where state = {QUEUED})
+                    select id, queue, name from bg_task
+                        where state = {QUEUED} and alone = 0
+                    union all
+                    select id, queue, name from bg_task
+                        where state = {QUEUED} and alone = 1)
                 where (:queue is null or queue = :queue)
                     and (:name is null or name = :name)""",
             {"queue": queue, "name": name}, end,
@@ -5309,7 +5353,8 @@ class Register:
                 return []
             rows = self.db.read(
                 f"""select cancel_asked, id, name, queue, attempt - 1, retries,
-                        forgiven, timeout, run_at, tick, null, priority, callbacks
+                        forgiven, timeout, run_at, tick, null, priority, callbacks,
+                        alone
                     from bg_task where state = {RUNNING} and worker = :worker""",
                 {"worker": worker},
             )
@@ -5367,7 +5412,7 @@ class Register:
     def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
         rows = self.db.read(
             """select id, name, pid, host, boot, port, token, queues, concurrency,
-                    started_at, beat_at, running, live
+                    started_at, beat_at, running, live, start_method
                 from bg_worker where id > :after order by id limit :limit""",
             {"after": after, "limit": limit},
         )
@@ -11481,7 +11526,8 @@ def _raw_claim_and_ack(connection):
         rows = connection.execute(
             f"""select id, name, queue, attempt, retries, timeout, run_at, args
                 from bg_task
-                where state = {QUEUED} and queue = 'default' and name = 'noop'
+                where state = {QUEUED} and alone = 0
+                    and queue = 'default' and name = 'noop'
                 order by priority, id limit ?""", (_CLAIM_BATCH,),
         ).fetchall()
         now = now_ms()
@@ -11636,7 +11682,7 @@ def _measure_throughput(place, raw):
     seconds = max(0.001, (max(row.finished_at for row in rows) - first) / 1000)
     worker, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
     left, = raw.execute(
-        f"""select count(*) from bg_task where state = {QUEUED}"""
+        f"""select count(*) from bg_task where state = {QUEUED} and alone = 0"""
     ).fetchone()
     theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
     limit = _limit_of_worker(worker, children, place.app.settings.concurrency)

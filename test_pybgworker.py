@@ -3239,7 +3239,7 @@ class Databases(Case):
         self.assertEqual(self.sql("select extra from bg_task"), [(1,)])
         self.assertEqual(App(db=str(self.db)).send("t").id, 2)
         self.assertEqual(self.sql("select value from bg_meta where name = 'schema'"),
-                         [(2,)])
+                         [(3,)])
         fresh = App(db=str(self.folder / "fresh.db"))       # both steps at once
         self.addCleanup(fresh.store.close)
         self.assertEqual(fresh.send("t").id, 1)
@@ -3252,7 +3252,7 @@ class Databases(Case):
         self.app.send("t", conn=mine)
         mine.rollback()
         self.assertEqual(self.sql("select value from bg_meta where name = 'schema'"),
-                         [(1,)])
+                         [(2,)])
         self.app.send("t", conn=mine)
         mine.commit()
         self.assertEqual(self.sql("select id, extra from bg_task"),
@@ -3285,6 +3285,71 @@ class Databases(Case):
         for thread in threads:
             thread.join()
         self.assertEqual((sorted(ids), problems), ([2, 3, 4, 5, 6, 7], []))
+
+    def first_schema(self):
+        """A file as the first schema has it, with rows of every state; the rows."""
+        first = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(first.close)
+        for statement in ("pragma journal_mode = wal", *pybgworker._SCHEMA):
+            first.execute(statement)
+        first.execute("update bg_meta set value = 1 where name = 'schema'")
+        first.execute("""insert into bg_worker (id, name, pid, host, boot, port, token,
+                            concurrency, started_at, beat_at)
+                         values (3, 'w', 1, 'h', 'b', 0, '', 1, 1, 1)""")
+        first.executemany("""
+            insert into bg_task (id, state, queue, name, priority, place, key, attempt,
+                retries, worker, run_at, created_at, args)
+            values (?1, ?1 % 7, 'q' || (?1 % 3), 't', ?1 % 5, ?1 % 2, 'k' || ?1, 1, 3, 3,
+                iif(?1 % 7 < 2, 4e12, 1), 1, '[[],{}]')""",
+                          [(n,) for n in range(1, 141)])
+        return self.sql("select * from bg_task"), self.sql("select * from bg_worker")
+
+    def made_of(self, path):
+        """The tables and indexes of a file."""
+        connection = sqlite3.connect(path)
+        self.addCleanup(connection.close)
+        return connection.execute("""select name, sql from sqlite_master
+            where name like 'bg_%' order by name""").fetchall()
+
+    def test_the_first_schema_is_brought_up_to_date_by_eight_processes_at_once(self):
+        tasks, workers = self.first_schema()
+        code = """
+            import sys, pybgworker
+            sys.stdin.readline()
+            print(pybgworker.App().send("t", 1).id)
+        """
+        programs = [
+            subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE,
+                             env=clean_environment(PYBGWORKER_DB=str(self.db)))
+            for _ in range(8)
+        ]
+        for program in programs:
+            program.stdin.write("\n")
+            program.stdin.flush()
+        ended = [program.communicate(timeout=60) for program in programs]
+        self.assertEqual([errors for _, errors in ended], [""] * 8)
+        self.assertEqual(sorted(int(out) for out, _ in ended), list(range(141, 149)))
+
+        self.assertEqual([row[:-1] for row in self.sql("select * from bg_task")][:140],
+                         tasks)
+        self.assertEqual([row[:-1] for row in self.sql("select * from bg_worker")],
+                         workers)
+        self.assertEqual(self.sql("select distinct alone from bg_task"), [(0,)])
+        SqliteStore(str(self.folder / "fresh")).create()
+        self.assertEqual(self.made_of(self.db), self.made_of(self.folder / "fresh"))
+        self.assertEqual(self.sql("pragma integrity_check"), [("ok",)])
+        # And it works: what was ready is claimed, what ran is reaped.
+        self.assertEqual(len(self.store.reap(3, "w", 10)), 20)
+        self.assertEqual(self.store.purge(None, None, 10), 60 + 20 + 8)
+
+    def test_a_pybgworker_of_the_first_schema_refuses_what_is_newer(self):
+        self.app.send("t")
+        with mock.patch.object(pybgworker, "_MIGRATIONS", (pybgworker._SCHEMA,)), \
+                self.assertRaisesRegex(pybgworker.DatabaseUnusable,
+                                       r"made by a newer pybgworker \(schema 2"):
+            App(db=str(self.db)).send("t")
 
     def test_what_is_wrong_with_the_file_is_said_with_what_to_do(self):
         garbage = self.folder / "garbage"
