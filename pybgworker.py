@@ -37,10 +37,10 @@ Map
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
-        Processes · Wire · Output · Surroundings · Interrupts · Child ·
-        Member · Hearing · Placement · Crew · Pool · Liveness · Wishes · Log ·
-        Journal · Upkeep · Settling · Lookout · Senses · Household · Worker ·
-        Command line
+        Importing · Registry · Processes · Wire · Output · Surroundings ·
+        Interrupts · Child · Member · Hearing · Placement · Crew · Pool ·
+        Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
+        Senses · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -1516,12 +1516,32 @@ def _code_of(fn):
 
 
 _CO_GENERATORS = 0x20 | 0x200       # of co_flags: def and async def that yield
+_CO_COROUTINE = 0x80 | 0x100        # … and async def, or types.coroutine
 
 
 def does_yield(fn):
     """True when a call of it only makes a generator."""
     code = _code_of(fn)
     return code is not None and bool(code.co_flags & _CO_GENERATORS)
+
+
+def is_coroutine_function(fn):
+    """True when a call of it makes a coroutine, as its code says."""
+    code = _code_of(fn)
+    return code is not None and bool(code.co_flags & _CO_COROUTINE)
+
+
+def parameters_of(fn):
+    """The names of its parameters, as in `def`; of C code there are none."""
+    code = _code_of(fn)
+    if code is None:
+        return ()
+    named = code.co_argcount + code.co_kwonlyargcount
+    rest = iter(code.co_varnames[named:])
+    stars = [star + next(rest) for bit, star in ((0x04, "*"), (0x08, "**"))
+             if code.co_flags & bit]
+    names = code.co_varnames[isinstance(fn, types.MethodType):named]
+    return (*names, *stars)
 
 
 def needs_arguments(fn):
@@ -2210,6 +2230,10 @@ class App:
     def override(self, **settings: Any) -> None:
         """Set settings as flags do: before the environment."""
         self._merge(self._flags, settings)
+
+    def configured(self) -> dict:
+        """The settings that code has set."""
+        return dict(self._code)
 
     def _merge(self, target, settings):
         for name in settings.keys() - SETTING_BY_NAME:
@@ -5578,6 +5602,204 @@ STORES[""] = _open_sqlite
 # BOOK THREE: THE WORKER
 ###############################################################################
 
+# == Importing ================================================================
+# Owns how an app is imported, by its name, and what is said when that fails.  An
+# import must not enqueue: it happens in each worker, and in each child.
+
+TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
+
+
+class Problem(PyBgWorkerError):
+    """A command could not do (all of) its work; the message is for people."""
+
+
+class UsageError(PyBgWorkerError):
+    """The command line itself is wrong: exit status 2."""
+
+
+def load_app(spec: str) -> App:
+    """Import MODULE[:APP] and return its App.
+
+    Without :APP it is the default App, or the only other App in the module.
+    Raises AppError when there is no App of that name; what the import itself
+    raises passes through.
+    """
+    module_name, _, attribute = spec.partition(":")
+    App.serving = module_name           # the import must not enqueue
+    try:
+        module = importlib.import_module(module_name)
+    finally:
+        App.serving = ""
+    if attribute:
+        app = getattr(module, attribute, None)
+        if not isinstance(app, App):
+            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
+    else:
+        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
+        app = default_app
+        if not app.tasks and len(apps) == 1:
+            app, = apps.values()
+    limit = getattr(module, "RATE_LIMIT", None)
+    if limit is not None:
+        app.suggest(rate_limit=limit)
+    return app
+
+
+def import_app(spec: str) -> App:
+    """The app that --app names.  Raises Problem with its traceback."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        app = load_app(spec)
+    except PyBgWorkerError:
+        raise
+    except BaseException as exc:
+        _check_module_name(spec, exc)
+        trace = describe_exception(exc)["traceback"]
+        raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
+    _hand_over()
+    if not app.tasks:
+        raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
+    return app
+
+
+def _check_module_name(spec, exc):
+    """Raise UsageError when it was the path of a file."""
+    name, colon, attribute = spec.partition(":")
+    if isinstance(exc, (ImportError, TypeError)) and re.search(r"/|\.py$", name):
+        meant = os.path.normpath(re.sub(r"\.py$", "", name)).replace("/", ".")
+        raise UsageError(
+            f"--app {spec}: it is the name of a module, not of its file: "
+            f"--app {meant.strip('.')}{colon}{attribute}"
+        ) from None
+
+
+class OtherCopy(Exception):
+    """The app has imported this file by another name: its tasks are there."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def _hand_over():
+    """Raise OtherCopy when `python vendor/pybgworker.py` serves an app that says
+    `from vendor.pybgworker import task`."""
+    own = os.path.realpath(__file__)
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if path and name != "__main__" and hasattr(module, "main") \
+                and module is not sys.modules.get(__name__) \
+                and os.path.realpath(path) == own and not default_app.tasks:
+            raise OtherCopy(name)
+
+
+def text_of(fn, *args):
+    """Call what may be an exception's own, broken, code."""
+    try:
+        return str(fn(*args))
+    except BaseException as exc:
+        return f"<it cannot be printed: {type(exc).__name__}>"
+
+
+def _is_machinery(path):
+    """True for this file, and for what imports an app."""
+    return path in (__file__, importlib.__file__) \
+        or path.startswith("<frozen importlib")
+
+
+def describe_exception(exc: BaseException) -> dict:
+    """kind, type, message and traceback of any exception.  Never raises."""
+    import traceback
+
+    def text():
+        own = exc.__traceback__
+        while own is not None and _is_machinery(own.tb_frame.f_code.co_filename):
+            own = own.tb_next           # begin where the user's code does
+        return "".join(traceback.format_exception(type(exc), exc, own))
+
+    return {
+        "kind": "exception",
+        "type": type(exc).__qualname__,
+        "message": text_of(str, exc)[:TRACEBACK_CHARS],
+        "traceback": text_of(text)[-TRACEBACK_CHARS:],
+    }
+
+
+# == Registry =================================================================
+# Owns what a worker knows of an app: as much of each task as it takes to claim, to
+# retry and to schedule it, and the settings that the app's code has made.  It can be
+# sent as JSON, so that the worker need not import the app, whatever that does.
+
+
+class Entry(NamedTuple):
+    """One task, or callback of a task."""
+
+    name: str
+    parameters: tuple           # their names; *args and **kwargs with the stars
+    queue: str
+    priority: int
+    policy: RetryPolicy         # its retry_for is judged in the child
+    timeout: float | None
+    rate_limit: float | None    # starts per second
+    callbacks: int              # that it has: as in bg_task
+    schedules: tuple            # (expr, tz, misfire, overlap, jitter) of each @cron
+    is_async: bool              # a call makes a coroutine
+    max_running: int            # at a time, over all workers; 0: any number
+
+
+def _entry_of(task):
+    return Entry(
+        task.name, parameters_of(task.fn), task.queue, task.priority,
+        task.policy._replace(retry_for=()), task.timeout, task.rate_limit,
+        task.callbacks,
+        tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter)
+              for s in task.schedules),
+        is_coroutine_function(task.fn), getattr(task, "max_running", None) or 0,
+    )
+
+
+class Registry(NamedTuple):
+    """What a worker knows of an app."""
+
+    app_spec: str               # MODULE[:APP]
+    tasks: dict[str, Entry]     # by name
+    code: dict                  # settings, by the app's code
+    environ: dict               # … by the environment, which an import may change
+
+    @classmethod
+    def of(cls, app: App, app_spec: str) -> Registry:
+        """What there is to know of an app of this process."""
+        tasks = {name: _entry_of(task) for name, task in app.tasks.items()}
+        environ = {name: value for name, value in os.environ.items()
+                   if name.startswith("PYBGWORKER_")}
+        return cls(app_spec, tasks, app.configured(), environ)
+
+    def catalog(self) -> list:
+        """The same as JSON can hold it."""
+        return [self.app_spec, list(self.tasks.values()), self.code, self.environ]
+
+    @classmethod
+    def read(cls, catalog: list) -> Registry:
+        """The Registry that such a catalog was made of."""
+        app_spec, entries, code, environ = catalog
+        tasks = {}
+        for fields in entries:
+            entry = Entry(*fields)
+            tasks[entry.name] = entry._replace(
+                parameters=tuple(entry.parameters),
+                policy=RetryPolicy(*entry.policy)._replace(retry_for=()),
+                schedules=tuple(map(tuple, entry.schedules)),
+            )
+        code = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in code.items()}
+        return cls(app_spec, tasks, code, environ)
+
+    def settings(self, flags: dict) -> types.SimpleNamespace:
+        """All settings: flag beats environment beats code beats default."""
+        return resolve_settings(self.code, self.environ, flags)
+
+
 # == Processes ================================================================
 # Owns all that depends on the operating system: starting, killing and reaping
 # processes, sockets and pipes, memory, signal names.  A Windows half would define
@@ -6838,7 +7060,6 @@ def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> Child
                      {"db": db, **values})
 
 
-TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 _FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 _SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
@@ -6848,34 +7069,6 @@ CHILD_CODE = (
     "sys.path[:] = spec[2]; "
     "importlib.import_module(spec[0]).run_child(spec)"
 )
-
-
-def load_app(spec: str) -> App:
-    """Import MODULE[:APP] and return its App.
-
-    Without :APP it is the default App, or the only other App in the module.
-    Raises AppError when there is no App of that name; what the import itself
-    raises passes through.
-    """
-    module_name, _, attribute = spec.partition(":")
-    App.serving = module_name           # the import must not enqueue
-    try:
-        module = importlib.import_module(module_name)
-    finally:
-        App.serving = ""
-    if attribute:
-        app = getattr(module, attribute, None)
-        if not isinstance(app, App):
-            raise AppError(f"--app {spec}: {module_name} has no App {attribute!r}")
-    else:
-        apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
-        app = default_app
-        if not app.tasks and len(apps) == 1:
-            app, = apps.values()
-    limit = getattr(module, "RATE_LIMIT", None)
-    if limit is not None:
-        app.suggest(rate_limit=limit)
-    return app
 
 
 def run_child(spec: Sequence) -> None:
@@ -7182,38 +7375,6 @@ def _countdown(value):
     if not isinstance(seconds, (int, float)) or seconds != seconds:
         return None
     return float(min(max(seconds, 0), LONGEST_SECONDS))
-
-
-def text_of(fn, *args):
-    """Call what may be an exception's own, broken, code."""
-    try:
-        return str(fn(*args))
-    except BaseException as exc:
-        return f"<it cannot be printed: {type(exc).__name__}>"
-
-
-def _is_machinery(path):
-    """True for this file, and for what imports an app."""
-    return path in (__file__, importlib.__file__) \
-        or path.startswith("<frozen importlib")
-
-
-def describe_exception(exc: BaseException) -> dict:
-    """kind, type, message and traceback of any exception.  Never raises."""
-    import traceback
-
-    def text():
-        own = exc.__traceback__
-        while own is not None and _is_machinery(own.tb_frame.f_code.co_filename):
-            own = own.tb_next           # begin where the user's code does
-        return "".join(traceback.format_exception(type(exc), exc, own))
-
-    return {
-        "kind": "exception",
-        "type": type(exc).__qualname__,
-        "message": text_of(str, exc)[:TRACEBACK_CHARS],
-        "traceback": text_of(text)[-TRACEBACK_CHARS:],
-    }
 
 
 # == Member ===================================================================
@@ -8889,7 +9050,7 @@ class Journal:
                  error=text_of(repr, exc))
 
     def start(self, settings: types.SimpleNamespace, db: str,
-              tasks: dict[str, Task]) -> None:
+              tasks: dict[str, Entry]) -> None:
         """What this worker serves; written at once."""
         s = settings
         self.say(
@@ -9624,25 +9785,24 @@ _STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write loc
 class Worker:
     """Serves one database with a pool of children.
 
-    `app_spec` is MODULE[:APP], as children import it.  With `burst` it ends when
-    nothing is due or running.
+    With `burst` it ends when nothing is due or running.
     """
 
-    def __init__(self, app: App, app_spec: str, burst: bool = False,
-                 log: Log | None = None):
+    def __init__(self, registry: Registry, settings: types.SimpleNamespace,
+                 store: Store, burst: bool = False, log: Log | None = None):
         check_platform()
-        ensure_descriptors(app.settings.concurrency)
-        self.app, self.burst = app, burst
-        self.settings, self.store = app.settings, app.store
+        ensure_descriptors(settings.concurrency)
+        self.registry, self.burst = registry, burst
+        self.settings, self.store = settings, store
         self.store.follow = False       # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.senses = Senses()
         self.liveness = Liveness(self.store, self.settings, self.senses.ear)
-        self.pool = Pool(child_spec(app_spec, self.store.path, self.settings),
-                         self.settings.concurrency, self.settings, self.journal.run,
-                         self.senses.selector)
-        self.outbox = Outbox(self.store, self.journal, app.tasks)
-        self.lookout = Lookout(self.store, self.settings, app.tasks)
+        spec = child_spec(registry.app_spec, self.store.path, self.settings)
+        self.pool = Pool(spec, self.settings.concurrency, self.settings,
+                         self.journal.run, self.senses.selector)
+        self.outbox = Outbox(self.store, self.journal, registry.tasks)
+        self.lookout = Lookout(self.store, self.settings, registry.tasks)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
                                self.liveness, self.pool, self._start_over)
         self.wishes = Wishes(self.store, self.pool)
@@ -9678,7 +9838,7 @@ class Worker:
         self.liveness.register(self.store.now())
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
             self.house.mind_clock()
-        self.journal.start(self.settings, self.store.path, self.app.tasks)
+        self.journal.start(self.settings, self.store.path, self.registry.tasks)
         self.house.chores += [self.heeding, *(make(self) for make in CHORES)]
         self.senses.begin()
         self.pool.crew.fill(time.monotonic())
@@ -9887,14 +10047,6 @@ def visible(text: str) -> str:
     return _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
-class Problem(PyBgWorkerError):
-    """A command could not do (all of) its work; the message is for people."""
-
-
-class UsageError(PyBgWorkerError):
-    """The command line itself is wrong: exit status 2."""
-
-
 class Command(NamedTuple):
     """One row of COMMANDS."""
 
@@ -9953,55 +10105,6 @@ def _setting_flag(setting):
                 default=None, metavar="X", help=setting.meaning.replace("%", "%%"))
 
 
-def import_app(spec: str) -> App:
-    """The app that --app names.  Raises Problem with its traceback."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        app = load_app(spec)
-    except PyBgWorkerError:
-        raise
-    except BaseException as exc:
-        _check_module_name(spec, exc)
-        trace = describe_exception(exc)["traceback"]
-        raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
-    _hand_over()
-    if not app.tasks:
-        raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
-    return app
-
-
-def _check_module_name(spec, exc):
-    """Raise UsageError when it was the path of a file."""
-    name, colon, attribute = spec.partition(":")
-    if isinstance(exc, (ImportError, TypeError)) and re.search(r"/|\.py$", name):
-        meant = os.path.normpath(re.sub(r"\.py$", "", name)).replace("/", ".")
-        raise UsageError(
-            f"--app {spec}: it is the name of a module, not of its file: "
-            f"--app {meant.strip('.')}{colon}{attribute}"
-        ) from None
-
-
-class _OtherCopy(Exception):
-    """The app has imported this file by another name: its tasks are there."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
-
-
-def _hand_over():
-    """Raise _OtherCopy when `python vendor/pybgworker.py` serves an app that says
-    `from vendor.pybgworker import task`."""
-    own = os.path.realpath(__file__)
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if path and name != "__main__" and hasattr(module, "main") \
-                and module is not sys.modules.get(__name__) \
-                and os.path.realpath(path) == own and not default_app.tasks:
-            raise _OtherCopy(name)
-
-
 @contextlib.contextmanager
 def _log_apart(style):
     """Yield the Log on standard output; within the block nothing else gets there.
@@ -10039,9 +10142,10 @@ def _run(args, app):
     style = args.log_format or ("text" if is_terminal(sys.stdout) else "json")
     with _log_apart(style) as log:
         with quitting_at_once():
-            app = import_app(args.app)
-        app.override(**flags)
-        return Worker(app, args.app, burst=args.burst, log=log).run()
+            registry = Registry.of(import_app(args.app), args.app)
+        settings = registry.settings({**flags, "db": args.db})
+        store = open_store(settings)
+        return Worker(registry, settings, store, burst=args.burst, log=log).run()
 
 
 def _parser():
@@ -10116,7 +10220,7 @@ def _command(argv):
         if isinstance(printed, str):
             print_text(printed)
         return printed if isinstance(printed, int) else 0
-    except _OtherCopy as other:
+    except OtherCopy as other:
         return sys.modules[other.name].main(argv)
     except BrokenPipeError:                 # … | head: nobody reads any more
         _silence_output()
@@ -10704,22 +10808,23 @@ def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
 
 
 class Scheduler:
-    """The schedules of one app.  `log` takes an event and fields."""
+    """The schedules of some tasks, by name.  `log` takes an event and fields."""
 
-    def __init__(self, app: App, log: Callable):
-        self.app, self.store, self._log = app, app.store, log
+    def __init__(self, tasks: dict[str, Entry], store: Store, log: Callable):
+        self.tasks, self.store, self._log = tasks, store, log
         self._own: dict = {}            # (task, schedule) by what makes it known
         self._due: list = []            # rows read before, left for the next batch
 
     def count(self) -> int:
         """How many @cron there are in the app."""
-        return sum(len(task.schedules) for task in self.app.tasks.values())
+        return sum(len(task.schedules) for task in self.tasks.values())
 
     def _known_by(self):
         own: dict = {}
-        for task in self.app.tasks.values():
-            for schedule in task.schedules:
-                cron = schedule.cron
+        for task in self.tasks.values():
+            for expr, tz, *about in task.schedules:
+                cron = Cron(expr, tz)
+                schedule = Schedule(cron, *about)
                 says = task.name, " ".join(cron.expr.split()), cron.tz, 0
                 while says in own:
                     says = (*says[:3], says[3] + 1)
@@ -10839,7 +10944,7 @@ def _step_of(row, plan, task, schedule, now):
 @chore
 def cron_chore(worker: Worker) -> Chore:
     """Register the schedules of a worker that starts, and fire what is due."""
-    scheduler = Scheduler(worker.app, worker.journal.say)
+    scheduler = Scheduler(worker.registry.tasks, worker.store, worker.journal.say)
     scheduler.register(worker.store.now(), drop=not worker.house.upkeep.is_in_doubt)
     if scheduler.count():
         worker.journal.say("scheduler_start", schedules=scheduler.count())

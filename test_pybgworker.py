@@ -156,6 +156,12 @@ class Case(unittest.TestCase):
         self.addCleanup(pybgworker.default_app.tasks.clear)
         return found
 
+    def worker_here(self, **options):
+        """A worker of our app in this process, driven by hand."""
+        return Worker(pybgworker.Registry.of(self.app, "tasks"), self.app.settings,
+                      self.app.store, log=Log(os.open(os.devnull, os.O_WRONLY)),
+                      **options)
+
     def worker(self, *flags, app="tasks", before=None, **environment):
         """A worker in a process of its own; ended with the test.
 
@@ -3488,7 +3494,8 @@ class Databases(Case):
         self.assertEqual(app.store.path, str(self.folder / "b" / "queue.db"))
 
     def start_a_worker(self, app):
-        worker = Worker(app, "tasks")
+        registry = pybgworker.Registry.of(app, "tasks")
+        worker = Worker(registry, app.settings, app.store)
         try:
             worker.start()
         finally:
@@ -5523,6 +5530,56 @@ class Faults(QueueCase):
                     link.connection = failing.real
                     self.assertGreater(n, 2, name)
                     break
+
+
+# == Registry =================================================================
+
+
+class Registries(Case):
+
+    def test_a_catalog_says_of_an_app_what_a_worker_needs(self):
+        tasks = self.module("""
+            RATE_LIMIT = "5/s"
+            configure(queues=["a", "b"], timeout=9)
+
+            def wrong(task_id, error): pass
+
+            @task(queue="q", priority=2, retries=7, retry_delay=2, timeout=5,
+                  rate_limit="10/s", retry_for=(OSError,), on_failure=wrong)
+            async def first(a, b=1, *rest, c, **more): pass
+
+            @cron("*/5 * * * *", tz="UTC", misfire="all", jitter=3)
+            @task
+            def second(): pass
+        """)
+        with mock.patch.dict(os.environ, PYBGWORKER_CONCURRENCY="3"):
+            registry = pybgworker.Registry.of(tasks.task.__self__, "tasks")
+        found = pybgworker.Registry.read(json.loads(json.dumps(registry.catalog())))
+
+        self.assertEqual(found, registry)
+        first = found.tasks["tasks.first"]
+        self.assertEqual(first.parameters, ("a", "b", "c", "*rest", "**more"))
+        self.assertEqual((first.queue, first.priority, first.timeout, first.rate_limit),
+                         ("q", 2, 5, 10))
+        self.assertEqual((*first.policy[:2],), (7, 2))
+        self.assertEqual((first.callbacks, first.is_async), (2, True))
+        self.assertIn("tasks.first:on_failure", found.tasks)
+        second = found.tasks["tasks.second"]
+        self.assertEqual(second.schedules, (("*/5 * * * *", "UTC", "all", "allow", 3),))
+        self.assertEqual((second.is_async, second.max_running), (False, 0))
+        settings = found.settings({"timeout": 4})
+        self.assertEqual((settings.queues, settings.timeout, settings.concurrency),
+                         (("a", "b"), 4, 3))
+
+    def test_parameters_are_named_as_in_the_definition(self):
+        class Thing:
+            def method(self, a): pass
+
+        for fn, names in (
+            (lambda: 0, ()), (lambda x, *y, z=1, **w: 0, ("x", "z", "*y", "**w")),
+            (Thing().method, ("a",)), (print, ()),
+        ):
+            self.assertEqual(pybgworker.parameters_of(fn), names)
 
 
 # == Processes ================================================================
@@ -8465,7 +8522,7 @@ class Workers(Served):
         """A worker in this process, driven by hand."""
         self.app.tasks.update(pybgworker.default_app.tasks)
         self.app.override(concurrency=1, **settings)
-        worker = Worker(self.app, "tasks", log=Log(os.open(os.devnull, os.O_WRONLY)))
+        worker = self.worker_here()
         sys.path.insert(0, str(self.folder))
         self.addCleanup(sys.path.remove, str(self.folder))
         os.chdir(self.folder)
@@ -9026,8 +9083,7 @@ class Workers(Served):
                 results = [self.tasks.add.delay(1, 2)]
                 with mock.patch.object(pybgworker._socket, "socket", side_effect=OSError) \
                         if is_deaf else contextlib.nullcontext():
-                    worker = Worker(self.app, "tasks", burst=True,
-                                    log=Log(os.open(os.devnull, os.O_WRONLY)))
+                    worker = self.worker_here(burst=True)
                 worker.journal.hear(follow)
                 self.assertEqual(worker.run(), 0)
                 self.assertEqual([r.status for r in results], ["success"] * 3)
@@ -9061,7 +9117,7 @@ class Workers(Served):
                 raise MemoryError("what no code expects")
 
         for starts in (1, 2):
-            worker = Worker(self.app, "tasks", log=Log(os.open(os.devnull, os.O_WRONLY)))
+            worker = self.worker_here()
             with mock.patch.object(Worker, "step", break_down), \
                     self.assertRaises(MemoryError):
                 worker.run()
@@ -10098,16 +10154,19 @@ class Scheduling(Case):
             pass
     """
 
-    def scheduler(self, misfire="latest", overlap="allow", jitter=0, expr=None):
+    def scheduler(self, misfire="latest", overlap="allow", jitter=0, expr=None,
+                  times=1):
         source = self.SOURCE.format(misfire=misfire, overlap=overlap, jitter=jitter)
         source = source.replace("*/5 * * * *", expr or "*/5 * * * *")
         self.module(source)
         self.app = pybgworker.default_app
+        self.app.tasks["tasks.report"].schedules *= times
         self.app.store.create()
         self.events = []
+        tasks = pybgworker.Registry.of(self.app, "tasks").tasks
         return pybgworker.Scheduler(
-            self.app, lambda event, **fields: self.events.append((event, fields))
-        )
+            tasks, self.app.store,
+            lambda event, **fields: self.events.append((event, fields)))
 
     def ticks(self):
         return [row[0] for row in self.sql("select tick from bg_task order by id")]
@@ -10236,8 +10295,7 @@ class Scheduling(Case):
                      "[[1800000000, 1700000000]]", "[[true, 2]]"):
             with self.subTest(done):
                 self.setUp()
-                scheduler = self.scheduler()
-                self.app.tasks["tasks.report"].schedules *= 2
+                scheduler = self.scheduler(times=2)
                 scheduler.register(self.seconds(1))
                 self.sql("update bg_schedule set done = ? where number = 1", done)
                 scheduler.fire(self.seconds(5))
@@ -10247,8 +10305,7 @@ class Scheduling(Case):
                 self.assertIn("cron_error", self.said()[:2])
 
     def test_many_schedules_of_one_tick_fire_in_bounded_batches(self):
-        scheduler = self.scheduler(misfire="all")
-        self.app.tasks["tasks.report"].schedules *= 400
+        scheduler = self.scheduler(misfire="all", times=400)
         scheduler.register(self.seconds(1))
         connection, statements = scheduler.store.db.link().connection, []
         looks = [True]
@@ -10264,8 +10321,7 @@ class Scheduling(Case):
         self.assertEqual(len(self.ticks()), 400)
 
     def test_ticks_missed_for_long_fire_in_bounded_batches(self):
-        scheduler = self.scheduler(misfire="all")
-        self.app.tasks["tasks.report"].schedules *= 5
+        scheduler = self.scheduler(misfire="all", times=5)
         scheduler.register(self.seconds(1))
         counts = [0]
         while scheduler.fire(self.seconds(5 * 700))[0]:
@@ -10309,7 +10365,8 @@ class Scheduling(Case):
             made = app.cron(*arguments)(made)
         self.events = getattr(self, "events", [])
         return pybgworker.Scheduler(
-            app, lambda event, **fields: self.events.append((event, fields)))
+            pybgworker.Registry.of(app, "tasks").tasks, app.store,
+            lambda event, **fields: self.events.append((event, fields)))
 
     def test_a_schedule_added_above_another_moves_no_tick_of_it(self):
         for extra in (("*/10 * * * *",), ("*/5 * * * *", "Europe/Paris"), ("@hourly",)):
@@ -10432,14 +10489,16 @@ class Scheduling(Case):
                 with self.subTest(f"{before} to {after}, ran: {ran}"):
                     self.setUp()
                     scheduler = self.scheduler(expr="0 9 * * *")
-                    cron = self.app.tasks["tasks.report"].schedules[0].cron
+                    task = scheduler.tasks["tasks.report"]
+                    about = ("0 9 * * *", "Nowhere/Land", *task.schedules[0][2:])
+                    scheduler.tasks["tasks.report"] = task._replace(schedules=[about])
                     zone = {h: dt.timezone(dt.timedelta(hours=h)) for h in (1, 2)}
-                    cron._zone, cron.tz = zone[before], "Nowhere/Land"
-                    scheduler.register((day + 1 * 3600) * 1000)
+                    with mock.patch.object(pybgworker, "_zone", lambda *_: zone[before]):
+                        scheduler.register((day + 1 * 3600) * 1000)
                     if ran:
                         scheduler.fire((day + (9 - before) * 3600) * 1000)
-                    cron._zone = zone[after]
-                    scheduler.register((day + (6 + 2 * ran) * 3600) * 1000 + 1)
+                    with mock.patch.object(pybgworker, "_zone", lambda *_: zone[after]):
+                        scheduler.register((day + (6 + 2 * ran) * 3600) * 1000 + 1)
                     for hour in range(7 + ran, 24):
                         scheduler.fire((day + hour * 3600) * 1000 + 1)
                     hours = [(tick - day) // 3600 for tick in self.ticks()]
@@ -11245,7 +11304,9 @@ class Torture(Served):
             import pybgworker as p, tasks
             signal.alarm(40)
             p.configure(heartbeat_interval=100, worker_timeout=300)
-            worker = p.Worker(p.default_app, "tasks", log=p.Log(os.open("log", 66)))
+            app = p.default_app
+            worker = p.Worker(p.Registry.of(app, "tasks"), app.settings, app.store,
+                              log=p.Log(os.open("log", 66)))
             def turn():
                 heard = worker.wait()
                 worker.step(p.now_ms(), heard)
