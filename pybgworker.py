@@ -38,7 +38,7 @@ Map
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Wire · Output · Surroundings ·
-        Interrupts · Child · Member · Hearing · Placement · Crew · Pool ·
+        Interrupts · Runs · Child · Member · Hearing · Placement · Crew · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Household · Worker · Command line
     Rooms
@@ -64,7 +64,6 @@ if __name__ == "__main__" \
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import _socket
-import _thread
 import atexit
 import base64
 import bisect
@@ -1957,12 +1956,42 @@ class CurrentTask:
         self._report(self, check_number("percent", percent, 0, 100), message)
 
 
-running_task: CurrentTask | None = None
+# The run whose code this is, where there may be several in one process.  A thread that
+# a task has started knows its owner by an attribute: it has no copy of the context.
+running: contextvars.ContextVar[CurrentTask | None] = contextvars.ContextVar(
+    "pybgworker.running", default=None)
+in_flight: dict[CurrentTask, Any] = {}      # the runs of this process, until they end
+_owned_threads: list[bool] = []             # not empty: there may be such threads
 
 
 def current_task() -> CurrentTask | None:
-    """Return the task that this process is running; None outside of one."""
-    return running_task
+    """Return the task that this code runs for; None outside of one.
+
+    Also in the threads and asyncio tasks that it has started.  Where that cannot be
+    known, it is the only task that runs in this process, if there is just one.
+    """
+    own = running.get()
+    if own is None and _owned_threads:
+        own = getattr(threading.current_thread(), "_pybgworker_task", None)
+    if own is None:
+        all = list(in_flight)
+        own = all[0] if len(all) == 1 else None
+    return own
+
+
+def own_threads() -> None:
+    """From now on a thread belongs to the task that starts it."""
+    start = threading.Thread.start
+
+    @functools.wraps(start)
+    def start_owned(self):
+        own = current_task()
+        if own is not None:
+            self._pybgworker_task = own
+            _owned_threads[:] = [True]
+        start(self)
+
+    threading.Thread.start = start_owned        # type: ignore[method-assign]
 
 
 # == Tasks ====================================================================
@@ -6302,6 +6331,24 @@ def write_message(kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
     ) + body
 
 
+class ChildSpec(NamedTuple):
+    """What a child must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    app: str            # MODULE[:APP]
+    path: list          # sys.path
+    parent: int         # pid
+    frames: int         # descriptor to read frames from
+    messages: int       # descriptor to send messages to
+    crash: int          # descriptor for the Python stack of a crash
+    output: int         # the reading end of the pipe behind descriptors 1 and 2
+    settings: dict      # that differ from the environment
+    beside: int = -1    # descriptor to read the frames of coroutines from; -1: none
+    begun: int = -1     # descriptor of the mapping of what has begun; -1: none
+    threads: int = 1    # ordinary tasks at a time; 1: on the main thread
+    coroutines: int = 100       # async tasks at a time
+
+
 class ChildEnd:
     """The child's end of the connection to its worker: frames in, messages out."""
 
@@ -6505,19 +6552,20 @@ def cut_output(text: str, before: int) -> str:
 class TaskStream(io.TextIOBase):
     """Stands in for sys.stdout and sys.stderr: whole lines go to `emit(text, fd)`.
 
-    Each thread has the beginning of its line to itself, so that lines of many
-    threads stay whole.  Whatever an app does to a text stream may be done to it
-    (reconfigure, detach, close, wrap its buffer), and it goes on.
+    Each thread of each run has the beginning of its line to itself, so that lines of
+    many threads, and of coroutines in one, stay whole.  Whatever an app does to a text
+    stream may be done to it (reconfigure, detach, close, wrap its buffer), and it goes
+    on.
     """
 
     encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
     line_buffering, write_through, mode = True, False, "w"
     unended: set[TaskStream] = set()        # in which a line may have been begun
 
-    def __init__(self, emit: Callable[[str, int], None], fd: int):
-        self._emit, self._fd = emit, fd
-        # By thread: the parts of its line so far.
-        self._begun: dict[int, collections.deque] = {}
+    def __init__(self, emit: Callable[[str, int, Any], None], fd: int):
+        self._emit, self._fd = emit, fd     # emit(text, fd, the run or None)
+        # By thread and run: the parts of its line so far.
+        self._begun: dict[tuple, collections.deque] = {}
         self.name = "<stdout>" if fd == 1 else "<stderr>"
         self.buffer = _TaskBuffer(self)
 
@@ -6537,6 +6585,11 @@ class TaskStream(io.TextIOBase):
         if self._begun:
             self._send("")
 
+    @staticmethod
+    def _who():
+        """The key of `_begun`: this thread, and the run for which it works."""
+        return threading.get_ident(), current_task()
+
     def _begin(self, rest):
         """Keep a part of a line.
 
@@ -6544,11 +6597,11 @@ class TaskStream(io.TextIOBase):
         and send what is begun: then this part belongs to a new beginning.  Guarded
         by test_a_print_in_the_middle_of_a_print_arrives.
         """
-        me, size = threading.get_ident(), len(rest)
+        who, size = self._who(), len(rest)
         while rest is not None:
-            begun = self._begun.setdefault(me, collections.deque())
+            begun = self._begun.setdefault(who, collections.deque())
             begun.append(rest)
-            is_sent_without = self._begun.get(me) is not begun and begun
+            is_sent_without = self._begun.get(who) is not begun and begun
             rest = begun.pop() if is_sent_without else None
         TaskStream.unended.add(self)
         if len(begun) > _LINE_PARTS or size > OUTPUT_CHARS:
@@ -6556,28 +6609,36 @@ class TaskStream(io.TextIOBase):
 
     def _send(self, text):
         """Send what this thread has begun, and `text`.  Taken in one step."""
-        begun = self._begun.pop(threading.get_ident(), None)
+        who = self._who()
+        begun = self._begun.pop(who, None)
         if begun:
             text = "".join(begun) + text
             begun.clear()
         if text:
-            self._emit(text, self._fd)
+            self._emit(text, self._fd, who[1])
 
     def end_run(self) -> None:
-        """Send what is begun, but for the lines of threads that still run."""
+        """Send what is begun, but for the lines of threads that still run.
+
+        Nor of other runs.
+        """
         self.unended.discard(self)
         if self.buffer.lines.rest:
             self.buffer.flush()
         if not self._begun:
             return
         self.flush()
+        if not self._begun:
+            return
+        self.unended.add(self)
         alive = {thread.ident for thread in threading.enumerate()}
-        if self._begun:
-            self.unended.add(self)
-        for thread in self._begun.keys() - alive:
-            text = "".join(self._begun.pop(thread))
-            if text:
-                self._emit(text, self._fd)
+        ending = current_task()
+        for who in list(self._begun):
+            thread, own = who
+            if thread not in alive and (own is ending or own not in in_flight):
+                text = "".join(self._begun.pop(who, ()))
+                if text:
+                    self._emit(text, self._fd, own)
 
     def forget(self) -> None:
         """In a forked process: what was begun is the other's to print."""
@@ -6639,8 +6700,9 @@ class _TaskBuffer(io.BufferedIOBase):
         self._stream.flush()
 
     def forget(self) -> None:
-        """As for the stream."""
+        """As for the stream; a thread that had the lock is not here to release it."""
         self.lines.rest = b""
+        self._lock = threading.RLock()
 
     def detach(self) -> _TaskBuffer:        # type: ignore[override]
         return self
@@ -6667,52 +6729,34 @@ class Printer:
 
     def __init__(self, say: Callable):
         self._say = say             # say(kind, value, of)
-        self._of = 0, 0             # id and attempt of the current run; 0: none
-        self._chars = 0             # that it has printed
-        self._strange_chars = 0     # … and threads that are left over
-        self._own_threads: set = set()      # the app's, and the main thread
-        self._left_over: set = set()        # threads of runs that are over
+        self._strange_chars = 0     # printed for no run …
+        self._since: Any = None     # … since this one began, the latest
         self._is_fork = False
         self.streams = TaskStream(self.print, 1), TaskStream(self.print, 2)
 
-    def ready(self) -> None:
-        """The app is imported: what runs now is its own."""
-        self._own_threads = set(threading.enumerate())
-
-    def begin(self, of: tuple[int, int]) -> None:
-        """From now on this run prints."""
-        self._of, self._chars, self._strange_chars = of, 0, 0
-
-    def print(self, text: str, fd: int) -> None:
+    def print(self, text: str, fd: int, own: Any = None) -> None:
         """Send what a task printed, up to OUTPUT_CHARS for each run."""
         if self._is_fork:
             write_all(fd, text.encode("utf-8", "backslashreplace"))
             return
-        of = self._of
-        if self.is_left_over():
-            of = 0, 0
+        run = in_flight.get(own)
+        if run is None:             # it has ended, or it is nobody's
+            of, latest = (0, 0), next(reversed(list(in_flight)), None)
+            if latest is not self._since:
+                self._since, self._strange_chars = latest, 0
             text = cut_output(text, self._strange_chars)
             self._strange_chars += len(text)
         else:
-            text = cut_output(text, self._chars)
-            self._chars += len(text)
+            of = run.of
+            text = cut_output(text, run.chars)
+            run.chars += len(text)
         if text:
             self._say(PRINTED, text, of)
 
-    def is_left_over(self) -> bool:
-        """True in a thread that has outlived the run which started it."""
-        return bool(self._left_over) and threading.current_thread() in self._left_over
-
     def end_run(self) -> None:
         """What this run has printed is its own; what comes later may not be."""
-        if TaskStream.unended:
-            for stream in self.streams:
-                stream.end_run()
-
-    def note_threads(self) -> None:
-        """Those that live now have outlived their run, but for the app's."""
-        if _thread._count() or self._left_over:
-            self._left_over = set(threading.enumerate()) - self._own_threads
+        for stream in self.streams:
+            stream.end_run()
 
     def leave(self) -> None:
         """In a forked process: what was begun is the other's to print."""
@@ -6962,8 +7006,7 @@ class Interrupts:
     def __init__(self, wire: ChildEnd):
         self._wire, self._main_thread = wire, own_ident()
         self.allowed = False        # True while code of the task runs
-        self.run_id = 0             # whose that is
-        self.raised: BaseException | None = None        # in the task
+        self.run: Any = None        # whose that is
         self.pending: BaseException | None = None       # to be, after a send, a fork
         self.forking = 0            # threads that are in the middle of os.fork()
         self._mask = threading.local()      # .before: of a thread that forks
@@ -6974,9 +7017,9 @@ class Interrupts:
             signal.SIGALRM: self.on_alarm, signal.SIGUSR1: self.on_cancel,
         }
 
-    def begin(self, run_id: int) -> None:
-        """From now on it is about this run."""
-        self.run_id, self.raised, self.pending = run_id, None, None
+    def begin(self, run: Any) -> None:
+        """From now on code of this run may be interrupted, which its `raised` says."""
+        self.run, self.pending, self.allowed = run, None, True
 
     def on_alarm(self, *_: Any) -> None:
         """The time limit; or what could not be raised in the middle of a fork."""
@@ -6985,14 +7028,15 @@ class Interrupts:
 
     def on_cancel(self, *_: Any) -> None:
         """The worker has written the id it means: that run may have just ended."""
-        if self.run_id in self._wire.wanted():
-            self._raise(TaskCancelled(f"task {self.run_id} is being cancelled"))
+        wanted = self._wire.wanted()
+        if self.run is not None and self.run.of[0] in wanted:
+            self._raise(TaskCancelled(f"task {self.run.of[0]} is being cancelled"))
 
     def _raise(self, exc):
         """Guarded by test_a_time_limit_that_falls_into_a_fork_is_kept."""
         if not self.allowed:
             return
-        self.raised = exc
+        self.run.raised = exc
         if self._wire.is_sending():
             self.pending = exc
         elif self.forking:      # where the interpreter would drop the exception
@@ -7027,57 +7071,176 @@ class Interrupts:
                 )
 
 
-# == Child ====================================================================
-# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
-# one message, and only then takes the next.  Nothing that happens in a task can
-# reach past this process.  It knows the app and the frames, nothing of claims;
-# of retries only whether an error is one of the task's `retry_for`.
+# == Runs =====================================================================
+# Owns what is the same for a run of any kind in its child, from the frame to the one
+# answer: its arguments and its result, what it prints, which error it is, what is put
+# right behind it.  Where and how the task is called is the matter of its caller: on
+# the main thread, see Child; in a thread; as a coroutine.
+#
+# While several runs are in flight nothing of the process is put back under a
+# neighbour: it is when the last of them has ended.
+
+SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
 
 
-class ChildSpec(NamedTuple):
-    """What a child must know from the start; passed to it as JSON."""
+class Running:
+    """A run that is in flight from now on, in this child."""
 
-    module: str         # the name this file is imported by
-    app: str            # MODULE[:APP]
-    path: list          # sys.path
-    parent: int         # pid
-    frames: int         # descriptor to read frames from
-    messages: int       # descriptor to send messages to
-    crash: int          # descriptor for the Python stack of a crash
-    output: int         # the reading end of the pipe behind descriptors 1 and 2
-    settings: dict      # that differ from the environment
-    beside: int = -1    # descriptor to read the frames of coroutines from; -1: none
-    begun: int = -1     # descriptor of the mapping of what has begun; -1: none
-    threads: int = 1    # ordinary tasks at a time; 1: on the main thread
-    coroutines: int = 100       # async tasks at a time
+    __slots__ = ("of", "task", "text", "timeout", "current", "chars", "raised",
+                 "started_at", "start")
 
-
-def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> ChildSpec:
-    """The ChildSpec of all children of this process; each adds its own descriptors."""
-    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
-    values = {name: getattr(settings, name) for name in names}
-    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
-                     {"db": db, **values})
+    def __init__(self, frame: bytes, app: App, report: Callable):
+        run_id, attempt, timeout, tick, _, name, self.text = read_frame(frame)
+        self.of = run_id, attempt
+        self.task = app.tasks.get(name)
+        self.timeout = timeout          # seconds; 0: none
+        self.chars = 0                  # that it has printed
+        self.raised: BaseException | None = None    # that we have put into it
+        self.started_at = now_ms()
+        self.start = time.perf_counter()
+        deadline = time.time() + timeout if timeout else None
+        if tick is not None:
+            tick = datetime.fromtimestamp(tick, timezone.utc)
+        self.current = CurrentTask(run_id, name, attempt, deadline, tick, report)
+        in_flight[self.current] = self
 
 
-SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
-_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
-_SPAWN_SECONDS = 0.0002         # no run that started a process was shorter
+class Runs:
+    """The runs of one child."""
 
-CHILD_CODE = (
-    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
-    "sys.path[:] = spec[2]; "
-    "importlib.import_module(spec[0]).run_child(spec)"
-)
+    def __init__(self, wire: ChildEnd, spec: ChildSpec, after_send: Callable):
+        self._wire, self._after_send = wire, after_send
+        self._output = spec.output
+        self._is_shared = spec.threads > 1 or spec.beside >= 0
+        self._has_written = watch_pipe(spec.output)     # something waits in the pipe
+        self._strays = False        # processes that earlier runs have started live
+        self.printer = Printer(self.say)
+        self.app: Any = None        # once it is imported
+        self.is_fork = False        # this is a process that a task has forked
 
+    def say(self, kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
+            started_at: int = 0, duration: float = 0.0) -> None:
+        """Send a message of this run, or of none."""
+        self._wire.send(write_message(kind, value, of, started_at, duration))
+        self._after_send()
 
-def run_child(spec: Sequence) -> None:
-    """The life of a child, until its worker closes the socket or dies."""
-    Child(ChildSpec(*spec)).main()
+    def serve(self, frame: bytes, call: Callable) -> float:
+        """Run what this frame says, by call(run, args, kwargs), and answer.
+
+        Returns how many seconds it took.  In a process that the task has forked it
+        does not return.
+        """
+        run = Running(frame, self.app, self.progress)
+        if self._is_shared:
+            running.set(run.current)
+        value: Any = b""
+        try:
+            if run.task is None:
+                kind = UNKNOWN
+            else:
+                args, kwargs = decode(run.text or self.app.store.args(run.of[0]))
+                kind, value = SUCCEEDED, self.encoded(call(run, args, kwargs))
+        except BaseException as exc:
+            if self.is_fork:
+                self.leave_fork(exc)
+            kind, value = self.failed(run, exc)
+        if self.is_fork:
+            self.leave_fork(None)
+        return self.end(run, kind, value)
+
+    def encoded(self, value: Any) -> Any:
+        """The result as it is sent.  Raises _ResultRefused: it would be so again."""
+        if value is None:
+            return "null"
+        try:
+            text, limit = encode(value, "result"), self.app.settings.max_payload
+            if len(text) > limit:           # it is ASCII: as many bytes
+                raise PayloadTooLarge(
+                    f"result of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                    f"{limit:,}; write it to a file and return its path"
+                )
+            return text
+        except (TypeError, PayloadTooLarge) as exc:
+            raise _ResultRefused(str(exc)) from exc
+
+    def failed(self, run: Running, exc: BaseException) -> tuple[Kind, dict]:
+        """The answer of a run that has ended like this."""
+        return ENDED_BADLY, _error_of(exc, run)
+
+    def end(self, run: Running, kind: Kind, value: Any) -> float:
+        """Answer.  Returns how many seconds it took."""
+        duration = time.perf_counter() - run.start
+        # What it has printed is its own; what comes later may not be.
+        if TaskStream.unended:
+            self.printer.end_run()
+        if self._has_written():
+            self._pass_on(run)
+        if duration > SPAWN_SECONDS or self._strays:
+            strays = others_write_here()
+            if strays != self._strays:
+                self._strays = strays
+                self.say(STRAYS, strays)
+        self.say(kind, value, run.of, run.started_at, duration)
+        del in_flight[run.current]
+        return duration
+
+    def _pass_on(self, run):
+        """What C code and subprocesses have written during this run is its own, too."""
+        try:
+            self.say(WRITTEN, os.read(self._output, LINE_BYTES), run.of)
+        except BlockingIOError:             # the worker has read it meanwhile
+            pass
+        except OSError as exc:
+            self._wire.end_if_closed(exc)
+            raise
+
+    def progress(self, current: CurrentTask, percent: float, message: Any) -> None:
+        """What set_progress() does, while that run is in flight."""
+        run = in_flight.get(current)
+        if run is not None and not self.is_fork:
+            text = None if message is None else str(message)[:1000]
+            self.say(PROGRESSED, [percent, text], run.of)
+
+    def leave_fork(self, exc: BaseException | None) -> None:
+        """A process that a task has forked came back here: end it as Python would."""
+        code = 0
+        if isinstance(exc, SystemExit):
+            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        elif exc is not None:
+            code = 1
+            self.printer.print(describe_exception(exc)["traceback"], 2)
+        self.printer.end_run()
+        os._exit(code & 0xFF)
 
 
 class _ResultRefused(Abort):
     """The task has returned what cannot be sent; its cause says why."""
+
+
+def _error_of(exc, run):
+    """What the worker needs to decide; how a run has ended."""
+    error = describe_exception(exc)
+    if isinstance(exc, _ResultRefused):
+        error["type"] = type(exc.__cause__).__name__
+    elif isinstance(exc, Abort):        # it wins, also over a time limit
+        error["kind"] = "abort"
+    elif run.raised is not None:
+        timed_out = isinstance(run.raised, TaskTimeout)
+        error["kind"] = "timeout" if timed_out else "cancelled"
+    if isinstance(exc, Retry):
+        error["countdown"] = _countdown(exc.countdown)
+    expected = Retry, *run.task.policy.retry_for
+    error["retryable"] = not isinstance(exc, Abort) and (
+        error["kind"] == "timeout" or isinstance(exc, expected))
+    return error
+
+
+def _countdown(value):
+    """Seconds, within reason; None, for the task's own delay, when it is no number."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not isinstance(seconds, (int, float)) or seconds != seconds:
+        return None
+    return float(min(max(seconds, 0), LONGEST_SECONDS))
 
 
 def run_coroutine(coroutine: types.CoroutineType) -> Any:
@@ -7109,6 +7272,36 @@ async def _all_of(left):
     await asyncio.gather(*left, return_exceptions=True)
 
 
+# == Child ====================================================================
+# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
+# one message, and only then takes the next.  Nothing that happens in a task can
+# reach past this process.  It knows the app and the frames, nothing of claims;
+# of retries only whether an error is one of the task's `retry_for`.
+
+
+def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> ChildSpec:
+    """The ChildSpec of all children of this process; each adds its own descriptors."""
+    names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
+    values = {name: getattr(settings, name) for name in names}
+    return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
+                     {"db": db, **values})
+
+
+SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
+_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
+
+CHILD_CODE = (
+    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
+    "sys.path[:] = spec[2]; "
+    "importlib.import_module(spec[0]).run_child(spec)"
+)
+
+
+def run_child(spec: Sequence) -> None:
+    """The life of a child, until its worker closes the socket or dies."""
+    Child(ChildSpec(*spec)).main()
+
+
 class Child:
     """The child's side.  One task at a time, in the main thread."""
 
@@ -7116,15 +7309,10 @@ class Child:
         self.spec = spec
         self.wire = ChildEnd(spec.frames, spec.messages)
         self.interrupts = Interrupts(self.wire)
-        self.printer = Printer(self._say)
+        self.runs = Runs(self.wire, spec, self.interrupts.after_send)
         self.originals: tuple = ()          # what our streams stand in for
         self.plain_streams: tuple = ()      # ours
-        self.has_written: Callable = list   # anything of a run waits in the pipe
-        self.strays = False         # processes that earlier runs have started live
-        self.app: Any = None        # once it is imported
-        self.surroundings: Any = None       # the same
-        self.of = 0, 0              # id and attempt of the current run; 0: none
-        self.is_fork = False        # this is a process that a task has forked
+        self.surroundings: Any = None       # once the app is imported
 
     def main(self) -> None:
         """Prepare, import the app, then serve; return for an orderly exit."""
@@ -7137,8 +7325,8 @@ class Child:
         dump_crashes(self.spec.crash)
         self.surroundings = Surroundings(self.interrupts.handlers)
         self.surroundings.restore(standard_streams())
-        self.printer.ready()
-        self._say(READY, list(self.app.tasks))
+        own_threads()
+        self.runs.say(READY, list(self.runs.app.tasks))
         lasted = False              # the run before
         while True:
             frame = self.wire.receive_now()
@@ -7150,7 +7338,7 @@ class Child:
                 gc.unfreeze()       # or open files would not be flushed at the exit
                 self.wire.keep_open()
                 return
-            lasted = self._serve(frame) > _SPAWN_SECONDS
+            lasted = self.runs.serve(frame, self._call) > SPAWN_SECONDS
 
     def _prepare(self):
         spec = self.spec
@@ -7168,7 +7356,6 @@ class Child:
         )
         for fd in (spec.frames, spec.messages, spec.crash, spec.output):
             os.set_inheritable(fd, False)
-        self.has_written = watch_pipe(spec.output)
         self._capture()
 
     def _let_go(self):
@@ -7176,7 +7363,7 @@ class Child:
 
         The hooks at a fork, and the handlers, hold us for longer than that.
         """
-        for app in (self.app, default_app):
+        for app in (self.runs.app, default_app):
             app.tasks.clear()
 
     def _capture(self):
@@ -7184,7 +7371,7 @@ class Child:
         self.originals = sys.stdout, sys.stderr
         for stream in self.originals:
             stream.flush()
-        out, err = self.printer.streams
+        out, err = self.runs.printer.streams
         sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
         sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
         self.plain_streams = standard_streams()
@@ -7194,13 +7381,13 @@ class Child:
         try:
             # Written before the worker looks for it, which counts from our start.
             with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
-                self.app = load_app(self.spec.app)
-            self.app.override(**self.spec.settings)
+                self.runs.app = load_app(self.spec.app)
+            self.runs.app.override(**self.spec.settings)
         except BaseException as exc:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
-            self._say(LACKING if lacks else BROKEN, trace)
+            self.runs.say(LACKING if lacks else BROKEN, trace)
             os._exit(1)
 
     def _in_fork(self):
@@ -7210,107 +7397,23 @@ class Child:
         """
         import faulthandler
 
-        self.is_fork = True
+        self.runs.is_fork = True
         faulthandler.unregister(signal.SIGUSR2)
         self.interrupts.leave()
-        self.printer.leave()
+        self.runs.printer.leave()
         if self.surroundings:
             self.surroundings.leave()
         self.wire.close()
         self.interrupts.after_fork()
 
-    def _leave_fork(self, exc):
-        """A process that a task has forked came back here: end it as Python would."""
-        code = 0
-        if isinstance(exc, SystemExit):
-            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-        elif exc is not None:
-            code = 1
-            self.printer.print(describe_exception(exc)["traceback"], 2)
-        self.printer.end_run()
-        os._exit(code & 0xFF)
-
-    def _serve(self, frame):
-        run_id, attempt, timeout, tick, _, name, text = read_frame(frame)
-        self.of = run_id, attempt
-        self.printer.begin(self.of)
-        self.interrupts.begin(run_id)
-        started_at = now_ms()
-        start = time.perf_counter()
-        task = self.app.tasks.get(name)
-        try:
-            if task is None:
-                kind, value = UNKNOWN, b""
-            else:
-                kind, value = SUCCEEDED, self._run(task, text, timeout, tick)
-        except BaseException as exc:
-            if self.is_fork:
-                self._leave_fork(exc)
-            kind, value = ENDED_BADLY, _error_of(exc, self.interrupts.raised, task)
-        if self.is_fork:
-            self._leave_fork(None)
-        duration = time.perf_counter() - start
-        self._end_output(duration)
-        self._say(kind, value, self.of, started_at, duration)
-        self.of = 0, 0
-        return duration
-
-    def _end_output(self, seconds):
-        """What this run has printed is its own; what comes later may not be."""
-        self.printer.end_run()
-        try:
-            if self.has_written():
-                self._say(WRITTEN, os.read(self.spec.output, LINE_BYTES), self.of)
-        except BlockingIOError:             # the worker has read it meanwhile
-            pass
-        except OSError as exc:
-            self.wire.end_if_closed(exc)
-            raise
-        self.printer.note_threads()
-        if seconds > _SPAWN_SECONDS or self.strays:
-            strays = others_write_here()
-            if strays != self.strays:
-                self.strays = strays
-                self._say(STRAYS, strays)
-
-    def _run(self, task, text, timeout, tick):
-        global running_task
-        run_id, attempt = self.of
-        args, kwargs = decode(text or self.app.store.args(run_id))
-        deadline = time.time() + timeout if timeout else None
-        if tick is not None:
-            tick = datetime.fromtimestamp(tick, timezone.utc)
-        running_task = CurrentTask(
-            run_id, task.name, attempt, deadline, tick, self._progress
-        )
-        try:
-            value = self._interruptibly(timeout, task.fn, args, kwargs)
-        finally:
-            running_task = None
-        try:
-            return self._encode_result(value)
-        except (TypeError, PayloadTooLarge) as exc:
-            raise _ResultRefused(str(exc)) from exc     # it would be again
-
-    def _encode_result(self, value):
-        if value is None:
-            return "null"
-        text, limit = encode(value, "result"), self.app.settings.max_payload
-        if len(text) > limit:               # it is ASCII: as many bytes
-            raise PayloadTooLarge(
-                f"result of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-                f"{limit:,}; write it to a file and return its path"
-            )
-        return text
-
-    def _interruptibly(self, timeout, fn, args, kwargs):
-        """Call `fn`; a timeout or a cancellation may raise in the middle of it."""
+    def _call(self, run, args, kwargs):
+        """Call the task; a timeout or a cancellation may raise in the middle of it."""
         context = self.surroundings.context()
-        self.interrupts.allowed = True
+        self.interrupts.begin(run)
         try:
-            if timeout:
-                signal.setitimer(signal.ITIMER_REAL, timeout)
-            value = context.run(fn, *args, **kwargs)
+            if run.timeout:
+                signal.setitimer(signal.ITIMER_REAL, run.timeout)
+            value = context.run(run.task.fn, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
                 value = context.run(run_coroutine, value)
             return value
@@ -7326,7 +7429,7 @@ class Child:
 
         Never raises, and waits only so long: a stream may lead to who does not read.
         """
-        raised = self.interrupts.raised
+        raised = self.interrupts.run.raised
         for stream in streams:
             with contextlib.suppress(Exception):
                 try:
@@ -7335,46 +7438,7 @@ class Child:
                     stream.flush()
                 finally:
                     self.interrupts.allowed = False
-        self.interrupts.raised = raised
-
-    def _progress(self, run, percent, message):
-        if self.is_fork:
-            return
-        of = run.id, run.attempt
-        if of == self.of and not self.printer.is_left_over():
-            text = None if message is None else str(message)[:1000]
-            self._say(PROGRESSED, [percent, text], of)
-
-    def _say(self, kind, value, of=(0, 0), started_at=0, duration=0.0):
-        """Send a message of this run, or of none."""
-        self.wire.send(write_message(kind, value, of, started_at, duration))
-        self.interrupts.after_send()
-
-
-def _error_of(exc, raised, task):
-    """What the worker needs to decide; `raised` is what we have put into the task."""
-    error = describe_exception(exc)
-    if isinstance(exc, _ResultRefused):
-        error["type"] = type(exc.__cause__).__name__
-    elif isinstance(exc, Abort):        # it wins, also over a time limit
-        error["kind"] = "abort"
-    elif raised is not None:
-        timed_out = isinstance(raised, TaskTimeout)
-        error["kind"] = "timeout" if timed_out else "cancelled"
-    if isinstance(exc, Retry):
-        error["countdown"] = _countdown(exc.countdown)
-    error["retryable"] = not isinstance(exc, Abort) and (
-        error["kind"] == "timeout" or isinstance(exc, (Retry, *task.policy.retry_for))
-    )
-    return error
-
-
-def _countdown(value):
-    """Seconds, within reason; None, for the task's own delay, when it is no number."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if not isinstance(seconds, (int, float)) or seconds != seconds:
-        return None
-    return float(min(max(seconds, 0), LONGEST_SECONDS))
+        self.interrupts.run.raised = raised
 
 
 # == Member ===================================================================
@@ -10114,7 +10178,7 @@ def _log_apart(style):
     """
     log_fd, original = os.dup(1), sys.stdout
     log = Log(log_fd, style)
-    sys.stdout = TaskStream(lambda text, _: log.output(text), 1)    # type: ignore
+    sys.stdout = TaskStream(lambda text, *_: log.output(text), 1)   # type: ignore
     os.dup2(2, 1)
     try:
         yield log

@@ -36,6 +36,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unittest
 from decimal import Decimal
 from pathlib import Path
@@ -5823,7 +5824,7 @@ class Outputs(Served):
         self.assertGreater(len(worker.all("output", text="at import")), 0)
 
     def test_a_stream_has_all_that_a_text_stream_has(self):
-        stream = pybgworker.TaskStream(lambda text, fd: None, 1)
+        stream = pybgworker.TaskStream(lambda *_: None, 1)
         plain = __import__("io").TextIOWrapper(__import__("io").BytesIO())
         public = {n for n in dir(plain) if n[0] != "_"}
 
@@ -5835,7 +5836,7 @@ class Outputs(Served):
 
     def test_a_stream_sends_whole_lines(self):
         got = []
-        stream = pybgworker.TaskStream(lambda text, fd: got.append(text), 1)
+        stream = pybgworker.TaskStream(lambda text, *_: got.append(text), 1)
         for text in ("a", "b\nc", "\n\nd"):
             stream.write(text)
         stream.flush()
@@ -6404,7 +6405,7 @@ class Children(Served):
         interrupts.handlers[signal.SIGALRM] = handle
         before = signal.signal(signal.SIGALRM, handle)
         self.addCleanup(signal.signal, signal.SIGALRM, before)
-        interrupts.allowed = True
+        interrupts.begin(types.SimpleNamespace(of=(7, 1), raised=None))
         interrupts.before_fork()
         os.kill(os.getpid(), signal.SIGALRM)
         interrupts.after_fork()                     # the mask goes, and the signal comes
@@ -6481,7 +6482,7 @@ class Children(Served):
     def test_a_cancellation_that_comes_late_ends_no_other_run(self):
         """It names the run it means, which may have just finished."""
         interrupts = pybgworker.Interrupts(pybgworker.ChildEnd(*self.ends()))
-        interrupts.run_id, interrupts.allowed = 2, True
+        interrupts.begin(types.SimpleNamespace(of=(2, 1), raised=None))
         for wanted in ((), (1,), (1, 3)):
             self.worker_end.send(b"".join(n.to_bytes(8, "big") for n in wanted))
             interrupts.on_cancel()
@@ -11735,10 +11736,10 @@ class TheFile(unittest.TestCase):
     def test_clock_and_chance_are_asked_in_few_places(self):
         clock = [self.section_of(n)[0] for n, line in enumerate(self.lines, 1)
                  if re.search(r"\btime\.time(_ns)?\(", line) and "def " not in line]
-        self.assertLessEqual(set(clock), {"Time and values", "Child", "Bench"})
+        self.assertLessEqual(set(clock), {"Time and values", "Runs", "Bench"})
         calls = {self.section_of(node.lineno)[0] for node in ast.walk(self.tree)
                  if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "now_ms"}
-        self.assertEqual(calls, {"Register", "Child", "Bench"})     # above: store.now()
+        self.assertEqual(calls, {"Register", "Runs", "Bench"})     # above: store.now()
 
     def test_every_name_in_all_exists_and_is_sorted(self):
         self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
