@@ -37,7 +37,7 @@ Map
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
-        Importing · Registry · Processes · Wire · Output · Surroundings ·
+        Importing · Registry · Processes · Wire · Begun · Output · Surroundings ·
         Interrupts · Runs · Child · Member · Hearing · Placement · Crew · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Household · Worker · Command line
@@ -98,7 +98,9 @@ import time
 import types
 import weakref
 import zlib
-from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    Container, Coroutine, Generator, Iterable, Iterator, Sequence,
+)
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -1168,6 +1170,7 @@ class LostRun(NamedTuple):
     attempt: int
     state: int
     worker: str
+    begun: bool = True          # False: it had not, for sure, and is not counted
 
 
 AHEAD_MS = 60_000           # a row set so long after now was by a clock ahead of ours
@@ -1402,11 +1405,13 @@ class Store(Protocol):
     def running_counts(self) -> dict[int, int]:
         """How many tasks each worker has claimed and not finished, by its id."""
 
-    def reap(self, worker: int, name: str, now: int,
-             beat_at: int | None = None) -> list[LostRun]:
+    def reap(self, worker: int, name: str, now: int, beat_at: int | None = None,
+             begun: Container[tuple[int, int]] | None = None) -> list[LostRun]:
         """Remove a dead worker; put each run it held where it goes from there.
 
-        Does nothing if it has beaten since `beat_at`: it is not dead, then.
+        `begun` are the (id, attempt) of those that had begun; None: all, perhaps.
+        The others are queued again, and that attempt was none.  Does nothing if it
+        has beaten since `beat_at`: it is not dead, then.
         """
 
     def unknown_workers(self) -> list[int]:
@@ -2654,6 +2659,36 @@ def explained(exc, path):
         if words in text:
             return kind(f"database {path}: {text}: {advice}")
     return DatabaseUnavailable(f"database {path}: {type(exc).__name__}: {text}")
+
+
+def file_system(path):
+    """The type of the file system that holds `path`, as ext4; "": nobody tells."""
+    return _mount_of(path, mount_table())[1]
+
+
+def open_beside(database, path, flags):
+    """Open, or make, a file for exactly those who may write the database.
+
+    Returns (descriptor, False when somebody else has put there what it opens): in a
+    folder where others may write, that may be anything.  Raises OSError.
+    """
+    try:
+        its = os.stat(database)
+    except OSError:                     # none yet: for us alone
+        its = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
+    writers = its.st_mode & 0o222
+    mode = 0o600 | writers | writers << 1
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(fd)
+    is_known = found.st_uid in (0, os.geteuid(), its.st_uid) or writers & 0o022
+    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and is_known):
+        return fd, False
+    with contextlib.suppress(OSError):      # of another owner: it is as he made it
+        if os.geteuid() == 0 or mode & 0o060:
+            owner = its.st_uid if os.geteuid() == 0 else -1
+            os.fchown(fd, owner, its.st_gid)
+        os.fchmod(fd, mode)
+    return fd, True
 
 
 def is_busy(exc):
@@ -5395,8 +5430,8 @@ class Register:
                 {"id": worker, "running": running, "live": live, "now": now},
             ).rowcount == 1
 
-    def reap(self, worker: int, name: str, now: int,
-             beat_at: int | None = None) -> list[LostRun]:
+    def reap(self, worker: int, name: str, now: int, beat_at: int | None = None,
+             begun: Container[tuple[int, int]] | None = None) -> list[LostRun]:
         error = {"kind": "lost", "message": f"worker {name} died"}
         with self.db.write(patience=0.5) as link:
             if beat_at is not None and not self.db.read(
@@ -5415,12 +5450,16 @@ class Register:
             then: list[tuple] = []
             for cancel_asked, *values in rows:
                 run = Run(*values)
-                state = CANCELLED if cancel_asked else FAILED if run.is_last else QUEUED
-                self._lose(link.connection, run.id, state, now)
-                drop_old(link.connection, run, state)
-                put_payload(link.connection, run.id, ERROR, to_json(error))
-                lost.append(LostRun(run.id, run.name, run.attempt, state, name))
-                then += callback_rows(run, state, error, now)
+                had_begun = begun is None or (run.id, run.attempt) in begun
+                is_over = had_begun and run.is_last
+                state = CANCELLED if cancel_asked else FAILED if is_over else QUEUED
+                self._lose(link.connection, run.id, state, now, int(not had_begun))
+                lost.append(
+                    LostRun(run.id, run.name, run.attempt, state, name, had_begun))
+                if had_begun:
+                    drop_old(link.connection, run, state)
+                    put_payload(link.connection, run.id, ERROR, to_json(error))
+                    then += callback_rows(run, state, error, now)
             if then:
                 insert_all(link, [Request(row, [text]) for row, text in then])
             link.connection.execute(
@@ -5429,12 +5468,13 @@ class Register:
             link.wake = wake_addresses(link.connection)
         return lost
 
-    def _lose(self, connection, task_id, state, now):
+    def _lose(self, connection, task_id, state, now, uncount):
         connection.execute(
             f"""update bg_task set state = :state, cancel_asked = 0,
+                    attempt = attempt - :uncount,
                     finished_at = case when :state > {RUNNING} then :now end
                 where id = :id""",
-            {"id": task_id, "state": state, "now": now},
+            {"id": task_id, "state": state, "now": now, "uncount": uncount},
         )
 
     def unknown_workers(self) -> list[int]:
@@ -6252,7 +6292,7 @@ class Guardian:
 # A frame is this header, the name of the task, and its arguments as they are encoded.
 _FRAME = struct.Struct("!qqddII")   # id attempt timeout tick cell length-of-the-name
 _NO_TICK = -1.0
-NO_CELL = 0xFFFFFFFF            # of a run whose beginning is not noted in a cell
+NO_CELL = 0xFFFFFFFF            # of a run whose beginning nobody notes: see Begun
 _FRAME_BYTES = 1 << 16          # the longest; longer arguments are fetched
 
 # A message is this header and a body of so many bytes; the id of no run is 0.
@@ -6452,10 +6492,10 @@ class WorkerEnd:
         """The child has its own copies now."""
         self._theirs.close()
 
-    def send(self, run: Run) -> bool:
+    def send(self, run: Run, cell: int = NO_CELL) -> bool:
         """Send a frame.  False when the socket is full, or the child just died."""
         try:
-            self._frames.send(write_frame(run)[:_FRAME_BYTES])
+            self._frames.send(write_frame(run, cell)[:_FRAME_BYTES])
             return True
         except OSError:
             return False
@@ -6526,6 +6566,186 @@ class WorkerEnd:
     def close(self) -> None:
         self.hang_up()
         self.messages.close()
+
+
+# == Begun ====================================================================
+# Owns the proof of what the children of a dead worker had begun: a file of cells,
+# DATABASE-begun-WORKER.  A run that is sent to a child has a cell of its own until
+# what became of it is committed; the child marks the cell, then begins.  So a run
+# without a mark had not begun, and costs its task no attempt.
+#
+# Why that is a proof.  A mark is in the kernel's pages as soon as it is stored: a
+# kill takes nothing back, and half a mark is that of a run which has not begun.
+# And none is on its way when the cells are read: all who could begin a run have this
+# file from their worker, by a descriptor or by the mapping made of that, and with it
+# one lock, flock(), which the kernel drops when the last of them is gone.  Whoever
+# gets that lock knows that they are dead, those that a SIGSTOP holds up included.
+# Where it is not to be had, or the file is from before a boot, all had begun.
+# Guarded by Torture, and by test_cells_are_read_when_all_are_dead.
+
+_BEGUN_HEAD = struct.Struct("16s48s")   # what it is, id of the boot; then the cells
+_BEGUN_MAGIC = b"pybgworker begun"
+_CELL_BYTES = 8
+_ATTEMPT_BITS = 14          # of a mark; an id has the other 50, see MOST_ID
+_ATTEMPTS = (1 << _ATTEMPT_BITS) - 1
+_MOST_BEGUN_BYTES = 64 << 20
+# Where what fallocate() gives is given: a full disk is SIGBUS to who writes a page.
+# Not so where what is overwritten goes to another place, as with btrfs and zfs.
+_STEADY_FILE_SYSTEMS = frozenset(("ext2", "ext3", "ext4", "overlay", "tmpfs", "xfs"))
+
+
+def _mark_of(run_id, attempt):
+    """Never 0.  Attempts that are 16,384 apart look the same: as begun, at worst."""
+    return run_id << _ATTEMPT_BITS | attempt & _ATTEMPTS
+
+
+def _begun_head():
+    return _BEGUN_HEAD.pack(_BEGUN_MAGIC, boot_id().encode())
+
+
+class Marks:
+    """The cells as a child sees them, by the descriptor it was given; -1: none."""
+
+    def __init__(self, fd: int):
+        self._cells: Any = None
+        if fd >= 0:
+            import mmap
+
+            self._map = mmap.mmap(fd, 0)
+            self._cells = memoryview(self._map)[_BEGUN_HEAD.size:].cast("Q")
+            close_fd(fd)
+
+    def mark(self, cell: int, run_id: int, attempt: int) -> None:
+        """Note that this run begins now: before anything of it is done."""
+        if cell != NO_CELL:
+            self._cells[cell] = run_id << _ATTEMPT_BITS | attempt & _ATTEMPTS
+
+    def leave(self) -> None:
+        """In a forked process, which may outlive the worker: it begins nothing."""
+        if self._cells is not None:
+            self._cells.release()
+            self._map.close()
+            self._cells = None
+
+
+class Begun:
+    """The cells of one worker, as that gives them to its runs; or none at all."""
+
+    def __init__(self):
+        self.fd = -1                    # to be inherited by children; -1: no cells
+        self._path = ""
+        self._cells: dict[Run, int] = {}        # that runs have
+        self._free: list[int] = []      # that came back
+        self._most = 0                  # that there are
+
+    def open(self, database: str, worker: int, most: int) -> None:
+        """Make the file, with so many cells.  Never raises: then there are none."""
+        self.close()
+        self._path, self._most = f"{database}-begun-{worker}", most
+        if file_system(database) not in _STEADY_FILE_SYSTEMS or not boot_id():
+            return
+        size = _BEGUN_HEAD.size + most * _CELL_BYTES
+        with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)   # of one who had this id in another database
+            undo.callback(self.remove)
+            self.fd, _ = open_beside(
+                database, self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            os.posix_fallocate(self.fd, 0, size)
+            os.pwrite(self.fd, _begun_head(), 0)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            undo.pop_all()
+
+    def give(self, run: Run) -> int | None:
+        """Its cell, or NO_CELL.  None: all are given, so it cannot be sent now."""
+        if self.fd < 0:
+            return NO_CELL
+        cell = self._cells.get(run)
+        if cell is None:
+            if self._free:
+                cell = self._free.pop()
+            elif len(self._cells) < self._most:
+                cell = len(self._cells)     # all below are in use
+            else:
+                return None
+            self._cells[run] = cell
+        return cell
+
+    def take(self, runs: Iterable[Run]) -> None:
+        """What became of these is committed: their cells are free.
+
+        Not before: whoever reaps us would find that they had not begun.
+        """
+        for run in runs if self._cells else ():
+            cell = self._cells.pop(run, None)
+            if cell is not None:
+                self._free.append(cell)
+
+    def close(self) -> None:
+        """Let go of it; children may still have it."""
+        if self.fd >= 0:
+            close_fd(self.fd)
+        self.fd, self._cells, self._free = -1, {}, []
+
+    def remove(self) -> None:
+        """Let go of it, and delete it: nobody shall find what had begun."""
+        with contextlib.suppress(OSError):
+            if self.fd >= 0 and file_identity(self.fd) == file_identity(self._path):
+                os.unlink(self._path)
+        self.close()
+
+
+class _Begun(frozenset):
+    """The marks that were found; contains the (id, attempt) of runs."""
+
+    def __contains__(self, run):
+        return super().__contains__(_mark_of(*run))
+
+
+def read_begun(database: str, worker: int) -> tuple[bool, Container | None]:
+    """(False while this worker or a child of it lives, what had begun).
+
+    The latter is for Store.reap(): None where nobody can tell.  Never raises.
+    """
+    try:
+        fd, is_ours = open_beside(database, f"{database}-begun-{worker}", os.O_RDONLY)
+    except OSError as exc:
+        return not is_lack(exc), None
+    try:
+        size = os.fstat(fd).st_size
+        if not is_ours or size > _MOST_BEGUN_BYTES or not boot_id() \
+                or os.pread(fd, _BEGUN_HEAD.size, 0) != _begun_head():
+            return True, None
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        cells = os.pread(fd, size, 0)[_BEGUN_HEAD.size:]
+        if len(cells) % _CELL_BYTES or len(cells) != size - _BEGUN_HEAD.size:
+            return True, None
+        return True, _Begun(memoryview(cells).cast("Q"))
+    except BlockingIOError:
+        return False, None
+    except OSError:
+        return True, None
+    finally:
+        close_fd(fd)
+
+
+def forget_begun(database: str, workers: Iterable[int]) -> None:
+    """Delete what reaped workers have left.  Never raises."""
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{database}-begun-{worker}")
+
+
+def begun_left(database: str) -> list[int]:
+    """The workers whose cells lie beside the database."""
+    folder, name = os.path.split(database)
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        return []
+    found = (re.fullmatch(r"-begun-(\d{1,18})", n[len(name):]) for n in names
+             if n.startswith(name))
+    return [int(match[1]) for match in found if match]
 
 
 # == Output ===================================================================
@@ -7089,8 +7309,8 @@ class Running:
     __slots__ = ("of", "task", "text", "timeout", "current", "chars", "raised",
                  "started_at", "start")
 
-    def __init__(self, frame: bytes, app: App, report: Callable):
-        run_id, attempt, timeout, tick, _, name, self.text = read_frame(frame)
+    def __init__(self, frame: bytes, app: App, report: Callable, mark: Callable):
+        run_id, attempt, timeout, tick, cell, name, self.text = read_frame(frame)
         self.of = run_id, attempt
         self.task = app.tasks.get(name)
         self.timeout = timeout          # seconds; 0: none
@@ -7103,6 +7323,8 @@ class Running:
             tick = datetime.fromtimestamp(tick, timezone.utc)
         self.current = CurrentTask(run_id, name, attempt, deadline, tick, report)
         in_flight[self.current] = self
+        if self.task is not None:
+            mark(cell, run_id, attempt)
 
 
 class Runs:
@@ -7117,6 +7339,7 @@ class Runs:
         self.printer = Printer(self.say)
         self.app: Any = None        # once it is imported
         self.is_fork = False        # this is a process that a task has forked
+        self.begun = Marks(spec.begun)
 
     def say(self, kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
             started_at: int = 0, duration: float = 0.0) -> None:
@@ -7130,7 +7353,7 @@ class Runs:
         Returns how many seconds it took.  In a process that the task has forked it
         does not return.
         """
-        run = Running(frame, self.app, self.progress)
+        run = Running(frame, self.app, self.progress, self.begun.mark)
         if self._is_shared:
             running.set(run.current)
         value: Any = b""
@@ -7404,6 +7627,7 @@ class Child:
         if self.surroundings:
             self.surroundings.leave()
         self.wire.close()
+        self.runs.begun.leave()
         self.interrupts.after_fork()
 
     def _call(self, run, args, kwargs):
@@ -7543,11 +7767,12 @@ class Member:
             self.crash, child_crash = _pipe(undo, theirs)
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(close_fd, null)
-            ends = (*self.wire.theirs(), child_crash, output)
+            ends = [*self.wire.theirs(), child_crash, output]
             spec = spec._replace(
                 frames=ends[0], messages=ends[1], crash=child_crash, output=output
             )
             argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
+            ends += [spec.begun] if spec.begun >= 0 else []
             self.process = Process(spawn(argv, ends, null, child_output))
             undo.pop_all()
         self.wire.given()
@@ -7598,9 +7823,9 @@ class Member:
         else:
             self.verdict, self._kill_due = verdict, kill_due
 
-    def send(self, run: Run, at: float) -> bool:
+    def send(self, run: Run, at: float, cell: int = NO_CELL) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
-        if not self.wire.send(run):
+        if not self.wire.send(run, cell):
             return False
         self.waiting.append(run)
         if len(self.waiting) == 1:
@@ -7871,6 +8096,15 @@ class Durations:
             self.short_names.discard(name)
 
 
+def most_in_flight(settings: types.SimpleNamespace) -> int:
+    """How many runs a worker has at most that are claimed, their end not committed.
+
+    A child that is replaced may still have one, and a turn may claim as many as
+    there are places for while it writes what has ended in them.
+    """
+    return (settings.concurrency + 1) * (_AHEAD_FRAMES + 2)
+
+
 class Room(NamedTuple):
     """How many runs could go to children."""
 
@@ -7986,9 +8220,14 @@ class Placement:
             due = min(due, self.late_from(member))
         return due
 
-    def may_wait(self, run: Run, delay: float, has: int, member: Member) -> bool:
-        """True when `run` may wait in the pipe of this child, which is not slow."""
-        return not run.is_last and run.name in self._durations.short_names \
+    def may_wait(self, run: Run, cell: int, delay: float, has: int,
+                 member: Member) -> bool:
+        """True when `run` may wait in the pipe of this child, which is not slow.
+
+        Not its last one, unless it has a cell: whoever kills us would end its task.
+        """
+        return not (run.is_last and cell == NO_CELL) \
+            and run.name in self._durations.short_names \
             and delay < _AHEAD_SECONDS and has < _AHEAD_FRAMES \
             and has + member.done < self._most
 
@@ -8100,8 +8339,8 @@ class Crew:
     """`size` children, and one more that is warm."""
 
     def __init__(self, spec: ChildSpec, size: int, log: Callable,
-                 selector: selectors.BaseSelector):
-        self._spec, self._size = spec, size
+                 selector: selectors.BaseSelector, begun: Begun):
+        self._spec, self._size, self.begun = spec, size, begun
         self._log = log             # log(event, run, **fields)
         self.selector = selector
         self._guardian = Guardian()
@@ -8121,7 +8360,8 @@ class Crew:
             staying = sum(m.phase is not Phase.LEAVING for m in self.members)
             missing = self._size + 1 - staying
             for _ in range(min(missing, self.starts.room(self.members, at))):
-                member = Member(self._spec, self._log, at)
+                spec = self._spec._replace(begun=self.begun.fd)
+                member = Member(spec, self._log, at)
                 member.watch(self.selector)
                 self._guardian.watch(member.process.pid)
                 self.members.append(member)
@@ -8260,9 +8500,10 @@ class Pool:
     """The children of a worker, and the runs that they have."""
 
     def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
-                 log: Callable, selector: selectors.BaseSelector):
+                 log: Callable, selector: selectors.BaseSelector,
+                 begun: Begun | None = None):
         self._limits = limits       # settings
-        self.crew = Crew(spec, size, log, selector)
+        self.crew = Crew(spec, size, log, selector, begun or Begun())
         self.members = self.crew.members        # the same list
         self.hand = Hand()
         self._ended: list[Ended] = []           # since the last collect()
@@ -8279,11 +8520,9 @@ class Pool:
         self.hand.add(runs)
 
     def make_way(self, priority: int) -> list[Run]:
-        """Take back what has not begun and is less urgent: for one that waits.
+        """Take back what has not begun and is less urgent: another needs a child.
 
-        It needs a child with nothing to do.  Guarded by
-        test_an_urgent_task_does_not_wait_for_what_was_prefetched.
-        """
+        Guarded by test_an_urgent_task_does_not_wait_for_what_was_prefetched."""
         return self._withdraw(lambda run: run.priority > priority)
 
     def take_back(self, queues: set[str]) -> list[Run]:
@@ -8313,13 +8552,14 @@ class Pool:
 
     def _send(self, takers, at, run):
         """Send a run to the first of the takers, if that can take it."""
-        if not takers:
+        cell = self.crew.begun.give(run)
+        if not takers or cell is None:
             return False
         delay, has, number, member = takers[0]
-        if has and not self.placement.may_wait(run, delay, has, member):
+        if has and not self.placement.may_wait(run, cell, delay, has, member):
             return False
         run.usual, run.due = self.durations.usual(run.name), at + delay
-        if not member.send(run, at):
+        if not member.send(run, at, cell):
             heapq.heappop(takers)           # its socket is full, or it just died
             return self._send(takers, at, run)
         if len(member.waiting) == 1:        # now: `has` is of before a recall
@@ -8498,10 +8738,10 @@ class Pool:
                 elif member.ready or member.outgrows(limit):
                     self._condemn(member, Verdict.MEMORY, at)
 
-    def interrupt(self, at: float) -> list[Run]:
-        """Kill all children but the idle, which may end well; return what ran."""
+    def interrupt(self, at: float, idle: bool = False) -> list[Run]:
+        """Kill all children; the idle may end well, else.  Returns what ran."""
         runs: list[Run] = []
-        for member in [m for m in self.members if m.waiting or not m.able]:
+        for member in [m for m in self.members if idle or m.waiting or not m.able]:
             self._hear_last(member, at)
             runs += member.waiting
             self._remove(member)
@@ -8525,44 +8765,28 @@ def _death_of(member, limits, at):
 
 # == Liveness =================================================================
 # Owns the worker's entry among the workers: its id, its lock in DATABASE-live, its
-# heartbeat, and the judgement that another is dead.  A dead worker's tasks go on
-# within a second.
+# cells, its heartbeat, and the judgement that another is dead.  A dead worker's
+# tasks go on within a second.
 
 
 def _open_live(path, may_create):
-    """Open, or make, DATABASE-live for exactly those who may write the database.
+    """Open, or make, DATABASE-live.
 
-    Whoever can open it, be it to read, can lock a byte and hide a death.  In a folder
-    where others may write, somebody may have put something else there.
+    Whoever can open it, be it to read, can lock a byte and hide a death.
     """
-    try:
-        database = os.stat(path.removesuffix("-live"))
-    except OSError:                     # none yet: for us alone
-        database = os.stat_result((0o600, 0, 0, 1, os.geteuid(), -1, 0, 0, 0, 0))
-    writers = database.st_mode & 0o222
-    mode = 0o600 | writers | writers << 1
     create = os.O_CREAT if may_create else 0
     try:
-        fd = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC, 0o600)
+        fd, is_ours = open_beside(path.removesuffix("-live"), path, os.O_RDWR | create)
     except OSError as exc:
         raise DatabaseUnavailable(
             f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
             "must not be a link"
         ) from None
-    found = os.fstat(fd)
-    ours = found.st_uid in (0, os.geteuid(), database.st_uid) or writers & 0o022
-    if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_size
-            and ours):
+    if not is_ours or os.fstat(fd).st_size:
         close_fd(fd)
         raise DatabaseUnavailable(
             f"{path}: somebody else has put this here: remove it, once no worker runs"
         )
-    with contextlib.suppress(OSError):      # of another owner: it is as he made it
-        if os.geteuid() == 0 or mode & 0o060:
-            owner = database.st_uid if os.geteuid() == 0 else -1
-            os.fchown(fd, owner, database.st_gid)
-        os.fchmod(fd, mode)
     return fd
 
 
@@ -8657,6 +8881,7 @@ def is_surely_dead(row: WorkerRow, locks: LiveFile, machine: tuple) -> bool:
 
 _REAP_ROWS = 200            # workers that one look for dead ones is about
 _REAP_WORKERS = 10          # … and those of them whose runs it gives back
+_LAST_GASP = 2.0            # seconds that the children of a killed worker may live
 
 
 def judge_of(store: Store) -> Callable[[WorkerRow], bool]:
@@ -8676,8 +8901,20 @@ def reap_surely_dead(store: Store, now: int) -> None:
     is_dead = judge_of(store)
     for row in store.workers():
         if is_dead(row):
+            begun = _last_begun(store.path, row.id)
             with contextlib.suppress(DatabaseBusy):     # then a worker does it
-                store.reap(row.id, row.name, now, row.beat_at)
+                if store.reap(row.id, row.name, now, row.beat_at, begun):
+                    forget_begun(store.path, [row.id])
+
+
+def _last_begun(path, worker):
+    """What its children had begun, once all are dead; None: nobody can tell."""
+    deadline = time.monotonic() + _LAST_GASP
+    while True:
+        is_over, begun = read_begun(path, worker)
+        if is_over or time.monotonic() >= deadline:
+            return begun
+        own_sleep(0.01)
 
 
 class Liveness:
@@ -8688,6 +8925,8 @@ class Liveness:
         self.id = 0                     # bg_worker.id; 0: not registered
         self._machine = socket.gethostname(), boot_id()
         self._locks: Any = None         # LiveFile, from register() on
+        self.begun = Begun()            # open from register() on
+        self._dying: dict[int, float] = {}      # dead, but not its children: since
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
         self._cursor = 0                # the last worker looked at; 0: all were
         self._awake = 0.0               # seconds of turns; a long one counts as 1
@@ -8704,6 +8943,10 @@ class Liveness:
             "concurrency": s.concurrency, "now": now, "live": self._locks.number,
         }
         self.id = self.store.add_worker(row, self._locks.hold)
+        self.begun.open(self.store.path, self.id, most_in_flight(s))
+        left = begun_left(self.store.path)      # before we look who there is
+        known = {*self.store.unknown_workers(), *(w.id for w in self.store.workers())}
+        forget_begun(self.store.path, set(left) - known)
 
     def beat(self, running: int, now: int) -> bool:
         """Write a heartbeat.  False: we were taken for dead and reaped.
@@ -8722,11 +8965,13 @@ class Liveness:
     def leave(self) -> None:
         """Take the entry off, and the lock."""
         self.store.remove_worker(self.id)
+        self.begun.remove()
         self.forsake()
 
     def forsake(self) -> None:
         """Drop the lock only: the entry is gone, or others shall reap it."""
         self._locks.drop(self.id)
+        self.begun.close()
 
     def mind_the_time(self) -> float:
         """Count this turn; return the monotonic time of its start.
@@ -8759,31 +9004,50 @@ class Liveness:
         idle = [row for row in dead if row.id not in holding]
         if idle:
             self.store.remove_dead(idle)
+            forget_begun(self.store.path, [row.id for row in idle])
         for row in dead:
             self._seen.pop(row.id, None)
-        busy: list[tuple] = [(row.id, row.name, now, row.beat_at) for row in dead
+        busy: list[tuple] = [(row.id, row.name, row.beat_at) for row in dead
                              if row.id in holding]
-        busy += [(n, f"#{n}", now, None) for n in self.store.unknown_workers()]
-        return self._reap(busy)
+        sure = {row.id for row in dead if row.id in holding and self._is_sure(row)}
+        busy += [(n, f"#{n}", None) for n in self.store.unknown_workers()]
+        return self._reap(busy, sure, now)
 
-    def _reap(self, workers):
+    def _reap(self, workers, sure, now):
         lost: list[LostRun] = []
-        for n, values in enumerate(workers):
+        for n, (worker, name, beat_at) in enumerate(workers):
             if n == _REAP_WORKERS:
                 self._cursor = workers[n - 1][0]
                 break
+            is_over, begun = read_begun(self.store.path, worker)
+            if not is_over and worker in sure and self._is_dying(worker):
+                continue
             try:
-                lost += self.store.reap(*values)
+                found = self.store.reap(worker, name, now, beat_at, begun)
             except DatabaseUnavailable:
                 if not lost:
                     raise
                 break           # say first what is done; the others come again
+            self._dying.pop(worker, None)
+            if found:           # else it lives, or another has done this
+                forget_begun(self.store.path, [worker])
+            lost += found
         return lost
+
+    def _is_dying(self, worker):
+        """True for a while after its death: its children end now, too.
+
+        A worker that is only silent is not waited for: it may be silent for ever.
+        """
+        return self._awake - self._dying.setdefault(worker, self._awake) < _LAST_GASP
 
     @property
     def is_behind(self) -> bool:
-        """True when reap_dead() has not looked at all workers yet."""
-        return self._cursor > 0
+        """True when reap_dead() has not looked at all workers yet, or waits for one."""
+        return self._cursor > 0 or any(self._is_dying(n) for n in self._dying)
+
+    def _is_sure(self, row):
+        return is_surely_dead(row, self._locks, self._machine)
 
     def _is_dead(self, row):
         """By what the kernel knows; or by its heartbeat, timed by our waking time.
@@ -8791,7 +9055,7 @@ class Liveness:
         So a set clock, a laptop's sleep or a stall of ours never looks like the
         death of somebody else.
         """
-        if is_surely_dead(row, self._locks, self._machine):
+        if self._is_sure(row):
             return True
         beat_at, seen = self._seen.get(row.id, (None, 0.0))
         if beat_at != row.beat_at:
@@ -9372,8 +9636,10 @@ def _kept_error(error):
 class Outbox:
     """What became of runs and is not in the database yet; kept until it is."""
 
-    def __init__(self, store: Store, journal: Journal, tasks: dict):
+    def __init__(self, store: Store, journal: Journal, tasks: dict,
+                 begun: Begun | None = None):
         self._store, self._journal = store, journal
+        self._begun = begun or Begun()
         self._tasks = tasks                     # by name
         self.progress: dict[int, tuple[Run, str]] = {}      # by id, to be written
         self.outcomes: list[Outcome] = []       # to be written
@@ -9436,6 +9702,8 @@ class Outbox:
                 break
             except OutcomeRefused as exc:
                 self._replace(exc, now)
+        self._begun.take(outcome.run for outcome in self.outcomes)
+        self._begun.take(itertools.chain(self.returned, stopped))
         self.handed_back += len(self.returned) + len(stopped)
         for outcome in turned.stale:
             self._journal.run("task_lost", outcome.run, reason="it was given away")
@@ -9818,7 +10086,8 @@ class Household:
     def _reap(self, now):
         for lost in self._liveness.reap_dead(now):
             self._lookout.news = True
-            self._journal.lost(lost)
+            if lost.begun:
+                self._journal.lost(lost)
         return _REAP_PAUSE if self._liveness.is_behind else None
 
     def _look_after_children(self, now):
@@ -9863,9 +10132,10 @@ class Worker:
         self.senses = Senses()
         self.liveness = Liveness(self.store, self.settings, self.senses.ear)
         spec = child_spec(registry.app_spec, self.store.path, self.settings)
+        begun = self.liveness.begun
         self.pool = Pool(spec, self.settings.concurrency, self.settings,
-                         self.journal.run, self.senses.selector)
-        self.outbox = Outbox(self.store, self.journal, registry.tasks)
+                         self.journal.run, self.senses.selector, begun)
+        self.outbox = Outbox(self.store, self.journal, registry.tasks, begun)
         self.lookout = Lookout(self.store, self.settings, registry.tasks)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
                                self.liveness, self.pool, self._start_over)
@@ -9950,6 +10220,7 @@ class Worker:
         """
         self.pool.interrupt(time.monotonic())
         self.pool.crew.stop()
+        self.liveness.begun.remove()        # it may be one that had not begun
         self.liveness.forsake()
         self.journal.say("worker_stop", error=f"{type(exc).__name__}: {exc}")
         self._close()
@@ -9965,7 +10236,7 @@ class Worker:
         """
         self.pool.recall_all()
         at = time.monotonic()
-        for run in self.pool.interrupt(at):
+        for run in self.pool.interrupt(at, idle=True):  # they mark the old cells
             self.journal.run("task_lost", run, reason="this worker was given up")
         self.pool.collect()
         self.outbox.clear()

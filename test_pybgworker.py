@@ -5716,6 +5716,193 @@ class Wires(unittest.TestCase):
                     self.assertRaises(ValueError, list, wire.heard(1000))
 
 
+# == Begun ====================================================================
+
+
+class Beginning(Case):
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.store.path
+        self.begun = pybgworker.Begun()
+        self.addCleanup(self.begun.remove)
+
+    def open(self, most=8):
+        self.begun.open(self.path, 7, most)
+        if self.begun.fd < 0:
+            self.skipTest("no cells on this file system")
+        return Path(f"{self.path}-begun-7")
+
+    def run_of(self, number, attempt=1):
+        return Run(number, "t", "q", attempt - 1, 0, 0, None, 0, None, "", 5)
+
+    def read(self):
+        return pybgworker.read_begun(self.path, 7)
+
+    def test_what_is_marked_had_begun_and_nothing_else(self):
+        runs = [self.run_of(1), self.run_of(2), self.run_of(10**15, 3)]
+        self.open()
+        cells = [self.begun.give(run) for run in runs]
+        marks = pybgworker.Marks(os.dup(self.begun.fd))
+        for run, cell in list(zip(runs, cells))[1:]:
+            marks.mark(cell, run.id, run.attempt)
+        marks.leave()
+        self.begun.close()
+        is_over, begun = self.read()
+        self.assertTrue(is_over)
+        for of, had_begun in (((1, 1), False), ((2, 1), True), ((2, 2), False),
+                              ((10**15, 3), True), ((10**15, 1), False), ((3, 1), False)):
+            self.assertEqual(of in begun, had_begun, of)
+
+    def test_an_attempt_of_any_number_that_is_marked_had_begun(self):
+        self.open()
+        marks = pybgworker.Marks(os.dup(self.begun.fd))
+        for attempt in (1, 16_383, 16_384, 20_000, 10**9):
+            marks.mark(0, 5, attempt)
+            with mock.patch.object(pybgworker.fcntl, "flock"):
+                self.assertIn((5, attempt), self.read()[1])
+        marks.leave()
+
+    def test_a_cell_is_of_one_run_until_that_is_committed(self):
+        self.open(3)
+        runs = [self.run_of(number) for number in range(1, 6)]
+        given = [self.begun.give(run) for run in runs]
+        self.assertEqual(given, [0, 1, 2, None, None])
+        self.assertEqual(self.begun.give(runs[1]), 1)       # recalled, and sent again
+        self.begun.take([runs[1], runs[4], runs[1]])
+        self.assertEqual([self.begun.give(run) for run in runs[3:]], [1, None])
+
+    def test_cells_are_read_when_all_are_dead(self):
+        """Whoever has the mapping only, and is stopped, may still begin what it took."""
+        self.open()
+        code = """
+            import os, signal, sys, pybgworker
+            marks = pybgworker.Marks(int(sys.argv[1]))
+            os.closerange(3, 100)
+            print("mapped", flush=True)
+            sys.stdin.read(1)
+            marks.mark(0, 4, 1)
+            print("marked", flush=True)
+            sys.stdin.read()
+        """
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(self.begun.fd)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(),
+            pass_fds=[self.begun.fd], bufsize=0)
+        self.addCleanup(child.communicate)
+        self.addCleanup(child.kill)
+        self.assertEqual(child.stdout.readline(), b"mapped\n")
+        self.assertEqual(self.read(), (False, None))        # our own descriptor
+        self.begun.close()
+        self.assertEqual(self.read(), (False, None))
+        child.stdin.write(b"x")
+        self.assertEqual(child.stdout.readline(), b"marked\n")
+        child.send_signal(signal.SIGSTOP)
+        self.assertEqual(self.read(), (False, None))
+        child.kill()
+        is_over, begun = until(lambda: self.read() if self.read()[0] else None, 2)
+        self.assertIn((4, 1), begun)
+        self.assertNotIn((5, 1), begun)
+
+    def test_a_process_that_was_forked_by_a_task_may_outlive_all(self):
+        self.open()
+        marks = pybgworker.Marks(os.dup(self.begun.fd))
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self.begun.close()
+            marks.leave()
+            marks.leave()
+            os.write(writer, b"x")
+            time.sleep(1000)
+        self.addCleanup(os.waitpid, pid, 0)
+        self.addCleanup(os.kill, pid, signal.SIGKILL)
+        os.read(reader, 1)
+        for fd in (reader, writer):
+            os.close(fd)
+        marks.mark(2, 9, 1)
+        marks.leave()
+        self.begun.close()
+        is_over, begun = self.read()
+        self.assertTrue(is_over and (9, 1) in begun)
+
+    def test_where_nobody_can_tell_all_had_begun(self):
+        path = self.open()
+        self.begun.close()
+        whole = path.read_bytes()
+        self.assertEqual(self.read(), (True, {0}))
+        for what, content in (
+            ("nothing", b""), ("too short", whole[:63]), ("half a cell", whole[:-3]),
+            ("another boot", whole[:20] + b"\0\0\0" + whole[23:]),
+            ("another version", b"X" + whole[1:]),
+        ):
+            path.write_bytes(content)
+            self.assertEqual(self.read(), (True, None), what)
+        path.write_bytes(whole)
+        with mock.patch.object(pybgworker, "boot_id", return_value=""):
+            self.assertEqual(self.read(), (True, None))
+        path.rename(self.folder / "away")
+        self.assertEqual(self.read(), (True, None))
+        path.symlink_to(self.folder / "away")
+        self.assertEqual(self.read(), (True, None))
+        path.unlink()
+        os.link(self.folder / "away", path)
+        self.assertEqual(self.read(), (True, None))
+        path.unlink()
+        os.mkfifo(path)
+        self.assertEqual(self.read(), (True, None))
+
+    def test_who_lacks_a_descriptor_to_read_them_asks_again(self):
+        self.open()
+        with mock.patch.object(pybgworker.os, "open",
+                               side_effect=OSError(errno.EMFILE, "too many")):
+            self.assertEqual(self.read(), (False, None))
+
+    def test_where_there_can_be_no_cells_there_are_none_and_nothing_is_left(self):
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "no space")
+
+        fds = len(os.listdir("/dev/fd"))
+        for target, name, instead in (
+            (pybgworker.os, "posix_fallocate", fail), (pybgworker.os, "pwrite", fail),
+            (pybgworker.fcntl, "flock", fail), (pybgworker.os, "open", fail),
+            (pybgworker, "boot_id", lambda: ""),
+            (pybgworker, "file_system", lambda path: "btrfs"),
+            (pybgworker, "file_system", lambda path: ""),
+        ):
+            with mock.patch.object(target, name, instead), self.subTest(name):
+                self.begun.open(self.path, 7, 8)
+                self.assertEqual(self.begun.fd, -1)
+                self.assertEqual(self.begun.give(self.run_of(1)), pybgworker.NO_CELL)
+                self.begun.take([self.run_of(1)])
+            self.assertEqual(list(self.folder.glob("*-begun-*")), [])
+        self.assertEqual(len(os.listdir("/dev/fd")), fds)
+
+    def test_the_file_is_made_anew_for_those_who_may_write_the_database(self):
+        for plant in (lambda p: p.symlink_to(self.db), lambda p: os.mkfifo(p),
+                      lambda p: p.write_text("of somebody")):
+            plant(Path(f"{self.path}-begun-7"))
+            os.chmod(self.db, 0o664)
+            path = self.open()
+            found = os.lstat(path)
+            self.assertEqual((found.st_mode & 0o777, found.st_size), (0o660, 64 + 8 * 8))
+            self.assertGreaterEqual(found.st_blocks * 512, found.st_size)   # no holes
+            self.begun.remove()
+            self.assertFalse(path.exists())
+
+    def test_who_leaves_does_not_take_along_what_another_has_put_there(self):
+        path = self.open()
+        path.unlink()
+        path.write_text("of another database, which has taken the place of ours")
+        self.begun.remove()
+        self.assertTrue(path.exists())
+
+    def test_without_cells_nothing_is_marked(self):
+        marks = pybgworker.Marks(-1)
+        marks.mark(pybgworker.NO_CELL, 1, 1)
+        marks.leave()
+
+
 # == Output ===================================================================
 
 PRINTING = """
@@ -6999,7 +7186,7 @@ class Pools(Served):
         first, second = self.run_of(1), self.run_of(2)
         pool, member = self.pool_of(first, second)
         at, urgent = member.slot.began, self.run_of(3, priority=1)
-        urgent.timeout, member.wire.send = 9.0, lambda run: True
+        urgent.timeout, member.wire.send = 9.0, lambda *_: True
         pool.durations.short_names.add(urgent.name)
         for run in (first, second):
             pool.durations.learn(run.name, 0.001)
@@ -7213,7 +7400,7 @@ class Pools(Served):
                 self.assertEqual(places.takers == [], slow)
                 self.assertEqual(places.room, (0, room))
                 self.assertEqual(room > 0, any(
-                    placement.may_wait(self.run_of(9), delay, has, taker)
+                    placement.may_wait(self.run_of(9), pybgworker.NO_CELL, delay, has, taker)
                     for delay, has, _, taker in places.takers))
 
     def test_a_run_leaves_the_hand_in_its_own_time_though_others_go_one_by_one(self):
@@ -7271,12 +7458,32 @@ class Pools(Served):
         placement, member = self.placement(0.0001, most=7), self.ready_member(
             self.run_of(1))
         member.done = 5
-        self.assertTrue(placement.may_wait(self.run_of(2), 0.0, 1, member))
-        self.assertFalse(placement.may_wait(self.run_of(3, attempt=3), 0.0, 1, member))
+        self.assertTrue(placement.may_wait(self.run_of(2), pybgworker.NO_CELL, 0.0, 1, member))
+        last = self.run_of(3, attempt=3)
+        self.assertFalse(placement.may_wait(last, pybgworker.NO_CELL, 0.0, 1, member))
+        self.assertTrue(placement.may_wait(last, 0, 0.0, 1, member))
         room = placement.survey([member], member.slot.began).room
         self.assertEqual(room, (0, 1))                                  # of 7
         member.done = 6
-        self.assertFalse(placement.may_wait(self.run_of(2), 0.0, 1, member))
+        self.assertFalse(placement.may_wait(self.run_of(2), pybgworker.NO_CELL, 0.0, 1, member))
+
+    def test_what_runs_for_the_last_time_waits_in_a_pipe_if_it_has_a_cell(self):
+        for cells, sent in ((None, 1), (2, 2), (9, 3)):
+            pool, member = self.pool_of()
+            member.phase = Phase.READY
+            member.wire.send = lambda run, cell: seen.append(cell) or True
+            seen, begun = [], pool.crew.begun
+            if cells:
+                begun.open(self.store.path, 1, cells)
+                self.addCleanup(begun.remove)
+            pool.durations = self.placement(0.0001)._durations
+            pool.placement = self.placement(0.0001)
+            pool.hand.add([self.run_of(n, attempt=3) for n in (1, 2, 3)])
+            pool.dispatch(pool.balance(1.0), 1.0)
+            with self.subTest(cells):
+                self.assertEqual(len(pool.hand), 3 - sent)
+                self.assertEqual(seen, [0, 1, 2][:sent] if cells
+                                 else [pybgworker.NO_CELL])
 
     def test_who_is_idle_soonest_comes_first_and_idle_ones_before_all(self):
         placement = self.placement(0.01, size=4)
@@ -7621,6 +7828,17 @@ class Lives(Case):
         turn = pybgworker.Turn(worker, order=order)
         return self.store.turn(turn, pybgworker.now_ms(), 5.0).claimed.runs[0]
 
+    def begin(self, worker, *runs):
+        """Mark the cells of runs of a Liveness, as its children do."""
+        marks = pybgworker.Marks(os.dup(worker.begun.fd))
+        for run in runs:
+            marks.mark(worker.begun.give(run), run.id, run.attempt)
+        marks.leave()
+
+    def cells(self):
+        """The files of cells that are left."""
+        return sorted(path.name for path in self.folder.glob("queue.db-begun-*"))
+
     def test_a_starting_worker_is_never_reaped(self):
         watching = self.liveness()
         seen = []
@@ -7685,6 +7903,7 @@ class Lives(Case):
     def test_another_boot_of_this_machine_is_dead(self):
         watching, old = self.liveness(), self.liveness()
         self.run_of(old.id)
+        old.begun.close()
         self.sql("update bg_worker set boot = 'before', live = 0 where id = ?", old.id)
         self.assertEqual(len(watching.reap_dead(self.now)), 1)
 
@@ -7735,6 +7954,7 @@ class Lives(Case):
         watching, dead = self.liveness(), self.liveness()
         last = self.run_of(dead.id, retries=0)
         cancelled = self.run_of(dead.id)
+        self.begin(dead, last, cancelled)
         self.store.cancel(cancelled.id, self.now)
         dead.forsake()
 
@@ -7746,8 +7966,9 @@ class Lives(Case):
     def test_who_reaps_a_last_run_enqueues_its_on_failure_and_need_not_know_it(self):
         watching, dead = self.liveness(), self.liveness()
         last = self.run_of(dead.id, callbacks=2, retries=0, queue="q", timeout=7)
-        self.run_of(dead.id, callbacks=2)       # it has retries left
-        self.run_of(dead.id, callbacks=1, retries=0)
+        self.begin(
+            dead, last, self.run_of(dead.id, callbacks=2),      # it has retries left
+            self.run_of(dead.id, callbacks=1, retries=0))
         dead.forsake()
 
         self.assertEqual(len(watching.reap_dead(self.now)), 3)
@@ -7755,6 +7976,122 @@ class Lives(Case):
         self.assertEqual((row.status, row.queue, row.timeout), ("queued", "q", 7.0))
         (task_id, error), _ = json.loads(self.store.args(row.id))
         self.assertEqual((task_id, error["kind"]), (last.id, "lost"))
+
+    def test_a_run_of_a_dead_worker_that_had_not_begun_is_as_if_never_claimed(self):
+        watching, dead = self.liveness(), self.liveness()
+        begun = self.run_of(dead.id, retries=0)
+        waiting = self.run_of(dead.id, retries=0, callbacks=2)
+        cancelled = self.run_of(dead.id, retries=0)
+        self.store.cancel(cancelled.id, self.now)
+        self.begin(dead, begun)
+        dead.begun.give(waiting)        # sent, and not taken
+        dead.forsake()
+
+        lost = {lost.id: (lost.state, lost.begun) for lost in watching.reap_dead(self.now)}
+        self.assertEqual(lost, {begun.id: (pybgworker.FAILED, True),
+                                waiting.id: (pybgworker.QUEUED, False),
+                                cancelled.id: (pybgworker.CANCELLED, False)})
+        rows = [self.store.task(run.id) for run in (begun, waiting, cancelled)]
+        self.assertEqual([(row.attempt, row.forgiven) for row in rows],
+                         [(1, 0), (0, 0), (0, 0)])
+        self.assertEqual([self.store.error(run.id) for run in (waiting, cancelled)],
+                         [None, None])
+        self.assertEqual(self.store.tasks(name="t:on_failure"), [])
+        self.assertEqual(self.cells(), [f"queue.db-begun-{watching.id}"])
+
+    def test_what_an_attempt_before_has_left_stays_with_a_run_that_had_not_begun(self):
+        watching, dead = self.liveness(), self.liveness()
+        first = self.run_of(dead.id)
+        error = {"kind": "exception", "message": "as it was"}
+        turn = pybgworker.Turn(dead.id, [Outcome(
+            first, pybgworker.RETRYING, error=error, run_at=0)], order=pybgworker.ClaimOrder(
+                dead.id, None, {"t"}, 1, 0, set(), {}))
+        again, = self.store.turn(turn, self.now, 5.0).claimed.runs
+        self.begin(dead, first)         # and its cell is not taken back yet
+        dead.forsake()
+        watching.reap_dead(self.now)
+        row = self.store.task(again.id)
+        self.assertEqual((again.attempt, row.attempt, row.status), (2, 1, "queued"))
+        self.assertEqual(self.store.error(again.id), error)
+
+    def heir(self, worker):
+        """A process that has the cells of this worker; it is stopped."""
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"],
+                                 pass_fds=[worker.begun.fd])
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        other.send_signal(signal.SIGSTOP)
+        return other
+
+    def test_while_a_child_of_a_dead_worker_lives_its_cells_are_not_read(self):
+        watching, dead = self.liveness(), self.liveness()
+        run = self.run_of(dead.id)
+        child = self.heir(dead)
+        dead.forsake()
+        self.assertEqual(watching.reap_dead(self.now), [])
+        self.assertTrue(watching.is_behind)     # it is looked again soon
+        self.assertEqual(self.store.task(run.id).status, "running")
+        child.kill()
+        child.wait()
+        lost, = watching.reap_dead(self.now)
+        self.assertEqual((lost.id, lost.begun, watching.is_behind), (run.id, False, False))
+
+    def test_a_child_that_does_not_die_is_not_waited_for_for_ever(self):
+        watching, dead = self.liveness(), self.liveness()
+        run = self.run_of(dead.id)
+        self.heir(dead)
+        dead.forsake()
+        self.assertEqual(watching.reap_dead(self.now), [])
+        watching._awake += 2.0
+        self.assertFalse(watching.is_behind)
+        lost, = watching.reap_dead(self.now)
+        self.assertEqual((lost.id, lost.begun), (run.id, True))
+        self.assertEqual(self.store.task(run.id).attempt, 1)
+
+    def test_a_command_that_reaps_waits_for_the_children_too(self):
+        for dies, begun in ((True, 0), (False, 1)):
+            dead = self.liveness()
+            run = self.run_of(dead.id)
+            child = self.heir(dead)
+            dead.forsake()
+            with mock.patch.object(pybgworker, "_LAST_GASP", 15 if dies else 0.1), \
+                    mock.patch.object(pybgworker, "own_sleep",
+                                      lambda _: dies and (child.kill(), child.wait())):
+                pybgworker.reap_surely_dead(self.store, self.now)
+            row = self.store.task(run.id)
+            self.assertEqual((row.status, row.attempt), ("queued", begun))
+            self.assertNotIn(f"queue.db-begun-{dead.id}", self.cells())
+
+    def test_cells_go_with_their_worker_and_what_the_dead_have_left_is_swept(self):
+        leaving, idle, silent = self.liveness(), self.liveness(), self.liveness()
+        self.run_of(silent.id)
+        idle.forsake()
+        unknown = self.liveness()
+        self.run_of(unknown.id)
+        self.sql("delete from bg_worker where id = ?", unknown.id)
+        for name in ("queue.db-begun-99", "queue.db-begun-x", "queue.db-begun-9x"):
+            (self.folder / name).write_text("")
+        leaving.leave()
+        young = self.liveness()
+        kept = sorted(f"queue.db-begun-{n}" for n in (
+            idle.id, silent.id, unknown.id, young.id, "9x", "x"))
+        self.assertEqual(self.cells(), kept)
+        self.assertEqual(len(young.reap_dead(self.now)), 1)     # of the unknown
+        kept.remove(f"queue.db-begun-{idle.id}")
+        kept.remove(f"queue.db-begun-{unknown.id}")
+        self.assertEqual(self.cells(), kept)
+
+    def test_who_registers_anew_has_new_cells(self):
+        worker = self.liveness()
+        run = self.run_of(worker.id)
+        self.begin(worker, run)
+        before = os.fstat(worker.begun.fd).st_ino
+        worker.forsake()
+        self.sql("delete from bg_task")
+        worker.register(self.now)
+        self.assertEqual(self.cells(), [f"queue.db-begun-{n}" for n in (1, 2)])
+        self.assertNotEqual(os.fstat(worker.begun.fd).st_ino, before)
+        self.assertEqual(worker.begun.give(run), 0)
 
 
 # == Wishes ===================================================================
@@ -8275,6 +8612,28 @@ class Outboxes(QueueCase):
     def commit(self):
         return self.outbox.turn(1, self.now, 5.0, self.order())
 
+    def test_a_cell_is_free_when_what_became_of_its_run_is_committed(self):
+        self.enqueue(count=6)
+        runs, cells = self.claim(), self.outbox._begun
+        cells.open(self.store.path, 1, 6)
+        self.addCleanup(cells.remove)
+        if cells.fd < 0:
+            self.skipTest("no cells on this file system")
+        for run in runs:
+            cells.give(run)
+        poison = Outcome(runs[3], **self.POISON[3], error={"type": "OutcomeRefused"})
+        self.outbox.outcomes = [Outcome(runs[0], 4, "1"), poison]
+        self.outbox.returned = [runs[1]]
+        other = sqlite3.connect(self.db, isolation_level=None)
+        other.execute("begin immediate")
+        with self.assertRaises(pybgworker.DatabaseBusy):
+            self.outbox.turn(1, self.now, 0.01)
+        self.assertEqual(len(cells._cells), 6)
+        other.close()
+        self.outbox.turn(1, self.now, 5.0, stopped=[runs[2]])
+        # What could not be written is left to be reaped: as begun.
+        self.assertEqual(list(cells._cells), runs[3:])
+
     # What SQLite does not take, by a constraint, by its size, by its characters.
     POISON = (
         dict(state=pybgworker.RETRYING, run_at=10**18, error={"kind": "crash"}),
@@ -8761,10 +9120,16 @@ class Workers(Served):
         self.store.reap(before, "w", pybgworker.now_ms())
         for chore in worker.house.chores:             # it has not beaten since
             chore.due = time.monotonic() + 3600
+        members, cells = list(worker.pool.members), worker.liveness.begun.fd
         result = self.tasks.add.options(retries=0).delay(1, 2)
         self.turn_until(worker, result.ready)
         self.assertEqual((result.result, result.attempt), (3, 1))
         self.assertNotEqual(worker.liveness.id, before)
+        # The children of before would mark cells that nobody reads.
+        self.assertEqual(set(members) & set(worker.pool.members), set())
+        worker.liveness.forsake()
+        begun = pybgworker.read_begun(self.store.path, worker.liveness.id)
+        self.assertEqual(begun, (False, None) if cells >= 0 else (True, None))
 
     def wait_for_start(self, worker):
         self.turn_until(worker, lambda: self.lines("nap"))
@@ -10805,12 +11170,14 @@ class Model:
             row["state"] = 6 if row["asked"] else 2
             row["forgiven" if started else "attempt"] += 1 if started else -1
 
-    def reap(self, now, worker):
+    def reap(self, now, worker, begun):
         self.workers.discard(worker)
-        for row in self.rows.values():
+        for number, row in self.rows.items():
             if row["state"] == 3 and row["worker"] == worker:
+                had_begun = begun is None or (number, row["attempt"]) in begun
                 used = row["attempt"] - row["forgiven"] > row["retries"]
-                row["state"] = 6 if row["asked"] else 5 if used else 2
+                row["state"] = 6 if row["asked"] else 5 if used and had_begun else 2
+                row["attempt"] -= not had_begun
                 row["asked"] = False
 
     def cancel(self, now, number):
@@ -10904,9 +11271,16 @@ class Player:
             if not started:     # this very claim is no longer anybody's
                 self.runs.remove((worker, run))
 
-    def do_reap(self, now, worker):
-        self.store.reap(worker, "w", now)
-        self.model.reap(now, worker)
+    def do_reap(self, now, worker, kept=None):
+        """`kept`: of so many in five runs of the dead worker it is known that they began.
+        """
+        begun = None if kept is None else {
+            (run.id, run.attempt) for _, run in self.runs if run.id % 5 < kept}
+        self.store.reap(worker, "w", now, None, begun)
+        self.model.reap(now, worker, begun)
+        if begun is not None:   # these very claims are no longer anybody's
+            self.runs = [(by, run) for by, run in self.runs
+                         if by != worker or (run.id, run.attempt) in begun]
 
     def do_register(self, now, worker):
         add_workers(self.store, worker)
@@ -10954,7 +11328,7 @@ def random_program(chance, length=60):
             lambda: ("finish", now, chance.randrange(9), chance.choice((4, 4, 5, 6, 1)),
                      chance.choice((0, 60))),
             lambda: ("give_back", now, chance.randrange(9), chance.random() < 0.5),
-            lambda: ("reap", now, chance.randrange(1, 3)),
+            lambda: ("reap", now, chance.randrange(1, 3), chance.choice((None, 0, 2))),
             lambda: ("register", now, chance.randrange(1, 3)),
             lambda: ("cancel", now, chance.randrange(9)),
             lambda: ("retry", now, chance.randrange(9)),
