@@ -7604,13 +7604,13 @@ Served_TASKS_MORE = """
     @task(retries=0)
     def scribble(how):
         child = sys._getframe(1).f_locals["self"]
-        head = pybgworker._MESSAGE
+        head, of = pybgworker._MESSAGE, (current_task().id, current_task().attempt)
         frames = {
             "noise": b"\\xff" * 500,
             "length": head.pack(1 << 31, b"S", 1, 1, 0, 0),
             "stranger": head.pack(0, b"S", 12345, 1, 0, 0),
-            "no error": head.pack(2, b"F", *child.of, 0, 0) + b"[]",
-            "no time": head.pack(0, b"S", *child.of, 1 << 63, 0),
+            "no error": head.pack(2, b"F", *of, 0, 0) + b"[]",
+            "no time": head.pack(0, b"S", *of, 1 << 63, 0),
         }
         child.wire.messages.sendall(frames[how])
         time.sleep(20)
