@@ -38,9 +38,9 @@ Map
         Group commit · Queue · Claiming · Endings · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Wire · Begun · Output · Surroundings ·
-        Interrupts · Runs · Child · Member · Hearing · Placement · Crew · Pool ·
-        Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
-        Senses · Household · Worker · Command line
+        Interrupts · Runs · Child · Load · Member · Hearing · Placement · Deaths ·
+        Crew · Dispatch · Pool · Liveness · Wishes · Log · Journal · Upkeep ·
+        Settling · Lookout · Senses · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -151,6 +151,8 @@ _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 LONGEST_SECONDS = 10**9     # of any span, 31 years; a timer of the system takes 292
 LARGEST = 10**11            # of any other number
 MOST_CHILDREN = 1000        # of one worker: 20 GB of processes that do nothing
+_MOST_THREADS = 1000        # of one child
+_MOST_COROUTINES = 100_000  # … a loop is busy with a tenth of that
 _LEAST_MEMORY = 1 << 20     # of a child: whoever writes 512 means MiB
 _LARGEST_PAYLOAD = 900 << 20        # SQLite takes no text beyond 10**9 bytes
 _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refuses
@@ -186,6 +188,16 @@ def parse_count(value, most=10**9, what="a whole number from 1 up"):
 def parse_children(value):
     what = f"a whole number from 1 to {MOST_CHILDREN:,}"
     return parse_count(value, MOST_CHILDREN, what)
+
+
+def _threads(value):
+    what = f"a whole number from 1 to {_MOST_THREADS:,}"
+    return parse_count(value, _MOST_THREADS, what)
+
+
+def _coroutines(value):
+    what = f"a whole number from 1 to {_MOST_COROUTINES:,}"
+    return parse_count(value, _MOST_COROUTINES, what)
 
 
 def _amount(value, units):
@@ -322,6 +334,12 @@ SETTINGS = (
     Setting("concurrency", None, parse_children, True,
             "children, which is how many tasks run at once, 1 to 1,000 (default: the "
             "CPU count)"),
+    Setting("threads", 1, _threads, True,
+            "ordinary tasks that a child runs at once, each in a thread, 1 to 1,000 "
+            "(default: 1)"),
+    Setting("coroutines", 100, _coroutines, True,
+            "async def tasks that a child runs at once, on one event loop, 1 to "
+            "100,000 (default: 100)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
@@ -1016,16 +1034,26 @@ FIRST_GROUP = ("", "")               # stands before every group
 
 
 class ClaimOrder(NamedTuple):
-    """What a worker can take now."""
+    """What a worker can take now.  Places are for runs of these kinds:
+
+    ordinary ones, `free` that begin at once and `ahead` that wait in a pipe; and
+    `beside`, for coroutines.  A run that needs a child to itself takes one of these
+    and one `alone`.
+    """
 
     worker: int
     queues: Any                 # container of those it serves; None: all
     names: Any                  # container of the task names it knows
-    free: int                   # children that have nothing to do
+    free: int                   # children, or threads, that have nothing to do
     ahead: int                  # more places, for tasks that may wait in a pipe
     ahead_names: Any            # set of the names that may
     rates: dict                 # starts per second by task name; "": over all
     callbacks: dict = {}        # by task name, for those that have one: as in the row
+    beside: int = 0             # coroutines that could begin
+    beside_names: Any = frozenset()     # the names of tasks that are coroutines
+    alone: int = 0              # children in which nothing runs
+    most_running: dict = {}     # runs at a time by task name, over all workers
+    proves_begun: bool = False  # what a pipe held is no loss when this worker dies
     round: Round = Round()      # as the claim before has left it
 
 
@@ -1979,8 +2007,8 @@ def current_task() -> CurrentTask | None:
     if own is None and _owned_threads:
         own = getattr(threading.current_thread(), "_pybgworker_task", None)
     if own is None:
-        all = list(in_flight)
-        own = all[0] if len(all) == 1 else None
+        every = list(in_flight)
+        own = every[0] if len(every) == 1 else None
     return own
 
 
@@ -5914,7 +5942,7 @@ def check_platform() -> None:
         raise AppError("workers need Linux or macOS for now; delay() works here")
 
 
-_CHILD_FDS, _WORKER_FDS = 5, 64     # descriptors: for each child, for the rest
+_CHILD_FDS, _WORKER_FDS = 7, 64     # descriptors: for each child, for the rest
 
 
 def ensure_descriptors(children: int) -> None:
@@ -6298,6 +6326,7 @@ _FRAME_BYTES = 1 << 16          # the longest; longer arguments are fetched
 # A message is this header and a body of so many bytes; the id of no run is 0.
 _MESSAGE = struct.Struct("!IcqqQd")     # length kind id attempt started_at duration
 _MESSAGE_EXTRA_BYTES = 1 << 20      # one is never so much over max_payload
+_MANY_FRAMES_BYTES = 1 << 20        # that a socket may hold; the system may allow less
 _READ_BYTES = 1 << 18
 _CANCEL = struct.Struct("!q")           # from the worker: the id of a run
 CUT_OFF_STATUS = 117            # of a child whose connection a task has closed
@@ -6386,7 +6415,7 @@ class ChildSpec(NamedTuple):
     beside: int = -1    # descriptor to read the frames of coroutines from; -1: none
     begun: int = -1     # descriptor of the mapping of what has begun; -1: none
     threads: int = 1    # ordinary tasks at a time; 1: on the main thread
-    coroutines: int = 100       # async tasks at a time
+    coroutines: int = 0         # async tasks at a time; 0: no frames come for them
 
 
 class ChildEnd:
@@ -6473,20 +6502,27 @@ class ChildEnd:
 class WorkerEnd:
     """The worker's end: frames out, and back again; messages in.  Never waits."""
 
-    def __init__(self, undo: contextlib.ExitStack):
+    def __init__(self, undo: contextlib.ExitStack, has_beside: bool = False):
         self._frames, self._unread = frame_pair()
         self.messages, self._theirs = socket_pair()
-        for end in (self._frames, self._unread, self.messages, self._theirs):
+        # Of frames for the event loop: (our end, what the child is to read).
+        self._beside = frame_pair() if has_beside else ()
+        for end in (self._frames, self._unread, self.messages, self._theirs,
+                    *self._beside):
             undo.callback(end.close)
         # Not _unread: it shares its flags with the child's end, which has to wait.
-        self._frames.setblocking(False)
-        self.messages.setblocking(False)
+        for end in (self._frames, self.messages, *self._beside[:1]):
+            end.setblocking(False)
+        for end in self._beside[:1]:        # as many as it may, all at once
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MANY_FRAMES_BYTES)
         self._buffer = bytearray()      # of messages, not yet whole
         self._is_deaf = False           # nothing is taken in any more
 
-    def theirs(self) -> tuple[int, int]:
-        """The descriptors of frames and of messages that the child is to inherit."""
-        return self._unread.fileno(), self._theirs.fileno()
+    def theirs(self) -> tuple[int, int, int]:
+        """The descriptors that the child is to inherit: of frames, of messages, and
+        of frames for its event loop, which is -1 for none."""
+        beside = self._beside[1].fileno() if self._beside else -1
+        return self._unread.fileno(), self._theirs.fileno(), beside
 
     def given(self) -> None:
         """The child has its own copies now."""
@@ -6500,11 +6536,26 @@ class WorkerEnd:
         except OSError:
             return False
 
+    def send_beside(self, run: Run, cell: int = NO_CELL) -> bool:
+        """The same, for the event loop."""
+        try:
+            self._beside[0].send(write_frame(run, cell)[:_FRAME_BYTES])
+            return True
+        except OSError:
+            return False
+
     def recall(self) -> set[int]:
         """Read back the frames that the child has not taken; return the ids of runs."""
+        return self._read_back(self._unread) | self.recall_beside()
+
+    def recall_beside(self) -> set[int]:
+        """The same, of those for the event loop."""
+        return self._read_back(self._beside[1]) if self._beside else set()
+
+    def _read_back(self, end):
         ids = set()
         with contextlib.suppress(OSError):      # EAGAIN: there are no more
-            while frame := self._unread.recv(_FRAME_BYTES, socket.MSG_DONTWAIT):
+            while frame := end.recv(_FRAME_BYTES, socket.MSG_DONTWAIT):
                 ids.add(_FRAME.unpack_from(frame)[0])
         return ids
 
@@ -6560,8 +6611,8 @@ class WorkerEnd:
 
     def hang_up(self) -> None:
         """Let the child see that no more will come."""
-        self._frames.close()
-        self._unread.close()
+        for end in (self._frames, self._unread, *self._beside):
+            end.close()
 
     def close(self) -> None:
         self.hang_up()
@@ -7502,12 +7553,17 @@ async def _all_of(left):
 # of retries only whether an error is one of the task's `retry_for`.
 
 
-def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace) -> ChildSpec:
-    """The ChildSpec of all children of this process; each adds its own descriptors."""
+def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
+               has_async: bool = False) -> ChildSpec:
+    """The ChildSpec of all children of this process; each adds its own descriptors.
+
+    One whose app has no async task (`has_async`) needs no event loop.
+    """
     names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
     values = {name: getattr(settings, name) for name in names}
     return ChildSpec(__name__, app_spec, sys.path, os.getpid(), 0, 0, 0, 0,
-                     {"db": db, **values})
+                     {"db": db, **values}, threads=settings.threads,
+                     coroutines=settings.coroutines if has_async else 0)
 
 
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
@@ -7665,32 +7721,21 @@ class Child:
         self.interrupts.run.raised = raised
 
 
-# == Member ===================================================================
-# Owns one child as the worker sees it: its process, its sockets and pipes, what it
-# was sent and what it said.  Decides nothing.
+# == Load =====================================================================
+# Owns the runs that a child has, as the worker sees them: which it was sent, since
+# when each is in flight, what it printed.  Decides nothing.
+#
+# A child has places of three kinds.  Its main thread runs one task at a time, and
+# others wait behind that one in a pipe: `waiting`.  What it has `beside` runs in its
+# threads or on its event loop; nothing is sent there that has no place, so nothing
+# waits, and what is sent has begun.
 #
 # `at`, from here to the Worker, is monotonic seconds: every span is measured by a
 # clock that nobody can set.
 
 STALL_SECONDS = 0.02        # a run this long has what waits behind it recalled,
                             # and the worker reads what it writes
-
-
-def _pipe(undo, theirs):
-    """A pipe from a child: one end to be closed if it fails, one in any case."""
-    reader, writer = os.pipe()
-    undo.callback(close_fd, reader)
-    theirs.callback(close_fd, writer)
-    return reader, writer
-
-
-class Phase(enum.Enum):
-    """How far the life of a child has come."""
-
-    STARTING = "it imports the app"
-    READY = "it may be given work"
-    RETIRING = "it takes nothing more, and is replaced"
-    LEAVING = "it was told to exit"
+UNTAKEN_SECONDS = 0.5       # … and for so long an event loop may leave a frame alone
 
 
 class Verdict(enum.Enum):
@@ -7705,14 +7750,13 @@ class Verdict(enum.Enum):
     CUT_OFF = "it has closed its connection to us"
 
 
-_READY_PHASE = Phase.READY      # looked up once: `able` is asked in each turn
-_OF_A_RUN = (Verdict.TIMEOUT, Verdict.CANCELLED)    # void once that has ended
+OF_A_RUN = (Verdict.TIMEOUT, Verdict.CANCELLED)     # void once that has ended
 
 
 class Slot:
     """A place for one run in a child: since when, what it printed, its verdict."""
 
-    run: Run | None             # that has it
+    run: Run | None             # that has it; None: it has ended, or was recalled
     began: float                # monotonic
     verdict: Verdict | None     # on this run
     kill_due: float             # monotonic; 0: not to be killed
@@ -7720,8 +7764,9 @@ class Slot:
     _chars: int                 # of that
     _strange_chars: int         # … and of what others printed meanwhile
 
-    def __init__(self, log: Callable, at: float):
+    def __init__(self, log: Callable, at: float, is_coroutine: bool = False):
         self._log = log             # log(event, run, **fields)
+        self.is_coroutine = is_coroutine        # its runs are on the event loop
         self.announced: Run | None = None       # the last whose start was said
         self.begin(None, at)
 
@@ -7757,71 +7802,127 @@ class Slot:
         return "".join(self._kept)
 
 
-class Member:
-    """One child of the pool."""
+class Beside(dict):
+    """The runs that a child has beside its main thread: id and attempt, and a Slot.
 
-    def __init__(self, spec: ChildSpec, log: Callable, at: float):
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            self.wire = WorkerEnd(undo)
-            output, child_output = _pipe(undo, theirs)
-            self.crash, child_crash = _pipe(undo, theirs)
-            null = os.open(os.devnull, os.O_RDONLY)
-            theirs.callback(close_fd, null)
-            ends = [*self.wire.theirs(), child_crash, output]
-            spec = spec._replace(
-                frames=ends[0], messages=ends[1], crash=child_crash, output=output
-            )
-            argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
-            ends += [spec.begun] if spec.begun >= 0 else []
-            self.process = Process(spawn(argv, ends, null, child_output))
-            undo.pop_all()
-        self.wire.given()
-        os.set_blocking(self.crash, False)
-        self.pipe = OutputPipe(output)
-        self.slot = Slot(log, at)       # of waiting[0]
-        self.began = at                 # monotonic
+    It knows when something is due in one of them without a look at the others.
+    """
+
+    def __init__(self, log: Callable):
+        super().__init__()
+        self._log = log
+        self.coroutines = 0                 # how many of them are on the event loop
+        self.kill_due = 0.0                 # of the first that is to be killed
+        self.blocker: Slot | None = None    # it keeps the event loop from going on
+        self.shut_until = 0.0               # nobody takes frames for that, it seems
+        # (when, number, slot): each slot has one entry, those that ended may.
+        self._agenda: list[tuple[float, int, Slot]] = []
+        self._numbers = itertools.count()
+
+    def begin(self, run: Run, is_coroutine: bool, at: float) -> None:
+        """A run was sent, and has begun."""
+        slot = self[run.id, run.attempt] = Slot(self._log, at, is_coroutine)
+        slot.begin(run, at)
+        self.coroutines += is_coroutine
+        self.note(at + STALL_SECONDS, slot)
+
+    def end(self, slot: Slot) -> None:
+        """The run of this slot is over, or was recalled."""
+        run = slot.run
+        assert run is not None
+        del self[run.id, run.attempt]
+        self.coroutines -= slot.is_coroutine
+        slot.run = None
+        if self.blocker is slot:
+            self.blocker = None
+        if slot.kill_due:
+            due = [other.kill_due for other in self.values() if other.kill_due]
+            self.kill_due = min(due, default=0.0)
+
+    def recall(self, ids: set[int]) -> list[Run]:
+        """Runs that were read back; they had not begun."""
+        slots = [slot for of, slot in self.items() if of[0] in ids] if ids else []
+        back = [slot.run for slot in slots if slot.run]
+        for slot in slots:
+            self.end(slot)
+        return back
+
+    def condemn(self, slot: Slot, verdict: Verdict, kill_due: float) -> None:
+        """Have the child killed then, unless the run ends before."""
+        slot.verdict, slot.kill_due = verdict, kill_due
+        self.kill_due = min(kill_due, self.kill_due or kill_due)
+
+    def goes_on(self, slot: Slot) -> None:
+        """This run was heard of: if another blocked its event loop, it does no more."""
+        if slot.is_coroutine:
+            self.shut_until = 0.0
+            if slot is not self.blocker:
+                self.blocker = None
+
+    def note(self, when: float, slot: Slot) -> None:
+        """Have due() name this slot then."""
+        heapq.heappush(self._agenda, (when, next(self._numbers), slot))
+        if len(self._agenda) > 2 * len(self) + 64:
+            self._agenda = [entry for entry in self._agenda if entry[2].run]
+            heapq.heapify(self._agenda)
+
+    def next_due(self) -> float:
+        """When something is due in one of them; infinite: in none."""
+        agenda = self._agenda
+        while agenda and not agenda[0][2].run:
+            heapq.heappop(agenda)
+        return agenda[0][0] if agenda else math.inf
+
+    def due(self, at: float) -> list[Slot]:
+        """Those in which something is due: each is named once."""
+        found = []
+        while self.next_due() <= at:
+            found.append(heapq.heappop(self._agenda)[2])
+        return found
+
+
+class Load:
+    """What a child has to do."""
+
+    def __init__(self, wire: WorkerEnd, pipe: OutputPipe, log: Callable, at: float):
+        self.wire, self.pipe = wire, pipe
+        self.slot = Slot(log, at)       # of the main thread: waiting[0] has it
         self.waiting: collections.deque = collections.deque()   # sent; [0] runs
         self.behind = 0.0               # seconds that all but [0] usually take
+        self.beside = Beside(log)
         self.done = 0                   # runs answered
-        self.phase = Phase.STARTING
-        self.verdict: Verdict | None = None     # on the child, not on its run
-        self._kill_due = 0.0            # when that is carried out
-        self._reason = ""               # why it could not start
-        self._lacks = False             # … for want of what there may be later
 
     @property
-    def able(self) -> bool:
-        """True when it may be given work."""
-        return self.phase is _READY_PHASE \
-            and not (self._kill_due or self.slot.kill_due or self.verdict)
+    def is_idle(self) -> bool:
+        """True when no run is in it."""
+        return not (self.waiting or self.beside)
 
     @property
-    def ready(self) -> bool:
-        """True when it has imported the app."""
-        return self.phase is not Phase.STARTING
+    def is_taken(self) -> bool:
+        """True when it is for one run alone, which must have no neighbours."""
+        slot = self.sole()
+        return slot is not None and slot.run is not None and slot.run.alone
 
-    @property
-    def is_retiring(self) -> bool:
-        """True when it is to be replaced anyway."""
-        return self.phase in (Phase.RETIRING, Phase.LEAVING)
+    def sole(self) -> Slot | None:
+        """The slot of the only run in flight; None: there are more, or none."""
+        if not self.beside:
+            return self.slot if self.waiting else None
+        if self.waiting or len(self.beside) > 1:
+            return None
+        return next(iter(self.beside.values()))
 
-    @property
-    def kill_due(self) -> float:
-        """When it is to be killed; 0: not at all."""
-        return self._kill_due or self.slot.kill_due
+    def slots(self) -> list[Slot]:
+        """Those of the runs in flight, the main thread's first."""
+        return [self.slot, *self.beside.values()] if self.waiting \
+            else list(self.beside.values())
 
-    @property
-    def why(self) -> Verdict | None:
-        """Why it is to be killed, or was."""
-        return self.verdict or self.slot.verdict
+    def slot_of(self, run_id: int) -> Slot | None:
+        """That of a run in flight."""
+        return next((s for s in self.slots() if s.run and s.run.id == run_id), None)
 
-    def condemn(self, verdict: Verdict, kill_due: float) -> None:
-        """Have it killed then, unless that is about its run, and it ends before."""
-        if verdict in _OF_A_RUN:
-            if self.waiting:        # else it had not begun, and was recalled
-                self.slot.verdict, self.slot.kill_due = verdict, kill_due
-        else:
-            self.verdict, self._kill_due = verdict, kill_due
+    def runs(self) -> list[Run]:
+        """All runs that it was sent and has not answered."""
+        return [*self.waiting, *[slot.run for slot in self.beside.values()]]
 
     def send(self, run: Run, at: float, cell: int = NO_CELL) -> bool:
         """Send a frame.  False when its socket is full, or it just died."""
@@ -7833,6 +7934,25 @@ class Member:
         else:
             self.behind += run.usual
         return True
+
+    def send_beside(self, run: Run, is_coroutine: bool, at: float,
+                    cell: int = NO_CELL) -> bool:
+        """Send a frame to the event loop, or to the threads.  False: as above."""
+        send = self.wire.send_beside if is_coroutine else self.wire.send
+        if not send(run, cell):
+            return False
+        self.beside.begin(run, is_coroutine, at)
+        self.pipe.begin()
+        if not self.waiting:        # what is nobody's may be said again
+            self.slot.begin(None, at)
+        return True
+
+    def end(self, slot: Slot, at: float) -> None:
+        """The run of this slot has ended."""
+        if slot is self.slot:
+            self.begin_next(at)
+        else:
+            self.beside.end(slot)
 
     def begin_next(self, at: float) -> None:
         """The first of `waiting` has ended."""
@@ -7852,19 +7972,36 @@ class Member:
         ids = self.wire.recall()
         back = [run for run in self.waiting if run.id in ids]
         self.waiting = collections.deque(r for r in self.waiting if r.id not in ids)
-        if not self.waiting:
-            self.slot.begin(None, self.slot.began)
+        head = self.waiting[0] if self.waiting else None
+        if head is not self.slot.run:       # the child may have taken just the second
+            self.slot.begin(head, self.slot.began)
         self.behind = sum(run.usual for run in itertools.islice(self.waiting, 1, None))
+        return back + self.beside.recall(ids)
+
+    def recall_untaken(self, at: float) -> list[Run]:
+        """Read back what is there for an event loop that takes nothing.
+
+        Nothing is sent there for a while, or until it is heard of.
+        """
+        back = self.beside.recall(self.wire.recall_beside())
+        if back:
+            self.beside.shut_until = at + UNTAKEN_SECONDS
         return back
 
-    def is_settled(self, at: float) -> bool:
-        """True when what the pipe holds was written by the run at the head.
+    @property
+    def settles_at(self) -> float:
+        """From when on the pipe surely holds what was written by whom it is booked on.
 
         One that began just now may be over, and the next at work: then the child
         empties the pipe itself, before it answers.  Guarded by
         test_what_c_code_writes_is_booked_on_the_run_that_wrote_it.
         """
-        return not self.waiting or at - self.slot.began >= STALL_SECONDS
+        slot = self.sole() if self.beside else self.slot
+        return slot.began + STALL_SECONDS if slot else 0.0      # of many, nobody's
+
+    def is_settled(self, at: float) -> bool:
+        """True when that time has come."""
+        return self.is_idle or at >= self.settles_at
 
     def mind_output(self, selector: selectors.BaseSelector, at: float) -> None:
         """Have the selector tell of the pipe while its text can be booked."""
@@ -7876,18 +8013,127 @@ class Member:
 
     def written(self, data: bytes) -> None:
         """Book what came by the pipe on the run, if it surely is of that."""
-        self._book(self.pipe.cut(data, at_end=not self.waiting))
+        self._book(self.pipe.cut(data, at_end=self.is_idle))
 
     def _book(self, text):
-        self.slot.printed(text, not (self.waiting and self.pipe.strays))
+        """Of many runs in flight, it is nobody's."""
+        slot = self.sole()
+        if slot:
+            slot.printed(text, not self.pipe.strays)
+        else:
+            self.slot.printed(text, self.is_idle)
 
-    def finish(self) -> str:
-        """The run has ended: return all that is kept of its output."""
-        self.slot.announce()
-        rest = self.pipe.cut(b"", at_end=True)
-        if rest:
-            self._book(rest)
-        return self.slot.text()
+    def finish(self, slot: Slot) -> str:
+        """The run of this slot has ended: return all that is kept of its output."""
+        slot.announce()
+        if not self.beside or slot is self.sole():
+            rest = self.pipe.cut(b"", at_end=True)
+            if rest:
+                self._book(rest)
+        return slot.text()
+
+
+# == Member ===================================================================
+# Owns one child as the worker sees it: its process, its sockets and pipes, how far
+# its life has come, and why it is to end.  Decides nothing.
+
+
+def _pipe(undo, theirs):
+    """A pipe from a child: one end to be closed if it fails, one in any case."""
+    reader, writer = os.pipe()
+    undo.callback(close_fd, reader)
+    theirs.callback(close_fd, writer)
+    return reader, writer
+
+
+class Phase(enum.Enum):
+    """How far the life of a child has come."""
+
+    STARTING = "it imports the app"
+    READY = "it may be given work"
+    RETIRING = "it takes nothing more, and is replaced"
+    LEAVING = "it was told to exit"
+
+
+_READY_PHASE = Phase.READY      # looked up once: `able` is asked in each turn
+
+
+class Member(Load):
+    """One child of the pool."""
+
+    def __init__(self, spec: ChildSpec, log: Callable, at: float):
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            wire = WorkerEnd(undo, spec.coroutines > 0)
+            output, child_output = _pipe(undo, theirs)
+            self.crash, child_crash = _pipe(undo, theirs)
+            null = os.open(os.devnull, os.O_RDONLY)
+            theirs.callback(close_fd, null)
+            frames, messages, beside = wire.theirs()
+            spec = spec._replace(frames=frames, messages=messages, beside=beside,
+                                 crash=child_crash, output=output)
+            ends = [fd for fd in (frames, messages, beside, child_crash, output,
+                                  spec.begun) if fd >= 0]
+            argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
+            self.process = Process(spawn(argv, ends, null, child_output))
+            undo.pop_all()
+        wire.given()
+        os.set_blocking(self.crash, False)
+        super().__init__(wire, OutputPipe(output), log, at)
+        self.began = at                 # monotonic
+        self.phase = Phase.STARTING
+        self.verdict: Verdict | None = None     # on the child, not on its run
+        self._kill_due = 0.0            # when that is carried out
+        self._reason = ""               # why it could not start
+        self._lacks = False             # … for want of what there may be later
+
+    @property
+    def able(self) -> bool:
+        """True when it may be given work."""
+        return self.phase is _READY_PHASE and not (
+            self._kill_due or self.slot.kill_due or self.verdict
+            or self.beside.kill_due)
+
+    @property
+    def ready(self) -> bool:
+        """True when it has imported the app."""
+        return self.phase is not Phase.STARTING
+
+    @property
+    def is_retiring(self) -> bool:
+        """True when it is to be replaced anyway."""
+        return self.phase in (Phase.RETIRING, Phase.LEAVING)
+
+    @property
+    def kill_due(self) -> float:
+        """When it is to be killed; 0: not at all."""
+        if self._kill_due:
+            return self._kill_due
+        own, of_others = self.slot.kill_due, self.beside.kill_due
+        return min(own, of_others) if own and of_others else own or of_others
+
+    @property
+    def why(self) -> Verdict | None:
+        """Why it is to be killed, or was."""
+        found = self.verdict or self.slot.verdict
+        if found is None and self.beside.kill_due:
+            found = next(filter(None, [s.verdict for s in self.beside.values()]), None)
+        return found
+
+    def condemn(self, verdict: Verdict, kill_due: float,
+                slot: Slot | None = None) -> None:
+        """Have it killed then, unless that is about a run, and it ends before.
+
+        About that of the main thread, if no slot is given.
+        """
+        slot = slot or self.slot
+        if verdict not in OF_A_RUN:
+            self.verdict, self._kill_due = verdict, kill_due
+        elif slot.run is None:      # it had not begun, and was recalled
+            pass
+        elif slot is self.slot:
+            slot.verdict, slot.kill_due = verdict, kill_due
+        else:
+            self.beside.condemn(slot, verdict, kill_due)
 
     def cannot_start(self, reason: str, lacks: bool) -> None:
         """What it says of the import of the app."""
@@ -7986,6 +8232,7 @@ class Said(NamedTuple):
     ended: list[Ended]
     progress: dict[int, tuple[Run, str]]    # by id of the run: the latest
     tasks: list[set]                        # that a child, now ready, knows
+    lags: list[tuple[Run, float, str]]      # that block a loop; seconds, stack
 
 
 def hear(member: Member, said: Said, max_payload: int, at: float) -> tuple:
@@ -8009,44 +8256,71 @@ def hear(member: Member, said: Said, max_payload: int, at: float) -> tuple:
 def _understand(member, said, message, at):
     """Raises ValueError for what a child in its right mind does not say."""
     kind, of, value, started_at, duration = message
-    head = member.waiting[0] if member.waiting else None
-    is_heads = head is not None and (head.id, head.attempt) == of
-    if kind is SUCCEEDED and is_heads:                  # most are
-        said.ended.append(_answered(member, None, value, started_at, duration, at))
-    elif kind is READY:
-        said.tasks.append(set(value))
-    elif kind in (BROKEN, LACKING):
-        member.cannot_start(value, kind is LACKING)
+    slot = member.slot
+    run = slot.run
+    if run is None or (run.id, run.attempt) != of:
+        slot = member.beside.get(of)
+        if slot is not None:
+            run = slot.run
+            member.beside.goes_on(slot)
+    if slot is not None and kind is SUCCEEDED:              # most are
+        said.ended.append(
+            _answered(member, slot, None, value, started_at, duration, at))
+    elif kind in _OF_NO_RUN:
+        _understand_child(member, said, kind, value)
     elif kind is PRINTED:
-        member.slot.printed(value, is_heads or head is None)
-    elif kind is STRAYS:
-        member.pipe.set_strays(value)
-    elif kind is PROGRESSED and not is_heads:
-        pass                        # of a thread whose run was ending
-    elif head is None or not is_heads:
-        raise ValueError("an answer that nobody asked for")
-    elif kind is WRITTEN:
+        (slot or member.slot).printed(value, bool(slot) or member.is_idle)
+    elif kind is WRITTEN and (slot or of == (0, 0)):
         member.written(value)
+    elif kind is PROGRESSED and slot is None:
+        pass                        # of a thread whose run was ending
+    elif slot is None:
+        raise ValueError("an answer that nobody asked for")
+    elif kind is LAGGED:
+        said.lags.append((run, *_checked_lag(member, slot, value)))
     elif kind is PROGRESSED:
         percent, text = value
-        said.progress[head.id] = head, to_json([percent, text])
+        said.progress[run.id] = run, to_json([percent, text])
     elif kind is UNKNOWN:
-        member.begin_next(at)
-        said.ended.append(Ended(head, "unknown"))
+        member.end(slot, at)
+        said.ended.append(Ended(run, "unknown"))
     else:
         error = _checked_error(value)
-        said.ended.append(_answered(member, error, None, started_at, duration, at))
+        said.ended.append(
+            _answered(member, slot, error, None, started_at, duration, at))
 
 
-def _answered(member, error, result, started_at, duration, at):
-    """The run at the head has ended like this; the next begins."""
-    run, kind = member.waiting[0], error["kind"] if error else "success"
-    if error and member.why is Verdict.CANCELLED:       # whatever it says of that
+_OF_NO_RUN = (READY, BROKEN, LACKING, STRAYS)
+
+
+def _understand_child(member, said, kind, value):
+    if kind is READY:
+        said.tasks.append(set(value))
+    elif kind is STRAYS:
+        member.pipe.set_strays(value)
+    else:
+        member.cannot_start(value, kind is LACKING)
+
+
+def _answered(member, slot, error, result, started_at, duration, at):
+    """The run of this slot has ended like this."""
+    run, kind = slot.run, error["kind"] if error else "success"
+    if error and slot.verdict is Verdict.CANCELLED:      # whatever it says
         kind = "cancelled"
-    text = member.finish()
-    member.begin_next(at)           # with it goes a verdict on the run
+    text = member.finish(slot)
+    member.end(slot, at)            # with it goes a verdict on the run
     member.done += 1
     return Ended(run, kind, result, error, text, started_at, duration)
+
+
+def _checked_lag(member, slot, value):
+    """(seconds, stack) of a run that blocks the event loop of this child."""
+    seconds, stack = value
+    if not slot.is_coroutine or not isinstance(stack, str) \
+            or not 0 <= seconds < LATEST_MS:
+        raise ValueError("a lag that cannot be")
+    member.beside.blocker = slot
+    return seconds, stack
 
 
 def _checked_error(error):
@@ -8064,11 +8338,17 @@ def _checked_error(error):
 # wait in a pipe, and what is taken back from one.  What waits in a pipe saves its
 # child the time of a commit; it waits for _AHEAD_SECONDS at most, by what runs of
 # these tasks have taken so far.  Looks at the children and changes nothing.
+#
+# Places are counted by kind: of main threads, or of threads if a child has several,
+# and of event loops.  A run that is to be alone goes to a child in which nothing
+# is in flight; the spare child is there for that, too.
 
 _AHEAD_FRAMES = 128         # waiting in one child's socket at most
 _AHEAD_SECONDS = 0.05       # … and behind no more work than this
 _SHORT_SECONDS = 1.0        # what takes longer does not wait, nor is it waited for
 _SPARE_SECONDS = 0.005      # what waits longer goes to a child that is idle
+_MOST_AT_ONCE = 128         # frames to one child's threads, or loop, in one turn
+_MOST_CELLS = 1 << 20       # of Begun, in 16 MB: what has none waits for one
 
 
 class Durations:
@@ -8102,19 +8382,49 @@ def most_in_flight(settings: types.SimpleNamespace) -> int:
     A child that is replaced may still have one, and a turn may claim as many as
     there are places for while it writes what has ended in them.
     """
-    return (settings.concurrency + 1) * (_AHEAD_FRAMES + 2)
+    ordinary = max(_AHEAD_FRAMES + 2, 2 * settings.threads)
+    each = ordinary + settings.coroutines
+    return min((settings.concurrency + 1) * each, _MOST_CELLS)
 
 
 class Room(NamedTuple):
     """How many runs could go to children."""
 
-    free: int = 0               # children with nothing to do
+    free: int = 0               # main threads with nothing to do, or free threads
     ahead: int = 0              # further places in pipes
+    beside: int = 0             # places on event loops
+    alone: int = 0              # children with nothing in flight
 
-    def less(self, runs: int) -> Room:
-        """What is left when so many have been taken."""
+    def less(self, runs: int, coroutines: int = 0) -> Room:
+        """What is left when so many have been taken, and so many for event loops."""
         more = max(0, runs - self.free)
-        return Room(max(0, self.free - runs), max(0, self.ahead - more))
+        return Room(max(0, self.free - runs), max(0, self.ahead - more),
+                    max(0, self.beside - coroutines),
+                    max(0, self.alone - runs - coroutines))
+
+
+class Kinds(NamedTuple):
+    """Where the runs of which tasks are to be."""
+
+    threads: int = 1            # of a child: of many each runs an ordinary task
+    coroutines: int = 0         # at a time on the event loop of a child
+    is_async: Any = frozenset()     # container of the names whose runs go there
+
+    @property
+    def is_plain(self) -> bool:
+        """True when all run in main threads."""
+        return self.threads == 1 and not self.is_async
+
+
+CHILDREN_SERVE_MANY = False     # they have no threads, and no event loop, yet
+
+
+def kinds_of(settings: types.SimpleNamespace, tasks: dict[str, Entry]) -> Kinds:
+    """Where a worker with these settings runs the tasks of an app."""
+    if not CHILDREN_SERVE_MANY:
+        return Kinds()
+    is_async = frozenset(name for name, task in tasks.items() if task.is_async)
+    return Kinds(settings.threads, settings.coroutines, is_async)
 
 
 class Places(NamedTuple):
@@ -8124,6 +8434,10 @@ class Places(NamedTuple):
     room: Room
     slack: float            # seconds for which none will have nothing to do
     late: list[Member]      # in their pipes something waits behind a slow run
+    # Heaps of [runs it has, number, places, child], by kind: the emptiest first.
+    threads: list[list] = []
+    loops: list[list] = []
+    empty: list[Member] = []    # able ones in which nothing is in flight
 
     def overloaded(self, is_spare: bool) -> list[Member]:
         """Those in whose pipe something waits behind a slow run.
@@ -8144,11 +8458,19 @@ class Placement:
     `size` of them work at a time.  None is ever sent more runs than `most`.
     """
 
-    def __init__(self, size: int, most: int | None, durations: Durations):
+    def __init__(self, size: int, most: int | None, durations: Durations,
+                 kinds: Kinds = Kinds()):
         self._size, self._most, self._durations = size, most or sys.maxsize, durations
+        self._kinds, self._is_plain = kinds, kinds.is_plain
 
     def survey(self, members: Sequence[Member], at: float) -> Places:
         """One look at each child.  Every turn makes it: so it has to be cheap."""
+        if self._is_plain:
+            return self._survey_main(members, at)
+        return self._survey_kinds(members, at)
+
+    def _survey_main(self, members, at):
+        """The places of main threads; who comes first among idle ones, is taken."""
         idle, takers, late = [], [], []
         free, slack = self._size, math.inf
         typical, short_names = self._durations.typical, self._durations.short_names
@@ -8168,7 +8490,7 @@ class Placement:
                 slack = delay if has > 1 else 0.0
             is_few = has * typical < 2 * _AHEAD_SECONDS
             if left > -STALL_SECONDS and head.name in short_names \
-                    and (is_few or at < self.late_from(member)):
+                    and (is_few or at < self.late_from(member)) and not head.alone:
                 takers.append((delay, has, number, member))
             elif has > 1:
                 late.append(member)
@@ -8177,15 +8499,68 @@ class Placement:
         takers += idle
         heapq.heapify(takers)
         slack = 0.0 if idle or slack == math.inf else slack
-        room = Room(len(idle), max(0, ahead - len(idle)))
+        room = Room(len(idle), max(0, ahead - len(idle)), 0, len(idle))
         return Places(takers, room, slack, late)
+
+    def _survey_kinds(self, members, at):
+        """The places of each kind, in no more children than are to work at a time."""
+        kinds, size = self._kinds, self._size
+        usable, empty = [], []      # with runs in flight, and without
+        working = on_loops = in_threads = 0
+        for member in members:
+            coroutines = member.beside.coroutines
+            on_loops += coroutines
+            in_threads += len(member.beside) - coroutines
+            is_idle = member.is_idle
+            # A long one in a child that retires keeps its place, not its child's.
+            working += not (is_idle or member.is_retiring)
+            if not member.able or self._left(member) <= 0:
+                continue
+            if is_idle:
+                empty.append(member)
+            elif not member.is_taken:
+                usable.append(member)
+        usable += empty[:max(0, size - working)]
+        loops, beside = self._heap_of(
+            (m.beside.coroutines, kinds.coroutines, m) for m in usable
+            if at >= m.beside.shut_until)
+        beside = min(beside, max(0, size * kinds.coroutines - on_loops))
+        if kinds.threads > 1:
+            threads, free = self._heap_of(
+                (len(m.beside) - m.beside.coroutines, kinds.threads, m) for m in usable)
+            free = min(free, max(0, size * kinds.threads - in_threads))
+            found = Places([], Room(free), 0.0, [], threads)
+        else:
+            usable = [m for m in usable if not m.waiting]
+            usable.sort(key=lambda m: m.beside.coroutines)
+            busy = [m for m in members if m.waiting]
+            found = self._survey_main(busy + usable, at)
+        free, ahead, *_ = found.room
+        alone = len(empty) if free or beside else 0
+        room = Room(free, ahead, beside, alone)
+        return found._replace(room=room, loops=loops, empty=empty)
+
+    def _heap_of(self, places):
+        """(a heap for Places, how many runs it has room for)."""
+        heap, count = [], 0
+        for number, (has, most, member) in enumerate(places):
+            room = min(most - has, self._left(member), _MOST_AT_ONCE)
+            if room > 0:
+                heap.append([has, number, room, member])
+                count += room
+        heapq.heapify(heap)
+        return heap, count
+
+    def _left(self, member):
+        """How many runs it may be sent until it is replaced."""
+        return self._most - member.done - len(member.waiting) - len(member.beside)
 
     def _places_in(self, takers, typical):
         """How many more runs these can take, if they are like those before."""
         places, per_second = 0, 1 / max(typical, 1e-6)
         for delay, has, _, member in takers:
             fit = int((_AHEAD_SECONDS - delay) * per_second + 0.999999)
-            most = self._most - member.done - has
+            most = self._most - member.done - has - len(member.beside)
             if fit > _AHEAD_FRAMES - has:
                 fit = _AHEAD_FRAMES - has
             if fit > 0 and most > 0:
@@ -8206,15 +8581,21 @@ class Placement:
 
     def next_due(self, member: Member) -> float:
         """When something has to be done about this child; 0: now."""
-        if member.kill_due:
-            return member.kill_due
+        due = member.kill_due or math.inf
+        if member.beside:
+            due = min(due, member.beside.next_due())
+        elif due < math.inf:
+            return due
         head = member.waiting[0] if member.waiting else None
-        if head is None and member.phase is Phase.RETIRING:
+        if member.phase is Phase.RETIRING and member.is_idle:
             return 0.0
-        due = math.inf
-        if member.pipe.is_unheard or head and member.slot.announced is not head:
-            due = member.slot.began + STALL_SECONDS
-        if head and head.timeout:
+        if member.beside.shut_until:
+            due = min(due, member.beside.shut_until)
+        if member.pipe.is_unheard:
+            due = min(due, member.settles_at)
+        if head and member.slot.announced is not head:
+            due = min(due, member.slot.began + STALL_SECONDS)
+        if head and head.timeout and not member.slot.kill_due:
             due = min(due, member.slot.began + head.timeout)
         if len(member.waiting) > 1:
             due = min(due, self.late_from(member))
@@ -8229,12 +8610,119 @@ class Placement:
         return not (run.is_last and cell == NO_CELL) \
             and run.name in self._durations.short_names \
             and delay < _AHEAD_SECONDS and has < _AHEAD_FRAMES \
-            and has + member.done < self._most
+            and has + member.done + len(member.beside) < self._most
 
     def less_urgent(self, members: Sequence[Member], priority: int) -> list[Member]:
         """Those in whose pipe something less urgent waits; its end is the least."""
         return [m for m in members
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
+
+
+# == Deaths ===================================================================
+# Owns what the end of a child means for the runs that were in flight in it: whom it
+# is charged to, and in which words.
+#
+# Who ends a child costs itself a run, and its neighbours none.  Where it is known who
+# did, by a time limit, a cancellation or a loop that was blocked, the others are
+# forgiven: they run again, uncounted.  Where it is not, all are forgiven and marked:
+# each runs next in a child with nothing else in it, and who dies there, or with the
+# mark upon it, is charged.  So what always crashes does so twice for the first time.
+
+
+_OF_RUNS = (*OF_A_RUN, Verdict.STUCK)
+
+
+LOST_WITH = {               # why a run is lost, and not charged: whether it is known
+    True: "its child was killed because of another run: it runs again",
+    False: "its child has died, of which run is not known: it runs again by itself",
+}
+
+
+class Blame(NamedTuple):
+    """Whom a death is charged to."""
+
+    culprits: list[Slot]
+    forgiven: list[Run]
+    is_known: bool              # else the forgiven ones are suspects
+
+
+def crash_of(verdict, found, max_memory):
+    """signal or exit_code, and a sentence for people, with the peak memory."""
+    if verdict is Verdict.MAD:
+        text = "the child sent what is no message: did the task write to its sockets?"
+    elif verdict is Verdict.TOO_MUCH:
+        text = "the worker lacks the memory to read its result"
+    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
+        text = "the task has closed the connection of its process to the worker: did " \
+            "it close descriptors that are not its own?"
+    elif verdict is Verdict.MEMORY:
+        text = f"it used more than max_memory, {max_memory >> 20} MiB"
+    elif found.signal == "SIGKILL":
+        text = "killed: out of memory, or somebody's kill -9"
+    elif found.signal:
+        text = "this signal ended the child"
+    else:
+        text = f"the process exited with code {found.code}"
+    return {
+        "kind": "crash", "type": found.signal or "",
+        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
+        "signal": found.signal, "exit_code": found.code,
+    }
+
+
+def judge(members: Sequence[Member]) -> Blame:
+    """Whom the death of these children, of one cause, is charged to."""
+    slots = [slot for member in members for slot in member.slots()]
+    runs = [run for member in members for run in member.runs()]
+    verdicts = {member.verdict for member in members} - {None}
+    by_run = [slot for slot in slots if slot.verdict]
+    is_of_run = bool(by_run) or not verdicts.isdisjoint(_OF_RUNS)
+    if is_of_run and verdicts.issubset(_OF_RUNS):   # one that has answered, perhaps
+        blockers = [m.beside.blocker for m in members if m.beside.blocker]
+        culprits = by_run + [slot for slot in blockers if slot not in by_run]
+        is_known = True
+    else:
+        is_known = len(runs) < 2
+        culprits = slots if is_known else [s for s in slots if s.run and s.run.alone]
+    charged = {slot.run for slot in culprits}
+    return Blame(culprits, [run for run in runs if run not in charged], is_known)
+
+
+def death_of_many(members: Sequence[Member], runs: int,
+                  limits: types.SimpleNamespace) -> dict:
+    """The fields of child_error for a death that nobody can be charged with alone."""
+    first, *others = members
+    crash = crash_of(first.verdict, first.process.exit, limits.max_memory)
+    many = f"{len(members)} children have died" if others else "a child has died"
+    return {
+        "pid": first.process.pid, "stack": first.read_stack() or None,
+        "error": f"{many} with {runs} runs in flight: {crash['message']}; which of "
+                 "them did it is not known, so each runs again by itself",
+    }
+
+
+def death_of(member: Member, slot: Slot, stack: str, limits: types.SimpleNamespace,
+             at: float) -> Ended:
+    """How the run of this slot ended, which this death is charged to."""
+    run, verdict = slot.run, slot.verdict
+    assert run is not None
+    error: dict = {"traceback": stack, "retryable": True}
+    if member.verdict and member.verdict not in _OF_RUNS:
+        verdict = member.verdict
+    if verdict is Verdict.CANCELLED:
+        error.update(kind="cancelled", message="cancelled, and killed")
+    elif verdict is Verdict.TIMEOUT:
+        message = f"killed after its limit of {run.timeout:g} s"
+        error.update(kind="timeout", message=message)
+    elif member.beside.blocker is slot and member.why in _OF_RUNS:
+        message = "killed: it blocked the event loop of its child, in which other " \
+            "runs could not be ended any more"
+        error.update(kind="crash", type="", message=message, signal="SIGKILL",
+                     exit_code=None)
+    else:
+        error.update(crash_of(member.verdict, member.process.exit, limits.max_memory))
+    return Ended(run, error["kind"], None, error, member.finish(slot), None,
+                 at - slot.began)
 
 
 # == Crew =====================================================================
@@ -8303,7 +8791,8 @@ class Starts:
 
     def ended(self, member: Member, at: float) -> None:
         """A child has died; what it had not begun was taken back."""
-        if member.is_retiring or member.ready and (member.done or member.waiting):
+        was_idle = member.is_idle
+        if member.is_retiring or member.ready and (member.done or not was_idle):
             # Whether another can start is found out now, not by earlier tries.
             # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
             self.failures = 0
@@ -8313,7 +8802,7 @@ class Starts:
             self.lacked(at, member.last_words())
         else:
             self.failed(at, member.last_words())
-        if member.phase is Phase.READY and not (member.waiting or member.why):
+        if member.phase is Phase.READY and was_idle and not member.why:
             about = crash_of(None, member.process.exit, 0)["message"]
             self._say(f"a child has ended while it had nothing to do: {about}",
                       pid=member.process.pid)
@@ -8358,7 +8847,10 @@ class Crew:
         try:
             self._guardian.check()
             staying = sum(m.phase is not Phase.LEAVING for m in self.members)
-            missing = self._size + 1 - staying
+            # What runs beside in one that retires may take long, and few places.
+            waned = sum(m.phase is Phase.RETIRING and bool(m.beside)
+                        for m in self.members)
+            missing = self._size + 1 - staying + min(waned, self._size)
             for _ in range(min(missing, self.starts.room(self.members, at))):
                 spec = self._spec._replace(begun=self.begun.fd)
                 member = Member(spec, self._log, at)
@@ -8405,39 +8897,11 @@ class Crew:
         self._guardian.stop()
 
 
-def crash_of(verdict, found, max_memory):
-    """signal or exit_code, and a sentence for people, with the peak memory."""
-    if verdict is Verdict.MAD:
-        text = "the child sent what is no message: did the task write to its sockets?"
-    elif verdict is Verdict.TOO_MUCH:
-        text = "the worker lacks the memory to read its result"
-    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
-        text = "the task has closed the connection of its process to the worker: did " \
-            "it close descriptors that are not its own?"
-    elif verdict is Verdict.MEMORY:
-        text = f"it used more than max_memory, {max_memory >> 20} MiB"
-    elif found.signal == "SIGKILL":
-        text = "killed: out of memory, or somebody's kill -9"
-    elif found.signal:
-        text = "this signal ended the child"
-    else:
-        text = f"the process exited with code {found.code}"
-    return {
-        "kind": "crash", "type": found.signal or "",
-        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
-        "signal": found.signal, "exit_code": found.code,
-    }
-
-
-# == Pool =====================================================================
-# Owns who runs what: time limits, recall of what has not begun, what becomes of a run
-# whose child dies.  Knows nothing of the database; what happened to a run is returned
-# as an Ended record.
+# == Dispatch =================================================================
+# Owns the claimed runs that no child has, and gives each to one that has a place of
+# its kind; takes back from a child what it has not begun.
 
 _HAND_SECONDS = 0.05        # claimed runs that no child takes go back after this
-_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
-_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
-_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
 
 
 def _urgency(run):
@@ -8496,33 +8960,31 @@ class Hand:
         return runs
 
 
-class Pool:
-    """The children of a worker, and the runs that they have."""
+class Dispatch:
+    """What a pool has in hand, and the children that it goes to."""
 
-    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
-                 log: Callable, selector: selectors.BaseSelector,
-                 begun: Begun | None = None):
-        self._limits = limits       # settings
-        self.crew = Crew(spec, size, log, selector, begun or Begun())
-        self.members = self.crew.members        # the same list
+    def __init__(self, crew: Crew, placement: Placement, durations: Durations,
+                 kinds: Kinds):
+        self.crew = crew
+        self.members = crew.members             # the same list
         self.hand = Hand()
-        self._ended: list[Ended] = []           # since the last collect()
-        self._progress: dict[int, tuple[Run, str]] = {}     # the same
+        self.placement, self.durations = placement, durations
+        self._kinds = kinds
         self._due: dict[Member, float] = {}     # when each has to be looked after
-        self.durations = Durations()
-        self.placement = Placement(size, limits.max_tasks_per_child, self.durations)
 
     def take(self, runs: Sequence[Run]) -> None:
         """Have claimed runs in hand, the most urgent first; none waits for others."""
-        least = min([run.priority for run in runs])
-        for member in self.placement.less_urgent(self.members, least):
-            self._recall(member)
+        urgent = [run.priority for run in runs if run.name not in self._kinds.is_async]
+        if urgent:
+            for member in self.placement.less_urgent(self.members, min(urgent)):
+                self._recall(member)
         self.hand.add(runs)
 
     def make_way(self, priority: int) -> list[Run]:
         """Take back what has not begun and is less urgent: another needs a child.
 
-        Guarded by test_an_urgent_task_does_not_wait_for_what_was_prefetched."""
+        Guarded by test_an_urgent_task_does_not_wait_for_what_was_prefetched.
+        """
         return self._withdraw(lambda run: run.priority > priority)
 
     def take_back(self, queues: set[str]) -> list[Run]:
@@ -8537,41 +8999,98 @@ class Pool:
 
     def in_hand(self) -> int:
         """Runs that are claimed and not ended."""
-        return len(self.hand) + sum(len(m.waiting) for m in self.members)
+        return len(self.hand) + sum(
+            [len(m.waiting) + len(m.beside) for m in self.members])
 
     def running(self) -> list[Run]:
-        """The runs at the head of each child."""
-        return [m.waiting[0] for m in self.members if m.waiting]
+        """The runs in flight in all children."""
+        return [slot.run for m in self.members for slot in m.slots() if slot.run]
+
+    def room(self, places: Places) -> Room:
+        """How many runs could be claimed: what is in hand comes first."""
+        if not self.hand:
+            return places.room
+        asyncs = sum(run.name in self._kinds.is_async for run in self.hand.runs)
+        return places.room.less(len(self.hand) - asyncs, asyncs)
 
     def dispatch(self, places: Places, at: float) -> list[Run]:
         """Send what is in hand, to the child that will begin it first.
 
         Returns those that none could take for a while.  `places` are balance()'s.
         """
-        return self.hand.deal(functools.partial(self._send, places.takers, at), at)
+        send = self._send if self._kinds.is_plain else self._send_by_kind
+        return self.hand.deal(functools.partial(send, places, at), at)
 
-    def _send(self, takers, at, run):
+    def _send_by_kind(self, places, at, run):
+        is_coroutine = run.name in self._kinds.is_async
+        if run.alone:
+            return self._send_alone(places, at, run, is_coroutine)
+        if is_coroutine:
+            return self._send_beside(places.loops, at, run, True)
+        if self._kinds.threads > 1:
+            return self._send_beside(places.threads, at, run, False)
+        return self._send(places, at, run)
+
+    def _send(self, places, at, run):
         """Send a run to the first of the takers, if that can take it."""
-        cell = self.crew.begun.give(run)
+        takers, cell = places.takers, self.crew.begun.give(run)
         if not takers or cell is None:
             return False
         delay, has, number, member = takers[0]
-        if has and not self.placement.may_wait(run, cell, delay, has, member):
+        if has and (run.alone or not self.placement.may_wait(
+                run, cell, delay, has, member)):
             return False
-        run.usual, run.due = self.durations.usual(run.name), at + delay
-        if not member.send(run, at, cell):
+        if not self._send_main(member, run, cell, delay, at):
             heapq.heappop(takers)           # its socket is full, or it just died
-            return self._send(takers, at, run)
-        if len(member.waiting) == 1:        # now: `has` is of before a recall
-            member.slot.announce()
-        if len(member.waiting) <= 2:        # more of them change nothing
-            member.mind_output(self.crew.selector, at)
-            self._mark(member)
-        if run.name in self.durations.short_names:      # to its new place
+            return self._send(places, at, run)
+        if run.name in self.durations.short_names and not run.alone:
             heapq.heapreplace(takers, (delay + run.usual, has + 1, number, member))
         else:
             heapq.heappop(takers)           # nothing shall wait behind this one
         return True
+
+    def _send_main(self, member, run, cell, delay, at):
+        run.usual, run.due = self.durations.usual(run.name), at + delay
+        if not member.send(run, at, cell):
+            return False
+        if len(member.waiting) == 1:        # now: there may have been a recall
+            member.slot.announce()
+        if len(member.waiting) <= 2:        # more of them change nothing
+            self._changed(member, at)
+        return True
+
+    def _send_beside(self, heap, at, run, is_coroutine):
+        """Send a run to the threads, or the loop, with the fewest."""
+        cell = self.crew.begun.give(run)
+        while heap and cell is not None:
+            has, number, room, member = heap[0]
+            if room > 0 and not member.is_taken \
+                    and member.send_beside(run, is_coroutine, at, cell):
+                heapq.heapreplace(heap, [has + 1, number, room - 1, member])
+                self._changed(member, at)
+                return True
+            heapq.heappop(heap)             # full, or it just died
+        return False
+
+    def _send_alone(self, places, at, run, is_coroutine):
+        """Send a run to a child in which nothing is in flight: the spare, at best."""
+        cell = self.crew.begun.give(run)
+        while places.empty and cell is not None:
+            member = places.empty.pop()
+            if not member.is_idle:          # something went there in this very turn
+                continue
+            if is_coroutine or self._kinds.threads > 1:
+                is_sent = member.send_beside(run, is_coroutine, at, cell)
+                self._changed(member, at)
+            else:
+                is_sent = self._send_main(member, run, cell, 0.0, at)
+            if is_sent:
+                return True
+        return False
+
+    def _changed(self, member, at):
+        member.mind_output(self.crew.selector, at)
+        self._mark(member)
 
     def balance(self, at: float) -> Places:
         """The places there are, once nothing waits behind a slow run for nothing."""
@@ -8591,13 +9110,63 @@ class Pool:
             self._recall(member)
         return self.hand.empty()
 
+    def _mark(self, member):
+        """The child has changed: find out when something is due in it."""
+        if member in self.members:
+            self._due[member] = self.placement.next_due(member)
+
+    def next_timer(self) -> float:
+        """When enforce(), balance() or dispatch() has something to do, or before."""
+        return min(*self._due.values(), self.hand.due, math.inf)
+
+
+# == Pool =====================================================================
+# Owns who runs what: time limits, recall of what has not begun, what becomes of a run
+# whose child dies.  Knows nothing of the database; what happened to a run is returned
+# as an Ended record.
+
+_TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
+_CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
+_STACK_GRACE = 0.05         # seconds for a stuck child to dump its Python stack
+_OWN_LIMIT_SECONDS = 0.1    # a thread, or a loop, is itself first to mind a limit
+_LAG_SILENCE = 60.0         # between two lines on a task that blocks an event loop
+_MEMORY_MARGIN = 1.25       # of max_memory: a child with many runs may wait for
+                            # their ends until it takes so much
+
+
+class Collected(NamedTuple):
+    """What has become of runs."""
+
+    ended: list[Ended]
+    forgiven: list[Run]         # they had begun, and are to run again, uncounted
+    progress: dict[int, tuple[Run, str]]    # by id: how far others have come
+
+
+class Pool(Dispatch):
+    """The children of a worker, and the runs that they have."""
+
+    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
+                 log: Callable, selector: selectors.BaseSelector,
+                 begun: Begun | None = None, kinds: Kinds = Kinds()):
+        durations = Durations()
+        super().__init__(
+            Crew(spec, size, log, selector, begun or Begun()),
+            Placement(size, limits.max_tasks_per_child, durations, kinds),
+            durations, kinds)
+        self._limits = limits       # settings
+        self._log = log             # log(event, run, **fields)
+        self._ended: list[Ended] = []           # since the last collect()
+        self._forgiven: list[Run] = []          # the same
+        self._progress: dict[int, tuple[Run, str]] = {}     # the same
+        self._lag_said: dict[str, float] = {}   # by name of the task: when
+
     def receive(self, heard: Sequence[tuple], at: float) -> None:
         """Read from the (member, descriptor) that the selector named."""
         for member, _ in heard:         # first: what has ended by now, wrote before
             if member in self.members:
                 self._hear(member, at)
-                if member in self.members and member.waiting:   # else it may get some
-                    member.mind_output(self.crew.selector, at)      # in this very turn
+                if member in self.members and not member.is_idle:   # else it may get
+                    member.mind_output(self.crew.selector, at)      # some in this turn
                 self._mark(member)
         for member, fd in heard:
             is_output = fd == member.pipe.fd and member in self.members
@@ -8614,35 +9183,43 @@ class Pool:
 
     def _listen(self, member, at):
         """Take in what a child said; return what hear() does."""
-        said = Said([], self._progress, [])
+        said = Said([], self._progress, [], [])
         found = hear(member, said, self._limits.max_payload, at)
         for names in said.tasks:
             if not self.crew.welcome(member, names, self._limits.max_memory, at):
                 self._condemn(member, Verdict.MEMORY, at)
+        for lag in said.lags:
+            self._note_lag(member, *lag, at)
         for end in said.ended:
-            if end.kind == "unknown":
-                self.crew.unknown.add(end.run.name)
-                continue
-            self.durations.learn(end.run.name, end.duration or 0.0)
-            if end.kind in ("timeout", "cancelled") \
-                    or member.done >= (self._limits.max_tasks_per_child or math.inf):
-                self._retire(member)    # with what an interrupted task has started
+            self._note_end(member, end)
         self._ended += said.ended
         return found
 
-    def collect(self) -> tuple[list[Ended], dict]:
-        """What has become of runs since the last call, and how far others have come."""
-        found, self._ended, self._progress = (self._ended, self._progress), [], {}
+    def _note_end(self, member, end):
+        name = end.run.name
+        if end.kind == "unknown":
+            self.crew.unknown.add(name)
+            return
+        is_coroutine = name in self._kinds.is_async
+        if not is_coroutine:        # nothing waits for one of those
+            self.durations.learn(name, end.duration or 0.0)
+        if end.kind in ("timeout", "cancelled") and not is_coroutine \
+                or member.done >= (self._limits.max_tasks_per_child or math.inf):
+            self._retire(member)    # with what an interrupted task has started
+
+    def _note_lag(self, member, run, seconds, stack, at):
+        """A run blocks its event loop: what waits there goes elsewhere."""
+        member.beside.shut_until = at + UNTAKEN_SECONDS
+        self._recall(member)
+        if at >= self._lag_said.get(run.name, -math.inf) + _LAG_SILENCE:
+            self._lag_said[run.name] = at
+            self._log("loop_lagged", run, seconds=round(seconds, 3), stack=stack)
+
+    def collect(self) -> Collected:
+        """What has become of runs since the last call."""
+        found = Collected(self._ended, self._forgiven, self._progress)
+        self._ended, self._forgiven, self._progress = [], [], {}
         return found
-
-    def next_timer(self) -> float:
-        """When enforce(), balance() or dispatch() has something to do, or before."""
-        return min(*self._due.values(), self.hand.due, math.inf)
-
-    def _mark(self, member):
-        """The child has changed: find out when something is due in it."""
-        if member in self.members:
-            self._due[member] = self.placement.next_due(member)
 
     def enforce(self, at: float) -> None:
         """Time limits, and the end of those whose grace is over."""
@@ -8652,17 +9229,39 @@ class Pool:
 
     def _enforce_on(self, member, at):
         member.mind_output(self.crew.selector, at)
-        if member.kill_due:
-            if at >= member.kill_due:
-                self._kill(member, at)
+        if member.beside or member.beside.shut_until:
+            self._enforce_beside(member, at)
+        if member.kill_due and at >= member.kill_due:
+            self._kill(member, at)
         elif member.waiting:
             head, age = member.waiting[0], at - member.slot.began
             if age >= STALL_SECONDS:
                 member.slot.announce()
             if head.timeout and age >= head.timeout:
                 self._condemn(member, Verdict.TIMEOUT, at, _TIMEOUT_GRACE)
-        elif member.phase is Phase.RETIRING:
+        elif member.phase is Phase.RETIRING and member.is_idle:
             member.leave(at + EXIT_GRACE)
+
+    def _enforce_beside(self, member, at):
+        """What is due in the threads, and on the loop."""
+        if at >= member.beside.shut_until:
+            member.beside.shut_until = 0.0
+        for slot in member.beside.due(at):
+            age = at - slot.began
+            limit = slot.run.timeout + _OWN_LIMIT_SECONDS if slot.run.timeout \
+                else math.inf
+            slot.announce()
+            if age >= limit:
+                self._condemn(member, Verdict.TIMEOUT, at,
+                              _TIMEOUT_GRACE - _OWN_LIMIT_SECONDS, slot)
+                continue
+            if slot.is_coroutine and age < UNTAKEN_SECONDS:
+                member.beside.note(slot.began + min(limit, UNTAKEN_SECONDS), slot)
+                continue
+            if slot.is_coroutine:
+                self.hand.put_in_front(member.recall_untaken(at))
+            if slot.run and limit < math.inf:
+                member.beside.note(slot.began + limit, slot)
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""
@@ -8670,16 +9269,23 @@ class Pool:
         member.phase = Phase.RETIRING
         self._mark(member)
 
-    def _condemn(self, member, verdict, at, grace=0.0):
-        """Kill it in `grace` seconds, unless it answers before."""
-        if not member.kill_due:
-            self._recall(member)        # so that nothing else can begin in it
-            member.condemn(verdict, at + grace)
-            self._mark(member)
+    def _condemn(self, member, verdict, at, grace=0.0, slot=None):
+        """Kill it in `grace` seconds, unless it answers before.
+
+        About a run: unless the run of this slot ends, that of its main thread if
+        none is given.
+        """
+        slot = slot or member.slot
+        if member.verdict or (slot if verdict in OF_A_RUN else member).kill_due:
+            return
+        self._recall(member)        # so that nothing else can begin in it
+        member.condemn(verdict, at + grace, slot)
+        self._mark(member)
 
     def _kill(self, member, at):
         """Kill it with its group; a stuck one first dumps its Python stack."""
-        if member.slot.verdict is Verdict.TIMEOUT and not member.verdict:
+        is_stuck = Verdict.TIMEOUT in [slot.verdict for slot in member.slots()]
+        if is_stuck and not member.verdict:
             member.condemn(Verdict.STUCK, at + _STACK_GRACE)
             member.process.signal(signal.SIGUSR2)
         else:
@@ -8700,17 +9306,47 @@ class Pool:
                 self._bury(member, at)
 
     def _bury(self, member, at):
-        """A child is dead: settle its run, free its sockets, start another."""
+        """A child is dead: settle its runs, free its sockets, start another."""
         if member not in self.members:
             return
         self._recall(member)
         member.read_output()
         self.crew.starts.ended(member, at)
-        while member.waiting:       # one, or all that it took and has not answered
-            self._ended.append(_death_of(member, self._limits, at))
-            member.begin_next(at)
+        self._charge([member], at)
         self._remove(member)
         self.crew.fill(at)
+
+    def lose(self, members: Sequence[Member], at: float) -> None:
+        """All these children have died together, of one cause that is not known.
+
+        Charged is a run that was the only one in flight in all of them, or that has
+        brought its child down before; the others are given back.
+        """
+        members = [member for member in members if member in self.members]
+        for member in members:
+            self._hear_last(member, at)
+            self._recall(member)
+            member.read_output()
+        self._charge(members, at)
+        for member in members:
+            self._remove(member)
+
+    def _charge(self, members, at):
+        """End, or give back, what was in flight in these dead children."""
+        blame = judge(members)
+        if blame.forgiven and not blame.is_known:
+            count = len(blame.forgiven) + len(blame.culprits)
+            self._log("child_error", None, runs=count,
+                      **death_of_many(members, count, self._limits))
+        for member in members:
+            mine = [slot for slot in member.slots() if slot in blame.culprits]
+            stack = member.read_stack() if mine else ""
+            self._ended += [
+                death_of(member, slot, stack, self._limits, at) for slot in mine]
+        for run in blame.forgiven:
+            run.alone |= not blame.is_known
+            self._log("task_lost", run, reason=LOST_WITH[blame.is_known])
+        self._forgiven += blame.forgiven
 
     def _remove(self, member):
         self.crew.remove(member)
@@ -8719,48 +9355,41 @@ class Pool:
     def cancel(self, run_id: int, at: float) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""
         for member in self.members:
-            if any(run.id == run_id for run in member.waiting):
+            if run_id in [run.id for run in member.runs()]:
                 self._recall(member)        # it may not have begun
-                head = member.slot.run
-                if head and head.id == run_id and not member.kill_due:
-                    self._condemn(member, Verdict.CANCELLED, at, _CANCEL_GRACE)
+                slot = member.slot_of(run_id)
+                if slot and not (slot.kill_due or member.verdict):
+                    self._condemn(member, Verdict.CANCELLED, at, _CANCEL_GRACE, slot)
                     member.interrupt(run_id)
         found = self.hand.take(lambda run: run.id == run_id)
         self._ended += [Ended(run, "cancelled") for run in found]
 
     def check_memory(self, at: float) -> None:
-        """Replace idle children over the memory limit; kill the others."""
+        """Replace children over the memory limit; kill those that are at work.
+
+        One with many runs waits for their ends, unless it grows on.
+        """
         limit = self._limits.max_memory
         for member in list(self.members) if limit else []:
-            if memory_bytes(member.process.pid) > limit and not member.is_retiring:
-                if member.phase is Phase.READY and not member.waiting:
-                    self._retire(member)
-                elif member.ready or member.outgrows(limit):
-                    self._condemn(member, Verdict.MEMORY, at)
+            taken = memory_bytes(member.process.pid)
+            if taken <= limit or member.phase is Phase.LEAVING:
+                continue
+            many = len(member.slots()) > 1 and taken <= limit * _MEMORY_MARGIN
+            if member.phase is Phase.READY and (member.is_idle or many):
+                self._retire(member)
+            elif member.is_idle and member.is_retiring or many:
+                pass
+            elif member.ready or member.outgrows(limit):
+                self._condemn(member, Verdict.MEMORY, at)
 
     def interrupt(self, at: float, idle: bool = False) -> list[Run]:
         """Kill all children; the idle may end well, else.  Returns what ran."""
         runs: list[Run] = []
-        for member in [m for m in self.members if idle or m.waiting or not m.able]:
+        for member in [m for m in self.members if idle or not (m.is_idle and m.able)]:
             self._hear_last(member, at)
-            runs += member.waiting
+            runs += member.runs()
             self._remove(member)
         return runs
-
-
-def _death_of(member, limits, at):
-    """The Ended of the run at whose time a child died."""
-    run, verdict = member.waiting[0], member.why
-    error: dict = {"traceback": member.read_stack(), "retryable": True}
-    if verdict is Verdict.CANCELLED:
-        error.update(kind="cancelled", message="cancelled, and killed")
-    elif verdict in (Verdict.TIMEOUT, Verdict.STUCK):
-        message = f"killed after its limit of {run.timeout:g} s"
-        error.update(kind="timeout", message=message)
-    else:
-        error.update(crash_of(verdict, member.process.exit, limits.max_memory))
-    return Ended(run, error["kind"], None, error, member.finish(), None,
-                 at - member.slot.began)
 
 
 # == Liveness =================================================================
@@ -9264,6 +9893,7 @@ class Log:
 # Owns the words of the worker's log: which event says what, with which fields.
 
 _MOST_NAMES = 1000          # of tasks, whose text is kept
+_MOST_RUNS = 100_000        # … and of runs in flight
 
 
 class Event(NamedTuple):
@@ -9311,10 +9941,17 @@ EVENTS = {
         "the child of the run died; the run's end follows"),
     "task_lost": Event(
         "state reason",
-        "a run whose worker died, that was given away, or whose end cannot be stored"),
+        "a run whose worker died, that was given away, whose end cannot be stored, or "
+        "whose child another run has ended: that costs it no attempt"),
     "unknown_task": Event(
         "", "a child does not know the task: it is left to workers that do"),
-    "child_error": Event("pid error stack", "a child had trouble outside of a run"),
+    "child_error": Event(
+        "pid error stack runs",
+        "a child had trouble outside of a run, or ended with many `runs` in flight"),
+    "loop_lagged": Event(
+        "seconds stack",
+        "an async task blocks the event loop of its child, and all others on it; said "
+        "once a minute for each name"),
     "output": Event(
         "text",
         "what a task printed, C code too; a run keeps its first 64,000 characters"),
@@ -9405,7 +10042,7 @@ class Journal:
         if about is not None and event == "task_start":     # in another child, before
             return
         if about is None:
-            if len(self._about) >= MOST_CHILDREN:       # more do not run at a time
+            if len(self._about) >= _MOST_RUNS:
                 self._about.clear()
             name = self._names.get(run.name) or self._name_part(run.name)
             about = self._about[run] = \
@@ -9644,18 +10281,20 @@ class Outbox:
         self.progress: dict[int, tuple[Run, str]] = {}      # by id, to be written
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
+        self.forgiven: list[Run] = []           # begun, to be queued uncounted
         self.due = 0.0                          # monotonic; 0: nothing waits for more
         self.handed_back = 0                    # runs that were queued again
 
     @property
     def is_full(self) -> bool:
         """True when something must not be lost in a power cut."""
-        return bool(self.outcomes or self.returned)
+        return bool(self.outcomes or self.returned or self.forgiven)
 
     @property
     def makes_work(self) -> bool:
         """True when what is to be written may be claimed then."""
-        return bool(self.returned) or any(outcome.then for outcome in self.outcomes)
+        return bool(self.returned or self.forgiven) \
+            or any(outcome.then for outcome in self.outcomes)
 
     def gathers(self, slack: float, at: float) -> bool:
         """True while what has ended waits for more of its kind to share its commit.
@@ -9663,14 +10302,14 @@ class Outbox:
         Only as long as every child has something to do, which is for `slack` seconds:
         nobody waits for us then, nor for what is handed back.
         """
-        if self.returned or not self.outcomes:
+        if self.returned or self.forgiven or not self.outcomes:
             return False
         self.due = self.due or at + _GATHER_SECONDS
         return at < self.due and slack >= _GATHER_SECONDS
 
     def clear(self) -> None:
         """It is written, or does not matter any more."""
-        self.outcomes, self.returned, self.due = [], [], 0.0
+        self.outcomes, self.returned, self.forgiven, self.due = [], [], [], 0.0
         self.progress.clear()
 
     def settle(self, ended: Sequence[Ended], now: int) -> None:
@@ -9693,6 +10332,7 @@ class Outbox:
         But one outcome that cannot be stored must not hold up the others for ever:
         that run fails, and the rest is written.
         """
+        stopped = [*self.forgiven, *stopped]
         while True:
             try:
                 turned = self._store.turn(Turn(
@@ -9736,11 +10376,15 @@ class Lookout:
     found something, or when there is something to be written as well.
     """
 
-    def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict):
+    def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict,
+                 kinds: Kinds = Kinds()):
         self._store, self._tasks = store, tasks
         self._queues = settings.queues and frozenset(settings.queues)
         self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
         self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
+        self._most_running = {
+            n: t.max_running for n, t in tasks.items() if t.max_running}
+        self._is_async = kinds.is_async
         if settings.rate_limit:
             self._rates[""] = settings.rate_limit
         self.news = True                # something may be there to claim
@@ -9766,8 +10410,10 @@ class Lookout:
         names: Any = self._tasks
         if self._passed_over:
             names = names.keys() - self._passed_over
-        return ClaimOrder(worker, self._queues, names, *room, short_names, self._rates,
-                          self._callbacks)
+        return ClaimOrder(
+            worker, self._queues, names, room.free, room.ahead, short_names,
+            self._rates, self._callbacks, room.beside, self._is_async, room.alone,
+            self._most_running)
 
     def look(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed | None]:
         """(a claim is worth the lock, what was seen); None: no need to look."""
@@ -9788,9 +10434,10 @@ class Lookout:
         """Keep what a look saw beside the runs it found."""
         self.next_at, self.round = seen.next_at, seen.round
 
-    def took(self, runs: int) -> None:
-        """So many were claimed: then perhaps there is more."""
-        self._room, self.news = self._room.less(runs), True
+    def took(self, runs: Sequence[Run]) -> None:
+        """These were claimed: then perhaps there is more."""
+        asyncs = sum(run.name in self._is_async for run in runs)
+        self._room, self.news = self._room.less(len(runs) - asyncs, asyncs), True
 
     @property
     def has_room(self) -> bool:
@@ -10131,12 +10778,14 @@ class Worker:
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.senses = Senses()
         self.liveness = Liveness(self.store, self.settings, self.senses.ear)
-        spec = child_spec(registry.app_spec, self.store.path, self.settings)
+        kinds = kinds_of(settings, registry.tasks)
+        spec = child_spec(registry.app_spec, self.store.path, settings,
+                          bool(kinds.is_async))
         begun = self.liveness.begun
-        self.pool = Pool(spec, self.settings.concurrency, self.settings,
-                         self.journal.run, self.senses.selector, begun)
+        self.pool = Pool(spec, settings.concurrency, settings, self.journal.run,
+                         self.senses.selector, begun, kinds)
         self.outbox = Outbox(self.store, self.journal, registry.tasks, begun)
-        self.lookout = Lookout(self.store, self.settings, registry.tasks)
+        self.lookout = Lookout(self.store, self.settings, registry.tasks, kinds)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
                                self.liveness, self.pool, self._start_over)
         self.wishes = Wishes(self.store, self.pool)
@@ -10309,8 +10958,9 @@ class Worker:
             self.journal.say("worker_ready", children=self.settings.concurrency)
 
     def _settle(self, now):
-        ended, progress = self.pool.collect()
+        ended, forgiven, progress = self.pool.collect()
         self.outbox.settle(ended, now)
+        self.outbox.forgiven += forgiven
         self.outbox.progress.update(progress)
 
     def _transact(self, places, now, at):
@@ -10332,7 +10982,7 @@ class Worker:
         """What could be claimed now; None without room."""
         pool, unknown = self.pool, self.pool.crew.unknown
         return self.lookout.order(
-            self.liveness.id, places.room.less(len(pool.hand)), unknown,
+            self.liveness.id, pool.room(places), unknown,
             pool.durations.short_names,
         )
 
@@ -10358,7 +11008,7 @@ class Worker:
                 run.timeout = self.settings.timeout
         if claimed.runs:
             self.pool.take(claimed.runs)
-            self.lookout.took(len(claimed.runs))
+            self.lookout.took(claimed.runs)
 
     def _heed_wishes(self, now):
         self.outbox.returned += self.wishes.heed(self.liveness.id, time.monotonic())

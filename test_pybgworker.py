@@ -5695,7 +5695,7 @@ class Wires(unittest.TestCase):
         self.assertEqual({kind.code for kind, _ in said}, set(pybgworker._KINDS))
         with contextlib.ExitStack() as ends:
             wire = pybgworker.WorkerEnd(ends)
-            frames, messages = map(os.dup, wire.theirs())
+            frames, messages = map(os.dup, wire.theirs()[:2])
             child = pybgworker.ChildEnd(frames, messages)
             ends.callback(child.close)
             for kind, value in said:
@@ -7281,7 +7281,7 @@ class Pools(Served):
     def wire(self, **ends):
         """A WorkerEnd that nothing comes from but what is put into its buffer."""
         wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
-        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True,
+        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True, _beside=(),
                              hang_up=mock.Mock(), **ends)
         return wire
 
@@ -7319,15 +7319,35 @@ class Pools(Served):
         member.mind_output.assert_not_called()
 
     def test_all_that_a_child_took_and_has_not_answered_ends_with_it(self):
-        """It went mad, say, and read on: what came after that was not heard."""
+        """It went mad, say, and read on: what came after that was not heard.
+
+        Whose fault it was is not known, so none is charged; each runs by itself next.
+        """
         runs = [self.run_of(n) for n in (1, 2, 3)]
         pool, member = self.pool_of(*runs)
         member.recall = list
         pool._condemn(member, Verdict.MAD, 5.0)
         pool.enforce(6.0)
-        self.assertEqual([(end.run, end.kind) for end in pool._ended],
-                         [(run, "crash") for run in runs])
+        ended, forgiven, _ = pool.collect()
+        self.assertEqual((ended, forgiven), ([], runs))
+        self.assertEqual([run.alone for run in runs], [True] * 3)
         self.assertEqual((pool.members, pool.in_hand()), ([], 0))
+
+    def test_a_child_may_take_the_second_frame_while_the_first_is_read_back(self):
+        """Its answer is heard, then: it is the run at the head."""
+        first, second = self.run_of(1), self.run_of(2)
+        pool, member = self.pool_of(first, second)
+        del member.recall
+        member.wire.recall = lambda: {1}
+        member.slot.verdict = Verdict.TIMEOUT
+        pool._recall(member)
+        self.assertEqual((list(pool.hand.runs), list(member.waiting)), ([first], [second]))
+        self.assertEqual((member.slot.run, member.why), (second, None))
+        member.wire._buffer += self.answer(second)
+        pool._hear(member, 9.0)
+        self.assertEqual([(end.run, end.kind) for end in pool._ended],
+                         [(second, "success")])
+        self.assertEqual(member.why, None)
 
     def test_a_run_that_had_not_begun_takes_its_verdict_along(self):
         run = self.run_of(1)
@@ -7398,7 +7418,7 @@ class Pools(Served):
             places = placement.survey([member], at)
             with self.subTest(why):
                 self.assertEqual(places.takers == [], slow)
-                self.assertEqual(places.room, (0, room))
+                self.assertEqual(places.room, (0, room, 0, 0))
                 self.assertEqual(room > 0, any(
                     placement.may_wait(self.run_of(9), pybgworker.NO_CELL, delay, has, taker)
                     for delay, has, _, taker in places.takers))
@@ -7463,7 +7483,7 @@ class Pools(Served):
         self.assertFalse(placement.may_wait(last, pybgworker.NO_CELL, 0.0, 1, member))
         self.assertTrue(placement.may_wait(last, 0, 0.0, 1, member))
         room = placement.survey([member], member.slot.began).room
-        self.assertEqual(room, (0, 1))                                  # of 7
+        self.assertEqual(room, (0, 1, 0, 0))                            # of 7
         member.done = 6
         self.assertFalse(placement.may_wait(self.run_of(2), pybgworker.NO_CELL, 0.0, 1, member))
 
@@ -7509,13 +7529,16 @@ class Pools(Served):
                               ([busy, leaving, spare], (0, 0)), ([leaving, spare], (1, 0))):
             places = placement.survey(members, at)
             with self.subTest(room=room, children=len(members)):
-                self.assertEqual(places.room, room)
+                self.assertEqual(places.room, (*room, 0, room[0]))
                 self.assertEqual([m is spare for _, has, _, m in places.takers if not has],
                                  [True] * room[0])
 
     def test_room_is_taken_by_idle_children_first(self):
         for runs, left in ((0, (2, 3)), (1, (1, 3)), (2, (0, 3)), (4, (0, 1)), (9, (0, 0))):
-            self.assertEqual(pybgworker.Room(2, 3).less(runs), left)
+            self.assertEqual(pybgworker.Room(2, 3).less(runs), (*left, 0, 0))
+        for taken, left in (((3, 0), (0, 0, 5, 3)), ((0, 2), (2, 1, 3, 4)),
+                            ((1, 9), (1, 1, 0, 0))):
+            self.assertEqual(pybgworker.Room(2, 1, 5, 6).less(*taken), left)
 
     def test_what_waits_longer_than_a_moment_goes_to_an_idle_child(self):
         placement = self.placement(0.01, size=2)
@@ -7547,6 +7570,7 @@ class Pools(Served):
         member.__dict__.update(
             waiting=pybgworker.collections.deque(runs), began=slot.began, done=0, slot=slot,
             pipe=pipe, wire=self.wire(), phase=Phase.READY, verdict=None, _kill_due=0.0,
+            beside=pybgworker.Beside(log),
             behind=sum(run.usual for run in runs[1:]))
         for n, run in enumerate(runs):
             run.due = member.slot.began + sum(before.usual for before in runs[:n])
@@ -8734,8 +8758,10 @@ class Lookouts(unittest.TestCase):
     def setUp(self):
         self.data = self.Data()
         settings = App(rate_limit="5/s").settings
-        self.tasks = {"t": mock.Mock(rate_limit=None, callbacks=0),
-                      "u": mock.Mock(rate_limit=2.0, callbacks=3)}
+        self.tasks = {"t": mock.Mock(rate_limit=None, callbacks=0, max_running=0,
+                                     is_async=False),
+                      "u": mock.Mock(rate_limit=2.0, callbacks=3, max_running=7,
+                                     is_async=True)}
         self.lookout = pybgworker.Lookout(self.data, settings, self.tasks)
         self.see()
 
@@ -8746,7 +8772,7 @@ class Lookouts(unittest.TestCase):
     def look(self, now=1000, room=(1, 0), unknown=()):
         """True when it has looked."""
         before = self.data.looks
-        order = self.lookout.order(1, room, set(unknown), set())
+        order = self.lookout.order(1, pybgworker.Room(*room), set(unknown), set())
         if order:
             found, seen = self.lookout.look(order, now)
             if seen:
@@ -8799,7 +8825,7 @@ class Lookouts(unittest.TestCase):
         self.assertFalse(self.lookout.is_done(1000))
 
     def test_an_order_says_what_is_known_and_which_limits_there_are(self):
-        order = self.lookout.order(7, (2, 3), {"t"}, {"u"})
+        order = self.lookout.order(7, pybgworker.Room(2, 3), {"t"}, {"u"})
         self.assertEqual((order.worker, order.free, order.ahead, set(order.names)),
                          (7, 2, 3, {"u"}))
         self.assertEqual((order.rates, order.callbacks), ({"u": 2.0, "": 5.0}, {"u": 3}))
@@ -9590,7 +9616,7 @@ class Workers(Served):
         log = Log(os.open(os.devnull, os.O_WRONLY))
         journal = pybgworker.Journal(log, "w")
         runs = [Run(n, f"t{n}", "q", n, 3, 0, 2.0, 0, None, "", 5) for n in range(5)]
-        with mock.patch.object(pybgworker, "MOST_CHILDREN", 2):
+        with mock.patch.object(pybgworker, "_MOST_RUNS", 2):
             for event in "task_start", "task_success":
                 for run in runs:
                     journal.run(event, run)
