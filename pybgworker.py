@@ -7814,6 +7814,7 @@ class Beside(dict):
         self.coroutines = 0                 # how many of them are on the event loop
         self.kill_due = 0.0                 # of the first that is to be killed
         self.blocker: Slot | None = None    # it keeps the event loop from going on
+        self._blocked_at = 0.0              # when we heard of that
         self.shut_until = 0.0               # nobody takes frames for that, it seems
         # (when, number, slot): each slot has one entry, those that ended may.
         self._agenda: list[tuple[float, int, Slot]] = []
@@ -7858,6 +7859,16 @@ class Beside(dict):
             self.shut_until = 0.0
             if slot is not self.blocker:
                 self.blocker = None
+
+    def was_taken(self, slot: Slot) -> None:
+        """Its frame is not there any more, so its event loop went on since it was."""
+        if self.blocker and slot.run and slot.began > self._blocked_at:
+            self.blocker = None
+
+    def block(self, slot: Slot, at: float) -> None:
+        """This run keeps the event loop from going on: nothing more is for that."""
+        self.blocker, self._blocked_at = slot, at
+        self.shut_until = at + UNTAKEN_SECONDS
 
     def note(self, when: float, slot: Slot) -> None:
         """Have due() name this slot then."""
@@ -8277,7 +8288,7 @@ def _understand(member, said, message, at):
     elif slot is None:
         raise ValueError("an answer that nobody asked for")
     elif kind is LAGGED:
-        said.lags.append((run, *_checked_lag(member, slot, value)))
+        said.lags.append((run, *_checked_lag(member, slot, value, at)))
     elif kind is PROGRESSED:
         percent, text = value
         said.progress[run.id] = run, to_json([percent, text])
@@ -8313,13 +8324,13 @@ def _answered(member, slot, error, result, started_at, duration, at):
     return Ended(run, kind, result, error, text, started_at, duration)
 
 
-def _checked_lag(member, slot, value):
+def _checked_lag(member, slot, value, at):
     """(seconds, stack) of a run that blocks the event loop of this child."""
     seconds, stack = value
     if not slot.is_coroutine or not isinstance(stack, str) \
             or not 0 <= seconds < LATEST_MS:
         raise ValueError("a lag that cannot be")
-    member.beside.blocker = slot
+    member.beside.block(slot, at)
     return seconds, stack
 
 
@@ -9029,6 +9040,8 @@ class Dispatch:
             return self._send_beside(places.loops, at, run, True)
         if self._kinds.threads > 1:
             return self._send_beside(places.threads, at, run, False)
+        while places.takers and places.takers[0][-1].is_taken:      # in this turn
+            heapq.heappop(places.takers)
         return self._send(places, at, run)
 
     def _send(self, places, at, run):
@@ -9209,7 +9222,6 @@ class Pool(Dispatch):
 
     def _note_lag(self, member, run, seconds, stack, at):
         """A run blocks its event loop: what waits there goes elsewhere."""
-        member.beside.shut_until = at + UNTAKEN_SECONDS
         self._recall(member)
         if at >= self._lag_said.get(run.name, -math.inf) + _LAG_SILENCE:
             self._lag_said[run.name] = at
@@ -9247,21 +9259,24 @@ class Pool(Dispatch):
         if at >= member.beside.shut_until:
             member.beside.shut_until = 0.0
         for slot in member.beside.due(at):
-            age = at - slot.began
-            limit = slot.run.timeout + _OWN_LIMIT_SECONDS if slot.run.timeout \
-                else math.inf
-            slot.announce()
-            if age >= limit:
-                self._condemn(member, Verdict.TIMEOUT, at,
-                              _TIMEOUT_GRACE - _OWN_LIMIT_SECONDS, slot)
-                continue
-            if slot.is_coroutine and age < UNTAKEN_SECONDS:
-                member.beside.note(slot.began + min(limit, UNTAKEN_SECONDS), slot)
-                continue
-            if slot.is_coroutine:
-                self.hand.put_in_front(member.recall_untaken(at))
-            if slot.run and limit < math.inf:
-                member.beside.note(slot.began + limit, slot)
+            if slot.run is not None:        # else it was read back just now
+                self._enforce_slot(member, slot, at)
+
+    def _enforce_slot(self, member, slot, at):
+        age, next_age = at - slot.began, math.inf
+        slot.announce()
+        if slot.run.timeout:
+            next_age = slot.run.timeout + _OWN_LIMIT_SECONDS
+        if age >= next_age:
+            grace = _TIMEOUT_GRACE - _OWN_LIMIT_SECONDS
+            return self._condemn(member, Verdict.TIMEOUT, at, grace, slot)
+        if slot.is_coroutine and age < UNTAKEN_SECONDS:
+            next_age = min(next_age, UNTAKEN_SECONDS)
+        elif slot.is_coroutine:
+            self.hand.put_in_front(member.recall_untaken(at))
+            member.beside.was_taken(slot)
+        if slot.run and next_age < math.inf:
+            member.beside.note(slot.began + next_age, slot)
 
     def _retire(self, member):
         """Replace it once it has nothing to do."""

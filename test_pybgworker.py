@@ -23,6 +23,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -6746,10 +6747,491 @@ class Children(Served):
         self.assertNotIn("pybgworker.py", failed.traceback)
 
 
+# == Load =====================================================================
+
+
+class PoolCase(Served):
+    """Children of a pool without their processes."""
+
+    def run_of(self, number, name="t", usual=0.0, priority=5, attempt=0, queue="q"):
+        run = Run(number, name, queue, attempt, 3, 0, None, 0, None, "", priority)
+        run.usual = usual
+        return run
+
+    def placement(self, seconds, most=None, size=1):
+        """A Placement that knows runs of t to take so many seconds."""
+        durations = pybgworker.Durations()
+        for _ in range(1000):
+            durations.learn("t", seconds)
+        return pybgworker.Placement(size, most, durations)
+
+    def ready_member(self, *runs, log=mock.Mock()):
+        """A member whose pipe holds `runs`; the child has taken the first."""
+        member = pybgworker.Member.__new__(pybgworker.Member)
+        pipe = pybgworker.OutputPipe.__new__(pybgworker.OutputPipe)
+        pipe.__dict__.update(fd=-2, is_mute=False, strays=False, _will_stray=False,
+                             _listens=True, _lines=pybgworker.LineCutter())
+        slot = pybgworker.Slot(log, time.monotonic())
+        slot.begin(runs[0] if runs else None, slot.began)
+        member.__dict__.update(
+            waiting=pybgworker.collections.deque(runs), began=slot.began, done=0, slot=slot,
+            pipe=pipe, wire=self.wire(), phase=Phase.READY, verdict=None, _kill_due=0.0,
+            beside=pybgworker.Beside(log),
+            behind=sum(run.usual for run in runs[1:]))
+        for n, run in enumerate(runs):
+            run.due = member.slot.began + sum(before.usual for before in runs[:n])
+
+        def recall():
+            back, member.behind = list(member.waiting)[1:], 0.0
+            member.waiting = pybgworker.collections.deque(list(member.waiting)[:1])
+            return back
+
+        member.recall = recall
+        return member
+
+    def wire(self, **ends):
+        """A WorkerEnd that nothing comes from but what is put into its buffer."""
+        wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
+        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True, _beside=(),
+                             hang_up=mock.Mock(), **ends)
+        return wire
+
+    def answer(self, run, value=b"1"):
+        """The message of a child that this run has succeeded."""
+        return pybgworker._MESSAGE.pack(
+            len(value), b"S", run.id, run.attempt, 1000, 0.1) + value
+
+    def pool_of(self, *runs, size=1, **kinds):
+        """A pool of one child that has taken the first of these runs, and it."""
+        pool = pybgworker.Pool(None, size, self.app.settings, mock.Mock(), mock.Mock(),
+                               None, pybgworker.Kinds(**kinds))
+        pool.crew.starts.end()               # no other is started
+        pool.crew._guardian = mock.Mock()
+        return pool, self.add_member(pool, *runs)
+
+    def add_member(self, pool, *runs):
+        """Another child of this pool."""
+        member = self.ready_member(*runs)
+        end = pybgworker.Exit(None, "SIGKILL", 0)
+        member.process = mock.Mock(pid=4711, exit=end)
+        for name in ("interrupt", "wait", "close", "mind_output", "read_output"):
+            setattr(member, name, mock.Mock())
+        member.read_stack = str
+        pool.members.append(member)
+        return member
+
+    def begin_beside(self, member, *runs, is_coroutine=True, at=100.0):
+        """The child has these in flight, in its threads or on its event loop."""
+        for run in runs:
+            member.beside.begin(run, is_coroutine, at)
+        return member
+
+
+class Loads(PoolCase):
+
+    def test_what_is_due_is_known_without_a_look_at_the_others(self):
+        """Each slot is named once, when its time has come, and never after its end."""
+        beside = pybgworker.Beside(mock.Mock())
+        runs = [self.run_of(n) for n in range(3)]
+        for n, run in enumerate(runs):
+            beside.begin(run, True, 100.0 + n)
+        stall = pybgworker.STALL_SECONDS
+        self.assertEqual(beside.next_due(), 100.0 + stall)
+        beside.end(beside[0, 1])
+        self.assertEqual(beside.next_due(), 101.0 + stall)
+        self.assertEqual(beside.due(101.0), [])
+        found = beside.due(101.0 + stall)
+        self.assertEqual([slot.run for slot in found], [runs[1]])
+        beside.note(105.0, *found)
+        self.assertEqual([slot.run for slot in beside.due(110.0)], [runs[2], runs[1]])
+        self.assertEqual((beside.due(110.0), beside.next_due()), ([], math.inf))
+
+    def test_what_has_ended_takes_no_memory(self):
+        """However far away its time limit is."""
+        beside = pybgworker.Beside(mock.Mock())
+        for n in range(5000):
+            beside.begin(self.run_of(n), True, 1.0)
+            slot = beside[n, 1]
+            beside.note(1e9, slot)
+            beside.end(slot)
+        self.assertLess(len(beside._agenda), 200)
+        self.assertEqual((len(beside), beside.coroutines), (0, 0))
+
+    def test_the_first_that_is_to_be_killed_counts_and_an_end_takes_it_away(self):
+        member = self.begin_beside(self.ready_member(), *map(self.run_of, range(3)))
+        slots = member.slots()
+        for slot, due in zip(slots, (9.0, 5.0, 7.0)):
+            member.condemn(Verdict.CANCELLED, due, slot)
+        for slot, due in (slots[1], 7.0), (slots[0], 7.0), (slots[2], 0.0):
+            member.end(slot, 3.0)
+            self.assertEqual((member.kill_due, member.able), (due, not due))
+        member.condemn(Verdict.TIMEOUT, 4.0, slots[0])      # it is over
+        self.assertEqual(member.kill_due, 0.0)
+
+    def test_bytes_belong_to_the_only_run_in_flight_or_to_nobody(self):
+        log = mock.Mock()
+        def said():
+            found = [(call.args[1] and call.args[1].id, call.kwargs["text"])
+                     for call in log.call_args_list if call.args[0] == "output"]
+            log.reset_mock()
+            return found
+
+        member = self.ready_member(log=log)
+        member.written(b"idle\n")
+        self.assertEqual(said(), [(None, "idle")])
+        self.begin_beside(member, self.run_of(1))
+        member.written(b"of one\n")
+        self.assertEqual(said(), [(1, "of one")])
+        self.begin_beside(member, self.run_of(2))
+        member.written(b"of two\nrest")
+        self.assertEqual(said(), [(None, "of two")])
+        first, second = member.slots()
+        self.assertEqual(member.finish(first), "of one\n")
+        member.end(first, 101.0)
+        self.assertEqual((member.finish(second), said()), ("rest", [(2, "rest")]))
+
+    def test_the_pipe_is_read_once_it_is_clear_whose_it_is(self):
+        stall = pybgworker.STALL_SECONDS
+        member = self.ready_member()
+        self.assertTrue(member.is_settled(0.0))
+        self.begin_beside(member, self.run_of(1))
+        self.assertFalse(member.is_settled(100.0 + stall / 2))
+        self.assertTrue(member.is_settled(100.0 + stall))
+        self.begin_beside(member, self.run_of(2))           # now it is nobody's
+        self.assertTrue(member.is_settled(100.0))
+
+    def test_frames_for_the_loop_are_read_back_from_a_socket_of_their_own(self):
+        with contextlib.ExitStack() as ends:
+            member = self.ready_member()
+            del member.recall
+            member.wire = pybgworker.WorkerEnd(ends, True)
+            _, _, beside = member.wire.theirs()
+            for n in range(3):
+                self.assertTrue(member.send(self.run_of(n), 1.0))
+                self.assertTrue(member.send_beside(self.run_of(10 + n), True, 1.0))
+            taken = pybgworker.own_socket(os.dup(beside))
+            ends.callback(taken.close)
+            self.assertEqual(pybgworker.read_frame(taken.recv(1000))[0], 10)
+            self.assertEqual([run.id for run in member.recall_untaken(2.0)], [11, 12])
+            self.assertGreater(member.beside.shut_until, 2.0)
+            self.assertEqual([run.id for run in member.runs()], [0, 1, 2, 10])
+            self.assertEqual([run.id for run in member.recall()], [0, 1, 2])
+            self.assertEqual(([run.id for run in member.runs()], member.beside.coroutines),
+                             ([10], 1))
+            self.assertEqual(member.recall_untaken(3.0), [])
+
+
+# == Placement ================================================================
+
+
+class Placing(PoolCase):
+
+    def survey(self, *members, size=2, most=None, at=100.0, threads=1, coroutines=4):
+        kinds = pybgworker.Kinds(threads, coroutines, {"c"})
+        placement = pybgworker.Placement(size, most, pybgworker.Durations(), kinds)
+        return placement.survey(members, at)
+
+    def loaded(self, coroutines=0, threads=0, main=0, phase=Phase.READY, alone=False):
+        """A child with so many runs of each kind in flight."""
+        self.numbers = getattr(self, "numbers", itertools.count(1))
+        def runs(count):
+            found = [self.run_of(next(self.numbers)) for _ in range(count)]
+            for run in found:
+                run.alone = alone
+            return found
+
+        member = self.ready_member(*runs(main))
+        self.begin_beside(member, *runs(coroutines))
+        self.begin_beside(member, *runs(threads), is_coroutine=False)
+        member.phase = phase
+        return member
+
+    def test_places_are_counted_by_kind_in_as_many_children_as_work_at_a_time(self):
+        load = self.loaded
+        for members, room, why in (
+            ([load(), load(), load()], (2, 8, 3), "the third is the spare"),
+            ([load(1), load(), load()], (2, 7, 2), "coroutines are beside"),
+            ([load(4), load(4), load()], (2, 0, 1), "a full loop is no busy main thread"),
+            ([load(4), load(main=1), load()], (1, 4, 1), "and the other way round"),
+            ([load(main=1), load(main=1), load()], (0, 8, 1), "no third for ordinary ones"),
+            ([load(1, alone=True), load(2), load()], (1, 2, 1), "nothing beside one alone"),
+            ([load(main=1, alone=True), load(), load()], (1, 4, 2), "… on a main thread"),
+            ([load(1), load(2, phase=Phase.RETIRING), load()], (2, 5, 1),
+             "whoever retires makes room for the spare, but not for more runs in all"),
+            ([load(phase=Phase.STARTING)] * 3, (0, 0, 0), "none is ready"),
+        ):
+            free, _, *others = self.survey(*members).room
+            with self.subTest(why):
+                self.assertEqual((free, *others), room)
+
+    def test_places_of_threads_are_no_places_in_pipes(self):
+        load = self.loaded
+        for members, room in (
+            ([load(), load(), load()], (6, 0, 8, 3)),
+            ([load(threads=3), load(threads=1), load()], (2, 0, 8, 1)),
+            ([load(threads=3), load(threads=3), load()], (0, 0, 8, 1)),
+            ([load(threads=3, coroutines=4), load(threads=3, coroutines=4), load()],
+             (0, 0, 0, 0)),
+            ([load(threads=1, alone=True), load(), load()], (3, 0, 4, 2)),
+        ):
+            places = self.survey(*members, threads=3)
+            with self.subTest(room):
+                self.assertEqual((places.room, places.takers, places.slack),
+                                 (room, [], 0.0))
+
+    def test_a_child_near_its_last_task_takes_no_more_than_that(self):
+        member = self.loaded(coroutines=2)
+        member.done = 5
+        for most, beside in ((None, 2), (9, 2), (8, 1), (7, 0)):
+            room = self.survey(member, size=1, most=most).room
+            self.assertEqual((room.beside, room.free), (beside, int(beside > 0)))
+
+    def test_a_loop_that_took_nothing_is_left_alone_for_a_while(self):
+        member, other = self.loaded(), self.loaded()
+        member.beside.shut_until = 101.0
+        self.assertEqual(self.survey(member, other).room.beside, 4)
+        self.assertEqual(self.survey(member, other, at=101.0).room.beside, 8)
+
+    def test_who_has_the_fewest_comes_first(self):
+        members = [self.loaded(3), self.loaded(1), self.loaded(2)]
+        loops = self.survey(*members, size=3).loops
+        self.assertEqual([pybgworker.heapq.heappop(loops)[0] for _ in range(3)], [1, 2, 3])
+        members = [self.loaded(2), self.loaded(1), self.loaded(main=1)]
+        taker = min(self.survey(*members, size=3).takers)
+        self.assertIs(taker[-1], members[1])    # of the idle main threads
+
+    def test_what_is_due_in_a_child_with_many_runs(self):
+        """The nearest of all; and nothing that is over, or turns would never end."""
+        stall, placement = pybgworker.STALL_SECONDS, self.placement(0.1)
+        member = self.ready_member()
+        self.assertEqual(placement.next_due(member), math.inf)
+        self.begin_beside(member, self.run_of(1), self.run_of(2))
+        self.assertEqual(placement.next_due(member), 100.0 + stall)
+        slots = member.beside.due(100.0 + stall)
+        self.assertEqual(placement.next_due(member), math.inf)
+        member.beside.note(105.0, slots[0])
+        member.condemn(Verdict.CANCELLED, 103.0, slots[1])
+        self.assertEqual(placement.next_due(member), 103.0)
+        member.beside.shut_until = 102.0
+        self.assertEqual(placement.next_due(member), 102.0)
+        member.beside.shut_until, member.phase = 0.0, Phase.RETIRING
+        self.assertEqual(placement.next_due(member), 103.0)
+        for slot in slots:
+            member.end(slot, 102.5)
+        self.assertEqual(placement.next_due(member), 0.0)       # it may leave
+
+
+# == Deaths ===================================================================
+
+
+class Deaths(PoolCase):
+
+    def test_who_is_charged_with_the_end_of_a_child(self):
+        """The run whose fault it is; where that is not known, none but a suspect."""
+        for why, count, verdict, of, marked, charged, is_known in (
+            ("one run in flight", 1, None, {}, (), {0}, True),
+            ("a crash among others", 3, None, {}, (), set(), False),
+            ("max_memory", 3, Verdict.MEMORY, {}, (), set(), False),
+            ("nonsense", 2, Verdict.MAD, {}, (), set(), False),
+            ("a time limit", 3, Verdict.STUCK, {1: Verdict.TIMEOUT}, (), {1}, True),
+            ("two of them", 4, Verdict.STUCK,
+             {1: Verdict.TIMEOUT, 2: Verdict.CANCELLED}, (), {1, 2}, True),
+            ("it answered in the last moment", 2, Verdict.CANCELLED, {}, (), set(), True),
+            ("nonsense in a grace", 2, Verdict.MAD, {1: Verdict.TIMEOUT}, (), set(), False),
+            ("marked before", 3, None, {}, (2,), {2}, False),
+        ):
+            runs = [self.run_of(n) for n in range(count)]
+            for n in marked:
+                runs[n].alone = True
+            member = self.begin_beside(self.ready_member(), *runs)
+            member.verdict = verdict
+            for n, on_run in of.items():
+                member.condemn(on_run, 5.0, member.slot_of(n))
+            blame = pybgworker.judge([member])
+            with self.subTest(why):
+                self.assertEqual({slot.run.id for slot in blame.culprits}, charged)
+                self.assertEqual({run.id for run in blame.forgiven},
+                                 set(range(count)) - charged)
+                self.assertEqual(blame.is_known, is_known)
+
+    def test_who_blocks_the_loop_is_charged_when_its_child_has_to_be_killed(self):
+        """Or one without a limit of its own would take its neighbours down for ever."""
+        pool, member = self.pool_of(coroutines=9, is_async={"t"})
+        self.begin_beside(member, *map(self.run_of, (1, 2, 3)))
+        limited = member.slot_of(1)
+        limited.run.timeout = 2.0
+        member.wire._buffer += pybgworker.write_message(
+            pybgworker.LAGGED, [1.5, "in f"], (2, 1))
+        pool._hear(member, 101.6)
+        member.condemn(Verdict.TIMEOUT, 103.0, limited)
+        for at in (103.0, 103.5):
+            pool._mark(member)
+            pool.enforce(at)
+        ended, forgiven, _ = pool.collect()
+        self.assertEqual({end.run.id: end.kind for end in ended}, {1: "timeout", 2: "crash"})
+        self.assertIn("blocked the event loop", ended[1].error["message"])
+        self.assertEqual([(run.id, run.alone) for run in forgiven], [(3, False)])
+
+    def test_a_loop_that_goes_on_blames_nobody(self):
+        for how in ("answer", "print", "end"):
+            pool, member = self.pool_of(coroutines=9, is_async={"t"})
+            self.begin_beside(member, *map(self.run_of, (1, 2, 3)))
+            member.wire._buffer += pybgworker.write_message(
+                pybgworker.LAGGED, [1.5, "in f"], (2, 1))
+            pool._hear(member, 101.6)
+            self.assertEqual(member.beside.blocker.run.id, 2)
+            kind, value, of = {"answer": (pybgworker.SUCCEEDED, "1", 1),
+                               "print": (pybgworker.PRINTED, "x\n", 3),
+                               "end": (pybgworker.SUCCEEDED, "1", 2)}[how]
+            member.wire._buffer += pybgworker.write_message(kind, value, (of, 1))
+            pool._hear(member, 102.0)
+            with self.subTest(how):
+                self.assertIsNone(member.beside.blocker)
+
+    def test_a_loop_that_takes_a_frame_goes_on_and_one_that_takes_none_gets_none(self):
+        for taken, blocker, has in ((True, None, [1, 9]), (False, 1, [1])):
+            pool, member = self.pool_of(coroutines=9, is_async={"t"})
+            self.begin_beside(member, self.run_of(1))
+            member.beside.block(member.slot_of(1), 101.0)
+            self.begin_beside(member, self.run_of(9), at=102.0)
+            member.wire.recall_beside = lambda: set() if taken else {9}
+            for at in (102.02, 102.5):
+                pool._mark(member)
+                pool.enforce(at)
+            with self.subTest(taken=taken):
+                self.assertEqual([run.id for run in member.runs()], has)
+                self.assertEqual(member.beside.blocker and 1, blocker)
+                self.assertEqual(len(pool.hand), int(not taken))
+                self.assertEqual(member.beside.shut_until > 102.5, not taken)
+
+    def test_children_that_die_together_cost_nobody_a_run_at_first(self):
+        """And the one that has brought its child down before, is charged."""
+        pool, first = self.pool_of(self.run_of(1), size=3)
+        second, third = self.add_member(pool, self.run_of(2)), self.add_member(pool)
+        first.wire._buffer += self.answer(first.waiting[0])
+        alone = self.run_of(3)
+        alone.alone = True
+        self.begin_beside(third, alone)
+        pool.lose([first, second, third], 9.0)
+        ended, forgiven, _ = pool.collect()
+        self.assertEqual([(end.run.id, end.kind) for end in ended],
+                         [(1, "success"), (3, "crash")])
+        self.assertEqual([(run.id, run.alone) for run in forgiven], [(2, True)])
+        self.assertEqual(pool.members, [])
+        said = [call.kwargs for call in pool._log.call_args_list
+                if call.args[0] == "child_error"]
+        self.assertEqual([about["runs"] for about in said], [2])
+
+    def test_one_line_says_a_death_and_one_each_what_it_costs(self):
+        pool, member = self.pool_of(coroutines=9, is_async={"t"})
+        self.begin_beside(member, *map(self.run_of, range(5)))
+        member.process.exit = pybgworker.Exit("SIGSEGV", None, 7 << 20)
+        pool._bury(member, 101.0)
+        said = [call.args[0] for call in pool._log.call_args_list]
+        self.assertEqual(said, ["child_error"] + ["task_lost"] * 5)
+        about = pool._log.call_args_list[0].kwargs
+        self.assertIn("with 5 runs in flight: this signal", about["error"])
+        self.assertEqual(about["runs"], 5)
+
+
+# == Dispatch =================================================================
+
+
+class Dispatching(PoolCase):
+
+    def asyncs(self, count, first=1, alone=False):
+        runs = [self.run_of(first + n, name="c") for n in range(count)]
+        for run in runs:
+            run.alone = alone
+        return runs
+
+    def pool(self, children=2, size=1, threads=1, coroutines=4):
+        """A pool with a spare, and where it has sent what."""
+        pool, member = self.pool_of(size=size, threads=threads, coroutines=coroutines,
+                                    is_async={"c"})
+        for _ in range(children - 1):
+            self.add_member(pool)
+        for each in pool.members:
+            each.wire.send = each.wire.send_beside = lambda run, cell: True
+        return pool
+
+    def deal(self, pool, *runs):
+        """Have these sent; return the ids that each child has, and those in hand."""
+        pool.take(runs)
+        pool.dispatch(pool.balance(100.0), 100.0)
+        return ([[run.id for run in member.runs()] for member in pool.members],
+                [run.id for run in pool.hand.runs])
+
+    def test_coroutines_are_spread_and_none_is_sent_that_has_no_place(self):
+        pool = self.pool(children=3, size=2)
+        has, left = self.deal(pool, *self.asyncs(10))
+        self.assertEqual((has, left), ([[1, 3, 5, 7], [2, 4, 6, 8], []], [9, 10]))
+
+    def test_no_kind_waits_for_another(self):
+        pool = self.pool()
+        has, left = self.deal(pool, *self.asyncs(5), self.run_of(6), self.run_of(7))
+        self.assertEqual((has, left), ([[6, 1, 2, 3, 4], []], [5, 7]))
+        pool = self.pool(threads=2)
+        has, left = self.deal(pool, *map(self.run_of, (1, 2, 3)), *self.asyncs(1, 4))
+        self.assertEqual((has, left), ([[1, 2, 4], []], [3]))
+        self.assertEqual(len(pool.members[0].waiting), 0)
+
+    def test_a_run_that_is_to_be_alone_is_so_until_its_end(self):
+        """In the spare child, if the others have something to do."""
+        for kind in ("c", "t"):
+            pool = self.pool()
+            alone = self.run_of(9, name=kind)
+            alone.alone = True
+            has, left = self.deal(pool, *self.asyncs(2), alone)
+            self.assertEqual((has, left), ([[1, 2], [9]], []))
+            has, left = self.deal(pool, *self.asyncs(3, 11))
+            self.assertEqual((has, left), ([[1, 2, 11, 12], [9]], [13]))
+
+    def test_nothing_joins_or_waits_behind_one_that_is_alone(self):
+        pool = self.pool(children=1)
+        has, left = self.deal(pool, *self.asyncs(1, alone=True), *self.asyncs(1, 2),
+                              self.run_of(3))
+        self.assertEqual((has, left), ([[1]], [2, 3]))
+        pool, member = self.pool_of()
+        member.wire.send = lambda run, cell: True
+        alone = self.run_of(1, usual=0.001)
+        alone.alone = True
+        pool.durations.learn("t", 0.001)
+        has, left = self.deal(pool, alone, self.run_of(2))
+        self.assertEqual((has, left), ([[1]], [2]))
+
+    def test_one_that_is_alone_never_waits_behind_another(self):
+        pool, member = self.pool_of()
+        member.wire.send = lambda run, cell: True
+        pool.durations.learn("t", 0.001)
+        alone = self.run_of(2)
+        alone.alone = True
+        self.assertEqual(self.deal(pool, self.run_of(1), alone), ([[1]], [2]))
+
+    def test_what_could_be_claimed_is_less_by_what_is_in_hand(self):
+        pool = self.pool(size=2, children=3)
+        places = pool.balance(100.0)
+        self.assertEqual(pool.room(places), places.room)
+        pool.hand.add([*self.asyncs(3), self.run_of(9)])
+        room = pool.room(places)
+        self.assertEqual((room.free, room.beside),
+                         (places.room.free - 1, places.room.beside - 3))
+
+    def test_urgent_coroutines_take_nothing_out_of_pipes(self):
+        pool = self.pool()
+        member = pool.members[0]
+        member.waiting.extend([self.run_of(1), self.run_of(2)])
+        urgent = self.run_of(3, name="c", priority=1)
+        pool.take([urgent])
+        self.assertEqual(len(member.waiting), 2)
+        pool.take([self.run_of(4, priority=1)])
+        self.assertEqual(len(member.waiting), 1)
+
+
 # == Pool =====================================================================
 
 
-class Pools(Served):
+class Pools(PoolCase):
 
     def test_children_that_cannot_start_are_given_up_until_one_can(self):
         starts = pybgworker.Starts(lambda *_, **more: None)
@@ -7116,20 +7598,6 @@ class Pools(Served):
             self.assertEqual([end.kind for end in pool._ended], [kind])
             self.assertEqual((member.why, member.is_retiring), (None, kind == "cancelled"))
 
-    def pool_of(self, *runs):
-        """A pool of one child that has taken the first of these runs, and it."""
-        pool = pybgworker.Pool(None, 1, self.app.settings, mock.Mock(), mock.Mock())
-        pool.crew.starts.end()               # no other is started
-        pool.crew._guardian = mock.Mock()
-        member = self.ready_member(*runs)
-        end = pybgworker.Exit(None, "SIGKILL", 0)
-        member.process = mock.Mock(pid=4711, exit=end)
-        for name in ("interrupt", "wait", "close", "mind_output", "read_output"):
-            setattr(member, name, mock.Mock())
-        member.read_stack = str
-        pool.members.append(member)
-        return pool, member
-
     def test_a_pool_wants_to_be_asked_again_when_something_is_due_in_it(self):
         """Or a time limit is as late as the next poll."""
         stall = 100.0 + pybgworker.STALL_SECONDS
@@ -7278,18 +7746,6 @@ class Pools(Served):
                 self.assertEqual((member.phase, member.why), (after, why))
                 self.assertEqual(bool(getattr(member, "_reason", "")), reason)
 
-    def wire(self, **ends):
-        """A WorkerEnd that nothing comes from but what is put into its buffer."""
-        wire = pybgworker.WorkerEnd.__new__(pybgworker.WorkerEnd)
-        wire.__dict__.update(_buffer=bytearray(), _is_deaf=False, read=lambda: True, _beside=(),
-                             hang_up=mock.Mock(), **ends)
-        return wire
-
-    def answer(self, run, value=b"1"):
-        """The message of a child that this run has succeeded."""
-        return pybgworker._MESSAGE.pack(
-            len(value), b"S", run.id, run.attempt, 1000, 0.1) + value
-
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
         """And its group is not watched any more: its number may be another's soon."""
         for why, end in (
@@ -7384,18 +7840,6 @@ class Pools(Served):
 
         self.assertRaises(pybgworker.TaskCancelled, self.get, result)
         self.assertLess(time.monotonic() - asked_at, 1.5)
-
-    def run_of(self, number, name="t", usual=0.0, priority=5, attempt=0, queue="q"):
-        run = Run(number, name, queue, attempt, 3, 0, None, 0, None, "", priority)
-        run.usual = usual
-        return run
-
-    def placement(self, seconds, most=None, size=1):
-        """A Placement that knows runs of t to take so many seconds."""
-        durations = pybgworker.Durations()
-        for _ in range(1000):
-            durations.learn("t", seconds)
-        return pybgworker.Placement(size, most, durations)
 
     def test_what_may_wait_in_a_pipe_and_how_many(self):
         """By the time until it would begin, as far as past runs tell."""
@@ -7558,30 +8002,6 @@ class Pools(Served):
             run.usual = 0.0001
         busy.behind = 0.0001
         self.assertEqual(overloaded([busy, idle]), [])
-
-    def ready_member(self, *runs, log=mock.Mock()):
-        """A member whose pipe holds `runs`; the child has taken the first."""
-        member = pybgworker.Member.__new__(pybgworker.Member)
-        pipe = pybgworker.OutputPipe.__new__(pybgworker.OutputPipe)
-        pipe.__dict__.update(fd=-2, is_mute=False, strays=False, _will_stray=False,
-                             _listens=True, _lines=pybgworker.LineCutter())
-        slot = pybgworker.Slot(log, time.monotonic())
-        slot.begin(runs[0] if runs else None, slot.began)
-        member.__dict__.update(
-            waiting=pybgworker.collections.deque(runs), began=slot.began, done=0, slot=slot,
-            pipe=pipe, wire=self.wire(), phase=Phase.READY, verdict=None, _kill_due=0.0,
-            beside=pybgworker.Beside(log),
-            behind=sum(run.usual for run in runs[1:]))
-        for n, run in enumerate(runs):
-            run.due = member.slot.began + sum(before.usual for before in runs[:n])
-
-        def recall():
-            back, member.behind = list(member.waiting)[1:], 0.0
-            member.waiting = pybgworker.collections.deque(list(member.waiting)[:1])
-            return back
-
-        member.recall = recall
-        return member
 
     def test_what_is_urgent_or_of_a_paused_queue_is_sorted_out_of_the_pipes(self):
         def run(number, priority=5, queue="q"):
