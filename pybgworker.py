@@ -8517,7 +8517,7 @@ class Placement:
         """The places of each kind, in no more children than are to work at a time."""
         kinds, size = self._kinds, self._size
         usable, empty = [], []      # with runs in flight, and without
-        working = on_loops = in_threads = 0
+        working = on_loops = in_threads = taken = 0
         for member in members:
             coroutines = member.beside.coroutines
             on_loops += coroutines
@@ -8531,7 +8531,11 @@ class Placement:
                 empty.append(member)
             elif not member.is_taken:
                 usable.append(member)
-        usable += empty[:max(0, size - working)]
+            else:
+                taken += 1
+        # One child stays with those that need none for themselves, if there is one.
+        alone = max(len(usable) + len(empty) - 1, int(not taken))
+        usable += empty[:max(0, size + (taken > 0) - working)]
         loops, beside = self._heap_of(
             (m.beside.coroutines, kinds.coroutines, m) for m in usable
             if at >= m.beside.shut_until)
@@ -8547,8 +8551,8 @@ class Placement:
             busy = [m for m in members if m.waiting]
             found = self._survey_main(busy + usable, at)
         free, ahead, *_ = found.room
-        alone = len(empty) if free or beside else 0
-        room = Room(free, ahead, beside, alone)
+        empty = empty[max(0, len(empty) - alone):] if free or beside else []
+        room = Room(free, ahead, beside, len(empty))
         return found._replace(room=room, loops=loops, empty=empty)
 
     def _heap_of(self, places):

@@ -6949,13 +6949,17 @@ class Placing(PoolCase):
     def test_places_are_counted_by_kind_in_as_many_children_as_work_at_a_time(self):
         load = self.loaded
         for members, room, why in (
-            ([load(), load(), load()], (2, 8, 3), "the third is the spare"),
+            ([load(), load(), load()], (2, 8, 2), "the third is the spare"),
             ([load(1), load(), load()], (2, 7, 2), "coroutines are beside"),
             ([load(4), load(4), load()], (2, 0, 1), "a full loop is no busy main thread"),
             ([load(4), load(main=1), load()], (1, 4, 1), "and the other way round"),
             ([load(main=1), load(main=1), load()], (0, 8, 1), "no third for ordinary ones"),
-            ([load(1, alone=True), load(2), load()], (1, 2, 1), "nothing beside one alone"),
-            ([load(main=1, alone=True), load(), load()], (1, 4, 2), "… on a main thread"),
+            ([load(1, alone=True), load(2), load()], (2, 5, 1), "the spare is for others"),
+            ([load(1, alone=True), load(2)], (1, 2, 0), "nothing goes beside one alone"),
+            ([load(main=1, alone=True), load(), load()], (1, 8, 1), "… on a main thread"),
+            ([load(1, alone=True), load(1, alone=True), load()], (1, 4, 0),
+             "one child is for those that need none for themselves"),
+            ([load(phase=Phase.STARTING), load()], (1, 4, 1), "unless it is the only one"),
             ([load(1), load(2, phase=Phase.RETIRING), load()], (2, 5, 1),
              "whoever retires makes room for the spare, but not for more runs in all"),
             ([load(phase=Phase.STARTING)] * 3, (0, 0, 0), "none is ready"),
@@ -6967,12 +6971,12 @@ class Placing(PoolCase):
     def test_places_of_threads_are_no_places_in_pipes(self):
         load = self.loaded
         for members, room in (
-            ([load(), load(), load()], (6, 0, 8, 3)),
+            ([load(), load(), load()], (6, 0, 8, 2)),
             ([load(threads=3), load(threads=1), load()], (2, 0, 8, 1)),
             ([load(threads=3), load(threads=3), load()], (0, 0, 8, 1)),
             ([load(threads=3, coroutines=4), load(threads=3, coroutines=4), load()],
              (0, 0, 0, 0)),
-            ([load(threads=1, alone=True), load(), load()], (3, 0, 4, 2)),
+            ([load(threads=1, alone=True), load(), load()], (5, 0, 8, 1)),
         ):
             places = self.survey(*members, threads=3)
             with self.subTest(room):
