@@ -35,7 +35,7 @@ Map
         Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
-        Group commit · Queue · Claiming · Endings · Desk · Register
+        Group commit · Queue · Picking · Claiming · Endings · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Wire · Begun · Output · Surroundings ·
         Interrupts · Runs · Child · Load · Member · Hearing · Placement · Deaths ·
@@ -821,8 +821,8 @@ def decode(text: str) -> Any:
 
 
 # == Retry and rate ===========================================================
-# Owns the arithmetic of retry delays and of rate limits.  Pure: the clock and
-# randomness are arguments, nothing is stored here.
+# Owns the arithmetic of retry delays, and of limits of starts and of runs.  Pure: the
+# clock and randomness are arguments, nothing is stored here.
 
 
 class RetryPolicy(NamedTuple):
@@ -890,44 +890,116 @@ def rate_next_at(tat: float, now: int, rate: float) -> int:
     return max(now, math.ceil(ahead - 1e-6))
 
 
-class Rates:
+# What waits in a pipe begins a little after its tokens were spent.  So they are spent
+# as of the latest moment at which it may begin: then the starts themselves keep to
+# the rate in every second, not only the claims.  It costs nothing while the limit is
+# in use, and this part of the burst after a pause.
+LATE_START_MS = 100
+_AHEAD_RATE = 20            # starts a second: what allows fewer never waits in a pipe
+
+
+class _RateMeter:
+    """A limit of starts a second: what it allows just now."""
+
+    def __init__(self, limit, rate, tat, now):
+        self.limit, self.rate, self._now = limit, rate, now
+        self.token = 1000 / rate                # ms
+        self.tat = _valid_tat(tat, now, rate)
+        self.left = rate_tokens(tat, now, rate)
+        self.is_spent = False
+
+    def opens_at(self):
+        return rate_next_at(self.tat, self._now, self.rate)
+
+    def spend(self, is_ahead):
+        if is_ahead and self.tat < self._now + LATE_START_MS:
+            self.tat = float(self._now + LATE_START_MS)
+            self.left = rate_tokens(self.tat, self._now, self.rate)
+        self.tat += self.token
+        self.left -= 1
+        self.is_spent = True
+
+
+class _RunMeter:
+    """A limit of runs at a time."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def opens_at(self):
+        return math.inf
+
+    def spend(self, is_ahead):
+        self.left -= 1
+
+
+class _Limited(NamedTuple):
+    """What limits one name."""
+
+    meters: tuple
+    tokens: tuple               # (limit, ms) that one start spends
+    may_wait: bool              # in a pipe
+
+
+class Limits:
     """The limits that one look for work meets, and the starts that it takes.
 
     `rates` are starts a second by task name, "" over all; `tat_of(limit)` reads
-    what is stored.
+    what is stored.  `most_running` says how many runs of a name there may be at a
+    time; `running_of(name, most)` counts them, no further than that.
     """
 
-    def __init__(self, rates: dict, tat_of: Callable[[str], float], now: int):
-        self._rates, self._tat_of, self._now = rates, tat_of, now
-        self._tats: dict[str, float] = {}       # of the limits met
-        self._spent: set[str] = set()
+    def __init__(self, rates: dict, most_running: dict, tat_of: Callable[[str], float],
+                 running_of: Callable[[str, int], int], now: int):
+        self._rates, self._most_running = rates, most_running
+        self._tat_of, self._running_of, self._now = tat_of, running_of, now
+        self._rate_meters: dict[str, _RateMeter] = {}   # of those met
+        self._of: dict[str, _Limited] = {}              # by name
 
-    def opens_at(self, name: str) -> int | None:
-        """None when one more start of `name` is allowed now; else when it is."""
-        until = None
-        for limit, rate in self._limits_of(name):
-            tat = self._tats.get(limit)
-            if tat is None:
-                tat = self._tats[limit] = self._tat_of(limit)
-            if rate_tokens(tat, self._now, rate) < 1:
-                until = max(until or 0, rate_next_at(tat, self._now, rate))
-        return until
+    def opens_at(self, name: str) -> float | None:
+        """None when one more start of `name` is allowed now; else when it is.
 
-    def spend(self, name: str) -> tuple:
+        Infinite: when one of the runs of this name ends.
+        """
+        for meter in (self._of.get(name) or self._meet(name)).meters:
+            if meter.left < 1:
+                shut = [m for m in self._of[name].meters if m.left < 1]
+                return max(m.opens_at() for m in shut)
+        return None
+
+    def may_wait(self, name: str) -> bool:
+        """True when a start that opens_at() has allowed may be in a pipe for a while.
+        """
+        return self._of[name].may_wait
+
+    def spend(self, name: str, is_ahead: bool = False) -> tuple:
         """Count a start that opens_at() has allowed; return its tokens."""
-        tokens = []
-        for limit, rate in self._limits_of(name):
-            self._tats[limit] = rate_spend(self._tats[limit], self._now, rate, 1)
-            self._spent.add(limit)
-            tokens.append((limit, 1000 / rate))
-        return tuple(tokens)
+        limited = self._of[name]
+        for meter in limited.meters:
+            meter.spend(is_ahead)
+        return limited.tokens
 
     def spent(self) -> list[tuple]:
         """(limit, tat) of those that gave a start, to be stored."""
-        return [(limit, self._tats[limit]) for limit in sorted(self._spent)]
+        return [(m.limit, m.tat) for _, m in sorted(self._rate_meters.items())
+                if m.is_spent]
 
-    def _limits_of(self, name):
-        return [(n, self._rates[n]) for n in {name, ""} if n in self._rates]
+    def _meet(self, name):
+        rates = [self._rate_meter(n) for n in {name, ""} if n in self._rates]
+        meters, most = [*rates], self._most_running.get(name)
+        if most:
+            meters.append(_RunMeter(most - self._running_of(name, most)))
+        self._of[name] = found = _Limited(
+            tuple(meters), tuple((m.limit, m.token) for m in rates),
+            all(m.rate >= _AHEAD_RATE for m in rates),
+        )
+        return found
+
+    def _rate_meter(self, limit):
+        if limit not in self._rate_meters:
+            self._rate_meters[limit] = _RateMeter(
+                limit, self._rates[limit], self._tat_of(limit), self._now)
+        return self._rate_meters[limit]
 
 
 # == Rows =====================================================================
@@ -995,7 +1067,8 @@ class Attempt:
 class Run(Attempt):
     """An attempt that a worker has claimed, with what only that worker knows of it."""
 
-    tokens: tuple = ()              # (limit, ms) that its start spent: Rates
+    tokens: tuple = ()              # (limit, ms) that its start spent: Limits
+    is_counted = False              # others of its name may wait for its end
     usual = 0.0                     # seconds that runs of this task take
     due = 0.0                       # monotonic: when it should begin, once sent
 
@@ -1005,29 +1078,45 @@ class Round(NamedTuple):
 
     A look costs a bounded number of seeks.  Where more (queue, name) groups lie
     that it cannot take, further looks go on from there, until all were seen.  What
-    one of them learned of rates holds for the rest of the round, so that a name is
+    one of them learned of limits holds for the rest of the round, so that a name is
     asked for once: the next round asks again, for others may give starts back.
+    Coroutines have a round of their own: each kind of places fills up by itself.
     """
 
     after: tuple | None = None  # the group seen last; None: all were
-    limited: dict = {}          # names at their rate limit: when the next may start
+    limited: dict = {}          # names at a limit, by when the next may start: of
+                                # all kinds; infinite: when one of its runs ends
     again: bool = False         # something new came meanwhile
-    halted: bool = False        # what comes next waits for a child, or all for a rate
+    halted: bool = False        # what comes next waits for a place, or all for a rate
+    beside: Round | None = None     # that of coroutines, if there is one
 
     @property
     def is_over(self) -> bool:
         """True when looking on is of no use before something new comes."""
-        return self.after is None or self.halted
+        return (self.after is None or self.halted) \
+            and (self.beside is None or self.beside.is_over)
 
     def renewed(self) -> Round:
         """The round after something may have become ready anywhere."""
+        beside = self.beside and self.beside.renewed()
         if self.after is None:
-            return Round()
-        return self._replace(again=True, halted=False)
+            return Round(beside=beside)
+        return self._replace(again=True, halted=False, beside=beside)
 
     def ended(self, limited: dict) -> Round:
         """The round when its last group was seen."""
         return Round(FIRST_GROUP) if self.again else Round(None, limited)
+
+    def with_beside(self, beside: Round) -> Round:
+        """The round of both kinds.  Where one begins anew, all names are asked again.
+        """
+        is_new = any([r.after == FIRST_GROUP and not r.halted for r in (self, beside)])
+        return self._replace(limited={} if is_new else self.limited,
+                             beside=beside._replace(limited={}))
+
+    def opens_at(self) -> int | None:
+        """When the first name may start that waits for a time."""
+        return min((t for t in self.limited.values() if t < math.inf), default=None)
 
 
 FIRST_GROUP = ("", "")               # stands before every group
@@ -1052,7 +1141,8 @@ class ClaimOrder(NamedTuple):
     beside: int = 0             # coroutines that could begin
     beside_names: Any = frozenset()     # the names of tasks that are coroutines
     alone: int = 0              # children in which nothing runs
-    most_running: dict = {}     # runs at a time by task name, over all workers
+    most_running: dict = {}     # runs at a time by task name, over all workers; one
+                                # that knows another number holds its claims to that
     proves_begun: bool = False  # what a pipe held is no loss when this worker dies
     round: Round = Round()      # as the claim before has left it
 
@@ -2050,8 +2140,8 @@ class Task(Generic[P, R, V]):
         self.schedules: list = []       # of Schedule
         self.origin = origin_of(fn)
         check_known(options, TASK_OPTIONS)
-        (self.queue, self.priority, self.timeout, self.rate_limit, self.on_success,
-         self.on_failure, self.policy) = _checked_options(**options)
+        (self.queue, self.priority, self.timeout, self.rate_limit, self.max_running,
+         self.on_success, self.on_failure, self.policy) = _checked_options(**options)
         functools.update_wrapper(self, fn, updated=())
         for attribute, value in getattr(fn, "__dict__", {}).items():
             if not hasattr(self, attribute):    # an option, or delay(), goes before
@@ -2162,7 +2252,7 @@ def _calling(fn):
 def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
                      retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
                      retry_for=(Exception,), timeout=None, rate_limit=None,
-                     on_success=None, on_failure=None):
+                     max_running=None, on_success=None, on_failure=None):
     """The options of @task as a Task keeps them."""
     classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
     if not all(isinstance(c, type) and issubclass(c, BaseException) for c in classes):
@@ -2179,7 +2269,10 @@ def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
     )
     return (
         checked("queue", parse_queue_name, queue), _check_priority(priority),
-        _check_timeout(timeout), rate_limit, _check_callback("on_success", on_success),
+        _check_timeout(timeout), rate_limit,
+        None if max_running is None
+        else check_number("max_running", max_running, 1, kind=int),
+        _check_callback("on_success", on_success),
         _check_callback("on_failure", on_failure), policy,
     )
 
@@ -4527,8 +4620,163 @@ class Queue:
         return payload_of(self.db, task_id, MARK) == mark
 
 
+# == Picking ==================================================================
+# Owns the choice among the rows that a look for work comes by: whether a worker wants
+# one, and has a place for it.  What needs a place of one kind is no hindrance to what
+# needs another.  Reads and writes nothing.
+
+# Where in a row that is offered; what stands before the place is that of a Run.
+ROW_ID, ROW_NAME, ROW_QUEUE, ROW_PRIORITY, ROW_PLACE, ROW_PAUSED = \
+    0, 1, 2, 10, 11, 12
+
+
+def order_of(row):
+    """Where a row of _TASK_ROW stands in the order of claims."""
+    return row[ROW_PRIORITY], row[ROW_PLACE], row[ROW_ID]
+
+
+class Lane:
+    """The places of one kind, as they fill up."""
+
+    def __init__(self, free: int, ahead: int = 0, is_beside: bool = False):
+        self.free, self.ahead = free, ahead
+        self.is_beside = is_beside      # they are for coroutines
+        self.is_full = not (free or ahead)      # nothing behind can be taken, either
+        self.has_taken = False
+        self.needs_child: int | None = None     # priority of what does
+
+
+class Pick:
+    """Is offered rows in order, and keeps those that the worker can take."""
+
+    def __init__(self, order: ClaimOrder, limits: Limits | None, now: int):
+        self.order, self.limits = order, limits
+        self.lanes = [Lane(order.free, order.ahead)]
+        if order.beside_names:
+            self.lanes.append(Lane(order.beside, is_beside=True))
+        self._alone = order.alone
+        self.runs: list[Run] = []
+        self.ranges: list[list] = []    # [(callbacks, priority, place), first id, last]
+        self.loners: list[Run] = []     # of the runs, those not in the ranges
+        self.limited: dict[str, float] = {}
+        self._range: list = []          # the last one; empty: a row was passed over
+        self.is_full = all([lane.is_full for lane in self.lanes])
+        if limits and order.round.limited:
+            self._remember(limits, now)
+
+    def _remember(self, limits, now):
+        """Take over from the round which names wait; those that may start, do not."""
+        known, shut = self.order.round.limited, limits.opens_at("")
+        if shut is not None:
+            self.close()
+            known = {name: max(until, shut) for name, until in known.items()}
+        self.limited = {name: until for name, until in known.items() if until > now}
+
+    def close(self) -> None:
+        """Take nothing more, of any kind."""
+        for lane in self.lanes:
+            lane.is_full = True
+        self.is_full = True
+
+    @property
+    def room(self) -> int:
+        """Places that are left."""
+        return sum([lane.free + lane.ahead for lane in self.lanes])
+
+    def offer(self, row: tuple, follows: bool = True) -> bool:
+        """Take the run if it can be taken.  False: nor can others of its group.
+
+        `follows`: nothing lies between this row and the one offered before.
+        """
+        if not follows:
+            self._range = []
+        order, name = self.order, row[ROW_NAME]
+        lane = self.lanes[name in order.beside_names]
+        # As _is_wanted() says; but this is done for each run that there is.
+        if lane.is_full or row[ROW_PAUSED] or name not in order.names \
+                or order.queues is not None and row[ROW_QUEUE] not in order.queues \
+                or self.limits and self.waits(name):
+            self._range = []
+            return False
+        run, is_ahead = Run(*row[:ROW_PLACE]), not lane.free
+        if is_ahead and not (
+            lane.ahead and name in order.ahead_names
+            and (not run.is_last or order.proves_begun)
+            and (not self.limits or self.limits.may_wait(name))
+        ):
+            lane.needs_child = run.priority     # and none may pass it
+            self._fill(lane)
+            self._range = []
+            return False
+        self._take(run, lane, is_ahead)
+        last, task_id = self._range, row[ROW_ID]
+        key = run.callbacks, row[ROW_PRIORITY], row[ROW_PLACE]
+        if last and last[0] == key:     # of rows that follow each other, only the ends
+            last[2] = task_id
+        else:
+            self._range = [key, task_id, task_id]
+            self.ranges.append(self._range)
+        return True
+
+    def offer_alone(self, row: tuple) -> bool:
+        """The same for a run that is to have a child to itself."""
+        lane = self.lanes[row[ROW_NAME] in self.order.beside_names]
+        if not (self._alone and lane.free) or lane.is_full or not self._is_wanted(row):
+            return False
+        run = Run(*row[:ROW_PLACE])
+        run.alone = True
+        for other in self.lanes:        # it may be the child with their last place
+            if other is not lane and other.free:
+                other.free -= 1
+                if not (other.free or other.ahead):
+                    self._fill(other)
+        self._take(run, lane)
+        self.loners.append(run)
+        return True
+
+    def _is_wanted(self, row):
+        order, name = self.order, row[ROW_NAME]
+        return not (row[ROW_PAUSED] or name not in order.names
+                    or order.queues is not None and row[ROW_QUEUE] not in order.queues
+                    or self.limits and self.waits(name))
+
+    def _take(self, run, lane, is_ahead=False):
+        if is_ahead:
+            lane.ahead -= 1
+        else:
+            lane.free -= 1
+            if self._alone:
+                self._alone -= 1        # perhaps its child had nothing to do
+        name, order = run.name, self.order
+        if self.limits:
+            run.tokens = self.limits.spend(name, is_ahead)
+            run.is_counted = name in order.most_running
+        run.callbacks = order.callbacks.get(name, 0)
+        self.runs.append(run)
+        lane.has_taken = True
+        if not (lane.free or lane.ahead):
+            self._fill(lane)
+
+    def _fill(self, lane):
+        lane.is_full = True
+        self.is_full = all([other.is_full for other in self.lanes])
+
+    def waits(self, name: str) -> bool:
+        """True when the name is at a limit, and so are all when all are."""
+        if not self.limits:
+            return False
+        if name in self.limited:
+            return True
+        until = self.limits.opens_at(name)
+        if until is not None:
+            self.limited[name] = until
+            if self.limits.opens_at("") is not None:
+                self.close()
+        return until is not None
+
+
 # == Claiming =================================================================
-# Owns the choice of what a worker runs next, and the mark that makes it its own.
+# Owns what a look for work reads, and the mark that makes a run a worker's own.
 # The order is by priority, then by place, then by id.  A look reads what it takes
 # and a fixed number of rows and seeks, however much lies there that this worker
 # cannot take: what is paused, unknown, not served, or over its rate.  What one
@@ -4537,158 +4785,99 @@ class Queue:
 _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _PASS_ROWS = 32             # rows that a look passes over, in the order of claims
 _SEEK_STEPS = 128           # … and then goes so far from group to group
+_PASS_ALONE = 1000          # … of those that need a child to themselves: there are few
 _LEAPS = 8                  # paused queues that one of these steps leaps over
-_TASK_ROW = f"""
+_ANY_ROW = f"""
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
         priority, place,
         exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
-    from bg_task where state = {QUEUED} and alone = 0"""
-
-
-# Where in such a row.
-_ROW_ID, _ROW_NAME, _ROW_QUEUE, _ROW_PRIORITY, _ROW_PLACE, _ROW_PAUSED = \
-    0, 1, 2, 10, 11, 12
-
-
-def _order_of(row):
-    """Where a row of _TASK_ROW stands in the order of claims."""
-    return row[_ROW_PRIORITY], row[_ROW_PLACE], row[_ROW_ID]
-
-
-class _Pick:
-    """Is offered rows in order, and keeps those that the worker can take."""
-
-    def __init__(self, order: ClaimOrder, rates: Rates | None, now: int):
-        self.order, self.rates = order, rates
-        self.free, self.ahead = order.free, order.ahead
-        self.runs: list[Run] = []
-        self.ranges: list[list] = []    # [(callbacks, priority, place), first id, last]
-        self.limited: dict[str, int] = {}
-        self.offered = 0
-        self.is_full = False            # nothing behind can be taken, either
-        self.needs_child: int | None = None     # priority of what does
-        self._range: list = []          # the last one; empty: a row was passed over
-        # Names whose runs need not start at once.
-        self._may_wait = order.ahead_names if not order.rates \
-            else () if "" in order.rates else order.ahead_names - order.rates.keys()
-        if rates and order.round.limited:
-            self._remember(rates, now)
-
-    def _remember(self, rates, now):
-        """Take over from the round which names wait; those that may start, do not."""
-        known, shut = self.order.round.limited, rates.opens_at("")
-        if shut is not None:
-            self.is_full = True
-            known = {name: max(until, shut) for name, until in known.items()}
-        self.limited = {name: until for name, until in known.items() if until > now}
-
-    def offer(self, row: tuple, follows: bool = True) -> bool:
-        """Take the run if it can be taken.  False: nor can others of its group.
-
-        `follows`: nothing lies between this row and the one offered before.
-        """
-        self.offered += 1
-        if not follows:
-            self._range = []
-        order, name = self.order, row[_ROW_NAME]
-        if row[_ROW_PAUSED] or name not in order.names \
-                or order.queues is not None and row[_ROW_QUEUE] not in order.queues \
-                or self.rates and self.waits(name):
-            self._range = []
-            return False
-        run = Run(*row[:_ROW_PLACE])
-        if self.free:
-            self.free -= 1
-        elif self.ahead and name in self._may_wait and not run.is_last:
-            self.ahead -= 1
-        else:
-            self.is_full = True     # it needs a free child: none may pass it
-            self.needs_child = run.priority
-            return False
-        if self.rates:
-            run.tokens = self.rates.spend(name)
-        self.runs.append(run)
-        run.callbacks = order.callbacks.get(name, 0)
-        self._mark(row, run.callbacks)
-        self.is_full = not (self.free or self.ahead)
-        return True
-
-    def waits(self, name: str) -> bool:
-        """True when the name is at its rate limit, and so are all when all are."""
-        if not self.rates:
-            return False
-        if name in self.limited:
-            return True
-        until = self.rates.opens_at(name)
-        if until is not None:
-            self.limited[name] = until
-            self.is_full = self.rates.opens_at("") is not None
-        return until is not None
-
-    def _mark(self, row, callbacks):
-        """Add the row to the ranges: of rows that follow each other, only the ends."""
-        last, task_id = self._range, row[_ROW_ID]
-        key = callbacks, row[_ROW_PRIORITY], row[_ROW_PLACE]
-        if last and last[0] == key:
-            last[2] = task_id
-        else:
-            self._range = [key, task_id, task_id]
-            self.ranges.append(self._range)
+    from bg_task where state = {QUEUED}"""
+_TASK_ROW, _ALONE_ROW = _ANY_ROW + " and alone = 0", _ANY_ROW + " and alone = 1"
 
 
 class Look:
     """One look for work: reads by a connection, and writes nothing.
 
-    What it found is in `pick`; `round` is how far it came.
+    What it found is in `pick`; `round` is how far it came.  `has_alone`: there are
+    runs that need a child to themselves.
     """
 
-    def __init__(self, connection: sqlite3.Connection, order: ClaimOrder, now: int):
+    def __init__(self, connection: sqlite3.Connection, order: ClaimOrder, now: int,
+                 has_alone: int = 0):
         self._connection, self.order = connection, order
-        self.rates = Rates(order.rates, self._tat, now) if order.rates else None
-        self.pick = _Pick(order, self.rates, now)
-        self.round = self._run()
+        self.limits = None
+        if order.rates or order.most_running:
+            self.limits = Limits(order.rates, order.most_running, self._tat,
+                                 self._running, now)
+        self.pick = Pick(order, self.limits, now)
+        self.round = self._run(has_alone and order.alone)
 
     def seen(self, due: int | None) -> Claimed:
         """What it found; something else is due at `due`."""
-        opens_at = min(self.round.limited.values(), default=None)
-        return Claimed(self.pick.runs, earliest(due, opens_at), self.round,
-                       waits=self.pick.needs_child)
+        return Claimed(self.pick.runs, earliest(due, self.round.opens_at()), self.round,
+                       waits=self.pick.lanes[0].needs_child)
 
-    def _run(self):
+    def _run(self, has_alone):
         """Offer rows to the pick; return where the round stands then."""
-        pick, order = self.pick, self.order
-        round_, limited = order.round, pick.limited
-        if len(limited) < len(round_.limited):      # the look may be past what opened
-            round_ = round_._replace(again=True)
-        if not pick.is_full and order.queues is None and self._offer_in_order():
-            return Round(None, limited)
-        if pick.is_full:
-            return Round(round_.after, limited, round_.again, not pick.runs)
-        heads, after = self._groups()
-        if order.queues is not None and (round_.after or after):
+        pick, order, is_in_order = self.pick, self.order, False
+        if not pick.is_full and (order.queues is None or has_alone):
+            is_in_order = True
+            if self._offer_in_order(has_alone):
+                return Round(None, pick.limited)
+        if pick.is_full and len(pick.lanes) == 1:       # as mostly
+            return self._stand(pick.lanes[0], order.round, (), None)
+        begun = order.round
+        if len(pick.limited) < len(begun.limited):  # the look may be past what opened
+            begun = begun.renewed()
+        looks = [
+            (lane, round_, *self._groups(lane, round_))
+            for lane, round_ in zip(pick.lanes, (begun, begun.beside or Round()))
+        ]
+        if not is_in_order and any([round_.after or after
+                                    for lane, round_, _, after in looks
+                                    if not lane.is_full]):
             self._offer_in_order()      # too many to see the first among them
-        self._offer_groups(heads)
-        if pick.is_full and not pick.runs:
-            return round_._replace(limited=limited, halted=True)
+        self._offer_groups([head for *_, heads, _ in looks for head in heads])
+        main, *beside = [self._stand(*look) for look in looks]
+        return main.with_beside(*beside) if beside else main
+
+    def _stand(self, lane, round_, heads, after):
+        """The round of one kind, when its groups up to `after` were seen."""
+        limited = self.pick.limited
+        if lane.is_full and not (lane.has_taken and heads):
+            return Round(round_.after, limited, round_.again, not lane.has_taken)
         if after is None:
             return round_.ended(limited)
         return Round(after, limited, round_.again)
 
-    def _offer_in_order(self):
+    def _offer_in_order(self, has_alone=False):
         """Offer what comes first over all.  True: this was all there is."""
-        pick = self.pick
-        most = pick.free + pick.ahead + _PASS_ROWS
+        pick, passed = self.pick, 0
+        offer, most = pick.offer, pick.room + _PASS_ROWS
+        alone = self._alone_rows() if has_alone else {}
         rows = self._connection.execute(
             _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
         )
         with contextlib.closing(rows):
-            for row in rows:
-                pick.offer(row)
-                if pick.is_full:
+            merged = heapq.merge(alone.values(), rows, key=order_of) if alone else rows
+            for row in merged:
+                if alone and row[ROW_ID] in alone:
+                    pick.offer_alone(row)
+                else:
+                    passed += not offer(row)
+                if pick.is_full or passed == _PASS_ROWS:
                     return False
-        return pick.offered < most
+        return True
 
-    def _groups(self):
+    def _alone_rows(self):
+        """Those that need a child to themselves, by their ids, in order."""
+        rows = self._connection.execute(
+            _ALONE_ROW + " order by priority, place, id limit :most",
+            {"most": self.order.alone + _PASS_ALONE},
+        )
+        return {row[ROW_ID]: row for row in rows}
+
+    def _groups(self, lane, round_):
         """(the first rows of groups from the round's last one on, the last one seen).
 
         Leaps from one known name to the next, so what is unknown, paused or not
@@ -4696,19 +4885,22 @@ class Look:
         last one seen is None when no group is left.
         """
         pick, order = self.pick, self.order
-        queue, name = order.round.after or FIRST_GROUP
-        names = sorted(n for n in order.names if n not in pick.limited)
+        if lane.is_full:
+            return [], round_.after
+        queue, name = round_.after or FIRST_GROUP
+        names = sorted(n for n in order.names if n not in pick.limited
+                       and (n in order.beside_names) == lane.is_beside)
         queues = order.queues and sorted(order.queues)
         heads: list[tuple] = []
         for _ in range(_SEEK_STEPS):
             i = bisect.bisect_right(names, name)
             row = self._head(queue, names[i]) if i < len(names) else None
-            if row is None or row[_ROW_PAUSED]:
+            if row is None or row[ROW_PAUSED]:
                 queue, name = self._next_queue(queues, queue), ""
                 if queue is None or not names:
                     return heads, None
                 continue
-            name = row[_ROW_NAME]
+            name = row[ROW_NAME]
             i = bisect.bisect_left(names, name)
             if names[i : i + 1] != [name]:      # unknown, or at its limit
                 continue
@@ -4753,27 +4945,27 @@ class Look:
     def _offer_groups(self, heads):
         """Offer the rows of these groups in order, reading no further than needed."""
         pick = self.pick
-        heap = [(_order_of(head), head, None) for head in heads]
+        heap = [(order_of(head), head, None) for head in heads]
         heapq.heapify(heap)
         taken = {run.id for run in pick.runs}
         with contextlib.ExitStack() as cursors:
             while heap and not pick.is_full:
                 _, row, rest = heapq.heappop(heap)
-                if row[_ROW_ID] not in taken and not pick.offer(row, follows=False):
+                if row[ROW_ID] not in taken and not pick.offer(row, follows=False):
                     continue                # nor can the others of its group
                 if rest is None:
-                    rest = self._rest(row, pick.free + pick.ahead + len(taken))
+                    rest = self._rest(row, pick.room + len(taken))
                     cursors.enter_context(contextlib.closing(rest))
                 row = next(rest, None)
                 if row is not None:
-                    heapq.heappush(heap, (_order_of(row), row, rest))
+                    heapq.heappush(heap, (order_of(row), row, rest))
 
     def _rest(self, head, most):
         """A cursor on the rows of a group behind its first."""
         return self._connection.execute(
             _TASK_ROW + """ and queue = :queue and name = :name
                 order by priority, place, id limit :most offset 1""",
-            {"queue": head[_ROW_QUEUE], "name": head[_ROW_NAME], "most": most},
+            {"queue": head[ROW_QUEUE], "name": head[ROW_NAME], "most": most},
         )
 
     def _tat(self, limit):
@@ -4782,13 +4974,34 @@ class Look:
         ).fetchone()
         return row[0] if row else 0.0
 
+    def _running(self, name, most):
+        """How many runs of a name there are, of all workers; `most` at most.
+
+        Leaps from worker to worker: it is one seek for each that runs anything.
+        """
+        return self._connection.execute(
+            f"""with recursive holder (id) as (
+                    select min(worker) from bg_task where state = {RUNNING}
+                    union all
+                    select (select min(worker) from bg_task
+                            where state = {RUNNING} and worker > holder.id)
+                        from holder where holder.id is not null)
+                select count(*) from (
+                    select 1 from holder cross join bg_task
+                        where state = {RUNNING} and worker = holder.id and name = :name
+                        limit :most)""",
+            {"name": name, "most": most},
+        ).fetchone()[0]
+
 
 def _standing(connection, worker):
-    """(the worker has its row, when the first task is due that waits for its time)."""
+    """(the worker has its row, when the first task is due that waits for its time,
+    something ready needs a child to itself)."""
     return connection.execute(
         f"""select exists (select 1 from bg_worker where id = :worker),
                 (select run_at from bg_task where state < {QUEUED}
-                    order by run_at limit 1)""",
+                    order by run_at limit 1),
+                exists (select 1 from bg_task where state = {QUEUED} and alone = 1)""",
         {"worker": worker},
     ).fetchone()
 
@@ -4820,11 +5033,12 @@ class Claims(Queue):
         connection = self.db.link().connection
         free = min(order.free, 1)
         ahead = 0 if free else min(order.ahead, 1)
+        order = order._replace(free=free, ahead=ahead, beside=min(order.beside, 1))
         try:
-            _, due = _standing(connection, order.worker)
+            _, due, has_alone = _standing(connection, order.worker)
             if due is not None and due <= now:
                 return True, Claimed([], now, order.round)
-            look = Look(connection, order._replace(free=free, ahead=ahead), now)
+            look = Look(connection, order, now, has_alone)
         except sqlite3.Error as exc:
             raise explained(exc, self.db.path) from exc
         return bool(look.pick.runs), look.seen(due)
@@ -4835,13 +5049,13 @@ class Claims(Queue):
         Stops at the first task that needs a free child when none is left, so that
         those behind it cannot pass it for ever.
         """
-        is_registered, due = _standing(connection, order.worker)
+        is_registered, due, has_alone = _standing(connection, order.worker)
         if not is_registered:
             return Claimed([], None, Round(), is_registered=False)
         if due is not None and due <= now:
             self._promote(connection, now)
-            _, due = _standing(connection, order.worker)
-        look = Look(connection, order, now)
+            _, due, has_alone = _standing(connection, order.worker)
+        look = Look(connection, order, now, has_alone)
         self._take(connection, look, now)
         return look.seen(due)
 
@@ -4877,10 +5091,18 @@ class Claims(Queue):
                     and id between ? and ?""",
             [(look.order.worker, now, *key, *ids) for key, *ids in look.pick.ranges],
         )
-        if look.rates:
+        if look.pick.loners:
+            connection.executemany(
+                f"""update bg_task set state = {RUNNING}, worker = ?,
+                        attempt = attempt + 1, started_at = ?, callbacks = ?
+                    where id = ?""",
+                [(look.order.worker, now, run.callbacks, run.id)
+                 for run in look.pick.loners],
+            )
+        if look.limits:
             connection.executemany(
                 """insert or replace into bg_rate (name, tat) values (?, ?)""",
-                look.rates.spent(),
+                look.limits.spent(),
             )
 
     def _return_tokens(self, connection, runs):
@@ -4972,6 +5194,8 @@ class Endings(Claims):
             if turn.unbegun or turn.stopped:
                 link.wake = wake_addresses(by)
             outcomes = self._heed_cancels(turn.outcomes, worker)
+            if not link.wake and any([o.run.is_counted for o in outcomes]):
+                link.wake = wake_addresses(by)
             stale = self._finish(link, outcomes, worker, now)
             claimed = self._claim(by, turn.order, now) if turn.order else None
         if stale:
@@ -5852,7 +6076,7 @@ def _entry_of(task):
         task.callbacks,
         tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter)
               for s in task.schedules),
-        is_coroutine_function(task.fn), getattr(task, "max_running", None) or 0,
+        is_coroutine_function(task.fn), task.max_running or 0,
     )
 
 
@@ -10115,8 +10339,13 @@ class Journal:
             self.run("callback_error", run, callback=kind, error=about["error"])
 
     def limited(self, limited: dict, now: int) -> None:
-        """Names that begin to wait for their rate, each until a time."""
+        """Names that begin to wait for their rate, each until a time.
+
+        Nothing is said of those that wait for the end of a run, at no known time.
+        """
         for name, until in limited.items():
+            if until == math.inf:
+                continue
             if self._limited.get(name, 0) <= now:
                 self.say("rate_limited", name=name, until=iso_time(until))
             self._limited[name] = until
@@ -10311,9 +10540,9 @@ class Outbox:
 
     @property
     def makes_work(self) -> bool:
-        """True when what is to be written may be claimed then."""
-        return bool(self.returned or self.forgiven) \
-            or any(outcome.then for outcome in self.outcomes)
+        """True when there may be something to claim once it is written."""
+        return bool(self.returned or self.forgiven) or any(
+            outcome.then or outcome.run.is_counted for outcome in self.outcomes)
 
     def gathers(self, slack: float, at: float) -> bool:
         """True while what has ended waits for more of its kind to share its commit.
@@ -10422,7 +10651,7 @@ class Lookout:
         """
         self.news |= any(n > before for n, before in zip(room, self._room))
         self._room = room
-        if not any(room):
+        if not any(room[:3]):       # a child to itself needs one of these, too
             return None
         if self._passed_over != unknown:
             self._passed_over, self.news = set(unknown), True
@@ -10461,7 +10690,7 @@ class Lookout:
     @property
     def has_room(self) -> bool:
         """True when a run could be taken, had there been one."""
-        return any(self._room)
+        return any(self._room[:3])
 
     def seconds(self, now: int) -> float:
         """Seconds until a look is worth it; infinite when only news can tell."""
@@ -10470,7 +10699,7 @@ class Lookout:
         return math.inf if self.next_at is None else (self.next_at - now) / 1000
 
     def is_done(self, now: int) -> bool:
-        """True when nothing is due, nor waits for a rate."""
+        """True when nothing is due, nor waits for a limit."""
         return self.seconds(now) > 0 and not self.round.limited
 
 
