@@ -1110,7 +1110,7 @@ class Round(NamedTuple):
     def with_beside(self, beside: Round) -> Round:
         """The round of both kinds.  Where one begins anew, all names are asked again.
         """
-        is_new = any([r.after == FIRST_GROUP and not r.halted for r in (self, beside)])
+        is_new = any(r.after == FIRST_GROUP and not r.halted for r in (self, beside))
         return self._replace(limited={} if is_new else self.limited,
                              beside=beside._replace(limited={}))
 
@@ -4660,7 +4660,7 @@ class Pick:
         self.loners: list[Run] = []     # of the runs, those not in the ranges
         self.limited: dict[str, float] = {}
         self._range: list = []          # the last one; empty: a row was passed over
-        self.is_full = all([lane.is_full for lane in self.lanes])
+        self.is_full = all(lane.is_full for lane in self.lanes)
         if limits and order.round.limited:
             self._remember(limits, now)
 
@@ -4759,7 +4759,7 @@ class Pick:
 
     def _fill(self, lane):
         lane.is_full = True
-        self.is_full = all([other.is_full for other in self.lanes])
+        self.is_full = all(other.is_full for other in self.lanes)
 
     def waits(self, name: str) -> bool:
         """True when the name is at a limit, and so are all when all are."""
@@ -4833,9 +4833,9 @@ class Look:
             (lane, round_, *self._groups(lane, round_))
             for lane, round_ in zip(pick.lanes, (begun, begun.beside or Round()))
         ]
-        if not is_in_order and any([round_.after or after
-                                    for lane, round_, _, after in looks
-                                    if not lane.is_full]):
+        if not is_in_order and any(round_.after or after
+                                   for lane, round_, _, after in looks
+                                   if not lane.is_full):
             self._offer_in_order()      # too many to see the first among them
         self._offer_groups([head for *_, heads, _ in looks for head in heads])
         main, *beside = [self._stand(*look) for look in looks]
@@ -5194,7 +5194,7 @@ class Endings(Claims):
             if turn.unbegun or turn.stopped:
                 link.wake = wake_addresses(by)
             outcomes = self._heed_cancels(turn.outcomes, worker)
-            if not link.wake and any([o.run.is_counted for o in outcomes]):
+            if not link.wake and any(o.run.is_counted for o in outcomes):
                 link.wake = wake_addresses(by)
             stale = self._finish(link, outcomes, worker, now)
             claimed = self._claim(by, turn.order, now) if turn.order else None

@@ -944,7 +944,7 @@ class Promises(Served):
                                   int(tick.timestamp())), [(1,)])
 
     def test_a_rate_holds_over_all_workers_and_delays_nothing_else(self):
-        results = [self.tasks.limited.delay() for _ in range(35)]
+        results = [self.tasks.limited.delay() for _ in range(60)]
         for _ in range(2):
             self.worker("--concurrency", 2)
         self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
