@@ -37,10 +37,11 @@ Map
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Endings · Desk · Register
     Book Three: the worker
-        Importing · Registry · Processes · Wire · Begun · Output · Surroundings ·
-        Interrupts · Runs · Child · Load · Member · Hearing · Placement · Deaths ·
-        Crew · Dispatch · Pool · Liveness · Wishes · Log · Journal · Upkeep ·
-        Settling · Lookout · Senses · Household · Worker · Command line
+        Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
+        Output · Surroundings · Interrupts · Runs · Child · Nursery · Births ·
+        Load · Member · Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
+        Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
+        Senses · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -265,6 +266,12 @@ def _durability(value):
     return value
 
 
+def _start_method(value):
+    if value not in ("auto", "fork", "spawn"):
+        raise ValueError("auto, fork or spawn")
+    return value
+
+
 def _switch(value):
     if str(value).lower() not in ("0", "1", "true", "false", "yes", "no"):
         raise ValueError("1 or 0")
@@ -340,6 +347,9 @@ SETTINGS = (
     Setting("coroutines", 100, _coroutines, True,
             "async def tasks that a child runs at once, on one event loop, 1 to "
             "100,000 (default: 100)"),
+    Setting("start_method", "auto", _start_method, True,
+            "how children are started: fork, from a process that has imported the app; "
+            "spawn, each imports it; auto: fork where it is safe (default: auto)"),
     Setting("queues", None, _names, True,
             "queues to serve, with commas between (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
@@ -411,8 +421,13 @@ def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleName
         )
     if found.concurrency is None:
         found.concurrency = min(os.cpu_count() or 1, MOST_CHILDREN)
-    found.worker_name = found.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+    found.worker_name = found.worker_name or default_worker_name()
     return found
+
+
+def default_worker_name() -> str:
+    """HOST-PID."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 # == States and errors ========================================================
@@ -5665,10 +5680,10 @@ class Register:
         with self.db.write(durable=False) as link:
             worker = link.connection.execute(
                 """insert into bg_worker (name, pid, host, boot, port, token, queues,
-                        concurrency, started_at, beat_at, live)
+                        concurrency, started_at, beat_at, live, start_method)
                     values (:name, :pid, :host, :boot, :port, :token, :queues,
-                        :concurrency, :now, :now, :live)""",
-                values,
+                        :concurrency, :now, :now, :live, :start_method)""",
+                {"start_method": "", **values},
             ).lastrowid
             lock(worker)
             return worker
@@ -6132,9 +6147,8 @@ try:
 except ImportError:                         # Windows
     fcntl = resource = None                 # type: ignore[assignment]
 
-_IS_LINUX = sys.platform.startswith("linux")
-_PIPE_BYTES = 1 << 16               # of a pipe, in one read
-_READS = 16                         # in a row from one pipe, at most
+IS_LINUX = sys.platform.startswith("linux")
+EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
 
 
 # A worker imports the app, and an app may replace what the standard library gives:
@@ -6147,7 +6161,10 @@ set_signal = signal.signal
 close_fd = os.close
 own_sleep = time.sleep
 own_ident = threading.get_ident
-_waitpid = os.waitpid
+own_poll: Any = getattr(select, "poll", None)
+own_fork: Any = getattr(os, "fork", None)
+OwnLock, OwnLocal = threading.RLock, threading.local
+_waitid = getattr(os, "waitid", None)      # macOS has it since 3.13
 
 
 @functools.cache
@@ -6172,8 +6189,10 @@ _CHILD_FDS, _WORKER_FDS = 7, 64     # descriptors: for each child, for the rest
 def ensure_descriptors(children: int) -> None:
     """See that this process may open what so many children and a spare one need.
 
-    Raises the soft limit where it is too low; AppError when the hard one is.
+    Raises the soft limit where it is too low; AppError when the hard one is, or
+    where workers cannot run.
     """
+    check_platform()
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _WORKER_FDS + _CHILD_FDS * (children + 1)
     if limit == resource.RLIM_INFINITY or limit >= needed:
@@ -6231,7 +6250,7 @@ def poll_exit(pid: int) -> Exit | None:
         return Exit(None, None, 0)
     if found == 0:
         return None
-    peak = usage.ru_maxrss * (1024 if _IS_LINUX else 1)
+    peak = usage.ru_maxrss * (1024 if IS_LINUX else 1)
     if os.WIFSIGNALED(status):
         return Exit(signal_name(os.WTERMSIG(status)), None, peak)
     return Exit(None, os.WEXITSTATUS(status), peak)
@@ -6281,39 +6300,6 @@ class Process:
         return by_itself
 
 
-def own_socket(fd: int) -> _socket.socket:
-    """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
-
-    Guarded by test_a_default_timeout_of_sockets_is_not_for_ours.
-    """
-    end = _socket.socket(fileno=fd)
-    end.settimeout(None)
-    return end
-
-
-def socket_pair(kind: int = socket.SOCK_STREAM) -> tuple[_socket.socket, ...]:
-    """Two such sockets that are connected."""
-    pair = _socket.socketpair(socket.AF_UNIX, kind)
-    for end in pair:
-        end.settimeout(None)
-    return pair
-
-
-def frame_pair() -> tuple[_socket.socket, ...]:
-    """A socket pair that keeps frames whole, so that either side can read one."""
-    return socket_pair(socket.SOCK_SEQPACKET if _IS_LINUX else socket.SOCK_DGRAM)
-
-
-def watch_pipe(pipe: int) -> Callable[[], list]:
-    """A function that returns an empty list when nothing waits in this pipe.
-
-    One system call, in half the time of an ioctl().
-    """
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    return functools.partial(poll.poll, 0)
-
-
 def has_children() -> bool:
     """True when a process that this one has started lives, or is not waited for."""
     try:
@@ -6321,6 +6307,31 @@ def has_children() -> bool:
         return True
     except (ChildProcessError, AttributeError):     # macOS has it since 3.13
         return False
+
+
+def is_held() -> bool:
+    """True when a thread lives that the interpreter waits for at its end."""
+    return any(not thread.daemon and thread is not threading.main_thread()
+               for thread in threading.enumerate())
+
+
+def end_soon(status: int, seconds: float = EXIT_GRACE) -> None:
+    """Grant those threads so long; then run exit handlers, and end the process."""
+    ends_well = threading.Event()
+    atexit.register(ends_well.set)
+
+    def watch():
+        while threading.main_thread().is_alive():
+            own_sleep(0.05)
+        if ends_well.wait(seconds):
+            return
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def others_write_here() -> bool:
@@ -6372,27 +6383,6 @@ def is_lack(exc: BaseException) -> bool:
         or isinstance(exc, OSError) and exc.errno in lacks
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write the whole of `data`, also where one write takes only a part."""
-    while data:
-        data = data[os.write(fd, data):]
-
-
-def read_all(fd: int, most: int) -> tuple[bytes, bool]:
-    """(what a pipe holds now, True at its end); bytes beyond `most` are dropped."""
-    found, at_end = bytearray(), False
-    for _ in range(_READS):         # not for ever, when somebody goes on writing
-        try:
-            chunk = os.read(fd, _PIPE_BYTES)
-        except OSError:
-            break
-        if not chunk:
-            at_end = True
-            break
-        found += chunk[: max(0, most - len(found))]
-    return bytes(found), at_end
-
-
 def memory_bytes(pid: int) -> int:
     """Resident memory of a process; 0 where /proc does not tell."""
     try:
@@ -6419,20 +6409,63 @@ def boot_id() -> str:
         return ""
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies, where it can.
+def set_death_signal(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends; 0: none.
 
-    To be called by the child itself, after exec.
+    Where it can.  To be called by the process itself, after exec.
     """
-    if _IS_LINUX:
+    if IS_LINUX:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-            f.write("500")          # out of memory: the child goes, not the worker
+            ctypes.CDLL(None).prctl(1, number)      # PR_SET_PDEATHSIG
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, where it can."""
+    set_death_signal(signal.SIGKILL)
     if os.getppid() != parent:              # it died before the call above
         os._exit(1)
+
+
+def offer_to_die() -> None:
+    """Out of memory this process shall go, before the one that has started it."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("500")
+
+
+def have_fresh_signals() -> None:
+    """Undo what whoever started us has ignored or blocked, and tasks rely on."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    set_signal(signal.SIGCHLD, signal.SIG_DFL)
+    set_signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def bury(pid: int) -> Exit | None:
+    """poll_exit(); first kill what the dead process has left of its group.
+
+    Before: as long as it is not waited for, that number is nobody else's.
+    """
+    try:
+        if _waitid and _waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            kill_group(pid)
+        elif _waitid:
+            return None
+    except ChildProcessError:               # somebody else has waited for it
+        pass
+    found = poll_exit(pid)
+    if found and not _waitid:
+        kill_group(pid)
+    return found
+
+
+def is_stopped(pid: int) -> bool:
+    """True while a process that we have started is stopped, and does nothing."""
+    try:
+        return _waitid is not None and _waitid(
+            os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def dump_crashes(fd: int) -> None:
@@ -6461,75 +6494,196 @@ def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-# Kills the groups of the children whose worker is gone, also where a child is
-# stuck in C code and cannot notice, and what such a child has started.  Knows a
-# group from "+pid" to "-pid" on its standard input.  Guarded by
-# test_no_process_outlives_a_killed_worker.
-_GUARDIAN = """
-import os, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
+# == Channels =================================================================
+# Owns the ways between the processes of one worker: sockets that block whatever an
+# app has set, frames that stay whole and carry descriptors, pipes.  Knows nothing of
+# what is said.
+
+_PIPE_BYTES = 1 << 16               # of a pipe, in one read
+_READS = 16                         # in a row from one pipe, at most
+_RIGHTS = 16                        # descriptors that come with one frame, at most
+
+
+def own_socket(fd: int) -> _socket.socket:
+    """A socket of ours: it blocks, whatever socket.setdefaulttimeout() was called with.
+
+    Guarded by test_a_default_timeout_of_sockets_is_not_for_ours.
+    """
+    end = _socket.socket(fileno=fd)
+    end.settimeout(None)
+    return end
+
+
+def socket_pair(kind: int = socket.SOCK_STREAM) -> tuple[_socket.socket, ...]:
+    """Two such sockets that are connected."""
+    pair = _socket.socketpair(socket.AF_UNIX, kind)
+    for end in pair:
+        end.settimeout(None)
+    return pair
+
+
+def frame_pair() -> tuple[_socket.socket, ...]:
+    """A socket pair that keeps frames whole, so that either side can read one."""
+    return socket_pair(socket.SOCK_SEQPACKET if IS_LINUX else socket.SOCK_DGRAM)
+
+
+def pipe_from(undo: contextlib.ExitStack,
+              theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe from a process to be started: the reading end, and the one for that.
+
+    The first is closed when that fails, the other in any case.
+    """
+    reader, writer = os.pipe()
+    undo.callback(close_fd, reader)
+    theirs.callback(close_fd, writer)
+    return reader, writer
+
+
+def send_with(channel: _socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    """Send a frame, and these descriptors with it.  Raises OSError."""
+    rights = struct.pack(f"{len(fds)}i", *fds)
+    more = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
+    channel.sendmsg([data], more)
+
+
+def receive_with(channel: _socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """A frame, and the descriptors that came with it, as far as there is room.
+
+    Nothing at all: the other end is closed.
+    """
+    fds: list[int] = []
     try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
+        data, more, *_ = channel.recvmsg(most, socket.CMSG_SPACE(_RIGHTS * 4),
+                                         getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    except ConnectionError:
+        return b"", []
+    for level, kind, rights in more:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            size = len(rights) // 4
+            fds += struct.unpack(f"{size}i", rights[:size * 4])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return data, fds
 
 
-class Guardian:
-    """A small process that outlives the worker just to clean up after it."""
+def watch_pipe(pipe: int) -> Callable[[], list]:
+    """A function that returns an empty list when nothing waits in this pipe.
 
-    def __init__(self):
-        self._groups: set[int] = set()
-        self._pid = 0
-        self._pipe = -1
+    One system call, in half the time of an ioctl().
+    """
+    poll = own_poll()
+    poll.register(pipe, select.POLLIN)
+    return functools.partial(poll.poll, 0)
 
-    def watch(self, pid: int) -> None:
-        """Kill this group should the worker die."""
-        self._groups.add(pid)
-        self._tell(f"+{pid}\n")
 
-    def release(self, pid: int) -> None:
-        """The group is gone; its number may soon be somebody else's."""
-        self._groups.discard(pid)
-        self._tell(f"-{pid}\n")
+def write_all(fd: int, data: bytes) -> None:
+    """Write the whole of `data`, also where one write takes only a part."""
+    while data:
+        data = data[os.write(fd, data):]
 
-    def check(self) -> None:
-        """Start it (again), if it is not running."""
-        if self._pid and poll_exit(self._pid) is None:
-            return
-        self._close()
-        self._pid = 0
-        argv = [sys.executable, "-I", "-S", "-u", "-c", _GUARDIAN]
-        with contextlib.ExitStack() as theirs:
-            receiver, self._pipe = os.pipe()
-            theirs.callback(close_fd, receiver)
-            null = os.open(os.devnull, os.O_WRONLY)
-            theirs.callback(close_fd, null)
-            self._pid = spawn(argv, [], receiver, null)
-        for pid in self._groups:
-            self._tell(f"+{pid}\n")
 
-    def _tell(self, line):
-        with contextlib.suppress(OSError):      # it died: check() starts another
-            os.write(self._pipe, line.encode())
+def read_all(fd: int, most: int) -> tuple[bytes, bool]:
+    """(what a pipe holds now, True at its end); bytes beyond `most` are dropped."""
+    found, at_end = bytearray(), False
+    for _ in range(_READS):         # not for ever, when somebody goes on writing
+        try:
+            chunk = os.read(fd, _PIPE_BYTES)
+        except OSError:
+            break
+        if not chunk:
+            at_end = True
+            break
+        found += chunk[: max(0, most - len(found))]
+    return bytes(found), at_end
 
-    def _close(self):
-        if self._pipe >= 0:
-            close_fd(self._pipe)
-        self._pipe = -1
 
-    def stop(self) -> None:
-        """End it; it kills what it still knows."""
-        self._close()
-        if self._pid:
-            with contextlib.suppress(ChildProcessError):
-                _waitpid(self._pid, 0)
-        self._pid = 0
+# == Fork safety ==============================================================
+# Owns the question whether a process that has imported an app may be forked.  A fork
+# copies one thread, and shares every descriptor: a lock that another thread holds is
+# never released in the copy, and two processes that use one connection, or one open
+# SQLite file, ruin it.  What it finds is told in words, for the log.
+
+_PLAIN_DEVICES = frozenset(
+    f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty"))
+_KINDS_OF_ANONYMOUS = {"eventpoll": "an epoll object", "eventfd": "an eventfd",
+                       "inotify": "an inotify object", "timerfd": "a timer"}
+_SQLITE_NAME = re.compile(r"(\.(sqlite3?|db3?)|-(wal|shm|journal))$")
+_SQLITE_HEADER = b"SQLite format 3\0"
+_THREAD_PATIENCE = 10       # looks for threads, 10 ms apart: one that is joined goes
+
+
+def open_files() -> dict[int, str]:
+    """What each descriptor of this process leads to; nothing without /proc."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def why_not_fork(before: dict[int, str]) -> str:
+    """What makes it unsafe to fork this process, in words; empty: nothing does.
+
+    `before` is what open_files() said before the app was imported.
+    """
+    if not IS_LINUX:
+        return f"a fork is not safe on {sys.platform}"
+    doing = _thread_found()
+    for fd, target in sorted(open_files().items()):
+        if not doing and before.get(fd) != target:
+            what = _what_is_shared(fd, target)
+            doing = what and f"opened {what}"
+    return doing and f"the app {doing} while it was imported"
+
+
+def _thread_found():
+    for _ in range(_THREAD_PATIENCE):
+        count = len(os.listdir("/proc/self/task"))
+        if count == 1:
+            return ""
+        own_sleep(0.01)
+    names = [thread.name for thread in threading.enumerate()
+             if thread is not threading.main_thread()]
+    if names:
+        return f"started the thread {names[0]!r}"
+    return f"started {count - 1} native threads, by one of its libraries,"
+
+
+def _what_is_shared(fd, target):
+    """What a descriptor is, in words, if two processes cannot share it."""
+    kind, _, name = target.partition(":")
+    if kind == "socket":
+        return f"a socket{_address_of(fd)}"
+    if kind == "pipe":
+        return "a pipe"
+    if kind == "anon_inode":
+        return _KINDS_OF_ANONYMOUS.get(name.strip("[]"), name.strip("[]"))
+    try:
+        is_device = stat.S_ISCHR(os.fstat(fd).st_mode)
+        is_sqlite = not is_device and (_SQLITE_NAME.search(target)
+                                       or os.pread(fd, 16, 0) == _SQLITE_HEADER)
+    except OSError:                     # closed meanwhile, or only written to
+        return ""
+    if is_device and target not in _PLAIN_DEVICES and target[:9] != "/dev/pts/":
+        return f"the device {target}"
+    return f"the SQLite file {target}" if is_sqlite else ""
+
+
+def _address_of(fd):
+    """Where a socket leads to, in words: what it is connected or bound to."""
+    end = _socket.socket(fileno=os.dup(fd))
+    try:
+        for word, ask in (("to", end.getpeername), ("on", end.getsockname)):
+            with contextlib.suppress(OSError):
+                address = ask()
+                if isinstance(address, tuple):
+                    return f" {word} {address[0]}:{address[1]}"
+                if address:
+                    return f" {word} {os.fsdecode(address)!r}"
+        return ""
+    finally:
+        end.close()
 
 
 # == Wire =====================================================================
@@ -6650,7 +6804,7 @@ class ChildEnd:
         self.messages = own_socket(messages)
         # Held while a message is written: threads of a task may print too, and so
         # may a signal handler or a finalizer in the middle of that.
-        self._lock = threading.RLock()
+        self._lock = OwnLock()
         self._sender = 0            # ident of the thread that is writing one
         self._outbox: collections.deque = collections.deque()   # to be written
 
@@ -7229,6 +7383,10 @@ class Printer:
         self._is_fork = False
         self.streams = TaskStream(self.print, 1), TaskStream(self.print, 2)
 
+    def speak_by(self, say: Callable) -> None:
+        """From now on what is printed goes this way."""
+        self._say, self._strange_chars = say, 0
+
     def print(self, text: str, fd: int, own: Any = None) -> None:
         """Send what a task printed, up to OUTPUT_CHARS for each run."""
         if self._is_fork:
@@ -7504,7 +7662,7 @@ class Interrupts:
         self.run: Any = None        # whose that is
         self.pending: BaseException | None = None       # to be, after a send, a fork
         self.forking = 0            # threads that are in the middle of os.fork()
-        self._mask = threading.local()      # .before: of a thread that forks
+        self._mask = OwnLocal()      # .before: of a thread that forks
         # Process managers signal whole groups: leave the end to our worker.  Not
         # SIG_IGN, which programs started by a task would inherit.
         self.handlers = {
@@ -7605,13 +7763,14 @@ class Running:
 class Runs:
     """The runs of one child."""
 
-    def __init__(self, wire: ChildEnd, spec: ChildSpec, after_send: Callable):
+    def __init__(self, wire: ChildEnd, spec: ChildSpec, printer: Printer,
+                 after_send: Callable):
         self._wire, self._after_send = wire, after_send
         self._output = spec.output
         self._is_shared = spec.threads > 1 or spec.beside >= 0
         self._has_written = watch_pipe(spec.output)     # something waits in the pipe
         self._strays = False        # processes that earlier runs have started live
-        self.printer = Printer(self.say)
+        self.printer = printer
         self.app: Any = None        # once it is imported
         self.is_fork = False        # this is a process that a task has forked
         self.begun = Marks(spec.begun)
@@ -7793,38 +7952,72 @@ def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 _FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 
-CHILD_CODE = (
-    "import importlib, json, sys; spec = json.loads(sys.argv.pop()); "
-    "sys.path[:] = spec[2]; "
-    "importlib.import_module(spec[0]).run_child(spec)"
-)
 
+class Stage:
+    """What is there before an app is imported: streams, and the last exit handler."""
 
-def run_child(spec: Sequence) -> None:
-    """The life of a child, until its worker closes the socket or dies."""
-    Child(ChildSpec(*spec)).main()
+    def __init__(self, say: Callable = nobody):
+        self.printer = Printer(say)
+        self.streams: tuple = ()        # ours
+        self.app: Any = None            # once it is imported
+        self._originals: tuple = ()     # what our streams stand in for
+
+    def set(self) -> None:
+        """Have what the app prints; also by sys.__stdout__.
+
+        "sys.stdout = sys.__stdout__" ends a redirection.
+        """
+        atexit.register(self._let_go)       # the first to come is the last to go
+        self._originals = sys.stdout, sys.stderr
+        for stream in self._originals:
+            stream.flush()
+        out, err = self.printer.streams
+        sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
+        sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
+        self.streams = standard_streams()
+
+    def _let_go(self):
+        """At the very end: what the app has made ends with it, so files are flushed.
+
+        The hooks at a fork, and the handlers, hold us for longer than that.
+        """
+        for app in (self.app, default_app):
+            if app is not None:
+                app.tasks.clear()
 
 
 class Child:
     """The child's side.  One task at a time, in the main thread."""
 
-    def __init__(self, spec: ChildSpec):
+    def __init__(self, spec: ChildSpec, stage: Stage | None = None):
         self.spec = spec
         self.wire = ChildEnd(spec.frames, spec.messages)
         self.interrupts = Interrupts(self.wire)
-        self.runs = Runs(self.wire, spec, self.interrupts.after_send)
-        self.originals: tuple = ()          # what our streams stand in for
-        self.plain_streams: tuple = ()      # ours
+        self.stage = stage or Stage()
+        self.runs = Runs(self.wire, spec, self.stage.printer,
+                         self.interrupts.after_send)
         self.surroundings: Any = None       # once the app is imported
 
     def main(self) -> None:
         """Prepare, import the app, then serve; return for an orderly exit."""
-        die_with_parent(self.spec.parent)
-        self._prepare()
-        self._import()
         import gc
 
+        have_fresh_signals()
+        self._prepare()
+        self.stage.set()
+        self._import()
         gc.freeze()         # what is imported will never be garbage
+        self._live()
+
+    def go_on(self) -> None:
+        """The same in a process that was forked when the app was imported."""
+        self._prepare()
+        self._serve(self.stage.app)
+        self._live()
+
+    def _live(self):
+        import gc
+
         dump_crashes(self.spec.crash)
         self.surroundings = Surroundings(self.interrupts.handlers)
         self.surroundings.restore(standard_streams())
@@ -7845,53 +8038,36 @@ class Child:
 
     def _prepare(self):
         spec = self.spec
-        atexit.register(self._let_go)       # the first to come is the last to go
+        die_with_parent(spec.parent)
+        offer_to_die()
         dump_crashes(spec.crash)
-        # Whoever started the worker may have ignored or blocked what tasks rely on.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         for number, handler in self.interrupts.handlers.items():
-            signal.signal(number, handler)
+            set_signal(number, handler)
         os.register_at_fork(
             before=self.interrupts.before_fork, after_in_child=self._in_fork,
             after_in_parent=self.interrupts.after_fork,
         )
         for fd in (spec.frames, spec.messages, spec.crash, spec.output):
             os.set_inheritable(fd, False)
-        self._capture()
-
-    def _let_go(self):
-        """At the very end: what the app has made ends with it, so files are flushed.
-
-        The hooks at a fork, and the handlers, hold us for longer than that.
-        """
-        for app in (self.runs.app, default_app):
-            app.tasks.clear()
-
-    def _capture(self):
-        """Also as sys.__stdout__: "sys.stdout = sys.__stdout__" ends a redirection."""
-        self.originals = sys.stdout, sys.stderr
-        for stream in self.originals:
-            stream.flush()
-        out, err = self.runs.printer.streams
-        sys.stdout = sys.__stdout__ = out           # type: ignore[assignment,misc]
-        sys.stderr = sys.__stderr__ = err           # type: ignore[assignment,misc]
-        self.plain_streams = standard_streams()
+        self.stage.printer.speak_by(self.runs.say)
 
     def _import(self):
         """Import the app; where that fails, say so and end."""
         try:
             # Written before the worker looks for it, which counts from our start.
             with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
-                self.runs.app = load_app(self.spec.app)
-            self.runs.app.override(**self.spec.settings)
+                self._serve(load_app(self.spec.app))
         except BaseException as exc:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
             self.runs.say(LACKING if lacks else BROKEN, trace)
             os._exit(1)
+
+    def _serve(self, app):
+        """This is the app whose tasks are to be run."""
+        self.runs.app = self.stage.app = app
+        app.override(**self.spec.settings)
 
     def _in_fork(self):
         """In a process that a task has forked: be to it as a program of its own.
@@ -7924,7 +8100,7 @@ class Child:
         finally:
             self.interrupts.allowed = False
             streams = standard_streams()
-            if streams != self.plain_streams:
+            if streams != self.stage.streams:
                 self._flush(streams[1:])
             self.surroundings.restore(streams)
 
@@ -7943,6 +8119,591 @@ class Child:
                 finally:
                     self.interrupts.allowed = False
         self.interrupts.run.raised = raised
+
+
+# == Nursery ==================================================================
+# Owns the process that imports the app once and has a worker's children: it forks
+# them where that is safe, else it executes them, and each imports the app.  It says
+# what the app is, who was born and who has died, and when its worker is gone it
+# kills the groups of all of them.  Knows nothing of tasks that run.
+#
+# A process whose parent has not waited for it keeps its number, so only the parent
+# can send a signal to it, or to its group, and never hit a stranger.
+
+_REQUEST_BYTES = 1 << 16
+# What a ChildSpec has of descriptors, by name: each is sent with the request.
+CHILD_ENDS = ("frames", "beside", "messages", "crash", "output", "begun")
+START_CODE = (
+    "import importlib, json, sys; name, spec = json.loads(sys.argv.pop()); "
+    "sys.path[:] = spec[2]; "
+    "getattr(importlib.import_module(spec[0]), name)(spec)"
+)
+
+
+class NurserySpec(NamedTuple):
+    """What a nursery must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    app: str            # MODULE[:APP]
+    path: list          # sys.path
+    parent: int         # pid of the worker
+    requests: int       # descriptor to read requests from: JSON, with descriptors
+    reports: int        # descriptor to write reports to: lines of JSON
+    crash: int          # descriptor for the Python stack of a crash
+
+
+def run_nursery(spec: Sequence) -> None:
+    """The life of a nursery; and then that of each child that is forked from it.
+
+    A forked child has the hash seed of its siblings; all else that is random differs.
+    """
+    child = _Nursery(NurserySpec(*spec)).live()
+    if child is not None:
+        child.go_on()
+
+
+def run_child(spec: Sequence) -> None:
+    """The life of a child, until its worker closes the socket or dies."""
+    Child(ChildSpec(*spec)).main()
+
+
+def start_argv(name: str, spec: tuple) -> list[str]:
+    """The command that calls one of the two above."""
+    return [*interpreter(), "-c", START_CODE, json.dumps([name, spec])]
+
+
+def _print_here(_, text, __):
+    write_all(1, text.encode("utf-8", "backslashreplace"))
+
+
+class _Nursery:
+    """The nursery's side."""
+
+    def __init__(self, spec: NurserySpec):
+        self._spec = spec
+        self._requests = own_socket(spec.requests)
+        self._reports = own_socket(spec.reports)
+        self._stage = Stage(_print_here)
+        self._bell, self._ringer = socket_pair()    # rings when a child may be dead
+        self._pids: dict[int, int] = {}     # of children that live: their numbers
+        # Of signals, what the app has set; ours are in their place.
+        self._handlers: dict[int, Any] = {}
+        self._wakeup = -1                   # descriptor: the same
+        self._outputs = [os.fstat(fd) for fd in (1, 2)]
+        self._has_forked = False
+
+    def live(self) -> Child | None:
+        """Import the app, then do what the worker asks for, until it is gone.
+
+        In a forked process this returns what that is.
+        """
+        self._prepare()
+        before = open_files()
+        if not self._import():
+            self._end(1)
+            return None
+        set_death_signal(0)     # from now on we have to clean up after the worker
+        self._take_signals()
+        self._report("app", Registry.of(self._stage.app, self._spec.app).catalog(),
+                     why_not_fork(before))
+        child = self._serve()
+        if child is None:
+            self._end(0)
+        return child
+
+    def _prepare(self):
+        # Should it never end: an import must not outlive a worker that is killed.
+        die_with_parent(self._spec.parent)
+        dump_crashes(self._spec.crash)
+        have_fresh_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            set_signal(number, nobody)      # a process manager sends them to all
+        for fd in self._spec[4:]:
+            os.set_inheritable(fd, False)
+        for end in (self._bell, self._ringer):
+            end.setblocking(False)
+        # What children will need: loaded once, and before an app can change it.
+        import mmap     # noqa: F401
+
+        interpreter()
+        self._stage.set()
+
+    def _import(self):
+        """False, and said, when there is no app."""
+        try:
+            # Written before the worker looks for it, which counts from our start.
+            with stack_when_slow(self._spec.crash, SLOW_SECONDS / 2):
+                self._stage.app = import_app(self._spec.app)
+        except OtherCopy as other:
+            self._start_anew(other.name)
+        except BaseException as exc:
+            cause = exc.__context__ if isinstance(exc, Problem) else exc
+            # A lock that is taken will be so for as long as the worker lives.
+            lacks = is_lack(cause or exc) and not isinstance(cause, BlockingIOError)
+            self._report("failed", str(exc), lacks, isinstance(exc, UsageError))
+            return False
+        for app in {self._stage.app, default_app}:
+            app.configure()         # closes its database: that is for the children
+        self._stage.printer.end_run()
+        functions = [task.fn for task in self._stage.app.tasks.values()]
+        if any(map(is_coroutine_function, functions)):
+            import asyncio      # noqa: F401 - once, not in each child
+        return True
+
+    def _start_anew(self, module):
+        """The app uses this file by another name: be that."""
+        spec = self._spec._replace(module=module)
+        for fd in spec[4:]:
+            os.set_inheritable(fd, True)
+        os.execv(sys.executable, start_argv("run_nursery", spec))
+
+    def _take_signals(self):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+        self._handlers = {number: _signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            set_signal(number, nobody)
+        self._wakeup = signal.set_wakeup_fd(self._ringer.fileno(),
+                                            warn_on_full_buffer=False)
+
+    def _report(self, *what):
+        """Tell the worker; one that is gone is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            self._reports.sendall(json.dumps(what).encode() + b"\n")
+
+    def _serve(self):
+        """Do what is asked for; return None when nobody can ask any more."""
+        poll = own_poll()
+        for end in (self._requests, self._bell):
+            poll.register(end.fileno(), select.POLLIN)
+        poll.register(self._reports.fileno(), 0)        # only its end is of interest
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if self._reports.fileno() in ready:
+                return None
+            if self._requests.fileno() in ready:
+                data, fds = receive_with(self._requests, _REQUEST_BYTES)
+                if not data:
+                    return None
+                child = self._do(json.loads(data), fds)
+                if child is not None:
+                    return child
+            if self._bell.fileno() in ready:
+                with contextlib.suppress(OSError):
+                    while self._bell.recv(4096):
+                        pass
+            self._reap()
+
+    def _do(self, request, fds):
+        """One request.  Returns something only in a process that is forked for it."""
+        what, number, *about = request
+        if what == "signal":
+            for pid in [pid for pid, n in self._pids.items() if n == number]:
+                send_signal(pid, *about)
+            return None
+        try:
+            child = self._start(number, fds, *about)
+        except (OSError, MemoryError) as exc:
+            self._report("unborn", number, str(exc) or type(exc).__name__, is_lack(exc))
+            child = None
+        if child is None:
+            for fd in fds:
+                close_fd(fd)
+        return child
+
+    def _start(self, number, fds, is_forked, fields, names):
+        """Have a child; in a forked one return what that is."""
+        if len(fds) <= len(names):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        *ends, output = fds
+        spec = ChildSpec(*fields)._replace(
+            module=self._spec.module, path=sys.path, parent=os.getpid(),
+            **dict(zip(names, ends)))
+        pid = self._fork() if is_forked else self._execute(spec, ends, output)
+        if not pid:
+            return self._born(spec, output)
+        self._pids[pid] = number
+        self._report("born", number, pid)
+        return None
+
+    def _execute(self, spec, ends, output):
+        for fd in ends:
+            os.set_inheritable(fd, True)
+        null = os.open(os.devnull, os.O_RDONLY)
+        try:
+            return spawn(start_argv("run_child", spec), ends, null, output)
+        finally:
+            close_fd(null)
+
+    def _fork(self):
+        import gc
+
+        if not self._has_forked:
+            self._has_forked = True
+            gc.collect()
+            gc.freeze()         # else the next collection would copy all there is
+        return own_fork()
+
+    def _born(self, spec, output):
+        """In a forked process: let go of what is the nursery's."""
+        os.setsid()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            if handler is not None:         # one of C code
+                set_signal(number, handler)
+        for fd, before in zip((1, 2), self._outputs):
+            if os.path.samestat(os.fstat(fd), before):      # the app has left it
+                os.dup2(output, fd)
+        close_fd(output)
+        for end in (self._requests, self._reports, self._bell, self._ringer):
+            end.close()
+        close_fd(self._spec.crash)
+        if "numpy.random" in sys.modules:       # random itself does so
+            sys.modules["numpy.random"].seed()
+        return Child(spec, self._stage)
+
+    def _reap(self):
+        """Tell of those that have died; first kill what they have left behind."""
+        for pid in list(self._pids):
+            found = bury(pid)
+            if found:
+                self._report("gone", self._pids.pop(pid), *found)
+
+    def _end(self, status):
+        """Kill all that is ours, and see that exit handlers do not last for ever."""
+        os.dup(self._reports.fileno())          # its end is to be that of the process
+        for pid in self._pids:
+            kill_group(pid)
+            send_signal(pid, signal.SIGKILL)    # it may have no group yet
+        set_signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 2 * EXIT_GRACE)
+        if is_held():
+            end_soon(status, EXIT_GRACE / 2)
+
+
+# == Births ===================================================================
+# Owns what a worker asks of its nursery, and hears from it: that children be born,
+# and get signals, how they have ended, and what there is to know of the app.  Asks
+# without waiting.  A nursery that does not answer is killed, with all that it has.
+
+_ANSWER_SECONDS = 5.0       # a nursery that answers no request for so long is stuck
+_DEATH_SECONDS = 2.0        # … and one that cannot say that a killed child is dead
+_LOOK_SECONDS = 0.1         # between two looks whether it is stopped
+_REPORT_BYTES = 1 << 16
+
+
+class Failure(NamedTuple):
+    """Why a nursery has not got the app, or a child was not born."""
+
+    text: str
+    lacks: bool = False         # for want of what there may be later
+    is_usage: bool = False      # what was asked for is wrong
+
+
+class _Line:
+    """A worker's end of the connection to its nursery.  Sends without waiting."""
+
+    def __init__(self, theirs: contextlib.ExitStack, undo: contextlib.ExitStack):
+        (self._requests, asked), (self._reports, said) = frame_pair(), socket_pair()
+        for end in (self._requests, self._reports):
+            undo.callback(end.close)
+            end.setblocking(False)
+        for end in (asked, said):
+            theirs.callback(end.close)
+        output, self.their_output = pipe_from(undo, theirs)
+        self._crash, its_crash = pipe_from(undo, theirs)
+        self._output = OutputPipe(output)
+        self.theirs = asked.fileno(), said.fileno(), its_crash
+        os.set_blocking(self._crash, False)
+        self._unread = b""              # of a report that has not come whole
+        self._selector: Any = None      # that listens
+
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Have the selector say "nursery" when there is something to hear."""
+        self._selector = selector
+        selector.register(self._reports, selectors.EVENT_READ, "nursery")
+        self._output.mind(selector, True, "nursery")
+
+    def send(self, request: list, fds: Sequence[int] = ()) -> None:
+        """Send a request, with descriptors.  Raises OSError."""
+        send_with(self._requests, json.dumps(request).encode(), fds)
+
+    def heard(self) -> tuple[list, bool]:
+        """(reports that have come, False when no more will)."""
+        found: list = []
+        while True:
+            try:
+                chunk = self._reports.recv(_REPORT_BYTES)
+                *lines, self._unread = (self._unread + chunk).split(b"\n")
+                found += map(json.loads, lines)
+            except BlockingIOError:
+                return found, True
+            except (OSError, *NONSENSE):
+                return found, False
+            if not chunk:
+                return found, False
+
+    def text(self, at_end: bool = False) -> str:
+        """What was written to its standard output: whole lines, till the end."""
+        text = self._output.cut(self._output.read(), at_end)
+        if self._output.is_mute and self._selector:
+            self._output.mind(self._selector, False, "nursery")
+        return text.rstrip("\n")
+
+    def stack(self) -> str:
+        """The Python stack that faulthandler wrote, if any."""
+        return read_all(self._crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
+
+    def wait(self, seconds: float) -> None:
+        """Until there is something to hear."""
+        poll = own_poll()
+        for fd in (self._reports.fileno(), self._output.fd):
+            if fd != self._output.fd or not self._output.is_mute:
+                poll.register(fd, select.POLLIN)
+        poll.poll(1000 * seconds)
+
+    def hang_up(self) -> None:
+        """Let it see that no more will come."""
+        self._requests.close()
+
+    def close(self) -> None:
+        """It has ended."""
+        if self._selector:
+            self._output.mind(self._selector, False, "nursery")
+            self._selector.unregister(self._reports)
+        self.hang_up()
+        self._reports.close()
+        for fd in (self._output.fd, self._crash):
+            close_fd(fd)
+
+
+class ChildProcess:
+    """The process of one child, as far as its nursery has told."""
+
+    def __init__(self, nursery: Nursery, number: int):
+        self._nursery, self._number = nursery, number
+        self.pid = 0                        # once it is born
+        self.exit: Exit | None = None       # once it is dead
+        self.failure: Failure | None = None     # why it was not born
+        self.is_orphan = False              # its nursery has died
+
+    def poll(self) -> Exit | None:
+        """How it ended; None while it lives, as far as is known."""
+        return self.exit
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, while it lives."""
+        if not self.exit:
+            self._nursery.signal(self._number, number)
+
+    def end(self, seconds: float) -> bool:
+        """Wait for its end; after so many seconds kill it.  With it goes its group.
+
+        False: it had to be killed.
+        """
+        by_itself = self._nursery.await_end(self, seconds)
+        if not by_itself:
+            self.signal(signal.SIGKILL)
+            if not self._nursery.await_end(self, _DEATH_SECONDS):
+                self._nursery.give_up()
+        return by_itself
+
+
+class Nursery:
+    """The worker's side of a nursery; when that has died, start() makes another."""
+
+    def __init__(self, app_spec: str, log: Callable = nobody):
+        self.app_spec = app_spec
+        self._log = log                 # log(event, None, **fields)
+        self._wanted = "auto"           # the setting start_method
+        self.spec: Any = None           # ChildSpec of all children
+        self.process: Process | None = None     # while it runs
+        self.registry: Registry | None = None   # once it has the app
+        self.failure: Failure | None = None     # or else
+        self._why_not = ""              # its children cannot be forked, in words
+        self._began = 0.0               # monotonic: its start
+        self._is_slow = False           # that was said
+        self._number = 0                # of the child that was asked for last
+        self._children: dict[int, ChildProcess] = {}    # that live, by number
+        self._asked: dict[int, float] = {}      # since when each is to be born
+        self._line: Any = None
+
+    def start(self, at: float, selector: selectors.BaseSelector | None = None) -> None:
+        """Start the process, and listen to it.  Raises OSError."""
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            line = _Line(theirs, undo)
+            null = os.open(os.devnull, os.O_RDONLY)
+            theirs.callback(close_fd, null)
+            spec = NurserySpec(__name__, self.app_spec, sys.path, os.getpid(),
+                               *line.theirs)
+            argv = start_argv("run_nursery", spec)
+            process = Process(spawn(argv, line.theirs, null, line.their_output))
+            undo.pop_all()
+        self.process, self._line = process, line
+        self.registry = self.failure = None
+        self._began, self._is_slow = at, False
+        if selector:
+            line.watch(selector)
+
+    def serve(self, db: str, settings: types.SimpleNamespace, has_async: bool,
+              log: Callable, selector: selectors.BaseSelector) -> None:
+        """Begin to serve a worker, who hears of what is said by its selector."""
+        self.spec = child_spec(self.app_spec, db, settings, has_async)
+        self._wanted, self._log = settings.start_method, log
+        if self.process is not None:
+            self._line.watch(selector)
+
+    @property
+    def can_bear(self) -> bool:
+        """True when it may be asked for children."""
+        return self.process is not None and self.registry is not None
+
+    @property
+    def start_method(self) -> str:
+        """How children are started, fork or spawn, and why not by fork."""
+        if self._wanted == "spawn":
+            return "spawn, because start_method says so"
+        if self._wanted == "auto" and self._why_not:
+            return f"spawn, because {self._why_not}"
+        return "fork"
+
+    def bear(self, spec: ChildSpec, output: int) -> ChildProcess:
+        """Ask for a child with these descriptors; `output` is to be its standard one.
+
+        Raises OSError.
+        """
+        names = [name for name in CHILD_ENDS if getattr(spec, name, -1) >= 0]
+        fds = [getattr(spec, name) for name in names] + [output]
+        number, is_forked = self._number + 1, self.start_method == "fork"
+        fields = spec._replace(path=[])
+        self._line.send(["start", number, is_forked, fields, names], fds)
+        child = self._children[number] = ChildProcess(self, number)
+        self._number, self._asked[number] = number, time.monotonic()
+        return child
+
+    def signal(self, child: int, number: int) -> None:
+        """Have a signal sent to a child, if it still lives."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):      # it is dead, or will be given up
+                self._line.send(["signal", child, number])
+
+    def hear(self) -> None:
+        """Take in what it says.  One that has died takes its children along."""
+        if self.process is None:
+            return
+        reports, alive = self._line.heard()
+        try:
+            for report in reports:
+                self._understand(*report)
+        except (KeyError, *NONSENSE):
+            alive = False
+        self._tell_output()
+        if not alive:
+            self.give_up()
+
+    def _tell_output(self, at_end=False):
+        """What the import prints, and what else the app does in that process."""
+        text = self._line.text(at_end)
+        if text:
+            self._log("output", None, text=text)
+
+    def _understand(self, what, about, *more):
+        if what == "app":
+            self._why_not, = more
+            self.registry = Registry.read(about)
+        elif what == "failed":
+            self.failure = Failure(about, *more)
+        elif what == "born":
+            self._asked.pop(about, None)
+            self._children[about].pid, = more
+        elif what == "unborn":
+            self._asked.pop(about, None)
+            child = self._children.pop(about)
+            child.failure, child.exit = Failure(*more), Exit(None, None, 0)
+        elif what == "gone":
+            self._children.pop(about).exit = Exit(*more)
+
+    @property
+    def is_importing(self) -> bool:
+        """True while it has not got the app yet."""
+        return self.process is not None and not (self.registry or self.failure)
+
+    def mind(self, at: float) -> None:
+        """Say once that the import takes long; give up one that does not answer."""
+        if self.is_importing and not self._is_slow and at - self._began >= SLOW_SECONDS:
+            self._is_slow = True
+            self._log("child_error", None, pid=self.process and self.process.pid,
+                     stack=self._line.stack() or None,
+                     error=f"the app is not imported after {SLOW_SECONDS:g} s: it is "
+                     "waited for")
+        if self._asked and at - min(self._asked.values()) > _ANSWER_SECONDS:
+            self.give_up()
+
+    def await_app(self) -> Registry:
+        """Wait until the app is imported.  Raises Problem, or UsageError."""
+        while self.is_importing:
+            self._line.wait(1.0)
+            self.hear()
+            self.mind(time.monotonic())
+        if self.registry is None:
+            failure = self.failure or Failure("")
+            self.stop(EXIT_GRACE)
+            raise (UsageError if failure.is_usage else Problem)(failure.text)
+        return self.registry
+
+    def await_end(self, child: ChildProcess, seconds: float) -> bool:
+        """Wait so long for the end of a child; True when it has come."""
+        began = time.monotonic()
+        while not child.exit:
+            self.hear()
+            waited = time.monotonic() - began
+            if child.exit or self.process is None or waited >= seconds \
+                    or waited >= _LOOK_SECONDS and is_stopped(self.process.pid):
+                break
+            self._line.wait(min(seconds - waited, _LOOK_SECONDS))
+        return child.exit is not None
+
+    def give_up(self) -> None:
+        """It is dead, or shall be; its children end with it, and their groups."""
+        process, line = self.process, self._line
+        if process is None:
+            return
+        died = process.end(_LOOK_SECONDS if self.failure else 0)
+        how = process.exit and (process.exit.signal or f"exit code {process.exit.code}")
+        stack = line.stack()
+        self._tell_output(at_end=True)
+        self.process = None
+        line.close()
+        if self.registry:
+            why = f"ended with {how}" if died else "did not answer, and was killed"
+            self._log("child_error", None, pid=process.pid, stack=stack or None,
+                     error=f"the nursery {why}: its children end with it, and another "
+                     "is started")
+        elif not self.failure:
+            self.failure = Failure(
+                f"cannot import --app {self.app_spec}: the process that imports it "
+                f"ended with {how}" + (f"\n{stack}" if stack else ""), how == "SIGKILL")
+        for child in self._children.values():
+            if child.pid:
+                kill_group(child.pid)
+            child.exit, child.is_orphan = Exit("SIGKILL", None, 0), True
+        self._children.clear()
+        self._asked.clear()
+
+    def kill(self) -> None:
+        """Kill it with its group, at once; for a signal handler."""
+        if self.process is not None:
+            kill_group(self.process.pid)
+
+    def stop(self, seconds: float) -> None:
+        """End it; it kills what it still has, and runs exit handlers for so long."""
+        if self.process is None:
+            return
+        self._line.hang_up()
+        self.process.end(max(0.0, seconds))
+        self._tell_output(at_end=True)
+        self._line.close()
+        self.process = None
 
 
 # == Load =====================================================================
@@ -8273,14 +9034,6 @@ class Load:
 # its life has come, and why it is to end.  Decides nothing.
 
 
-def _pipe(undo, theirs):
-    """A pipe from a child: one end to be closed if it fails, one in any case."""
-    reader, writer = os.pipe()
-    undo.callback(close_fd, reader)
-    theirs.callback(close_fd, writer)
-    return reader, writer
-
-
 class Phase(enum.Enum):
     """How far the life of a child has come."""
 
@@ -8296,20 +9049,15 @@ _READY_PHASE = Phase.READY      # looked up once: `able` is asked in each turn
 class Member(Load):
     """One child of the pool."""
 
-    def __init__(self, spec: ChildSpec, log: Callable, at: float):
+    def __init__(self, nursery: Nursery, spec: ChildSpec, log: Callable, at: float):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             wire = WorkerEnd(undo, spec.coroutines > 0)
-            output, child_output = _pipe(undo, theirs)
-            self.crash, child_crash = _pipe(undo, theirs)
-            null = os.open(os.devnull, os.O_RDONLY)
-            theirs.callback(close_fd, null)
+            output, child_output = pipe_from(undo, theirs)
+            self.crash, child_crash = pipe_from(undo, theirs)
             frames, messages, beside = wire.theirs()
             spec = spec._replace(frames=frames, messages=messages, beside=beside,
                                  crash=child_crash, output=output)
-            ends = [fd for fd in (frames, messages, beside, child_crash, output,
-                                  spec.begun) if fd >= 0]
-            argv = [*interpreter(), "-c", CHILD_CODE, json.dumps(spec)]
-            self.process = Process(spawn(argv, ends, null, child_output))
+            self.process = nursery.bear(spec, child_output)
             undo.pop_all()
         wire.given()
         os.set_blocking(self.crash, False)
@@ -8379,6 +9127,9 @@ class Member(Load):
 
         Whoever is killed before it is ready is so by the kernel, out of memory.
         """
+        failure = self.process.failure
+        if failure:
+            return failure.lacks
         return self._lacks or not self.why and self.phase is not Phase.LEAVING \
             and self.process.exit is not None \
             and self.process.exit.signal == "SIGKILL"
@@ -8396,7 +9147,9 @@ class Member(Load):
     def last_words(self) -> str:
         """Why it could not start."""
         said = self._reason or self.slot.text()
-        end = self.process.exit
+        end, failure = self.process.exit, self.process.failure
+        if failure:
+            return failure.text
         how = end and (end.signal or f"exit code {end.code}")
         return said or f"it died at once: {how}"
 
@@ -8968,8 +9721,8 @@ def death_of(member: Member, slot: Slot, stack: str, limits: types.SimpleNamespa
 # Owns which children there are: as many as should be, started few at a time, watched,
 # and removed when they are dead.  Knows nothing of what they run.
 
-EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
+_STEADY_SECONDS = 0.5       # a child that was ready for so long could start
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
 
@@ -9031,7 +9784,8 @@ class Starts:
     def ended(self, member: Member, at: float) -> None:
         """A child has died; what it had not begun was taken back."""
         was_idle = member.is_idle
-        if member.is_retiring or member.ready and (member.done or not was_idle):
+        was_used = member.done or not was_idle or at - member.began > _STEADY_SECONDS
+        if member.is_retiring or member.ready and was_used:
             # Whether another can start is found out now, not by earlier tries.
             # Guarded by test_a_crash_while_no_spare_can_start_is_survived.
             self.failures = 0
@@ -9066,12 +9820,11 @@ class Starts:
 class Crew:
     """`size` children, and one more that is warm."""
 
-    def __init__(self, spec: ChildSpec, size: int, log: Callable,
+    def __init__(self, nursery: Nursery, size: int, log: Callable,
                  selector: selectors.BaseSelector, begun: Begun):
-        self._spec, self._size, self.begun = spec, size, begun
+        self.nursery, self._size, self.begun = nursery, size, begun
         self._log = log             # log(event, run, **fields)
         self.selector = selector
-        self._guardian = Guardian()
         self.members: list[Member] = []
         self.unknown: set[str] = set()      # names of tasks that a child did not know
         self.starts = Starts(
@@ -9084,21 +9837,41 @@ class Crew:
         The others follow as these get ready.
         """
         try:
-            self._guardian.check()
+            if not self._has_nursery(at):
+                return
             staying = sum(m.phase is not Phase.LEAVING for m in self.members)
             # What runs beside in one that retires may take long, and few places.
             waned = sum(m.phase is Phase.RETIRING and bool(m.beside)
                         for m in self.members)
             missing = self._size + 1 - staying + min(waned, self._size)
             for _ in range(min(missing, self.starts.room(self.members, at))):
-                spec = self._spec._replace(begun=self.begun.fd)
-                member = Member(spec, self._log, at)
+                spec = self.nursery.spec._replace(begun=self.begun.fd)
+                member = Member(self.nursery, spec, self._log, at)
                 member.watch(self.selector)
-                self._guardian.watch(member.process.pid)
                 self.members.append(member)
         except OSError as exc:
             tell = self.starts.lacked if is_lack(exc) else self.starts.failed
             tell(at, str(exc))
+
+    def attend(self, at: float) -> None:
+        """Hear the nursery; if it has got the app just now, or has died, go on."""
+        could_bear = self.nursery.can_bear
+        self.nursery.hear()
+        if could_bear != self.nursery.can_bear or self.nursery.failure:
+            self.fill(at)
+
+    def _has_nursery(self, at):
+        """True when there is one that has the app; else one is started, in its turn."""
+        nursery = self.nursery
+        nursery.hear()
+        nursery.mind(at)
+        failure, nursery.failure = nursery.failure, None
+        if failure:
+            tell = self.starts.lacked if failure.lacks else self.starts.failed
+            tell(at, failure.text)
+        if nursery.process is None and self.starts.room([], at):
+            nursery.start(at, self.selector)
+        return nursery.can_bear
 
     def is_ready(self) -> bool:
         """True when a child has imported the app."""
@@ -9121,19 +9894,18 @@ class Crew:
 
     def remove(self, member: Member) -> None:
         """It is dead: let go of what is left of it."""
-        self._guardian.release(member.process.pid)
         member.close(self.selector)
         self.members.remove(member)
 
     def stop(self) -> None:
-        """End the idle children and the guardian."""
+        """End the idle children, and the nursery."""
         until = time.monotonic() + EXIT_GRACE
         for member in self.members:
             member.wire.hang_up()
         for member in list(self.members):
             member.wait(until - time.monotonic())
             self.remove(member)
-        self._guardian.stop()
+        self.nursery.stop(EXIT_GRACE)
 
 
 # == Dispatch =================================================================
@@ -9386,12 +10158,12 @@ class Collected(NamedTuple):
 class Pool(Dispatch):
     """The children of a worker, and the runs that they have."""
 
-    def __init__(self, spec: ChildSpec, size: int, limits: types.SimpleNamespace,
+    def __init__(self, nursery: Nursery, size: int, limits: types.SimpleNamespace,
                  log: Callable, selector: selectors.BaseSelector,
                  begun: Begun | None = None, kinds: Kinds = Kinds()):
         durations = Durations()
         super().__init__(
-            Crew(spec, size, log, selector, begun or Begun()),
+            Crew(nursery, size, log, selector, begun or Begun()),
             Placement(size, limits.max_tasks_per_child, durations, kinds),
             durations, kinds)
         self._limits = limits       # settings
@@ -9795,6 +10567,7 @@ class Liveness:
     def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
         self.store, self.settings, self._ear = store, settings, ear
         self.id = 0                     # bg_worker.id; 0: not registered
+        self._start_method = ""         # of children, and why
         self._machine = socket.gethostname(), boot_id()
         self._locks: Any = None         # LiveFile, from register() on
         self.begun = Begun()            # open from register() on
@@ -9804,8 +10577,9 @@ class Liveness:
         self._awake = 0.0               # seconds of turns; a long one counts as 1
         self._turn_began = time.monotonic()
 
-    def register(self, now: int) -> None:
-        """Get a new id, with its byte locked."""
+    def register(self, now: int, start_method: str = "") -> None:
+        """Get a new id, with its byte locked.  What is once said stays so."""
+        self._start_method = start_method or self._start_method
         s, (host, boot) = self.settings, self._machine
         self._locks = LiveFile.of(self.store.path + "-live")
         row = {
@@ -9813,6 +10587,7 @@ class Liveness:
             "port": self._ear.port, "token": self._ear.token,
             "queues": json.dumps(s.queues) if s.queues else None,
             "concurrency": s.concurrency, "now": now, "live": self._locks.number,
+            "start_method": self._start_method,
         }
         self.id = self.store.add_worker(row, self._locks.hold)
         self.begun.open(self.store.path, self.id, most_in_flight(s))
@@ -10152,7 +10927,9 @@ EVENTS = {
     "worker_start": Event(
         "pid db concurrency queues durability tasks schedules",
         "a worker starts: what it serves"),
-    "worker_ready": Event("children", "the first child has imported the app"),
+    "worker_ready": Event(
+        "children start_method",
+        "the first child has the app; `start_method`: how they start, and why"),
     "worker_stopping": Event(
         "running patience tasks",
         "the first signal: it waits at most `patience` seconds for these tasks"),
@@ -10735,14 +11512,19 @@ def _handling(numbers, handler):
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def quitting_at_once() -> contextlib.AbstractContextManager:
+def quitting_at_once(last: Callable = nobody) -> contextlib.AbstractContextManager:
     """A block in which a stop signal ends this process, with status 0 and one line.
 
-    For as long as there is nothing that wants an orderly end.
+    For as long as there is nothing that wants an orderly end; `last` is called first.
     """
     if threading.current_thread() is not threading.main_thread():
         return contextlib.nullcontext()
-    return _handling(stop_signals(), _quit)
+
+    def stop(*_):
+        last()
+        _quit()
+
+    return _handling(stop_signals(), stop)
 
 
 def _quit(*_):
@@ -10800,7 +11582,7 @@ class Heard(NamedTuple):
 
     children: Sequence[tuple] = ()      # (child, descriptor) with something to read
     news: bool = False                  # somebody says that they have committed
-    signal: bool = False                # one has come: of a child's end, perhaps
+    signal: bool = False                # one has come, or a word of the nursery
 
 
 class Senses:
@@ -10827,6 +11609,8 @@ class Senses:
                 news = self.ear.drain()
             elif key.data == "signal":
                 self.stops.drain()
+                is_signal = True
+            elif key.data == "nursery":
                 is_signal = True
             else:
                 children.append((key.data, key.fd))
@@ -10987,9 +11771,9 @@ class Household:
 
     def _look_after_children(self, now):
         at, pool = time.monotonic(), self._pool
+        pool.crew.fill(at)
         pool.notice_deaths(at)
         pool.check_memory(at)
-        pool.crew.fill(at)
         pool.crew.starts.mention_slow(pool.members, at)
 
     def _prune(self, now):
@@ -11017,21 +11801,19 @@ class Worker:
     """
 
     def __init__(self, registry: Registry, settings: types.SimpleNamespace,
-                 store: Store, burst: bool = False, log: Log | None = None):
-        check_platform()
+                 store: Store, burst: bool = False, log: Log | None = None,
+                 nursery: Nursery | None = None):
         ensure_descriptors(settings.concurrency)
-        self.registry, self.burst = registry, burst
-        self.settings, self.store = settings, store
-        self.store.follow = False       # a replaced file ends this worker
+        self.registry, self.settings, self.burst = registry, settings, burst
+        self.store, store.follow = store, False     # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.senses = Senses()
         self.liveness = Liveness(self.store, self.settings, self.senses.ear)
-        kinds = kinds_of(settings, registry.tasks)
-        spec = child_spec(registry.app_spec, self.store.path, settings,
-                          bool(kinds.is_async))
-        begun = self.liveness.begun
-        self.pool = Pool(spec, settings.concurrency, settings, self.journal.run,
-                         self.senses.selector, begun, kinds)
+        begun, kinds = self.liveness.begun, kinds_of(settings, registry.tasks)
+        self.pool = Pool(nursery or Nursery(registry.app_spec), settings.concurrency,
+                         settings, self.journal.run, self.senses.selector, begun, kinds)
+        self.pool.crew.nursery.serve(store.path, settings, bool(kinds.is_async),
+                                     self.journal.run, self.senses.selector)
         self.outbox = Outbox(self.store, self.journal, registry.tasks, begun)
         self.lookout = Lookout(self.store, self.settings, registry.tasks, kinds)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
@@ -11066,7 +11848,7 @@ class Worker:
     def start(self) -> None:
         """Register, say what is served, start the children."""
         self.store.create()
-        self.liveness.register(self.store.now())
+        self.liveness.register(self.store.now(), self.pool.crew.nursery.start_method)
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
             self.house.mind_clock()
         self.journal.start(self.settings, self.store.path, self.registry.tasks)
@@ -11185,6 +11967,7 @@ class Worker:
         if heard.news:
             self.lookout.news, self.heeding.due = True, 0.0     # or a cancellation
         if heard.signal:
+            self.pool.crew.attend(at)
             self.pool.notice_deaths(at)
         self.pool.receive(heard.children, at)
         self.pool.enforce(at)
@@ -11203,7 +11986,8 @@ class Worker:
             self.house.trouble.fatal = self.house.trouble.fatal or reason
         if not self.is_ready and self.pool.crew.is_ready():
             self.is_ready = True
-            self.journal.say("worker_ready", children=self.settings.concurrency)
+            self.journal.say("worker_ready", children=self.settings.concurrency,
+                             start_method=self.pool.crew.nursery.start_method)
 
     def _settle(self, now):
         ended, forgiven, progress = self.pool.collect()
@@ -11371,14 +12155,23 @@ def _log_apart(style):
               "a terminal)"),
          *(_setting_flag(s) for s in SETTINGS if s.flag and s.name != "db"))
 def _run(args, app):
+    check_platform()
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
     style = args.log_format or ("text" if is_terminal(sys.stdout) else "json")
     with _log_apart(style) as log:
-        with quitting_at_once():
-            registry = Registry.of(import_app(args.app), args.app)
-        settings = registry.settings({**flags, "db": args.db})
-        store = open_store(settings)
-        return Worker(registry, settings, store, burst=args.burst, log=log).run()
+        name = args.worker_name or os.environ.get("PYBGWORKER_WORKER_NAME")
+        nursery = Nursery(args.app, Journal(log, name or default_worker_name()).run)
+        try:
+            with quitting_at_once(nursery.kill):
+                nursery.start(time.monotonic())
+                registry = nursery.await_app()
+            settings = registry.settings(flags)
+            worker = Worker(registry, settings, open_store(settings), args.burst, log,
+                            nursery)
+        except BaseException:
+            nursery.stop(EXIT_GRACE)
+            raise
+        return worker.run()
 
 
 def _parser():
@@ -11416,33 +12209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _command(argv)
         return status
     finally:
-        if argv is None and _is_held():
-            _end_soon(status)
-
-
-def _is_held():
-    """True when a thread lives that the interpreter waits for at its end."""
-    return any(not thread.daemon and thread is not threading.main_thread()
-               for thread in threading.enumerate())
-
-
-def _end_soon(status):
-    """Grant those threads as long as a child's exit handlers, then end the process."""
-    ends_well = threading.Event()
-    atexit.register(ends_well.set)
-
-    def watch():
-        while threading.main_thread().is_alive():
-            own_sleep(0.05)
-        if ends_well.wait(EXIT_GRACE):
-            return
-        atexit._run_exitfuncs()
-        for stream in standard_streams()[1:]:
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(status)
-
-    threading.Thread(target=watch, daemon=True).start()
+        if argv is None and is_held():
+            end_soon(status)
 
 
 def _command(argv):
@@ -12293,7 +13061,8 @@ def _worker_reports(store, now, worker_timeout):
     return [{
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
         "queues": json.loads(row.queues) if row.queues else None,
-        "concurrency": row.concurrency, "started_at": _when(row.started_at),
+        "concurrency": row.concurrency, "start_method": row.start_method or None,
+        "started_at": _when(row.started_at),
         "heartbeat_age": age, "stale": age > worker_timeout, "dead": is_dead(row),
         "running": running.get(row.id, 0),
     } for row, age in ages]
@@ -12458,10 +13227,12 @@ def inspect_text(report: dict, colour: bool = False) -> str:
 def _workers_text(workers):
     if not workers:
         return "no worker is running: python pybgworker.py run --app MODULE"
-    columns = ("worker", "pid", "host", "queues", "concurrency", "running", "heartbeat")
+    columns = ("worker", "pid", "host", "queues", "concurrency", "children", "running",
+               "heartbeat")
     rows = [
         {
             **row, "worker": row["name"], "queues": row["queues"] or "all",
+            "children": (row["start_method"] or "").partition(",")[0],
             "heartbeat": f"{span(row['heartbeat_age'])} ago{_doubts(row)}",
         }
         for row in workers

@@ -31,6 +31,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -227,9 +228,17 @@ class RealWorker:
         wanted = {"event": event, **fields}
         return [e for e in list(self.events) if wanted.items() <= e.items()]
 
+    def nursery(self):
+        """The pid of its nursery (Linux)."""
+        pid, = self._started_by(self.pid)
+        return pid
+
     def children(self):
-        """Pids of the processes it has started (Linux)."""
-        path = f"/proc/{self.pid}/task/{self.pid}/children"
+        """Pids of the processes that its nursery has started (Linux)."""
+        return self._started_by(self.nursery())
+
+    def _started_by(self, pid):
+        path = f"/proc/{pid}/task/{pid}/children"
         return [int(pid) for pid in Path(path).read_text().split()]
 
     def signal(self, number):
@@ -393,8 +402,9 @@ TASKS = """
             raise KeyboardInterrupt
 
     @task(retries=1)
-    def kill_parent():
-        os.kill(os.getppid(), signal.SIGKILL)
+    def kill_worker():
+        with open(f"/proc/{os.getppid()}/stat") as f:
+            os.kill(int(f.read().rpartition(")")[2].split()[1]), signal.SIGKILL)
         time.sleep(30)
 
     @task(retries=2, retry_delay=0.05)
@@ -700,7 +710,9 @@ class Promises(Served):
                 self.assertEqual((failed.kind, failed.error_type), ("exception", name))
 
     def test_a_task_that_kills_its_worker_fails_in_the_end(self):
-        result = self.tasks.kill_parent.delay()
+        if not Path("/proc/self/stat").exists():
+            self.skipTest("needs /proc")
+        result = self.tasks.kill_worker.delay()
         for _ in range(2):
             self.assertEqual(self.worker("--concurrency", 1).wait(), -signal.SIGKILL)
         self.worker("--concurrency", 1)
@@ -1185,7 +1197,8 @@ class Promises(Served):
         worker = self.worker("--concurrency", 2)
         self.tasks.hold_on.delay()
         pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
-        pids += worker.children() if Path("/proc/self/task").exists() else []
+        if Path("/proc/self/task").exists():
+            pids += [worker.nursery(), *worker.children()]
         worker.kill()
 
         until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
@@ -1196,12 +1209,12 @@ class Promises(Served):
         fds = Path(f"/proc/{worker.pid}/fd")
         if not fds.exists():
             self.skipTest("needs /proc")
-        until(lambda: len(worker.children()) == 4)
+        until(lambda: len(worker.children()) == 3)
         before = len(list(fds.iterdir()))
         for result in [self.tasks.die.delay("exit") for _ in range(5)] + \
                 self.tasks.add.delay_many([(1, n) for n in range(1000)]):
             until(result.ready)
-        until(lambda: len(worker.children()) == 4)
+        until(lambda: len(worker.children()) == 3)
 
         self.assertEqual(len(list(fds.iterdir())), before)
 
@@ -6008,8 +6021,7 @@ class Processes(Case):
         real = pybgworker.spawn
         self.addCleanup(setattr, pybgworker, "spawn", real)
         pybgworker.spawn = refuse
-        spec = pybgworker.ChildSpec("m", "a", [], 1, 0, 0, 0, 0, {})
-        guardian = pybgworker.Guardian()
+        nursery = pybgworker.Nursery("tasks")
 
         def lowest_free():
             fd = os.dup(0)
@@ -6018,15 +6030,20 @@ class Processes(Case):
 
         before = lowest_free()
         for _ in range(3):
-            self.assertRaises(BlockingIOError, pybgworker.Member, spec, None, 0.0)
-            self.assertRaises(BlockingIOError, guardian.check)
-        guardian.stop()
+            self.assertRaises(BlockingIOError, nursery.start, 0.0)
+        nursery.spec = pybgworker.child_spec("tasks", "db", self.app.settings)
+        nursery.bear = refuse
+        for _ in range(3):
+            self.assertRaises(BlockingIOError, pybgworker.Member, nursery, nursery.spec,
+                              None, 0.0)
         self.assertEqual(lowest_free(), before)
 
         pybgworker.spawn = real                     # and one that cannot be watched
         selector = pybgworker.selectors.DefaultSelector()
         before = lowest_free()
-        member = pybgworker.Member(spec, None, 0.0)
+        nursery.bear = lambda *_: mock.Mock(end=lambda _: ended.append(1))
+        ended = []
+        member = pybgworker.Member(nursery, nursery.spec, None, 0.0)
         selector.register(member.pipe.fd, pybgworker.selectors.EVENT_READ)
 
         class Full:
@@ -6036,27 +6053,9 @@ class Processes(Case):
                 raise OSError(pybgworker.errno.ENOSPC, "no more")
 
         self.assertRaises(OSError, member.watch, Full())
-        self.assertFalse(is_alive(member.process.pid))
+        self.assertEqual(ended, [1])
         self.assertEqual(lowest_free(), before)
         selector.close()
-
-    def test_the_guardian_kills_the_groups_it_still_knows(self):
-        null = os.open(os.devnull, os.O_RDWR)
-        pids = [pybgworker.spawn(["sleep", "60"], [], null, null) for _ in range(3)]
-        os.close(null)
-        guardian = pybgworker.Guardian()
-        for pid in pids:
-            guardian.watch(pid)
-        guardian.release(pids[1])       # before it runs: one that replaces another
-        guardian.check()
-        guardian.release(pids[0])
-        guardian.stop()
-
-        until(lambda: pybgworker.poll_exit(pids[2]))
-        for pid in pids[:2]:
-            self.assertIsNone(pybgworker.poll_exit(pid))
-            pybgworker.kill_group(pid)
-            until(lambda pid=pid: pybgworker.poll_exit(pid))
 
 
 # == Wire =====================================================================
@@ -6638,7 +6637,7 @@ class Children(Served):
             "if os.environ.get('SEEN'): raise ValueError('only in children')\n"
             "os.environ['SEEN'] = '1'\n@task\ndef f(): pass\n"
         )
-        worker = self.worker(app="broken")
+        worker = self.worker("--start-method", "spawn", app="broken")
 
         self.assertEqual(worker.wait(), 1)
         text = "".join(worker.errors)
@@ -6702,7 +6701,7 @@ class Children(Served):
                 "@task(retries=0)\ndef goes(): return 'done'\n")
         path.write_text(both)
         worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 1,
-                             app="deployed")
+                             "--start-method", "spawn", app="deployed")
         worker.wait_for("worker_ready")
         path.write_text(both.partition("@task(retries=0)\ndef goes")[0])
         send = pybgworker.default_app.send
@@ -7090,11 +7089,11 @@ class Children(Served):
         (self.folder / "leaving.py").write_text(textwrap.dedent("""
             import atexit, os
             from pybgworker import task
-            buffered = open(f"buffered{os.getpid()}", "w")
+            buffered = open("buffered", "a")
 
             @task(name="leave", retries=0)
             def leave():
-                buffered.write("whole")
+                buffered.write("whole\\n")
                 atexit.register(lambda: open(f"atexit{os.getpid()}", "w").write("ran"))
                 return os.getpid()
             """))
@@ -7103,8 +7102,8 @@ class Children(Served):
         pids = [self.get(pybgworker.default_app.send("leave")) for _ in range(3)]
         self.assertEqual(worker.stop(), 0)
         self.assertGreater(len(set(pids)), 1)
+        self.assertEqual(self.lines("buffered"), ["whole"] * 3)
         for pid in set(pids):
-            self.assertEqual(self.lines(f"buffered{pid}")[0][:5], "whole")
             self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
 
     def test_a_stop_that_interrupts_a_run_lets_idle_children_end(self):
@@ -7145,6 +7144,164 @@ class Children(Served):
         self.assertEqual(lines[0], "Traceback (most recent call last):")
         self.assertIn("tasks.py", lines[1])
         self.assertNotIn("pybgworker.py", failed.traceback)
+
+
+# == Nursery ==================================================================
+
+
+class Nurseries(Served):
+
+    def app_with(self, code):
+        """An app `opening` that does this when it is imported."""
+        (self.folder / "opening.py").write_text(
+            "import os, random, socket, sqlite3, threading, time, uuid\n"
+            "from pybgworker import task\n"
+            "@task(name='pids', retries=0)\ndef pids():\n"
+            "    return [os.getpid(), os.getppid(), random.random(), uuid.uuid4().hex]\n"
+            "@task(name='sleep', retries=0)\ndef sleep(seconds): time.sleep(seconds)\n"
+            + textwrap.dedent(code))
+
+    def send(self, name, *args):
+        return pybgworker.default_app.send(name, *args, retries=0)
+
+    def test_a_child_is_forked_where_that_is_safe(self):
+        """Else the log, and inspect, say why not."""
+        if not Path("/proc/self/fd").exists():
+            self.skipTest("needs /proc")
+        server = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(server.close)
+        port = server.getsockname()[1]
+        for code, why in (
+            ("", None),
+            ("held = open('a.log', 'w'), open('/dev/null')", None),
+            ("thread = threading.Thread(target=print)\nthread.start()\nthread.join()", None),
+            ("gone = socket.socket()\ngone.close()", None),
+            (f"held = socket.create_connection(('127.0.0.1', {port}))",
+             f"opened a socket to 127.0.0.1:{port}"),
+            ("held = socket.socket()\nheld.bind(('127.0.0.1', 0))",
+             "opened a socket on 127.0.0.1:"),
+            ("held = os.pipe()", "opened a pipe"),
+            ("import select\nheld = select.epoll()", "opened an epoll object"),
+            ("held = sqlite3.connect('of_app')\nheld.execute('create table if not exists t (x)')",
+             f"opened the SQLite file {self.folder.resolve()}/of_app"),
+            ("threading.Thread(target=time.sleep, args=(60,), name='mine',"
+             " daemon=True).start()", "started the thread 'mine'"),
+        ):
+            with self.subTest(code):
+                self.app_with(code)
+                worker = self.worker("--concurrency", 1, app="opening")
+                said = worker.wait_for("worker_ready")["start_method"]
+                report, = pybgworker.inspect_report(
+                    self.store, pybgworker.now_ms(), 15)["workers"]
+                self.assertEqual(report["start_method"], said)
+                if why is None:
+                    self.assertEqual(said, "fork")
+                else:
+                    self.assertTrue(said.startswith(f"spawn, because the app {why}"), said)
+                    self.assertTrue(said.endswith(" while it was imported"), said)
+                self.assertEqual(self.get(self.send("pids"))[1], worker.nursery())
+                self.assertEqual(worker.stop(), 0)
+
+    def test_the_start_method_can_be_chosen(self):
+        self.app_with("")
+        (self.folder / "opening.py").open("a").write("open('imported', 'a').write('x\\n')\n")
+        for method, imports in (("fork", 1), ("spawn", 3)):
+            worker = self.worker("--concurrency", 1, PYBGWORKER_START_METHOD=method,
+                                 app="opening")
+            said = worker.wait_for("worker_ready")["start_method"]
+            self.assertEqual(said.partition(",")[0], method)
+            self.assertEqual(len(self.wait_lines("imported", imports)), imports)
+            self.assertEqual(worker.stop(), 0)
+            (self.folder / "imported").unlink()
+        refused = self.cli("run", "--app", "opening", PYBGWORKER_START_METHOD="thread")
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("must be auto, fork or spawn", refused.stderr)
+
+    def test_what_is_random_differs_in_each_forked_child(self):
+        self.app_with("random.seed(1)\n")
+        self.worker("--concurrency", 2, "--max-tasks-per-child", 1, app="opening")
+        found = [self.get(self.send("pids")) for _ in range(4)]
+        for values in zip(*[[pid, *rest] for pid, _, *rest in found]):
+            self.assertEqual(len(set(values)), 4)
+
+    def test_a_nursery_that_is_killed_or_stopped_is_replaced(self):
+        """With all that it had: its children, and what they have started."""
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        worker = self.worker("--concurrency", 1)
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            with self.subTest(number):
+                self.get(self.tasks.add.delay(1, 2))
+                held = self.tasks.hold_on.delay()
+                pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
+                old = worker.nursery()
+                pids += [old, *worker.children()]
+                os.kill(old, number)
+                if number == signal.SIGSTOP:        # is noticed when it has to do something
+                    os.kill(pids[0], signal.SIGKILL)
+                until(lambda: not any(map(is_alive, pids)), 5)
+                held.cancel()
+                self.assertEqual(self.get(self.tasks.add.delay(3, 4)), 7)
+                self.assertNotEqual(worker.nursery(), old)
+                errors = worker.all("child_error")
+                self.assertEqual(len([e for e in errors if "nursery" in e["error"]]), 1)
+                worker.events.clear()
+                (self.folder / "pids").unlink()
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_child_that_is_killed_is_replaced_within_a_moment(self):
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        worker = self.worker("--concurrency", 1)
+        worker.wait_for("worker_ready")
+        for _ in range(3):
+            self.tasks.hold_on.delay()
+            busy = int(self.wait_lines("pids")[0].split()[0])
+            until(lambda: len(worker.children()) == 2)
+            old = set(worker.children())
+            (self.folder / "pids").unlink()
+            began = time.monotonic()
+            os.kill(busy, signal.SIGKILL)
+            until(lambda: set(worker.children()) - old)
+            self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
+            self.assertLess(time.monotonic() - began, 0.9)
+
+    def test_an_import_that_hangs_ends_with_its_worker(self):
+        """Killed, or told to stop; and what it has started by then."""
+        self.app_with("open('here', 'w').write(f'{os.getpid()}\\n')\ntime.sleep(60)\n")
+        for end in ("kill", "stop"):
+            worker = self.worker(app="opening")
+            pid = int(self.wait_lines("here")[0])
+            until(lambda: is_alive(pid))
+            began = time.monotonic()
+            if end == "kill":
+                worker.process.kill()
+            else:
+                self.assertEqual(worker.stop(), 0)
+            until(lambda: not is_alive(pid), 2)
+            self.assertLess(time.monotonic() - began, 2)
+            (self.folder / "here").unlink()
+
+    def test_an_import_that_ends_the_process_is_told_in_one_message(self):
+        for code, words in (
+            ("os._exit(7)", "ended with exit code 7"),
+            ("os.kill(os.getpid(), 11)", "ended with SIGSEGV"),
+            ("raise SystemExit(3)", "SystemExit: 3"),
+        ):
+            with self.subTest(code):
+                self.app_with(code)
+                done = self.cli("run", "--app", "opening")
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn("cannot import --app opening:", done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertEqual(done.stderr.count("pybgworker: "), 1)
+
+    def test_an_import_that_prints_a_megabyte_does_not_wait_for_its_reader(self):
+        self.app_with("print('x' * 1_000_000)\nos.write(1, b'y' * 1_000_000)\n")
+        worker = self.worker("--concurrency", 1, app="opening")
+        self.assertTrue(self.get(self.send("pids")))
+        text = "".join(event["text"] for event in worker.all("output"))
+        self.assertTrue("x" * 1000 in text and "y" * 1000 in text)
 
 
 # == Load =====================================================================
@@ -7206,14 +7363,14 @@ class PoolCase(Served):
         pool = pybgworker.Pool(None, size, self.app.settings, mock.Mock(), mock.Mock(),
                                None, pybgworker.Kinds(**kinds))
         pool.crew.starts.end()               # no other is started
-        pool.crew._guardian = mock.Mock()
+        pool.crew.nursery = mock.Mock(failure=None, can_bear=False)
         return pool, self.add_member(pool, *runs)
 
     def add_member(self, pool, *runs):
         """Another child of this pool."""
         member = self.ready_member(*runs)
         end = pybgworker.Exit(None, "SIGKILL", 0)
-        member.process = mock.Mock(pid=4711, exit=end)
+        member.process = mock.Mock(pid=4711, exit=end, failure=None)
         for name in ("interrupt", "wait", "close", "mind_output", "read_output"):
             setattr(member, name, mock.Mock())
         member.read_stack = str
@@ -7668,16 +7825,16 @@ class Pools(PoolCase):
 
     def test_a_crash_while_no_spare_can_start_is_survived(self):
         """What was tried before the crash says nothing about now."""
-        crashed = mock.Mock(ready=True, done=3, waiting=[1])
+        crashed = mock.Mock(ready=True, done=3, waiting=[1], began=100.0)
         for tell in ("failed", "lacked"):
             starts = pybgworker.Starts(lambda *_, **more: None)
             for _ in range(6):
                 getattr(starts, tell)(100.0, "it dies")
             starts.ended(crashed, 100.5)
             self.assertEqual((starts.given_up, starts.next_start), ("", 100.5))
-        broken = mock.Mock(ready=False, is_retiring=False, **{"has_lacked.return_value": False,
+        broken = mock.Mock(ready=False, is_retiring=False, began=100.0, **{"has_lacked.return_value": False,
                                            "last_words.return_value": "it dies"})
-        retired = mock.Mock(ready=True, is_retiring=True, done=0, waiting=[],
+        retired = mock.Mock(ready=True, is_retiring=True, done=0, waiting=[], began=100.0,
                             **{"has_lacked.return_value": False})
         for _ in range(5):      # it grew while it was idle, and was to be replaced
             starts.ended(retired, 100.8)
@@ -7695,7 +7852,8 @@ class Pools(PoolCase):
             import pybgworker
             from pybgworker import task
 
-            if len(sys.argv) > 1:               # the worker: for its second child
+            if "SEEN" not in os.environ:        # the nursery: for its second child
+                os.environ["SEEN"] = "1"
                 real, started = pybgworker.spawn, []
 
                 def spawn(argv, *rest):
@@ -7720,7 +7878,7 @@ class Pools(PoolCase):
             def pid(): return os.getpid()
             """))
         send = pybgworker.default_app.send
-        worker = self.worker("--concurrency", 1, app="poor")
+        worker = self.worker("--concurrency", 1, "--start-method", "spawn", app="poor")
         self.assertTrue(self.get(send("pid", retries=0)))
         self.failure(send("crash", retries=0))
         worker.wait_for("child_error")
@@ -7744,13 +7902,14 @@ class Pools(PoolCase):
                 while not os.path.exists("go"):
                     time.sleep(0.01)
 
-            if len(sys.argv) == 1:              # a child
+            if "SEEN" in os.environ:            # a child
                 wait_for_the_other_service()
+            os.environ["SEEN"] = "1"
 
             @task(name="crash", retries=0)
             def crash(): os._exit(1)
             """))
-        worker = self.worker("--concurrency", 1, app="hanging",
+        worker = self.worker("--concurrency", 1, "--start-method", "spawn", app="hanging",
                              PYTHONPATH=f"{site}:{HERE}")
         said = worker.wait_for("child_error")
         self.assertIn("imports the app", said["error"])
@@ -7783,16 +7942,17 @@ class Pools(PoolCase):
             import os, sys, time
             from pybgworker import task
 
-            if len(sys.argv) == 1:              # a child
+            if "SEEN" in os.environ:            # a child
                 with open("begun", "a") as f:
                     f.write("x\\n")
                 while not os.path.exists("go"):
                     time.sleep(0.01)
+            os.environ["SEEN"] = "1"
 
             @task
             def t(): pass
         """))
-        worker = self.worker("--concurrency", 200, app="slow")
+        worker = self.worker("--concurrency", 200, "--start-method", "spawn", app="slow")
         few = (os.cpu_count() or 1) + 1
         self.wait_lines("begun", few)
         self.assertLessEqual(len(self.lines("begun")), 2 * few)
@@ -7864,11 +8024,8 @@ class Pools(PoolCase):
             import resource, sys
             from pybgworker import task
 
-            limit = resource.RLIM_INFINITY
-            if len(sys.argv) > 1:           # the worker, not a child
-                pages = int(open("/proc/self/statm").read().split()[0])
-                limit = pages * resource.getpagesize() + (120 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            # Not for the children: the worker is to lack memory.
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
             @task(name="big", retries=1, retry_delay=0)
             def big(n): return "x" * n
@@ -7878,31 +8035,15 @@ class Pools(PoolCase):
         """))
         big = self.app.send("big", 60_000_000, retries=1)
         small = [self.app.send("small") for _ in range(5)]
-        worker = self.worker("--concurrency", 1, app="small")
+        resource = pybgworker.resource
+        limit = 160 << 20, resource.RLIM_INFINITY
+        worker = self.worker("--concurrency", 1, app="small",
+                             before=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
         self.assertEqual([self.get(result) for result in small], [1] * 5)
         failed = self.failure(big)
         self.assertRegex(str(failed), "memory|MemoryError")
         self.assertLessEqual(big.attempt, 2)
         self.assertEqual(worker.stop(), 0)
-
-    def test_a_killed_guardian_is_replaced(self):
-        worker = self.worker("--concurrency", 1)
-        worker.wait_for("worker_ready")
-        if not Path("/proc/self/task").exists():
-            self.skipTest("needs /proc")
-
-        def guardians():
-            return {pid for pid in worker.children() if is_alive(pid)
-                    and b"groups.add" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-        old = guardians()
-        self.assertEqual(len(old), 1)
-        os.kill(*old, signal.SIGKILL)
-        until(lambda: guardians() - old)
-        self.tasks.hold_on.delay()
-        pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
-        worker.kill()
-        until(lambda: not any(map(is_alive, pids)), 1)
 
     def test_a_worker_on_a_file_that_is_no_database_ends_with_one_line(self):
         (self.folder / "garbage").write_text("garbage " * 1000)
@@ -7930,7 +8071,8 @@ class Pools(PoolCase):
         journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
         said = 0
         for _ in range(6000):
-            pool = pybgworker.Pool(None, 1, limits, journal.run, None)
+            nursery = mock.Mock(failure=None, can_bear=False)
+            pool = pybgworker.Pool(nursery, 1, limits, journal.run, None)
             pool.crew.starts.end()
             member = self.ready_member(self.run_of(7), log=journal.run)
             member.recall, member.crash = list, -1
@@ -8151,7 +8293,6 @@ class Pools(PoolCase):
                 self.assertEqual(bool(getattr(member, "_reason", "")), reason)
 
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
-        """And its group is not watched any more: its number may be another's soon."""
         for why, end in (
             (Verdict.CANCELLED, lambda pool, member: pool.enforce(9.0)),
             (Verdict.STUCK, lambda pool, member: pool.enforce(9.0)),
@@ -8169,7 +8310,6 @@ class Pools(PoolCase):
                 self.assertEqual([(end.run.id, end.kind, end.result)
                                   for end in pool._ended], [(1, "success", "1")])
                 self.assertEqual(pool.members, [])
-                pool.crew._guardian.release.assert_called_once_with(4711)
 
     def test_a_child_that_died_while_it_was_heard_is_not_listened_to_any_more(self):
         pool, member = self.pool_of(self.run_of(1))
@@ -10504,7 +10644,8 @@ class CommandLine(Served):
         (self.folder / "threaded.py").write_text(textwrap.dedent("""
             import atexit, os, sys, threading, time
             from pybgworker import task
-            if len(sys.argv) > 1:                   # the worker
+            if "SEEN" not in os.environ:            # the nursery
+                os.environ["SEEN"] = "1"
                 threading.Thread(target=time.sleep, args=(60,)).start()
                 atexit.register(lambda: open("handled", "w").write("whole"))
                 if os.environ.get("BROKEN"):
@@ -10982,8 +11123,8 @@ class CommandLine(Served):
         self.assertIn("PYBGWORKER_CONCURRENCY='1001': must be a whole", message)
         done = self.shell("ulimit -n 128; $P run --app tasks --concurrency 12")
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"\Apybgworker: concurrency=12: needs 129 descrip"
-                         r"tors, and this process may have 128, which is enough for 11: "
+        self.assertRegex(done.stderr, r"\Apybgworker: concurrency=12: needs 155 descrip"
+                         r"tors, and this process may have 128, which is enough for 8: "
                          r"see [^\n]*\n\Z")
         self.tasks.my_pid.delay()
         done = self.shell("ulimit -S -n 100; $P run --app tasks --concurrency 12 --burst")
@@ -12639,8 +12780,9 @@ class Torture(Served):
         def at_rest():
             """Descriptors, processes, bytes of memory."""
             until(all_done, 120)
-            until(lambda: len(worker.children()) == 4)      # 2, a warm one, the guardian
-            return (len(list(Path(f"/proc/{worker.pid}/fd").iterdir())),
+            until(lambda: len(worker.children()) == 3)      # 2, and a warm one
+            return (sum(len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                        for pid in (worker.pid, worker.nursery())),
                     len(worker.children()), pybgworker.memory_bytes(worker.pid))
 
         def load(count):
