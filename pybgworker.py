@@ -9502,7 +9502,7 @@ class Placement:
             is_idle = member.is_idle
             # A long one in a child that retires keeps its place, not its child's.
             working += not (is_idle or member.is_retiring)
-            if not member.able or self._left(member) <= 0:
+            if not member.able or self.left(member) <= 0:
                 continue
             if is_idle:
                 empty.append(member)
@@ -9536,14 +9536,14 @@ class Placement:
         """(a heap for Places, how many runs it has room for)."""
         heap, count = [], 0
         for number, (has, most, member) in enumerate(places):
-            room = min(most - has, self._left(member), _MOST_AT_ONCE)
+            room = min(most - has, self.left(member), _MOST_AT_ONCE)
             if room > 0:
                 heap.append([has, number, room, member])
                 count += room
         heapq.heapify(heap)
         return heap, count
 
-    def _left(self, member):
+    def left(self, member: Member) -> int:
         """How many runs it may be sent until it is replaced."""
         return self._most - member.done - len(member.waiting) - len(member.beside)
 
@@ -10080,6 +10080,9 @@ class Dispatch:
             if room > 0 and not member.is_taken \
                     and member.send_beside(run, is_coroutine, at, cell):
                 heapq.heapreplace(heap, [has + 1, number, room - 1, member])
+                if self.placement.left(member) <= 0:    # some of them may take long
+                    member.phase = Phase.RETIRING
+                    self.crew.fill(at)
                 self._changed(member, at)
                 return True
             heapq.heappop(heap)             # full, or it just died

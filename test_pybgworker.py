@@ -595,9 +595,11 @@ TASKS = """
 class Served(Case):
     """A folder with TASKS as its app."""
 
+    TASKS = None        # of a class, in place of those
+
     def setUp(self):
         super().setUp()
-        self.tasks = self.module(TASKS)
+        self.tasks = self.module(self.TASKS or TASKS)
         self.addCleanup(os.chdir, os.getcwd())
 
     def lines(self, name):
@@ -8670,6 +8672,317 @@ Served_TASKS_MORE = """
                 pass
 """
 TASKS += Served_TASKS_MORE
+
+
+NEIGHBOURS = """
+    import asyncio, ctypes, os, signal, sys, time
+    from pathlib import Path
+
+    def mark(name, text=""):
+        with open(name, "a") as f:
+            f.write(f"{text}\\n")
+
+    def crash():
+        sys.stdout.flush()
+        ctypes.string_at(0)
+
+    @task(retries=0)
+    async def wait(seconds, name="begun"):
+        mark(name, current_task().id)
+        await asyncio.sleep(seconds)
+        return current_task().attempt
+
+    @task(retries=0)
+    def block(seconds, name="begun"):
+        mark(name, current_task().id)
+        time.sleep(seconds)
+        return current_task().attempt
+
+    @task(retries=0)
+    async def wait_for(name):
+        mark("begun", os.getpid())
+        while not os.path.exists(name):
+            await asyncio.sleep(0.01)
+        return current_task().attempt
+
+    @task(retries=0)
+    def block_for(name):
+        mark("begun", os.getpid())
+        while not os.path.exists(name):
+            time.sleep(0.01)
+        return current_task().attempt
+
+    @task(retries=1, retry_delay=0)
+    async def crash_async(neighbours):
+        while len(Path("begun").read_text().split()) < neighbours:
+            await asyncio.sleep(0.01)
+        crash()
+
+    @task(retries=1, retry_delay=0)
+    def crash_sync(neighbours):
+        while len(Path("begun").read_text().split()) < neighbours:
+            time.sleep(0.01)
+        crash()
+
+    @task(retries=0)
+    async def deaf_async():
+        mark("deaf")
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+
+    @task(retries=0)
+    def deaf_sync():
+        mark("deaf")
+        while True:
+            try:
+                while True:
+                    time.sleep(0.01)
+            except BaseException:
+                pass
+
+    @task(retries=0)
+    async def hold_up(seconds):
+        mark("holds", os.getpid())
+        time.sleep(seconds)
+
+    @task(retries=0)
+    async def pid():
+        await asyncio.sleep(0.01)
+        return os.getpid()
+"""
+
+
+@unittest.skipUnless(pybgworker.CHILDREN_SERVE_MANY, "children serve one at a time")
+class Neighbours(Served):
+    """Many runs in one child, in its threads or on its event loop."""
+
+    TASKS = NEIGHBOURS
+    KINDS = {"coroutines": ("--coroutines", 100), "threads": ("--threads", 50)}
+
+    def each_kind(self):
+        """(kind, flags of a worker, its tasks that wait, wait for a file, crash, are deaf)
+        """
+        tasks = self.tasks
+        for kind, many in self.KINDS.items():
+            for name in ("begun", "deaf", "holds", "go"):
+                (self.folder / name).unlink(missing_ok=True)
+            own = (tasks.wait, tasks.wait_for, tasks.crash_async, tasks.deaf_async) \
+                if kind == "coroutines" else \
+                (tasks.block, tasks.block_for, tasks.crash_sync, tasks.deaf_sync)
+            with self.subTest(kind):
+                yield ("--concurrency", 1, *many), *own
+
+    def charged(self, result):
+        """Attempts that count."""
+        row = self.store.task(result.id)
+        return row.attempt - row.forgiven
+
+    def test_one_that_always_crashes_costs_its_neighbours_nothing(self):
+        """Though they may run only once; and itself it fails when its retries are used.
+        """
+        for flags, wait, _, crash, _ in self.each_kind():
+            first = wait.delay_many([(0.1,)] * 20)
+            culprit = crash.delay(30)
+            results = first + wait.delay_many([(0.1,)] * 19)
+            worker = self.worker(*flags)
+            failed = self.failure(culprit)
+            self.assertEqual((failed.kind, self.charged(culprit)), ("crash", 2))
+            for result in results:
+                self.get(result)
+            self.assertEqual({self.charged(result) for result in results}, {1})
+            said = worker.find("child_error")
+            self.assertGreater(said["runs"], 20)
+            self.assertIn("runs in flight: this signal ended the child", said["error"])
+            lost = {event["task_id"] for event in worker.all("task_lost")}
+            self.assertEqual(len(lost), said["runs"])
+            self.assertEqual(len(worker.all("child_error")), 1)     # of the first death
+            self.assertEqual(worker.stop(), 0)
+
+    def test_a_kill_for_one_time_limit_costs_the_neighbours_nothing(self):
+        for flags, _, wait_for, _, deaf in self.each_kind():
+            results = [wait_for.delay("go") for _ in range(5)]
+            worker = self.worker(*flags)
+            self.wait_lines("begun", 5)
+            culprit = deaf.options(timeout=0.3).delay()
+            failed = self.failure(culprit)
+            self.assertEqual((failed.kind, self.charged(culprit)), ("timeout", 1))
+            self.wait_lines("begun", 10)
+            again = self.lines("begun")[5:]
+            self.assertEqual(len(set(again)), 1)        # together, in another child
+            self.assertNotIn(again[0], self.lines("begun")[:5])
+            (self.folder / "go").touch()
+            self.assertEqual({self.get(result) for result in results}, {2})
+            self.assertEqual({self.charged(result) for result in results}, {1})
+            reasons = {event["reason"] for event in worker.all("task_lost")}
+            self.assertEqual(reasons, {pybgworker.LOST_WITH[True]})
+            self.assertEqual(worker.all("child_error"), [])
+            self.assertEqual(worker.stop(), 0)
+
+    def test_a_kill_for_one_cancellation_costs_the_neighbours_nothing(self):
+        for flags, _, wait_for, _, deaf in self.each_kind():
+            results = [wait_for.delay("go") for _ in range(5)]
+            worker = self.worker(*flags)
+            culprit = deaf.delay()
+            self.wait_lines("begun", 5)
+            self.wait_lines("deaf")
+            asked_at = time.monotonic()
+            culprit.cancel()
+            until(culprit.ready)
+            self.assertLess(time.monotonic() - asked_at, 5)
+            self.assertEqual(culprit.status, "cancelled")
+            (self.folder / "go").touch()
+            self.assertEqual({self.get(result) for result in results}, {2})
+            self.assertEqual({self.charged(result) for result in results}, {1})
+            self.assertEqual(worker.stop(), 0)
+
+    def test_a_limit_that_is_heeded_costs_no_child(self):
+        for flags, _, wait_for, *_ in self.each_kind():
+            neighbour = wait_for.delay("go")
+            worker = self.worker(*flags)
+            limited = [wait_for.options(timeout=0.2).delay("never") for _ in range(5)]
+            self.assertEqual({self.failure(result).kind for result in limited}, {"timeout"})
+            (self.folder / "go").touch()
+            self.assertEqual(self.get(neighbour), 1)
+            self.assertEqual(worker.all("task_lost"), [])
+            self.assertEqual(worker.stop(), 0)
+
+    def test_who_blocks_the_loop_is_named_and_charged_if_that_costs_a_child(self):
+        neighbour = self.tasks.wait_for.delay("go")
+        worker = self.worker("--concurrency", 1)
+        self.wait_lines("begun")
+        blocker = self.tasks.hold_up.delay(60)
+        said = worker.wait_for("loop_lagged")
+        self.assertEqual(said["task_id"], blocker.id)
+        self.assertIn("in hold_up", said["stack"])
+        self.assertGreaterEqual(said["seconds"], 1)
+        self.tasks.wait.delay(0)            # it is not kept from others by that
+        limited = self.tasks.wait_for.options(timeout=0.5).delay("never")
+        neighbour.cancel()
+        failed = self.failure(blocker)
+        self.assertIn("blocked the event loop", str(failed))
+        until(neighbour.ready)
+        self.assertEqual(neighbour.status, "cancelled")
+        self.assertEqual(self.failure(limited).kind, "timeout")
+        self.assertEqual(self.charged(blocker), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_what_the_loop_does_not_take_goes_to_another_child(self):
+        worker = self.worker("--concurrency", 2, "--coroutines", 3)
+        worker.wait_for("worker_ready")
+        self.tasks.hold_up.delay(20)
+        self.wait_lines("holds")
+        began = time.monotonic()
+        results = self.tasks.pid.delay_many([()] * 10)
+        pids = {self.get(result) for result in results}
+        self.assertLess(time.monotonic() - began, 8)
+        self.assertNotIn(int(self.lines("holds")[0]), pids)
+        self.assertEqual({result.attempt for result in results}, {1})
+
+    def test_no_kind_of_task_waits_for_the_places_of_another(self):
+        for flags, waits, others in (
+            (("--coroutines", 2), self.tasks.wait_for, self.tasks.block),
+            ((), self.tasks.block_for, self.tasks.wait),
+            (("--threads", 2), self.tasks.block_for, self.tasks.wait),
+        ):
+            for name in ("begun", "go"):
+                (self.folder / name).unlink(missing_ok=True)
+            worker = self.worker("--concurrency", 1, *flags)
+            held = waits.delay_many([("go",)] * 30)
+            self.wait_lines("begun", len(flags) or 1)
+            began = time.monotonic()
+            for result in others.delay_many([(0, "others")] * 20):
+                self.get(result)
+            with self.subTest(flags):
+                self.assertLess(time.monotonic() - began, 8)
+                self.assertLessEqual(len(self.lines("begun")), len(flags) or 1)
+            (self.folder / "go").touch()
+            for result in held:
+                self.get(result)
+            self.assertEqual(worker.stop(), 0)
+
+    def test_no_more_run_at_a_time_than_there_are_places(self):
+        for flags, wait, *_ in (
+            (("--concurrency", 2, "--coroutines", 3), self.tasks.wait),
+            (("--concurrency", 2, "--threads", 3), self.tasks.block),
+        ):
+            worker = self.worker(*flags)
+            results = wait.delay_many([(0.05,)] * 60)
+            for result in results:
+                self.get(result)
+            worker.stop()
+            most = now = 0
+            for event in worker.events:
+                now += (event["event"] == "task_start") - (event["event"] == "task_success")
+                most = max(most, now)
+            with self.subTest(flags):
+                self.assertLessEqual(most, 6)
+                self.assertGreater(most, 3)
+
+    def test_a_child_with_many_at_once_runs_no_more_than_it_may(self):
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 7)
+        results = self.tasks.pid.delay_many([()] * 50)
+        pids = collections.Counter(self.get(result) for result in results)
+        self.assertLessEqual(max(pids.values()), 7)
+        self.assertEqual({result.attempt for result in results}, {1})
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_long_one_does_not_keep_its_child_from_being_replaced(self):
+        """A child that may take no more waits for its runs; another works meanwhile."""
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 5)
+        long = self.tasks.wait_for.delay("go")
+        self.wait_lines("begun")
+        for result in self.tasks.pid.delay_many([()] * 20):
+            self.get(result)
+        self.assertEqual(long.status, "running")
+        (self.folder / "go").touch()
+        self.assertEqual(self.get(long), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_stop_waits_for_all_that_run(self):
+        for flags, wait, *_ in self.each_kind():
+            worker = self.worker(*flags)
+            results = wait.delay_many([(1.0,)] * 20)
+            self.wait_lines("begun", 20)
+            self.assertEqual(worker.stop(), 0)
+            self.assertEqual({result.status for result in results}, {"success"})
+            said = worker.find("worker_stopping")
+            self.assertEqual((said["running"], len(said["tasks"])), (20, 20))
+
+    def test_what_a_stop_does_not_wait_for_is_handed_back_as_it_was(self):
+        for flags, _, wait_for, *_ in self.each_kind():
+            worker = self.worker(*flags, "--shutdown-timeout", "0.2")
+            results = wait_for.delay_many([("go",)] * 20)
+            self.wait_lines("begun", 20)
+            self.assertEqual(worker.stop(), 0)
+            self.assertEqual(worker.find("worker_stop")["handed_back"], 20)
+            self.assertEqual({result.status for result in results}, {"queued"})
+            (self.folder / "go").touch()
+            self.worker(*flags, "--burst").wait()
+            self.assertEqual({self.get(result) for result in results}, {2})
+            self.assertEqual({self.charged(result) for result in results}, {1})
+
+    @unittest.skipUnless(Path("/proc/self/statm").exists(), "needs /proc")
+    def test_no_child_outlives_a_worker_that_was_killed_with_many_runs(self):
+        for flags, _, wait_for, *_ in self.each_kind():
+            worker = self.worker(*flags)
+            wait_for.delay_many([("go",)] * 10)
+            pids = {int(pid) for pid in self.wait_lines("begun", 10)}
+            worker.kill()
+            until(lambda pids=pids: not any(map(is_alive, pids)), 3)
+            self.sql("delete from bg_task")
+
+    def test_two_hundred_that_wait_take_little_longer_than_one(self):
+        """Also the first time; and they are read of, not only done, by then."""
+        worker = self.worker("--concurrency", 2)
+        self.get(self.tasks.wait.delay(0))
+        began = time.monotonic()
+        for result in self.tasks.wait.delay_many([(0.5,)] * 200):
+            self.get(result)
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertEqual(worker.stop(), 0)
 
 
 # == Liveness =================================================================
