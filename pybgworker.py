@@ -4874,15 +4874,21 @@ class Look:
             _TASK_ROW + " order by priority, place, id limit :most", {"most": most}
         )
         with contextlib.closing(rows):
-            merged = heapq.merge(alone.values(), rows, key=order_of) if alone else rows
-            for row in merged:
-                if alone and row[ROW_ID] in alone:
+            merged = heapq.merge([*alone.values()], rows, key=order_of)
+            for row in merged if alone else rows:
+                if alone and alone.pop(row[ROW_ID], None):
                     pick.offer_alone(row)
                 else:
                     passed += not offer(row)
-                if pick.is_full or passed == _PASS_ROWS:
+                if pick.is_full:
                     return False
-        return True
+                if passed == _PASS_ROWS:
+                    break
+            else:
+                return True
+        for row in alone.values():          # they are in none of the groups
+            pick.offer_alone(row)
+        return False
 
     def _alone_rows(self):
         """Those that need a child to themselves, by their ids, in order."""

@@ -5203,6 +5203,16 @@ class Claiming(QueueCase):
         runs = self.claim(free=9, alone=9)
         self.assertEqual([r.id for r in runs], [soon, middle, middle + 1, late])
 
+    def test_one_that_is_to_be_alone_is_found_behind_any_number(self):
+        """Of what cannot be taken, be it before it or behind it; in groups, too."""
+        for priority, queues in itertools.product((0, 9), (None, ("default", "a", "q7"))):
+            self.sql("delete from bg_task")
+            self.fill(2000, "'q' || i", "'unknown'")
+            mine, others = self.alone(priority=priority), self.enqueue("u", "a", count=2)
+            with self.subTest(priority=priority, queues=queues):
+                taken = self.looks(free=3, alone=1, queues=queues)
+                self.assertEqual(sorted(sum(taken, [])), [mine, others, others + 1])
+
     def test_each_that_begins_may_take_the_last_child_with_nothing_to_do(self):
         self.enqueue(priority=1)
         self.alone()
