@@ -908,7 +908,7 @@ def rate_next_at(tat: float, now: int, rate: float) -> int:
 # What waits in a pipe begins a little after its tokens were spent.  So they are spent
 # as of the latest moment at which it may begin: then the starts themselves keep to
 # the rate in every second, not only the claims.  It costs nothing while the limit is
-# in use, and this part of the burst after a pause.
+# in use, and as much of the burst that follows on a pause.
 LATE_START_MS = 100
 _AHEAD_RATE = 20            # starts a second: what allows fewer never waits in a pipe
 
@@ -929,7 +929,6 @@ class _RateMeter:
     def spend(self, is_ahead):
         if is_ahead and self.tat < self._now + LATE_START_MS:
             self.tat = float(self._now + LATE_START_MS)
-            self.left = rate_tokens(self.tat, self._now, self.rate)
         self.tat += self.token
         self.left -= 1
         self.is_spent = True

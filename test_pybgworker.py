@@ -1601,27 +1601,39 @@ class RetryAndRate(unittest.TestCase):
                 window = [s for s in starts[i:] if s < at + 1000]
                 self.assertLessEqual(len(window), rate + max(1, rate) + 1e-9)
 
+    def starts_of(self, rate, looks):
+        """When runs start, sorted; looks are (now, wanted, None or ms they are late)."""
+        starts, tats = [], {}
+        for now, wanted, late in looks:
+            limits = pybgworker.Limits({"t": rate}, {}, lambda limit: tats.get(limit, 0),
+                                       None, now)
+            while wanted and limits.opens_at("t") is None:
+                limits.spend("t", late is not None)
+                starts.append(now + (late or 0))
+                wanted -= 1
+            tats.update(limits.spent())
+        return sorted(starts)
+
     def test_what_waits_in_a_pipe_keeps_to_the_rate_by_when_it_starts(self):
         """However late it begins within its time; mixed with what begins at once."""
-        for seed, rate in itertools.product(range(4), (20, 33, 250)):
-            chance, now, starts, tats = random.Random(seed), 1_800_000_000_000, [], {}
-            for _ in range(400):
-                now += chance.choice((0, 1, 3, 20, 50, 400, 1500))
-                limits = pybgworker.Limits({"t": rate}, {}, lambda limit: tats.get(limit, 0),
-                                           None, now)
-                for _ in range(chance.choice((1, 5, rate))):
-                    if limits.opens_at("t") is None:
-                        is_ahead = chance.random() < 0.5
-                        limits.spend("t", is_ahead)
-                        late = chance.choice((0, 50, pybgworker.LATE_START_MS))
-                        starts.append(now + late * is_ahead)
-                tats.update(limits.spent())
-            starts.sort()
-            with self.subTest(rate=rate, seed=seed):
-                for i in range(len(starts)):
-                    within = bisect.bisect_left(starts, starts[i] + 1000) - i
-                    self.assertLessEqual(within, 2 * rate)
-                self.assertGreater(len(starts), 500)
+        latest, now = pybgworker.LATE_START_MS, self.NOW
+        for rate in (20, 33, 250):
+            late = [(now, math.ceil(rate / 10), latest)]    # then as much as there may be
+            programs = [late + [(now + latest + ms, rate, None) for ms in range(0, 1200, 4)]]
+            for seed in range(4):
+                chance, at, program = random.Random(seed), now, []
+                for _ in range(150):
+                    at += chance.choice((0, 1, 3, 20, 50, 400, 1500))
+                    program.append((at, chance.choice((1, 5, rate)),
+                                    chance.choice((None, 0, 50, latest))))
+                programs.append(program)
+            for program in programs:
+                starts = self.starts_of(rate, program)
+                most = max(bisect.bisect_left(starts, at + 1000) - i
+                           for i, at in enumerate(starts))
+                with self.subTest(rate=rate, program=str(program)[:80]):
+                    self.assertLessEqual(most, 2 * rate)
+                    self.assertGreater(most, 1.8 * rate, "it is in use")
 
     def test_only_what_may_start_often_may_wait_in_a_pipe(self):
         for name, may in (("slow", False), ("fast", True), ("free", True)):
