@@ -4645,7 +4645,7 @@ ROW_ID, ROW_NAME, ROW_QUEUE, ROW_PRIORITY, ROW_PLACE, ROW_PAUSED = \
 
 
 def order_of(row):
-    """Where a row of _TASK_ROW stands in the order of claims."""
+    """Where a row stands in the order of claims."""
     return row[ROW_PRIORITY], row[ROW_PLACE], row[ROW_ID]
 
 
@@ -4799,7 +4799,7 @@ class Pick:
 _PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _PASS_ROWS = 32             # rows that a look passes over, in the order of claims
 _SEEK_STEPS = 128           # … and then goes so far from group to group
-_PASS_ALONE = 1000          # … of those that need a child to themselves: there are few
+_PASS_ALONE = 100           # … of those that need a child to themselves: there are few
 _LEAPS = 8                  # paused queues that one of these steps leaps over
 _ANY_ROW = f"""
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
