@@ -7090,6 +7090,11 @@ class Begun:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             undo.pop_all()
 
+    @property
+    def is_kept(self) -> bool:
+        """True when the runs that wait in a pipe are no loss should we be killed."""
+        return self.fd >= 0
+
     def give(self, run: Run) -> int | None:
         """Its cell, or NO_CELL.  None: all are given, so it cannot be sent now."""
         if self.fd < 0:
@@ -9341,7 +9346,7 @@ _AHEAD_SECONDS = 0.05       # … and behind no more work than this
 _SHORT_SECONDS = 1.0        # what takes longer does not wait, nor is it waited for
 _SPARE_SECONDS = 0.005      # what waits longer goes to a child that is idle
 _MOST_AT_ONCE = 128         # frames to one child's threads, or loop, in one turn
-_MOST_CELLS = 1 << 20       # of Begun, in 16 MB: what has none waits for one
+_MOST_CELLS = 1 << 20       # of Begun, in 8 MB: what has none waits for one
 
 
 class Durations:
@@ -11428,7 +11433,7 @@ class Lookout:
         self._version: tuple = ()       # of the data, at the last look
 
     def order(self, worker: int, room: Room, unknown: set[str],
-              short_names: set[str]) -> ClaimOrder | None:
+              short_names: set[str], proves_begun: bool = False) -> ClaimOrder | None:
         """What could be claimed now; None without room.
 
         More room than a turn ago is worth a look: the last one may have found what
@@ -11446,7 +11451,7 @@ class Lookout:
         return ClaimOrder(
             worker, self._queues, names, room.free, room.ahead, short_names,
             self._rates, self._callbacks, room.beside, self._is_async, room.alone,
-            self._most_running)
+            self._most_running, proves_begun)
 
     def look(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed | None]:
         """(a claim is worth the lock, what was seen); None: no need to look."""
@@ -12023,7 +12028,7 @@ class Worker:
         pool, unknown = self.pool, self.pool.crew.unknown
         return self.lookout.order(
             self.liveness.id, pool.room(places), unknown,
-            pool.durations.short_names,
+            pool.durations.short_names, self.liveness.begun.is_kept,
         )
 
     def _wants(self, order, now):

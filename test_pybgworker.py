@@ -376,6 +376,18 @@ TASKS = """
         return n
 
     @task(retries=0)
+    def risky():
+        mark("risky", f"{current_task().id} {current_task().attempt}")
+
+    @task(retries=0)
+    def leave_a_daemon():
+        if os.fork() == 0:
+            os.setsid()
+            mark("daemon", os.getpid())
+            time.sleep(60)
+            os._exit(0)
+
+    @task(retries=0)
     def nap(seconds, name="nap"):
         mark(name, os.getpid())
         time.sleep(seconds)
@@ -745,6 +757,29 @@ class Promises(Served):
 
         self.assertEqual((failed.kind, failed.error_type), ("timeout", "TaskTimeout"))
         self.assertEqual(len(self.lines("cleaned")), 1)
+
+    def test_a_killed_worker_costs_no_task_a_run_that_had_not_begun(self):
+        """Though up to 128 wait in the pipe of a child, and what it forked lives on."""
+        first = self.worker("--concurrency", 1)
+        other = self.worker("--concurrency", 1, "--queues", "other")
+        self.get(self.tasks.leave_a_daemon.delay())
+        self.addCleanup(os.kill, int(self.wait_lines("daemon")[0]), signal.SIGKILL)
+        other.wait_for("worker_ready")
+        self.tasks.risky.delay_many([()] * 3000)
+        self.wait_lines("risky")
+        first.kill()
+
+        until(lambda: not self.sql("select 1 from bg_task where state = 3"), 2.5)
+        rows = self.sql("select id, state, attempt from bg_task where name like '%.risky'")
+        begun = {int(line.split()[0]) for line in self.lines("risky")}
+        failed = {number for number, state, _ in rows if state == 5}
+        self.assertLessEqual(len(failed - begun), 1)    # it was about to write its line
+        self.assertEqual({attempt for _, state, attempt in rows if state == 2}, {0})
+        until(lambda: len(other.all("task_lost")) == len(failed), 5)
+        self.worker("--concurrency", 2, "--burst").wait()
+        starts = self.lines("risky")
+        self.assertEqual(len(starts), len(set(starts)))
+        self.assertLessEqual(3000 - len(starts), 1)
 
     def test_c_code_that_never_returns_is_killed_with_its_group(self):
         self.worker("--concurrency", 1)
@@ -10203,13 +10238,16 @@ class Households(unittest.TestCase):
             self.assertEqual(over.mock_calls, calls)
 
     def test_the_runs_of_the_dead_are_news(self):
+        """Also those that had not begun; but of these nothing is said."""
         lost = pybgworker.LostRun(1, "t", 1, 2, "w")
-        for found, is_behind, pause in (([], False, None), ([lost], True, 0.05)):
+        for found, is_behind, pause in (([], False, None), ([lost], True, 0.05),
+                                        ([lost._replace(begun=False)], True, 0.05)):
             house = self.household(**{"reap_dead.return_value": found,
                                       "is_behind": is_behind})
             self.assertEqual(house._reap(7), pause)
             self.assertEqual(house._lookout.news, bool(found))
-            self.assertEqual(house._journal.lost.call_count, len(found))
+            self.assertEqual(house._journal.lost.mock_calls,
+                             [mock.call(lost)] if found == [lost] else [])
 
     def test_only_what_is_punctual_is_worth_waking_for(self):
         house = self.household()
@@ -10476,6 +10514,14 @@ class Workers(Served):
         worker.liveness.forsake()
         begun = pybgworker.read_begun(self.store.path, worker.liveness.id)
         self.assertEqual(begun, (False, None) if cells >= 0 else (True, None))
+
+    def test_what_may_run_once_waits_in_pipes_only_where_cells_say_what_had_begun(self):
+        for place in ("ext4", "nfs"):
+            with mock.patch.object(pybgworker, "file_system", lambda _: place):  # noqa: B023
+                worker = self.started()
+            self.turn_until(worker, lambda: worker.is_ready)            # noqa: B023
+            order = worker._order(worker.pool.balance(time.monotonic()))
+            self.assertEqual(order.proves_begun, place == "ext4")
 
     def wait_for_start(self, worker):
         self.turn_until(worker, lambda: self.lines("nap"))
@@ -10860,6 +10906,7 @@ class Workers(Served):
                     self.assertRaises(MemoryError):
                 worker.run()
             self.assertEqual((result.status, result.attempt), ("running", starts))
+            self.assertEqual(list(self.folder.glob("queue.db-begun-*")), [])
         worker = self.started()
         self.turn_until(worker, result.ready)
         self.assertEqual(result.error.kind, "lost")
@@ -12849,6 +12896,15 @@ class Torture(Served):
     @task(retries=1, retry_delay=0)
     def broken():
         raise ValueError("always")
+
+    @task(retries=0)
+    def unrepeated(k):
+        t = current_task()
+        fd = os.open("starts", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, f"{t.id} {t.attempt}\\n".encode())
+        os.close(fd)
+        if k % 40 == 0:
+            time.sleep(0.01)        # the others wait in the pipe
 """)
 
     def producer(self, seed):
@@ -12956,6 +13012,66 @@ class Torture(Served):
             self.assertEqual(self.sql(
                 "select count(*) from bg_payload where id / 8 not in "
                 "(select id from bg_task)"), [(0,)])
+
+    def descendants(self, pid):
+        """Pids of all that a process has started, and of what those have."""
+        found = []
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            for child in map(int, text.split()):
+                found += [child, *self.descendants(child)]
+        return found
+
+    def shoot(self, chance, worker):
+        """Kill a worker, or one that it has started, or both."""
+        family = self.descendants(worker.pid)
+        if chance.random() < 0.3 and family:        # the others outlive it for longer
+            with contextlib.suppress(OSError):
+                os.kill(chance.choice(family), signal.SIGSTOP)
+        if chance.random() < 0.3 and family:
+            with contextlib.suppress(OSError):
+                os.kill(chance.choice(family), 9)
+        if chance.random() < 0.8:
+            worker.kill()
+
+    def test_no_task_that_may_run_once_is_lost_before_it_has_begun(self):
+        """Whoever is killed, and whenever: with 200 that wait in pipes."""
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        seed = int(os.environ.get("PYBGWORKER_SEED", random.randrange(10**6)))
+        chance, end = random.Random(seed), time.monotonic() + TORTURE
+        workers = [self.worker("--concurrency", 2) for _ in range(2)]
+        shots = 0
+        with self.subTest(f"PYBGWORKER_SEED={seed}"):
+            while shots < 8 or time.monotonic() < end:
+                before = len(self.lines("starts"))
+                self.tasks.unrepeated.delay_many([(k,) for k in range(1500)])
+                until(lambda: len(self.lines("starts")) > before, 30)   # noqa: B023
+                time.sleep(chance.uniform(0, 0.1))
+                place = shots % 2
+                self.shoot(chance, workers[place])
+                if workers[place].process.poll() is not None:
+                    workers[place] = self.worker("--concurrency", 2)
+                shots += 1
+            for worker in workers:
+                worker.kill()
+            worker = self.worker("--concurrency", 2, "--burst")
+            self.assertEqual(worker.wait(300), 0, worker.said())
+
+            starts = self.lines("starts")
+            self.assertEqual(len(starts), len(set(starts)))                 # I3
+            begun = {int(line.split()[0]) for line in starts}
+            rows = dict(self.sql("select id, state from bg_task where name = 'tasks.unrepeated'"))
+            self.assertEqual(set(rows.values()) - {4, 5}, set())
+            failed = {number for number, state in rows.items() if state == 5}
+            self.assertEqual({n for n, state in rows.items() if state == 4} - begun, set())
+            # Each child that died may have been about to write its line: two that
+            # work, and one in the place of one of them.
+            self.assertLessEqual(len(failed - begun), 3 * shots)
+            self.assertEqual(self.sql(
+                "select distinct attempt - forgiven from bg_task "
+                "where name = 'tasks.unrepeated'"), [(1,)])
+            self.assertEqual(list(self.folder.glob("queue.db-begun-*")), [])
 
     def copied(self):
         """Database and log, as another process finds them now."""
