@@ -12933,7 +12933,7 @@ class Torture(Served):
                 time.sleep(chance.uniform(0.02, 0.3))
                 workers[place].signal(signal.SIGCONT)
             else:
-                with contextlib.suppress(OSError, IndexError):
+                with contextlib.suppress(OSError, IndexError, ValueError):
                     os.kill(chance.choice(workers[place].children()), 9)
         for process in producers:
             process.kill()
