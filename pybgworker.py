@@ -3755,8 +3755,9 @@ create table bg_meta (
 _SCHEMA_2 = (
     """alter table bg_task add column
     alone       integer not null default 0  -- 1: its last run died among others, so
-                                      -- that the next has a child to itself
-        check (alone in (0, 1))""",
+                                      -- that the next has a child to itself.  No
+                                      -- check: it would read the whole table here
+    """,
     """alter table bg_worker add column
     start_method text not null default ''  -- of its children, and why; '' unknown
         check (typeof(start_method) = 'text')""",
@@ -3769,7 +3770,7 @@ _SCHEMA_2 = (
     f"""create index bg_group on bg_task (queue, name, priority, place)
         where state = {QUEUED} and alone = 0""",
     f"""create index bg_alone on bg_task (priority, place)
-        where state = {QUEUED} and alone = 1""",
+        where state = {QUEUED} and alone <> 0""",
     # With the name: how many run of one is counted with a seek for each worker.
     """drop index bg_running""",
     f"""create index bg_running on bg_task (worker, name) where state = {RUNNING}""",
@@ -4806,7 +4807,7 @@ _ANY_ROW = f"""
         priority, place,
         exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
     from bg_task where state = {QUEUED}"""
-_TASK_ROW, _ALONE_ROW = _ANY_ROW + " and alone = 0", _ANY_ROW + " and alone = 1"
+_TASK_ROW, _ALONE_ROW = _ANY_ROW + " and alone = 0", _ANY_ROW + " and alone <> 0"
 
 
 class Look:
@@ -5021,7 +5022,7 @@ def _standing(connection, worker):
         f"""select exists (select 1 from bg_worker where id = :worker),
                 (select run_at from bg_task where state < {QUEUED}
                     order by run_at limit 1),
-                exists (select 1 from bg_task where state = {QUEUED} and alone = 1)""",
+                exists (select 1 from bg_task where state = {QUEUED} and alone <> 0)""",
         {"worker": worker},
     ).fetchone()
 
@@ -5624,7 +5625,7 @@ class Desk(Records):
                         where state = {QUEUED} and alone = 0
                     union all
                     select id, queue, name from bg_task
-                        where state = {QUEUED} and alone = 1)
+                        where state = {QUEUED} and alone <> 0)
                 where (:queue is null or queue = :queue)
                     and (:name is null or name = :name)""",
             {"queue": queue, "name": name}, end,

@@ -5247,6 +5247,14 @@ class Claiming(QueueCase):
         self.sql("update bg_task set alone = 1 where id = ?", task_id)
         return task_id
 
+    def test_a_mark_that_no_program_makes_loses_no_task(self):
+        self.enqueue(count=2)
+        self.sql("update bg_task set alone = id * 7 - 8")       # by hand
+        self.assertEqual([run.id for run in self.claim(alone=5)], [1, 2])
+        self.turn(unbegun=self.claimed.runs)
+        self.assertEqual(self.sql("select alone from bg_task"), [(1,), (1,)])
+        self.assertEqual(self.store.purge("default", None, self.now), 2)
+
     def test_who_needs_a_child_to_itself_delays_nobody_and_gets_one(self):
         first = self.alone()
         other = self.enqueue(count=3)
@@ -10174,10 +10182,12 @@ class Lookouts(unittest.TestCase):
         self.assertEqual((self.lookout.is_done(1000), self.lookout.seconds(1000)),
                          (True, 1.5))
         self.assertFalse(self.lookout.is_done(2500))
-        self.see(next_at=9000, u=9000)
-        self.lookout.news = True
-        self.look()
-        self.assertFalse(self.lookout.is_done(1000))
+        for until, seconds in ((9000, 8), (math.inf, math.inf)):    # a rate, a run
+            self.see(next_at=None if until == math.inf else until, u=until)
+            self.lookout.news = True
+            self.look()
+            self.assertEqual((self.lookout.is_done(1000), self.lookout.seconds(1000)),
+                             (False, seconds))
 
     def test_an_order_says_what_is_known_and_which_limits_there_are(self):
         order = self.lookout.order(7, pybgworker.Room(2, 3), {"t"}, {"u"})
@@ -10980,7 +10990,7 @@ class Workers(Served):
         journal, said = pybgworker.Journal(Log(-1), "w"), []
         journal.say = lambda event, **about: said.append((event, about["name"]))
         for limited, now, count in (
-            ({"t": 2000}, 1000, 1), ({"t": 2000}, 1500, 1), ({"t": 3000}, 1900, 1),
+            ({"t": math.inf}, 900, 0), ({"t": 2000}, 1000, 1), ({"t": 2000}, 1500, 1), ({"t": 3000}, 1900, 1),
             ({"t": 4000}, 2100, 1), ({"t": 5000, "u": 5000}, 3500, 2), ({}, 5000, 2),
             ({"t": 9000}, 6000, 3),
         ):
