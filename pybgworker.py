@@ -10338,6 +10338,9 @@ class Pool(Dispatch):
         """A child is dead: settle its runs, free its sockets, start another."""
         if member not in self.members:
             return
+        if member.process.is_orphan:        # so are all that its nursery had
+            self.lose([m for m in self.members if m.process.is_orphan], at)
+            return
         self._recall(member)
         member.read_output()
         self.crew.starts.ended(member, at)
@@ -10351,7 +10354,6 @@ class Pool(Dispatch):
         Charged is a run that was the only one in flight in all of them, or that has
         brought its child down before; the others are given back.
         """
-        members = [member for member in members if member in self.members]
         for member in members:
             self._hear_last(member, at)
             self._recall(member)
@@ -10359,6 +10361,7 @@ class Pool(Dispatch):
         self._charge(members, at)
         for member in members:
             self._remove(member)
+        self.crew.fill(at)
 
     def _charge(self, members, at):
         """End, or give back, what was in flight in these dead children."""

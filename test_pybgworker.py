@@ -7457,7 +7457,7 @@ class PoolCase(Served):
         """Another child of this pool."""
         member = self.ready_member(*runs)
         end = pybgworker.Exit(None, "SIGKILL", 0)
-        member.process = mock.Mock(pid=4711, exit=end, failure=None)
+        member.process = mock.Mock(pid=4711, exit=end, is_orphan=False, failure=None)
         for name in ("interrupt", "wait", "close", "mind_output", "read_output"):
             setattr(member, name, mock.Mock())
         member.read_stack = str
@@ -7769,6 +7769,23 @@ class Deaths(PoolCase):
         said = [call.kwargs for call in pool._log.call_args_list
                 if call.args[0] == "child_error"]
         self.assertEqual([about["runs"] for about in said], [2])
+
+    @unittest.skipUnless(Path("/proc/self/task").exists(), "needs /proc")
+    def test_the_end_of_a_nursery_costs_no_run_that_was_one_of_many(self):
+        """Each was in a child of its own, and may run only once."""
+        worker = self.worker("--concurrency", 2)
+        results = [self.tasks.nap.delay(1.5, f"n{i}") for i in range(2)]
+        for i in range(2):
+            self.wait_lines(f"n{i}")
+        os.kill(worker.nursery(), signal.SIGKILL)
+        self.assertEqual([self.get(result) for result in results], ["slept"] * 2)
+        for result in results:
+            row = self.store.task(result.id)
+            self.assertEqual((row.attempt, row.forgiven), (2, 1))
+        said = [event for event in worker.all("child_error") if "runs" in event]
+        self.assertEqual([event["runs"] for event in said], [2])
+        self.assertEqual(len(worker.all("task_lost")), 2)
+        self.assertEqual(worker.stop(), 0)
 
     def test_one_line_says_a_death_and_one_each_what_it_costs(self):
         pool, member = self.pool_of(coroutines=9, is_async={"t"})
