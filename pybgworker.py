@@ -10335,32 +10335,26 @@ class Pool(Dispatch):
                 self._bury(member, at)
 
     def _bury(self, member, at):
-        """A child is dead: settle its runs, free its sockets, start another."""
+        """A child is dead: settle its runs, free its sockets, start another.
+
+        With its nursery all have died that it had, of one cause that is not known.
+        """
         if member not in self.members:
             return
-        if member.process.is_orphan:        # so are all that its nursery had
-            self.lose([m for m in self.members if m.process.is_orphan], at)
-            return
-        self._recall(member)
-        member.read_output()
-        self.crew.starts.ended(member, at)
-        self._charge([member], at)
-        self._remove(member)
-        self.crew.fill(at)
-
-    def lose(self, members: Sequence[Member], at: float) -> None:
-        """All these children have died together, of one cause that is not known.
-
-        Charged is a run that was the only one in flight in all of them, or that has
-        brought its child down before; the others are given back.
-        """
-        for member in members:
-            self._hear_last(member, at)
-            self._recall(member)
-            member.read_output()
-        self._charge(members, at)
-        for member in members:
-            self._remove(member)
+        dead, is_orphan = [member], member.process.is_orphan
+        if is_orphan:
+            dead += [m for m in self.members if m.process.is_orphan and m is not member]
+        for each in dead:
+            if each is not member:
+                self._hear_last(each, at)
+            self._recall(each)
+            each.read_output()
+        if not is_orphan:
+            self.crew.starts.ended(member, at)
+        self._charge(dead, at)
+        for each in dead:
+            self.crew.remove(each)
+            self._due.pop(each, None)
         self.crew.fill(at)
 
     def _charge(self, members, at):
@@ -10379,10 +10373,6 @@ class Pool(Dispatch):
             run.alone |= not blame.is_known
             self._log("task_lost", run, reason=LOST_WITH[blame.is_known])
         self._forgiven += blame.forgiven
-
-    def _remove(self, member):
-        self.crew.remove(member)
-        self._due.pop(member, None)
 
     def cancel(self, run_id: int, at: float) -> None:
         """End a run: an exception in the task, then, after a grace, a kill."""
@@ -10420,7 +10410,8 @@ class Pool(Dispatch):
         for member in [m for m in self.members if idle or not (m.is_idle and m.able)]:
             self._hear_last(member, at)
             runs += member.runs()
-            self._remove(member)
+            self.crew.remove(member)
+            self._due.pop(member, None)
         return runs
 
 

@@ -7755,12 +7755,16 @@ class Deaths(PoolCase):
     def test_children_that_die_together_cost_nobody_a_run_at_first(self):
         """And the one that has brought its child down before, is charged."""
         pool, first = self.pool_of(self.run_of(1), size=3)
-        second, third = self.add_member(pool, self.run_of(2)), self.add_member(pool)
+        self.add_member(pool, self.run_of(2))
+        third = self.add_member(pool)
         first.wire._buffer += self.answer(first.waiting[0])
         alone = self.run_of(3)
         alone.alone = True
         self.begin_beside(third, alone)
-        pool.lose([first, second, third], 9.0)
+        for member in pool.members:
+            member.process.is_orphan = True
+        first.wire.read = lambda: False
+        pool._hear(first, 9.0)
         ended, forgiven, _ = pool.collect()
         self.assertEqual([(end.run.id, end.kind) for end in ended],
                          [(1, "success"), (3, "crash")])
