@@ -6802,6 +6802,10 @@ class ChildSpec(NamedTuple):
     coroutines: int = 0         # async tasks at a time; 0: no frames come for them
 
 
+# What a ChildSpec has of descriptors; -1 for one that there is not.
+CHILD_ENDS = ("frames", "beside", "messages", "crash", "output", "begun")
+
+
 class ChildEnd:
     """The child's end of the connection to its worker: frames in, messages out."""
 
@@ -8058,8 +8062,9 @@ class Child:
             before=self.interrupts.before_fork, after_in_child=self._in_fork,
             after_in_parent=self.interrupts.after_fork,
         )
-        for fd in (spec.frames, spec.messages, spec.crash, spec.output):
-            os.set_inheritable(fd, False)
+        for name in CHILD_ENDS:
+            with contextlib.suppress(OSError):      # there is none, or it is closed
+                os.set_inheritable(getattr(spec, name), False)
         self.stage.printer.speak_by(self.runs.say)
 
     def _import(self):
@@ -8142,8 +8147,6 @@ class Child:
 # can send a signal to it, or to its group, and never hit a stranger.
 
 _REQUEST_BYTES = 1 << 16
-# What a ChildSpec has of descriptors, by name: each is sent with the request.
-CHILD_ENDS = ("frames", "beside", "messages", "crash", "output", "begun")
 START_CODE = (
     "import importlib, json, sys; name, spec = json.loads(sys.argv.pop()); "
     "sys.path[:] = spec[2]; "
@@ -8263,7 +8266,7 @@ class _Nursery:
 
     def _start_anew(self, module):
         """The app uses this file by another name: be that."""
-        spec = self._spec._replace(module=module)
+        spec = self._spec._replace(module=module, path=sys.path)
         for fd in spec[4:]:
             os.set_inheritable(fd, True)
         os.execv(sys.executable, start_argv("run_nursery", spec))

@@ -235,7 +235,8 @@ class RealWorker:
 
     def children(self):
         """Pids of the processes that its nursery has started (Linux)."""
-        return self._started_by(self.nursery())
+        return [pid for nursery in self._started_by(self.pid)
+                for pid in self._started_by(nursery)]
 
     def _started_by(self, pid):
         path = f"/proc/{pid}/task/{pid}/children"
@@ -417,6 +418,11 @@ TASKS = """
     def kill_worker():
         with open(f"/proc/{os.getppid()}/stat") as f:
             os.kill(int(f.read().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        time.sleep(30)
+
+    @task(retries=1, retry_delay=0.01)
+    def kill_nursery():
+        os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(30)
 
     @task(retries=2, retry_delay=0.05)
@@ -7336,6 +7342,24 @@ class Nurseries(Served):
                 (self.folder / "pids").unlink()
         self.assertEqual(worker.stop(), 0)
 
+    def test_who_kills_the_nursery_is_charged_and_its_neighbours_are_not(self):
+        """Each runs again, with nothing else in flight in its child."""
+        worker = self.worker("--concurrency", 2)
+        worker.wait_for("worker_ready")
+        innocent = self.tasks.hold.delay()
+        self.wait_lines("held")
+        bad = self.tasks.kill_nursery.delay()
+        self.wait_lines("held", 2)
+        row = self.store.task(innocent.id)
+        self.assertEqual(row.attempt - row.forgiven, 1)
+        (self.folder / "go").touch()
+        self.get(innocent)
+        self.assertEqual(self.failure(bad).kind, "crash")
+        row = self.store.task(bad.id)
+        self.assertEqual(row.attempt - row.forgiven, 2)
+        self.assertTrue(worker.all("task_lost", task_id=innocent.id))
+        self.assertEqual(worker.stop(), 0)
+
     def test_a_child_that_is_killed_is_replaced_within_a_moment(self):
         if not Path("/proc/self/task").exists():
             self.skipTest("needs /proc")
@@ -12965,7 +12989,8 @@ class Torture(Served):
                 workers[place].signal(signal.SIGCONT)
             else:
                 with contextlib.suppress(OSError, IndexError, ValueError):
-                    os.kill(chance.choice(workers[place].children()), 9)
+                    pids = [workers[place].nursery(), *workers[place].children()]
+                    os.kill(chance.choice(pids), 9)
         for process in producers:
             process.kill()
             process.wait()
