@@ -6653,7 +6653,7 @@ def _thread_found():
              if thread is not threading.main_thread()]
     if names:
         return f"started the thread {names[0]!r}"
-    return f"started {count - 1} native threads, by one of its libraries,"
+    return "started threads of a library's own"
 
 
 def _what_is_shared(fd, target):
