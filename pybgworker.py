@@ -1542,8 +1542,9 @@ class Store(Protocol):
         """Remove a dead worker; put each run it held where it goes from there.
 
         `begun` are the (id, attempt) of those that had begun; None: all, perhaps.
-        The others are queued again, and that attempt was none.  Does nothing if it
-        has beaten since `beat_at`: it is not dead, then.
+        The others are queued again, and that attempt was none; but what they have
+        spent of rates stays spent, for only the dead one knew what that was.  Does
+        nothing if it has beaten since `beat_at`: it is not dead, then.
         """
 
     def unknown_workers(self) -> list[int]:
@@ -7019,6 +7020,8 @@ class WorkerEnd:
 # file from their worker, by a descriptor or by the mapping made of that, and with it
 # one lock, flock(), which the kernel drops when the last of them is gone.  Whoever
 # gets that lock knows that they are dead, those that a SIGSTOP holds up included.
+# (On overlay the mapping does not count.  But a task that closes the descriptors of
+# its process closes that of the frames as well: such a child begins nothing more.)
 # Where it is not to be had, or the file is from before a boot, all had begun.
 # Guarded by Torture, and by test_cells_are_read_when_all_are_dead.
 
