@@ -38,8 +38,9 @@ Map
         Group commit · Queue · Picking · Claiming · Endings · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
-        Output · Surroundings · Interrupts · Runs · Child · Nursery · Births ·
-        Load · Member · Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
+        Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
+        Coroutines · Child · Nursery · Births · Load · Member · Hearing ·
+        Placement · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Household · Worker · Command line
     Rooms
@@ -65,6 +66,7 @@ if __name__ == "__main__" \
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import _socket
+import _thread
 import atexit
 import base64
 import bisect
@@ -2110,11 +2112,16 @@ def current_task() -> CurrentTask | None:
     """
     own = running.get()
     if own is None and _owned_threads:
-        own = getattr(threading.current_thread(), "_pybgworker_task", None)
+        own = owner_of(threading.current_thread())
     if own is None:
         every = list(in_flight)
         own = every[0] if len(every) == 1 else None
     return own
+
+
+def owner_of(thread: threading.Thread) -> CurrentTask | None:
+    """The task that has started it, while that was known."""
+    return getattr(thread, "_pybgworker_task", None)
 
 
 def own_threads() -> None:
@@ -6170,8 +6177,22 @@ own_sleep = time.sleep
 own_ident = threading.get_ident
 own_poll: Any = getattr(select, "poll", None)
 own_fork: Any = getattr(os, "fork", None)
-OwnLock, OwnLocal = threading.RLock, threading.local
+own_rlock, OwnLocal = _thread.RLock, threading.local
+own_lock = _thread.allocate_lock
+own_start = _thread.start_new_thread
 _waitid = getattr(os, "waitid", None)      # macOS has it since 3.13
+
+
+def start_thread(work: Callable, name: str) -> None:
+    """Start a native thread, also where an app has put greenlets in their place.
+
+    Raises RuntimeError when there is none to be had.
+    """
+    if threading.get_ident is own_ident:
+        # One that threading knows: what forks in another cannot run multiprocessing.
+        threading.Thread(target=work, name=name, daemon=False).start()
+    else:
+        own_start(work, ())
 
 
 @functools.cache
@@ -6810,12 +6831,13 @@ CHILD_ENDS = ("frames", "beside", "messages", "crash", "output", "begun")
 class ChildEnd:
     """The child's end of the connection to its worker: frames in, messages out."""
 
-    def __init__(self, frames: int, messages: int):
+    def __init__(self, frames: int, messages: int, beside: int = -1):
         self.frames = own_socket(frames)
         self.messages = own_socket(messages)
+        self.beside = own_socket(beside) if beside >= 0 else None
         # Held while a message is written: threads of a task may print too, and so
         # may a signal handler or a finalizer in the middle of that.
-        self._lock = OwnLock()
+        self._lock = own_rlock()
         self._sender = 0            # ident of the thread that is writing one
         self._outbox: collections.deque = collections.deque()   # to be written
 
@@ -6828,11 +6850,27 @@ class ChildEnd:
 
     def receive(self) -> bytes:
         """Wait for a frame; empty: the worker has closed its end, or is gone."""
+        return self._receive(self.frames)
+
+    def receive_beside(self, wait: bool) -> bytes | None:
+        """The same of the runs that go beside others; None: it has to be waited for."""
+        assert self.beside is not None
+        if wait:
+            return self._receive(self.beside)
+        try:
+            return self.beside.recv(_FRAME_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            self.end_if_closed(exc)
+            return b""
+
+    def _receive(self, end):
         while True:
             try:
-                return self.frames.recv(_FRAME_BYTES)
+                return end.recv(_FRAME_BYTES)
             except BlockingIOError:         # a task has changed our descriptors
-                self.frames.setblocking(True)
+                end.setblocking(True)
             except OSError as exc:
                 self.end_if_closed(exc)
                 return b""
@@ -6870,13 +6908,16 @@ class ChildEnd:
         if exc.errno in (errno.EBADF, errno.ENOTSOCK):
             os._exit(CUT_OFF_STATUS)
 
-    def wanted(self) -> set[int]:
-        """Ids of the runs that the worker wants to be cancelled; does not wait."""
+    def wanted(self) -> set[int] | None:
+        """Ids of the runs that the worker wants to be cancelled; does not wait.
+
+        None: it is gone.
+        """
         try:
             wanted = self.messages.recv(4096, socket.MSG_DONTWAIT)
         except OSError:
             return set()
-        return {number for number, in _CANCEL.iter_unpack(wanted)}
+        return {number for number, in _CANCEL.iter_unpack(wanted)} if wanted else None
 
     def keep_open(self) -> None:
         """Till the very end: a socket that closes is taken for a death."""
@@ -6884,8 +6925,9 @@ class ChildEnd:
 
     def close(self) -> None:
         """In a forked process, which has nothing to say."""
-        self.frames.close()
-        self.messages.close()
+        for end in (self.frames, self.messages, self.beside):
+            if end is not None:
+                end.close()
 
 
 class WorkerEnd:
@@ -7228,6 +7270,7 @@ class TaskStream(io.TextIOBase):
     encoding, errors, newlines, closed = "utf-8", "backslashreplace", None, False
     line_buffering, write_through, mode = True, False, "w"
     unended: set[TaskStream] = set()        # in which a line may have been begun
+    places: set[int] = set()                # idents of threads that run tasks
 
     def __init__(self, emit: Callable[[str, int, Any], None], fd: int):
         self._emit, self._fd = emit, fd     # emit(text, fd, the run or None)
@@ -7252,11 +7295,6 @@ class TaskStream(io.TextIOBase):
         if self._begun:
             self._send("")
 
-    @staticmethod
-    def _who():
-        """The key of `_begun`: this thread, and the run for which it works."""
-        return threading.get_ident(), current_task()
-
     def _begin(self, rest):
         """Keep a part of a line.
 
@@ -7264,7 +7302,7 @@ class TaskStream(io.TextIOBase):
         and send what is begun: then this part belongs to a new beginning.  Guarded
         by test_a_print_in_the_middle_of_a_print_arrives.
         """
-        who, size = self._who(), len(rest)
+        who, size = (threading.get_ident(), current_task()), len(rest)
         while rest is not None:
             begun = self._begun.setdefault(who, collections.deque())
             begun.append(rest)
@@ -7276,7 +7314,7 @@ class TaskStream(io.TextIOBase):
 
     def _send(self, text):
         """Send what this thread has begun, and `text`.  Taken in one step."""
-        who = self._who()
+        who = threading.get_ident(), current_task()
         begun = self._begun.pop(who, None)
         if begun:
             text = "".join(begun) + text
@@ -7290,7 +7328,7 @@ class TaskStream(io.TextIOBase):
         Nor of other runs.
         """
         self.unended.discard(self)
-        if self.buffer.lines.rest:
+        if self.buffer.begun:
             self.buffer.flush()
         if not self._begun:
             return
@@ -7298,8 +7336,10 @@ class TaskStream(io.TextIOBase):
         if not self._begun:
             return
         self.unended.add(self)
-        alive = {thread.ident for thread in threading.enumerate()}
+        # A thread that has ended may have left its ident to another.
         ending = current_task()
+        alive = {thread.ident for thread in threading.enumerate()
+                 if owner_of(thread) in (None, ending)} - self.places
         for who in list(self._begun):
             thread, own = who
             if thread not in alive and (own is ending or own not in in_flight):
@@ -7345,15 +7385,17 @@ class _TaskBuffer(io.BufferedIOBase):
 
     def __init__(self, stream: TaskStream):
         self._stream, self.name, self.mode = stream, stream.name, "wb"
-        self.lines = LineCutter()
-        self._lock = threading.RLock()      # guards lines
+        self.begun: dict[Any, LineCutter] = {}      # by run: a line that has not ended
+        self._lock = own_rlock()            # guards begun
         self.raw = self                     # type: ignore[assignment]
 
     def write(self, data: Any, /) -> int:
         """Pass on the whole lines."""
-        data = bytes(data)
+        data, own = bytes(data), current_task()
         with self._lock:
-            text = self.lines.cut(data)
+            text = self.begun.setdefault(own, LineCutter()).cut(data)
+            if not self.begun[own].rest:
+                del self.begun[own]
         self._stream.unended.add(self._stream)
         self._stream.write(text)
         return len(data)
@@ -7361,15 +7403,15 @@ class _TaskBuffer(io.BufferedIOBase):
     def flush(self) -> None:
         """Pass on what is there, whole line or not."""
         with self._lock:
-            text = self.lines.cut(b"", at_end=True)
-        if text:
-            self._stream.write(text)
+            lines = self.begun.pop(current_task(), None)
+        if lines is not None:
+            self._stream.write(lines.cut(b"", at_end=True))
         self._stream.flush()
 
     def forget(self) -> None:
         """As for the stream; a thread that had the lock is not here to release it."""
-        self.lines.rest = b""
-        self._lock = threading.RLock()
+        self.begun = {}
+        self._lock = own_rlock()
 
     def detach(self) -> _TaskBuffer:        # type: ignore[override]
         return self
@@ -7537,7 +7579,7 @@ class Surroundings:
 
     The next task in this child shall find it so again.  What is cheap is compared
     after each run, and written only where it differs: 3 µs.  The rest takes 20, so it
-    is put right while no run waits, and after each that lasted: see Child.main.
+    is put right while no run waits, and after each that lasted: see MainThread.
     Not by signal.getsignal(), which looks for an enum and takes as long as all else.
     """
 
@@ -7564,9 +7606,10 @@ class Surroundings:
         self._depth = sys.getrecursionlimit()
         self._timeout = _socket.getdefaulttimeout()
         self._limits = _soft_limits()
-        self._decimal = _decimal_context()
+        self._policy = getattr(
+            sys.modules.get("asyncio.events"), "_event_loop_policy", None)
         # Makes the context variables for a run, which keeps its changes to itself.
-        self.context = self._copy_context if self._decimal else contextvars.copy_context
+        self.context = _context_maker()
 
     def _here(self):
         try:
@@ -7574,23 +7617,33 @@ class Surroundings:
         except OSError:                 # somebody has deleted it
             return ""
 
-    def _copy_context(self):
-        context, (variable, value) = contextvars.copy_context(), self._decimal
-        context.run(variable.set, value.copy())
-        return context
-
     def restore(self, streams: tuple) -> None:
-        """Undo what the task left behind.  Never raises."""
+        """Undo what tasks have left behind, each its own.  Never raises."""
+        self.restore_main()
+        self.restore_shared(streams)
+
+    def restore_main(self) -> None:
+        """What is a main thread's own: nobody beside it has to do with it."""
         _signal.setitimer(_signal.ITIMER_REAL, 0)
         if list(map(_signal.getsignal, self._often)) != self._often_handlers:
             self._restore_handlers(self._often)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def restore_thread(self) -> None:
+        """The same of another thread."""
+        _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def restore_shared(self, streams: tuple) -> None:
+        """What all threads of a process share: so only while nobody else needs it."""
         if streams != self._streams:
             sys.stdin, sys.stdout, sys.stderr = self._streams
         if sys.getrecursionlimit() != self._depth:
             sys.setrecursionlimit(self._depth)
         if _socket.getdefaulttimeout() != self._timeout:
             _socket.setdefaulttimeout(self._timeout)
-        _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        events = sys.modules.get("asyncio.events")
+        if events is not None and events._event_loop_policy is not self._policy:
+            self._restore_policy(events)
         os.umask(self._umask)
         if self._here() != self._folder:
             with contextlib.suppress(OSError):
@@ -7607,13 +7660,23 @@ class Surroundings:
                 touched = True
         return touched
 
-    def restore_rest(self) -> bool:
-        """… and what takes longer to look at.  True: it was a signal.  Never raises."""
+    def _restore_policy(self, events):
+        """Who makes the next event loop.  asyncio itself sets it at its first use."""
+        policy = events._event_loop_policy
+        if self._policy is None and type(policy).__module__.startswith("asyncio."):
+            self._policy = policy
+        else:
+            events._event_loop_policy = self._policy
+
+    def restore_rest(self, is_main: bool = True) -> bool:
+        """… and what takes longer to look at.  True: it was a signal.  Never raises.
+
+        Only the main thread can have changed handlers, or can change them.
+        """
         for timer in self._timers:
             _signal.setitimer(timer, 0)
-        handlers = list(map(_signal.getsignal, self._handlers))
-        touched = handlers != list(self._handlers.values()) \
-            and self._restore_handlers(self._handlers)
+        touched = is_main and list(map(_signal.getsignal, self._handlers)) \
+            != list(self._handlers.values()) and self._restore_handlers(self._handlers)
         for limit, soft in self._limits:
             now, hard = resource.getrlimit(limit)
             if now != soft:
@@ -7650,15 +7713,27 @@ def _soft_limits():
     return found
 
 
-def _decimal_context():
-    """(variable, copy of its value) of the decimal context, once somebody has used it.
+_DECIMAL = "decimal_context"    # the name of its variable
 
-    A copied context shares the value, which is changed in place.
+
+def _context_maker():
+    """A function that copies the context.
+
+    A copy shares the decimal context, which is changed in place: where somebody has
+    used it, it is copied, too.
     """
-    for variable, value in contextvars.copy_context().items():
-        if variable.name == "decimal_context":
-            return variable, value.copy()
-    return None
+    found = [(variable, value.copy()) for variable, value
+             in contextvars.copy_context().items() if variable.name == _DECIMAL]
+    if not found:
+        return contextvars.copy_context
+    (variable, value), = found
+
+    def copy():
+        context = contextvars.copy_context()
+        context.run(variable.set, value.copy())
+        return context
+
+    return copy
 
 
 # == Interrupts ===============================================================
@@ -7678,6 +7753,9 @@ class Interrupts:
         self._wire, self._main_thread = wire, own_ident()
         self.allowed = False        # True while code of the task runs
         self.run: Any = None        # whose that is
+        # Called with the ids of runs that are to be cancelled, whose ever they are.
+        self.others: list[Callable[[set[int]], Any]] = []
+        self.named: collections.deque = collections.deque()     # such as others read
         self.pending: BaseException | None = None       # to be, after a send, a fork
         self.forking = 0            # threads that are in the middle of os.fork()
         self._mask = OwnLocal()      # .before: of a thread that forks
@@ -7699,7 +7777,11 @@ class Interrupts:
 
     def on_cancel(self, *_: Any) -> None:
         """The worker has written the id it means: that run may have just ended."""
-        wanted = self._wire.wanted()
+        wanted = self._wire.wanted() or set()
+        while self.named:
+            wanted.add(self.named.popleft())
+        for cancel in self.others if wanted else ():
+            cancel(wanted)
         if self.run is not None and self.run.of[0] in wanted:
             self._raise(TaskCancelled(f"task {self.run.of[0]} is being cancelled"))
 
@@ -7716,8 +7798,14 @@ class Interrupts:
         else:
             raise exc
 
-    def after_send(self) -> None:
-        """Raise what fell into the message."""
+    def pass_on(self, run_ids: set[int]) -> None:
+        """From another thread, which has read these: they may be of the main one."""
+        self.named.extend(run_ids)
+        _signal.pthread_kill(self._main_thread, signal.SIGUSR1)
+
+    def send(self, message: bytes) -> None:
+        """Send it, and raise what fell into it."""
+        self._wire.send(message)
         if self.pending is not None and own_ident() == self._main_thread:
             exc, self.pending = self.pending, None
             raise exc
@@ -7782,11 +7870,17 @@ class Runs:
     """The runs of one child."""
 
     def __init__(self, wire: ChildEnd, spec: ChildSpec, printer: Printer,
-                 after_send: Callable):
-        self._wire, self._after_send = wire, after_send
+                 send: Callable):
+        self._wire, self.send = wire, send      # send(message)
         self._output = spec.output
-        self._is_shared = spec.threads > 1 or spec.beside >= 0
-        self._has_written = watch_pipe(spec.output)     # something waits in the pipe
+        # There may be several at a time.
+        self.is_shared = spec.threads > 1 or spec.beside >= 0
+        self._lock = own_lock()     # guards _calls, and what is put back
+        self._calls = 0             # of tasks, that are not over
+        self.plain_streams: tuple = ()          # our own
+        self.surroundings: Any = None           # once the app is imported
+        self._watch = watch_pipe(spec.output)
+        self._watching = own_lock()     # a poll object is for one thread at a time
         self._strays = False        # processes that earlier runs have started live
         self.printer = printer
         self.app: Any = None        # once it is imported
@@ -7796,8 +7890,7 @@ class Runs:
     def say(self, kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
             started_at: int = 0, duration: float = 0.0) -> None:
         """Send a message of this run, or of none."""
-        self._wire.send(write_message(kind, value, of, started_at, duration))
-        self._after_send()
+        self.send(write_message(kind, value, of, started_at, duration))
 
     def serve(self, frame: bytes, call: Callable) -> float:
         """Run what this frame says, by call(run, args, kwargs), and answer.
@@ -7806,7 +7899,7 @@ class Runs:
         does not return.
         """
         run = Running(frame, self.app, self.progress, self.begun.mark)
-        if self._is_shared:
+        if self.is_shared:
             running.set(run.current)
         value: Any = b""
         try:
@@ -7822,6 +7915,35 @@ class Runs:
         if self.is_fork:
             self.leave_fork(None)
         return self.end(run, kind, value)
+
+    def begin(self, frame: bytes) -> Running:
+        """From now on this run is in flight."""
+        return Running(frame, self.app, self.progress, self.begun.mark)
+
+    def enter(self) -> contextvars.Context:
+        """A task is about to be called, beside others: in this context."""
+        with self._lock:
+            self._calls += 1
+        return self.surroundings.context()
+
+    def leave(self, run: Running) -> None:
+        """It is over: what it left behind is undone, once no other is called."""
+        streams = standard_streams()
+        if streams != self.plain_streams:
+            for stream in streams[1:]:          # they may hold output
+                with contextlib.suppress(Exception):
+                    stream.flush()
+        with self._lock:
+            self._calls -= 1
+            if not self._calls:
+                self.surroundings.restore_shared(streams)
+                if time.perf_counter() - run.start > SPAWN_SECONDS:
+                    self.surroundings.restore_rest(is_main=False)
+
+    def restore_rest(self) -> bool:
+        """On the main thread: the same of what takes longer to look at."""
+        with self._lock:
+            return not self._calls and self.surroundings.restore_rest()
 
     def encoded(self, value: Any) -> Any:
         """The result as it is sent.  Raises _ResultRefused: it would be so again."""
@@ -7848,10 +7970,11 @@ class Runs:
         # What it has printed is its own; what comes later may not be.
         if TaskStream.unended:
             self.printer.end_run()
-        if self._has_written():
+        if self._has_written_now() if self.is_shared else self._watch():
             self._pass_on(run)
         if duration > SPAWN_SECONDS or self._strays:
-            strays = others_write_here()
+            is_alone = len(in_flight) == 1
+            strays = others_write_here() if is_alone else has_children()
             if strays != self._strays:
                 self._strays = strays
                 self.say(STRAYS, strays)
@@ -7859,10 +7982,15 @@ class Runs:
         del in_flight[run.current]
         return duration
 
+    def _has_written_now(self):
+        with self._watching:
+            return self._watch()
+
     def _pass_on(self, run):
-        """What C code and subprocesses have written during this run is its own, too."""
+        """What C code and subprocesses have written is its own, if it is alone."""
         try:
-            self.say(WRITTEN, os.read(self._output, LINE_BYTES), run.of)
+            of = run.of if len(in_flight) == 1 else (0, 0)
+            self.say(WRITTEN, os.read(self._output, LINE_BYTES), of)
         except BlockingIOError:             # the worker has read it meanwhile
             pass
         except OSError as exc:
@@ -7875,6 +8003,18 @@ class Runs:
         if run is not None and not self.is_fork:
             text = None if message is None else str(message)[:1000]
             self.say(PROGRESSED, [percent, text], run.of)
+
+    def forget(self) -> None:
+        """In a forked process, where nobody can release what others had locked."""
+        self._lock = own_lock()
+        self._calls = 0
+
+    def die(self) -> None:
+        """A thread of ours cannot go on: end the child, as its main one does."""
+        exc = sys.exc_info()[1]
+        assert exc is not None
+        self.printer.print(describe_exception(exc)["traceback"], 2)
+        os._exit(1)
 
     def leave_fork(self, exc: BaseException | None) -> None:
         """A process that a task has forked came back here: end it as Python would."""
@@ -7947,6 +8087,799 @@ async def _all_of(left):
     await asyncio.gather(*left, return_exceptions=True)
 
 
+# == Main thread ==============================================================
+# Owns how ordinary tasks run one after the other on the main thread of a child, where
+# one can be interrupted even in the middle of a system call.
+
+_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
+
+
+class MainThread:
+    """The place of ordinary tasks, while there is one for them."""
+
+    def __init__(self, runs: Runs, wire: ChildEnd, interrupts: Interrupts, crash: int):
+        self._runs, self._wire, self._interrupts = runs, wire, interrupts
+        self._crash = crash
+
+    def serve(self) -> None:
+        """Take frame by frame, until the worker hangs up."""
+        lasted = False              # the run before
+        while True:
+            frame = self._wire.receive_now()
+            if (frame is None or lasted) and self._runs.restore_rest():
+                dump_crashes(self._crash)
+            if frame is None:
+                frame = self._wire.receive()
+            if not frame:
+                return
+            lasted = self._runs.serve(frame, self._call) > SPAWN_SECONDS
+
+    def _call(self, run, args, kwargs):
+        """Call the task; a timeout or a cancellation may raise in the middle of it."""
+        runs, surroundings = self._runs, self._runs.surroundings
+        context = runs.enter() if runs.is_shared else surroundings.context()
+        self._interrupts.begin(run)
+        try:
+            if run.timeout:
+                signal.setitimer(signal.ITIMER_REAL, run.timeout)
+            value = context.run(run.task.fn, *args, **kwargs)
+            if isinstance(value, types.CoroutineType):
+                value = context.run(run_coroutine, value)
+            return value
+        finally:
+            self._interrupts.allowed = False
+            streams = standard_streams()
+            if streams != runs.plain_streams:
+                self._flush(streams[1:])
+            surroundings.restore_main()
+            if runs.is_shared:
+                runs.leave(run)
+            else:
+                surroundings.restore_shared(streams)
+
+    def _flush(self, streams):
+        """What an app, or a task, has put in place of our streams may hold output.
+
+        Never raises, and waits only so long: a stream may lead to who does not read.
+        """
+        raised = self._interrupts.run.raised
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                try:
+                    self._interrupts.allowed = True
+                    signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
+                    stream.flush()
+                finally:
+                    self._interrupts.allowed = False
+        self._interrupts.run.raised = raised
+
+
+# == Threads ==================================================================
+# Owns ordinary tasks side by side in one child, each in a thread, and how a time limit
+# or a cancellation gets into the middle of one: as an asynchronous exception.  All
+# threads read frames from the same socket, so each takes one when it has nothing to
+# do; the main thread only minds limits and cancellations.
+#
+# Such an exception is raised some instructions after it was set, wherever its thread
+# is then.  So none is set unless code of the task runs, nor in the middle of a message;
+# and whoever ends that makes sure that what was set before has come.
+
+_AGAIN_SECONDS = 0.001          # until one that got lost is raised again
+_START_PAUSE = 0.2              # seconds, when there is no thread to be had
+_LONGEST_PAUSE = 1e6            # seconds that a lock can be waited for
+_INTERRUPTS = (TaskTimeout, TaskCancelled)
+
+
+@functools.cache
+def _setter():
+    """set(ident of a thread, class): have one raised there."""
+    import ctypes
+
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    set_exception.argtypes = ctypes.c_ulong, ctypes.py_object
+    return set_exception
+
+
+def _settle():
+    """Have raised what was set for this thread: each jump back looks for it."""
+    for _ in (1, 2, 3):
+        pass
+
+
+class Aim:
+    """One thread, as an interruption sees it.
+
+    One run gets only one, but for such as the interpreter has dropped.  So whoever has
+    caught that knows that nothing more will come.
+    """
+
+    def __init__(self):
+        self.ident = own_ident()
+        self.run: Any = None        # whose code runs
+        self.due = 0.0              # monotonic: its time limit; 0: none
+        self.again = 0.0            # … when to raise anew what got lost; 0: not
+        self.is_open = False        # code of the task runs, outside of a shelter
+        self.was_open = False       # … before a fork
+        self._held: BaseException | None = None     # to be raised when it does again
+        self._lock = own_lock()     # guards all this, where two threads change it
+
+    def open(self, run: Any) -> None:
+        """From now on code of this run may be interrupted."""
+        due = time.monotonic() + run.timeout if run.timeout else 0.0
+        with self._lock:
+            self.due, self.again, self._held = due, 0.0, None
+            self.run, self.is_open = run, True
+
+    def close(self, run: Any) -> None:
+        """From now on it may not be.  What comes just now has come too late."""
+        try:
+            with self._lock:
+                self.run, self.is_open = None, False
+            _settle()
+        except _INTERRUPTS:
+            self.run, self.is_open = None, False
+            run.raised = None
+
+    def interrupt(self, run: Any, exc: BaseException) -> None:
+        """From the main thread: raise this in the run, which may have just ended."""
+        with self._lock:
+            if self.run is run and run.raised is None:
+                run.raised = exc
+                self._raise(exc)
+
+    def raise_again(self, run: Any) -> None:
+        """From there: what was raised where the interpreter drops exceptions."""
+        with self._lock:
+            self.again = 0.0
+            if self.run is run and run.raised is not None:
+                self._raise(run.raised)
+
+    def _raise(self, exc):
+        if self.is_open:
+            _setter()(self.ident, type(exc))
+        else:
+            self._held = exc
+
+    def shelter(self) -> None:
+        """From now on nothing is raised here; what was set is raised now."""
+        with self._lock:
+            self.is_open = False
+        _settle()
+
+    def unshelter(self, before: bool) -> None:
+        """Raise what fell into the time since, if code of the task goes on.
+
+        `before`: is_open, as it was before shelter().
+        """
+        held = None
+        with self._lock:
+            self.is_open = before
+            if before:
+                held, self._held = self._held, None
+        if held is not None:
+            raise held
+
+    def before_fork(self) -> None:
+        """A shelter in which nothing at all is raised: the interpreter drops that."""
+        self.was_open = self.is_open
+        try:
+            self.shelter()
+        except _INTERRUPTS as exc:
+            self.is_open, self._held = False, exc
+
+    def forget(self) -> None:
+        """In the forked process: the main thread may have had the lock."""
+        self._lock = own_lock()
+
+    def after_fork(self) -> None:
+        """In the process that has forked.  What fell into it is raised a bit later."""
+        with self._lock:
+            self.is_open = self.was_open
+            if self._held is not None and self.was_open:
+                self._held, self.again = None, time.monotonic() + _AGAIN_SECONDS
+
+
+class Threads:
+    """Up to `size` threads that run tasks.  To be made in the main thread."""
+
+    def __init__(self, runs: Runs, wire: ChildEnd, interrupts: Interrupts, size: int):
+        self._runs, self._wire, self._size = runs, wire, size
+        self._aims: dict[int, Aim] = {}     # by ident of the thread
+        self._lock = own_lock()             # guards the numbers below
+        self._alive = 0                     # threads
+        self._idle = 0                      # … that wait for a frame
+        self._is_over = False               # there are no more frames
+        self._news = own_lock()             # released: there is something to mind
+        self._wanted: collections.deque = collections.deque()   # ids, to be cancelled
+        self._next_due = 0.0                # monotonic: the main thread looks then
+        self._unraisable = sys.unraisablehook
+        interrupts.others.append(self._cancel)
+        runs.send = self._send
+
+    def serve(self) -> None:
+        """Mind what runs in the threads, until the worker hangs up."""
+        self._news.acquire()
+        sys.unraisablehook = self._on_unraisable
+        _setter()
+        while not self._is_over or self._alive:
+            # Not in the threads: a new one has the ident of its maker for a moment,
+            # and would get what is raised in that.
+            while not self._idle and self._alive < self._size and not self._is_over:
+                if not self._grow():
+                    break
+            if not self._alive:
+                own_sleep(_START_PAUSE)
+                continue
+            now = time.monotonic()
+            self._mind(now)
+            pause = min(self._next_due - now, _LONGEST_PAUSE)
+            self._news.acquire(True, max(0.0, pause))
+
+    def _tell(self):
+        with contextlib.suppress(RuntimeError):         # it was told already
+            self._news.release()
+
+    def _cancel(self, run_ids):
+        """In a signal handler."""
+        self._wanted.extend(run_ids)
+        self._tell()
+
+    def _mind(self, now):
+        """Carry out what is due, and note when the next thing will be."""
+        self._next_due, due = math.inf, math.inf    # whoever adds one now tells us
+        wanted = set()
+        while self._wanted:
+            wanted.add(self._wanted.popleft())
+        for aim in list(self._aims.values()):
+            run = aim.run
+            if run is None:
+                continue
+            if run.of[0] in wanted:
+                aim.interrupt(
+                    run, TaskCancelled(f"task {run.of[0]} is being cancelled"))
+            if aim.due and aim.due <= now:
+                aim.interrupt(run, TaskTimeout("the time limit is reached"))
+            elif aim.due and run.raised is None:
+                due = min(due, aim.due)
+            if aim.again and aim.again <= now:
+                aim.raise_again(run)
+            elif aim.again:
+                due = min(due, aim.again)
+        self._next_due = due
+
+    def _grow(self):
+        """One more thread.  False when there is none to be had."""
+        with self._lock:
+            self._alive += 1
+            self._idle += 1
+        try:
+            start_thread(self._work, "task")
+            return True
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._alive -= 1
+                self._idle -= 1
+            return False
+
+    def _work(self):
+        """The life of a thread."""
+        try:
+            aim = self._aims[own_ident()] = Aim()
+            TaskStream.places.add(aim.ident)
+            call = functools.partial(self._call, aim)
+            while frame := self._wire.receive():
+                with self._lock:
+                    self._idle -= 1
+                    is_short = not self._idle and self._alive < self._size
+                if is_short:
+                    self._tell()
+                self._runs.serve(frame, call)
+                with self._lock:
+                    self._idle += 1
+            del self._aims[aim.ident]
+        except BaseException:
+            self._runs.die()
+        self._is_over = True
+        with self._lock:
+            self._alive -= 1
+        self._tell()
+
+    def _call(self, aim, run, args, kwargs):
+        """Call the task in this thread.
+
+        What is set for it is raised within _within(), or not at all: see Aim.
+        """
+        context = self._runs.enter()
+        try:
+            return self._within(aim, context, run, args, kwargs)
+        except _INTERRUPTS as exc:
+            if not exc.args and run.raised is not None:
+                exc.args = run.raised.args
+            raise
+        finally:
+            self._runs.surroundings.restore_thread()
+            self._runs.leave(run)
+
+    def _within(self, aim, context, run, args, kwargs):
+        try:
+            aim.open(run)
+            if aim.due and aim.due < self._next_due:
+                self._tell()
+            value = context.run(run.task.fn, *args, **kwargs)
+            if isinstance(value, types.CoroutineType):
+                value = context.run(run_coroutine, value)
+            return value
+        finally:
+            aim.close(run)
+
+    def _send(self, message):
+        """ChildEnd.send(), which no interruption cuts."""
+        aim = self._aims.get(own_ident())
+        if aim is None:
+            self._wire.send(message)
+            return
+        before = aim.is_open
+        try:
+            aim.shelter()
+            self._wire.send(message)
+        finally:
+            aim.unshelter(before)
+
+    def _on_unraisable(self, args):
+        """What fell into a finalizer, or a hook of os.fork(), is raised again."""
+        aim = self._aims.get(own_ident())
+        if aim is None or args.exc_type not in _INTERRUPTS:
+            self._unraisable(args)
+        else:
+            aim.again = time.monotonic() + _AGAIN_SECONDS
+            self._tell()
+
+    def before_fork(self) -> None:
+        """In the thread that is about to fork."""
+        aim = self._aims.get(own_ident())
+        if aim is not None:
+            aim.before_fork()
+
+    def in_fork(self) -> None:
+        """In the forked process."""
+        aim = self._aims.get(own_ident())
+        if aim is not None:
+            aim.forget()
+
+    def after_fork(self) -> None:
+        """In the process that has forked."""
+        aim = self._aims.get(own_ident())
+        if aim is not None:
+            aim.after_fork()
+            self._tell()
+
+
+# == Coroutines ===============================================================
+# Owns the one event loop of a child, in a thread of its own, and the `async def` tasks
+# on it: how they are started, interrupted and cleaned up behind.  What a run starts
+# there is its own, by a context variable, and ends with it.
+
+_LEFT_SECONDS = 1.0         # for what a run has left to end, once it is cancelled
+_LAG_SECONDS = 1.0          # a step that takes so long blocks the others
+
+
+class _Carried:
+    """A run on the loop, and what it has started there."""
+
+    __slots__ = ("run", "root", "tasks", "generators", "limit", "fate", "is_open")
+
+    def __init__(self, run: Running):
+        self.run = run
+        self.root: Any = None           # the asyncio task that carries it
+        self.tasks: weakref.WeakSet = weakref.WeakSet()         # all others
+        self.generators: weakref.WeakSet = weakref.WeakSet()
+        self.limit: Any = None          # the timer of its time limit
+        self.fate: BaseException | None = None      # what a part of it has raised
+        self.is_open = False            # code of the task runs: may be cancelled
+
+    def interrupt(self, exc: BaseException) -> None:
+        """Have it end for this reason, unless it does so for another."""
+        if self.run.raised is None and self.fate is None:
+            self.run.raised = exc
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Before it has begun, call() sees why."""
+        if self.is_open:
+            self.root.cancel()
+
+    async def call(self, runs: Runs) -> tuple:
+        """Call the task, and wait for it.  Returns kind and value of the answer."""
+        import asyncio
+
+        run = self.run
+        try:
+            try:
+                if run.task is None:
+                    return UNKNOWN, b""
+                self.is_open = True
+                if run.raised is not None or self.fate is not None:
+                    raise asyncio.CancelledError
+                if run.timeout:
+                    self.limit = asyncio.get_running_loop().call_later(
+                        run.timeout, self.interrupt,
+                        TaskTimeout("the time limit is reached"))
+                args, kwargs = decode(run.text or runs.app.store.args(run.of[0]))
+                result = run.task.fn(*args, **kwargs)
+                if isinstance(result, types.CoroutineType):
+                    result = await result
+            finally:
+                self.is_open = False
+                if self.limit is not None:
+                    self.limit.cancel()
+            text = runs.encoded(result)
+        except BaseException as exc:
+            if runs.is_fork:
+                runs.leave_fork(exc)
+            return runs.failed(run, self._reason(exc))
+        if runs.is_fork:
+            runs.leave_fork(None)
+        if self.fate is not None:
+            return runs.failed(run, self.fate)
+        return SUCCEEDED, text
+
+    def _reason(self, exc):
+        """Why it has ended: the cancellation of its asyncio task is only how."""
+        import asyncio
+
+        if self.fate is not None:
+            return self.fate
+        if self.run.raised is not None and isinstance(exc, asyncio.CancelledError):
+            return self.run.raised.with_traceback(exc.__traceback__)
+        return exc
+
+    async def leave_nothing(self) -> None:
+        """End what it has started and left, if that lets itself be ended."""
+        import asyncio
+
+        until = time.monotonic() + _LEFT_SECONDS
+        while (rest := until - time.monotonic()) > 0:
+            left = {task for task in self.tasks if not task.done()}
+            if not left and not self.generators:
+                return
+            for task in left:
+                task.cancel()
+            if not left:
+                left = {asyncio.ensure_future(_closed(each))
+                        for each in list(self.generators)}
+                self.generators.clear()
+            done, _ = await asyncio.wait(left, timeout=rest)
+            for task in done:
+                if not task.cancelled():
+                    task.exception()            # so that nobody misses it
+
+
+class _Steps(Coroutine):
+    """The coroutine of an asyncio task, of which every step is known to be of a run."""
+
+    def __init__(self, coroutine: Any, carried: _Carried, watch: _Watch, runs: Runs):
+        self._coroutine, self._carried = coroutine, carried
+        self._watch, self._runs = watch, runs
+
+    def __getattr__(self, name):
+        return getattr(self._coroutine, name)       # such as cr_frame
+
+    def __await__(self):
+        return self._coroutine.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._step(self._coroutine.send, value)
+
+    def throw(self, *exc: Any) -> Any:      # type: ignore[override]
+        return self._step(self._coroutine.throw, *exc)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def _step(self, go, *args):
+        watch, runs = self._watch, self._runs
+        before, watch.step = watch.step, (self._carried, time.monotonic())
+        try:
+            value = go(*args)
+        except BaseException as exc:
+            if runs.is_fork:
+                runs.leave_fork(None if isinstance(exc, StopIteration) else exc)
+            if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+                raise self._end_run(exc) from exc       # not the loop
+            raise
+        finally:
+            watch.step = before
+        if runs.is_fork:
+            runs.printer.print(
+                "a process that a coroutine has forked cannot await\n", 2)
+            runs.leave_fork(SystemExit(1))
+        return value
+
+    def _end_run(self, exc):
+        """A part of a run wants the whole to end, as it would in a process alone."""
+        import asyncio
+
+        if self._carried.fate is None:
+            self._carried.fate = exc
+            self._carried.cancel()
+        return asyncio.CancelledError()
+
+
+class _Watch:
+    """Says, while it lasts, that a run blocks the loop.  From a thread of its own.
+
+    It looks once a second, and only while there are runs.
+    """
+
+    def __init__(self, carried: dict, say: Callable):
+        self.step: Any = None       # (run on the loop, since) now
+        self._carried, self._say = carried, say
+        self._loop_thread = 0
+        self._wake = own_lock()
+        self._wake.acquire()
+        self._is_asleep = False
+
+    def start(self) -> None:
+        """In the thread of the loop.  Without a thread to be had there is no watch."""
+        import traceback  # noqa: F401 - now, not while somebody blocks
+
+        self._loop_thread = own_ident()
+        with contextlib.suppress(RuntimeError, MemoryError):
+            own_start(self._main, ())
+
+    def wake(self) -> None:
+        """There is a run again."""
+        if self._is_asleep:
+            self._is_asleep = False
+            with contextlib.suppress(RuntimeError):
+                self._wake.release()
+
+    def _main(self):
+        told = None
+        while True:
+            step, pause = self.step, _LAG_SECONDS
+            if step is not None and step is not told:
+                lasted = time.monotonic() - step[1]
+                pause = max(0.0, _LAG_SECONDS - lasted)
+                if not pause:
+                    told, pause = step, _LAG_SECONDS
+                    self._tell(step, lasted)
+            self._is_asleep = not self._carried
+            if self._carried:               # also now that we say that we are not
+                self._is_asleep = False
+                self._wake.acquire(True, pause)
+            else:
+                self._wake.acquire()
+
+    def _tell(self, step, lasted):
+        import traceback
+
+        frame, found = sys._current_frames().get(self._loop_thread), []
+        while frame is not None and frame.f_code.co_filename != __file__:
+            found.append((frame, frame.f_lineno))
+            frame = frame.f_back
+        stack = "".join(traceback.StackSummary.extract(reversed(found)).format())
+        if self.step is step:               # else it was the stack of another
+            self._say(LAGGED, [lasted, stack[-TRACEBACK_CHARS:]], step[0].run.of)
+
+
+class Coroutines:
+    """The loop of a child, and its thread; made when the first run comes."""
+
+    def __init__(self, runs: Runs, wire: ChildEnd, interrupts: Interrupts, places: int):
+        self._runs, self._wire, self._interrupts = runs, wire, interrupts
+        self._places = places
+        self._frames = wire.beside.fileno() if wire.beside is not None else -1
+        self._carried: dict[Any, _Carried] = {}     # what is in flight
+        self._watch = _Watch(self._carried, runs.say)
+        self._loop: Any = None
+        self._context = contextvars.copy_context()      # of no run
+        self._listens = False       # the loop tells of frames
+        self._is_over = False       # there are no more
+        self._ended = own_lock()    # released at the end of the thread
+
+    def start(self) -> None:
+        """Have a thread wait for the first frame."""
+        self._ended.acquire()
+        self._interrupts.others.append(self._cancel_soon)
+        start_thread(self._main, "coroutines")
+
+    def join(self) -> None:
+        """Wait for the end of the thread: the worker has hung up."""
+        self._ended.acquire()
+
+    def _main(self):
+        TaskStream.places.add(own_ident())
+        try:
+            while frame := self._wire.receive_beside(wait=True):
+                try:
+                    self._make_loop()
+                    break
+                except OSError as exc:          # of descriptors: fails as its own would
+                    run = self._runs.begin(frame)
+                    self._runs.end(run, *self._runs.failed(run, exc))
+            if frame:
+                self._loop.call_soon(self._begin, frame)
+                self._run_loop()
+                self._close_loop()
+        except BaseException:
+            self._runs.die()
+        self._ended.release()
+
+    def _make_loop(self):
+        import asyncio
+
+        if selectors.DefaultSelector is OwnSelector:
+            self._loop = asyncio.new_event_loop()
+        else:               # of gevent, which waits in greenlets
+            self._loop = asyncio.SelectorEventLoop(OwnSelector())
+        self._loop.set_task_factory(self._make_task)
+        self._loop.set_default_executor(_executor(self._runs.printer.streams))
+        self._loop.add_reader(self._wire.messages.fileno(), self._hear)
+        self._listen()
+        self._watch.start()
+
+    def _run_loop(self):
+        while not self._is_over or self._carried:
+            self._loop.call_soon(self._own_generators)
+            try:
+                self._loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as exc:      # of a callback
+                if self._runs.is_fork:
+                    self._runs.leave_fork(exc)
+                text = describe_exception(exc)["traceback"]
+                self._runs.printer.print(text, 2)
+
+    def _close_loop(self):
+        import asyncio
+
+        loop = self._loop
+        left = asyncio.all_tasks(loop)
+        for each in left:
+            each.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_SECONDS))
+        with contextlib.suppress(asyncio.TimeoutError):
+            loop.run_until_complete(
+                asyncio.wait_for(loop.shutdown_asyncgens(), _LEFT_SECONDS))
+        loop.close()
+
+    def _own_generators(self):
+        """Know whose an asynchronous generator is, from its first step."""
+        hooks: Any = sys.get_asyncgen_hooks()
+
+        def first_step(generator):
+            carried = self._carried.get(running.get())
+            if carried is not None:
+                carried.generators.add(generator)
+            hooks.firstiter(generator)
+
+        sys.set_asyncgen_hooks(firstiter=first_step)
+
+    def _make_task(self, loop, coroutine, **options):
+        """The task factory of the loop."""
+        import asyncio
+
+        carried = self._carried.get(running.get())
+        if carried is None:
+            return asyncio.Task(coroutine, loop=loop, **options)
+        steps = _Steps(coroutine, carried, self._watch, self._runs)
+        task: asyncio.Task = asyncio.Task(steps, loop=loop, **options)
+        if carried.root is not None:
+            carried.tasks.add(task)
+        return task
+
+    def _listen(self):
+        """Have the loop tell of frames while there is a place."""
+        wanted = not self._is_over and len(self._carried) < self._places
+        if wanted and not self._listens:
+            self._context.run(self._loop.add_reader, self._frames, self._take)
+        elif self._listens and not wanted:
+            self._loop.remove_reader(self._frames)
+        self._listens = wanted
+
+    def _take(self):
+        while len(self._carried) < self._places:
+            frame = self._wire.receive_beside(wait=False)
+            if frame is None:
+                return
+            if not frame:
+                self._is_over = True
+                break
+            self._begin(frame)
+        self._listen()
+        self._stop_at_end()
+
+    def _stop_at_end(self):
+        if self._is_over and not self._carried:
+            self._loop.stop()
+
+    def _begin(self, frame):
+        try:
+            run = self._runs.begin(frame)
+            carried = self._carried[run.current] = _Carried(run)
+            context = self._runs.enter()
+            carried.root = context.run(self._start, carried)
+            self._watch.wake()
+        except BaseException:
+            self._runs.die()
+
+    def _start(self, carried):
+        running.set(carried.run.current)
+        return self._loop.create_task(self._carry(carried))
+
+    async def _carry(self, carried):
+        """All of a run: its call, what it has left, its answer."""
+        runs, run = self._runs, carried.run
+        kind, value = await carried.call(runs)
+        try:
+            while True:
+                try:
+                    await carried.leave_nothing()
+                    break
+                except BaseException as exc:    # somebody has kept this task, too
+                    if runs.is_fork:
+                        runs.leave_fork(exc)
+            runs.leave(run)
+            runs.end(run, kind, value)
+            del self._carried[run.current]
+            self._listen()
+            self._stop_at_end()
+        except BaseException:
+            runs.die()
+
+    def _hear(self):
+        """The worker has named runs that are to be cancelled."""
+        wanted = self._wire.wanted()
+        if wanted is None:
+            self._loop.remove_reader(self._wire.messages.fileno())
+            return
+        wanted -= self._cancel(wanted)
+        if wanted:
+            self._interrupts.pass_on(wanted)
+
+    def _cancel_soon(self, run_ids):
+        """In a signal handler of the main thread."""
+        with contextlib.suppress(RuntimeError, AttributeError):     # there is no loop
+            self._loop.call_soon_threadsafe(self._cancel, run_ids)
+
+    def _cancel(self, run_ids):
+        """Returns the ids of those that are here."""
+        found = set()
+        for carried in list(self._carried.values()):
+            number = carried.run.of[0]
+            if number in run_ids:
+                found.add(number)
+                carried.interrupt(TaskCancelled(f"task {number} is being cancelled"))
+        return found
+
+
+async def _closed(generator):
+    await generator.aclose()
+
+
+def _executor(streams):
+    """For loop.run_in_executor(): its calls work for whoever has submitted them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Executor(ThreadPoolExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            call = functools.partial(_call_for, current_task(), streams, fn)
+            return super().submit(call, *args, **kwargs)
+
+    return Executor(thread_name_prefix="asyncio")
+
+
+def _call_for(own, streams, fn, /, *args, **kwargs):
+    token = running.set(own)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for stream in streams:
+            stream.flush()
+        running.reset(token)
+
+
 # == Child ====================================================================
 # Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
 # one message, and only then takes the next.  Nothing that happens in a task can
@@ -7968,7 +8901,6 @@ def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
 
 
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
-_FLUSH_SECONDS = 0.5            # for a stream that an app or a task has made
 
 
 class Stage:
@@ -8009,12 +8941,11 @@ class Child:
 
     def __init__(self, spec: ChildSpec, stage: Stage | None = None):
         self.spec = spec
-        self.wire = ChildEnd(spec.frames, spec.messages)
+        self.wire = ChildEnd(spec.frames, spec.messages, spec.beside)
         self.interrupts = Interrupts(self.wire)
         self.stage = stage or Stage()
-        self.runs = Runs(self.wire, spec, self.stage.printer,
-                         self.interrupts.after_send)
-        self.surroundings: Any = None       # once the app is imported
+        self.runs = Runs(self.wire, spec, self.stage.printer, self.interrupts.send)
+        self.threads: Any = None            # that run tasks, if there are several
 
     def main(self) -> None:
         """Prepare, import the app, then serve; return for an orderly exit."""
@@ -8037,22 +8968,28 @@ class Child:
         import gc
 
         dump_crashes(self.spec.crash)
-        self.surroundings = Surroundings(self.interrupts.handlers)
-        self.surroundings.restore(standard_streams())
+        self.runs.plain_streams = self.stage.streams
+        self.runs.surroundings = Surroundings(self.interrupts.handlers)
+        self.runs.surroundings.restore(standard_streams())
         own_threads()
         self.runs.say(READY, list(self.runs.app.tasks))
-        lasted = False              # the run before
-        while True:
-            frame = self.wire.receive_now()
-            if (frame is None or lasted) and self.surroundings.restore_rest():
-                dump_crashes(self.spec.crash)
-            if frame is None:
-                frame = self.wire.receive()
-            if not frame:
-                gc.unfreeze()       # or open files would not be flushed at the exit
-                self.wire.keep_open()
-                return
-            lasted = self.runs.serve(frame, self._call) > SPAWN_SECONDS
+        self._work()
+        gc.unfreeze()               # or open files would not be flushed at the exit
+        self.wire.keep_open()
+
+    def _work(self):
+        """Run tasks, of each kind in its place, until the worker hangs up."""
+        spec, common = self.spec, (self.runs, self.wire, self.interrupts)
+        coroutines = Coroutines(*common, spec.coroutines) if spec.beside >= 0 else None
+        if coroutines:
+            coroutines.start()
+        if spec.threads > 1:
+            self.threads = Threads(*common, spec.threads)
+            self.threads.serve()
+        else:
+            MainThread(*common, spec.crash).serve()
+        if coroutines:
+            coroutines.join()
 
     def _prepare(self):
         spec = self.spec
@@ -8061,9 +8998,12 @@ class Child:
         dump_crashes(spec.crash)
         for number, handler in self.interrupts.handlers.items():
             set_signal(number, handler)
+        # Not by Python code, into which an exception could fall.
         os.register_at_fork(
-            before=self.interrupts.before_fork, after_in_child=self._in_fork,
-            after_in_parent=self.interrupts.after_fork,
+            after_in_child=functools.partial(setattr, self.runs, "is_fork", True))
+        os.register_at_fork(
+            before=self._before_fork, after_in_child=self._in_fork,
+            after_in_parent=self._after_fork,
         )
         for name in CHILD_ENDS:
             with contextlib.suppress(OSError):      # there is none, or it is closed
@@ -8088,6 +9028,16 @@ class Child:
         self.runs.app = self.stage.app = app
         app.override(**self.spec.settings)
 
+    def _before_fork(self):
+        if self.threads:
+            self.threads.before_fork()
+        self.interrupts.before_fork()
+
+    def _after_fork(self):
+        self.interrupts.after_fork()
+        if self.threads:
+            self.threads.after_fork()
+
     def _in_fork(self):
         """In a process that a task has forked: be to it as a program of its own.
 
@@ -8095,49 +9045,17 @@ class Child:
         """
         import faulthandler
 
-        self.runs.is_fork = True
         faulthandler.unregister(signal.SIGUSR2)
         self.interrupts.leave()
         self.runs.printer.leave()
-        if self.surroundings:
-            self.surroundings.leave()
+        self.runs.forget()
+        if self.threads:
+            self.threads.in_fork()
+        if self.runs.surroundings:
+            self.runs.surroundings.leave()
         self.wire.close()
         self.runs.begun.leave()
         self.interrupts.after_fork()
-
-    def _call(self, run, args, kwargs):
-        """Call the task; a timeout or a cancellation may raise in the middle of it."""
-        context = self.surroundings.context()
-        self.interrupts.begin(run)
-        try:
-            if run.timeout:
-                signal.setitimer(signal.ITIMER_REAL, run.timeout)
-            value = context.run(run.task.fn, *args, **kwargs)
-            if isinstance(value, types.CoroutineType):
-                value = context.run(run_coroutine, value)
-            return value
-        finally:
-            self.interrupts.allowed = False
-            streams = standard_streams()
-            if streams != self.stage.streams:
-                self._flush(streams[1:])
-            self.surroundings.restore(streams)
-
-    def _flush(self, streams):
-        """What an app, or a task, has put in place of our streams may hold output.
-
-        Never raises, and waits only so long: a stream may lead to who does not read.
-        """
-        raised = self.interrupts.run.raised
-        for stream in streams:
-            with contextlib.suppress(Exception):
-                try:
-                    self.interrupts.allowed = True
-                    signal.setitimer(signal.ITIMER_REAL, _FLUSH_SECONDS)
-                    stream.flush()
-                finally:
-                    self.interrupts.allowed = False
-        self.interrupts.run.raised = raised
 
 
 # == Nursery ==================================================================
@@ -9277,8 +10195,8 @@ def _understand(member, said, message, at):
         (slot or member.slot).printed(value, bool(slot) or member.is_idle)
     elif kind is WRITTEN and (slot or of == (0, 0)):
         member.written(value)
-    elif kind is PROGRESSED and slot is None:
-        pass                        # of a thread whose run was ending
+    elif kind in (PROGRESSED, LAGGED) and slot is None:
+        pass                        # of a thread, as the run was ending
     elif slot is None:
         raise ValueError("an answer that nobody asked for")
     elif kind is LAGGED:

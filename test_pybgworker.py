@@ -274,6 +274,99 @@ class RealWorker:
         self.case.assertEqual(self.unknown, [])
 
 
+class OneChild:
+    """A child, and this process as the worker that it serves."""
+
+    def __init__(self, case, source, threads=1, coroutines=0):
+        (case.folder / "inside.py").write_text(
+            "from pybgworker import *\n" + textwrap.dedent(source))
+        self.case, self.undo = case, contextlib.ExitStack()
+        case.addCleanup(self.kill)
+        self.wire = pybgworker.WorkerEnd(self.undo, coroutines > 0)
+        reader, writer = os.pipe()
+        self.output, self.crash = pybgworker.OutputPipe(reader), os.pipe()
+        frames, messages, beside = self.wire.theirs()
+        names = ("durability", "busy_timeout", "max_payload", "allow_network_fs")
+        spec = pybgworker.ChildSpec(
+            "pybgworker", "inside", [str(HERE), str(case.folder), *sys.path], os.getpid(),
+            frames, messages, self.crash[1], reader,
+            {"db": str(case.db), **{n: getattr(case.app.settings, n) for n in names}},
+            beside=beside, threads=threads, coroutines=coroutines)
+        ends = [fd for fd in (frames, messages, beside, self.crash[1], reader) if fd >= 0]
+        here = os.getcwd()
+        os.chdir(case.folder)
+        self.pid = pybgworker.spawn(
+            [sys.executable, "-c", pybgworker.CHILD_CODE, json.dumps(spec)], ends,
+            os.open(os.devnull, os.O_RDONLY), writer)
+        os.chdir(here)
+        self.wire.given()
+        for fd in (writer, self.crash[1]):
+            os.close(fd)
+        self.exit, self.sent = None, 0
+        self.heard = []                     # (kind, id, value)
+        until(lambda: self.said(pybgworker.READY), what="ready")
+
+    def run(self, name, *args, timeout=None, beside=False, **kwargs):
+        """Send a run; return its id."""
+        self.sent += 1
+        run = Run(self.sent, name, "q", 0, 3, 0, timeout, 0, None,
+                  pybgworker.encode_call(args, kwargs), 5)
+        send = self.wire.send_beside if beside else self.wire.send
+        until(lambda: self.hear() or send(run), what="room for a frame")
+        return run.id
+
+    def beside(self, name, *args, **options):
+        return self.run(name, *args, beside=True, **options)
+
+    def hear(self):
+        self.wire.read()
+        for kind, (run_id, _), value, *_ in self.wire.heard(1 << 20):
+            self.heard.append((kind, run_id, value))
+
+    def said(self, kind, run_id=None):
+        """The values of such messages so far."""
+        self.hear()
+        return [v for k, i, v in self.heard if k is kind and run_id in (None, i)]
+
+    def answer(self, run_id, timeout=15):
+        """The result of a run, or the error as a dict."""
+        def find():
+            if not self.alive():
+                last = [(k.code, i, v) for k, i, v in self.heard[-20:]]
+                self.case.fail(f"{self.exit} {self.output.read()} {last}")
+            self.hear()
+            return [(k, v) for k, i, v in self.heard if i == run_id and k in (
+                pybgworker.SUCCEEDED, pybgworker.ENDED_BADLY, pybgworker.UNKNOWN)]
+        (kind, value), = until(find, timeout, f"an answer of {run_id}")
+        return pybgworker.decode(value) if kind is pybgworker.SUCCEEDED else value
+
+    def printed(self, run_id):
+        return "".join(self.said(pybgworker.PRINTED, run_id))
+
+    def cancel(self, run_id):
+        self.wire.cancel(run_id)
+        os.kill(self.pid, signal.SIGUSR1)
+
+    def alive(self):
+        self.exit = self.exit or pybgworker.poll_exit(self.pid)
+        return self.exit is None
+
+    def stop(self, timeout=15):
+        """Hang up; return how it ended."""
+        self.wire.hang_up()
+        until(lambda: not self.alive(), timeout, what="the end of the child")
+        return self.exit
+
+    def kill(self):
+        if self.alive():
+            pybgworker.kill_group(self.pid)
+            os.waitpid(self.pid, 0)
+        pybgworker.kill_group(self.pid)
+        self.undo.close()
+        for fd in (self.output.fd, self.crash[0]):
+            os.close(fd)
+
+
 def add_workers(store, *ids):
     """Rows for workers that are driven by hand: only who has one may claim."""
     with store.db.write() as link:
@@ -6730,6 +6823,859 @@ class Outputs(Served):
         self.assertEqual(sorted(self.printed("in_forks")), ["begun ended", "forked"])
 
 
+# == Threads ==================================================================
+
+IN_THREADS = """
+    import asyncio, multiprocessing, os, subprocess, sys, threading, time
+
+    def wait_for(path):
+        while not os.path.exists(path):
+            time.sleep(0.002)
+
+    @task(name="meet")
+    def meet(count):
+        print("begun", end=" ")
+        open(f"met-{current_task().id}", "w").close()
+        while sum(name[:4] == "met-" for name in os.listdir(".")) < count:
+            time.sleep(0.002)
+        print("ended")
+        return current_task().id
+
+    @task(name="chatter")
+    def chatter():
+        while True:
+            print("x" * 100)
+
+    @task(name="hold")
+    def hold(path="go"):
+        wait_for(path)
+
+    @task(name="number")
+    def number():
+        return os.getpid()
+"""
+
+
+class InThreads(Case):
+    """Ordinary tasks in threads of one child."""
+
+    def child(self, source="", threads=4, **options):
+        return OneChild(self, textwrap.dedent(IN_THREADS) + textwrap.dedent(source),
+                        threads, **options)
+
+    def test_as_many_as_there_are_threads_run_at_a_time(self):
+        child = self.child(threads=4)
+        ids = [child.run("meet", 4) for _ in range(4)]
+
+        self.assertEqual([child.answer(number) for number in ids], ids)
+        for number in ids:
+            self.assertEqual(child.printed(number), "begun ended\n")
+
+    def test_no_thread_takes_a_second_frame_before_it_has_answered(self):
+        child = self.child("""
+            @task(name="mark")
+            def mark():
+                open(f"met-{current_task().id}", "w").close()
+                wait_for("go")
+            """, threads=2)
+        ids = [child.run("mark") for _ in range(3)]
+        until(lambda: len(list(self.folder.glob("met-*"))) == 2)
+
+        self.assertEqual(child.wire.recall(), {ids[2]})
+        (self.folder / "go").touch()
+        self.assertEqual([child.answer(number) for number in ids[:2]], [None] * 2)
+
+    def test_a_time_limit_raises_in_its_thread_only(self):
+        child = self.child("""
+            @task(name="late")
+            def late():
+                try:
+                    while True:
+                        time.sleep(0.001)
+                except TaskTimeout:
+                    print("cleaned up")
+                    raise
+            """)
+        neighbour = child.run("hold")
+        began = time.monotonic()
+        error = child.answer(child.run("late", timeout=0.2))
+
+        self.assertLess(0.2, time.monotonic() - began)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual((error["kind"], error["type"], error["message"]), (
+            "timeout", "TaskTimeout", "the time limit is reached"))
+        self.assertIn("in late", error["traceback"])
+        self.assertEqual(child.printed(2), "cleaned up\n")
+        (self.folder / "go").touch()
+        self.assertIsNone(child.answer(neighbour))
+
+    def test_a_later_run_may_have_the_earlier_limit(self):
+        child = self.child()
+        first = child.run("chatter", timeout=0.6)
+        then = child.run("chatter", timeout=0.1)
+        self.assertEqual(child.answer(then)["kind"], "timeout")
+        self.assertEqual(child.said(pybgworker.ENDED_BADLY, first), [])
+        self.assertEqual(child.answer(first)["kind"], "timeout")
+
+    def test_a_cancelled_run_ends_at_once_and_no_other(self):
+        child = self.child()
+        ids = [child.run("chatter") for _ in range(3)]
+        until(lambda: all(map(child.printed, ids)))
+        child.cancel(ids[1])
+        error = child.answer(ids[1], timeout=1)
+
+        self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
+        self.assertIn(f"task {ids[1]} is being cancelled", error["message"])
+        self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
+        for number in (ids[0], ids[2]):
+            child.cancel(number)
+            child.answer(number, timeout=1)
+
+    def test_an_interruption_falls_nowhere_but_into_the_task(self):
+        """Whenever it comes: in a print, a fork, a finalizer, or just at the end."""
+        child = self.child("""
+            @task(name="busy")
+            def busy(how, seconds):
+                class Final:
+                    def __del__(self):
+                        for _ in range(30):
+                            pass
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    if how == "print":
+                        print("whole")
+                    elif how == "fork":
+                        pid = os.fork()
+                        if not pid:
+                            os._exit(0)
+                        os.waitpid(pid, 0)
+                    elif how == "finalizer":
+                        Final()
+            """, threads=8)
+        chance, waiting, answers = random.Random(3), [], []
+        for n in range(300):
+            how = ("print", "fork", "finalizer", "nothing")[n % 4]
+            limit = 0.003 + chance.uniform(-0.002, 0.002)
+            waiting.append(child.run("busy", how, 0.003, timeout=limit))
+            if len(waiting) > 30:
+                answers.append(child.answer(waiting.pop(0)))
+        answers += map(child.answer, waiting)
+        kinds = {answer and (answer["kind"], answer["message"]) for answer in answers}
+
+        self.assertEqual(kinds, {None, ("timeout", "the time limit is reached")})
+        self.assertRegex("".join(child.said(pybgworker.PRINTED)), r"\A(whole\n?)*\Z")
+        self.assertEqual(child.output.read(), b"")
+        (self.folder / "met-0").touch()
+        ids = [child.run("meet", 8) for _ in range(7)]      # and all threads live
+        self.assertEqual([child.answer(number) for number in ids], ids)
+        self.assertEqual(child.stop().code, 0)
+
+    def test_what_the_interpreter_drops_is_raised_again(self):
+        """In a finalizer, or a hook at a fork."""
+        child = self.child("""
+            class Endless:
+                def __del__(self):
+                    while True:
+                        pass
+
+            @task(name="finalize")
+            def finalize():
+                Endless()
+                chatter()
+
+            fall_in = []
+
+            def hook():
+                while fall_in:
+                    pass
+
+            os.register_at_fork(before=hook)
+
+            @task(name="fork")
+            def fork():
+                fall_in.append(1)
+                if not os.fork():
+                    os._exit(0)
+                while True:
+                    time.sleep(0.001)
+            """)
+        for name in ("finalize", "fork"):
+            error = child.answer(child.run(name, timeout=0.1), timeout=5)
+            self.assertEqual((error["kind"], error["message"]),
+                             ("timeout", "the time limit is reached"), name)
+        self.assertEqual(child.output.read(), b"")
+
+    def test_exits_and_errors_cost_the_run_and_not_the_thread(self):
+        child = self.child("""
+            @task(name="end")
+            def end(how):
+                if how == "result":
+                    return object()
+                raise {"exit": SystemExit, "key": KeyboardInterrupt, "value": ValueError,
+                       "abort": Abort}[how]("why")
+            """, threads=2)
+        for how, kind, type in (
+            ("exit", "exception", "SystemExit"), ("key", "exception", "KeyboardInterrupt"),
+            ("value", "exception", "ValueError"), ("abort", "abort", "Abort"),
+            ("result", "exception", "PayloadTypeError"),
+        ) * 2:
+            error = child.answer(child.run("end", how))
+            self.assertEqual((error["kind"], error["type"]), (kind, type))
+        self.assertEqual(child.answer(child.run("unknown")), b"")
+        self.assertEqual(child.answer(child.run("number")), child.pid)
+
+    def test_a_task_may_start_processes_of_all_sorts(self):
+        child = self.child("""
+            from concurrent.futures import ProcessPoolExecutor
+
+            def double(n):
+                print("doubled")
+                return n * 2
+
+            async def ask():
+                process = await asyncio.create_subprocess_exec("true")
+                return await process.wait()
+
+            @task(name="start")
+            def start(how):
+                if how == "fork":
+                    pid = os.fork()
+                    if not pid:
+                        return "never answered"
+                    return os.waitpid(pid, 0)[1]
+                if how == "exit":
+                    pid = os.fork()
+                    if not pid:
+                        sys.exit(3)
+                    return os.waitpid(pid, 0)[1] >> 8
+                if how == "subprocess":
+                    return subprocess.run(["true"]).returncode
+                if how == "asyncio":
+                    return asyncio.run(ask())
+                if how == "coroutine":
+                    return ask()
+                context = multiprocessing.get_context(how.split()[0])
+                if "pool" in how:
+                    with ProcessPoolExecutor(1, mp_context=context) as pool:
+                        return pool.submit(double, 21).result() - 42
+                process = context.Process(target=double, args=(1,))
+                process.start()
+                process.join()
+                return process.exitcode
+            """)
+        held = child.run("hold")
+        for how in ("fork", "exit", "subprocess", "asyncio", "coroutine", "fork process",
+                    "spawn process", "forkserver process", "fork pool", "spawn pool"):
+            with self.subTest(how):
+                number = child.run("start", how)
+                self.assertEqual(child.answer(number), 3 if how == "exit" else 0,
+                                 (child.printed(number), child.said(pybgworker.WRITTEN)))
+        (self.folder / "go").touch()
+        self.assertIsNone(child.answer(held))
+        self.assertEqual(child.stop().code, 0)
+
+    def test_threads_that_print_and_fork_do_not_hang(self):
+        child = self.child("""
+            @task(name="both")
+            def both(n):
+                for i in range(10):
+                    print("line", n, i)
+                    sys.stdout.buffer.write(b"bytes\\n")
+                    pid = os.fork()
+                    if not pid:
+                        print("forked", n)
+                        sys.stdout.buffer.write(b"forked bytes\\n")
+                        os._exit(0)
+                    os.waitpid(pid, 0)
+            """, threads=16)
+        ids = [child.run("both", n) for n in range(32)]
+        for n, number in enumerate(ids):
+            self.assertIsNone(child.answer(number, timeout=30))
+            self.assertEqual(child.printed(number),
+                             "".join(f"line {n} {i}\nbytes\n" for i in range(10)))
+
+    def test_a_thread_that_a_task_starts_is_its_own(self):
+        child = self.child("""
+            @task(name="parent")
+            def parent(n):
+                ids = []
+
+                def work():
+                    ids.append(current_task().id)
+                    print("part", n, end="!")
+                    current_task().set_progress(n)
+
+                threads = [threading.Thread(target=work) for _ in range(3)]
+                [thread.start() for thread in threads]
+                [thread.join() for thread in threads]
+                return ids
+
+            @task(name="leave")
+            def leave():
+                def late():
+                    wait_for("go")
+                    print("late")
+                    current_task().set_progress(99)
+                    open("went", "w").close()
+                threading.Thread(target=late).start()
+            """)
+        held = child.run("hold", "done")
+        for n in range(1, 4):
+            number = child.run("parent", n)
+            self.assertEqual(child.answer(number), [number] * 3)
+            self.assertEqual(child.printed(number), f"part {n}!" * 3)
+            self.assertEqual(child.said(pybgworker.PROGRESSED, number), [[n, None]] * 3)
+        left = child.run("leave")
+        self.assertIsNone(child.answer(left))
+        (self.folder / "go").touch()
+        until(lambda: (self.folder / "went").exists())
+        until(lambda: "late\n" in child.printed(0))
+        self.assertEqual(child.printed(left) + child.printed(held), "")
+        self.assertEqual(child.said(pybgworker.PROGRESSED, left), [])
+
+    def test_bytes_of_c_code_are_of_a_run_only_when_it_is_alone(self):
+        child = self.child("""
+            @task(name="raw")
+            def raw():
+                os.write(1, b"raw\\n")
+            """)
+        alone = child.run("raw")
+        child.answer(alone)
+        held = child.run("hold")
+        child.answer(child.run("raw"))
+        self.assertEqual(
+            [(number, value) for kind, number, value in child.heard
+             if kind is pybgworker.WRITTEN], [(alone, b"raw\n"), (0, b"raw\n")])
+        (self.folder / "go").touch()
+        child.answer(held)
+
+    def test_nothing_is_put_back_under_a_neighbour(self):
+        child = self.child("""
+            @task(name="spoil")
+            def spoil(until):
+                os.environ["SPOILT"] = "yes"
+                os.mkdir("deep"), os.chdir("deep"), os.umask(0o077)
+                sys.setrecursionlimit(5000)
+                wait_for(until)
+                return os.environ.get("SPOILT"), os.path.basename(os.getcwd())
+
+            @task(name="look")
+            def look():
+                return (os.environ.get("SPOILT"), os.path.basename(os.getcwd()),
+                        sys.getrecursionlimit())
+            """)
+        before = child.answer(child.run("look"))
+        spoilt = child.run("spoil", str(self.folder / "go"))
+        until(lambda: (self.folder / "deep").exists())
+        until(lambda: list(child.answer(child.run("look"))) == ["yes", "deep", 5000])
+        (self.folder / "go").touch()
+        self.assertEqual(list(child.answer(spoilt)), ["yes", "deep"])
+        self.assertEqual(child.answer(child.run("look")), before)
+
+    def test_a_stop_waits_for_all_and_runs_the_exit_handlers(self):
+        child = self.child("""
+            import atexit
+            atexit.register(lambda: print("bye", flush=True))
+            """)
+        held = child.run("hold")
+        child.answer(child.run("number"))
+        child.wire.hang_up()
+        (self.folder / "go").touch()
+        self.assertIsNone(child.answer(held))
+        self.assertEqual(child.stop().code, 0)
+        self.assertEqual(child.printed(0), "bye\n")
+
+
+# == Coroutines ===============================================================
+
+ON_THE_LOOP = """
+    import asyncio, contextvars, multiprocessing, os, subprocess, sys, threading, time
+
+    @task(name="wait")
+    async def wait(seconds):
+        await asyncio.sleep(seconds)
+
+    @task(name="hold")
+    async def hold(path="go"):
+        print("begun", end=" ")
+        open(f"held-{current_task().id}", "w").close()
+        while not os.path.exists(path):
+            await asyncio.sleep(0.005)
+        print("ended")
+        return current_task().id
+
+    @task(name="number")
+    async def number():
+        return os.getpid()
+
+    @task(name="ordinary")
+    def ordinary():
+        return "ordinary"
+
+    @task(name="busy")
+    def busy():
+        while True:
+            time.sleep(0.001)
+"""
+
+
+class OnTheLoop(Case):
+    """Tasks that are coroutines, on the event loop of one child."""
+
+    def child(self, source="", coroutines=100, **options):
+        return OneChild(self, textwrap.dedent(ON_THE_LOOP) + textwrap.dedent(source),
+                        coroutines=coroutines, **options)
+
+    def test_a_thousand_wait_at_a_time_in_little_memory(self):
+        child = self.child(coroutines=1000)
+        began = time.monotonic()
+        ids = [child.beside("wait", 1) for _ in range(1000)]
+        for number in ids:
+            self.assertIsNone(child.answer(number))
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertLess(pybgworker.memory_bytes(child.pid), 80 << 20)
+        self.assertEqual(child.stop().code, 0)
+
+    def test_a_thousand_print_each_its_own_lines(self):
+        child = self.child("""
+            @task(name="say")
+            async def say(n):
+                for i in range(3):
+                    print("part", n, end=" ")
+                    sys.stdout.buffer.write(b"bytes ")
+                    await asyncio.sleep(0.001)
+                    print("end", i)
+            """, coroutines=1000)
+        ids = [child.beside("say", n) for n in range(1000)]
+        for n, number in enumerate(ids):
+            self.assertIsNone(child.answer(number, timeout=60))
+            self.assertEqual(sorted(child.printed(number).split()), sorted(
+                f"part {n} bytes end 0 part {n} bytes end 1 part {n} bytes end 2".split()))
+
+    def test_no_more_are_taken_than_there_are_places(self):
+        child = self.child(coroutines=3)
+        ids = [child.beside("hold") for _ in range(5)]
+        until(lambda: len(list(self.folder.glob("held-*"))) == 3)
+        self.assertEqual(child.wire.recall(), set(ids[3:]))
+        (self.folder / "go").touch()
+        self.assertEqual([child.answer(number) for number in ids[:3]], ids[:3])
+        then = [child.beside("hold") for _ in range(5)]
+        self.assertEqual([child.answer(number) for number in then], then)
+
+    def test_a_time_limit_cancels_it_at_its_await(self):
+        child = self.child("""
+            @task(name="late")
+            async def late():
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    await asyncio.sleep(0.01)
+                    print("cleaned up")
+
+            @task(name="stubborn")
+            async def stubborn():
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    return "swallowed"
+
+            @task(name="other")
+            async def other():
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    raise ValueError("on the way")
+            """)
+        neighbour = child.beside("hold")
+        number = child.beside("late", timeout=0.1)
+        error = child.answer(number, timeout=1)
+        self.assertEqual((error["kind"], error["type"], error["message"]), (
+            "timeout", "TaskTimeout", "the time limit is reached"))
+        self.assertIn("in late", error["traceback"])
+        self.assertTrue(error["retryable"])
+        self.assertEqual(child.printed(number), "cleaned up\n")
+        self.assertEqual(child.answer(child.beside("stubborn", timeout=0.05)), "swallowed")
+        error = child.answer(child.beside("other", timeout=0.05))
+        self.assertEqual((error["kind"], error["type"]), ("timeout", "ValueError"))
+        (self.folder / "go").touch()
+        self.assertEqual(child.answer(neighbour), neighbour)
+
+    def test_a_cancelled_run_ends_at_once_and_no_other(self):
+        child = self.child()
+        ids = [child.beside("wait", 60) for _ in range(3)]
+        child.answer(child.beside("number"))
+        for place in ("idle", "busy"):          # of the main thread
+            if place == "busy":
+                held = child.run("busy")
+            number = ids.pop()
+            child.cancel(number)
+            error = child.answer(number, timeout=1)
+            self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
+            self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
+        child.cancel(held)
+        self.assertEqual(child.answer(held, timeout=1)["kind"], "cancelled")
+
+    def test_a_cancellation_before_the_first_step_is_one(self):
+        child = self.child("""
+            @task(name="block")
+            async def block():
+                open("blocks", "w").close()
+                while not os.path.exists("go"):
+                    time.sleep(0.005)
+            """)
+        first = child.beside("block")
+        until(lambda: (self.folder / "blocks").exists())
+        number = child.beside("wait", 60)
+        child.cancel(number)
+        (self.folder / "go").touch()
+        self.assertIsNone(child.answer(first))
+        until(lambda: child.cancel(number) or child.said(pybgworker.ENDED_BADLY, number))
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
+
+    def test_what_it_has_started_ends_with_it(self):
+        child = self.child("""
+            kept = []
+
+            async def waits():
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    print("task ended")
+
+            async def generates():
+                try:
+                    yield 1
+                finally:
+                    await asyncio.sleep(0)
+                    print("generator closed")
+
+            async def breeds():
+                asyncio.ensure_future(waits())
+                await asyncio.sleep(0)
+
+            async def stays():
+                while not os.path.exists("go"):
+                    try:
+                        await asyncio.sleep(0.01)
+                    except asyncio.CancelledError:
+                        pass
+                print("late")
+
+            @task(name="leave")
+            async def leave(fails):
+                kept.append(asyncio.ensure_future(waits()))
+                asyncio.ensure_future(breeds())
+                kept.append(generates())
+                await kept[-1].__anext__()
+                await asyncio.sleep(0.01)
+                if fails:
+                    raise ValueError
+
+            @task(name="leave_stubborn")
+            async def leave_stubborn():
+                kept.append(asyncio.ensure_future(stays()))
+                await asyncio.sleep(0)
+
+            @task(name="count")
+            async def count():
+                return len(asyncio.all_tasks())
+            """)
+        neighbour = child.beside("hold", "never")
+        for fails in (False, True):
+            number = child.beside("leave", fails)
+            child.answer(number, timeout=1)
+            self.assertEqual(sorted(child.printed(number).splitlines()),
+                             ["generator closed", "task ended", "task ended"])
+        self.assertEqual(child.answer(child.beside("count")), 2)
+        number = child.beside("leave_stubborn")
+        self.assertIsNone(child.answer(number, timeout=5))
+        (self.folder / "go").touch()
+        until(lambda: child.printed(0) == "late\n")
+        self.assertEqual(child.printed(number), "")
+        self.assertEqual(child.said(pybgworker.SUCCEEDED, neighbour), [])
+
+    def test_an_exit_costs_the_run_and_not_the_loop(self):
+        child = self.child("""
+            async def ends(exc):
+                raise exc
+
+            @task(name="end")
+            async def end(how):
+                if how == "itself":
+                    raise SystemExit(3)
+                if how == "key":
+                    await ends(KeyboardInterrupt())
+                if how == "child":
+                    asyncio.ensure_future(ends(SystemExit(3)))
+                if how == "awaited":
+                    await asyncio.gather(ends(SystemExit(3)), wait(60))
+                if how == "late":
+                    part = asyncio.ensure_future(ends(SystemExit(3)))
+                    try:
+                        await part
+                    except BaseException:
+                        return "no"
+                if how == "callback":
+                    asyncio.get_running_loop().call_soon(sys.exit, 3)
+                    await asyncio.sleep(0.01)
+                    return "callback"
+                await asyncio.sleep(60)
+            """)
+        neighbour = child.beside("hold")
+        for how in ("itself", "key", "child", "awaited", "late"):
+            with self.subTest(how):
+                error = child.answer(child.beside("end", how), timeout=2)
+                self.assertEqual((error["kind"], error["type"], error["retryable"]), (
+                    "exception", "KeyboardInterrupt" if how == "key" else "SystemExit",
+                    False))
+        self.assertEqual(child.answer(child.beside("end", "callback")), "callback")
+        self.assertEqual(child.answer(child.beside("unknown")), b"")
+        (self.folder / "go").touch()
+        self.assertEqual(child.answer(neighbour), neighbour)
+
+    def test_one_that_blocks_is_named_while_it_blocks(self):
+        child = self.child("""
+            async def blocks():
+                while not os.path.exists("go"):
+                    time.sleep(0.005)
+
+            @task(name="block")
+            async def block(way):
+                if way == "task":
+                    await asyncio.ensure_future(blocks())
+                else:
+                    await blocks()
+            """)
+        innocent = child.beside("wait", 60)
+        for way in ("itself", "task"):
+            number = child.beside("block", way)
+            until(lambda: child.said(pybgworker.LAGGED, number), timeout=5)
+            (seconds, stack), = child.said(pybgworker.LAGGED)[-1:]
+            self.assertLess(1, seconds)
+            self.assertLess(seconds, 2.5)
+            self.assertIn("in blocks", stack)
+            self.assertNotIn("pybgworker.py", stack)
+            self.assertEqual(child.answer(child.run("ordinary")), "ordinary")
+            held = child.run("busy")            # neither does it hold up these
+            until(lambda: not child.wire.recall())
+            child.cancel(held)
+            (self.folder / "go").touch()
+            self.assertIsNone(child.answer(number, timeout=2))
+            (self.folder / "go").unlink()
+        self.assertEqual(child.said(pybgworker.LAGGED, innocent), [])
+
+    def test_nobody_is_named_when_nobody_blocks(self):
+        child = self.child("""
+            @task(name="steps")
+            async def steps(seconds):
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    time.sleep(0.05)
+                    await asyncio.sleep(0)
+            """)
+        child.answer(child.beside("steps", 2.5))
+        self.assertEqual(child.said(pybgworker.LAGGED), [])
+
+    def test_a_process_that_one_forks_is_no_second_loop(self):
+        child = self.child("""
+            @task(name="fork")
+            async def fork(how):
+                pid = os.fork()
+                if not pid:
+                    if how == "return":
+                        return "never answered"
+                    if how == "raise":
+                        raise ValueError("in the fork")
+                    if how == "exit":
+                        sys.exit(3)
+                    await asyncio.sleep(0)
+                return os.waitpid(pid, 0)[1] >> 8
+
+            @task(name="part")
+            async def part():
+                return await asyncio.ensure_future(fork("await"))
+
+            @task(name="count")
+            async def count():
+                with open("count", "a") as f:
+                    for _ in range(100):
+                        f.write("x")
+                        f.flush()
+                        await asyncio.sleep(0.001)
+            """)
+        counts = child.beside("count")
+        for how, code in (("return", 0), ("raise", 1), ("exit", 3), ("await", 1)):
+            with self.subTest(how):
+                number = child.beside("fork", how)
+                self.assertEqual(child.answer(number, timeout=2), code)
+        self.assertEqual(child.answer(child.beside("part"), timeout=2), 1)
+        self.assertIsNone(child.answer(counts))
+        self.assertEqual((self.folder / "count").read_text(), "x" * 100)
+        text = b"".join(child.said(pybgworker.WRITTEN)) + child.output.read()
+        self.assertIn(b"cannot await", text)
+
+    def test_it_may_start_processes_of_all_sorts(self):
+        child = self.child("""
+            from concurrent.futures import ProcessPoolExecutor
+
+            def double(n):
+                return n * 2
+
+            @task(name="start")
+            async def start(how):
+                if how == "subprocess":
+                    return subprocess.run(["true"]).returncode
+                if how == "asyncio":
+                    process = await asyncio.create_subprocess_exec(
+                        "cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                    return (await process.communicate(b"text"))[0] != b"text"
+                context = multiprocessing.get_context(how.split()[0])
+                if "pool" in how:
+                    with ProcessPoolExecutor(1, mp_context=context) as pool:
+                        loop = asyncio.get_running_loop()
+                        return await loop.run_in_executor(pool, double, 21) - 42
+                process = context.Process(target=double, args=(1,))
+                process.start()
+                while process.is_alive():
+                    await asyncio.sleep(0.01)
+                return process.exitcode
+            """)
+        held = child.beside("hold")
+        for how in ("subprocess", "asyncio", "fork process", "spawn process",
+                    "forkserver process", "fork pool", "spawn pool"):
+            with self.subTest(how):
+                self.assertFalse(child.answer(child.beside("start", how)))
+        (self.folder / "go").touch()
+        self.assertEqual(child.answer(held), held)
+        self.assertEqual(child.stop().code, 0)
+
+    def test_threads_of_the_loop_work_for_who_asks_them(self):
+        child = self.child("""
+            def work(n):
+                print("in a thread", n, end="")
+                return current_task().id
+
+            @task(name="ask")
+            async def ask(n):
+                loop = asyncio.get_running_loop()
+                context = contextvars.copy_context()
+                return [await loop.run_in_executor(None, work, n),
+                        await loop.run_in_executor(None, context.run, work, n)]
+            """)
+        ids = [child.beside("ask", n) for n in range(20)]
+        for n, number in enumerate(ids):
+            self.assertEqual(child.answer(number), [number] * 2)
+            self.assertEqual(child.printed(number), f"in a thread {n}" * 2)
+
+    def test_a_context_is_of_one_run(self):
+        child = self.child("""
+            variable = contextvars.ContextVar("variable", default="nothing")
+
+            @task(name="set")
+            async def set():
+                found = variable.get()
+                variable.set("set")
+                await asyncio.sleep(0)
+                return found
+            """, coroutines=2)
+        for _ in range(3):
+            ids = [child.beside("set") for _ in range(6)]
+            self.assertEqual([child.answer(number) for number in ids], ["nothing"] * 6)
+
+    def test_a_result_or_an_error_is_that_of_any_task(self):
+        child = self.child("""
+            @task(name="give")
+            async def give(how):
+                if how == "object":
+                    return object()
+                if how == "retry":
+                    raise Retry("again", countdown=5)
+                if how == "cancelled":
+                    raise asyncio.CancelledError
+                return [how, current_task().id]
+            """)
+        number = child.beside("give", "value")
+        self.assertEqual(child.answer(number), ["value", number])
+        self.assertEqual(child.answer(child.beside("ordinary")), "ordinary")
+        for how, type, retryable in (("object", "PayloadTypeError", False),
+                                     ("retry", "Retry", True),
+                                     ("cancelled", "CancelledError", False)):
+            error = child.answer(child.beside("give", how))
+            self.assertEqual((error["type"], error["retryable"], error["kind"]),
+                             (type, retryable, "exception"))
+
+    def test_a_stop_waits_for_all_and_ends_what_is_left(self):
+        child = self.child("""
+            import atexit
+            atexit.register(lambda: print("bye"))
+            lasting = []
+
+            async def lasts():
+                try:
+                    while True:
+                        try:
+                            await asyncio.sleep(60)
+                        except asyncio.CancelledError:
+                            if lasting[1:]:
+                                raise
+                            lasting.append(1)
+                finally:
+                    print("left")
+
+            @task(name="leave")
+            async def leave():
+                lasting.append(asyncio.ensure_future(lasts()))
+                await asyncio.sleep(0)
+            """)
+        child.answer(child.beside("leave"), timeout=5)
+        held = child.beside("hold")
+        child.answer(child.beside("number"))
+        child.wire.hang_up()
+        (self.folder / "go").touch()
+        self.assertEqual(child.answer(held), held)
+        self.assertEqual(child.stop().code, 0)
+        self.assertEqual(child.printed(0).split(), ["left", "bye"])
+
+    def test_it_works_for_tasks_in_threads_too(self):
+        child = self.child(threads=4)
+        (self.folder / "go").touch()
+        ids = [child.beside("hold") for _ in range(10)]
+        held = [child.run("busy") for _ in range(4)]
+        self.assertEqual([child.answer(number) for number in ids], ids)
+        late = child.beside("wait", 60)
+        for number in (*held, late):
+            until(lambda: child.cancel(number) or child.said(
+                pybgworker.ENDED_BADLY, number), timeout=2)
+            self.assertEqual(child.answer(number)["kind"], "cancelled")
+
+    def test_without_a_descriptor_for_a_loop_the_run_has_failed(self):
+        child = self.child("""
+            import resource
+
+            @task(name="lower")
+            def lower():
+                soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+                held = []
+                try:
+                    while True:
+                        held.append(os.dup(0))
+                except OSError:
+                    print("lowered")
+                try:
+                    busy()
+                finally:
+                    [os.close(fd) for fd in held]
+            """)
+        lowers = child.run("lower")
+        until(lambda: child.printed(lowers))
+        error = child.answer(child.beside("number"))
+        self.assertEqual((error["type"], error["retryable"]), ("OSError", True))
+        child.cancel(lowers)
+        child.answer(lowers)
+        self.assertEqual(child.answer(child.beside("number")), child.pid)
+
+
 # == Child ====================================================================
 
 
@@ -8736,7 +9682,7 @@ Served_TASKS_MORE = """
 
     @task(retries=0)
     def scribble(how):
-        child = sys._getframe(1).f_locals["self"]
+        place = sys._getframe(1).f_locals["self"]
         head, of = pybgworker._MESSAGE, (current_task().id, current_task().attempt)
         frames = {
             "noise": b"\\xff" * 500,
@@ -8745,7 +9691,7 @@ Served_TASKS_MORE = """
             "no error": head.pack(2, b"F", *of, 0, 0) + b"[]",
             "no time": head.pack(0, b"S", *of, 1 << 63, 0),
         }
-        child.wire.messages.sendall(frames[how])
+        place._wire.messages.sendall(frames[how])
         time.sleep(20)
 
     @task
