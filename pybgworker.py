@@ -10339,7 +10339,7 @@ class Kinds(NamedTuple):
         return self.threads == 1 and not self.is_async
 
 
-CHILDREN_SERVE_MANY = False     # they have no threads, and no event loop, yet
+CHILDREN_SERVE_MANY = True
 
 
 def kinds_of(settings: types.SimpleNamespace, tasks: dict[str, Entry]) -> Kinds:

@@ -281,7 +281,6 @@ class OneChild:
         (case.folder / "inside.py").write_text(
             "from pybgworker import *\n" + textwrap.dedent(source))
         self.case, self.undo = case, contextlib.ExitStack()
-        case.addCleanup(self.kill)
         self.wire = pybgworker.WorkerEnd(self.undo, coroutines > 0)
         reader, writer = os.pipe()
         self.output, self.crash = pybgworker.OutputPipe(reader), os.pipe()
@@ -293,15 +292,18 @@ class OneChild:
             {"db": str(case.db), **{n: getattr(case.app.settings, n) for n in names}},
             beside=beside, threads=threads, coroutines=coroutines)
         ends = [fd for fd in (frames, messages, beside, self.crash[1], reader) if fd >= 0]
-        here = os.getcwd()
+        here, null = os.getcwd(), os.open(os.devnull, os.O_RDONLY)
         os.chdir(case.folder)
-        self.pid = pybgworker.spawn(
-            [sys.executable, "-c", pybgworker.CHILD_CODE, json.dumps(spec)], ends,
-            os.open(os.devnull, os.O_RDONLY), writer)
-        os.chdir(here)
+        try:
+            self.pid = pybgworker.spawn(
+                pybgworker.start_argv("run_child", spec), ends, null, writer)
+        finally:
+            os.chdir(here)
+            os.close(null)
         self.wire.given()
         for fd in (writer, self.crash[1]):
             os.close(fd)
+        case.addCleanup(self.kill)
         self.exit, self.sent = None, 0
         self.heard = []                     # (kind, id, value)
         until(lambda: self.said(pybgworker.READY), what="ready")
