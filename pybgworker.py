@@ -9574,12 +9574,16 @@ class Nursery:
         if self._asked and at - min(self._asked.values()) > _ANSWER_SECONDS:
             self.give_up()
 
-    def await_app(self) -> Registry:
-        """Wait until the app is imported.  Raises Problem, or UsageError."""
+    def await_app(self, each_time: Callable) -> Registry:
+        """Wait until the app is imported.  Raises Problem, or UsageError.
+
+        When something is heard, and once a second, `each_time` is called.
+        """
         while self.is_importing:
             self._line.wait(1.0)
             self.hear()
             self.mind(time.monotonic())
+            each_time()
         if self.registry is None:
             failure = self.failure or Failure("")
             self.stop(EXIT_GRACE)
@@ -13092,11 +13096,12 @@ def _run(args, app):
     style = args.log_format or ("text" if is_terminal(sys.stdout) else "json")
     with _log_apart(style) as log:
         name = args.worker_name or os.environ.get("PYBGWORKER_WORKER_NAME")
-        nursery = Nursery(args.app, Journal(log, name or default_worker_name()).run)
+        journal = Journal(log, name or default_worker_name())
+        nursery = Nursery(args.app, journal.run)
         try:
             with quitting_at_once(nursery.kill):
                 nursery.start(time.monotonic())
-                registry = nursery.await_app()
+                registry = nursery.await_app(log.flush)
             settings = registry.settings(flags)
             worker = Worker(registry, settings, open_store(settings), args.burst, log,
                             nursery)

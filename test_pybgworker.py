@@ -8366,12 +8366,81 @@ class Nurseries(Served):
                 self.assertIn(words, done.stderr)
                 self.assertEqual(done.stderr.count("pybgworker: "), 1)
 
+    def test_an_import_that_takes_long_says_where_it_is(self):
+        site = self.folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "import pybgworker\npybgworker.SLOW_SECONDS = 2\n")
+        self.app_with("def wait_for_it():\n    while not os.path.exists('go'):\n"
+                      "        time.sleep(0.01)\nwait_for_it()\n")
+        worker = self.worker("--concurrency", 1, "--worker-name", "slow", app="opening",
+                             PYTHONPATH=f"{site}:{HERE}")
+        said = worker.wait_for("child_error", worker="slow")
+        self.assertIn("not imported after 2 s", said["error"])
+        self.assertIn("in wait_for_it", said["stack"])
+        (self.folder / "go").touch()
+        worker.wait_for("worker_ready")
+        self.assertEqual(len(worker.all("child_error")), 1)
+
+    def test_a_worker_whose_next_nursery_has_no_app_ends_with_the_reason(self):
+        """In the end: an import may fail for want of what comes back."""
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        self.app_with("if os.path.exists('broken'):\n    raise ValueError('broken now')\n")
+        worker = self.worker("--concurrency", 1, app="opening")
+        self.get(self.send("pids"))
+        (self.folder / "broken").touch()
+        os.kill(worker.nursery(), signal.SIGKILL)
+        worker.wait_for("child_error", error="a child could not start, it is tried again: "
+                        "ValueError: broken now")
+        (self.folder / "broken").unlink()
+        self.get(self.send("pids"))
+        (self.folder / "broken").touch()
+        os.kill(worker.nursery(), signal.SIGKILL)
+        self.assertEqual(worker.wait(40), 1)
+        self.assertIn("ValueError: broken now", "".join(worker.errors))
+
+    def test_a_child_that_cannot_be_forked_just_now_is_tried_again(self):
+        self.app_with("""
+            import pybgworker
+            real = pybgworker.own_fork
+
+            def own_fork():
+                if not os.path.exists("enough"):
+                    raise BlockingIOError(11, "no more processes")
+                return real()
+
+            pybgworker.own_fork = own_fork
+        """)
+        worker = self.worker("--concurrency", 1, app="opening")
+        said = worker.wait_for("child_error")
+        self.assertIn("no child can be started, it is tried again", said["error"])
+        self.assertIn("no more processes", said["error"])
+        (self.folder / "enough").touch()
+        self.assertTrue(self.get(self.send("pids")))
+        self.assertEqual(len(worker.all("child_error")), 1)
+
+    def test_signals_to_all_processes_of_a_worker_are_for_the_worker(self):
+        """As systemd sends them: what runs is finished."""
+        if not Path("/proc/self/task").exists():
+            self.skipTest("needs /proc")
+        worker = self.worker("--concurrency", 1)
+        result = self.tasks.hold.delay()
+        self.wait_lines("held")
+        for pid in (worker.nursery(), *worker.children(), worker.pid):
+            os.kill(pid, signal.SIGTERM)
+        worker.wait_for("worker_stopping")
+        (self.folder / "go").touch()
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(result.status, "success")
+
     def test_an_import_that_prints_a_megabyte_does_not_wait_for_its_reader(self):
         self.app_with("print('x' * 1_000_000)\nos.write(1, b'y' * 1_000_000)\n")
         worker = self.worker("--concurrency", 1, app="opening")
         self.assertTrue(self.get(self.send("pids")))
-        text = "".join(event["text"] for event in worker.all("output"))
-        self.assertTrue("x" * 1000 in text and "y" * 1000 in text)
+        for letter in "xy":
+            until(lambda letter=letter: any(
+                letter * 1000 in event["text"] for event in worker.all("output")))
 
 
 # == Load =====================================================================
