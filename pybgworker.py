@@ -8975,6 +8975,7 @@ class Child:
         self.runs.say(READY, list(self.runs.app.tasks))
         self._work()
         gc.unfreeze()               # or open files would not be flushed at the exit
+        self.interrupts.run = None  # the same: it holds the task
         self.wire.keep_open()
 
     def _work(self):
