@@ -5024,15 +5024,17 @@ class Claiming(QueueCase):
                 self.assertLess(len(taken), 300)
 
     def test_something_new_behind_the_look_is_found_by_the_next_round(self):
-        self.fill(1000, "'q' || i", "'unknown'")
-        self.claim()
-        self.assertFalse(self.claimed.round.is_over)
-        new = self.enqueue(queue="a", priority=9)
-        found, looks = self.claimed.round.renewed(), 0
-        while not self.claim(round=found):
-            found, looks = self.claimed.round, looks + 1
-        self.assertEqual([run.id for run in self.claimed.runs], [new])
-        self.assertLess(looks, 30)
+        """Of each kind of places."""
+        for order in ({}, {"free": 0, "beside": 9, "beside_names": "t"},
+                      {"beside": 9, "beside_names": "t"}):
+            self.sql("delete from bg_task")
+            self.fill(1000, "'q' || i", "'unknown'")
+            self.claim(**order)
+            self.assertFalse(self.claimed.round.is_over)
+            new = self.enqueue(queue="a", priority=9)
+            with self.subTest(**order):
+                self.look_on(self.claimed.round.renewed(), **order)
+                self.assertEqual([run.id for run in self.claimed.runs], [new])
 
     def test_groups_without_number_take_turns(self):
         """A neighbourhood of groups with much to do does not keep others waiting."""
@@ -11106,6 +11108,19 @@ class Outboxes(QueueCase):
         self.outbox.turn(1, self.now, 5.0, stopped=[runs[2]])
         # What could not be written is left to be reaped: as begun.
         self.assertEqual(list(cells._cells), runs[3:])
+
+    def test_what_makes_work_is_looked_for_in_the_turn_that_writes_it(self):
+        self.enqueue(count=4)
+        plain, then, back, counted = self.claim(free=3) + self.claim(most={"t": 9})
+        row = NewTask("t", "q", 5, None, 0, None, pybgworker.QUEUED, self.now, self.now)
+        for part, makes_work in (
+            ({"outcomes": [Outcome(plain, 4)]}, False), ({"returned": [back]}, True),
+            ({"outcomes": [Outcome(then, 4, then=((row, "[[],{}]"),))]}, True),
+            ({"outcomes": [Outcome(plain, 4), Outcome(counted, 4)]}, True),
+        ):
+            self.outbox.clear()
+            vars(self.outbox).update(part)
+            self.assertEqual(self.outbox.makes_work, makes_work)
 
     # What SQLite does not take, by a constraint, by its size, by its characters.
     POISON = (
