@@ -4852,9 +4852,14 @@ class Look:
         begun = order.round
         if len(pick.limited) < len(begun.limited):  # the look may be past what opened
             begun = begun.renewed()
+        rounds = begun, begun.beside or Round()
+        # A round that is over waits for the other: else they take turns for ever.
+        # Guarded by test_rounds_of_two_kinds_come_to_an_end_together.
+        goes_on = {r.after is not None and not r.again for r in rounds} == {True, False}
         looks = [
-            (lane, round_, *self._groups(lane, round_))
-            for lane, round_ in zip(pick.lanes, (begun, begun.beside or Round()))
+            (lane, r, [], None) if goes_on and r.after is None
+            else (lane, r, *self._groups(lane, r))
+            for lane, r in zip(pick.lanes, rounds)
         ]
         if not is_in_order and any(round_.after or after
                                    for lane, round_, _, after in looks
@@ -10344,13 +10349,8 @@ class Kinds(NamedTuple):
         return self.threads == 1 and not self.is_async
 
 
-CHILDREN_SERVE_MANY = True
-
-
 def kinds_of(settings: types.SimpleNamespace, tasks: dict[str, Entry]) -> Kinds:
     """Where a worker with these settings runs the tasks of an app."""
-    if not CHILDREN_SERVE_MANY:
-        return Kinds()
     is_async = frozenset(name for name, task in tasks.items() if task.is_async)
     return Kinds(settings.threads, settings.coroutines, is_async)
 

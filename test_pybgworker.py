@@ -5036,6 +5036,24 @@ class Claiming(QueueCase):
                 self.look_on(self.claimed.round.renewed(), **order)
                 self.assertEqual([run.id for run in self.claimed.runs], [new])
 
+    def test_rounds_of_two_kinds_come_to_an_end_together(self):
+        """However far apart they are; or a worker with nothing to do would look on."""
+        self.fill(1000, "'q' || i", "'unknown'")
+        for apart in range(1, 5):
+            found = pybgworker.Round(beside=pybgworker.Round())
+            for look in range(100):
+                if look == apart:       # one begins again, and the other goes on
+                    found = found._replace(beside=pybgworker.Round(pybgworker.FIRST_GROUP))
+                self.claim(round=found, beside=10, beside_names=("u",))
+                found = self.claimed.round
+                if look > apart and found.is_over:
+                    break
+            with self.subTest(apart=apart):
+                self.assertLess(look, 40)
+        new = self.enqueue(name="u", queue="a", priority=9)
+        self.claim(round=found.renewed(), beside=10, beside_names=("u",))
+        self.assertEqual([run.id for run in self.claimed.runs], [new])
+
     def test_groups_without_number_take_turns(self):
         """A neighbourhood of groups with much to do does not keep others waiting."""
         self.fill(100, "'stopped'")
@@ -9917,7 +9935,6 @@ NEIGHBOURS = """
 """
 
 
-@unittest.skipUnless(pybgworker.CHILDREN_SERVE_MANY, "children serve one at a time")
 class Neighbours(Served):
     """Many runs in one child, in its threads or on its event loop."""
 
@@ -12078,7 +12095,7 @@ class Workers(Served):
                 worker.step(pybgworker.now_ms())
         self.assertEqual(worker.pool.in_hand(), 1)
         self.turn_until(worker, result.ready)
-        for _ in range(60):
+        for _ in range(2 * 60):             # of each kind of places
             worker.step(pybgworker.now_ms())
         self.assertGreater(worker._patience(), 0)
 
