@@ -8299,16 +8299,18 @@ class Threads:
         self._next_due = 0.0                # monotonic: the main thread looks then
         self._unraisable = sys.unraisablehook
         interrupts.others.append(self._cancel)
-        runs.send = self._send
+        runs.send = self._sheltered(wire.send)
 
     def serve(self) -> None:
         """Mind what runs in the threads, until the worker hangs up."""
         self._news.acquire()
         sys.unraisablehook = self._on_unraisable
+        # Before Python 3.12 a new thread has the ident of its maker for a moment, and
+        # would get what is raised in that.
+        start: Any = self._sheltered(threading.Thread.start)
+        threading.Thread.start = start      # type: ignore[method-assign]
         _setter()
         while not self._is_over or self._alive:
-            # Not in the threads: a new one has the ident of its maker for a moment,
-            # and would get what is raised in that.
             while not self._idle and self._alive < self._size and not self._is_over:
                 if not self._grow():
                     break
@@ -8417,18 +8419,21 @@ class Threads:
         finally:
             aim.close(run)
 
-    def _send(self, message):
-        """ChildEnd.send(), which no interruption cuts."""
-        aim = self._aims.get(own_ident())
-        if aim is None:
-            self._wire.send(message)
-            return
-        before = aim.is_open
-        try:
-            aim.shelter()
-            self._wire.send(message)
-        finally:
-            aim.unshelter(before)
+    def _sheltered(self, call):
+        """The same function, which no interruption cuts."""
+        @functools.wraps(call)
+        def call_sheltered(argument):
+            aim = self._aims.get(own_ident())
+            if aim is None:
+                return call(argument)
+            before = aim.is_open
+            try:
+                aim.shelter()
+                return call(argument)
+            finally:
+                aim.unshelter(before)
+
+        return call_sheltered
 
     def _on_unraisable(self, args):
         """What fell into a finalizer, or a hook of os.fork(), is raised again."""

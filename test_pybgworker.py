@@ -7027,6 +7027,28 @@ class InThreads(Case):
                              ("timeout", "the time limit is reached"), name)
         self.assertEqual(child.output.read(), b"")
 
+    def test_a_thread_that_a_task_starts_is_not_interrupted_for_it(self):
+        """Before Python 3.12 it was, now and then, and its maker waited for ever."""
+        child = self.child("""
+            @task(name="start")
+            def start(seconds):
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    thread = threading.Thread(target=time.sleep, args=(0,))
+                    thread.start()
+                    thread.join()
+            """, threads=8)
+        chance, waiting, answers = random.Random(5), [], []
+        for _ in range(300):
+            limit = 0.003 + chance.uniform(-0.002, 0.002)
+            waiting.append(child.run("start", 0.003, timeout=limit))
+            if len(waiting) > 30:
+                answers.append(child.answer(waiting.pop(0)))
+        answers += map(child.answer, waiting)
+        self.assertEqual({answer and answer["kind"] for answer in answers},
+                         {None, "timeout"})
+        self.assertEqual(child.said(pybgworker.PRINTED), [])
+
     def test_exits_and_errors_cost_the_run_and_not_the_thread(self):
         child = self.child("""
             @task(name="end")
