@@ -7835,6 +7835,37 @@ class Interrupts:
                 )
 
 
+_EARLY_SECONDS = 2.0            # for the frame of a run that is cancelled at its start
+_ENDED_RUNS = 1000              # are remembered
+
+
+class Early:
+    """Cancellations that have come before the run they mean.
+
+    What is sent to a thread, or to an event loop, counts as begun; but its frame may
+    not have been taken yet.  One that comes after its run is for nobody.
+    """
+
+    def __init__(self):
+        self._named: dict[int, float] = {}      # id: when, monotonic
+        self._ended: collections.deque = collections.deque(maxlen=_ENDED_RUNS)
+
+    def note(self, run_ids: set[int], now: float) -> None:
+        """These are to be cancelled; whoever finds one of them here takes it."""
+        if len(self._named) > _ENDED_RUNS:
+            self._named.clear()
+        self._named.update(dict.fromkeys(run_ids.difference(self._ended), now))
+
+    def take(self, run_id: int, now: float) -> bool:
+        """True when this run is to be cancelled."""
+        return now - self._named.pop(run_id, -math.inf) < _EARLY_SECONDS
+
+    def end(self, run_id: int) -> None:
+        """It is over: who names it now is late."""
+        self._ended.append(run_id)
+        self._named.pop(run_id, None)
+
+
 # == Runs =====================================================================
 # Owns what is the same for a run of any kind in its child, from the frame to the one
 # answer: its arguments and its result, what it prints, which error it is, what is put
@@ -8297,6 +8328,7 @@ class Threads:
         self._news = own_lock()             # released: there is something to mind
         self._wanted: collections.deque = collections.deque()   # ids, to be cancelled
         self._next_due = 0.0                # monotonic: the main thread looks then
+        self._early = Early()
         self._unraisable = sys.unraisablehook
         interrupts.others.append(self._cancel)
         runs.send = self._sheltered(wire.send)
@@ -8337,11 +8369,14 @@ class Threads:
         wanted = set()
         while self._wanted:
             wanted.add(self._wanted.popleft())
+        if wanted:
+            self._early.note(wanted, now)       # before we look, as who begins does
         for aim in list(self._aims.values()):
             run = aim.run
             if run is None:
                 continue
             if run.of[0] in wanted:
+                self._early.take(run.of[0], now)
                 aim.interrupt(
                     run, TaskCancelled(f"task {run.of[0]} is being cancelled"))
             if aim.due and aim.due <= now:
@@ -8404,13 +8439,16 @@ class Threads:
                 exc.args = run.raised.args
             raise
         finally:
+            self._early.end(run.of[0])
             self._runs.surroundings.restore_thread()
             self._runs.leave(run)
 
     def _within(self, aim, context, run, args, kwargs):
         try:
             aim.open(run)
-            if aim.due and aim.due < self._next_due:
+            if self._early.take(run.of[0], time.monotonic()):
+                self._cancel(run.of[:1])
+            elif aim.due and aim.due < self._next_due:
                 self._tell()
             value = context.run(run.task.fn, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
@@ -8683,6 +8721,7 @@ class Coroutines:
         self._carried: dict[Any, _Carried] = {}     # what is in flight
         self._watch = _Watch(self._carried, runs.say)
         self._loop: Any = None
+        self._early = Early()
         self._context = contextvars.copy_context()      # of no run
         self._listens = False       # the loop tells of frames
         self._is_over = False       # there are no more
@@ -8811,6 +8850,8 @@ class Coroutines:
             context = self._runs.enter()
             carried.root = context.run(self._start, carried)
             self._watch.wake()
+            if self._early.take(run.of[0], time.monotonic()):
+                self._cancel({run.of[0]})
         except BaseException:
             self._runs.die()
 
@@ -8833,6 +8874,7 @@ class Coroutines:
             runs.leave(run)
             runs.end(run, kind, value)
             del self._carried[run.current]
+            self._early.end(run.of[0])
             self._listen()
             self._stop_at_end()
         except BaseException:
@@ -8855,11 +8897,13 @@ class Coroutines:
 
     def _cancel(self, run_ids):
         """Returns the ids of those that are here."""
+        self._early.note(run_ids, time.monotonic())
         found = set()
         for carried in list(self._carried.values()):
             number = carried.run.of[0]
             if number in run_ids:
                 found.add(number)
+                self._early.take(number, 0.0)
                 carried.interrupt(TaskCancelled(f"task {number} is being cancelled"))
         return found
 

@@ -6953,6 +6953,25 @@ class InThreads(Case):
             child.cancel(number)
             child.answer(number, timeout=1)
 
+    def test_a_cancellation_may_come_before_its_run(self):
+        """What comes after it is for no later attempt."""
+        child = self.child(threads=2)
+        holding = [child.run("hold") for _ in range(2)]
+        early = child.run("chatter")            # there is no thread for it yet
+        child.cancel(early)
+        (self.folder / "go").touch()
+        self.assertEqual(child.answer(early, timeout=2)["kind"], "cancelled")
+        child.cancel(holding[0])
+        self.assertIsNone(child.answer(holding[0]))
+        child.sent = holding[0] - 1             # the same id
+        (self.folder / "go").unlink()
+        child.heard.clear()
+        again = child.run("hold")
+        child.answer(child.run("number"))
+        self.assertEqual(child.said(pybgworker.ENDED_BADLY, again), [])
+        child.cancel(again)
+        self.assertEqual(child.answer(again, timeout=2)["kind"], "cancelled")
+
     def test_an_interruption_falls_nowhere_but_into_the_task(self):
         """Whenever it comes: in a print, a fork, a finalizer, or just at the end."""
         child = self.child("""
@@ -7258,6 +7277,7 @@ ON_THE_LOOP = """
 
     @task(name="busy")
     def busy():
+        print("busy")
         while True:
             time.sleep(0.001)
 """
@@ -7351,6 +7371,7 @@ class OnTheLoop(Case):
         for place in ("idle", "busy"):          # of the main thread
             if place == "busy":
                 held = child.run("busy")
+                until(lambda: child.printed(held))
             number = ids.pop()
             child.cancel(number)
             error = child.answer(number, timeout=1)
@@ -7373,8 +7394,7 @@ class OnTheLoop(Case):
         child.cancel(number)
         (self.folder / "go").touch()
         self.assertIsNone(child.answer(first))
-        until(lambda: child.cancel(number) or child.said(pybgworker.ENDED_BADLY, number))
-        self.assertEqual(child.answer(number)["kind"], "cancelled")
+        self.assertEqual(child.answer(number, timeout=2)["kind"], "cancelled")
 
     def test_what_it_has_started_ends_with_it(self):
         child = self.child("""
@@ -7501,7 +7521,7 @@ class OnTheLoop(Case):
             self.assertNotIn("pybgworker.py", stack)
             self.assertEqual(child.answer(child.run("ordinary")), "ordinary")
             held = child.run("busy")            # neither does it hold up these
-            until(lambda: not child.wire.recall())
+            until(lambda: child.printed(held))
             child.cancel(held)
             (self.folder / "go").touch()
             self.assertIsNone(child.answer(number, timeout=2))
@@ -7688,9 +7708,8 @@ class OnTheLoop(Case):
         self.assertEqual([child.answer(number) for number in ids], ids)
         late = child.beside("wait", 60)
         for number in (*held, late):
-            until(lambda: child.cancel(number) or child.said(
-                pybgworker.ENDED_BADLY, number), timeout=2)
-            self.assertEqual(child.answer(number)["kind"], "cancelled")
+            child.cancel(number)
+            self.assertEqual(child.answer(number, timeout=2)["kind"], "cancelled")
 
     def test_without_a_descriptor_for_a_loop_the_run_has_failed(self):
         child = self.child("""
