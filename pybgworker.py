@@ -7962,8 +7962,11 @@ class Runs:
             self._calls += 1
         return self.surroundings.context()
 
-    def leave(self, run: Running) -> None:
-        """It is over: what it left behind is undone, once no other is called."""
+    def leave(self, is_main: bool = False) -> None:
+        """It is over: what it left behind is undone, once no other is called.
+
+        On the main thread not what takes longer to look at: see restore_rest().
+        """
         streams = standard_streams()
         if streams != self.plain_streams:
             for stream in streams[1:]:          # they may hold output
@@ -7973,11 +7976,11 @@ class Runs:
             self._calls -= 1
             if not self._calls:
                 self.surroundings.restore_shared(streams)
-                if time.perf_counter() - run.start > SPAWN_SECONDS:
+                if not is_main:
                     self.surroundings.restore_rest(is_main=False)
 
     def restore_rest(self) -> bool:
-        """On the main thread: the same of what takes longer to look at."""
+        """What takes longer, on the main thread.  True: as Surroundings says."""
         with self._lock:
             return not self._calls and self.surroundings.restore_rest()
 
@@ -8169,7 +8172,7 @@ class MainThread:
                 self._flush(streams[1:])
             surroundings.restore_main()
             if runs.is_shared:
-                runs.leave(run)
+                runs.leave(is_main=True)
             else:
                 surroundings.restore_shared(streams)
 
@@ -8441,7 +8444,7 @@ class Threads:
         finally:
             self._early.end(run.of[0])
             self._runs.surroundings.restore_thread()
-            self._runs.leave(run)
+            self._runs.leave()
 
     def _within(self, aim, context, run, args, kwargs):
         try:
@@ -8871,7 +8874,7 @@ class Coroutines:
                 except BaseException as exc:    # somebody has kept this task, too
                     if runs.is_fork:
                         runs.leave_fork(exc)
-            runs.leave(run)
+            runs.leave()
             runs.end(run, kind, value)
             del self._carried[run.current]
             self._early.end(run.of[0])

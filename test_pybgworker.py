@@ -6963,6 +6963,9 @@ class InThreads(Case):
         self.assertEqual(child.answer(early, timeout=2)["kind"], "cancelled")
         child.cancel(holding[0])
         self.assertIsNone(child.answer(holding[0]))
+        other = child.run("chatter")
+        child.cancel(other)
+        child.answer(other, timeout=2)          # so it has heard of both
         child.sent = holding[0] - 1             # the same id
         (self.folder / "go").unlink()
         child.heard.clear()
@@ -7645,6 +7648,35 @@ class OnTheLoop(Case):
         for _ in range(3):
             ids = [child.beside("set") for _ in range(6)]
             self.assertEqual([child.answer(number) for number in ids], ["nothing"] * 6)
+
+    def test_what_it_changes_of_the_process_is_put_back(self):
+        """However short it was; for the next, and for those on the main thread."""
+        child = self.child("""
+            @task(name="spoil")
+            async def spoil():
+                os.set_blocking(1, False)
+                os.chdir("/")
+                os.environ["SPOILT"] = "yes"
+                sys.stdout = None
+
+                class Policy(asyncio.DefaultEventLoopPolicy):
+                    def new_event_loop(self):
+                        raise ValueError("not mine")
+
+                asyncio.set_event_loop_policy(Policy())
+
+            @task(name="look")
+            def look():
+                print("printed")
+                asyncio.new_event_loop().close()
+                return [os.get_blocking(1), os.getcwd(), os.environ.get("SPOILT")]
+            """)
+        for _ in range(3):
+            self.assertIsNone(child.answer(child.beside("spoil")))
+            for send in (child.run, child.beside):
+                number = send("look")
+                self.assertEqual(child.answer(number), [True, str(self.folder), None])
+                self.assertEqual(child.printed(number), "printed\n")
 
     def test_a_result_or_an_error_is_that_of_any_task(self):
         child = self.child("""
