@@ -9018,7 +9018,7 @@ class Child:
     def go_on(self) -> None:
         """The same in a process that was forked when the app was imported."""
         self._prepare()
-        self._serve(self.stage.app)
+        self.runs.app = self.stage.app
         self._live()
 
     def _live(self):
@@ -9073,18 +9073,14 @@ class Child:
         try:
             # Written before the worker looks for it, which counts from our start.
             with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
-                self._serve(load_app(self.spec.app))
+                self.runs.app = self.stage.app = load_app(self.spec.app)
+            self.runs.app.override(**self.spec.settings)
         except BaseException as exc:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)
             trace = describe_exception(exc)["traceback"]
             self.runs.say(LACKING if lacks else BROKEN, trace)
             os._exit(1)
-
-    def _serve(self, app):
-        """This is the app whose tasks are to be run."""
-        self.runs.app = self.stage.app = app
-        app.override(**self.spec.settings)
 
     def _before_fork(self):
         if self.threads:
@@ -9184,6 +9180,7 @@ class _Nursery:
         self._wakeup = -1                   # descriptor: the same
         self._outputs = [os.fstat(fd) for fd in (1, 2)]
         self._has_forked = False
+        self._settings: Any = None          # of the app, as children have them
 
     def live(self) -> Child | None:
         """Import the app, then do what the worker asks for, until it is gone.
@@ -9312,7 +9309,7 @@ class _Nursery:
         spec = ChildSpec(*fields)._replace(
             module=self._spec.module, path=sys.path, parent=os.getpid(),
             **dict(zip(names, ends)))
-        pid = self._fork() if is_forked else self._execute(spec, ends, output)
+        pid = self._fork(spec) if is_forked else self._execute(spec, ends, output)
         if not pid:
             return self._born(spec, output)
         self._pids[pid] = number
@@ -9328,11 +9325,14 @@ class _Nursery:
         finally:
             close_fd(null)
 
-    def _fork(self):
+    def _fork(self, spec):
         import gc
 
         if not self._has_forked:
             self._has_forked = True
+            # The same for all of them: what is done here is shared.
+            self._stage.app.override(**spec.settings)
+            self._settings = self._stage.app.settings
             gc.collect()
             gc.freeze()         # else the next collection would copy all there is
         return own_fork()
