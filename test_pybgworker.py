@@ -8296,15 +8296,18 @@ class Children(Served):
 
 class Nurseries(Served):
 
+    written = 0                 # of them, each longer: or a .pyc looks like the new one
+
     def app_with(self, code):
         """An app `opening` that does this when it is imported."""
+        self.written += 1
         (self.folder / "opening.py").write_text(
             "import os, random, socket, sqlite3, threading, time, uuid\n"
             "from pybgworker import task\n"
             "@task(name='pids', retries=0)\ndef pids():\n"
             "    return [os.getpid(), os.getppid(), random.random(), uuid.uuid4().hex]\n"
             "@task(name='sleep', retries=0)\ndef sleep(seconds): time.sleep(seconds)\n"
-            + textwrap.dedent(code))
+            + "#" * self.written + "\n" + textwrap.dedent(code))
 
     def send(self, name, *args):
         return pybgworker.default_app.send(name, *args, retries=0)
