@@ -14547,7 +14547,7 @@ _SINGLES = 100              # durable inserts in a round, one by one
 _THREADS = 8                # that call delay() at the same time
 _CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
 _LATENCY_CALLS = 150
-_NAPS, _NAP_SECONDS, _NAPPERS = 4800, 0.01, 16      # ordinary tasks, and children
+_CHILDREN = 2               # … of the rows about waiting tasks
 _APP_SOURCE = '''
 import sys
 sys.path += [path for path in {path!r} if path not in sys.path]
@@ -14563,17 +14563,56 @@ def clock():
     import time
     return time.time()
 
+@app.task(name="once", retries=0)
+def once(*payload):
+    pass
+
 @app.task(name="nap")
 def nap(seconds):
     import time
     time.sleep(seconds)
+
+@app.task(name="wait")
+async def wait(seconds):
+    import asyncio
+    await asyncio.sleep(seconds)
 '''
 _BENCH_NOTE = (
     "raw sqlite: the same rows by the shortest code there is: insert + commit; "
     "executemany; claim\nand acknowledge 100 in a transaction.  limited by: what "
-    "took this share of the time.\nBeside tasks of 10 ms: what children that are "
-    "never idle would do."
+    "took this share of the time.\nBeside tasks that wait: what places that are "
+    "never empty would do."
 )
+
+
+class _Waiting(NamedTuple):
+    """Tasks that wait, and the places that a worker has for them."""
+
+    task: str
+    total: int
+    seconds: float          # that each waits
+    children: int
+    each: int               # places in a child
+    flag: str               # of `run`, for more than one
+
+    @property
+    def places(self):
+        """Over all children."""
+        return self.children * self.each
+
+    def text(self):
+        """What it is, for people."""
+        where = f"{self.each} {self.flag[2:]} in each of " * (self.each > 1)
+        kind = "async tasks" * (self.task == "wait") or "tasks"
+        return f"{kind} of {span(self.seconds)}, {where}{self.children} children"
+
+
+_WAITING = {
+    "ordinary_per_second": _Waiting("nap", 4800, 0.01, 16, 1, ""),
+    "in_threads_per_second": _Waiting("nap", 2560, 0.1, _CHILDREN, 32, "--threads"),
+    "coroutines_per_second":
+        _Waiting("wait", 4000, 0.1, _CHILDREN, 100, "--coroutines"),
+}
 _RAW_INSERT = """
     insert into bg_task (name, queue, priority, key, retries, timeout, state, run_at,
         created_at, tick, args)
@@ -14659,14 +14698,17 @@ class _Place:
         self.app = App()
         # Before the environment: it may name a database that is in use.
         self.app.override(db=self.db, durability="full")
-        self.noop: Task = Task(self.app, do_nothing, "noop", {})
-        self.clock: Task = Task(self.app, do_nothing, "clock", {})
-        self.nap: Task = Task(self.app, do_nothing, "nap", {})
+        self.noop = self.stand_in("noop")
+        self.clock = self.stand_in("clock")
         source = _APP_SOURCE.format(
             path=sys.path, module=__name__, db=self.db, concurrency=concurrency
         )
         with open(os.path.join(self.folder, "bench_app.py"), "w") as f:
             f.write(source)
+
+    def stand_in(self, name, **options):
+        """What enqueues a task of the app by its name."""
+        return Task(self.app, do_nothing, name, options)
 
     def burst(self, *flags):
         """Run a worker until all is done; return CPU seconds: its own, children's."""
@@ -14766,26 +14808,33 @@ def _limit_of_caller(timed):
     return f"caller CPU {busy:.0%}" if busy > 0.5 else f"fsync {1 - busy:.0%}"
 
 
-def _measure_throughput(place, raw):
-    """No-op tasks from the first start to the last finish, in the database's words."""
-    counts = place.app.store.counts()
-    queued = sum(count for *_, state, count in counts if state == QUEUED)
-    place.app.store.pause("default", now_ms())
+def _measure_drain(place):
+    """What is queued, from the first start to the last finish: (a second, limit)."""
+    store = place.app.store
+    queued = sum(count for *_, state, count in store.counts() if state == QUEUED)
+    store.pause("default", now_ms())
     before = place.burst()              # what starting and stopping costs
-    place.app.store.resume("default")
+    store.resume("default")
     after = place.burst()
-    rows = place.app.store.finished_runs(1 << 40)
-    if len(rows) != queued:
-        raise PyBgWorkerError(f"bench: {len(rows)} of {queued} tasks were done")
-    first = min(row.started_at for row in rows)
+    left = sum(count for *_, state, count in store.counts() if state not in FINISHED)
+    if left:
+        raise PyBgWorkerError(f"bench: {left} of {queued} tasks were not done")
+    rows = store.finished_runs(queued)
+    first = min(row.started_at or 0 for row in rows)
     seconds = max(0.001, (max(row.finished_at for row in rows) - first) / 1000)
     worker, children = (max(0.0, b - a) / seconds for a, b in zip(before, after))
+    limit = _limit_of_worker(worker, children, place.app.settings.concurrency)
+    return len(rows) / seconds, limit
+
+
+def _measure_throughput(place, raw):
+    """No-op tasks, by a worker and by a raw claim and acknowledge."""
+    rate, limit = _measure_drain(place)
     left, = raw.execute(
         f"""select count(*) from bg_task where state = {QUEUED} and alone = 0"""
     ).fetchone()
     theirs = _timed(left, lambda: _raw_claim_and_ack(raw))
-    limit = _limit_of_worker(worker, children, place.app.settings.concurrency)
-    return {"tasks_per_second": _figure((len(rows) / seconds, 0), theirs, limit)}
+    return _figure((rate, 0), theirs, limit)
 
 
 def _limit_of_worker(worker, children, concurrency):
@@ -14798,11 +14847,15 @@ def _limit_of_worker(worker, children, concurrency):
     return f"child CPU {min(1, each):.0%}"
 
 
-def _measure_ordinary(place, count):
-    """Tasks that sleep, against as many children that are never idle."""
-    flags = "--concurrency", str(_NAPPERS)
+def _measure_waiting(place, kind, most):
+    """Tasks that sleep, against as many places that are never empty."""
+    count = min(kind.total, most)
+    flags = ["--concurrency", str(kind.children)]
+    if kind.each > 1:
+        flags += [kind.flag, str(kind.each)]
     idle, _ = place.burst(*flags)
-    place.nap.delay_many([(_NAP_SECONDS,)] * count)
+    task = place.stand_in(kind.task)
+    task.delay_many([(kind.seconds,)] * count)
     computed, _ = place.burst(*flags)
     rows = place.app.store.finished_runs(count)
     ends = sorted(row.started_at / 1000 + row.duration for row in rows)
@@ -14810,8 +14863,7 @@ def _measure_ordinary(place, count):
     first, last = count // 2, int(count * 0.95)
     rate = (last - first) / max(0.001, ends[last] - ends[first])
     limit = f"worker CPU {span(max(0.0, computed - idle) / count)} a task"
-    ideal = _NAPPERS / _NAP_SECONDS
-    return {"ordinary_per_second": _figure((rate, 0), (ideal, 0), limit)}
+    return _figure((rate, 0), (kind.places / kind.seconds, 0), limit)
 
 
 def _measure_latency(place, disk):
@@ -14863,8 +14915,13 @@ def bench_report(tasks: int = 20000, concurrency: int = 2, payload: int = 0,
             "durability": "full", **_measure_enqueue(place, raw, tasks),
         }
         disk = 1 / report["delay_per_second"]["raw"]
-        report.update(_measure_throughput(place, raw))
-        report.update(_measure_ordinary(place, min(_NAPS, tasks)))
+        report["tasks_per_second"] = _measure_throughput(place, raw)
+        place.stand_in("once", retries=0).delay_many([place.call] * tasks)
+        rate, limit = _measure_drain(place)
+        theirs = report["tasks_per_second"]["raw"]
+        report["once_per_second"] = _figure((rate, 0), (theirs, 0), limit)
+        for name, kind in _WAITING.items():
+            report[name] = _measure_waiting(place, kind, tasks)
         report.update(_measure_latency(place, disk))
         raw.close()
         return report
@@ -14885,7 +14942,8 @@ def bench_text(report: dict) -> str:
         "threads_per_second": f"delay() from {_THREADS} threads, a second",
         "delay_many_per_second": "delay_many(), a second",
         "tasks_per_second": "no-op tasks, a second",
-        "ordinary_per_second": f"tasks of {span(_NAP_SECONDS)} on {_NAPPERS} children",
+        "once_per_second": "no-op tasks with retries=0, a second",
+        **{key: kind.text() for key, kind in _WAITING.items()},
     }
     rows = [
         {"what": text, "ours": f"{report[key]['ours']:,.0f}",

@@ -13627,7 +13627,7 @@ class Bench(Case):
         report = json.loads(done.stdout)
         limit = r"(fsync|(caller|parent|child) CPU) \d+%"
         for key in ("delay_per_second", "threads_per_second", "delay_many_per_second",
-                    "tasks_per_second"):
+                    "tasks_per_second", "once_per_second"):
             figures = report[key]
             self.assertGreater(figures["ours"], 0)
             self.assertRegex(figures["limit"], limit)
@@ -13638,14 +13638,20 @@ class Bench(Case):
         self.assertGreater(report["wal_bytes"], 0)
         self.assertLess(report["wal_bytes"], 2 * pybgworker.CALLER_CHECKPOINT_BYTES)
         self.assertEqual(set(report["wal"]), {"ours", "raw"})
-        ordinary = report["ordinary_per_second"]
-        self.assertEqual(ordinary["raw"], 1600)         # 16 children, 10 ms each
-        self.assertLess(ordinary["ratio"], 1.3)
-        self.assertRegex(ordinary["limit"], r"worker CPU [\d.]+ ms a task")
+        for key, ideal in (("ordinary_per_second", 1600),   # 16 children, 10 ms each
+                           ("in_threads_per_second", 640),  # 2 times 32 threads, 0.1 s
+                           ("coroutines_per_second", 2000)):        # 2 times 100
+            waiting = report[key]
+            self.assertEqual(waiting["raw"], ideal)
+            self.assertLess(waiting["ratio"], 1.3)
+            self.assertRegex(waiting["limit"], r"worker CPU [\d.]+ ms a task")
+        self.assertEqual(report["once_per_second"]["raw"],
+                         report["tasks_per_second"]["raw"])
         self.assertGreater(report["cpu_of_one_task"], 0)
         self.assertEqual((report["payload"], report["concurrency"]), (2048, 1))
         text = pybgworker.bench_text(report)
         self.assertIn("delay(), durable, a second", text)
+        self.assertIn("async tasks of 100 ms, 100 coroutines in each of 2 children", text)
         self.assertIn("The -wal of ours: ", text)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
 
