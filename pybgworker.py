@@ -6643,6 +6643,7 @@ _KINDS_OF_ANONYMOUS = {"eventpoll": "an epoll object", "eventfd": "an eventfd",
 _SQLITE_NAME = re.compile(r"(\.(sqlite3?|db3?)|-(wal|shm|journal))$")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _THREAD_PATIENCE = 10       # looks for threads, 10 ms apart: one that is joined goes
+_TRIAL_SECONDS = 1.0        # for a process that does nothing but end
 
 
 def open_files() -> dict[int, str]:
@@ -6680,7 +6681,28 @@ def _thread_found():
              if thread is not threading.main_thread()]
     if names:
         return f"started the thread {names[0]!r}"
-    return "started threads of a library's own"
+    return "" if _threads_end_at_a_fork() else "started threads of a library's own"
+
+
+def _threads_end_at_a_fork():
+    """True when the library that has started them ends them before each fork.
+
+    So it has said that it is made for forks, and starts new ones when it needs them:
+    OpenBLAS does, which NumPy loads.  Tried, for nothing else tells.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # that this process has threads
+        pid = own_fork()
+    if not pid:
+        os._exit(0)
+    deadline = time.monotonic() + _TRIAL_SECONDS
+    while poll_exit(pid) is None:
+        if time.monotonic() > deadline:     # it hangs in somebody's hook
+            send_signal(pid, signal.SIGKILL)
+        own_sleep(0.001)
+    return len(os.listdir("/proc/self/task")) == 1
 
 
 def _what_is_shared(fd, target):

@@ -8294,6 +8294,18 @@ class Children(Served):
 # == Nursery ==================================================================
 
 
+# A thread that Python knows nothing of, and a function that ends it.
+NATIVE_THREAD = """import ctypes
+libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+libc.pthread_create(ctypes.byref(thread), None, libc.pause, None)
+def end_thread():
+    if thread.value:
+        libc.pthread_cancel(thread)
+        libc.pthread_join(thread, None)
+        thread.value = 0
+"""
+
+
 class Nurseries(Served):
 
     written = 0                 # of them, each longer: or a .pyc looks like the new one
@@ -8334,6 +8346,9 @@ class Nurseries(Served):
              f"opened the SQLite file {self.folder.resolve()}/of_app"),
             ("threading.Thread(target=time.sleep, args=(60,), name='mine',"
              " daemon=True).start()", "started the thread 'mine'"),
+            (NATIVE_THREAD, "started threads of a library's own"),
+            # As OpenBLAS does: it has none while a process forks.
+            (NATIVE_THREAD + "os.register_at_fork(before=end_thread)\n", None),
         ):
             with self.subTest(code):
                 self.app_with(code)
