@@ -6923,7 +6923,7 @@ class InThreads(Case):
         error = child.answer(child.run("late", timeout=0.2))
 
         self.assertLess(0.2, time.monotonic() - began)
-        self.assertLess(time.monotonic() - began, 1)
+        self.assertLess(time.monotonic() - began, 3)
         self.assertEqual((error["kind"], error["type"], error["message"]), (
             "timeout", "TaskTimeout", "the time limit is reached"))
         self.assertIn("in late", error["traceback"])
@@ -6944,14 +6944,14 @@ class InThreads(Case):
         ids = [child.run("chatter") for _ in range(3)]
         until(lambda: all(map(child.printed, ids)))
         child.cancel(ids[1])
-        error = child.answer(ids[1], timeout=1)
+        error = child.answer(ids[1], timeout=4)
 
         self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
         self.assertIn(f"task {ids[1]} is being cancelled", error["message"])
         self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
         for number in (ids[0], ids[2]):
             child.cancel(number)
-            child.answer(number, timeout=1)
+            child.answer(number, timeout=4)
 
     def test_a_cancellation_may_come_before_its_run(self):
         """What comes after it is for no later attempt."""
@@ -6960,12 +6960,12 @@ class InThreads(Case):
         early = child.run("chatter")            # there is no thread for it yet
         child.cancel(early)
         (self.folder / "go").touch()
-        self.assertEqual(child.answer(early, timeout=2)["kind"], "cancelled")
+        self.assertEqual(child.answer(early, timeout=5)["kind"], "cancelled")
         child.cancel(holding[0])
         self.assertIsNone(child.answer(holding[0]))
         other = child.run("chatter")
         child.cancel(other)
-        child.answer(other, timeout=2)          # so it has heard of both
+        child.answer(other, timeout=5)          # so it has heard of both
         child.sent = holding[0] - 1             # the same id
         (self.folder / "go").unlink()
         child.heard.clear()
@@ -6973,7 +6973,7 @@ class InThreads(Case):
         child.answer(child.run("number"))
         self.assertEqual(child.said(pybgworker.ENDED_BADLY, again), [])
         child.cancel(again)
-        self.assertEqual(child.answer(again, timeout=2)["kind"], "cancelled")
+        self.assertEqual(child.answer(again, timeout=5)["kind"], "cancelled")
 
     def test_an_interruption_falls_nowhere_but_into_the_task(self):
         """Whenever it comes: in a print, a fork, a finalizer, or just at the end."""
@@ -7013,6 +7013,70 @@ class InThreads(Case):
         ids = [child.run("meet", 8) for _ in range(7)]      # and all threads live
         self.assertEqual([child.answer(number) for number in ids], ids)
         self.assertEqual(child.stop().code, 0)
+
+    class Barb:
+        """In the place of a lock: what is set as it is released is on its way then."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pybgworker._setter()(threading.get_ident(), pybgworker.TaskTimeout)
+
+    def test_what_was_set_before_a_shelter_is_raised_at_its_entrance(self):
+        aim, run = pybgworker.Aim(), types.SimpleNamespace(timeout=0, raised=None)
+        aim.open(run)
+        aim._lock = self.Barb()
+        self.assertRaises(pybgworker.TaskTimeout, aim.shelter)
+
+    def test_what_falls_into_a_shelter_is_raised_behind_it(self):
+        aim, run = pybgworker.Aim(), types.SimpleNamespace(timeout=0, raised=None)
+        exc, later = pybgworker.TaskTimeout("why"), pybgworker.TaskCancelled("later")
+        aim.open(run)
+        aim.shelter()
+        aim.interrupt(run, exc)
+        aim.interrupt(run, later)               # a run gets only one
+        pybgworker._settle()
+        aim.unshelter(False)                    # of a shelter within
+        with self.assertRaises(pybgworker.TaskTimeout) as caught:
+            aim.unshelter(True)
+        self.assertIs(caught.exception, exc)
+        aim.close(run)
+
+    def test_what_comes_at_the_end_of_a_run_is_dropped(self):
+        aim, run = pybgworker.Aim(), types.SimpleNamespace(timeout=0, raised=None)
+        aim.open(run)
+        run.raised = pybgworker.TaskTimeout("late")
+        aim._lock = self.Barb()
+        aim.close(run)                          # raises nothing, here or behind it
+        pybgworker._settle()
+        self.assertIsNone(run.raised)
+        aim._lock = threading.Lock()
+        aim.interrupt(run, pybgworker.TaskTimeout("too late"))
+        pybgworker._settle()
+        self.assertIsNone(run.raised)
+
+    def test_a_message_is_sent_in_a_shelter(self):
+        """Else it could be cut, or the wire be taken to be in use for ever."""
+        sent, aim = [], pybgworker.Aim()
+        run = types.SimpleNamespace(timeout=0, raised=None)
+
+        def send(message):
+            aim.interrupt(run, pybgworker.TaskTimeout("why"))
+            pybgworker._settle()
+            sent.append(message)
+
+        runs, interrupts = types.SimpleNamespace(), types.SimpleNamespace(others=[])
+        threads = pybgworker.Threads(
+            runs, types.SimpleNamespace(send=send), interrupts, 2)
+        threads._aims[aim.ident] = aim
+        aim.open(run)
+        with self.assertRaisesRegex(pybgworker.TaskTimeout, "why"):
+            runs.send(b"message")
+        self.assertEqual(sent, [b"message"])
+        aim.close(run)
+        runs.send(b"answer")
+        self.assertEqual(sent, [b"message", b"answer"])
 
     def test_what_the_interpreter_drops_is_raised_again(self):
         """In a finalizer, or a hook at a fork."""
@@ -7319,10 +7383,19 @@ class OnTheLoop(Case):
             self.assertEqual(sorted(child.printed(number).split()), sorted(
                 f"part {n} bytes end 0 part {n} bytes end 1 part {n} bytes end 2".split()))
 
+    def computed(self, child):
+        """Seconds of CPU."""
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @unittest.skipUnless(Path("/proc/self/stat").exists(), "needs /proc")
     def test_no_more_are_taken_than_there_are_places(self):
         child = self.child(coroutines=3)
         ids = [child.beside("hold") for _ in range(5)]
         until(lambda: len(list(self.folder.glob("held-*"))) == 3)
+        before = self.computed(child)
+        time.sleep(0.3)                     # what waits there does not keep it busy
+        self.assertLess(self.computed(child) - before, 0.1)
         self.assertEqual(child.wire.recall(), set(ids[3:]))
         (self.folder / "go").touch()
         self.assertEqual([child.answer(number) for number in ids[:3]], ids[:3])
@@ -7355,7 +7428,7 @@ class OnTheLoop(Case):
             """)
         neighbour = child.beside("hold")
         number = child.beside("late", timeout=0.1)
-        error = child.answer(number, timeout=1)
+        error = child.answer(number, timeout=4)
         self.assertEqual((error["kind"], error["type"], error["message"]), (
             "timeout", "TaskTimeout", "the time limit is reached"))
         self.assertIn("in late", error["traceback"])
@@ -7377,11 +7450,27 @@ class OnTheLoop(Case):
                 until(lambda: child.printed(held))
             number = ids.pop()
             child.cancel(number)
-            error = child.answer(number, timeout=1)
+            error = child.answer(number, timeout=4)
             self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
             self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
         child.cancel(held)
-        self.assertEqual(child.answer(held, timeout=1)["kind"], "cancelled")
+        self.assertEqual(child.answer(held, timeout=4)["kind"], "cancelled")
+
+    def test_one_is_cancelled_while_the_main_thread_hears_nothing(self):
+        child = self.child("""
+            import hashlib
+
+            @task(name="deaf")
+            def deaf():
+                print("deaf")
+                for _ in range(1000):
+                    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)
+            """)
+        held, number = child.run("deaf"), child.beside("wait", 60)
+        until(lambda: child.printed(held))
+        child.cancel(number)
+        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.said(pybgworker.ENDED_BADLY, held), [])
 
     def test_a_cancellation_before_the_first_step_is_one(self):
         child = self.child("""
@@ -7397,7 +7486,7 @@ class OnTheLoop(Case):
         child.cancel(number)
         (self.folder / "go").touch()
         self.assertIsNone(child.answer(first))
-        self.assertEqual(child.answer(number, timeout=2)["kind"], "cancelled")
+        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
 
     def test_what_it_has_started_ends_with_it(self):
         child = self.child("""
@@ -7450,7 +7539,7 @@ class OnTheLoop(Case):
         neighbour = child.beside("hold", "never")
         for fails in (False, True):
             number = child.beside("leave", fails)
-            child.answer(number, timeout=1)
+            child.answer(number, timeout=4)
             self.assertEqual(sorted(child.printed(number).splitlines()),
                              ["generator closed", "task ended", "task ended"])
         self.assertEqual(child.answer(child.beside("count")), 2)
@@ -7491,7 +7580,7 @@ class OnTheLoop(Case):
         neighbour = child.beside("hold")
         for how in ("itself", "key", "child", "awaited", "late"):
             with self.subTest(how):
-                error = child.answer(child.beside("end", how), timeout=2)
+                error = child.answer(child.beside("end", how), timeout=5)
                 self.assertEqual((error["kind"], error["type"], error["retryable"]), (
                     "exception", "KeyboardInterrupt" if how == "key" else "SystemExit",
                     False))
@@ -7527,7 +7616,7 @@ class OnTheLoop(Case):
             until(lambda: child.printed(held))
             child.cancel(held)
             (self.folder / "go").touch()
-            self.assertIsNone(child.answer(number, timeout=2))
+            self.assertIsNone(child.answer(number, timeout=5))
             (self.folder / "go").unlink()
         self.assertEqual(child.said(pybgworker.LAGGED, innocent), [])
 
@@ -7574,8 +7663,8 @@ class OnTheLoop(Case):
         for how, code in (("return", 0), ("raise", 1), ("exit", 3), ("await", 1)):
             with self.subTest(how):
                 number = child.beside("fork", how)
-                self.assertEqual(child.answer(number, timeout=2), code)
-        self.assertEqual(child.answer(child.beside("part"), timeout=2), 1)
+                self.assertEqual(child.answer(number, timeout=5), code)
+        self.assertEqual(child.answer(child.beside("part"), timeout=5), 1)
         self.assertIsNone(child.answer(counts))
         self.assertEqual((self.folder / "count").read_text(), "x" * 100)
         text = b"".join(child.said(pybgworker.WRITTEN)) + child.output.read()
@@ -7741,7 +7830,7 @@ class OnTheLoop(Case):
         late = child.beside("wait", 60)
         for number in (*held, late):
             child.cancel(number)
-            self.assertEqual(child.answer(number, timeout=2)["kind"], "cancelled")
+            self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
 
     def test_without_a_descriptor_for_a_loop_the_run_has_failed(self):
         child = self.child("""
