@@ -9606,13 +9606,13 @@ class Nursery:
         """Take in what it says.  One that has died takes its children along."""
         if self.process is None:
             return
-        reports, alive = self._line.heard()
+        (reports, alive), was_importing = self._line.heard(), self.is_importing
         try:
             for report in reports:
                 self._understand(*report)
         except (KeyError, *NONSENSE):
             alive = False
-        self._tell_output()
+        self._tell_output(at_end=was_importing and not self.is_importing)
         if not alive:
             self.give_up()
 

@@ -8491,7 +8491,7 @@ class Nurseries(Served):
                 os.kill(old, number)
                 if number == signal.SIGSTOP:        # is noticed when it has to do something
                     os.kill(pids[0], signal.SIGKILL)
-                until(lambda: not any(map(is_alive, pids)), 5)
+                until(lambda: not any(map(is_alive, pids)), 1.8)
                 held.cancel()
                 self.assertEqual(self.get(self.tasks.add.delay(3, 4)), 7)
                 self.assertNotEqual(worker.nursery(), old)
@@ -8565,6 +8565,36 @@ class Nurseries(Served):
                 self.assertIn("cannot import --app opening:", done.stderr)
                 self.assertIn(words, done.stderr)
                 self.assertEqual(done.stderr.count("pybgworker: "), 1)
+
+    def test_a_forked_child_has_what_the_import_has_set(self):
+        """Signals, streams, modules; and nothing of the nursery's."""
+        self.app_with("""
+            import logging, signal, sys
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            handler = signal.getsignal(signal.SIGCHLD)
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            print("begun at the import", end=" ")
+
+            @task(name="state", retries=0)
+            def state():
+                logging.info("logged")
+                fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                       if os.path.exists(f"/proc/self/fd/{fd}")
+                       or os.path.islink(f"/proc/self/fd/{fd}")]
+                return [signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
+                        signal.getsignal(signal.SIGCHLD) is handler,
+                        signal.set_wakeup_fd(-1), os.getsid(0) == os.getpid(),
+                        sum(fd.startswith("socket:") for fd in fds)]
+        """)
+        if not Path("/proc/self/fd").exists():
+            self.skipTest("needs /proc")
+        worker = self.worker("--concurrency", 1, app="opening")
+        result = self.send("state")
+        self.assertEqual(self.get(result), [True, True, -1, True, 2])
+        self.assertEqual(worker.wait_for("worker_ready")["start_method"], "fork")
+        worker.wait_for("output", task_id=result.id, text="logged")
+        self.assertEqual(len(worker.all("output", text="begun at the import ")), 1)
 
     def test_an_import_that_takes_long_says_where_it_is(self):
         site = self.folder / "site"
