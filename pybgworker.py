@@ -10633,14 +10633,22 @@ class Placement:
 # forgiven: they run again, uncounted.  Where it is not, all are forgiven and marked:
 # each runs next in a child with nothing else in it, and who dies there, or with the
 # mark upon it, is charged.  So what always crashes does so twice for the first time.
+# Who has been forgiven often enough is marked as well.
 
 
 _OF_RUNS = (*OF_A_RUN, Verdict.STUCK)
 
 
-LOST_WITH = {               # why a run is lost, and not charged: whether it is known
-    True: "its child was killed because of another run: it runs again",
-    False: "its child has died, of which run is not known: it runs again by itself",
+# Forgiven so often, a run is spared neighbours: else one that always has to be killed
+# takes it down each time, and it never comes to its end.
+_MOST_FORGIVEN = 3
+
+LOST_WITH = {       # why a run is lost, and not charged: (of whom is known, now alone)
+    (True, False): "its child was killed because of another run: it runs again",
+    (True, True): "its child was killed because of another run, and not for the first "
+                  "time: it runs again by itself",
+    (False, True): "its child has died, of which run is not known: it runs again by "
+                   "itself",
 }
 
 
@@ -10694,6 +10702,12 @@ def judge(members: Sequence[Member]) -> Blame:
     return Blame(culprits, [run for run in runs if run not in charged], is_known)
 
 
+def pardon(run: Run, is_known: bool) -> str:
+    """Have a run that is not charged run again.  Returns why it was lost."""
+    run.alone |= not is_known or run.forgiven >= _MOST_FORGIVEN
+    return LOST_WITH[is_known, run.alone]
+
+
 def death_of_many(members: Sequence[Member], runs: int,
                   limits: types.SimpleNamespace) -> dict:
     """The fields of child_error for a death that nobody can be charged with alone."""
@@ -10736,6 +10750,7 @@ def death_of(member: Member, slot: Slot, stack: str, limits: types.SimpleNamespa
 # and removed when they are dead.  Knows nothing of what they run.
 
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
+_WANED_FOR_EACH = 8         # children that retire, but have runs, for each that works
 _STEADY_SECONDS = 0.5       # a child that was ready for so long could start
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
@@ -10835,8 +10850,10 @@ class Crew:
     """`size` children, and one more that is warm."""
 
     def __init__(self, nursery: Nursery, size: int, log: Callable,
-                 selector: selectors.BaseSelector, begun: Begun):
+                 selector: selectors.BaseSelector, begun: Begun, threads: int = 1):
         self.nursery, self._size, self.begun = nursery, size, begun
+        # Each has a place at least: when all threads are there, nothing can be done.
+        self._most_waned = size * max(threads, _WANED_FOR_EACH)
         self._log = log             # log(event, run, **fields)
         self.selector = selector
         self.members: list[Member] = []
@@ -10854,10 +10871,12 @@ class Crew:
             if not self._has_nursery(at):
                 return
             staying = sum(m.phase is not Phase.LEAVING for m in self.members)
-            # What runs beside in one that retires may take long, and few places.
+            # What runs beside in one that retires may take long, and few places: so
+            # others do its work.  Guarded by
+            # test_long_runs_in_children_that_retire_keep_nobody_waiting.
             waned = sum(m.phase is Phase.RETIRING and bool(m.beside)
                         for m in self.members)
-            missing = self._size + 1 - staying + min(waned, self._size)
+            missing = self._size + 1 - staying + min(waned, self._most_waned)
             for _ in range(min(missing, self.starts.room(self.members, at))):
                 spec = self.nursery.spec._replace(begun=self.begun.fd)
                 member = Member(self.nursery, spec, self._log, at)
@@ -11180,7 +11199,7 @@ class Pool(Dispatch):
                  begun: Begun | None = None, kinds: Kinds = Kinds()):
         durations = Durations()
         super().__init__(
-            Crew(nursery, size, log, selector, begun or Begun()),
+            Crew(nursery, size, log, selector, begun or Begun(), kinds.threads),
             Placement(size, limits.max_tasks_per_child, durations, kinds),
             durations, kinds)
         self._limits = limits       # settings
@@ -11373,8 +11392,7 @@ class Pool(Dispatch):
             self._ended += [
                 death_of(member, slot, stack, self._limits, at) for slot in mine]
         for run in blame.forgiven:
-            run.alone |= not blame.is_known
-            self._log("task_lost", run, reason=LOST_WITH[blame.is_known])
+            self._log("task_lost", run, reason=pardon(run, blame.is_known))
         self._forgiven += blame.forgiven
 
     def cancel(self, run_id: int, at: float) -> None:

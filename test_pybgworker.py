@@ -8984,6 +8984,25 @@ class Deaths(PoolCase):
                                  set(range(count)) - charged)
                 self.assertEqual(blame.is_known, is_known)
 
+    def test_who_is_killed_with_others_again_and_again_gets_a_child_to_itself(self):
+        """Else one that lasts longer than its neighbours' limits would never end."""
+        culprit, *innocent = map(self.run_of, range(1, 6))
+        for times, run in enumerate(innocent):
+            run.forgiven = times
+        pool, member = self.pool_of(coroutines=9, is_async={"t"})
+        self.begin_beside(member, culprit, *innocent)
+        member.condemn(Verdict.CANCELLED, 101.0, member.slot_of(culprit.id))
+        pool._mark(member)
+        pool.enforce(101.0)
+        found = pool.collect()
+        self.assertEqual([end.run for end in found.ended], [culprit])
+        self.assertEqual(found.forgiven, innocent)
+        self.assertEqual([run.alone for run in innocent], [False, False, False, True])
+        lost = [call[1]["reason"] for call in pool._log.call_args_list
+                if call[0][0] == "task_lost"]
+        self.assertEqual(lost[2:], [pybgworker.LOST_WITH[True, False],
+                                    pybgworker.LOST_WITH[True, True]])
+
     def test_who_blocks_the_loop_is_charged_when_its_child_has_to_be_killed(self):
         """Or one without a limit of its own would take its neighbours down for ever."""
         pool, member = self.pool_of(coroutines=9, is_async={"t"})
@@ -10206,7 +10225,7 @@ class Neighbours(Served):
             self.assertEqual({self.get(result) for result in results}, {2})
             self.assertEqual({self.charged(result) for result in results}, {1})
             reasons = {event["reason"] for event in worker.all("task_lost")}
-            self.assertEqual(reasons, {pybgworker.LOST_WITH[True]})
+            self.assertEqual(reasons, {pybgworker.LOST_WITH[True, False]})
             self.assertEqual(worker.all("child_error"), [])
             self.assertEqual(worker.stop(), 0)
 
@@ -10328,6 +10347,21 @@ class Neighbours(Served):
         self.assertEqual(long.status, "running")
         (self.folder / "go").touch()
         self.assertEqual(self.get(long), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_long_runs_in_children_that_retire_keep_nobody_waiting(self):
+        """As many children as there are places may each be left with a long run."""
+        worker = self.worker("--threads", 6, "--concurrency", 1,
+                             "--max-tasks-per-child", 2)
+        long = []
+        for n in range(5):
+            long.append(self.tasks.block_for.delay("go"))
+            self.wait_lines("begun", 2 * n + 1)
+            self.get(self.tasks.block.delay(0), timeout=10)
+        self.assertEqual({result.status for result in long}, {"running"})
+        (self.folder / "go").touch()
+        for result in long:
+            self.get(result)
         self.assertEqual(worker.stop(), 0)
 
     def test_a_stop_waits_for_all_that_run(self):
