@@ -15,7 +15,9 @@
 Copy this file into a project; it needs CPython 3.9 or newer and nothing else.
 
 Life of a task
-    caller ── delay() ──► database file ◄── worker ◄══ socket pair ══► child 1..N
+    caller ── delay() ──► database file ◄── worker ◄══ runs, answers ══► child 1..N
+                                              ║                            ▲ fork
+                                              ╚══ births, deaths ══► nursery, the app
 
     `Task.delay` encodes the arguments and calls `Store.enqueue`: one committed
     row, *queued* (or *scheduled*, when it has to wait for its time), and one
@@ -24,10 +26,18 @@ Life of a task
     run: success, failure, or another run after `retry_delay`.  `Store.turn`
     writes that, where the run is still ours, with the rows of what follows, such
     as a call of on_failure, and claims what comes next, in one transaction.
-    `Pool.dispatch` hands the claimed runs to warm subprocesses: a child
-    (`run_child`) runs one task at a time and answers each with one message.
-    `AsyncResult.get` reads the outcome.  A killed child costs the one task it was
-    running; the tasks of a killed worker are found by `Store.reap` and run again.
+    `Pool.dispatch` hands the claimed runs to children that are warm.
+
+    The worker never imports the app.  One other process does, the nursery
+    (`run_nursery`), and forks the children; where that is not safe it executes
+    them (`run_child`), and each imports the app.  A child runs ordinary tasks one
+    at a time in its `MainThread`, or several in `Threads`, and beside them those
+    that are `async def`, as `Coroutines` of one event loop; it answers each with
+    one message.  `AsyncResult.get` reads the outcome.
+
+    Who ends a child costs itself a run, and no other: of several in flight each
+    runs again by itself, see `judge`.  The tasks of a killed worker are found by
+    `Store.reap`; what had begun, by the cells of `Begun`, has cost an attempt.
 
 Map
     Book One: the program's side
@@ -153,7 +163,7 @@ _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 LONGEST_SECONDS = 10**9     # of any span, 31 years; a timer of the system takes 292
 LARGEST = 10**11            # of any other number
-MOST_CHILDREN = 1000        # of one worker: 20 GB of processes that do nothing
+MOST_CHILDREN = 1000        # of one worker: 2 GB if forked, else 20, to do nothing
 _MOST_THREADS = 1000        # of one child
 _MOST_COROUTINES = 100_000  # … a loop is busy with a tenth of that
 _LEAST_MEMORY = 1 << 20     # of a child: whoever writes 512 means MiB
@@ -341,8 +351,8 @@ SETTINGS = (
     Setting("db", "pybgworker.db", parse_path, True,
             "path of the SQLite file (default: pybgworker.db)"),
     Setting("concurrency", None, parse_children, True,
-            "children, which is how many tasks run at once, 1 to 1,000 (default: the "
-            "CPU count)"),
+            "child processes, 1 to 1,000; each runs `threads` ordinary tasks and "
+            "`coroutines` async def tasks at once (default: the CPU count)"),
     Setting("threads", 1, _threads, True,
             "ordinary tasks that a child runs at once, each in a thread, 1 to 1,000 "
             "(default: 1)"),
@@ -2365,7 +2375,7 @@ def _due_at(now, countdown, eta):
 class App:
     """One registry of tasks and one database.  Keywords are settings."""
 
-    serving = ""        # the module that a worker or child imports just now
+    serving = ""        # the module that a nursery or child imports just now
 
     def __init__(self, **settings: Any):
         self.tasks: dict[str, Task] = {}
@@ -5959,7 +5969,7 @@ STORES[""] = _open_sqlite
 
 # == Importing ================================================================
 # Owns how an app is imported, by its name, and what is said when that fails.  An
-# import must not enqueue: it happens in each worker, and in each child.
+# import must not enqueue: it happens for each worker, and perhaps in each child.
 
 TRACEBACK_CHARS = 16_000       # kept of a traceback: its end
 
@@ -6170,10 +6180,10 @@ IS_LINUX = sys.platform.startswith("linux")
 EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
 
 
-# A worker imports the app, and an app may replace what the standard library gives:
-# gevent.monkey.patch_all() makes sockets that wait by themselves, a close() that
-# closes later, and a SIGCHLD that it alone hears.  What a worker lives by is the
-# system's own: bound here, before an app can be imported, or from the C module
+# A nursery and its children live with the app, which may replace what the standard
+# library gives: gevent.monkey.patch_all() makes sockets that wait by themselves, a
+# close() that closes later, and a SIGCHLD that it alone hears.  What we live by is
+# the system's own: bound here, before an app can be imported, or from the C module
 # _socket.  Guarded by test_an_app_may_replace_the_standard_library.
 OwnSelector = selectors.DefaultSelector
 set_signal = signal.signal
@@ -7891,8 +7901,8 @@ class Early:
 # == Runs =====================================================================
 # Owns what is the same for a run of any kind in its child, from the frame to the one
 # answer: its arguments and its result, what it prints, which error it is, what is put
-# right behind it.  Where and how the task is called is the matter of its caller: on
-# the main thread, see Child; in a thread; as a coroutine.
+# right behind it.  Where and how the task is called is the matter of the three sections
+# that follow: on the main thread; in a thread; as a coroutine.
 #
 # While several runs are in flight nothing of the process is put back under a
 # neighbour: it is when the last of them has ended.
@@ -8960,10 +8970,11 @@ def _call_for(own, streams, fn, /, *args, **kwargs):
 
 
 # == Child ====================================================================
-# Owns the subprocess that runs tasks: it takes one frame, runs it, answers with
-# one message, and only then takes the next.  Nothing that happens in a task can
-# reach past this process.  It knows the app and the frames, nothing of claims;
-# of retries only whether an error is one of the task's `retry_for`.
+# Owns the subprocess that runs tasks: how it comes to have the app, alone or from a
+# nursery, which of the three above serve its frames, and how it ends.  Each takes a
+# frame only when it has a place for that run, and answers with one message.  Nothing
+# that happens in a task can reach past this process.  It knows the app and the
+# frames, nothing of claims; of retries only whether an error is in `retry_for`.
 
 
 def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
@@ -9016,7 +9027,7 @@ class Stage:
 
 
 class Child:
-    """The child's side.  One task at a time, in the main thread."""
+    """The child's side."""
 
     def __init__(self, spec: ChildSpec, stage: Stage | None = None):
         self.spec = spec
@@ -9375,6 +9386,10 @@ class _Nursery:
         close_fd(self._spec.crash)
         if "numpy.random" in sys.modules:       # random itself does so
             sys.modules["numpy.random"].seed()
+        # What the import has made, such as a temporary folder, all of us use: that it
+        # goes at the exit is for the nursery to see, which is the last to go.
+        for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+            finalizer.atexit = False
         return Child(spec, self._stage)
 
     def _reap(self):
@@ -13155,8 +13170,8 @@ def _setting_flag(setting):
 def _log_apart(style):
     """Yield the Log on standard output; within the block nothing else gets there.
 
-    What the app prints in the worker becomes `output` events; what C code and
-    subprocesses write to descriptor 1 goes to standard error.
+    What is printed in this process, by who hears its events, becomes `output` events;
+    what C code writes to descriptor 1 goes to standard error.
     """
     log_fd, original = os.dup(1), sys.stdout
     log = Log(log_fd, style)

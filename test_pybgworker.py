@@ -8476,6 +8476,32 @@ class Nurseries(Served):
         for values in zip(*[[pid, *rest] for pid, _, *rest in found]):
             self.assertEqual(len(set(values)), 4)
 
+    def test_what_the_import_has_made_is_there_until_the_last_child_has_ended(self):
+        self.app_with("""
+            import weakref
+            class Scratch: pass
+            held = Scratch()
+            open("scratch", "w").close()
+            weakref.finalize(held, os.unlink, os.path.abspath("scratch"))
+            @task(name="own")
+            def own(name):
+                own.held = Scratch()
+                open(name, "w").close()
+                weakref.finalize(own.held, os.unlink, os.path.abspath(name))
+                return os.path.exists("scratch"), os.getpid()
+            """)
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 1, app="opening")
+        worker.wait_for("worker_ready", start_method="fork")
+        pids = set()
+        for name in "abcde":
+            is_there, pid = self.get(self.send("own", name))
+            self.assertTrue(is_there)
+            pids.add(pid)
+            until(lambda: not (self.folder / name).exists(), what="its own to go with it")
+        self.assertEqual(len(pids), 5)
+        self.assertEqual(worker.stop(), 0)
+        self.assertFalse((self.folder / "scratch").exists(), "and not after that")
+
     def test_a_nursery_that_is_killed_or_stopped_is_replaced(self):
         """With all that it had: its children, and what they have started."""
         if not Path("/proc/self/task").exists():
@@ -14680,6 +14706,8 @@ class Readme(Case):
             fields = ", ".join(f"`{field}`" for field in fields.split())
             names.append(f"| `{event}` | {fields} | {meaning} |")
         names += [f"`{state}`" for state in pybgworker.STATE_NAMES]
+        names += [f"`{option}`" for option in
+                  (*pybgworker.TASK_OPTIONS, *pybgworker.CALL_OPTIONS)]
         names += pybgworker.__all__
         for name in names:
             with self.subTest(name):
