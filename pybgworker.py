@@ -6453,7 +6453,7 @@ def boot_id() -> str:
 
 
 def set_death_signal(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends; 0: none.
+    """Have the kernel send this process a signal when its parent ends.
 
     Where it can.  To be called by the process itself, after exec.
     """
@@ -9225,7 +9225,8 @@ class _Nursery:
         if not self._import():
             self._end(1)
             return None
-        set_death_signal(0)     # from now on we have to clean up after the worker
+        # From now on we have to clean up after the worker, also if we are stopped then.
+        set_death_signal(signal.SIGCONT)
         self._take_signals()
         self._report("app", Registry.of(self._stage.app, self._spec.app).catalog(),
                      why_not_fork(before))

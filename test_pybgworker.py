@@ -8527,6 +8527,17 @@ class Nurseries(Served):
                 (self.folder / "pids").unlink()
         self.assertEqual(worker.stop(), 0)
 
+    def test_a_stopped_nursery_cleans_up_after_a_killed_worker_all_the_same(self):
+        if not sys.platform.startswith("linux"):
+            self.skipTest("its kernel tells nobody of a parent's death")
+        worker = self.worker("--concurrency", 1)
+        self.tasks.hold_on.delay()
+        pids = [int(pid) for pid in self.wait_lines("pids")[0].split()]
+        pids += [worker.nursery(), *worker.children()]
+        os.kill(worker.nursery(), signal.SIGSTOP)
+        worker.kill()
+        until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
+
     def test_who_kills_the_nursery_is_charged_and_its_neighbours_are_not(self):
         """Each runs again, with nothing else in flight in its child."""
         worker = self.worker("--concurrency", 2)
