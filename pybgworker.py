@@ -598,6 +598,11 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def unix_time_of(at: float) -> float:
+    """The unix time, in seconds, that a monotonic time has by the wall clock of now."""
+    return time.time() + at - time.monotonic()
+
+
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 
 
@@ -904,11 +909,6 @@ def rate_tokens(tat: float, now: int, rate: float) -> int:
     """How many starts the limit of `rate` a second allows at this moment."""
     room = now + _burst_ms(rate) - _valid_tat(tat, now, rate)
     return int(room * rate / 1000 + 1e-6)
-
-
-def rate_spend(tat: float, now: int, rate: float, starts: int) -> float:
-    """Return the tat after so many starts."""
-    return _valid_tat(tat, now, rate) + starts * 1000 / rate
 
 
 def rate_next_at(tat: float, now: int, rate: float) -> int:
@@ -2092,14 +2092,22 @@ class AsyncResult(Generic[V]):
 class CurrentTask:
     """The run that is going on in this process; see current_task()."""
 
-    def __init__(self, id: int, name: str, attempt: int, deadline: float | None,
+    def __init__(self, id: int, name: str, attempt: int, due: float | None,
                  scheduled_for: datetime | None, report: Callable):
         self.id = id
         self.name = name
         self.attempt = attempt              # 1 for the first run
-        self.deadline = deadline            # unix time in seconds; None: no limit
+        self._due = due                     # monotonic: its time limit; None: none
         self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
         self._report = report
+
+    @property
+    def deadline(self) -> float | None:
+        """When its time limit is reached, in unix seconds; None: it has no limit.
+
+        By the wall clock of now: who sets that does not change how long it may take.
+        """
+        return None if self._due is None else unix_time_of(self._due)
 
     def set_progress(self, percent: float, message: str | None = None) -> None:
         """Show how far the task has come, in AsyncResult.progress and `show`."""
@@ -7925,10 +7933,10 @@ class Running:
         self.raised: BaseException | None = None    # that we have put into it
         self.started_at = now_ms()
         self.start = time.perf_counter()
-        deadline = time.time() + timeout if timeout else None
+        due = time.monotonic() + timeout if timeout else None
         if tick is not None:
             tick = datetime.fromtimestamp(tick, timezone.utc)
-        self.current = CurrentTask(run_id, name, attempt, deadline, tick, report)
+        self.current = CurrentTask(run_id, name, attempt, due, tick, report)
         in_flight[self.current] = self
         if self.task is not None:
             mark(cell, run_id, attempt)

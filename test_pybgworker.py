@@ -1353,17 +1353,17 @@ class Promises(Served):
     def test_a_thousand_tasks_leave_no_descriptor_open(self):
         worker = self.worker("--concurrency", 2)
         self.get(self.tasks.add.delay(1, 2))
-        fds = Path(f"/proc/{worker.pid}/fd")
-        if not fds.exists():
+        if not Path("/proc/self/fd").exists():
             self.skipTest("needs /proc")
         until(lambda: len(worker.children()) == 3)
-        before = len(list(fds.iterdir()))
+        folders = [Path(f"/proc/{pid}/fd") for pid in (worker.pid, worker.nursery())]
+        before = [len(list(fds.iterdir())) for fds in folders]
         for result in [self.tasks.die.delay("exit") for _ in range(5)] + \
                 self.tasks.add.delay_many([(1, n) for n in range(1000)]):
             until(result.ready)
         until(lambda: len(worker.children()) == 3)
 
-        self.assertEqual(len(list(fds.iterdir())), before)
+        self.assertEqual([len(list(fds.iterdir())) for fds in folders], before)
 
     def test_a_worker_outlives_the_reader_of_its_log(self):
         worker = self.worker()
@@ -1733,6 +1733,14 @@ class RetryAndRate(unittest.TestCase):
         for text in (0, -1, "fast", "5/x", None, "", "1e9", float("nan"), "5/"):
             self.assertRaises(ValueError, pybgworker.parse_rate, text)
 
+    def tat_after(self, tat, now, rate, starts):
+        """The tat that is stored after so many more starts, whether they are allowed."""
+        limits = pybgworker.Limits({"t": rate}, {}, lambda limit: tat, None, now)
+        limits.opens_at("t")
+        for _ in range(starts):
+            limits.spend("t")
+        return dict(limits.spent()).get("t", tat)
+
     def test_in_any_second_there_are_at_most_rate_plus_burst_starts(self):
         chance = random.Random(3)
         for rate in (0.5, 1, 3, 7.5, 40, 250):
@@ -1740,7 +1748,7 @@ class RetryAndRate(unittest.TestCase):
             for _ in range(400):
                 now += chance.choice((0, 1, 3, 20, 400))
                 count = min(chance.randrange(1, 9), pybgworker.rate_tokens(tat, now, rate))
-                tat = pybgworker.rate_spend(tat, now, rate, count)
+                tat = self.tat_after(tat, now, rate, count)
                 starts += [now] * count
             for i, at in enumerate(starts):
                 window = [s for s in starts[i:] if s < at + 1000]
@@ -1808,7 +1816,7 @@ class RetryAndRate(unittest.TestCase):
     def test_the_next_start_is_allowed_when_it_says_and_not_before(self):
         for rate in (0.3, 1, 7, 333):
             now = 1_800_000_000_000
-            tat = pybgworker.rate_spend(0, now, rate, pybgworker.rate_tokens(0, now, rate))
+            tat = self.tat_after(0, now, rate, pybgworker.rate_tokens(0, now, rate))
             at = pybgworker.rate_next_at(tat, now, rate)
             self.assertEqual(pybgworker.rate_tokens(tat, at - 1, rate), 0)
             self.assertEqual(pybgworker.rate_tokens(tat, at, rate), 1)
@@ -1820,12 +1828,12 @@ class RetryAndRate(unittest.TestCase):
             (5, 5, 9_000), (1 / 3600, 0.5, 60_000),
         ):
             now = 1_800_000_000_000
-            tat = pybgworker.rate_spend(0, now, before, 1 + int(before - 0.5))
+            tat = self.tat_after(0, now, before, 1 + int(before - 0.5))
             now -= back
             starts = []
             for ms in range(0, 20_000, 100):
                 if pybgworker.rate_tokens(tat, now + ms, after):
-                    tat = pybgworker.rate_spend(tat, now + ms, after, 1)
+                    tat = self.tat_after(tat, now + ms, after, 1)
                     starts.append(ms)
             with self.subTest((before, after, back)):
                 self.assertLessEqual(starts[0], 10_000)
@@ -1833,7 +1841,7 @@ class RetryAndRate(unittest.TestCase):
 
     def test_a_turn_that_waited_for_the_lock_spends_nothing_twice(self):
         now = 1_800_000_000_000
-        tat = pybgworker.rate_spend(0, now + 250, 5, 5)     # by another, meanwhile
+        tat = self.tat_after(0, now + 250, 5, 5)     # by another, meanwhile
         self.assertEqual(pybgworker.rate_tokens(tat, now, 5), 0)
 
 
@@ -7974,15 +7982,17 @@ class Children(Served):
             "import sys\nfrom pybgworker import task\n@task(retries=0)\n"
             "def flags(): return [sys.flags.optimize, sys.flags.utf8_mode, "
             "sys.flags.dev_mode, 'error' in sys.warnoptions]\n")
-        result = pybgworker.default_app.send("flags.flags", retries=0)
-        done = subprocess.run(
-            [sys.executable, "-O", "-W", "error", "-X", "utf8", "-X", "dev", "-m",
-             "pybgworker", "run", "--app", "flags", "--burst"], cwd=self.folder,
-            env=clean_environment(PYBGWORKER_DB=str(self.db), PYTHONWARNINGS=""),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
-
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertEqual(self.get(result), [1, 1, True, True])
+        for method in ("fork", "spawn"):
+            result = pybgworker.default_app.send("flags.flags", retries=0)
+            done = subprocess.run(
+                [sys.executable, "-O", "-W", "error", "-X", "utf8", "-X", "dev", "-m",
+                 "pybgworker", "run", "--app", "flags", "--burst", "--start-method", method],
+                cwd=self.folder,
+                env=clean_environment(PYBGWORKER_DB=str(self.db), PYTHONWARNINGS=""),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+            with self.subTest(method):
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual(self.get(result), [1, 1, True, True])
 
     def test_a_task_finds_nothing_that_the_one_before_has_changed(self):
         """Folder, environment, umask, depth, streams, handlers, alarms, loops."""
@@ -8163,6 +8173,21 @@ class Children(Served):
         self.assertIn("in stuck", failed.traceback)
         self.assertEqual(worker.all("child_error"), [])
 
+    def test_a_deadline_is_as_far_away_as_before_when_the_clock_is_set(self):
+        frame = pybgworker.write_frame(
+            Run(1, "t", "q", 0, 0, 0, 60.0, 0, None, "", 5))
+        run = pybgworker.Running(frame, mock.Mock(tasks={}), None, None)
+        self.addCleanup(pybgworker.in_flight.clear)
+        real = time.time
+        for hours in (0, 1, -30):
+            with mock.patch.object(time, "time", lambda: real() + hours * 3600):
+                left = run.current.deadline - time.time()
+            with self.subTest(hours):
+                self.assertAlmostEqual(left, 60, delta=10)
+        frame = pybgworker.write_frame(Run(2, "t", "q", 0, 0, 0, None, 0, None, "", 5))
+        run = pybgworker.Running(frame, mock.Mock(tasks={}), None, None)
+        self.assertIsNone(run.current.deadline)
+
     def test_a_thread_that_outlives_its_run_speaks_for_no_other(self):
         (self.folder / "threads.py").write_text(textwrap.dedent("""
             import os, threading, time
@@ -8341,6 +8366,27 @@ class Children(Served):
         for pid in set(pids):
             self.assertEqual(self.lines(f"atexit{pid}")[0][:3], "ran")
 
+    def test_a_child_whose_exit_handlers_do_not_end_is_killed(self):
+        """When it is replaced, and at a stop."""
+        (self.folder / "staying.py").write_text(textwrap.dedent("""
+            import atexit, os, time
+            from pybgworker import task
+
+            @task(name="stay", retries=0)
+            def stay():
+                atexit.register(time.sleep, 60)
+                return os.getpid()
+            """))
+        worker = self.worker("--concurrency", 1, "--max-tasks-per-child", 1,
+                             app="staying")
+        pid = self.get(pybgworker.default_app.send("stay", retries=0))
+        until(lambda: not is_alive(pid))
+        worker.stop()
+        worker = self.worker("--concurrency", 1, app="staying")
+        pid = self.get(pybgworker.default_app.send("stay", retries=0))
+        self.assertEqual(worker.stop(20), 0)
+        self.assertFalse(is_alive(pid))
+
     def test_a_stop_that_interrupts_a_run_lets_idle_children_end(self):
         (self.folder / "leaving.py").write_text(textwrap.dedent("""
             import atexit, os, time
@@ -8455,15 +8501,22 @@ class Nurseries(Served):
                 self.assertEqual(self.get(self.send("pids"))[1], worker.nursery())
                 self.assertEqual(worker.stop(), 0)
 
+    def test_where_nobody_can_look_nothing_is_forked(self):
+        with mock.patch.object(pybgworker, "IS_LINUX", False):
+            self.assertIn("not safe on", pybgworker.why_not_fork({}))
+
     def test_the_start_method_can_be_chosen(self):
         self.app_with("")
-        (self.folder / "opening.py").open("a").write("open('imported', 'a').write('x\\n')\n")
+        (self.folder / "opening.py").open("a").write(
+            "open('imported', 'a').write(f'{os.getpid()}\\n')\n")
         for method, imports in (("fork", 1), ("spawn", 3)):
             worker = self.worker("--concurrency", 1, PYBGWORKER_START_METHOD=method,
                                  app="opening")
             said = worker.wait_for("worker_ready")["start_method"]
             self.assertEqual(said.partition(",")[0], method)
-            self.assertEqual(len(self.wait_lines("imported", imports)), imports)
+            pids = self.wait_lines("imported", imports)
+            self.assertEqual(len(pids), imports)
+            self.assertNotIn(str(worker.pid), pids, "a worker never imports the app")
             self.assertEqual(worker.stop(), 0)
             (self.folder / "imported").unlink()
         refused = self.cli("run", "--app", "opening", PYBGWORKER_START_METHOD="thread")
@@ -9058,6 +9111,17 @@ class Deaths(PoolCase):
         self.assertEqual({end.run.id: end.kind for end in ended}, {1: "timeout", 2: "crash"})
         self.assertIn("blocked the event loop", ended[1].error["message"])
         self.assertEqual([(run.id, run.alone) for run in forgiven], [(3, False)])
+
+    def test_a_loop_that_lags_is_said_once_a_minute_for_each_name(self):
+        pool, member = self.pool_of(coroutines=9, is_async={"t", "u"})
+        self.begin_beside(member, self.run_of(1), self.run_of(2), self.run_of(3, "u"))
+        for at, number in ((102.0, 1), (103.0, 2), (104.0, 3), (161.9, 1), (162.0, 2)):
+            member.wire._buffer += pybgworker.write_message(
+                pybgworker.LAGGED, [1.5, "in f"], (number, 1))
+            pool._hear(member, at)
+        said = [call.args[1].id for call in pool._log.call_args_list
+                if call.args[0] == "loop_lagged"]
+        self.assertEqual(said, [1, 3, 2])
 
     def test_a_loop_that_goes_on_blames_nobody(self):
         for how in ("answer", "print", "end"):
@@ -9738,6 +9802,23 @@ class Pools(PoolCase):
             with self.subTest(phase, runs=runs):
                 self.assertEqual((member.phase, member.why), (after, why))
                 self.assertEqual(bool(getattr(member, "_reason", "")), reason)
+
+    def test_a_child_with_many_runs_over_its_memory_waits_for_them_unless_it_grows_on(self):
+        limit = 100 << 20
+        for taken, phase, after, why in (
+            (100, Phase.READY, Phase.READY, None),
+            (101, Phase.READY, Phase.RETIRING, None),
+            (125, Phase.RETIRING, Phase.RETIRING, None),
+            (126, Phase.READY, Phase.READY, Verdict.MEMORY),
+            (126, Phase.RETIRING, Phase.RETIRING, Verdict.MEMORY),
+        ):
+            pool, member = self.pool_of(coroutines=9, is_async={"t"})
+            self.begin_beside(member, *map(self.run_of, (1, 2)))
+            member.phase, self.app.settings.max_memory = phase, limit
+            with mock.patch.object(pybgworker, "memory_bytes", return_value=taken << 20):
+                pool.check_memory(101.0)
+            with self.subTest(taken=taken, phase=phase):
+                self.assertEqual((member.phase, member.why), (after, why))
 
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
         for why, end in (
@@ -15038,7 +15119,7 @@ class TheFile(unittest.TestCase):
     def test_clock_and_chance_are_asked_in_few_places(self):
         clock = [self.section_of(n)[0] for n, line in enumerate(self.lines, 1)
                  if re.search(r"\btime\.time(_ns)?\(", line) and "def " not in line]
-        self.assertLessEqual(set(clock), {"Time and values", "Runs", "Bench"})
+        self.assertLessEqual(set(clock), {"Time and values", "Bench"})
         calls = {self.section_of(node.lineno)[0] for node in ast.walk(self.tree)
                  if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "now_ms"}
         self.assertEqual(calls, {"Register", "Runs", "Bench"})     # above: store.now()
