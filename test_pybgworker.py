@@ -9820,6 +9820,17 @@ class Pools(PoolCase):
             with self.subTest(taken=taken, phase=phase):
                 self.assertEqual((member.phase, member.why), (after, why))
 
+    def test_the_last_of_many_runs_in_a_child_over_its_memory_is_killed_like_a_lone_one(self):
+        self.app.settings.max_memory = 100 << 20
+        pool, member = self.pool_of()
+        self.begin_beside(member, *map(self.run_of, (1, 2)))
+        with mock.patch.object(pybgworker, "memory_bytes", return_value=101 << 20):
+            pool.check_memory(101.0)
+            self.assertEqual((member.phase, member.why), (Phase.RETIRING, None))
+            member.end(member.slots()[0], 101.0)
+            pool.check_memory(102.0)
+        self.assertEqual(member.why, Verdict.MEMORY)
+
     def test_an_answer_sent_just_before_a_child_ended_counts(self):
         for why, end in (
             (Verdict.CANCELLED, lambda pool, member: pool.enforce(9.0)),
@@ -12333,6 +12344,81 @@ class Workers(Served):
                     end(held)
                     self.turn_until(worker, waits.ready)
                     self.assertLess(time.monotonic() - ended_at, 5)
+
+    # How the only place of a thread, or on a loop, becomes free.
+    PLACE_FREED = {
+        "end": lambda case, worker, held: (case.folder / "go").touch(),
+        "crash": lambda case, worker, held: os.kill(case.laden(worker).process.pid, 9),
+        "cancel": lambda case, worker, held: held.cancel(),
+        "given back": lambda case, worker, held: [
+            worker.pool._recall(case.laden(worker)), (case.folder / "go").touch()],
+        "retired": lambda case, worker, held: [
+            setattr(worker.settings, "max_tasks_per_child", 1),
+            (case.folder / "go").touch()],
+    }
+
+    def laden(self, worker):
+        return next(member for member in worker.pool.members if member.beside)
+
+    def test_who_waits_for_a_place_beside_starts_when_one_becomes_free(self):
+        """Whatever freed it, and without a poll."""
+        tasks = self.module(NEIGHBOURS)
+        for kind, waits_for, quick in (("coroutines", tasks.wait_for, tasks.wait),
+                                       ("threads", tasks.block_for, tasks.block)):
+            places = 1 if kind == "coroutines" else 2
+            for how, free in self.PLACE_FREED.items():
+                with self.subTest(kind, how=how), \
+                        mock.patch.object(pybgworker, "_POLL_SECONDS", 60):
+                    worker = self.started(**{"coroutines": 1, "threads": 1, kind: places})
+                    self.turn_until(worker, lambda: len(worker.pool.members) == 2 and all(
+                        m.ready for m in worker.pool.members))
+                    held = [waits_for.delay("go") for _ in range(places)]
+                    self.turn_until(worker, lambda: len(self.lines("begun")) >= places)
+                    waits = quick.delay(0, "quick")
+                    self.turn_until(worker, lambda: not worker.lookout.news)
+                    self.assertEqual((waits.status, len(worker.pool.running())),
+                                     ("queued", places))
+
+                    freed_at = time.monotonic()
+                    free(self, worker, held[0])
+                    self.turn_until(worker, waits.ready)
+                    self.assertLess(time.monotonic() - freed_at, 5)
+                    (self.folder / "go").touch()
+                    self.turn_until(worker, lambda: not worker.pool.in_hand())
+                    worker.stop()
+                    for name in ("go", "begun"):
+                        (self.folder / name).unlink(missing_ok=True)
+
+    def test_who_is_to_be_alone_starts_when_a_child_becomes_empty(self):
+        """In one of two children something runs for long; the other becomes empty."""
+        tasks = self.module(NEIGHBOURS)
+        with mock.patch.object(pybgworker, "_POLL_SECONDS", 60):
+            worker = self.started()
+            self.turn_until(worker, lambda: len(worker.pool.members) == 2 and all(
+                m.ready for m in worker.pool.members))
+            first = tasks.wait_for.delay("first")
+            self.turn_until(worker, lambda: self.lines("begun"))
+            second = tasks.wait.delay(0)
+            self.sql("update bg_task set alone = 1 where id = ?", second.id)
+            self.turn_until(worker, second.ready)
+            self.assertEqual(first.status, "running")
+            (self.folder / "first").touch()
+            self.turn_until(worker, first.ready)
+
+    def test_all_that_run_are_counted_and_end_with_a_worker_that_was_given_up(self):
+        tasks = self.module(NEIGHBOURS)
+        worker = self.started(threads=3)
+        self.turn_until(worker, lambda: worker.is_ready)
+        results = [tasks.wait_for.delay("go") for _ in range(4)]
+        results += [tasks.block_for.delay("go") for _ in range(3)]
+        self.turn_until(worker, lambda: len(self.lines("begun")) == 7)
+        worker.house._beat(pybgworker.now_ms())
+        self.assertEqual(self.store.workers()[0].running, 7)
+        pids = {int(pid) for pid in self.lines("begun")}
+        self.store.reap(worker.liveness.id, "w", pybgworker.now_ms())
+        worker.house._beat(pybgworker.now_ms())
+        until(lambda: not any(map(is_alive, pids)), 5)
+        self.assertEqual(worker.pool.in_hand(), 0)
 
     def test_what_a_task_enqueues_at_its_end_starts_at_once(self):
         with mock.patch.multiple(pybgworker, _POLL_SECONDS=60):
