@@ -8879,6 +8879,7 @@ class Loads(PoolCase):
         slots = member.slots()
         for slot, due in zip(slots, (9.0, 5.0, 7.0)):
             member.condemn(Verdict.CANCELLED, due, slot)
+        self.assertEqual(member.kill_due, 5.0)
         for slot, due in (slots[1], 7.0), (slots[0], 7.0), (slots[2], 0.0):
             member.end(slot, 3.0)
             self.assertEqual((member.kill_due, member.able), (due, not due))
@@ -9123,6 +9124,22 @@ class Deaths(PoolCase):
                 if call.args[0] == "loop_lagged"]
         self.assertEqual(said, [1, 3, 2])
 
+    def test_a_blocked_loop_gives_back_what_it_has_not_taken(self):
+        """And whoever says something else of a loop is out of its mind."""
+        pool, member = self.pool_of(coroutines=9, is_async={"t"})
+        self.begin_beside(member, *map(self.run_of, (1, 2, 3)))
+        member.recall = lambda: member.beside.recall({3})
+        for value in ([1.5, "in f"], [1.5], [1.5, None], ["x", "in f"], [-1, "in f"], 7):
+            member.verdict, member._kill_due = None, 0.0
+            member.wire._buffer += pybgworker.write_message(
+                pybgworker.LAGGED, value, (2, 1))
+            pool._hear(member, 101.0)
+            is_right = value == [1.5, "in f"]
+            with self.subTest(value=value):
+                self.assertIs(member.verdict, None if is_right else Verdict.MAD)
+                self.assertGreater(member.beside.shut_until, 101.0)
+        self.assertEqual([run.id for run in pool.hand.runs], [3])
+
     def test_a_loop_that_goes_on_blames_nobody(self):
         for how in ("answer", "print", "end"):
             pool, member = self.pool_of(coroutines=9, is_async={"t"})
@@ -9288,6 +9305,39 @@ class Dispatching(PoolCase):
         room = pool.room(places)
         self.assertEqual((room.free, room.beside),
                          (places.room.free - 1, places.room.beside - 3))
+
+    def test_a_coroutine_that_was_interrupted_leaves_its_child_as_it_was(self):
+        """A thread, or the main one, may have left anything; and what it took is learnt."""
+        for is_coroutine, phase in (True, Phase.READY), (False, Phase.RETIRING):
+            for kind in "timeout", "cancelled":
+                pool, member = self.pool_of(coroutines=9, threads=9,
+                                            is_async={"t"} if is_coroutine else ())
+                self.begin_beside(member, *map(self.run_of, (1, 2)),
+                                  is_coroutine=is_coroutine)
+                member.wire._buffer += pybgworker.write_message(
+                    pybgworker.ENDED_BADLY, {"kind": kind}, (1, 1), 1000, 0.5)
+                pool._hear(member, 101.0)
+                with self.subTest(kind, is_coroutine=is_coroutine):
+                    self.assertIs(member.phase, phase)
+                    self.assertEqual(pool.durations.typical > 0, not is_coroutine)
+
+    def test_children_that_wait_for_their_last_runs_are_replaced_but_not_without_end(self):
+        pool, born = self.pool(children=3, size=2), []
+        def bear(*_):
+            born.append(1)
+            return mock.Mock(phase=Phase.READY, beside={}, ready=True)
+
+        pool.crew.nursery = mock.Mock(failure=None, can_bear=True)
+        pool.crew.starts = pybgworker.Starts(lambda *_, **more: None)
+        with mock.patch.object(pybgworker, "Member", bear), \
+                mock.patch.object(os, "cpu_count", lambda: 9):
+            for retiring, count in ((0, 0), (1, 1), (2, 2), (3, 2)):
+                for member in pool.members[:retiring]:
+                    member.phase = Phase.RETIRING
+                    member.beside[len(born), 1] = mock.Mock()
+                pool.crew.fill(100.0)
+                with self.subTest(retiring=retiring):
+                    self.assertEqual(len(born), count)
 
     def test_urgent_coroutines_take_nothing_out_of_pipes(self):
         pool = self.pool()
@@ -11644,6 +11694,8 @@ class Lookouts(unittest.TestCase):
             ("a task is due", lambda: setattr(self.lookout, "next_at", 1000), {}),
             ("more free children", nothing, {"room": (2, 0)}),
             ("more places in pipes", nothing, {"room": (1, 1)}),
+            ("more places on event loops", nothing, {"room": (1, 0, 1)}),
+            ("an empty child", nothing, {"room": (1, 0, 0, 1)}),
             ("other names", nothing, {"unknown": {"t"}}),
         ):
             with self.subTest(reason):
