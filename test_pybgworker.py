@@ -9329,6 +9329,7 @@ class Dispatching(PoolCase):
 
         pool.crew.nursery = mock.Mock(failure=None, can_bear=True)
         pool.crew.starts = pybgworker.Starts(lambda *_, **more: None)
+        pool.crew._most_waned = 2
         with mock.patch.object(pybgworker, "Member", bear), \
                 mock.patch.object(os, "cpu_count", lambda: 9):
             for retiring, count in ((0, 0), (1, 1), (2, 2), (3, 2)):
