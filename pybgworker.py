@@ -6578,6 +6578,23 @@ def frame_pair() -> tuple[_socket.socket, ...]:
     return socket_pair(socket.SOCK_SEQPACKET if IS_LINUX else socket.SOCK_DGRAM)
 
 
+def dies_with(end: _socket.socket, wanted: bool) -> bool:
+    """Have the kernel kill our process group once the other end of this is closed.
+
+    Nothing may be sent either way while that is wanted.  False: it cannot be had.
+    """
+    try:
+        flags = fcntl.fcntl(end, fcntl.F_GETFL) & ~os.O_ASYNC
+        if wanted:
+            fcntl.fcntl(end, fcntl.F_SETOWN, -os.getpgrp())
+            fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+            flags |= os.O_ASYNC
+        fcntl.fcntl(end, fcntl.F_SETFL, flags)
+        return wanted
+    except (OSError, AttributeError):       # the latter: not on this system
+        return False
+
+
 def pipe_from(undo: contextlib.ExitStack,
               theirs: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe from a process to be started: the reading end, and the one for that.
@@ -9008,6 +9025,7 @@ class Stage:
         self.printer = Printer(say)
         self.streams: tuple = ()        # ours
         self.app: Any = None            # once it is imported
+        self.at_last: Callable = nobody         # the end of the exit handlers
         self._originals: tuple = ()     # what our streams stand in for
 
     def set(self) -> None:
@@ -9032,6 +9050,7 @@ class Stage:
         for app in (self.app, default_app):
             if app is not None:
                 app.tasks.clear()
+        self.at_last()
 
 
 class Child:
@@ -9163,6 +9182,8 @@ class Child:
 # can send a signal to it, or to its group, and never hit a stranger.
 
 _REQUEST_BYTES = 1 << 16
+_ORPHAN_GRACE = 0.25        # seconds for what the app does at the end of a nursery
+                            # whose worker was killed; and twice that in all
 START_CODE = (
     "import importlib, json, sys; name, spec = json.loads(sys.argv.pop()); "
     "sys.path[:] = spec[2]; "
@@ -9197,9 +9218,14 @@ def run_child(spec: Sequence) -> None:
     Child(ChildSpec(*spec)).main()
 
 
-def start_argv(name: str, spec: tuple) -> list[str]:
-    """The command that calls one of the two above."""
-    return [*interpreter(), "-c", START_CODE, json.dumps([name, spec])]
+def start_argv(name: str, spec: ChildSpec | NurserySpec) -> list[str]:
+    """The command that calls one of the two above.
+
+    An import looks in no folder whose name is not text, so nothing is lost.
+    """
+    path = [folder for folder in spec.path if isinstance(folder, str)]
+    return [*interpreter(), "-c", START_CODE,
+            json.dumps([name, spec._replace(path=path)])]
 
 
 def _print_here(_, text, __):
@@ -9219,9 +9245,11 @@ class _Nursery:
         # Of signals, what the app has set; ours are in their place.
         self._handlers: dict[int, Any] = {}
         self._wakeup = -1                   # descriptor: the same
+        self._mask: Any = ()                # blocked signals: the same
         self._outputs = [os.fstat(fd) for fd in (1, 2)]
         self._has_forked = False
         self._settings: Any = None          # of the app, as children have them
+        self._is_dismissed = False          # by the worker, which lives
 
     def live(self) -> Child | None:
         """Import the app, then do what the worker asks for, until it is gone.
@@ -9245,7 +9273,10 @@ class _Nursery:
 
     def _prepare(self):
         # Should it never end: an import must not outlive a worker that is killed.
+        has_group = dies_with(self._reports, True)
         die_with_parent(self._spec.parent)
+        if has_group:       # else it would die alone, before what it has started
+            set_death_signal(0)
         dump_crashes(self._spec.crash)
         have_fresh_signals()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -9254,11 +9285,18 @@ class _Nursery:
             os.set_inheritable(fd, False)
         for end in (self._bell, self._ringer):
             end.setblocking(False)
+        # Or our end would not be seen while something lives that the import forks.
+        os.register_at_fork(after_in_child=self._let_go)
         # What children will need: loaded once, and before an app can change it.
         import mmap     # noqa: F401
 
         interpreter()
         self._stage.set()
+
+    def _let_go(self):
+        """In a forked process, of whatever kind: speak to the worker no more."""
+        for end in (self._requests, self._reports):
+            end.close()
 
     def _import(self):
         """False, and said, when there is no app."""
@@ -9274,6 +9312,8 @@ class _Nursery:
             lacks = is_lack(cause or exc) and not isinstance(cause, BlockingIOError)
             self._report("failed", str(exc), lacks, isinstance(exc, UsageError))
             return False
+        if self._requests.fileno() < 0:     # forked by the import, and come back
+            os._exit(1)
         for app in {self._stage.app, default_app}:
             app.configure()         # closes its database: that is for the children
         self._stage.printer.end_run()
@@ -9291,6 +9331,7 @@ class _Nursery:
 
     def _take_signals(self):
         signal.setitimer(signal.ITIMER_REAL, 0)
+        self._mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
         self._handlers = {number: _signal.getsignal(number) for number in numbers}
         for number in numbers:
@@ -9300,6 +9341,7 @@ class _Nursery:
 
     def _report(self, *what):
         """Tell the worker; one that is gone is noticed elsewhere."""
+        dies_with(self._reports, False)
         with contextlib.suppress(OSError):
             self._reports.sendall(json.dumps(what).encode() + b"\n")
 
@@ -9333,9 +9375,14 @@ class _Nursery:
             for pid in [pid for pid, n in self._pids.items() if n == number]:
                 send_signal(pid, *about)
             return None
+        if what == "end":
+            self._is_dismissed = True
+            return None
         try:
             child = self._start(number, fds, *about)
-        except (OSError, MemoryError) as exc:
+        except Exception as exc:
+            if self._requests.fileno() < 0:     # in a forked process: that ends
+                raise
             self._report("unborn", number, str(exc) or type(exc).__name__, is_lack(exc))
             child = None
         if child is None:
@@ -9383,6 +9430,7 @@ class _Nursery:
         """In a forked process: let go of what is the nursery's."""
         os.setsid()
         signal.set_wakeup_fd(self._wakeup)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._handlers.items():
             if handler is not None:         # one of C code
                 set_signal(number, handler)
@@ -9390,7 +9438,7 @@ class _Nursery:
             if os.path.samestat(os.fstat(fd), before):      # the app has left it
                 os.dup2(output, fd)
         close_fd(output)
-        for end in (self._requests, self._reports, self._bell, self._ringer):
+        for end in (self._bell, self._ringer):
             end.close()
         close_fd(self._spec.crash)
         if "numpy.random" in sys.modules:       # random itself does so
@@ -9414,10 +9462,21 @@ class _Nursery:
         for pid in self._pids:
             kill_group(pid)
             send_signal(pid, signal.SIGKILL)    # it may have no group yet
+        grace = EXIT_GRACE / 2
+        if status == 0 and not self._is_dismissed:
+            # What the import has started ends too; its exit handlers get a moment.
+            grace = _ORPHAN_GRACE
+            own_start(self._kill_group, (2 * grace,))
+            self._stage.at_last = self._kill_group
         set_signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * EXIT_GRACE)
         if is_held():
-            end_soon(status, EXIT_GRACE / 2)
+            end_soon(status, grace)
+
+    @staticmethod
+    def _kill_group(seconds=0.0):
+        own_sleep(seconds)
+        os.killpg(0, signal.SIGKILL)
 
 
 # == Births ===================================================================
@@ -9437,6 +9496,7 @@ class Failure(NamedTuple):
     text: str
     lacks: bool = False         # for want of what there may be later
     is_usage: bool = False      # what was asked for is wrong
+    stack: str = ""             # where a crash was
 
 
 class _Line:
@@ -9502,7 +9562,9 @@ class _Line:
         poll.poll(1000 * seconds)
 
     def hang_up(self) -> None:
-        """Let it see that no more will come."""
+        """Tell it to end; a worker that dies does not come to say so."""
+        with contextlib.suppress(OSError):
+            self.send(["end", 0])
         self._requests.close()
 
     def close(self) -> None:
@@ -9562,6 +9624,7 @@ class Nursery:
         self._why_not = ""              # its children cannot be forked, in words
         self._began = 0.0               # monotonic: its start
         self._is_slow = False           # that was said
+        self.has_served = False         # a child of it was ready
         self._number = 0                # of the child that was asked for last
         self._children: dict[int, ChildProcess] = {}    # that live, by number
         self._asked: dict[int, float] = {}      # since when each is to be born
@@ -9580,7 +9643,7 @@ class Nursery:
             undo.pop_all()
         self.process, self._line = process, line
         self.registry = self.failure = None
-        self._began, self._is_slow = at, False
+        self._began, self._is_slow, self.has_served = at, False, False
         if selector:
             line.watch(selector)
 
@@ -9638,7 +9701,7 @@ class Nursery:
             alive = False
         self._tell_output(at_end=was_importing and not self.is_importing)
         if not alive:
-            self.give_up()
+            self.give_up(_LOOK_SECONDS)
 
     def _tell_output(self, at_end=False):
         """What the import prints, and what else the app does in that process."""
@@ -9677,6 +9740,9 @@ class Nursery:
                      "waited for")
         if self._asked and at - min(self._asked.values()) > _ANSWER_SECONDS:
             self.give_up()
+        elif self.process and self.process.poll():  # somebody else may have its end
+            self.hear()
+            self.give_up()
 
     def await_app(self, each_time: Callable) -> Registry:
         """Wait until the app is imported.  Raises Problem, or UsageError.
@@ -9691,7 +9757,8 @@ class Nursery:
         if self.registry is None:
             failure = self.failure or Failure("")
             self.stop(EXIT_GRACE)
-            raise (UsageError if failure.is_usage else Problem)(failure.text)
+            raise (UsageError if failure.is_usage else Problem)(
+                "\n".join(filter(None, (failure.text, failure.stack))))
         return self.registry
 
     def await_end(self, child: ChildProcess, seconds: float) -> bool:
@@ -9706,26 +9773,36 @@ class Nursery:
             self._line.wait(min(seconds - waited, _LOOK_SECONDS))
         return child.exit is not None
 
-    def give_up(self) -> None:
-        """It is dead, or shall be; its children end with it, and their groups."""
+    def give_up(self, seconds: float = 0.0) -> None:
+        """It is dead, or shall be; its children end with it, and their groups.
+
+        One that closed its connection gets so long to end by itself.
+        """
         process, line = self.process, self._line
         if process is None:
             return
-        died = process.end(_LOOK_SECONDS if self.failure else 0)
+        died = process.end(_LOOK_SECONDS if self.failure else seconds)
         how = process.exit and (process.exit.signal or f"exit code {process.exit.code}")
         stack = line.stack()
         self._tell_output(at_end=True)
         self.process = None
         line.close()
-        if self.registry:
-            why = f"ended with {how}" if died else "did not answer, and was killed"
+        if died:
+            why = f"ended with {how}"
+        elif seconds:
+            why = "closed its connection to the worker, and was killed: does the " \
+                "app close descriptors that are not its own?"
+        else:
+            why = "did not answer, and was killed"
+        if self.registry and self.has_served:
             self._log("child_error", None, pid=process.pid, stack=stack or None,
                      error=f"the nursery {why}: its children end with it, and another "
                      "is started")
         elif not self.failure:
-            self.failure = Failure(
-                f"cannot import --app {self.app_spec}: the process that imports it "
-                f"ended with {how}" + (f"\n{stack}" if stack else ""), how == "SIGKILL")
+            who = "the nursery, before a child of it was ready," if self.registry else \
+                f"cannot import --app {self.app_spec}: the process that imports it"
+            self.failure = Failure(f"{who} {why}", died and how == "SIGKILL", False,
+                                   stack)
         for child in self._children.values():
             if child.pid:
                 kill_group(child.pid)
@@ -10776,6 +10853,7 @@ def death_of(member: Member, slot: Slot, stack: str, limits: types.SimpleNamespa
 _START_SECONDS = 2.0        # a child that imports for longer holds up no others
 _WANED_FOR_EACH = 8         # children that retire, but have runs, for each that works
 _STEADY_SECONDS = 0.5       # a child that was ready for so long could start
+_STEADY_NURSERY_SECONDS = 10.0      # … and the app of a nursery is sound
 _LACK_PAUSE = 5.0           # seconds, at most, until a lack is tested again
 _START_FAILURES = 5         # children in a row that die before they are ready
 
@@ -10793,6 +10871,8 @@ class Starts:
         self.next_start = 0.0   # no child is started before
         self._reason = ""       # of the last failure
         self._lacks = 0         # times in a row that something was lacking
+        self._last_nursery = self._next_nursery = -math.inf     # started; not before
+        self._falls = 0         # of nurseries that lived for seconds only, in a row
         self._slow: set[int] = set()        # pids that were said to be
 
     @property
@@ -10810,6 +10890,19 @@ class Starts:
             return 0
         starting = [m for m in members if not m.ready and at - m.began < _START_SECONDS]
         return max(0, (os.cpu_count() or 1) + 1 - len(starting))
+
+    def may_be_nursery(self, at: float) -> bool:
+        """True when a nursery is to be started now.
+
+        The third that dies within seconds, and those that come after it, wait.
+        """
+        if at < max(self.next_start, self._next_nursery):
+            return False
+        since, self._last_nursery = at - self._last_nursery, at
+        self._falls = self._falls + 1 if since < _STEADY_NURSERY_SECONDS else 0
+        if self._falls > 1:
+            self._next_nursery = at + min(0.1 * 2 ** self._falls, _LACK_PAUSE)
+        return True
 
     def end(self) -> None:
         """None is started any more."""
@@ -10925,8 +11018,8 @@ class Crew:
         failure, nursery.failure = nursery.failure, None
         if failure:
             tell = self.starts.lacked if failure.lacks else self.starts.failed
-            tell(at, failure.text)
-        if nursery.process is None and self.starts.room([], at):
+            tell(at, "\n".join(filter(None, (failure.stack, failure.text))))
+        if nursery.process is None and self.starts.may_be_nursery(at):
             nursery.start(at, self.selector)
         return nursery.can_bear
 
@@ -10943,6 +11036,7 @@ class Crew:
         if member.outgrows(most_bytes):
             return False
         member.phase = Phase.READY
+        self.nursery.has_served = True
         member.read_stack()         # of a slow import: not of a crash to come
         self.starts.succeeded()
         self.unknown -= names

@@ -8687,6 +8687,81 @@ class Nurseries(Served):
         worker.wait_for("output", task_id=result.id, text="logged")
         self.assertEqual(len(worker.all("output", text="begun at the import ")), 1)
 
+    def test_the_end_of_an_import_is_seen_while_what_it_has_forked_lives(self):
+        """That has a copy of our end of the connection."""
+        for code, words in (
+            ("import multiprocessing as m\nm.get_context('fork').Process("
+             "target=time.sleep, args=(60,), daemon=True).start()\n"
+             "os.kill(os.getpid(), 9)", "ended with SIGKILL"),
+            ("if os.fork():\n    os._exit(4)", "ended with exit code 4"),
+            ("if os.fork():\n    os.closerange(3, 99)\n    time.sleep(9)", "closed its connection"),
+        ):
+            with self.subTest(code):
+                self.app_with(code)
+                done = self.cli("run", "--app", "opening", timeout=10)
+                self.assertEqual(done.returncode, 1)
+                self.assertIn(words, done.stderr)
+
+    def test_what_an_import_has_started_ends_with_its_worker(self):
+        """Also before it is over; and exit handlers do not keep the nursery for long."""
+        if not pybgworker.IS_LINUX:
+            self.skipTest("a kernel must kill the group")
+        (self.folder / "made").mkdir()
+        for seconds in (60, 0):
+            with self.subTest(seconds):
+                self.app_with(f"""
+                    import atexit, subprocess, tempfile
+                    mine = subprocess.Popen(["sleep", "60"])
+                    atexit.register(time.sleep, 60)
+                    made = tempfile.TemporaryDirectory(dir="made")
+                    open("here", "a").write(f"{{os.getpid()}}\\n{{mine.pid}}\\n")
+                    time.sleep({seconds})
+                """)
+                worker = self.worker("--concurrency", 1, app="opening")
+                pids = list(map(int, self.wait_lines("here", 2)))
+                if not seconds:
+                    worker.wait_for("worker_ready")
+                worker.process.kill()
+                until(lambda pids=pids: not any(map(is_alive, pids)), 1)
+                (self.folder / "here").unlink()
+        self.assertEqual(len(os.listdir(self.folder / "made")), 1)      # of the first
+
+    def test_signals_that_an_app_blocks_are_blocked_in_its_children_alone(self):
+        self.app_with("""
+            import signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+            @task(name="end")
+            def end(): os.abort()
+            @task(name="blocked")
+            def blocked(): return list(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        """)
+        self.worker("--concurrency", 1, app="opening")
+        error = self.failure(self.send("end"))
+        self.assertIn("SIGABRT: this signal ended the child", str(error))
+        self.assertEqual(self.get(self.send("blocked")), [signal.SIGCHLD])
+
+    def test_a_nursery_that_never_has_a_child_is_given_up(self):
+        for code, how in (
+            ("os.register_at_fork(before=lambda: os.kill(os.getpid(), 4))",
+             "the nursery, before a child of it was ready, ended with SIGILL"),
+            ("import types\ndef seed(): raise OSError('no seed')\n"
+             "sys.modules['numpy.random'] = types.SimpleNamespace(seed=seed)",
+             "OSError: no seed"),
+        ):
+            with self.subTest(code):
+                self.app_with("import sys\n" + code)
+                worker = self.worker("--concurrency", 1, app="opening")
+                self.assertEqual(worker.wait(20), 1)
+                said = worker.all("child_error")
+                self.assertEqual(len(said), 1)
+                self.assertIn(how, said[0]["error"])
+                self.assertIn(how, "".join(worker.errors))
+
+    def test_folders_that_are_no_text_do_not_keep_children_from_their_start(self):
+        self.app_with("import pathlib, sys\nsys.path += [pathlib.Path('here'), b'there']\n")
+        self.worker("--concurrency", 1, app="opening", PYBGWORKER_START_METHOD="spawn")
+        self.assertTrue(self.get(self.send("pids")))
+
     def test_an_import_that_takes_long_says_where_it_is(self):
         site = self.folder / "site"
         site.mkdir()
@@ -9366,6 +9441,21 @@ class Pools(PoolCase):
 
         starts.succeeded()
         self.assertEqual(starts.given_up, "")
+
+    def test_nurseries_that_soon_die_are_started_later_each_time(self):
+        starts, at, found = pybgworker.Starts(lambda *_: None), 100.0, []
+        for lives in [1] * 12 + [11, 1, 1]:
+            began = at
+            while not starts.may_be_nursery(at):
+                at += 0.1
+            found.append(round(at - began, 1))
+            at += lives
+        self.assertEqual(found[:3], [0, 0, 0])
+        self.assertEqual(found, [*sorted(found[:12]), found[12], 0, 0])
+        self.assertLess(3, found[11])
+        self.assertLessEqual(found[11], 5)
+        starts.end()
+        self.assertFalse(starts.may_be_nursery(at + 99))
 
     def test_a_lack_is_never_given_up_and_said_once(self):
         said = []
