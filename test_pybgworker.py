@@ -1033,14 +1033,16 @@ class Promises(Served):
         """As gevent does, but worse."""
         self.serve_patched("patched", self.PATCHED)
 
+    def serve_green(self, module, patch):
+        if importlib.util.find_spec(module) is None:
+            self.skipTest(f"{module} is not installed")
+        self.serve_patched("green", f"{patch}\nfrom pybgworker import *\n")
+
     def test_an_app_may_use_gevent(self):
-        if importlib.util.find_spec("gevent") is None:
-            self.skipTest("gevent is not installed")
-        self.serve_patched("green", """
-            from gevent import monkey
-            monkey.patch_all()
-            from pybgworker import *
-        """)
+        self.serve_green("gevent", "from gevent import monkey; monkey.patch_all()")
+
+    def test_an_app_may_use_eventlet(self):
+        self.serve_green("eventlet", "import eventlet; eventlet.monkey_patch()")
 
     def test_the_second_signal_hands_the_run_back_without_a_charge(self):
         worker = self.worker("--concurrency", 1)
@@ -7362,9 +7364,11 @@ ON_THE_LOOP = """
 class OnTheLoop(Case):
     """Tasks that are coroutines, on the event loop of one child."""
 
+    policy = ""             # a line that chooses the loop
+
     def child(self, source="", coroutines=100, **options):
-        return OneChild(self, textwrap.dedent(ON_THE_LOOP) + textwrap.dedent(source),
-                        coroutines=coroutines, **options)
+        source = textwrap.dedent(ON_THE_LOOP) + self.policy + textwrap.dedent(source)
+        return OneChild(self, source, coroutines=coroutines, **options)
 
     def test_a_thousand_wait_at_a_time_in_little_memory(self):
         child = self.child(coroutines=1000)
@@ -7867,6 +7871,18 @@ class OnTheLoop(Case):
         child.cancel(lowers)
         child.answer(lowers)
         self.assertEqual(child.answer(child.beside("number")), child.pid)
+
+
+class OnUvloop(OnTheLoop):
+    """The same on another loop than that of asyncio."""
+
+    policy = "import uvloop; asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())\n"
+
+    @classmethod
+    def setUpClass(cls):
+        if importlib.util.find_spec("uvloop") is None:
+            raise unittest.SkipTest("uvloop is not installed")
+
 
 
 # == Child ====================================================================
@@ -8504,6 +8520,22 @@ class Nurseries(Served):
     def test_where_nobody_can_look_nothing_is_forked(self):
         with mock.patch.object(pybgworker, "IS_LINUX", False):
             self.assertIn("not safe on", pybgworker.why_not_fork({}))
+
+    def test_numpy_keeps_no_app_from_being_forked(self):
+        """Nor does it give all children the same numbers."""
+        if importlib.util.find_spec("numpy") is None:
+            self.skipTest("numpy is not installed")
+        self.app_with("""
+            import numpy
+            @task(name="numbers")
+            def numbers():
+                numpy.ones((300, 300)) @ numpy.ones((300, 300))
+                return numpy.random.rand(4).tolist()
+            """)
+        worker = self.worker("--max-tasks-per-child", 1, app="opening")
+        self.assertEqual(worker.wait_for("worker_ready")["start_method"], "fork")
+        found = [self.get(self.send("numbers")) for _ in range(3)]
+        self.assertEqual(len(set(map(tuple, found))), 3)
 
     def test_the_start_method_can_be_chosen(self):
         self.app_with("")
