@@ -6368,13 +6368,14 @@ def is_held() -> bool:
 
 def end_soon(status: int, seconds: float = EXIT_GRACE) -> None:
     """Grant those threads so long; then run exit handlers, and end the process."""
-    ends_well = threading.Event()
-    atexit.register(ends_well.set)
+    has_ended = own_lock()
+    has_ended.acquire()
+    atexit.register(has_ended.release)
 
     def watch():
         while threading.main_thread().is_alive():
             own_sleep(0.05)
-        if ends_well.wait(seconds):
+        if has_ended.acquire(timeout=seconds):
             return
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
@@ -6382,7 +6383,7 @@ def end_soon(status: int, seconds: float = EXIT_GRACE) -> None:
                 stream.flush()
         os._exit(status)
 
-    threading.Thread(target=watch, daemon=True).start()
+    own_start(watch, ())        # a greenlet would hold up all others
 
 
 def others_write_here() -> bool:

@@ -1027,7 +1027,10 @@ class Promises(Served):
         self.assertEqual(self.failure(self.app.send(f"{name}.leave")).kind, "crash")
         self.assertEqual(worker.wait_for("task_crash")["exit_code"], 7)
         self.assertEqual(self.get(self.app.send(f"{name}.sum_of", 2, 2)), 4)
+        began = time.monotonic()
         self.assertEqual(worker.stop(), 0)
+        # Nothing of it had to be killed.
+        self.assertLess(time.monotonic() - began, pybgworker.EXIT_GRACE)
 
     def test_an_app_may_replace_the_standard_library(self):
         """As gevent does, but worse."""
