@@ -49,8 +49,8 @@ Map
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
-        Coroutines · Child · Nursery · Births · Load · Member · Hearing ·
-        Placement · Deaths · Crew · Dispatch · Pool ·
+        Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
+        Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Household · Worker · Command line
     Rooms
@@ -6838,9 +6838,10 @@ PROGRESSED = Kind(b"P", _write_json, json.loads)    # [percent, message]
 WRITTEN = Kind(b"W", bytes, bytes)                  # what the pipe held: see Output
 STRAYS = Kind(b"X", _write_json, json.loads)        # whether others write there
 LAGGED = Kind(b"G", _write_json, json.loads)        # [seconds, stack]: see Coroutines
+SPENT = Kind(b"E", _write_text, _read_text)         # why it should be replaced
 _KINDS = {kind.code: kind for kind in (
     READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, PROGRESSED,
-    WRITTEN, STRAYS, LAGGED,
+    WRITTEN, STRAYS, LAGGED, SPENT,
 )}
 
 
@@ -8563,19 +8564,20 @@ class Threads:
             self._tell()
 
 
-# == Coroutines ===============================================================
-# Owns the one event loop of a child, in a thread of its own, and the `async def` tasks
-# on it: how they are started, interrupted and cleaned up behind.  What a run starts
-# there is its own, by a context variable, and ends with it.
+# == Carried runs =============================================================
+# Owns one run of an `async def` task on an event loop that it shares: each step of its
+# code, how it is interrupted, and what it starts there.  That is its own, by a context
+# variable: nobody else cancels it, and it ends with the run.
 
-_LEFT_SECONDS = 1.0         # for what a run has left to end, once it is cancelled
-_LAG_SECONDS = 1.0          # a step that takes so long blocks the others
+LEFT_SECONDS = 1.0          # for what a run has left to end, once it is cancelled
+_LEFT_IN_GRACE = 0.25       # … where its child is to be killed in a moment
 
 
-class _Carried:
+class Carried:
     """A run on the loop, and what it has started there."""
 
-    __slots__ = ("run", "root", "tasks", "generators", "limit", "fate", "is_open")
+    __slots__ = ("run", "root", "tasks", "generators", "limit", "fate", "is_open",
+                 "has_begun")
 
     def __init__(self, run: Running):
         self.run = run
@@ -8585,6 +8587,7 @@ class _Carried:
         self.limit: Any = None          # the timer of its time limit
         self.fate: BaseException | None = None      # what a part of it has raised
         self.is_open = False            # code of the task runs: may be cancelled
+        self.has_begun = False
 
     def interrupt(self, exc: BaseException) -> None:
         """Have it end for this reason, unless it does so for another."""
@@ -8595,13 +8598,13 @@ class _Carried:
     def cancel(self) -> None:
         """Before it has begun, call() sees why."""
         if self.is_open:
-            self.root.cancel()
+            self.root.cancel_at_last()
 
     async def call(self, runs: Runs) -> tuple:
         """Call the task, and wait for it.  Returns kind and value of the answer."""
         import asyncio
 
-        run = self.run
+        run, self.has_begun = self.run, True
         try:
             try:
                 if run.task is None:
@@ -8642,11 +8645,17 @@ class _Carried:
             return self.run.raised.with_traceback(exc.__traceback__)
         return exc
 
-    async def leave_nothing(self) -> None:
-        """End what it has started and left, if that lets itself be ended."""
+    def patience(self) -> float:
+        """Seconds that its end may wait for what it has left."""
+        return LEFT_SECONDS if self.run.raised is None else _LEFT_IN_GRACE
+
+    async def leave_nothing(self, until: float) -> None:
+        """End what it has started and left, if that lets itself be ended by then.
+
+        Called anew when somebody cancels the run meanwhile, as what is left may do.
+        """
         import asyncio
 
-        until = time.monotonic() + _LEFT_SECONDS
         while (rest := until - time.monotonic()) > 0:
             left = {task for task in self.tasks if not task.done()}
             if not left and not self.generators:
@@ -8662,11 +8671,63 @@ class _Carried:
                 if not task.cancelled():
                     task.exception()            # so that nobody misses it
 
+    def has_left(self) -> bool:
+        """True when some of it goes on."""
+        return any(not task.done() for task in self.tasks)
+
+
+@functools.cache
+def _task_class():
+    import asyncio
+
+    class Task(asyncio.Task):
+        """An asyncio task of a run: only code of that, or of no run, can cancel it.
+
+        asyncio.all_tasks() shows it to all runs on the loop, and to cancel what that
+        shows is a usual way to end a program.
+        """
+
+        carried: Any = None
+        is_passed_on = False        # a cancellation, to what a cancelled one waits for
+
+        def cancel(self, *args: Any, **options: Any) -> bool:
+            carried, caller = self.carried, running.get()
+            if caller in in_flight and caller is not carried.run.current \
+                    and not Task.is_passed_on:
+                return False
+            if self is carried.root and not carried.has_begun:
+                # asyncio would never call it: then nobody would answer.
+                carried.fate = carried.fate or asyncio.CancelledError(*args)
+                return True
+            return self.cancel_at_last(*args, **options)
+
+        def cancel_at_last(self, *args: Any, **options: Any) -> bool:
+            before, Task.is_passed_on = Task.is_passed_on, True
+            try:
+                return super().cancel(*args, **options)
+            finally:
+                Task.is_passed_on = before
+
+    return Task
+
+
+def task_of(carried: Carried, coroutine: Any, loop: Any, watch: Any, runs: Runs,
+            **options: Any) -> Any:
+    """An asyncio task that is a part of this run: the first one carries it."""
+    steps = _Steps(coroutine, carried, watch, runs)
+    task = _task_class()(steps, loop=loop, **options)
+    task.carried = carried
+    if carried.root is None:
+        carried.root = task
+    else:
+        carried.tasks.add(task)
+    return task
+
 
 class _Steps(Coroutine):
     """The coroutine of an asyncio task, of which every step is known to be of a run."""
 
-    def __init__(self, coroutine: Any, carried: _Carried, watch: _Watch, runs: Runs):
+    def __init__(self, coroutine: Any, carried: Carried, watch: Any, runs: Runs):
         self._coroutine, self._carried = coroutine, carried
         self._watch, self._runs = watch, runs
 
@@ -8712,6 +8773,73 @@ class _Steps(Coroutine):
             self._carried.fate = exc
             self._carried.cancel()
         return asyncio.CancelledError()
+
+
+async def _closed(generator):
+    await generator.aclose()
+
+
+def executor_for(streams: Sequence[TaskStream]) -> Any:
+    """For loop.run_in_executor(): its calls work for whoever has submitted them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Executor(ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__(thread_name_prefix="asyncio")
+            self._max_workers = min(32, (os.cpu_count() or 1) + 4)      # as by itself
+            self._calls = {}            # by run: futures of those that go on
+            self.was_shut = False       # by a task, through its loop
+
+        def submit(self, fn, /, *args, **kwargs):
+            own = current_task()
+            call = functools.partial(_call_for, own, streams, fn)
+            future = super().submit(call, *args, **kwargs)
+            calls = self._calls.setdefault(own, set())
+            calls.add(future)
+            future.add_done_callback(calls.discard)
+            return future
+
+        def calls_of(self, own):
+            return list(self._calls.get(own, ()))
+
+        def leave(self, own):
+            """This run has ended.  True when a call of it goes on.
+
+            Another thread comes in place of its own: or others would wait for it.
+            """
+            left = [call for call in self._calls.pop(own, ())
+                    if not (call.cancel() or call.done())]
+            for _ in left:
+                self._max_workers += 1
+                self._adjust_thread_count()
+            return bool(left)
+
+        def shutdown(self, *_, **__):
+            """Not at once: others need it."""
+            self.was_shut = True
+
+        def end(self):
+            super().shutdown(wait=False)
+
+    return Executor()
+
+
+def _call_for(own, streams, fn, /, *args, **kwargs):
+    token = running.set(own)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for stream in streams:
+            stream.flush()
+        running.reset(token)
+
+
+# == Coroutines ===============================================================
+# Owns the one event loop of a child, in a thread of its own, and which `async def`
+# tasks are on it; says who blocks it.  What a run does to the loop itself is undone,
+# and where it leaves what does not end the child asks to be replaced.
+
+_LAG_SECONDS = 1.0          # a step that takes so long blocks the others
 
 
 class _Watch:
@@ -8779,9 +8907,11 @@ class Coroutines:
         self._runs, self._wire, self._interrupts = runs, wire, interrupts
         self._places = places
         self._frames = wire.beside.fileno() if wire.beside is not None else -1
-        self._carried: dict[Any, _Carried] = {}     # what is in flight
+        self._carried: dict[Any, Carried] = {}     # what is in flight
         self._watch = _Watch(self._carried, runs.say)
         self._loop: Any = None
+        self._executor: Any = None
+        self._is_spent = False      # the worker knows that we are to be replaced
         self._early = Early()
         self._context = contextvars.copy_context()      # of no run
         self._listens = False       # the loop tells of frames
@@ -8823,11 +8953,28 @@ class Coroutines:
             self._loop = asyncio.new_event_loop()
         else:               # of gevent, which waits in greenlets
             self._loop = asyncio.SelectorEventLoop(OwnSelector())
-        self._loop.set_task_factory(self._make_task)
-        self._loop.set_default_executor(_executor(self._runs.printer.streams))
+        self._executor = executor_for(self._runs.printer.streams)
+        self._restore_loop()
         self._loop.add_reader(self._wire.messages.fileno(), self._hear)
         self._listen()
         self._watch.start()
+
+    def _restore_loop(self):
+        """Undo what a run has done to the loop that all share."""
+        loop, is_debug = self._loop, sys.flags.dev_mode or (
+            not sys.flags.ignore_environment
+            and bool(os.environ.get("PYTHONASYNCIODEBUG")))
+        loop.set_default_executor(self._executor)
+        if loop.get_task_factory() != self._make_task:
+            loop.set_task_factory(self._make_task)
+        if self._executor.was_shut:
+            with contextlib.suppress(AttributeError):       # of uvloop
+                loop._executor_shutdown_called = False
+            self._executor.was_shut = False
+        if not self._carried:
+            loop.set_exception_handler(None)
+            if loop.get_debug() != is_debug:
+                loop.set_debug(is_debug)
 
     def _run_loop(self):
         while not self._is_over or self._carried:
@@ -8848,11 +8995,12 @@ class Coroutines:
         for each in left:
             each.cancel()
         if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_SECONDS))
+            loop.run_until_complete(asyncio.wait(left, timeout=LEFT_SECONDS))
         with contextlib.suppress(asyncio.TimeoutError):
             loop.run_until_complete(
-                asyncio.wait_for(loop.shutdown_asyncgens(), _LEFT_SECONDS))
+                asyncio.wait_for(loop.shutdown_asyncgens(), LEFT_SECONDS))
         loop.close()
+        self._executor.end()
 
     def _own_generators(self):
         """Know whose an asynchronous generator is, from its first step."""
@@ -8873,11 +9021,7 @@ class Coroutines:
         carried = self._carried.get(running.get())
         if carried is None:
             return asyncio.Task(coroutine, loop=loop, **options)
-        steps = _Steps(coroutine, carried, self._watch, self._runs)
-        task: asyncio.Task = asyncio.Task(steps, loop=loop, **options)
-        if carried.root is not None:
-            carried.tasks.add(task)
-        return task
+        return task_of(carried, coroutine, loop, self._watch, self._runs, **options)
 
     def _listen(self):
         """Have the loop tell of frames while there is a place."""
@@ -8907,9 +9051,9 @@ class Coroutines:
     def _begin(self, frame):
         try:
             run = self._runs.begin(frame)
-            carried = self._carried[run.current] = _Carried(run)
+            carried = self._carried[run.current] = Carried(run)
             context = self._runs.enter()
-            carried.root = context.run(self._start, carried)
+            context.run(self._start, carried)
             self._watch.wake()
             if self._early.take(run.of[0], time.monotonic()):
                 self._cancel({run.of[0]})
@@ -8918,28 +9062,53 @@ class Coroutines:
 
     def _start(self, carried):
         running.set(carried.run.current)
-        return self._loop.create_task(self._carry(carried))
+        self._make_task(self._loop, self._carry(carried))   # whatever the factory is
 
     async def _carry(self, carried):
         """All of a run: its call, what it has left, its answer."""
         runs, run = self._runs, carried.run
         kind, value = await carried.call(runs)
+        until = time.monotonic() + carried.patience()
         try:
             while True:
                 try:
-                    await carried.leave_nothing()
+                    await carried.leave_nothing(until)
+                    await self._calls_end(run, until)
                     break
                 except BaseException as exc:    # somebody has kept this task, too
                     if runs.is_fork:
                         runs.leave_fork(exc)
+            self._say_what_is_left(carried)
             runs.leave()
             runs.end(run, kind, value)
             del self._carried[run.current]
+            self._restore_loop()
             self._early.end(run.of[0])
             self._listen()
             self._stop_at_end()
         except BaseException:
             runs.die()
+
+    async def _calls_end(self, run, until):
+        """Wait for what it has in threads, as asyncio.run() does, but not for ever."""
+        import asyncio
+
+        calls = self._executor.calls_of(run.current)
+        rest = until - time.monotonic()
+        if calls and rest > 0 and run.raised is None:
+            await asyncio.wait([*map(asyncio.wrap_future, calls)], timeout=rest)
+
+    def _say_what_is_left(self, carried):
+        """Ask for another child in our place, once, if a run has left for good …"""
+        run, is_busy = carried.run, self._executor.leave(carried.run.current)
+        found = "asyncio tasks that do not end when they are cancelled" \
+            if carried.has_left() else "calls in threads that do not end" \
+            if is_busy else "its event loop without an executor" \
+            if self._executor.was_shut else ""
+        if found and not self._is_spent:
+            self._is_spent = True
+            name = run.current.name
+            self._runs.say(SPENT, f"a run of {name} has left {found}", run.of)
 
     def _hear(self):
         """The worker has named runs that are to be cancelled."""
@@ -8967,32 +9136,6 @@ class Coroutines:
                 self._early.take(number, 0.0)
                 carried.interrupt(TaskCancelled(f"task {number} is being cancelled"))
         return found
-
-
-async def _closed(generator):
-    await generator.aclose()
-
-
-def _executor(streams):
-    """For loop.run_in_executor(): its calls work for whoever has submitted them."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    class Executor(ThreadPoolExecutor):
-        def submit(self, fn, /, *args, **kwargs):
-            call = functools.partial(_call_for, current_task(), streams, fn)
-            return super().submit(call, *args, **kwargs)
-
-    return Executor(thread_name_prefix="asyncio")
-
-
-def _call_for(own, streams, fn, /, *args, **kwargs):
-    token = running.set(own)
-    try:
-        return fn(*args, **kwargs)
-    finally:
-        for stream in streams:
-            stream.flush()
-        running.reset(token)
 
 
 # == Child ====================================================================
@@ -10342,6 +10485,7 @@ class Said(NamedTuple):
     progress: dict[int, tuple[Run, str]]    # by id of the run: the latest
     tasks: list[set]                        # that a child, now ready, knows
     lags: list[tuple[Run, float, str]]      # that block a loop; seconds, stack
+    spent: list[tuple[Run, str]]            # that have left something; what
 
 
 def hear(member: Member, said: Said, max_payload: int, at: float) -> tuple:
@@ -10385,6 +10529,8 @@ def _understand(member, said, message, at):
         pass                        # of a thread, as the run was ending
     elif slot is None:
         raise ValueError("an answer that nobody asked for")
+    elif kind is SPENT:
+        said.spent.append((run, value))
     elif kind is LAGGED:
         said.lags.append((run, *_checked_lag(member, slot, value, at)))
     elif kind is PROGRESSED:
@@ -11351,13 +11497,18 @@ class Pool(Dispatch):
 
     def _listen(self, member, at):
         """Take in what a child said; return what hear() does."""
-        said = Said([], self._progress, [], [])
+        said = Said([], self._progress, [], [], [])
         found = hear(member, said, self._limits.max_payload, at)
         for names in said.tasks:
             if not self.crew.welcome(member, names, self._limits.max_memory, at):
                 self._condemn(member, Verdict.MEMORY, at)
         for lag in said.lags:
             self._note_lag(member, *lag, at)
+        for run, left in said.spent:
+            self._log("child_error", run, pid=member.process.pid,
+                      error=f"the child is replaced: {left}")
+            if member.phase is Phase.READY:
+                self._retire(member)
         for end in said.ended:
             self._note_end(member, end)
         self._ended += said.ended
@@ -12115,7 +12266,8 @@ EVENTS = {
         "", "a child does not know the task: it is left to workers that do"),
     "child_error": Event(
         "pid error stack runs",
-        "a child had trouble outside of a run, or ended with many `runs` in flight"),
+        "a child had trouble outside of a run, ended with many `runs` in flight, or is "
+        "replaced for what a run has left"),
     "loop_lagged": Event(
         "seconds stack",
         "an async task blocks the event loop of its child, and all others on it; said "

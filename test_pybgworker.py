@@ -7566,6 +7566,157 @@ class OnTheLoop(Case):
         self.assertEqual(child.printed(number), "")
         self.assertEqual(child.said(pybgworker.SUCCEEDED, neighbour), [])
 
+    def test_what_does_not_end_is_said_to_the_worker(self):
+        """Once; and it keeps no neighbour from anything, nor its own run from its end."""
+        child = self.child("""
+            @task(name="stubborn")
+            async def stubborn():
+                me = asyncio.current_task()
+                async def holds_on():
+                    while True:
+                        try:
+                            await asyncio.sleep(60)
+                        except asyncio.CancelledError:
+                            me.cancel()         # so is the one who waits for us
+                asyncio.ensure_future(holds_on())
+                await asyncio.sleep(0)
+
+            @task(name="stuck")
+            async def stuck(forgets):
+                call = asyncio.get_running_loop().run_in_executor(None, until_go)
+                await asyncio.sleep(0) if forgets else await call
+
+            @task(name="call")
+            async def call():
+                return await asyncio.get_running_loop().run_in_executor(None, len, "ab")
+
+            def until_go():
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
+            """)
+        number = child.beside("stubborn")
+        self.assertIsNone(child.answer(number, timeout=5))
+        said = "a run of stubborn has left asyncio tasks that do not end when they are " \
+            "cancelled"
+        self.assertEqual(child.said(pybgworker.SPENT, number), [said])
+        numbers = [child.beside("stuck", True) for _ in range(40)]
+        numbers += [child.beside("stuck", False, timeout=0.3) for _ in range(40)]
+        for number in numbers:
+            child.answer(number, timeout=5)
+        for _ in range(10):
+            self.assertEqual(child.answer(child.beside("call")), 2)
+        self.assertEqual(len(child.said(pybgworker.SPENT)), 1)
+        (self.folder / "go").touch()
+
+    def test_a_call_in_a_thread_that_ends_soon_is_waited_for(self):
+        child = self.child("""
+            @task(name="forget")
+            async def forget(seconds):
+                def print_later():
+                    time.sleep(seconds)
+                    print("done")
+                asyncio.get_running_loop().run_in_executor(None, print_later)
+            """)
+        number = child.beside("forget", 0.1)
+        child.answer(number)
+        self.assertEqual(child.printed(number), "done\n")
+        self.assertEqual(child.said(pybgworker.SPENT), [])
+        number = child.beside("forget", 1.3)
+        child.answer(number)
+        self.assertEqual(child.said(pybgworker.SPENT, number), [
+            "a run of forget has left calls in threads that do not end"])
+
+    def test_no_run_can_cancel_what_is_of_another(self):
+        child = self.child("""
+            done = []
+
+            @task(name="cancel_all")
+            async def cancel_all():
+                for _ in range(200):
+                    asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()},
+                                   return_exceptions=True).cancel()
+                    await asyncio.sleep(0)
+
+            @task(name="work")
+            async def work():
+                async def part(n):
+                    await asyncio.sleep(0.01)
+                    return n
+                return sum(await asyncio.gather(*map(part, range(5))))
+
+            @task(name="own")
+            async def own():
+                part = asyncio.ensure_future(asyncio.sleep(60))
+                waits = asyncio.gather(part, return_exceptions=True)
+                await asyncio.sleep(0)
+                part.cancel()
+                return [type(found).__name__ for found in await waits]
+
+            shared = []
+
+            @task(name="share")
+            async def share():
+                shared.append(asyncio.ensure_future(asyncio.sleep(60)))
+                await shared[0]
+
+            @task(name="wait_for_shared")
+            async def wait_for_shared():
+                await shared[0]
+            """)
+        numbers = []
+        for _ in range(20):
+            child.beside("cancel_all")
+            numbers += [child.beside("work"), child.beside("work")]
+        for number in numbers:
+            self.assertEqual(child.answer(number), 10)
+        self.assertEqual(child.answer(child.beside("own")), ["CancelledError"])
+        child.beside("share")
+        began = time.monotonic()    # a limit ends it whoever's that is what it waits for
+        number = child.beside("wait_for_shared", timeout=0.2)
+        self.assertEqual(child.answer(number)["kind"], "timeout")
+        self.assertLess(time.monotonic() - began, 3)
+
+    def test_what_a_run_does_to_the_loop_is_undone(self):
+        child = self.child("""
+            from concurrent.futures import ThreadPoolExecutor
+
+            @task(name="change")
+            async def change(what):
+                loop = asyncio.get_running_loop()
+                if what == "factory":
+                    loop.set_task_factory(
+                        lambda loop, coroutine, **more:
+                            asyncio.Task(coroutine, loop=loop, **more))
+                elif what == "end":
+                    await loop.shutdown_default_executor()
+                elif what == "executor":
+                    with ThreadPoolExecutor(1) as pool:
+                        loop.set_default_executor(pool)
+                else:
+                    loop.set_exception_handler(print)
+                    loop.set_debug(True)
+
+            @task(name="look")
+            async def look():
+                async def leave():
+                    sys.exit(3)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, print, "works")
+                found = loop.get_exception_handler(), loop.get_debug()
+                try:
+                    await asyncio.ensure_future(leave())
+                except asyncio.CancelledError:
+                    print(found)
+                    raise
+            """)
+        for what in ("factory", "end", "executor", "others"):
+            with self.subTest(what):
+                self.assertIsNone(child.answer(child.beside("change", what)))
+                number = child.beside("look")
+                self.assertEqual(child.answer(number)["type"], "SystemExit")
+                self.assertEqual(child.printed(number), "works\n(None, False)\n")
+        self.assertEqual(len(child.said(pybgworker.SPENT)), 1)      # of "end"
+
     def test_an_exit_costs_the_run_and_not_the_loop(self):
         child = self.child("""
             async def ends(exc):
@@ -10464,6 +10615,12 @@ NEIGHBOURS = """
         time.sleep(seconds)
 
     @task(retries=0)
+    async def leave_one():
+        asyncio.ensure_future(deaf_async.fn())
+        await asyncio.sleep(0)
+        return os.getpid()
+
+    @task(retries=0)
     async def pid():
         await asyncio.sleep(0.01)
         return os.getpid()
@@ -10653,6 +10810,21 @@ class Neighbours(Served):
         self.assertEqual(long.status, "running")
         (self.folder / "go").touch()
         self.assertEqual(self.get(long), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_child_in_which_something_goes_on_is_replaced(self):
+        worker = self.worker("--concurrency", 1)
+        long = self.tasks.wait_for.delay("go")
+        result = self.tasks.leave_one.delay()
+        before = self.get(result)
+        self.assertNotEqual(self.get(self.tasks.pid.delay()), before)
+        said = worker.wait_for("child_error", task_id=result.id)
+        self.assertIn("leave_one has left asyncio tasks that do not end", said["error"])
+        self.assertEqual(long.status, "running")
+        (self.folder / "go").touch()
+        self.assertEqual(self.get(long), 1)
+        until(lambda: before not in worker.children(), what="the end of that child")
+        self.assertEqual(len(worker.all("child_error")), 1)
         self.assertEqual(worker.stop(), 0)
 
     def test_long_runs_in_children_that_retire_keep_nobody_waiting(self):
