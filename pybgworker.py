@@ -7165,7 +7165,7 @@ class Marks:
 
     def mark(self, cell: int, run_id: int, attempt: int) -> None:
         """Note that this run begins now: before anything of it is done."""
-        if cell != NO_CELL:
+        if cell != NO_CELL:             # _mark_of(); but this is done for each run
             self._cells[cell] = run_id << _ATTEMPT_BITS | attempt & _ATTEMPTS
 
     def leave(self) -> None:
@@ -9215,7 +9215,11 @@ class Child:
         have_fresh_signals()
         self._prepare()
         self.stage.set()
-        self._import()
+        with self._telling_what_fails():
+            # Written before the worker looks for it, which counts from our start.
+            with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
+                self.runs.app = self.stage.app = load_app(self.spec.app)
+            self.runs.app.override(**self.spec.settings)
         gc.freeze()         # what is imported will never be garbage
         self._live()
 
@@ -9228,23 +9232,31 @@ class Child:
     def _live(self):
         import gc
 
+        with self._telling_what_fails():
+            coroutines = self._get_ready()
+        self.runs.say(READY, list(self.runs.app.tasks))
+        self._work(coroutines)
+        gc.unfreeze()               # or open files would not be flushed at the exit
+        self.interrupts.run = None  # the same: it holds the task
+        self.wire.keep_open()
+
+    def _get_ready(self):
+        """Do what precedes the first frame.  Returns the Coroutines, or None."""
         dump_crashes(self.spec.crash)
         self.runs.plain_streams = self.stage.streams
         self.runs.surroundings = Surroundings(self.interrupts.handlers)
         self.runs.surroundings.restore(standard_streams())
         own_threads()
-        self.runs.say(READY, list(self.runs.app.tasks))
-        self._work()
-        gc.unfreeze()               # or open files would not be flushed at the exit
-        self.interrupts.run = None  # the same: it holds the task
-        self.wire.keep_open()
+        if self.spec.beside < 0:
+            return None
+        coroutines = Coroutines(
+            self.runs, self.wire, self.interrupts, self.spec.coroutines)
+        coroutines.start()
+        return coroutines
 
-    def _work(self):
+    def _work(self, coroutines):
         """Run tasks, of each kind in its place, until the worker hangs up."""
         spec, common = self.spec, (self.runs, self.wire, self.interrupts)
-        coroutines = Coroutines(*common, spec.coroutines) if spec.beside >= 0 else None
-        if coroutines:
-            coroutines.start()
         if spec.threads > 1:
             self.threads = Threads(*common, spec.threads)
             self.threads.serve()
@@ -9272,13 +9284,11 @@ class Child:
                 os.set_inheritable(getattr(spec, name), False)
         self.stage.printer.speak_by(self.runs.say)
 
-    def _import(self):
-        """Import the app; where that fails, say so and end."""
+    @contextlib.contextmanager
+    def _telling_what_fails(self):
+        """What fails in this block keeps us from being ready: say so and end."""
         try:
-            # Written before the worker looks for it, which counts from our start.
-            with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
-                self.runs.app = self.stage.app = load_app(self.spec.app)
-            self.runs.app.override(**self.spec.settings)
+            yield
         except BaseException as exc:
             # A lock that is taken will be so for as long as the worker lives.
             lacks = is_lack(exc) and not isinstance(exc, BlockingIOError)

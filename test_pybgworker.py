@@ -8710,9 +8710,28 @@ class Nurseries(Served):
         self.assertIn("must be auto, fork or spawn", refused.stderr)
 
     def test_what_is_random_differs_in_each_forked_child(self):
-        self.app_with("random.seed(1)\n")
+        """That of numpy, too, which this package stands in for."""
+        (self.folder / "numpy").mkdir()
+        (self.folder / "numpy" / "__init__.py").touch()
+        (self.folder / "numpy" / "random.py").write_text(
+            "import random\nown = random.Random(1)\n"
+            "def seed(): own.seed()\n")
+        self.app_with("""
+            import ssl, tempfile
+            import numpy.random
+            random.seed(1)
+
+            @task(name="drawn", retries=0)
+            def drawn():
+                return [os.getpid(), os.getppid(), random.random(), uuid.uuid4().hex,
+                        numpy.random.own.random(), ssl.RAND_bytes(9).hex(),
+                        next(names)]
+
+            names = tempfile._get_candidate_names()
+            next(names), ssl.RAND_bytes(9)
+            """)
         self.worker("--concurrency", 2, "--max-tasks-per-child", 1, app="opening")
-        found = [self.get(self.send("pids")) for _ in range(4)]
+        found = [self.get(self.send("drawn")) for _ in range(4)]
         for values in zip(*[[pid, *rest] for pid, _, *rest in found]):
             self.assertEqual(len(set(values)), 4)
 
@@ -9001,6 +9020,38 @@ class Nurseries(Served):
         (self.folder / "enough").touch()
         self.assertTrue(self.get(self.send("pids")))
         self.assertEqual(len(worker.all("child_error")), 1)
+
+    def test_a_child_that_lacks_a_thread_or_memory_to_begin_with_is_tried_again(self):
+        """Said once, and before the worker says that it is ready."""
+        for what, stand_in in (
+            ("start_thread", "raise RuntimeError(\"can't start new thread\")"),
+            ("Surroundings", "raise MemoryError('not enough')"),
+        ):
+            self.app_with(f"""
+                import pybgworker
+                real = pybgworker.{what}
+
+                def for_want(*args):
+                    if not os.path.exists("enough"):
+                        {stand_in}
+                    return real(*args)
+
+                pybgworker.{what} = for_want
+
+                @task(name="wait", retries=0)
+                async def wait(): return 7
+            """)
+            worker = self.worker("--concurrency", 1, app="opening")
+            said = worker.wait_for("child_error")
+            self.assertIn("no child can be started, it is tried again", said["error"])
+            until(lambda worker=worker: len(worker.children()) == 0)
+            self.assertEqual(worker.all("worker_ready"), [])
+            (self.folder / "enough").touch()
+            with self.subTest(what):
+                self.assertEqual(self.get(self.send("wait")), 7)
+                self.assertEqual(len(worker.all("child_error")), 1)
+            worker.stop()
+            (self.folder / "enough").unlink()
 
     def test_signals_to_all_processes_of_a_worker_are_for_the_worker(self):
         """As systemd sends them: what runs is finished."""
