@@ -9162,6 +9162,16 @@ def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 
 
+def is_slow(since: float, at: float, read_stack: Callable[[], str]) -> tuple[bool, str]:
+    """(whether to say of an import that it is slow, where it is).
+
+    The stack comes half that time after the import has begun, which is later than the
+    process has: on a busy machine it is waited for.
+    """
+    stack = read_stack() if at - since >= SLOW_SECONDS else ""
+    return bool(stack) or at - since >= 2 * SLOW_SECONDS, stack
+
+
 class Stage:
     """What is there before an app is imported: streams, and the last exit handler."""
 
@@ -9886,12 +9896,13 @@ class Nursery:
 
     def mind(self, at: float) -> None:
         """Say once that the import takes long; give up one that does not answer."""
-        if self.is_importing and not self._is_slow and at - self._began >= SLOW_SECONDS:
-            self._is_slow = True
-            self._log("child_error", None, pid=self.process and self.process.pid,
-                     stack=self._line.stack() or None,
-                     error=f"the app is not imported after {SLOW_SECONDS:g} s: it is "
-                     "waited for")
+        if self.is_importing and not self._is_slow:
+            self._is_slow, stack = is_slow(self._began, at, self._line.stack)
+            if self._is_slow:
+                self._log("child_error", None, pid=self.process and self.process.pid,
+                          stack=stack or None,
+                          error=f"the app is not imported after {SLOW_SECONDS:g} s: it "
+                          "is waited for")
         if self._asked and at - min(self._asked.values()) > _ANSWER_SECONDS:
             self.give_up()
         elif self.process and self.process.poll():  # somebody else may have its end
@@ -9957,6 +9968,8 @@ class Nursery:
                 f"cannot import --app {self.app_spec}: the process that imports it"
             self.failure = Failure(f"{who} {why}", died and how == "SIGKILL", False,
                                    stack)
+        # By their numbers, though somebody else may have waited for them by now: one
+        # that has members stays theirs, and a free one comes back after all others.
         for child in self._children.values():
             if child.pid:
                 kill_group(child.pid)
@@ -11108,10 +11121,13 @@ class Starts:
         starting = [m for m in members if not m.ready]
         for member in starting:
             pid = member.process.pid
-            if at - member.began >= SLOW_SECONDS and pid not in self._slow:
+            if pid in self._slow:
+                continue
+            slow, stack = is_slow(member.began, at, member.read_stack)
+            if slow:
                 self._say(f"a child is not ready after {SLOW_SECONDS:g} s: it still "
                           "imports the app, and is waited for", pid=pid,
-                          stack=member.read_stack() or None)
+                          stack=stack or None)
                 self._slow.add(pid)
         self._slow.intersection_update(member.process.pid for member in starting)
 

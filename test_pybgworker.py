@@ -8967,6 +8967,26 @@ class Nurseries(Served):
         self.worker("--concurrency", 1, app="opening", PYBGWORKER_START_METHOD="spawn")
         self.assertTrue(self.get(self.send("pids")))
 
+    def test_a_slow_import_is_said_when_it_is_known_where_it_is_or_at_last(self):
+        """On a busy machine the stack comes later than it is looked for."""
+        for stacks, said_at in ((["in f"], 10), (["", "", "in f"], 12), ([""] * 99, 20)):
+            log, said = mock.Mock(), []
+            nursery = pybgworker.Nursery("app", log)
+            nursery.process, nursery._line = mock.Mock(), mock.Mock()
+            nursery.process.poll.return_value = None
+            nursery._line.stack.side_effect = stacks
+            starts = pybgworker.Starts(lambda text, **more: said.append(more["stack"]))
+            child = mock.Mock(ready=False, began=0.0)
+            child.read_stack.side_effect = stacks
+            for at in range(said_at + 5):
+                nursery.mind(at)
+                starts.mention_slow([child], at)
+                with self.subTest(stacks=stacks[-1], at=at):
+                    self.assertEqual(log.call_count, int(at >= said_at))
+                    self.assertEqual(len(said), int(at >= said_at))
+            stack = stacks[-1] or None
+            self.assertEqual((log.call_args[1]["stack"], said), (stack, [stack]))
+
     def test_an_import_that_takes_long_says_where_it_is(self):
         site = self.folder / "site"
         site.mkdir()
