@@ -6553,6 +6553,10 @@ def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
 
 _PIPE_BYTES = 1 << 16               # of a pipe, in one read
 _READS = 16                         # in a row from one pipe, at most
+_STACK_HEADS = "Thread 0x", "Current thread 0x"
+_STACK_FILE = re.compile(r'^  File "(.*)", line ', re.MULTILINE)
+_FILES_OF_IDLE = (dump_crashes.__code__.co_filename, "/threading.py", "/selectors.py",
+                  "/asyncio/base_events.py", "<string>")
 _RIGHTS = 16                        # descriptors that come with one frame, at most
 
 
@@ -6645,6 +6649,47 @@ def watch_pipe(pipe: int) -> Callable[[], list]:
     return functools.partial(poll.poll, 0)
 
 
+def stack_pipe(undo: contextlib.ExitStack,
+               theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe for the stacks that faulthandler writes; neither end ever waits.
+
+    A process writes them in the middle of its crash, and nobody reads before its end:
+    if it waited for room, which many threads use up, it would never die.
+    """
+    ends = pipe_from(undo, theirs)
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
+
+
+def read_stacks(fd: int, most: int) -> str:
+    """Of what faulthandler has written to such a pipe, the first `most` characters.
+
+    The thread that crashed comes first; those that only wait for work are left out.
+    """
+    text = read_all(fd, _READS * _PIPE_BYTES)[0].decode("utf-8", "replace")
+    return _busy_stacks(text)[:most]
+
+
+def _busy_stacks(text):
+    parts = text.split("\n\n")
+    stacks = [part for part in parts if part.startswith(_STACK_HEADS)]
+    is_crash = bool(parts) and parts[0].startswith("Fatal Python error")
+    crashed = [part for part in stacks if is_crash and part.startswith("Current")]
+    busy = [part for part in stacks if part not in crashed and not _is_idle(part)]
+    if not crashed + busy:
+        return text
+    first = stacks[0]
+    others = [part for part in parts if part not in stacks]
+    before = parts.index(first)
+    return "\n\n".join(others[:before] + crashed + busy + others[before:])
+
+
+def _is_idle(stack):
+    """True when nobody's code is in this stack: only ours, and what ours waits in."""
+    return all(name.endswith(_FILES_OF_IDLE) for name in _STACK_FILE.findall(stack))
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write the whole of `data`, also where one write takes only a part."""
     while data:
@@ -6717,7 +6762,7 @@ def _thread_found():
              if thread is not threading.main_thread()]
     if names:
         return f"started the thread {names[0]!r}"
-    return "" if _threads_end_at_a_fork() else "started threads of a library's own"
+    return "" if _threads_end_at_a_fork() else "loaded a library that started threads"
 
 
 def _threads_end_at_a_fork():
@@ -6768,8 +6813,10 @@ def _address_of(fd):
         for word, ask in (("to", end.getpeername), ("on", end.getsockname)):
             with contextlib.suppress(OSError):
                 address = ask()
-                if isinstance(address, tuple):
+                if isinstance(address, tuple) and address[1]:       # else unbound
                     return f" {word} {address[0]}:{address[1]}"
+                if isinstance(address, tuple):
+                    return ""
                 if address:
                     return f" {word} {os.fsdecode(address)!r}"
         return ""
@@ -9674,10 +9721,9 @@ class _Line:
         for end in (asked, said):
             theirs.callback(end.close)
         output, self.their_output = pipe_from(undo, theirs)
-        self._crash, its_crash = pipe_from(undo, theirs)
+        self._crash, its_crash = stack_pipe(undo, theirs)
         self._output = OutputPipe(output)
         self.theirs = asked.fileno(), said.fileno(), its_crash
-        os.set_blocking(self._crash, False)
         self._unread = b""              # of a report that has not come whole
         self._selector: Any = None      # that listens
 
@@ -9715,7 +9761,7 @@ class _Line:
 
     def stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
-        return read_all(self._crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
+        return read_stacks(self._crash, TRACEBACK_CHARS)
 
     def wait(self, seconds: float) -> None:
         """Until there is something to hear."""
@@ -10340,14 +10386,13 @@ class Member(Load):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             wire = WorkerEnd(undo, spec.coroutines > 0)
             output, child_output = pipe_from(undo, theirs)
-            self.crash, child_crash = pipe_from(undo, theirs)
+            self.crash, child_crash = stack_pipe(undo, theirs)
             frames, messages, beside = wire.theirs()
             spec = spec._replace(frames=frames, messages=messages, beside=beside,
                                  crash=child_crash, output=output)
             self.process = nursery.bear(spec, child_output)
             undo.pop_all()
         wire.given()
-        os.set_blocking(self.crash, False)
         super().__init__(wire, OutputPipe(output), log, at)
         self.began = at                 # monotonic
         self.phase = Phase.STARTING
@@ -10442,7 +10487,7 @@ class Member(Load):
 
     def read_stack(self) -> str:
         """The Python stack that faulthandler wrote, if any."""
-        return read_all(self.crash, TRACEBACK_CHARS)[0].decode("utf-8", "replace")
+        return read_stacks(self.crash, TRACEBACK_CHARS)
 
     def interrupt(self, run_id: int) -> None:
         """Have TaskCancelled raised in this run, if it still runs."""
@@ -10917,9 +10962,9 @@ _MOST_FORGIVEN = 3
 LOST_WITH = {       # why a run is lost, and not charged: (of whom is known, now alone)
     (True, False): "its child was killed because of another run: it runs again",
     (True, True): "its child was killed because of another run, and not for the first "
-                  "time: it runs again by itself",
-    (False, True): "its child has died, of which run is not known: it runs again by "
-                   "itself",
+                  "time: it runs again, alone in a child",
+    (False, True): "its child has died, and it is not known which run was to blame: "
+                   "it runs again, alone in a child",
 }
 
 
@@ -10985,10 +11030,11 @@ def death_of_many(members: Sequence[Member], runs: int,
     first, *others = members
     crash = crash_of(first.verdict, first.process.exit, limits.max_memory)
     many = f"{len(members)} children have died" if others else "a child has died"
+    how = ": ".join(filter(None, (crash["type"], crash["message"])))
     return {
         "pid": first.process.pid, "stack": first.read_stack() or None,
-        "error": f"{many} with {runs} runs in flight: {crash['message']}; which of "
-                 "them did it is not known, so each runs again by itself",
+        "error": f"{many} with {runs} runs in flight: {how}; it is not known which of "
+                 "them was to blame, so each runs again, alone in a child",
     }
 
 
@@ -12250,7 +12296,7 @@ class Event(NamedTuple):
 # have task_id, name and attempt as well.
 EVENTS = {
     "worker_start": Event(
-        "pid db concurrency queues durability tasks schedules",
+        "pid db concurrency threads coroutines queues durability tasks schedules",
         "a worker starts: what it serves"),
     "worker_ready": Event(
         "children start_method",
@@ -12366,6 +12412,7 @@ class Journal:
         s = settings
         self.say(
             "worker_start", pid=os.getpid(), db=db, concurrency=s.concurrency,
+            threads=s.threads, coroutines=s.coroutines,
             queues=list(s.queues) if s.queues else "all", durability=s.durability,
             tasks=sorted(name for name in tasks if not callback_kind(name)),
             schedules=sum(len(task.schedules) for task in tasks.values()),
@@ -14554,17 +14601,19 @@ def inspect_text(report: dict, colour: bool = False) -> str:
 def _workers_text(workers):
     if not workers:
         return "no worker is running: python pybgworker.py run --app MODULE"
-    columns = ("worker", "pid", "host", "queues", "concurrency", "children", "running",
-               "heartbeat")
+    columns = ("worker", "pid", "host", "queues", "concurrency", "start_method",
+               "running", "heartbeat")
     rows = [
         {
             **row, "worker": row["name"], "queues": row["queues"] or "all",
-            "children": (row["start_method"] or "").partition(",")[0],
+            "start_method": (row["start_method"] or "").partition(",")[0],
             "heartbeat": f"{span(row['heartbeat_age'])} ago{_doubts(row)}",
         }
         for row in workers
     ]
-    return table(rows, columns)
+    why = [f"{row['name']}: {row['start_method']}" for row in workers
+           if "," in (row["start_method"] or "")]
+    return "\n".join([table(rows, columns), *why])
 
 
 def _doubts(row):

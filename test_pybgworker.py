@@ -751,11 +751,13 @@ class Promises(Served):
         self.assertEqual(worker.stop(), 0)
 
     def test_the_start_says_what_is_served(self):
-        start = self.worker("--concurrency", 3, "--queues", "a,b").wait_for("worker_start")
+        start = self.worker("--concurrency", 3, "--threads", 5, "--queues",
+                            "a,b").wait_for("worker_start")
 
         self.assertEqual(start["db"], str(self.db))
         self.assertEqual(start["queues"], ["a", "b"])
         self.assertEqual((start["concurrency"], start["schedules"]), (3, 1))
+        self.assertEqual((start["threads"], start["coroutines"]), (5, 100))
         self.assertIn("tasks.add", start["tasks"])
 
     def test_no_more_than_max_running_run_at_a_time_whatever_is_killed(self):
@@ -6287,6 +6289,31 @@ class Processes(Case):
         self.assertEqual(lowest_free(), before)
         selector.close()
 
+    def test_of_many_stacks_the_one_that_crashed_is_first_and_idle_ones_are_left_out(self):
+        own = pybgworker.__file__
+        idle = f'Thread 0x01 (most recent call first):\n  File "{own}", line 7 in wait\n' \
+            '  File "/usr/lib/python3/threading.py", line 982 in run'
+        at_work = 'Thread 0x02 (most recent call first):\n  File "/app.py", line 1 in work\n' \
+            f'  File "{own}", line 9 in serve'
+        crashed = at_work.replace("Thread 0x02", "Current thread 0x03")
+        asked = idle.replace("Thread 0x01", "Current thread 0x04")
+        fatal, modules = "Fatal Python error: Segmentation fault", "Extension modules: _x"
+        for written, expected in (
+            ((fatal, idle, at_work, crashed, idle, modules),
+             (fatal, crashed, at_work, modules)),
+            ((fatal, at_work, asked), (fatal, asked, at_work)),     # it was killed by hand
+            ((idle, at_work, asked), (at_work,)),                   # at a time limit
+            ((idle, asked), (idle, asked)),             # better than nothing
+            ((), ()),
+        ):
+            with contextlib.ExitStack() as undo:
+                reader, writer = pybgworker.stack_pipe(undo, undo)
+                os.write(writer, "\n\n".join(written).encode())
+                text = "\n\n".join(expected)
+                self.assertEqual(pybgworker.read_stacks(reader, 9999), text)
+                os.write(writer, text.encode())
+                self.assertEqual(pybgworker.read_stacks(reader, 50), text[:50])
+
 
 # == Wire =====================================================================
 
@@ -8646,13 +8673,14 @@ class Nurseries(Served):
              f"opened a socket to 127.0.0.1:{port}"),
             ("held = socket.socket()\nheld.bind(('127.0.0.1', 0))",
              "opened a socket on 127.0.0.1:"),
+            ("held = socket.socket()", "opened a socket while"),
             ("held = os.pipe()", "opened a pipe"),
             ("import select\nheld = select.epoll()", "opened an epoll object"),
             ("held = sqlite3.connect('of_app')\nheld.execute('create table if not exists t (x)')",
              f"opened the SQLite file {self.folder.resolve()}/of_app"),
             ("threading.Thread(target=time.sleep, args=(60,), name='mine',"
              " daemon=True).start()", "started the thread 'mine'"),
-            (NATIVE_THREAD, "started threads of a library's own"),
+            (NATIVE_THREAD, "loaded a library that started threads"),
             # As OpenBLAS does: it has none while a process forks.
             (NATIVE_THREAD + "os.register_at_fork(before=end_thread)\n", None),
         ):
@@ -9551,7 +9579,7 @@ class Deaths(PoolCase):
         said = [call.args[0] for call in pool._log.call_args_list]
         self.assertEqual(said, ["child_error"] + ["task_lost"] * 5)
         about = pool._log.call_args_list[0].kwargs
-        self.assertIn("with 5 runs in flight: this signal", about["error"])
+        self.assertIn("with 5 runs in flight: SIGSEGV: this signal", about["error"])
         self.assertEqual(about["runs"], 5)
 
 
@@ -10661,6 +10689,16 @@ NEIGHBOURS = """
             time.sleep(0.01)
         crash()
 
+    def dig(depth):
+        if depth:
+            return dig(depth - 1)
+        mark("begun", depth)
+        time.sleep(30 if current_task().attempt == 1 else 0)
+
+    @task(retries=0)
+    def block_deep(depth):
+        dig(depth)
+
     @task(retries=0)
     async def deaf_async():
         mark("deaf")
@@ -10737,7 +10775,8 @@ class Neighbours(Served):
             self.assertEqual({self.charged(result) for result in results}, {1})
             said = worker.find("child_error")
             self.assertGreater(said["runs"], 20)
-            self.assertIn("runs in flight: this signal ended the child", said["error"])
+            self.assertIn("runs in flight: SIGSEGV: this signal ended the child",
+                          said["error"])
             lost = {event["task_id"] for event in worker.all("task_lost")}
             self.assertEqual(len(lost), said["runs"])
             self.assertEqual(len(worker.all("child_error")), 1)     # of the first death
@@ -10762,6 +10801,17 @@ class Neighbours(Served):
             self.assertEqual(reasons, {pybgworker.LOST_WITH[True, False]})
             self.assertEqual(worker.all("child_error"), [])
             self.assertEqual(worker.stop(), 0)
+
+    def test_a_crash_among_more_stacks_than_a_pipe_holds_ends_the_child(self):
+        """Nobody reads them while it writes them: it must not wait for that."""
+        results = [self.tasks.block_deep.delay(90) for _ in range(40)]
+        culprit = self.tasks.crash_sync.options(retries=0).delay(40)
+        worker = self.worker("--concurrency", 1, "--threads", 50)
+        self.assertEqual(self.failure(culprit).kind, "crash")
+        for result in results:
+            self.get(result)
+        self.assertIn("Segmentation", worker.find("child_error")["stack"])
+        self.assertEqual(worker.stop(), 0)
 
     def test_a_kill_for_one_cancellation_costs_the_neighbours_nothing(self):
         for flags, _, wait_for, _, deaf in self.each_kind():
@@ -14362,6 +14412,18 @@ class Reports(QueueCase):
             self.assertNotRegex(text, "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
             self.assertIn("\\x1b]0;owned\\x07", text)
         self.assertIn("said\t", texts[0])
+
+    def test_inspect_says_why_children_are_not_forked(self):
+        report = pybgworker.inspect_report(self.store, self.now, 15)
+        worker = {"pid": 1, "host": "h", "queues": None, "concurrency": 2, "running": 0,
+                  "heartbeat_age": 1.0, "dead": False, "stale": False}
+        report["workers"] = [
+            {**worker, "name": "one", "start_method": "spawn, because of a pipe"},
+            {**worker, "name": "two", "start_method": "fork"},
+            {**worker, "name": "new", "start_method": None}]
+        text = pybgworker.inspect_text(report)
+        self.assertRegex(text, "START_METHOD .*\n.* spawn .*\n.* fork .*\n")
+        self.assertTrue(text.endswith("\none: spawn, because of a pipe"))
 
     def test_times_for_eyes_are_local_and_say_so(self):
         zone = os.environ.get("TZ")
