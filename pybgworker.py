@@ -2142,8 +2142,11 @@ def owner_of(thread: threading.Thread) -> CurrentTask | None:
     return getattr(thread, "_pybgworker_task", None)
 
 
-def own_threads() -> None:
-    """From now on a thread belongs to the task that starts it."""
+def own_threads(streams: Sequence[Any] = ()) -> None:
+    """From now on a thread belongs to the task that starts it.
+
+    And a call in a pool of threads to the task that submits it: see own_calls().
+    """
     start = threading.Thread.start
 
     @functools.wraps(start)
@@ -2152,9 +2155,43 @@ def own_threads() -> None:
         if own is not None:
             self._pybgworker_task = own
             _owned_threads[:] = [True]
+        own_calls(streams)      # a pool has its first thread for the first call
         start(self)
 
     threading.Thread.start = start_owned        # type: ignore[method-assign]
+    own_calls(streams)
+
+
+def own_calls(streams: Sequence[Any]) -> None:
+    """Have ThreadPoolExecutor call for whoever submits, if somebody has imported it.
+
+    A pool that a module keeps has threads of the first task that has used it, and
+    serves all others.  These `streams` are flushed at the end of each call.
+    """
+    pool = getattr(sys.modules.get("concurrent.futures.thread"),
+                   "ThreadPoolExecutor", None)
+    if pool is None or hasattr(pool, "_pybgworker_owns"):
+        return
+    submit = pool.submit
+
+    @functools.wraps(submit)
+    def submit_owned(self, fn, /, *args, **kwargs):
+        own = current_task()
+        if own is not None:
+            fn = functools.partial(_call_for, own, streams, fn)
+        return submit(self, fn, *args, **kwargs)
+
+    pool.submit, pool._pybgworker_owns = submit_owned, True
+
+
+def _call_for(own, streams, fn, /, *args, **kwargs):
+    token = running.set(own)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for stream in streams:
+            stream.flush()
+        running.reset(token)
 
 
 # == Tasks ====================================================================
@@ -8822,6 +8859,11 @@ class _Steps(Coroutine):
         return asyncio.CancelledError()
 
 
+def is_step(frame: types.FrameType) -> bool:
+    """True for what calls code of a run, in a stack of the loop's thread."""
+    return frame.f_code is _Steps._step.__code__
+
+
 async def _closed(generator):
     await generator.aclose()
 
@@ -8829,6 +8871,8 @@ async def _closed(generator):
 def executor_for(streams: Sequence[TaskStream]) -> Any:
     """For loop.run_in_executor(): its calls work for whoever has submitted them."""
     from concurrent.futures import ThreadPoolExecutor
+
+    own_calls(streams)
 
     class Executor(ThreadPoolExecutor):
         def __init__(self):
@@ -8838,10 +8882,8 @@ def executor_for(streams: Sequence[TaskStream]) -> Any:
             self.was_shut = False       # by a task, through its loop
 
         def submit(self, fn, /, *args, **kwargs):
-            own = current_task()
-            call = functools.partial(_call_for, own, streams, fn)
-            future = super().submit(call, *args, **kwargs)
-            calls = self._calls.setdefault(own, set())
+            future = super().submit(fn, *args, **kwargs)
+            calls = self._calls.setdefault(current_task(), set())
             calls.add(future)
             future.add_done_callback(calls.discard)
             return future
@@ -8869,16 +8911,6 @@ def executor_for(streams: Sequence[TaskStream]) -> Any:
             super().shutdown(wait=False)
 
     return Executor()
-
-
-def _call_for(own, streams, fn, /, *args, **kwargs):
-    token = running.set(own)
-    try:
-        return fn(*args, **kwargs)
-    finally:
-        for stream in streams:
-            stream.flush()
-        running.reset(token)
 
 
 # == Coroutines ===============================================================
@@ -8939,9 +8971,12 @@ class _Watch:
         import traceback
 
         frame, found = sys._current_frames().get(self._loop_thread), []
-        while frame is not None and frame.f_code.co_filename != __file__:
+        while frame is not None and not is_step(frame):
             found.append((frame, frame.f_lineno))
             frame = frame.f_back
+        # What calls the task is ours; what it calls may be so: AsyncResult.get().
+        while found and found[-1][0].f_code.co_filename == __file__:
+            found.pop()
         stack = "".join(traceback.StackSummary.extract(reversed(found)).format())
         if self.step is step:               # else it was the stack of another
             self._say(LAGGED, [lasted, stack[-TRACEBACK_CHARS:]], step[0].run.of)
@@ -9303,7 +9338,7 @@ class Child:
         self.runs.plain_streams = self.stage.streams
         self.runs.surroundings = Surroundings(self.interrupts.handlers)
         self.runs.surroundings.restore(standard_streams())
-        own_threads()
+        own_threads(self.stage.printer.streams)
         if self.spec.beside < 0:
             return None
         coroutines = Coroutines(

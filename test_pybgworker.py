@@ -7304,6 +7304,44 @@ class InThreads(Case):
         self.assertEqual(child.printed(left) + child.printed(held), "")
         self.assertEqual(child.said(pybgworker.PROGRESSED, left), [])
 
+    def test_a_pool_that_a_module_keeps_works_for_whoever_asks_it(self):
+        """Also where one task runs at a time; and who came first keeps none of it."""
+        source = """
+            from concurrent.futures import ThreadPoolExecutor
+            pools = []
+
+            def work(n):
+                print("work", n, end="!")
+                current_task().set_progress(n)
+                return current_task().id
+
+            @task(name="ask")
+            def ask(n, lingers=False):
+                if not pools:
+                    pools.append(ThreadPoolExecutor(2))
+                if lingers:
+                    pools[0].submit(linger)
+                return list(pools[0].map(work, [n] * 3))
+
+            def linger():
+                wait_for("go")
+                print("late")
+                open("went", "w").close()
+            """
+        for threads in (1, 4):
+            child = self.child(source, threads=threads)
+            for n in (1, 2, 3):
+                number = child.run("ask", n, n == 2)
+                self.assertEqual(child.answer(number), [number] * 3)
+                self.assertEqual(child.printed(number), f"work {n}!" * 3)
+                self.assertEqual(child.said(pybgworker.PROGRESSED, number),
+                                 [[n, None]] * 3)
+            (self.folder / "go").touch()
+            until(lambda: (self.folder / "went").exists())
+            until(lambda: child.printed(0) == "late\n")
+            for name in ("go", "went"):
+                (self.folder / name).unlink()
+
     def test_bytes_of_c_code_are_of_a_run_only_when_it_is_alone(self):
         child = self.child("""
             @task(name="raw")
@@ -7793,18 +7831,28 @@ class OnTheLoop(Case):
             async def block(way):
                 if way == "task":
                     await asyncio.ensure_future(blocks())
-                else:
+                elif way == "itself":
                     await blocks()
+                else:
+                    blocks_in_ours()
+
+            def blocks_in_ours():
+                result = number.delay()         # of which no worker knows
+                try:
+                    result.get(timeout=3)
+                except TimeoutError:
+                    pass
             """)
         innocent = child.beside("wait", 60)
-        for way in ("itself", "task"):
+        for way in ("itself", "task", "get"):
             number = child.beside("block", way)
             until(lambda: child.said(pybgworker.LAGGED, number), timeout=5)
             (seconds, stack), = child.said(pybgworker.LAGGED)[-1:]
             self.assertLess(1, seconds)
             self.assertLess(seconds, 2.5)
             self.assertIn("in blocks", stack)
-            self.assertNotIn("pybgworker.py", stack)
+            self.assertEqual("pybgworker.py" in stack, way == "get")
+            self.assertNotIn("in call", stack)
             self.assertEqual(child.answer(child.run("ordinary")), "ordinary")
             held = child.run("busy")            # neither does it hold up these
             until(lambda: child.printed(held))
