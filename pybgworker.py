@@ -10168,6 +10168,7 @@ class Beside(dict):
         self.kill_due = 0.0                 # of the first that is to be killed
         self.blocker: Slot | None = None    # it keeps the event loop from going on
         self._blocked_at = 0.0              # when we heard of that
+        self._blocked_since = 0.0           # when it began
         self.shut_until = 0.0               # nobody takes frames for that, it seems
         # (when, number, slot): each slot has one entry, those that ended may.
         self._agenda: list[tuple[float, int, Slot]] = []
@@ -10218,10 +10219,17 @@ class Beside(dict):
         if self.blocker and slot.run and slot.began > self._blocked_at:
             self.blocker = None
 
-    def block(self, slot: Slot, at: float) -> None:
+    def block(self, slot: Slot, seconds: float, at: float) -> None:
         """This run keeps the event loop from going on: nothing more is for that."""
-        self.blocker, self._blocked_at = slot, at
+        self.blocker, self._blocked_at, self._blocked_since = slot, at, at - seconds
         self.shut_until = at + UNTAKEN_SECONDS
+
+    def is_held_up(self, slot: Slot) -> bool:
+        """True when another kept this run from its end before its limit came."""
+        return self.blocker is not None and slot is not self.blocker \
+            and slot.is_coroutine and slot.verdict is Verdict.TIMEOUT \
+            and slot.run is not None \
+            and slot.began + (slot.run.timeout or 0.0) > self._blocked_since
 
     def note(self, when: float, slot: Slot) -> None:
         """Have due() name this slot then."""
@@ -10677,7 +10685,7 @@ def _checked_lag(member, slot, value, at):
     if not slot.is_coroutine or not isinstance(stack, str) \
             or not 0 <= seconds < LATEST_MS:
         raise ValueError("a lag that cannot be")
-    member.beside.block(slot, at)
+    member.beside.block(slot, seconds, at)
     return seconds, stack
 
 
@@ -10981,7 +10989,8 @@ class Placement:
 #
 # Who ends a child costs itself a run, and its neighbours none.  Where it is known who
 # did, by a time limit, a cancellation or a loop that was blocked, the others are
-# forgiven: they run again, uncounted.  Where it is not, all are forgiven and marked:
+# forgiven: they run again, uncounted.  So is who came to its limit while another
+# blocked its loop.  Where it is not, all are forgiven and marked:
 # each runs next in a child with nothing else in it, and who dies there, or with the
 # mark upon it, is charged.  So what always crashes does so twice for the first time.
 # Who has been forgiven often enough is marked as well.
@@ -11044,7 +11053,9 @@ def judge(members: Sequence[Member]) -> Blame:
     is_of_run = bool(by_run) or not verdicts.isdisjoint(_OF_RUNS)
     if is_of_run and verdicts.issubset(_OF_RUNS):   # one that has answered, perhaps
         blockers = [m.beside.blocker for m in members if m.beside.blocker]
-        culprits = by_run + [slot for slot in blockers if slot not in by_run]
+        culprits = [slot for slot in by_run
+                    if not any(m.beside.is_held_up(slot) for m in members)]
+        culprits += [slot for slot in blockers if slot not in by_run]
         is_known = True
     else:
         is_known = len(runs) < 2

@@ -9504,22 +9504,31 @@ class Deaths(PoolCase):
                                     pybgworker.LOST_WITH[True, True]])
 
     def test_who_blocks_the_loop_is_charged_when_its_child_has_to_be_killed(self):
-        """Or one without a limit of its own would take its neighbours down for ever."""
-        pool, member = self.pool_of(coroutines=9, is_async={"t"})
-        self.begin_beside(member, *map(self.run_of, (1, 2, 3)))
-        limited = member.slot_of(1)
-        limited.run.timeout = 2.0
-        member.wire._buffer += pybgworker.write_message(
-            pybgworker.LAGGED, [1.5, "in f"], (2, 1))
-        pool._hear(member, 101.6)
-        member.condemn(Verdict.TIMEOUT, 103.0, limited)
-        for at in (103.0, 103.5):
-            pool._mark(member)
-            pool.enforce(at)
-        ended, forgiven, _ = pool.collect()
-        self.assertEqual({end.run.id: end.kind for end in ended}, {1: "timeout", 2: "crash"})
-        self.assertIn("blocked the event loop", ended[1].error["message"])
-        self.assertEqual([(run.id, run.alone) for run in forgiven], [(3, False)])
+        """Or one without a limit of its own would take its neighbours down for ever.
+
+        Who came to its limit before that is charged, too: it does not heed it; who
+        came there since then could not.
+        """
+        for timeout, ended, forgiven in ((2.0, {2: "crash"}, [1, 3]),
+                                         (0.05, {1: "timeout", 2: "crash"}, [3])):
+            pool, member = self.pool_of(coroutines=9, is_async={"t"})
+            self.begin_beside(member, *map(self.run_of, (1, 2, 3)))
+            limited = member.slot_of(1)
+            limited.run.timeout = timeout
+            member.wire._buffer += pybgworker.write_message(
+                pybgworker.LAGGED, [1.5, "in f"], (2, 1))
+            pool._hear(member, 101.6)
+            member.condemn(Verdict.TIMEOUT, 103.0, limited)
+            for at in (103.0, 103.5):
+                pool._mark(member)
+                pool.enforce(at)
+            found = pool.collect()
+            with self.subTest(timeout):
+                self.assertEqual({end.run.id: end.kind for end in found.ended}, ended)
+                self.assertIn("blocked the event loop",
+                              found.ended[-1].error["message"])
+                self.assertEqual([(run.id, run.alone) for run in found.forgiven],
+                                 [(run_id, False) for run_id in forgiven])
 
     def test_a_loop_that_lags_is_said_once_a_minute_for_each_name(self):
         pool, member = self.pool_of(coroutines=9, is_async={"t", "u"})
@@ -9568,7 +9577,7 @@ class Deaths(PoolCase):
         for taken, blocker, has in ((True, None, [1, 9]), (False, 1, [1])):
             pool, member = self.pool_of(coroutines=9, is_async={"t"})
             self.begin_beside(member, self.run_of(1))
-            member.beside.block(member.slot_of(1), 101.0)
+            member.beside.block(member.slot_of(1), 1.0, 101.0)
             self.begin_beside(member, self.run_of(9), at=102.0)
             member.wire.recall_beside = lambda: set() if taken else {9}
             for at in (102.02, 102.5):
