@@ -9204,7 +9204,10 @@ class Coroutines:
 
     def _cancel_soon(self, run_ids):
         """In a signal handler of the main thread."""
-        with contextlib.suppress(RuntimeError, AttributeError):     # there is no loop
+        if self._loop is None:          # it is being made for this very run, perhaps
+            self._early.note(run_ids, time.monotonic())
+            return
+        with contextlib.suppress(RuntimeError):                     # it is closed
             self._loop.call_soon_threadsafe(self._cancel, run_ids)
 
     def _cancel(self, run_ids):
@@ -9339,21 +9342,21 @@ class Child:
         self.runs.surroundings = Surroundings(self.interrupts.handlers)
         self.runs.surroundings.restore(standard_streams())
         own_threads(self.stage.printer.streams)
+        common = self.runs, self.wire, self.interrupts
+        if self.spec.threads > 1:       # from now on cancellations are heard
+            self.threads = Threads(*common, self.spec.threads)
         if self.spec.beside < 0:
             return None
-        coroutines = Coroutines(
-            self.runs, self.wire, self.interrupts, self.spec.coroutines)
+        coroutines = Coroutines(*common, self.spec.coroutines)
         coroutines.start()
         return coroutines
 
     def _work(self, coroutines):
         """Run tasks, of each kind in its place, until the worker hangs up."""
-        spec, common = self.spec, (self.runs, self.wire, self.interrupts)
-        if spec.threads > 1:
-            self.threads = Threads(*common, spec.threads)
+        if self.threads:
             self.threads.serve()
         else:
-            MainThread(*common, spec.crash).serve()
+            MainThread(self.runs, self.wire, self.interrupts, self.spec.crash).serve()
         if coroutines:
             coroutines.join()
 

@@ -7631,6 +7631,36 @@ class OnTheLoop(Case):
         self.assertEqual(child.printed(number), "")
         self.assertEqual(child.said(pybgworker.SUCCEEDED, neighbour), [])
 
+    def test_a_cancellation_may_come_before_the_loop(self):
+        """Which is made for the first run; or before there is a thread for one."""
+        child = self.child("""
+            class Policy(asyncio.DefaultEventLoopPolicy):
+                def new_event_loop(self):
+                    while not os.path.exists("loop"):
+                        time.sleep(0.005)
+                    return super().new_event_loop()
+
+            asyncio.set_event_loop_policy(Policy())
+            """)
+        number = child.beside("wait", 60)
+        child.cancel(number)
+        self.assertEqual(child.answer(child.run("ordinary")), "ordinary")
+        (self.folder / "loop").touch()
+        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        child = self.child("""
+            import pybgworker
+            make = pybgworker.Threads.__init__
+
+            def make_slowly(*args):
+                time.sleep(0.2)
+                make(*args)
+
+            pybgworker.Threads.__init__ = make_slowly
+            """, threads=2)
+        number = child.run("busy")
+        child.cancel(number)
+        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+
     def test_what_does_not_end_is_said_to_the_worker(self):
         """Once; and it keeps no neighbour from anything, nor its own run from its end."""
         child = self.child("""
