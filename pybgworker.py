@@ -8889,14 +8889,16 @@ def executor_for(streams: Sequence[TaskStream]) -> Any:
             return future
 
         def calls_of(self, own):
-            return list(self._calls.get(own, ()))
+            return list(self._calls[own]) if own in self._calls else []
 
         def leave(self, own):
             """This run has ended.  True when a call of it goes on.
 
             Another thread comes in place of its own: or others would wait for it.
             """
-            left = [call for call in self._calls.pop(own, ())
+            if own not in self._calls:
+                return False
+            left = [call for call in self._calls.pop(own)
                     if not (call.cancel() or call.done())]
             for _ in left:
                 self._max_workers += 1
@@ -8982,6 +8984,22 @@ class _Watch:
             self._say(LAGGED, [lasted, stack[-TRACEBACK_CHARS:]], step[0].run.of)
 
 
+@functools.cache
+def _is_debug():
+    """Whether asyncio has a new loop in debug mode, by the environment of our start."""
+    return sys.flags.dev_mode or (not sys.flags.ignore_environment
+                                  and bool(os.environ.get("PYTHONASYNCIODEBUG")))
+
+
+async def _wait_for(calls, until):
+    """Wait for what a run has in threads, as asyncio.run() does, but not for ever."""
+    import asyncio
+
+    rest = until - time.monotonic()
+    if rest > 0:
+        await asyncio.wait([*map(asyncio.wrap_future, calls)], timeout=rest)
+
+
 class Coroutines:
     """The loop of a child, and its thread; made when the first run comes."""
 
@@ -9043,9 +9061,7 @@ class Coroutines:
 
     def _restore_loop(self):
         """Undo what a run has done to the loop that all share."""
-        loop, is_debug = self._loop, sys.flags.dev_mode or (
-            not sys.flags.ignore_environment
-            and bool(os.environ.get("PYTHONASYNCIODEBUG")))
+        loop = self._loop
         loop.set_default_executor(self._executor)
         if loop.get_task_factory() != self._make_task:
             loop.set_task_factory(self._make_task)
@@ -9055,8 +9071,8 @@ class Coroutines:
             self._executor.was_shut = False
         if not self._carried:
             loop.set_exception_handler(None)
-            if loop.get_debug() != is_debug:
-                loop.set_debug(is_debug)
+            if loop.get_debug() != _is_debug():
+                loop.set_debug(_is_debug())
 
     def _run_loop(self):
         while not self._is_over or self._carried:
@@ -9154,8 +9170,11 @@ class Coroutines:
         try:
             while True:
                 try:
-                    await carried.leave_nothing(until)
-                    await self._calls_end(run, until)
+                    if carried.tasks or carried.generators:
+                        await carried.leave_nothing(until)
+                    calls = self._executor.calls_of(run.current)
+                    if calls and run.raised is None:
+                        await _wait_for(calls, until)
                     break
                 except BaseException as exc:    # somebody has kept this task, too
                     if runs.is_fork:
@@ -9171,18 +9190,11 @@ class Coroutines:
         except BaseException:
             runs.die()
 
-    async def _calls_end(self, run, until):
-        """Wait for what it has in threads, as asyncio.run() does, but not for ever."""
-        import asyncio
-
-        calls = self._executor.calls_of(run.current)
-        rest = until - time.monotonic()
-        if calls and rest > 0 and run.raised is None:
-            await asyncio.wait([*map(asyncio.wrap_future, calls)], timeout=rest)
-
     def _say_what_is_left(self, carried):
         """Ask for another child in our place, once, if a run has left for good …"""
         run, is_busy = carried.run, self._executor.leave(carried.run.current)
+        if not (is_busy or carried.tasks or self._executor.was_shut):
+            return
         found = "asyncio tasks that do not end when they are cancelled" \
             if carried.has_left() else "calls in threads that do not end" \
             if is_busy else "its event loop without an executor" \
