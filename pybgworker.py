@@ -12393,8 +12393,9 @@ EVENTS = {
         "the child of the run died; the run's end follows"),
     "task_lost": Event(
         "state reason",
-        "a run whose worker died, that was given away, whose end cannot be stored, or "
-        "whose child another run has ended: that costs it no attempt"),
+        "a run ended without an outcome: its worker died, another worker took it, its "
+        "outcome cannot be stored, or its child ended, perhaps because of another run, "
+        "which costs it no retry"),
     "unknown_task": Event(
         "", "a child does not know the task: it is left to workers that do"),
     "child_error": Event(
@@ -12403,11 +12404,12 @@ EVENTS = {
         "replaced for what a run has left"),
     "loop_lagged": Event(
         "seconds stack",
-        "an async task blocks the event loop of its child, and all others on it; said "
-        "once a minute for each name"),
+        "an async task has blocked the event loop of its child, and all others on it, "
+        "for a second; said once a minute for each name"),
     "output": Event(
         "text",
-        "what a task printed, C code too; a run keeps its first 64,000 characters"),
+        "what a task printed, C code and subprocesses too, these without `task_id` "
+        "while tasks share the child; a run keeps its first 64,000 characters"),
     "rate_limited": Event("name until", "tasks of this name wait for their rate limit"),
     "callback_error": Event(
         "callback error", "an `on_success` or `on_failure` has failed for good"),
