@@ -9509,7 +9509,6 @@ class _Nursery:
         self._mask: Any = ()                # blocked signals: the same
         self._outputs = [os.fstat(fd) for fd in (1, 2)]
         self._has_forked = False
-        self._settings: Any = None          # of the app, as children have them
         self._is_dismissed = False          # by the worker, which lives
 
     def live(self) -> Child | None:
@@ -9682,7 +9681,7 @@ class _Nursery:
             self._has_forked = True
             # The same for all of them: what is done here is shared.
             self._stage.app.override(**spec.settings)
-            self._settings = self._stage.app.settings
+            _ = self._stage.app.settings        # resolved when first asked for
             gc.collect()
             gc.freeze()         # else the next collection would copy all there is
         return own_fork()
