@@ -11017,6 +11017,10 @@ _OF_RUNS = (*OF_A_RUN, Verdict.STUCK)
 # takes it down each time, and it never comes to its end.
 _MOST_FORGIVEN = 3
 
+# Of several that are marked, and were each in a child of its own when the nursery of
+# these died, one has killed it, or none.  So they are forgiven, but not for ever.
+_MOST_SUSPECTED = 10
+
 LOST_WITH = {       # why a run is lost, and not charged: (of whom is known, now alone)
     (True, False): "its child was killed because of another run: it runs again",
     (True, True): "its child was killed because of another run, and not for the first "
@@ -11074,6 +11078,9 @@ def judge(members: Sequence[Member]) -> Blame:
     else:
         is_known = len(runs) < 2
         culprits = slots if is_known else [s for s in slots if s.run and s.run.alone]
+        if len(culprits) > 1:
+            culprits = [s for s in culprits
+                        if s.run and s.run.forgiven >= _MOST_SUSPECTED]
     charged = {slot.run for slot in culprits}
     return Blame(culprits, [run for run in runs if run not in charged], is_known)
 

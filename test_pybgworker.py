@@ -8908,17 +8908,17 @@ class Nurseries(Served):
         until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
 
     def test_who_kills_the_nursery_is_charged_and_its_neighbours_are_not(self):
-        """Each runs again, with nothing else in flight in its child."""
+        """Each runs again, with nothing else in flight in its child: also beside it."""
         worker = self.worker("--concurrency", 2)
         worker.wait_for("worker_ready")
-        innocent = self.tasks.hold.delay()
+        innocent = self.tasks.hold.options(retries=0).delay()
         self.wait_lines("held")
         bad = self.tasks.kill_nursery.delay()
-        self.wait_lines("held", 2)
-        row = self.store.task(innocent.id)
-        self.assertEqual(row.attempt - row.forgiven, 1)
+        self.wait_lines("held", 3)
         (self.folder / "go").touch()
         self.get(innocent)
+        row = self.store.task(innocent.id)
+        self.assertEqual(row.attempt - row.forgiven, 1)
         self.assertEqual(self.failure(bad).kind, "crash")
         row = self.store.task(bad.id)
         self.assertEqual(row.attempt - row.forgiven, 2)
@@ -9517,6 +9517,21 @@ class Deaths(PoolCase):
                 self.assertEqual({run.id for run in blame.forgiven},
                                  set(range(count)) - charged)
                 self.assertEqual(blame.is_known, is_known)
+
+    def test_suspects_that_die_together_are_not_charged_but_in_the_end(self):
+        """Each had a child to itself, and one of them may have killed their nursery."""
+        for forgiven, charged in (((1, 1), set()), ((9, 9), set()), ((10, 1), {0}),
+                                  ((10, 11), {0, 1}), ((1,), {0})):
+            members = [self.begin_beside(self.ready_member(), self.run_of(99))]
+            for n, times in enumerate(forgiven):
+                run = self.run_of(n)
+                run.alone, run.forgiven = True, times
+                members.append(self.ready_member(run))
+            blame = pybgworker.judge(members)
+            with self.subTest(forgiven=forgiven):
+                self.assertEqual({slot.run.id for slot in blame.culprits}, charged)
+                self.assertEqual({run.id for run in blame.forgiven},
+                                 {99, *range(len(forgiven))} - charged)
 
     def test_who_is_killed_with_others_again_and_again_gets_a_child_to_itself(self):
         """Else one that lasts longer than its neighbours' limits would never end."""
