@@ -6472,6 +6472,15 @@ def is_lack(exc: BaseException) -> bool:
         or isinstance(exc, OSError) and exc.errno in lacks
 
 
+def has_ended(pid: int) -> bool:
+    """True when a process is dead, and not waited for; False without /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return f.read().rpartition(b")")[2].split()[:1] == [b"Z"]
+    except OSError:
+        return False
+
+
 def memory_bytes(pid: int) -> int:
     """Resident memory of a process; 0 where /proc does not tell."""
     try:
@@ -9863,6 +9872,7 @@ class ChildProcess:
         """
         by_itself = self._nursery.await_end(self, seconds)
         if not by_itself:
+            by_itself = has_ended(self.pid)     # a busy nursery has not come to say so
             self.signal(signal.SIGKILL)
             if not self._nursery.await_end(self, _DEATH_SECONDS):
                 self._nursery.give_up()

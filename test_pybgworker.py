@@ -9097,6 +9097,20 @@ class Nurseries(Served):
             stack = stacks[-1] or None
             self.assertEqual((log.call_args[1]["stack"], said), (stack, [stack]))
 
+    def test_a_death_that_a_busy_nursery_has_not_told_yet_is_no_closed_connection(self):
+        if not Path("/proc/self/stat").exists():
+            self.skipTest("needs /proc")
+        self.app_with("""
+            os.register_at_fork(before=lambda: time.sleep(0.4))
+            @task(name="end", retries=0)
+            def end(seconds): time.sleep(seconds); os.kill(os.getpid(), 8)
+        """)
+        worker = self.worker("--concurrency", 2, app="opening")
+        until(lambda: len(worker.children()) == 3)
+        time.sleep(0.5)                 # it forks no more
+        for result in [self.send("end", 0.3), self.send("end", 0.5)]:
+            self.assertIn("SIGFPE: this signal ended the child", str(self.failure(result)))
+
     def test_an_import_that_takes_long_says_where_it_is(self):
         site = self.folder / "site"
         site.mkdir()
