@@ -11049,7 +11049,10 @@ class Blame(NamedTuple):
 
 
 def crash_of(verdict, found, max_memory):
-    """signal or exit_code, and a sentence for people, with the peak memory."""
+    """signal or exit_code, and a sentence for people, with the peak memory if known.
+
+    Of who has ended with its nursery it is not: that alone could tell.
+    """
     if verdict is Verdict.MAD:
         text = "the child sent what is no message: did the task write to its sockets?"
     elif verdict is Verdict.TOO_MUCH:
@@ -11059,15 +11062,18 @@ def crash_of(verdict, found, max_memory):
             "it close descriptors that are not its own?"
     elif verdict is Verdict.MEMORY:
         text = f"it used more than max_memory, {max_memory >> 20} MiB"
+    elif found.signal == "SIGKILL" and not found.peak_bytes:
+        text = "its nursery, the process that starts children, has ended, and this " \
+            "child with it"
     elif found.signal == "SIGKILL":
         text = "killed: out of memory, or somebody's kill -9"
     elif found.signal:
         text = "this signal ended the child"
     else:
         text = f"the process exited with code {found.code}"
+    peak = f" (peak memory {found.peak_bytes >> 20} MiB)" if found.peak_bytes else ""
     return {
-        "kind": "crash", "type": found.signal or "",
-        "message": f"{text} (peak memory {found.peak_bytes >> 20} MiB)",
+        "kind": "crash", "type": found.signal or "", "message": text + peak,
         "signal": found.signal, "exit_code": found.code,
     }
 

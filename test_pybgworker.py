@@ -9688,6 +9688,9 @@ class Deaths(PoolCase):
             self.assertEqual((row.attempt, row.forgiven), (2, 1))
         said = [event for event in worker.all("child_error") if "runs" in event]
         self.assertEqual([event["runs"] for event in said], [2])
+        self.assertIn("its nursery, the process that starts children, has ended",
+                      said[0]["error"])
+        self.assertNotIn("memory", said[0]["error"])
         self.assertEqual(len(worker.all("task_lost")), 2)
         self.assertEqual(worker.stop(), 0)
 
