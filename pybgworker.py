@@ -6084,7 +6084,7 @@ def _check_module_name(spec, exc):
         ) from None
 
 
-class OtherCopy(Exception):
+class OtherCopy(PyBgWorkerError):
     """The app has imported this file by another name: its tasks are there."""
 
     def __init__(self, name: str):

@@ -6352,7 +6352,7 @@ class Wires(unittest.TestCase):
                 (pybgworker.PRINTED, "\u00fc\n"), (pybgworker.PROGRESSED, [5, None]),
                 (pybgworker.WRITTEN, b"\xff"), (pybgworker.STRAYS, True),
                 (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"),
-                (pybgworker.LAGGED, [1.5, "stack"]))
+                (pybgworker.LAGGED, [1.5, "stack"]), (pybgworker.SPENT, "why"))
         self.assertEqual({kind.code for kind, _ in said}, set(pybgworker._KINDS))
         with contextlib.ExitStack() as ends:
             wire = pybgworker.WorkerEnd(ends)
@@ -8725,18 +8725,20 @@ def end_thread():
 
 class Nurseries(Served):
 
-    written = 0                 # of them, each longer: or a .pyc looks like the new one
-
     def app_with(self, code):
-        """An app `opening` that does this when it is imported."""
-        self.written += 1
+        """An app `opening` that does this when it is imported.
+
+        Compiled anew: of two versions of a second Python takes the older, if they are
+        as long.
+        """
+        shutil.rmtree(self.folder / "__pycache__", ignore_errors=True)
         (self.folder / "opening.py").write_text(
             "import os, random, socket, sqlite3, threading, time, uuid\n"
             "from pybgworker import task\n"
             "@task(name='pids', retries=0)\ndef pids():\n"
             "    return [os.getpid(), os.getppid(), random.random(), uuid.uuid4().hex]\n"
             "@task(name='sleep', retries=0)\ndef sleep(seconds): time.sleep(seconds)\n"
-            + "#" * self.written + "\n" + textwrap.dedent(code))
+            + textwrap.dedent(code))
 
     def send(self, name, *args):
         return pybgworker.default_app.send(name, *args, retries=0)
