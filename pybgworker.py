@@ -11301,6 +11301,8 @@ class Crew:
                 member = Member(self.nursery, spec, self._log, at)
                 member.watch(self.selector)
                 self.members.append(member)
+        except ConnectionError:     # the nursery has died; how is heard in a moment
+            pass
         except OSError as exc:
             tell = self.starts.lacked if is_lack(exc) else self.starts.failed
             tell(at, str(exc))

@@ -9076,6 +9076,15 @@ class Nurseries(Served):
                 self.assertIn(how, said[0]["error"])
                 self.assertIn(how, "".join(worker.errors))
 
+    def test_a_nursery_that_has_just_died_is_no_failure_of_a_child(self):
+        """How it ended is what is said, when that is heard."""
+        nursery, log = mock.Mock(failure=None, can_bear=True), mock.Mock()
+        crew = pybgworker.Crew(nursery, 1, log, mock.Mock(), mock.Mock())
+        for exc, times in ((BrokenPipeError, 0), (ConnectionResetError, 0), (OSError, 1)):
+            with mock.patch.object(pybgworker, "Member", side_effect=exc):
+                crew.fill(0.0)
+            self.assertEqual((crew.starts.failures, log.call_count), (times, times))
+
     def test_folders_that_are_no_text_do_not_keep_children_from_their_start(self):
         self.app_with("import pathlib, sys\nsys.path += [pathlib.Path('here'), b'there']\n")
         self.worker("--concurrency", 1, app="opening", PYBGWORKER_START_METHOD="spawn")
