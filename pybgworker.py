@@ -9727,7 +9727,12 @@ class _Nursery:
 
     def _end(self, status):
         """Kill all that is ours, and see that exit handlers do not last for ever."""
-        os.dup(self._reports.fileno())          # its end is to be that of the process
+        self._reports.detach()                  # its end is to be that of the process
+        signal.set_wakeup_fd(self._wakeup)
+        # The hooks at a fork hold us to the very end, when Python 3.9 cannot warn any
+        # more of a socket that is open, and crashes.
+        for end in (self._requests, self._bell, self._ringer):
+            end.close()
         for pid in self._pids:
             kill_group(pid)
             send_signal(pid, signal.SIGKILL)    # it may have no group yet

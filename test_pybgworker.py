@@ -9076,6 +9076,20 @@ class Nurseries(Served):
                 self.assertIn(how, said[0]["error"])
                 self.assertIn(how, "".join(worker.errors))
 
+    def test_a_nursery_ends_as_a_program_does(self):
+        """Not by a signal, whether it has the app or not."""
+        self.app_with("if 'BROKEN' in os.environ:\n    raise ValueError('broken')\n")
+        with mock.patch.object(sys, "path", [str(self.folder), *sys.path]), \
+                mock.patch.dict(os.environ):
+            for _ in range(2):
+                nursery = pybgworker.Nursery("opening")
+                nursery.start(time.monotonic())
+                process = nursery.process
+                until(lambda nursery=nursery: nursery.hear() or not nursery.is_importing)
+                nursery.stop(pybgworker.EXIT_GRACE)
+                self.assertEqual((process.exit.signal, process.exit.code), (None, 0))
+                os.environ["BROKEN"] = "yes"
+
     def test_a_nursery_that_has_just_died_is_no_failure_of_a_child(self):
         """How it ended is what is said, when that is heard."""
         nursery, log = mock.Mock(failure=None, can_bear=True), mock.Mock()
@@ -14617,7 +14631,7 @@ class Bench(Case):
                         "--json", timeout=300)
         self.assertEqual(done.stderr, "")
         report = json.loads(done.stdout)
-        limit = r"(fsync|(caller|parent|child) CPU) \d+%"
+        limit = r"(fsync|(caller|worker|child) CPU) \d+%"
         for key in ("delay_per_second", "threads_per_second", "delay_many_per_second",
                     "tasks_per_second", "once_per_second"):
             figures = report[key]
