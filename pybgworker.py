@@ -198,19 +198,12 @@ def parse_count(value, most=10**9, what="a whole number from 1 up"):
     return int(value)
 
 
-def parse_children(value):
-    what = f"a whole number from 1 to {MOST_CHILDREN:,}"
-    return parse_count(value, MOST_CHILDREN, what)
+def _count_to(most):
+    what = f"a whole number from 1 to {most:,}"
+    return functools.partial(parse_count, most=most, what=what)
 
 
-def _threads(value):
-    what = f"a whole number from 1 to {_MOST_THREADS:,}"
-    return parse_count(value, _MOST_THREADS, what)
-
-
-def _coroutines(value):
-    what = f"a whole number from 1 to {_MOST_COROUTINES:,}"
-    return parse_count(value, _MOST_COROUTINES, what)
+parse_children = _count_to(MOST_CHILDREN)
 
 
 def _amount(value, units):
@@ -353,10 +346,10 @@ SETTINGS = (
     Setting("concurrency", None, parse_children, True,
             "child processes, 1 to 1,000; each runs `threads` ordinary tasks and "
             "`coroutines` async def tasks at once (default: the CPU count)"),
-    Setting("threads", 1, _threads, True,
+    Setting("threads", 1, _count_to(_MOST_THREADS), True,
             "ordinary tasks that a child runs at once, each in a thread, 1 to 1,000 "
             "(default: 1)"),
-    Setting("coroutines", 100, _coroutines, True,
+    Setting("coroutines", 100, _count_to(_MOST_COROUTINES), True,
             "async def tasks that a child runs at once, on one event loop, 1 to "
             "100,000 (default: 100)"),
     Setting("start_method", "auto", _start_method, True,
@@ -11019,14 +11012,12 @@ class Placement:
 # Who ends a child costs itself a run, and its neighbours none.  Where it is known who
 # did, by a time limit, a cancellation or a loop that was blocked, the others are
 # forgiven: they run again, uncounted.  So is who came to its limit while another
-# blocked its loop.  Where it is not, all are forgiven and marked:
-# each runs next in a child with nothing else in it, and who dies there, or with the
-# mark upon it, is charged.  So what always crashes does so twice for the first time.
-# Who has been forgiven often enough is marked as well.
-
+# blocked its loop.  Where it is not known, all are forgiven and marked: each runs next
+# in a child with nothing else in it, and who dies there, or with the mark upon it, is
+# charged.  So what always crashes does so twice for the first time.  Who has been
+# forgiven often enough is marked as well.
 
 _OF_RUNS = (*OF_A_RUN, Verdict.STUCK)
-
 
 # Forgiven so often, a run is spared neighbours: else one that always has to be killed
 # takes it down each time, and it never comes to its end.

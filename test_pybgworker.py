@@ -10916,7 +10916,7 @@ class Neighbours(Served):
         for flags, wait, _, crash, _ in self.each_kind():
             first = wait.delay_many([(0.1,)] * 20)
             culprit = crash.delay(30)
-            results = first + wait.delay_many([(0.1,)] * 19)
+            results = first + wait.delay_many([(0.1,)] * 79)
             worker = self.worker(*flags)
             failed = self.failure(culprit)
             self.assertEqual((failed.kind, self.charged(culprit)), ("crash", 2))
