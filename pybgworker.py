@@ -11589,8 +11589,8 @@ class Dispatch:
 
 # == Pool =====================================================================
 # Owns who runs what: time limits, recall of what has not begun, what becomes of a run
-# whose child dies.  Knows nothing of the database; what happened to a run is returned
-# as an Ended record.
+# whose child dies.  Knows nothing of the database: returns runs that have ended, as
+# Ended records, and those that are forgiven.
 
 _TIMEOUT_GRACE = 1.0        # seconds to clean up after TaskTimeout
 _CANCEL_GRACE = 0.5         # seconds to clean up after TaskCancelled
