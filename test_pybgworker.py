@@ -11686,6 +11686,14 @@ class Logs(unittest.TestCase):
             "heartbeat_error", "task_start", "task_success", "output", "task_lost",
             "task_failure", "callback_error"])
 
+    def test_a_number_is_a_decimal_also_when_it_is_small(self):
+        for style, form in ("text", " a={}"), ("json", ',"a":{}'):
+            for value, text in ((9.6e-05, "0.000096"), (1e-9, "0.000000001"),
+                                (-2.5e-05, "-0.000025"), (0.25, "0.25"), (7, "7")):
+                with self.subTest(style, value=value):
+                    self.assertEqual(self.log(style).part({"a": value}),
+                                     form.format(text))
+
     def test_a_listener_that_raises_is_said_once_and_hurts_nobody(self):
         journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
         heard, calls = [], []
