@@ -12212,16 +12212,23 @@ _PIPE_CHUNK_BYTES = getattr(select, "PIPE_BUF", 512)
 _WriteWaiter = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+def _decimal(value):
+    """A number as people, sort(1) and awk(1) read it: 0.000096, not 9.6e-05."""
+    text = repr(value)
+    if "e-" in text:
+        return f"{value:.9f}".rstrip("0").rstrip(".")
+    return text if math.isfinite(value) else "null"
+
+
 # to_json for what most fields are, without the cost of setting it up each time.
 _SCALARS = {
-    int: int.__repr__, str: json.encoder.encode_basestring_ascii,
-    float: lambda value: repr(value) if math.isfinite(value) else "null",
+    int: int.__repr__, str: json.encoder.encode_basestring_ascii, float: _decimal,
 }
 
 
 def _text_part(fields):
     return "".join([
-        f" {key}={value if isinstance(value, (int, float)) else json.dumps(value)}"
+        f" {key}={_SCALARS.get(type(value), to_json)(value)}"
         for key, value in fields.items() if value is not None
     ])
 
