@@ -3741,7 +3741,7 @@ create table bg_task (
 create table bg_payload (             -- what is too large for the hot row
     id          integer primary key,  -- task id * 8 + kind: 0 args 1 result
                                       -- 2 error 3 output 4 progress
-                                      -- 5 mark
+                                      -- 5 mark 6 attempts 7 outputs of those
     body        text not null         -- JSON; plain text for output and mark
 )""",
     """
@@ -3800,10 +3800,13 @@ create table bg_queue (
 ) without rowid""",
     """
 create table bg_meta (
-    name        text primary key,     -- last_id, schema, place, clock, clock_doubted
+    name        text primary key,     -- last_id, schema, place, clock, clock_doubted,
+                                      -- rolled_to, worker_cpu, children_cpu
     value       integer not null,     -- the highest task id ever deleted; the
                                       -- version of these tables; the place of the
-                                      -- last retry that queued again; see ClockView
+                                      -- last retry that queued again; see ClockView;
+                                      -- unix s up to which minutes are rolled up; ms
+                                      -- of CPU that workers have used who left
     check (value between 0 and 1e15)
 ) without rowid""",
     """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
@@ -3831,9 +3834,161 @@ _SCHEMA_2 = (
     """drop index bg_running""",
     f"""create index bg_running on bg_task (worker, name) where state = {RUNNING}""",
 )
+# What a run took, or waited, is counted in the first of these that it does not
+# exceed, in seconds; one more column holds what is longer still.
+HISTORY_BOUNDS = (
+    .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100, 250,
+    500, 1000, 2500, 5000, 10000,
+)
+_BUCKETS = "".join(f"""
+    {kind}{n} integer not null default 0,""" for kind in "rw"
+    for n in range(len(HISTORY_BOUNDS) + 1))
+_WORDS = f"""case state when {SCHEDULED} then 'scheduled'
+            when {RETRYING} then 'retrying' when {QUEUED} then 'queued'
+            when {RUNNING} then 'running' when {SUCCESS} then 'success'
+            when {FAILED} then 'failed' when {CANCELLED} then 'cancelled'
+            else state end"""
+
+
+def _iso(column, per_second=1000):
+    """SQL for a time of ours as a view shows it."""
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column} / {per_second}.0, 'unixepoch')" \
+        f" as {column}"
+
+
+# What operators look at.  The tables of what runs now are of a second ago at most,
+# and hold only what has run for longer than that.
+_SCHEMA_3 = (
+    # Of those that ended badly, so that the newest, and those of a name, are found.
+    f"""create index bg_bad on bg_task (state, finished_at, name, queue)
+        where state > {SUCCESS}""",
+    """alter table bg_task add column
+    meta        text                  -- JSON of options(meta=); null: none
+    """,
+    f"""
+create table bg_history (             -- runs that ended
+    span        integer not null,     -- 60, 900 or 86400 s; 0: since ever
+    at          integer not null,     -- unix s of its start; 0 for span 0
+    name        text not null,        -- of the task
+    queue       text not null,
+    lo          integer not null,     -- the lowest task id in it, and the highest: to
+    hi          integer not null,     -- find the tasks of a rare name
+    runs        integer not null default 0,  -- all that ended
+    failed      integer not null default 0,  -- … for good, or
+    retried     integer not null default 0,  -- … with another run to come, or
+    cancelled   integer not null default 0,  -- … by a cancellation
+    exceptions  integer not null default 0,  -- ended badly: by an exception
+    crashed     integer not null default 0,  -- … with their child
+    timeouts    integer not null default 0,  -- … at their limit
+    lost        integer not null default 0,  -- … with their worker
+    aborted     integer not null default 0,  -- … by Abort
+    ran_ms      integer not null default 0,  -- sum of what they took
+    waited_ms   integer not null default 0,  -- sum of what they waited since due
+    -- Runs by what they took (r) and waited (w): see HISTORY_BOUNDS.{_BUCKETS}
+    primary key (span, at, name, queue)
+) without rowid""",
+    """
+create table bg_worker_task (         -- what a worker knows
+    worker      integer not null,     -- bg_worker.id
+    name        text not null,        -- of the task
+    rate        real,                 -- starts per second; null: no limit
+    params      text,                 -- JSON array of its function's parameters
+    primary key (worker, name)
+) without rowid""",
+    """
+create table bg_child (               -- as of its worker's last heartbeat
+    worker      integer not null,     -- bg_worker.id
+    pid         integer not null,
+    running     integer not null,     -- runs that it has begun
+    memory      integer not null,     -- bytes resident
+    cpu         real not null,        -- seconds used
+    primary key (worker, pid)
+) without rowid""",
+    """
+create table bg_run (                 -- what a worker has had in hand for a second
+    task        integer primary key,  -- bg_task.id
+    worker      integer not null,     -- bg_worker.id
+    attempt     integer not null,
+    pid         integer not null,     -- of its child
+    began_at    integer,              -- unix ms; null: it waits in that child's pipe
+    behind      integer               -- task that it waits for there; null: none
+)""",
+    """create index bg_run_worker on bg_run (worker)""",
+    """
+create table bg_output (              -- what a run has printed so far
+    task        integer not null,     -- bg_task.id
+    attempt     integer not null,
+    seq         integer not null,     -- 0, 1, 2 …
+    at          integer not null,     -- unix ms
+    body        text not null,
+    primary key (task, attempt, seq)
+) without rowid""",
+    """
+create table bg_event (               -- what people have done, and what they missed
+    id          integer primary key,  -- the newest 10,000 are kept
+    at          integer not null,     -- unix ms
+    who         text not null,        -- login name, or what user() said
+    how         text not null,        -- cli, web, program, worker
+    action      text not null,        -- pause, resume, retry, cancel, late …
+    target      text not null,        -- a task id, a queue, a schedule, a filter
+    detail      text                  -- a reason, a count; null: none
+)""",
+    # A comment after a column would hide from SQLite what it appends there.
+    """alter table bg_queue add column   -- who paused it; null: unknown
+    paused_by   text""",
+    """alter table bg_queue add column   -- why; null: not said
+    reason      text""",
+    """alter table bg_worker add column  -- starting, ready or stopping
+    state       text""",
+    """alter table bg_worker add column  -- its trouble, for people; null: none
+    note        text""",
+    """alter table bg_worker add column  -- bytes resident; null: unknown
+    memory      integer""",
+    """alter table bg_worker add column  -- seconds of CPU of its own process
+    cpu         real""",
+    """alter table bg_worker add column  -- … of all its children, dead ones too
+    children_cpu real""",
+    """alter table bg_worker add column  -- starts per second of all tasks
+    rate        real""",
+    """alter table bg_worker add column  -- of this program
+    version     text""",
+    """alter table bg_schedule add column  -- the last task that it enqueued
+    last_id     integer""",
+    """alter table bg_schedule add column  -- unix ms one of its last succeeded
+    success_at  integer""",
+    """alter table bg_schedule add column  -- late so many seconds after a tick
+    alert_after real""",                    # without a success; null: never
+    f"""create view v_tasks as select id, {_WORDS} as status, name, queue, priority,
+        key, attempt, retries, timeout, {_iso("created_at")}, {_iso("run_at")},
+        {_iso("started_at")}, {_iso("finished_at")}, duration, meta
+    from bg_task""",
+    f"""create view v_failures as select t.id, t.name, t.queue, t.attempt,
+        {_iso("finished_at")}, json_extract(p.body, '$.kind') as kind,
+        json_extract(p.body, '$.type') as type,
+        json_extract(p.body, '$.message') as message
+    from bg_task as t left join bg_payload as p on p.id = t.id * 8 + 2
+    where t.state = {FAILED}""",
+    f"""create view v_history as select span, {_iso("at", 1)}, name, queue, runs,
+        runs - failed - retried - cancelled as succeeded, failed, retried, cancelled,
+        exceptions, crashed, timeouts, lost, aborted, ran_ms / 1000.0 as ran_seconds,
+        waited_ms / 1000.0 as waited_seconds
+    from bg_history""",
+    f"""create view v_queues as select w.queue, sum(state = {SCHEDULED}) as scheduled,
+        sum(state = {RETRYING}) as retrying, sum(state = {QUEUED}) as queued,
+        sum(state = {RUNNING}) as running, q.name is not null as paused, q.paused_by,
+        q.reason
+    from (select queue, state from bg_task where state < {QUEUED}
+        union all select queue, state from bg_task
+            where state = {QUEUED} and alone = 0
+        union all select queue, state from bg_task
+            where state = {QUEUED} and alone <> 0
+        union all select queue, state from bg_task where state = {RUNNING}) as w
+        left join bg_queue as q on q.name = w.queue
+    group by w.queue""",
+)
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
-_MIGRATIONS = (_SCHEMA, _SCHEMA_2)
+_MIGRATIONS = (_SCHEMA, _SCHEMA_2, _SCHEMA_3)
 
 
 @contextlib.contextmanager
@@ -4434,7 +4589,8 @@ class GroupCommit:
 # ends with it; what serves several has the connection, or the link, as its first
 # argument.  Rows leave as small objects: only Book Two knows a column.
 
-ARGS, RESULT, ERROR, OUTPUT, PROGRESS, MARK = range(6)   # kinds in bg_payload
+# Kinds in bg_payload.
+ARGS, RESULT, ERROR, OUTPUT, PROGRESS, MARK, ATTEMPTS, OUTPUTS = range(8)
 INLINE_CHARS = 1000         # longer texts go to bg_payload, off the hot row
 _NOT_ITS_FILES = (
     "database {}: conn= does not write to it: the file, its -wal or its -shm was "
