@@ -3870,7 +3870,7 @@ create table bg_history (             -- runs that ended
     span        integer not null,     -- 60, 900 or 86400 s; 0: since ever
     at          integer not null,     -- unix s of its start; 0 for span 0
     name        text not null,        -- of the task
-    queue       text not null,
+    queue       text not null,        -- of those tasks
     lo          integer not null,     -- the lowest task id in it, and the highest: to
     hi          integer not null,     -- find the tasks of a rare name
     runs        integer not null default 0,  -- all that ended
@@ -3898,7 +3898,7 @@ create table bg_worker_task (         -- what a worker knows
     """
 create table bg_child (               -- as of its worker's last heartbeat
     worker      integer not null,     -- bg_worker.id
-    pid         integer not null,
+    pid         integer not null,     -- of its process
     running     integer not null,     -- runs that it has begun
     memory      integer not null,     -- bytes resident
     cpu         real not null,        -- seconds used
@@ -3908,7 +3908,7 @@ create table bg_child (               -- as of its worker's last heartbeat
 create table bg_run (                 -- what a worker has had in hand for a second
     task        integer primary key,  -- bg_task.id
     worker      integer not null,     -- bg_worker.id
-    attempt     integer not null,
+    attempt     integer not null,     -- as in bg_task
     pid         integer not null,     -- of its child
     began_at    integer,              -- unix ms; null: it waits in that child's pipe
     behind      integer               -- task that it waits for there; null: none
@@ -3917,10 +3917,10 @@ create table bg_run (                 -- what a worker has had in hand for a sec
     """
 create table bg_output (              -- what a run has printed so far
     task        integer not null,     -- bg_task.id
-    attempt     integer not null,
+    attempt     integer not null,     -- which run of it
     seq         integer not null,     -- 0, 1, 2 …
-    at          integer not null,     -- unix ms
-    body        text not null,
+    at          integer not null,     -- unix ms it was written here
+    body        text not null,        -- a part of what was printed
     primary key (task, attempt, seq)
 ) without rowid""",
     """
@@ -6058,8 +6058,10 @@ class Register:
         return [ScheduleRow(*row) for row in rows]
 
     def due_schedules(self, now: int) -> list[ScheduleRow]:
+        # Two looks, each by its index: of an `or` SQLite may read the whole table.
         rows = self.db.read(
-            self._SCHEDULES + "where next_tick <= :tick or set_at > :ahead",
+            f"""{self._SCHEDULES} where next_tick <= :tick
+                union {self._SCHEDULES} where set_at > :ahead""",
             {"tick": now // 1000, "ahead": now + AHEAD_MS},
         )
         found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
