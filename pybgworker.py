@@ -1328,6 +1328,8 @@ class ScheduleRow(NamedTuple):
     done: str
     set_at: int
     seen_at: int
+    last_id: int | None = None      # of the last task that it enqueued
+    success_at: int | None = None   # when one of them ended with success
 
     @property
     def name(self) -> str:
@@ -1341,6 +1343,14 @@ class ScheduleStep(NamedTuple):
     row: ScheduleRow
     new: ScheduleRow
     runs: list[NewTask]         # one for each tick; of those with a key the first
+
+
+class Sizes(NamedTuple):
+    """What a database takes on its disk, in bytes."""
+
+    main: int               # the file
+    wal: int                # its write-ahead log
+    free: int               # in the file, and used up before it grows
 
 
 class ClockView(NamedTuple):
@@ -1389,6 +1399,9 @@ class Store(Protocol):
 
     def housekeep(self) -> None:
         """Do what the queue itself needs, in little time: asked for once a second."""
+
+    def sizes(self) -> Sizes:
+        """What the queue takes on its disk."""
 
     # -- for programs
 
@@ -5387,7 +5400,8 @@ _REFUSALS = (
 
 def _is_plain(outcome):
     """True for a first success that is all in its row: most are."""
-    is_first = outcome.state == SUCCESS and outcome.run.attempt == 1
+    run = outcome.run
+    is_first = outcome.state == SUCCESS and run.attempt == 1 and run.tick is None
     is_small = len(outcome.result or "") <= INLINE_CHARS
     return is_first and is_small and not (outcome.output or outcome.then)
 
@@ -5416,6 +5430,20 @@ def drop_old(connection, run, state):
                 "last": run.id * 8 + (OUTPUT if state in FINISHED else PROGRESS),
             },
         )
+
+
+def note_success(connection, run, now):
+    """Write down that the run of a tick succeeded.
+
+    Of several schedules of one task only that one whose last run this is can be told;
+    where there is but one, a run that ends after the next tick counts as well.
+    """
+    connection.execute(
+        """update bg_schedule set success_at = :now
+            where task = :name and (last_id = :id or last_id > :id and 1 =
+                (select count(*) from bg_schedule where task = :name))""",
+        {"now": now, "name": run.name, "id": run.id},
+    )
 
 
 class Endings(Claims):
@@ -5528,6 +5556,8 @@ class Endings(Claims):
             put_payload(connection, outcome.run.id, OUTPUT, outcome.output)
         if outcome.then:
             insert_all(link, [Request(row, [text]) for row, text in outcome.then])
+        if outcome.run.tick is not None and outcome.state == SUCCESS:
+            note_success(connection, outcome.run, now)
         return True
 
     def _give_back(self, connection, runs, worker, now, started):
@@ -6050,7 +6080,7 @@ class Register:
 
     _SCHEDULES = """
         select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
-            done, set_at, seen_at
+            done, set_at, seen_at, last_id, success_at
         from bg_schedule """
 
     def schedules(self) -> list[ScheduleRow]:
@@ -6075,7 +6105,7 @@ class Register:
 
     def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
         with self.db.write() as link:
-            link.connection.executemany(self._PUT_SCHEDULE, rows)
+            link.connection.executemany(self._PUT_SCHEDULE, [row[:12] for row in rows])
             link.connection.executemany(
                 """delete from bg_schedule where task = :task
                     and seen_at < :before
@@ -6099,6 +6129,12 @@ class Register:
             requests = [self._fire_one(link.connection, step) for step in steps]
             if any(requests):
                 insert_all(link, [r for found in requests for r in found or ()])
+                link.connection.executemany(
+                    """update bg_schedule set last_id = ?
+                        where task = ? and expr = ? and tz = ? and number = ?""",
+                    [(found[-1].ids[0], *step.row[:4])
+                     for step, found in zip(steps, requests) if found],
+                )
         return [None if found is None else [r.ids[0] for r in found]
                 for found in requests]
 
@@ -6140,6 +6176,12 @@ class SqliteStore(Endings, Desk, Register):
 
     def now(self) -> int:
         return now_ms()
+
+    def sizes(self) -> Sizes:
+        page, pages, free = (
+            self.db.read(f"pragma {name}")[0][0]
+            for name in ("page_size", "page_count", "freelist_count"))
+        return Sizes(page * pages, self.db.wal_bytes(), page * free)
 
     @property
     def follow(self) -> bool:
@@ -14469,13 +14511,15 @@ class Scheduler:
         """The row of a schedule; its next tick is that of our zone data."""
         about = schedule.misfire, schedule.overlap, schedule.jitter
         if row is None:
-            row = ScheduleRow._make([*says, *about, None, None, "[]", now, now])
+            row = ScheduleRow._make(
+                [*says, *about, None, None, "[]", now, now, None, None])
             plan = self._plan(row, schedule, now)
             return row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done))
         plan = self._plan(row, schedule, now)
         is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
         next_tick = now // 1000 if is_due else plan.next_tick
-        return row._make([*says, *about, next_tick, None, row.done, now, now])
+        return ScheduleRow._make(
+            [*says, *about, next_tick, None, row.done, now, now, None, None])
 
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until

@@ -5977,6 +5977,14 @@ class Budgets(QueueCase):
                          len(plain))
         self.assertEqual(len(plain), 6)     # pragma, begin, what stands, rows, mark, commit
 
+    def test_successes_of_schedules_cost_other_runs_no_statement(self):
+        self.enqueue(count=3)
+        for count in (1, 2):
+            runs = self.claim(free=count)
+            found = self.traced(lambda: self.turn(outcomes=[
+                Outcome(run, pybgworker.SUCCESS, result="1") for run in runs]))
+            self.assertFalse([s for s in found if "bg_schedule" in s])
+
     def test_ten_thousand_queues_cost_a_claim_no_more_than_one(self):
         self.fill(10_000)
         one = self.steps(lambda: self.claim(free=50))
@@ -6184,6 +6192,24 @@ class Faults(QueueCase):
                     link.connection = failing.real
                     self.assertGreater(n, 2, name)
                     break
+
+
+# == Register =================================================================
+
+
+class Registering(QueueCase):
+
+    def test_the_sizes_are_those_of_the_files_and_what_is_free_in_one(self):
+        self.fill(20_000)
+        self.store.db.checkpoint()
+        full = self.store.sizes()
+        self.assertEqual(full.main, self.db.stat().st_size)
+        self.assertEqual(full.wal, Path(f"{self.db}-wal").stat().st_size)
+        self.assertLess(full.free, full.main // 10)
+        self.sql("delete from bg_task")
+        empty = self.store.sizes()
+        self.assertEqual(empty.main, full.main)
+        self.assertGreater(empty.free, full.main // 2)
 
 
 # == Registry =================================================================
@@ -14517,6 +14543,59 @@ class Scheduling(Case):
         scheduler.fire(self.seconds(-24 * 60 + 1))
         scheduler.fire(self.seconds(-24 * 60 + 5))
         self.assertEqual(self.ticks()[1:], [self.seconds(-24 * 60 + 5) // 1000])
+
+    def finish(self, now, *outcomes):
+        """End the runs of all that is ready, in one turn, each with one of these."""
+        order = pybgworker.ClaimOrder(1, None, {"tasks.report", "t"}, 9, 0, set(), {})
+        turned = self.app.store.turn(pybgworker.Turn(1, order=order), now, 5.0)
+        self.assertEqual(len(turned.claimed.runs), len(outcomes))
+        self.app.store.turn(pybgworker.Turn(1, outcomes=[
+            Outcome(run, **outcome) for run, outcome in zip(turned.claimed.runs, outcomes)
+        ]), now, 5.0)
+
+    WELL = {"state": pybgworker.SUCCESS, "result": "1"}
+    BADLY = {"state": pybgworker.FAILED, "error": {"kind": "exception"}}
+
+    def known(self):
+        """The last task of each schedule, and when one of them succeeded."""
+        return [(row.last_id, row.success_at) for row in self.app.store.schedules()]
+
+    def test_a_schedule_knows_its_last_task_and_its_last_success(self):
+        scheduler = self.scheduler()
+        add_workers(self.app.store, 1)
+        scheduler.register(self.seconds(1))
+        self.assertEqual(self.known(), [(None, None)])
+        scheduler.fire(self.seconds(5))
+        self.assertEqual(self.known(), [(1, None)])
+        self.finish(self.seconds(6), self.BADLY)
+        self.assertEqual(self.known(), [(1, None)])
+        self.app.store.retry(1, self.seconds(7))
+        self.finish(self.seconds(7), self.WELL)
+        self.assertEqual(self.known(), [(1, self.seconds(7))])
+        scheduler.register(self.seconds(8))             # of the next program, too
+        scheduler.fire(self.seconds(10))
+        self.assertEqual(self.known(), [(2, self.seconds(7))])
+        self.app.tasks["tasks.report"].delay()          # by hand: no tick of it
+        self.finish(self.seconds(11), self.BADLY, self.WELL)
+        self.assertEqual(self.known(), [(2, self.seconds(7))])
+
+    def test_runs_that_take_longer_than_the_schedules_pause_are_successes_too(self):
+        scheduler = self.scheduler(misfire="all")
+        add_workers(self.app.store, 1)
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(15))
+        self.assertEqual(self.known(), [(3, None)])
+        self.finish(self.seconds(16), self.WELL, self.WELL, self.BADLY)
+        self.assertEqual(self.known(), [(3, self.seconds(16))])
+
+    def test_of_two_schedules_of_one_task_the_success_is_that_ones_whose_last_it_is(self):
+        scheduler = self.scheduler(times=2)
+        add_workers(self.app.store, 1)
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(5))
+        self.assertEqual(self.known(), [(1, None), (2, None)])
+        self.finish(self.seconds(6), self.BADLY, self.WELL)
+        self.assertEqual(self.known(), [(1, None), (2, self.seconds(6))])
 
 
 # == Reports ==================================================================
