@@ -1540,7 +1540,7 @@ class Store(Protocol):
 
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
         """Register a worker; return its id.  `values` are those of a WorkerRow from
-        name to concurrency, `live`, and `now`.
+        name to concurrency, `live`, `now`, and its settings max_memory and timeout.
 
         `lock(id)` is called before the commit: nobody can find the row and its
         byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
@@ -3905,6 +3905,7 @@ create table bg_worker_task (         -- what a worker knows
     worker      integer not null,     -- bg_worker.id
     name        text not null,        -- of the task
     rate        real,                 -- starts per second; null: no limit
+    max_running integer,              -- runs at a time, over all workers; null: any
     params      text,                 -- JSON array of its function's parameters
     primary key (worker, name)
 ) without rowid""",
@@ -3965,6 +3966,10 @@ create table bg_event (               -- what people have done, and what they mi
     rate        real""",
     """alter table bg_worker add column  -- of this program
     version     text""",
+    """alter table bg_worker add column  -- bytes a child may use; null: no limit
+    max_memory  integer""",
+    """alter table bg_worker add column  -- limit of a run whose task has none, in
+    timeout     real""",                # seconds; null: none
     """alter table bg_schedule add column  -- the last task that it enqueued
     last_id     integer""",
     """alter table bg_schedule add column  -- unix ms one of its last succeeded
@@ -5933,10 +5938,12 @@ class Register:
         with self.db.write(durable=False) as link:
             worker = link.connection.execute(
                 """insert into bg_worker (name, pid, host, boot, port, token, queues,
-                        concurrency, started_at, beat_at, live, start_method)
+                        concurrency, started_at, beat_at, live, start_method,
+                        max_memory, timeout)
                     values (:name, :pid, :host, :boot, :port, :token, :queues,
-                        :concurrency, :now, :now, :live, :start_method)""",
-                {"start_method": "", **values},
+                        :concurrency, :now, :now, :live, :start_method, :max_memory,
+                        :timeout)""",
+                {"start_method": "", "max_memory": None, "timeout": None, **values},
             ).lastrowid
             lock(worker)
             return worker
@@ -12239,7 +12246,8 @@ class Liveness:
             "port": self._ear.port, "token": self._ear.token,
             "queues": json.dumps(s.queues) if s.queues else None,
             "concurrency": s.concurrency, "now": now, "live": self._locks.number,
-            "start_method": self._start_method,
+            "start_method": self._start_method, "max_memory": s.max_memory,
+            "timeout": s.timeout,
         }
         self.id = self.store.add_worker(row, self._locks.hold)
         self.begun.open(self.store.path, self.id, most_in_flight(s))

@@ -11210,6 +11210,15 @@ class Lives(Case):
         self.assertIs(mine.is_held(7), False)
         self.assertIs(mine.is_held(8), False)
 
+    def test_a_worker_registers_the_limits_that_it_sets(self):
+        self.store
+        self.app.override(max_memory=64 << 20, timeout=30.0)
+        worker = self.worker_here()
+        worker.start()
+        self.addCleanup(worker.stop)
+        self.assertEqual(self.sql("select max_memory, timeout from bg_worker"),
+                         [(64 << 20, 30.0)])
+
     def test_where_locks_do_not_work_they_say_nothing(self):
         mine = pybgworker.LiveFile.of(str(self.folder / "live"))
         real = pybgworker.fcntl.lockf
