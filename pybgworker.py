@@ -1365,11 +1365,8 @@ class ClockView(NamedTuple):
 # say so; it is durable when it returns, if it has to be, and leaves nothing open.
 # STORES says who keeps a queue; read this section, and you know what one does.
 
-class Store(Protocol):
-    """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
-
-    All verbs raise DatabaseUnavailable where the queue cannot be used.
-    """
+class QueueVerbs(Protocol):
+    """What it is, and what it needs itself."""
 
     path: str           # where it is, for people and for files beside it
     name: str           # the same as it was given
@@ -1403,7 +1400,9 @@ class Store(Protocol):
     def sizes(self) -> Sizes:
         """What the queue takes on its disk."""
 
-    # -- for programs
+
+class ProgramVerbs(Protocol):
+    """For programs."""
 
     def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
         """Insert a row for each text of encoded arguments; return the ids in order.
@@ -1464,7 +1463,9 @@ class Store(Protocol):
     def forget(self, task_id: int) -> None:
         """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
 
-    # -- for people
+
+class PeopleVerbs(Protocol):
+    """For people."""
 
     def tasks(self, state: int | None = None, name: str | None = None,
               queue: str | None = None, limit: int = 50) -> list[TaskRow]:
@@ -1514,7 +1515,9 @@ class Store(Protocol):
     def paused_queues(self) -> list[str]:
         """Names of the queues that are paused."""
 
-    # -- for workers, at work
+
+class WorkVerbs(Protocol):
+    """For workers, at work."""
 
     def peek(self, order: ClaimOrder, now: int) -> tuple[bool, Claimed]:
         """(a claim would find something, what this look saw).  Takes no lock."""
@@ -1536,7 +1539,9 @@ class Store(Protocol):
         Costs nothing more for what is paused elsewhere.
         """
 
-    # -- for workers, about each other
+
+class WorkerVerbs(Protocol):
+    """For workers, about each other."""
 
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
         """Register a worker; return its id.  `values` are those of a WorkerRow from
@@ -1574,7 +1579,9 @@ class Store(Protocol):
     def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
         """Take dead workers off that hold no task and have not beaten since."""
 
-    # -- for workers, about time
+
+class TimeVerbs(Protocol):
+    """For workers, about time."""
 
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
@@ -1612,6 +1619,14 @@ class Store(Protocol):
         of ours wrote it, and let them begin now: those of retries, of countdowns, and
         of cron runs put off by jitter.  An eta is a time, and stays.
         """
+
+
+class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, WorkVerbs, WorkerVerbs, TimeVerbs,
+            Protocol):
+    """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
+
+    All verbs raise DatabaseUnavailable where the queue cannot be used.
+    """
 
 
 # Who keeps a queue, by the scheme of the setting `db`; "" for the path of a file.
