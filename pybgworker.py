@@ -45,7 +45,8 @@ Map
         Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
-        Group commit · Queue · Picking · Claiming · Endings · Desk · Register
+        Group commit · Queue · Picking · Claiming · Attempts · Endings · Desk ·
+        Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
@@ -1089,6 +1090,7 @@ class Run(Attempt):
     tokens: tuple = ()              # (limit, ms) that its start spent: Limits
     is_counted = False              # others of its name may wait for its end
     usual = 0.0                     # seconds that runs of this task take
+    pardoned = ""                   # why its end cost it no attempt: see pardon()
     due = 0.0                       # monotonic: when it should begin, once sent
 
 
@@ -1299,6 +1301,26 @@ class FinishedRun(NamedTuple):
     attempt: int
 
 
+# What is kept of a run that is over, and of which type; each may be None but the
+# number.  `outcome` is success, failed, retried, cancelled, or forgiven: it was not to
+# blame, or its worker was stopped, so that it ran again, uncounted.
+ATTEMPT_FIELDS: dict[str, Any] = {
+    "attempt": int,             # 1 for the first run
+    "started_at": int,          # unix ms
+    "waited": (int, float),     # seconds since it was due
+    "duration": (int, float),   # seconds
+    "worker": str,              # name
+    "outcome": str,
+    "kind": str,                # of the error, as in TaskError; its type; the head of
+    "type": str,                # its message
+    "error": str,
+    "signal": str,              # that ended its child
+    "exit_code": int,           # … or with which that has ended
+    "peak": int,                # bytes of memory that its process had at most by then
+    "cpu": (int, float),        # seconds; of one that died with its child, of that
+}
+
+
 class LostRun(NamedTuple):
     """A run whose worker died, and the state its task was put into."""
 
@@ -1446,6 +1468,17 @@ class ProgramVerbs(Protocol):
 
     def progress(self, task_id: int) -> list | None:
         """Return [percent, message] as the task last set it, or None."""
+
+    def attempts(self, task_id: int) -> list[dict]:
+        """The newest 20 runs that are over, oldest first: all of ATTEMPT_FIELDS.
+
+        They stay when the task is retried.  Raises TaskNotFound.
+        """
+
+    def attempt_output(self, task_id: int, attempt: int) -> str | None:
+        """What this run has printed, as far as it was kept, which is of the last one
+        that is over and of five before that.  Raises TaskNotFound.
+        """
 
     def cancel(self, task_id: int, now: int) -> int:
         """Cancel what waits; ask for the end of what runs.  Returns the old state.
@@ -5385,12 +5418,174 @@ class Claims(Queue):
             )
 
 
+# == Attempts =================================================================
+# Owns what is kept, for people, of the runs of a task that are over: a record of
+# each, but of a first run that simply succeeded, which is in the row itself; and what
+# those before the last one have printed.  It is written with the end of a run, goes
+# with the task, and stays when that is retried.  Knows nothing of what an end means.
+
+_MOST_ATTEMPTS = 20         # of a task, the newest
+_MOST_OUTPUTS = 5           # … of those before the last
+_OUTPUT_CHARS = 16_000      # of each of these: its beginning, and its end
+_ERROR_CHARS = 300          # of an error's message, in a record
+_LARGEST = 1 << 53          # number in a record that somebody may have edited
+_OUTCOMES = {SUCCESS: "success", FAILED: "failed", CANCELLED: "cancelled",
+             RETRYING: "retried"}
+_KEPT = f"""
+    select attempt, state, started_at, run_at, duration,
+        (select name from bg_worker where id = ifnull(:worker, bg_task.worker)),
+        (select body from bg_payload where id = :id * 8 + {ATTEMPTS}),
+        (select body from bg_payload where id = :id * 8 + {OUTPUTS}),
+        (select body from bg_payload where id = :id * 8 + {OUTPUT}),
+        (select body from bg_payload where id = :id * 8 + {ERROR})
+    from bg_task where id = :id"""
+
+
+def read_error(text):
+    """The error that a payload describes, or None for none."""
+    error = _parsed(text, dict)
+    if text and not error.get("kind"):
+        return {"kind": "exception", "message": text}       # edited by hand
+    return error or None
+
+
+def keep_attempt(connection, run, worker, ended, queued="forgiven", name=None):
+    """Keep a record of a run, whose end was written just now, and what the one before
+    it has printed: before that is deleted, see drop_old().
+
+    `ended` has what the row has not; `queued` says what it is if that is queued again.
+    """
+    _, state, began, _, _, known_as, attempts, outputs, output, _ = connection.execute(
+        _KEPT, {"id": run.id, "worker": worker}).fetchone()
+    started_at = ended.get("started_at") or began
+    _put_attempt(connection, run.id, attempts, {
+        **ended, "attempt": run.attempt, "started_at": started_at,
+        "waited": _waited(started_at, run.run_at), "worker": name or known_as,
+        "outcome": _OUTCOMES.get(state, queued),
+    })
+    if output is not None and run.attempt > 1:
+        _put_output(connection, run.id, outputs, run.attempt - 1, output)
+
+
+def ending_of(outcome: Outcome) -> dict:
+    """What a record has of an outcome."""
+    return {"started_at": outcome.started_at, "duration": outcome.duration,
+            **error_head(outcome.error or {})}
+
+
+def error_head(error: dict) -> dict:
+    """What a record has of an error."""
+    parts = {part: error.get(part)
+             for part in ("kind", "type", "signal", "exit_code", "peak", "cpu")}
+    return {**parts, "error": str(error.get("message") or "")[:_ERROR_CHARS]}
+
+
+def keep_last(connection, task_id):
+    """The same for the last run of a finished task, before that is queued again."""
+    attempt, state, began, run_at, duration, worker, attempts, outputs, output, error \
+        = connection.execute(_KEPT, {"id": task_id, "worker": None}).fetchone()
+    known = [record["attempt"] for record in _records(attempts)]
+    if attempt and attempt not in known and state in (SUCCESS, FAILED):
+        _put_attempt(connection, task_id, attempts, {
+            "attempt": attempt, "started_at": began, "duration": duration,
+            "waited": _waited(began, run_at), "worker": worker,
+            "outcome": _OUTCOMES[state], **error_head(read_error(error) or {}),
+        })
+    if output is not None:
+        _put_output(connection, task_id, outputs, attempt, output)
+
+
+def _waited(started_at, run_at):
+    return None if started_at is None else max(0, started_at - run_at) / 1000
+
+
+def _put_attempt(connection, task_id, text, record):
+    """Add to the records that there are, in place of one with the same number."""
+    number = record["attempt"]
+    others = [old for old in _records(text) if old["attempt"] != number]
+    new = {k: v for k, v in record.items() if v not in (None, "")}
+    put_payload(connection, task_id, ATTEMPTS,
+                to_json([*others[1 - _MOST_ATTEMPTS:], new]))
+
+
+def _put_output(connection, task_id, text, attempt, output):
+    if len(output) > _OUTPUT_CHARS:
+        half = _OUTPUT_CHARS // 2
+        output = f"{output[:half]}\n[{len(output) - 2 * half:,} characters are not " \
+            f"kept]\n{output[-half:]}"
+    kept = {**_outputs(text), attempt: output}
+    newest = sorted(kept.items())[-_MOST_OUTPUTS:]
+    put_payload(connection, task_id, OUTPUTS, to_json(dict(newest)))
+
+
+def _parsed(text, kind):
+    """A payload; empty for what somebody has written who is not us."""
+    found = None
+    if text:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found = json.loads(text)
+    return found if isinstance(found, kind) else kind()
+
+
+def _records(text):
+    """The records in a payload, as far as each can be one."""
+    return [record for record in _parsed(text, list)
+            if isinstance(record, dict) and _is_of("attempt", record.get("attempt"))]
+
+
+def _is_of(field, value):
+    """True for what this field of a record may have."""
+    if not isinstance(value, ATTEMPT_FIELDS[field]) or isinstance(value, bool):
+        return False
+    return isinstance(value, str) or abs(value) <= _LARGEST     # and no NaN
+
+
+def _outputs(text):
+    """What earlier runs have printed, by number."""
+    return {int(number): output for number, output in _parsed(text, dict).items()
+            if re.fullmatch("[0-9]{1,9}", number) and isinstance(output, str)}
+
+
+class Attempts:
+    """What can be read of them."""
+
+    db: Database
+
+    def _kept_of(self, task_id):
+        rows = self.db.read(_KEPT, {"id": row_id(task_id), "worker": None})
+        if not rows:
+            raise TaskNotFound(f"no task {task_id} in {self.db.path}")
+        return rows[0]
+
+    def attempts(self, task_id: int) -> list[dict]:
+        attempt, state, began, run_at, duration, worker, text, *_ = \
+            self._kept_of(task_id)
+        records = _records(text)
+        if state == SUCCESS and attempt not in [old["attempt"] for old in records]:
+            records.append({
+                "attempt": attempt, "started_at": began, "duration": duration,
+                "waited": _waited(began, run_at), "worker": worker,
+                "outcome": _OUTCOMES[state],
+            })
+        return [
+            {field: record[field] if _is_of(field, record.get(field)) else None
+             for field in ATTEMPT_FIELDS}
+            for record in records[-_MOST_ATTEMPTS:]
+        ]
+
+    def attempt_output(self, task_id: int, attempt: int) -> str | None:
+        newest, state, *_, outputs, output, _ = self._kept_of(task_id)
+        is_last = attempt == newest - (state == RUNNING)    # of those that are over
+        return output if is_last else _outputs(outputs).get(attempt)
+
+
 # == Endings ==================================================================
 # Owns what becomes of runs, and the SQL that writes it: success, failure, another
 # run, a hand-back, and what is enqueued with an end.  An end is only written while
 # the run is still its worker's.  Knows nothing of when to retry: see settle().
 
 _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
+_STOPPED = "its worker was stopped: it runs again"
 
 
 def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
@@ -5424,6 +5619,13 @@ def _is_plain(outcome):
     is_first = outcome.state == SUCCESS and run.attempt == 1 and run.tick is None
     is_small = len(outcome.result or "") <= INLINE_CHARS
     return is_first and is_small and not (outcome.output or outcome.then)
+
+
+def _leaves_record(outcome):
+    """False for a first success, and for what was cancelled before it had begun."""
+    if outcome.state == SUCCESS:
+        return outcome.run.attempt > 1
+    return outcome.state != CANCELLED or outcome.duration is not None
 
 
 def _stays_alone(outcome):
@@ -5566,6 +5768,8 @@ class Endings(Claims):
         values = self._finish_values(row, worker, now)
         if connection.execute(self._FINISH, values).rowcount == 0:
             return False
+        if _leaves_record(outcome):
+            keep_attempt(connection, outcome.run, worker, ending_of(outcome))
         drop_old(connection, outcome.run, outcome.state)
         if large:
             put_payload(connection, outcome.run.id, RESULT, outcome.result)
@@ -5588,21 +5792,21 @@ class Endings(Claims):
         """
         if not runs:
             return
-        connection.executemany(
-            self._FINISH,
-            [
-                self._finish_values(
-                    Outcome(run, QUEUED), worker, now,
-                    forgive=int(started), uncount=int(not started),
-                )
-                for run in runs
-            ],
-        )
-        if started:
-            for run in runs:
+        values = [
+            self._finish_values(
+                Outcome(run, QUEUED), worker, now,
+                forgive=int(started), uncount=int(not started),
+            )
+            for run in runs
+        ]
+        if not started:
+            connection.executemany(self._FINISH, values)
+            return self._return_tokens(connection, runs)
+        for run, row in zip(runs, values):
+            if connection.execute(self._FINISH, row).rowcount:      # it is ours, still
+                lost = {"kind": "lost", "message": run.pardoned or _STOPPED}
+                keep_attempt(connection, run, worker, error_head(lost))
                 drop_old(connection, run, QUEUED)
-        else:
-            self._return_tokens(connection, runs)
 
     def _set_progress(self, connection, run, worker, progress):
         """Store what a running task last said of its progress."""
@@ -5709,10 +5913,10 @@ class Records:
                 from bg_task as task where id = :id""",
             task_id,
         )
-        return state, result, _read_error(error)
+        return state, result, read_error(error)
 
     def error(self, task_id: int) -> dict | None:
-        return _read_error(self._kept(task_id, ERROR))
+        return read_error(self._kept(task_id, ERROR))
 
     def output(self, task_id: int) -> str | None:
         return self._kept(task_id, OUTPUT)
@@ -5758,13 +5962,6 @@ class Records:
         )[0][0]
 
 
-def _read_error(text):
-    error = json.loads(text) if text else None
-    if text and not (isinstance(error, dict) and error.get("kind")):
-        return {"kind": "exception", "message": text}       # edited by hand
-    return error
-
-
 _BATCH = 500                # tasks that one transaction of a command changes
 
 
@@ -5805,6 +6002,7 @@ class Desk(Records):
             link.wake = wake_addresses(link.connection)
 
     def _queue_again(self, connection, task_id, now):
+        keep_last(connection, task_id)
         connection.execute(
             f"""update bg_task set state = {QUEUED}, forgiven = attempt,
                     alone = 0, cancel_asked = 0, run_at = :now, started_at = null,
@@ -5974,7 +6172,6 @@ class Register:
 
     def reap(self, worker: int, name: str, now: int, beat_at: int | None = None,
              begun: Container[tuple[int, int]] | None = None) -> list[LostRun]:
-        error = {"kind": "lost", "message": f"worker {name} died"}
         with self.db.write(patience=0.5) as link:
             if beat_at is not None and not self.db.read(
                 """select 1 from bg_worker where id = :id and beat_at = :beat_at""",
@@ -5999,6 +6196,11 @@ class Register:
                 lost.append(
                     LostRun(run.id, run.name, run.attempt, state, name, had_begun))
                 if had_begun:
+                    error = {"kind": "lost", "message": f"worker {name} died"}
+                    if state == FAILED:
+                        error["final"] = "used_up"
+                    keep_attempt(link.connection, run, worker, error_head(error),
+                                 "retried", name)
                     drop_old(link.connection, run, state)
                     put_payload(link.connection, run.id, ERROR, to_json(error))
                     then += callback_rows(run, state, error, now)
@@ -6180,7 +6382,7 @@ class Register:
         return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
 
 
-class SqliteStore(Endings, Desk, Register):
+class SqliteStore(Endings, Desk, Register, Attempts):
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
@@ -8453,6 +8655,8 @@ def _error_of(exc, run):
     expected = Retry, *run.task.policy.retry_for
     error["retryable"] = not isinstance(exc, Abort) and (
         error["kind"] == "timeout" or isinstance(exc, expected))
+    if error["kind"] == "exception" and not isinstance(exc, (Abort, expected)):
+        error["retry_for"] = [cls.__qualname__ for cls in expected[1:]]
     return error
 
 
@@ -11322,7 +11526,8 @@ def judge(members: Sequence[Member]) -> Blame:
 def pardon(run: Run, is_known: bool) -> str:
     """Have a run that is not charged run again.  Returns why it was lost."""
     run.alone |= not is_known or run.forgiven >= _MOST_FORGIVEN
-    return LOST_WITH[is_known, run.alone]
+    run.pardoned = LOST_WITH[is_known, run.alone]
+    return run.pardoned
 
 
 def death_of_many(members: Sequence[Member], runs: int,
@@ -12946,7 +13151,8 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     if ended.kind == "cancelled":
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
-        return _with_callback(outcome, now)
+        final = {**(outcome.error or {}), "final": _why_final(error or {})}
+        return _with_callback(outcome._replace(error=final if error else None), now)
     delay = error.get("countdown")
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
@@ -12955,6 +13161,15 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     # shorten_waits() knows it when the clock was set during the run.
     began = now - to_ms(ended.duration or 0.0)
     return outcome._replace(state=RETRYING, run_at=run_at, started_at=max(0, began))
+
+
+def _why_final(error):
+    """Why no run follows this one: what raised it, or that it was the last."""
+    if error.get("kind") == "abort":
+        return "abort"
+    if error.get("retryable"):
+        return "used_up"
+    return "retry_for" if error.get("retry_for") is not None else "refused"
 
 
 def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
@@ -12966,7 +13181,8 @@ def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
     kind = type(refused).__name__
     if before.get("type") == kind:
         return None
-    error = {"kind": "exception", "type": kind, "message": str(refused)}
+    error = {"kind": "exception", "type": kind, "message": str(refused),
+             "final": "refused"}
     return _with_callback(Outcome(run, FAILED, error=error), now)
 
 
@@ -12977,7 +13193,8 @@ def _with_callback(outcome, now):
 
 def _kept_error(error):
     """The parts of an error that are stored with the task."""
-    parts = ("kind", "type", "message", "traceback", "signal", "exit_code")
+    parts = ("kind", "type", "message", "traceback", "signal", "exit_code", "peak",
+             "cpu", "retry_for")
     return {part: error[part] for part in parts if error.get(part) not in (None, "")}
 
 
