@@ -5576,7 +5576,9 @@ class Attempts:
     def attempt_output(self, task_id: int, attempt: int) -> str | None:
         newest, state, *_, outputs, output, _ = self._kept_of(task_id)
         is_last = attempt == newest - (state == RUNNING)    # of those that are over
-        return output if is_last else _outputs(outputs).get(attempt)
+        if is_last and output is not None:      # else it was queued again since then
+            return output
+        return _outputs(outputs).get(attempt)
 
 
 # == Endings ==================================================================

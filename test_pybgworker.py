@@ -5616,6 +5616,244 @@ class Claiming(QueueCase):
         self.assertEqual(len(self.claim(t=5)), 5)
 
 
+# == Attempts =================================================================
+
+
+class Kept(QueueCase):
+    """What is kept of the runs of a task that are over."""
+
+    ERROR = {"kind": "exception", "type": "ValueError", "message": "no such user"}
+
+    def run_once(self, state=pybgworker.RETRYING, worker=1, **values):
+        """Run the task once more, to this end."""
+        self.sql("update bg_task set state = 2 where state = 1")
+        run, = self.claim(worker=worker)
+        values = {"run_at": self.now, "duration": 0.5, **values}
+        if state not in (pybgworker.SUCCESS, pybgworker.CANCELLED):
+            values.setdefault("error", self.ERROR)
+        self.assertEqual(self.finish(run, state, worker=worker, **values), [])
+        return run
+
+    def of(self, *fields, task_id=1):
+        """These fields of its records."""
+        found = [tuple(record[field] for field in fields)
+                 for record in self.store.attempts(task_id)]
+        return found if len(fields) > 1 else [value for value, in found]
+
+    def payloads(self):
+        return [kind for kind, in self.sql("select id % 8 from bg_payload order by id")]
+
+    def test_each_run_that_is_over_has_a_record(self):
+        self.enqueue()
+        run, = self.claim()
+        self.assertEqual(self.store.attempts(1), [])
+        began = self.now + 1500
+        self.finish(run, pybgworker.RETRYING, started_at=began, duration=0.5,
+                    run_at=self.now, error={**self.ERROR, "signal": "SIGKILL",
+                                            "peak": 9 << 20, "cpu": 0.25})
+        self.assertEqual(self.store.attempts(1), [{
+            "attempt": 1, "started_at": began, "waited": 1.5, "duration": 0.5,
+            "worker": "w", "outcome": "retried", "kind": "exception",
+            "type": "ValueError", "error": "no such user", "signal": "SIGKILL",
+            "exit_code": None, "peak": 9 << 20, "cpu": 0.25,
+        }])
+        self.run_once(pybgworker.FAILED)
+        self.assertEqual(self.of("attempt", "outcome"), [(1, "retried"), (2, "failed")])
+
+    def test_a_first_run_that_succeeds_is_written_nowhere_but_in_its_row(self):
+        self.enqueue(retries=0)
+        run = self.run_once(pybgworker.SUCCESS, result="1", output="x")
+        self.assertEqual(self.payloads(), [pybgworker.OUTPUT])
+        self.assertEqual(self.of("attempt", "outcome", "waited", "duration", "worker"),
+                         [(run.attempt, "success", 0.0, 0.5, "w")])
+        self.enqueue()
+        self.assertEqual(self.store.attempts(2), [])
+
+    def test_a_success_after_a_failure_has_a_record_too(self):
+        self.enqueue()
+        self.run_once()
+        self.run_once(pybgworker.SUCCESS, result="1")
+        self.assertEqual(self.of("outcome", "error"),
+                         [("retried", "no such user"), ("success", None)])
+
+    def test_a_run_that_never_began_has_none(self):
+        self.enqueue()
+        self.turn(unbegun=self.claim())
+        self.finish(self.claim()[0], pybgworker.CANCELLED)
+        self.assertEqual((self.store.attempts(1), self.status(1)), ([], "cancelled"))
+
+    def test_records_and_outputs_stay_when_a_task_is_retried_and_go_with_it(self):
+        self.enqueue(retries=0)
+        self.run_once(pybgworker.FAILED, output="first")
+        self.store.retry(1, self.now)
+        self.assertIsNone(self.store.output(1))
+        self.assertEqual(self.of("attempt", "outcome"), [(1, "failed")])
+        self.assertEqual(self.store.attempt_output(1, 1), "first")
+        self.run_once(pybgworker.FAILED, output="second")
+        self.store.retry_failed(None, self.now)
+        self.run_once(pybgworker.SUCCESS, output="third", result="1")
+        self.store.retry(1, self.now)       # also of what had succeeded
+        self.run_once(pybgworker.SUCCESS, result="1")
+        self.assertEqual(self.of("attempt", "outcome"), [
+            (1, "failed"), (2, "failed"), (3, "success"), (4, "success")])
+        self.assertEqual([self.store.attempt_output(1, n) for n in range(6)],
+                         [None, "first", "second", "third", None, None])
+        self.store.forget(1)
+        self.assertEqual(self.payloads(), [])
+        self.assertRaises(pybgworker.TaskNotFound, self.store.attempts, 1)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.attempt_output, 1, 1)
+
+    def test_a_first_success_that_is_retried_by_hand_gets_its_record_then(self):
+        self.enqueue()
+        self.run_once(pybgworker.SUCCESS, result="1", output="x")
+        before = self.store.attempts(1)
+        self.store.retry(1, self.now)
+        self.assertEqual(self.store.attempts(1), before)
+        self.assertEqual(self.store.attempt_output(1, 1), "x")
+
+    def test_a_failure_of_an_older_pybgworker_gets_its_record_at_a_retry(self):
+        self.enqueue()
+        self.run_once(pybgworker.FAILED)
+        self.sql("delete from bg_payload where id % 8 = 6")
+        self.assertEqual(self.store.attempts(1), [])
+        self.store.retry(1, self.now)
+        self.assertEqual(self.of("attempt", "outcome", "type"),
+                         [(1, "failed", "ValueError")])
+
+    def test_a_cancellation_of_what_waits_adds_no_record(self):
+        self.enqueue()
+        self.run_once()
+        self.store.cancel(1, self.now)
+        self.store.retry(1, self.now)
+        self.run_once(pybgworker.CANCELLED, error={"kind": "cancelled"})
+        self.store.retry(1, self.now)
+        self.assertEqual(self.of("attempt", "outcome"), [(1, "retried"), (2, "cancelled")])
+
+    def test_who_is_lost_with_a_worker_or_not_to_blame_says_so(self):
+        self.enqueue(retries=1)
+        run, = self.claim()
+        self.turn(stopped=[run])
+        run, = self.claim()
+        run.pardoned = pybgworker.LOST_WITH[True, False]
+        self.turn(stopped=[run])
+        self.claim(worker=2)
+        self.store.reap(2, "w2", self.now)
+        add_workers(self.store, 2)
+        self.claim(worker=2)
+        self.store.reap(2, "w2", self.now)
+        self.assertEqual(self.of("attempt", "outcome", "kind", "worker", "error"), [
+            (1, "forgiven", "lost", "w", "its worker was stopped: it runs again"),
+            (2, "forgiven", "lost", "w", pybgworker.LOST_WITH[True, False]),
+            (3, "retried", "lost", "w2", "worker w2 died"),
+            (4, "failed", "lost", "w2", "worker w2 died")])
+        self.assertEqual(self.store.error(1)["final"], "used_up")
+
+    def test_a_cancelled_run_that_its_worker_gives_back_is_cancelled(self):
+        self.enqueue()
+        run, = self.claim()
+        self.store.cancel(1, self.now)
+        self.turn(stopped=[run])
+        self.assertEqual((self.of("outcome"), self.status(1)), (["cancelled"], "cancelled"))
+
+    def test_who_gives_back_what_is_not_its_own_any_more_deletes_nothing(self):
+        self.enqueue()
+        run, = self.claim()
+        self.sql("update bg_task set worker = 2")
+        self.turn(2, progress=[(run, "[7,null]")])
+        self.turn(stopped=[run])
+        self.assertEqual(self.store.progress(1), [7, None])
+        self.assertEqual(self.store.attempts(1), [])
+
+    def test_the_newest_twenty_records_and_five_outputs_are_kept(self):
+        self.enqueue(retries=10**6)
+        self.sql("update bg_task set attempt = 9970")
+        for n in range(9971, 10_001):
+            self.run_once(output=f"output of {n}")
+        self.assertEqual(self.of("attempt"), [*range(9981, 10_001)])
+        kept = [n for n in range(9900, 10_002) if self.store.attempt_output(1, n)]
+        self.assertEqual(kept, [*range(9995, 10_001)])      # the last one's own, too
+        self.assertEqual(self.store.attempt_output(1, 10_000), "output of 10000")
+        self.assertEqual(self.store.attempt_output(1, 9999), "output of 9999")
+        size, = self.sql("select max(length(body)) from bg_payload")[0]
+        self.assertLess(size, 20 * 300)
+
+    def test_long_errors_and_outputs_are_kept_by_their_ends(self):
+        self.enqueue()
+        error = {**self.ERROR, "message": "\ud800\0é" + "x" * 10**6}
+        self.run_once(error=error, output="a" * 30_000 + "z" * 30_000)
+        self.run_once()
+        self.assertEqual(self.of("error")[0], error["message"][:300])
+        self.assertEqual(
+            self.store.attempt_output(1, 1),
+            "a" * 8000 + "\n[44,000 characters are not kept]\n" + "z" * 8000)
+        size, = self.sql("select max(length(body)) from bg_payload where id % 8 > 4")[0]
+        self.assertLess(size, 17_000)
+
+    def test_the_output_of_the_run_before_is_found_while_one_runs(self):
+        self.enqueue()
+        self.run_once(output="first")
+        self.assertEqual(self.store.attempt_output(1, 1), "first")
+        self.sql("update bg_task set state = 2")
+        self.claim()
+        self.assertEqual(self.store.attempt_output(1, 1), "first")
+        self.assertIsNone(self.store.attempt_output(1, 2))
+
+    def test_a_hostile_name_of_a_worker_is_a_text(self):
+        name = "w\x1b[2J\"}],<b>"
+        self.sql("update bg_worker set name = ?", name)
+        self.enqueue()
+        self.run_once()
+        self.assertEqual(self.of("worker"), [name])
+
+    def test_payloads_edited_by_hand_are_survived(self):
+        """What is no record is left out, and what a field cannot have."""
+        bad = ["", "nonsense", "[", "7", "null", "{}", "[7, null, []]", '[{"attempt": "1"}]',
+               '[{"attempt": true}]', '[{"attempt": 1e999}]', "[" * 100_000, b"\xff\xfe"]
+        for text in bad:
+            with self.subTest(text[:30]):
+                self.enqueue()
+                task_id, = self.sql("select max(id) from bg_task")[0]
+                for kind in (pybgworker.ATTEMPTS, pybgworker.OUTPUTS):
+                    self.sql("insert into bg_payload values (?, ?)", task_id * 8 + kind, text)
+                self.assertEqual(self.store.attempts(task_id), [])
+                self.assertIsNone(self.store.attempt_output(task_id, 1))
+                self.run_once(output="1")
+                self.run_once(output="2")
+                self.assertEqual(self.of("attempt", task_id=task_id), [1, 2])
+                self.assertEqual(self.store.attempt_output(task_id, 1), "1")
+                self.sql("update bg_task set state = 6")
+        self.sql("update bg_payload set body = ? where id % 8 = 6", json.dumps([
+            {"attempt": 3, "worker": 7, "started_at": "x", "peak": 10**400, "more": 1,
+             "duration": float("nan"), "error": ["x"], "outcome": "success"}]))
+        self.sql("update bg_payload set body = ? where id % 8 = 7",
+                 '{"x": "y", "-1": "y", "3": 7, "9": "nine"}')
+        found, = self.store.attempts(task_id)
+        self.assertEqual({k: v for k, v in found.items() if v is not None},
+                         {"attempt": 3, "outcome": "success"})
+        self.assertEqual([self.store.attempt_output(task_id, n) for n in (-1, 3, 9)],
+                         [None, None, "nine"])
+
+    def test_a_run_that_ends_badly_costs_two_statements_more(self):
+        """A look and a record; a third keeps what the run before has printed.  A plain
+        first success none."""
+        self.enqueue(count=3)
+
+        def cost(run, **values):
+            found = self.traced(lambda: self.finish(run, **values))
+            return len([each for each in found if not each.startswith("pragma")])
+
+        first, second, third = self.claim()
+        self.assertEqual(cost(first, result="1"), 3)                # begin, update, commit
+        self.assertEqual(cost(second, state=5, error=self.ERROR), 3 + 1 + 2)    # the error
+        again = dict(state=1, error=self.ERROR, run_at=0, output="x")
+        # Cancellations, what is old, the error, the output.
+        self.assertEqual(cost(third, **again), 3 + 4 + 2)
+        self.sql("update bg_task set state = 2 where state = 1")
+        self.assertEqual(cost(self.claim()[0], **again), 3 + 4 + 3)
+        self.sql("update bg_task set state = 2 where state = 1")
+        self.assertEqual(cost(self.claim()[0], result="1"), 3 + 1 + 3)
+
+
 # == Endings ==================================================================
 
 
@@ -12094,29 +12332,57 @@ class Upkeeps(QueueCase):
 class Settling(unittest.TestCase):
 
     TABLE = """
-        kind       retryable  last | becomes
-        success    -          no   | success
-        success    -          yes  | success
-        exception  yes        no   | retrying
-        exception  yes        yes  | failed
-        exception  no         no   | failed
-        crash      yes        no   | retrying
-        crash      yes        yes  | failed
-        timeout    yes        no   | retrying
-        abort      no         no   | failed
-        cancelled  no         no   | cancelled
+        kind       retryable  last | becomes   final
+        success    -          no   | success   -
+        success    -          yes  | success   -
+        exception  yes        no   | retrying  -
+        exception  yes        yes  | failed    used_up
+        exception  no         no   | failed    retry_for
+        exception  no         yes  | failed    retry_for
+        exception  never      no   | failed    refused
+        crash      yes        no   | retrying  -
+        crash      yes        yes  | failed    used_up
+        timeout    yes        no   | retrying  -
+        timeout    yes        yes  | failed    used_up
+        abort      no         no   | failed    abort
+        cancelled  no         no   | cancelled -
     """
 
     def test_what_follows_a_run(self):
         for line in self.TABLE.strip().splitlines()[1:]:
-            kind, retryable, last, _, becomes = line.split()
+            kind, retryable, last, _, becomes, final = line.split()
             run = Run(1, "t", "q", 0, 0 if last == "yes" else 3, 0, None, 0, None, "", 5)
             error = None if kind == "success" else {
                 "kind": kind, "retryable": retryable == "yes"}
+            if (kind, retryable) == ("exception", "no"):
+                error["retry_for"] = ["OSError"]
             end = pybgworker.Ended(run, kind, "1", error)
             found = pybgworker.settle(end, RetryPolicy(jitter=0), 1000, 0.5)
             with self.subTest(line):
                 self.assertEqual(pybgworker.STATE_NAMES[found.state], becomes)
+                self.assertEqual((found.error or {}).get("final", "-"), final)
+
+    def test_what_no_retry_is_for_says_which_errors_one_is_for(self):
+        """An Abort and a result that cannot be stored do not: no class would do."""
+        def failed(exc, **options):
+            made = App(db="x.db").task(name="t", **options)(print)
+            run = types.SimpleNamespace(raised=None, task=made)
+            return pybgworker._error_of(exc, run)
+
+        refused = pybgworker._ResultRefused("x")
+        refused.__cause__ = TypeError("x")
+        for exc, options, classes in (
+            (KeyError("x"), {"retry_for": (OSError, ValueError)}, ["OSError", "ValueError"]),
+            (KeyError("x"), {"retry_for": ()}, []), (SystemExit(3), {}, ["Exception"]),
+            (KeyError("x"), {}, None), (pybgworker.Abort("x"), {}, None),
+            (refused, {}, None), (pybgworker.Retry(), {"retry_for": ()}, None),
+        ):
+            error = failed(exc, **options)
+            with self.subTest(exc):
+                self.assertEqual(error.get("retry_for"), classes)
+                kept = pybgworker._kept_error({**error, "peak": 7, "cpu": 0.5})
+                self.assertEqual(kept.get("retry_for"), classes)
+                self.assertEqual((kept["peak"], kept["cpu"]), (7, 0.5))
 
     def test_a_retry_waits_for_its_delay_or_for_what_it_asked(self):
         run = Run(1, "t", "q", 1, 5, 0, None, 0, None, "", 5)       # its second
@@ -15904,8 +16170,8 @@ class TheFile(unittest.TestCase):
         return first | born & given, given
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Schema", "Database", "Queue", "Claiming", "Endings", "Desk", "Register",
-                   "Bench"}
+        allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Endings", "Desk",
+                   "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
