@@ -45,15 +45,15 @@ Map
         Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
-        Group commit · Queue · Picking · Claiming · Attempts · Endings · Desk ·
-        Register
+        Group commit · Queue · Picking · Claiming · Attempts · Live rows · Endings ·
+        Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
         Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
         Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
-        Senses · Household · Worker · Command line
+        Senses · Signs · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Bench · Old import paths
 
@@ -1287,6 +1287,47 @@ class WorkerRow(NamedTuple):
     running: int
     live: int
     start_method: str = ""      # of its children, and why; as far as it is known
+    # None where it has not said so: it is of an older version, or of another system.
+    state: str | None = None    # starting, ready or stopping
+    note: str | None = None     # its trouble: it "cannot …"
+    memory: int | None = None   # bytes resident
+    cpu: float | None = None    # seconds of its own process
+    children_cpu: float | None = None   # … of all its children, dead ones too
+    rate: float | None = None   # starts per second of all tasks; None: no limit, too
+    version: str | None = None  # of its program
+    max_memory: int | None = None   # bytes a child may use; None: no limit, too
+    timeout: float | None = None    # of a run whose task has none; None: no limit, too
+
+
+class ChildRow(NamedTuple):
+    """A child, as of the last heartbeat of its worker."""
+
+    worker: int
+    pid: int
+    running: int                # runs in it
+    memory: int                 # bytes resident; 0: unknown
+    cpu: float                  # seconds, of what it has started, too, once that ended
+
+
+class Vitals(NamedTuple):
+    """What a worker says of itself with a heartbeat: see WorkerRow."""
+
+    state: str | None = None
+    note: str | None = None
+    memory: int | None = None
+    cpu: float | None = None
+    children_cpu: float | None = None
+    children: Sequence[ChildRow] = ()   # whatever they say of the worker
+
+
+class KnownTask(NamedTuple):
+    """A task that a worker knows."""
+
+    worker: int
+    name: str
+    rate: float | None          # starts per second; None: no limit
+    params: tuple               # names of parameters, as in `def`; of C code none
+    max_running: int = 0        # runs at a time, over all workers; 0: any number
 
 
 class FinishedRun(NamedTuple):
@@ -1578,13 +1619,16 @@ class WorkerVerbs(Protocol):
 
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
         """Register a worker; return its id.  `values` are those of a WorkerRow from
-        name to concurrency, `live`, `now`, and its settings max_memory and timeout.
+        name to concurrency, `live`, and `now`; perhaps its `start_method`, `rate`,
+        `version`, its settings max_memory and timeout, and `tasks`: KnownTasks,
+        whatever they say of the worker.
 
         `lock(id)` is called before the commit: nobody can find the row and its
         byte unlocked.  Guarded by test_a_starting_worker_is_never_reaped.
         """
 
-    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
+    def beat(self, worker: int, running: int, live: int, now: int,
+             vitals: Vitals = Vitals()) -> bool:
         """Write a heartbeat.  False: the worker was taken for dead and reaped."""
 
     def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
@@ -1606,11 +1650,31 @@ class WorkerVerbs(Protocol):
     def unknown_workers(self) -> list[int]:
         """Workers that hold runs but have no row: somebody edited the database."""
 
-    def remove_worker(self, worker: int) -> None:
-        """Take a worker off; one that still holds a task is left to be reaped."""
+    def remove_worker(self, worker: int, cpu: float | None = None,
+                      children_cpu: float | None = None) -> None:
+        """Take a worker off; one that still holds a task is left to be reaped.
+
+        With what it has used of CPU, if that is more than it last said.
+        """
 
     def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
         """Take dead workers off that hold no task and have not beaten since."""
+
+
+class LiveVerbs(Protocol):
+    """About what runs now."""
+
+    def children(self) -> list[ChildRow]:
+        """The children of the registered workers, as of their heartbeats."""
+
+    def known_tasks(self) -> list[KnownTask]:
+        """What the registered workers know, callbacks of tasks too; by name.
+
+        A worker of an older version has not said.
+        """
+
+    def departed_cpu(self) -> tuple[float, float]:
+        """Seconds of CPU of the workers that have left, and of their children."""
 
 
 class TimeVerbs(Protocol):
@@ -1654,8 +1718,8 @@ class TimeVerbs(Protocol):
         """
 
 
-class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, WorkVerbs, WorkerVerbs, TimeVerbs,
-            Protocol):
+class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, WorkVerbs, WorkerVerbs, LiveVerbs,
+            TimeVerbs, Protocol):
     """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
 
     All verbs raise DatabaseUnavailable where the queue cannot be used.
@@ -1739,12 +1803,12 @@ def parameters_of(fn):
     code = _code_of(fn)
     if code is None:
         return ()
-    named = code.co_argcount + code.co_kwonlyargcount
+    count, named = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
     rest = iter(code.co_varnames[named:])
-    stars = [star + next(rest) for bit, star in ((0x04, "*"), (0x08, "**"))
-             if code.co_flags & bit]
-    names = code.co_varnames[isinstance(fn, types.MethodType):named]
-    return (*names, *stars)
+    some, more = ([star + next(rest)] if code.co_flags & bit else []
+                  for bit, star in ((0x04, "*"), (0x08, "**")))
+    names = code.co_varnames[isinstance(fn, types.MethodType):count]
+    return (*names, *some, *code.co_varnames[count:named], *more)
 
 
 def needs_arguments(fn):
@@ -5581,6 +5645,107 @@ class Attempts:
         return _outputs(outputs).get(attempt)
 
 
+# == Live rows ================================================================
+# Owns the SQL of what workers tell of themselves while they work: their state, their
+# children, what they know and what they have in hand.  None of it is needed to run a
+# task: it is written without waiting for the disk, and goes with the worker.
+
+def take_off(connection, worker):
+    """Delete a worker, with all that it has told; but its CPU time is kept."""
+    for name, column in (("worker_cpu", "cpu"), ("children_cpu", "children_cpu")):
+        # As a number within reason, whatever somebody has written there by hand.
+        connection.execute(
+            f"""insert into bg_meta (name, value)
+                select :name, cast(max(0, min(1e14,
+                    cast(ifnull({column}, 0) as real) * 1000)) as integer)
+                from bg_worker where id = :id
+                on conflict (name) do update
+                    set value = min(1000000000000000, value + excluded.value)""",
+            {"id": worker, "name": name},
+        )
+    connection.execute("""delete from bg_worker where id = :id""", {"id": worker})
+    connection.execute(
+        """delete from bg_worker_task where worker = :id""", {"id": worker})
+    connection.execute("""delete from bg_child where worker = :id""", {"id": worker})
+
+
+def _read_names(text):
+    """The names in a JSON array; none of what somebody has written there by hand."""
+    try:
+        return tuple(map(str, json.loads(text or "[]")))
+    except (ValueError, TypeError, RecursionError):
+        return ()
+
+
+class LiveRows:
+    """The verbs about what runs now."""
+
+    db: Database
+
+    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
+        known: Sequence[KnownTask] = values.get("tasks", ())
+        values = {"start_method": "", "rate": None, "version": None,
+                  "max_memory": None, "timeout": None, **values}
+        values.pop("tasks", None)
+        with self.db.write(durable=False) as link:
+            worker = link.connection.execute(
+                """insert into bg_worker (name, pid, host, boot, port, token, queues,
+                        concurrency, started_at, beat_at, live, start_method, state,
+                        rate, version, max_memory, timeout)
+                    values (:name, :pid, :host, :boot, :port, :token, :queues,
+                        :concurrency, :now, :now, :live, :start_method, 'starting',
+                        :rate, :version, :max_memory, :timeout)""", values,
+            ).lastrowid
+            link.connection.executemany(
+                """insert into bg_worker_task (worker, name, rate, max_running, params)
+                    values (?, ?, ?, ?, ?)""",
+                [(worker, task.name, task.rate, task.max_running or None,
+                  to_json(list(task.params))) for task in known])
+            lock(worker)
+            return worker
+
+    def beat(self, worker: int, running: int, live: int, now: int,
+             vitals: Vitals = Vitals()) -> bool:
+        *of_worker, children = vitals
+        with self.db.write(durable=False, patience=0.5) as link:
+            if not link.connection.execute(
+                """update bg_worker
+                    set beat_at = ?, running = ?, live = ?,
+                        state = ?, note = ?, memory = ?, cpu = ?, children_cpu = ?
+                    where id = ?""",
+                (now, running, live, *of_worker, worker),
+            ).rowcount:
+                return False
+            link.connection.execute(
+                """delete from bg_child where worker = :id""", {"id": worker})
+            link.connection.executemany(
+                """insert or replace into bg_child (worker, pid, running, memory, cpu)
+                    values (?, ?, ?, ?, ?)""",
+                [(worker, *child[1:]) for child in children])
+        return True
+
+    def children(self) -> list[ChildRow]:
+        rows = self.db.read(
+            """select worker, pid, running, memory, cpu from bg_child
+                where worker in (select id from bg_worker) order by worker, pid""")
+        return [ChildRow(*row) for row in rows]
+
+    def known_tasks(self) -> list[KnownTask]:
+        rows = self.db.read(
+            """select worker, name, rate, params, ifnull(max_running, 0)
+                from bg_worker_task
+                where worker in (select id from bg_worker) order by name, worker""")
+        return [KnownTask(worker, name, rate, _read_names(params), most)
+                for worker, name, rate, params, most in rows]
+
+    def departed_cpu(self) -> tuple[float, float]:
+        found = dict(self.db.read(
+            """select name, value from bg_meta
+                where name in ('worker_cpu', 'children_cpu')"""))
+        own, childrens = found.get("worker_cpu", 0), found.get("children_cpu", 0)
+        return own / 1000, childrens / 1000
+
+
 # == Endings ==================================================================
 # Owns what becomes of runs, and the SQL that writes it: success, failure, another
 # run, a hand-back, and what is enqueued with an end.  An end is only written while
@@ -6149,29 +6314,6 @@ class Register:
 
     db: Database
 
-    def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
-        with self.db.write(durable=False) as link:
-            worker = link.connection.execute(
-                """insert into bg_worker (name, pid, host, boot, port, token, queues,
-                        concurrency, started_at, beat_at, live, start_method,
-                        max_memory, timeout)
-                    values (:name, :pid, :host, :boot, :port, :token, :queues,
-                        :concurrency, :now, :now, :live, :start_method, :max_memory,
-                        :timeout)""",
-                {"start_method": "", "max_memory": None, "timeout": None, **values},
-            ).lastrowid
-            lock(worker)
-            return worker
-
-    def beat(self, worker: int, running: int, live: int, now: int) -> bool:
-        with self.db.write(durable=False, patience=0.5) as link:
-            return link.connection.execute(
-                """update bg_worker
-                    set beat_at = :now, running = :running, live = :live
-                    where id = :id""",
-                {"id": worker, "running": running, "live": live, "now": now},
-            ).rowcount == 1
-
     def reap(self, worker: int, name: str, now: int, beat_at: int | None = None,
              begun: Container[tuple[int, int]] | None = None) -> list[LostRun]:
         with self.db.write(patience=0.5) as link:
@@ -6208,9 +6350,7 @@ class Register:
                     then += callback_rows(run, state, error, now)
             if then:
                 insert_all(link, [Request(row, [text]) for row, text in then])
-            link.connection.execute(
-                """delete from bg_worker where id = :id""", {"id": worker}
-            )
+            take_off(link.connection, worker)
             link.wake = wake_addresses(link.connection)
         return lost
 
@@ -6230,28 +6370,39 @@ class Register:
         )
         return [row[0] for row in rows]
 
-    def remove_worker(self, worker: int) -> None:
+    def remove_worker(self, worker: int, cpu: float | None = None,
+                      children_cpu: float | None = None) -> None:
         with self.db.write(durable=False, patience=2.0) as link:
             link.connection.execute(
-                f"""delete from bg_worker where id = :id and not exists (
-                    select 1 from bg_task where state = {RUNNING} and worker = :id)""",
-                {"id": worker},
+                """update bg_worker
+                    set cpu = max(ifnull(cpu, 0), ifnull(:cpu, 0)),
+                        children_cpu = max(ifnull(children_cpu, 0), ifnull(:theirs, 0))
+                    where id = :id""",
+                {"id": worker, "cpu": cpu, "theirs": children_cpu},
             )
+            self._remove_idle(link.connection, worker)
 
     def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
         with self.db.write(durable=False, patience=0.5) as link:
-            link.connection.executemany(
-                f"""delete from bg_worker
-                    where id = ?1 and beat_at = ?2 and not exists (
-                        select 1 from bg_task
-                            where state = {RUNNING} and worker = ?1)""",
-                [(row.id, row.beat_at) for row in rows],
-            )
+            for row in rows:
+                self._remove_idle(link.connection, row.id, row.beat_at)
+
+    def _remove_idle(self, connection, worker, beat_at=None):
+        """Unless it holds a task, or has beaten since."""
+        if connection.execute(
+            f"""select 1 from bg_worker
+                where id = :id and ifnull(:beat_at, beat_at) = beat_at
+                    and not exists (select 1 from bg_task
+                        where state = {RUNNING} and worker = :id)""",
+            {"id": worker, "beat_at": beat_at},
+        ).fetchone():
+            take_off(connection, worker)
 
     def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
         rows = self.db.read(
             """select id, name, pid, host, boot, port, token, queues, concurrency,
-                    started_at, beat_at, running, live, start_method
+                    started_at, beat_at, running, live, start_method, state, note,
+                    memory, cpu, children_cpu, rate, version, max_memory, timeout
                 from bg_worker where id > :after order by id limit :limit""",
             {"after": after, "limit": limit},
         )
@@ -6384,7 +6535,7 @@ class Register:
         return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
 
 
-class SqliteStore(Endings, Desk, Register, Attempts):
+class SqliteStore(Endings, Desk, LiveRows, Register, Attempts):
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
@@ -6907,6 +7058,30 @@ def memory_bytes(pid: int) -> int:
             return int(f.read().split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
         return 0
+
+
+class Usage(NamedTuple):
+    """What a process uses of the machine."""
+
+    memory: int                 # bytes resident
+    cpu: float                  # seconds, with those of its children that have ended
+
+
+@functools.cache
+def _tick_seconds():
+    return 1 / os.sysconf("SC_CLK_TCK")
+
+
+def usage_of(pid: int) -> Usage | None:
+    """What this process uses now; None where /proc does not tell.  Takes 10 µs."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as f:
+            found = f.read(4096)        # the name in it may be anything
+        fields = found[found.rindex(b")") + 2:].split()
+        return Usage(int(fields[21]) * resource.getpagesize(),
+                     sum(map(int, fields[11:15])) * _tick_seconds())
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -11594,6 +11769,7 @@ class Starts:
         self.failures = 0       # in a row
         self.next_start = 0.0   # no child is started before
         self._reason = ""       # of the last failure
+        self.trouble = ""       # why the last could not start; none after a success
         self._lacks = 0         # times in a row that something was lacking
         self._last_nursery = self._next_nursery = -math.inf     # started; not before
         self._falls = 0         # of nurseries that lived for seconds only, in a row
@@ -11635,8 +11811,9 @@ class Starts:
     def failed(self, at: float, reason: str) -> None:
         """One more could not start, for this reason.  Said once."""
         self.failures += 1
+        lines = reason.strip().splitlines() or ["it ended before it was ready"]
+        self.trouble = lines[-1]
         if self.failures == 1:
-            lines = reason.strip().splitlines() or ["it ended before it was ready"]
             self._say(f"a child could not start, it is tried again: {lines[-1]}",
                       stack=reason if len(lines) > 1 else None)
         pause = 0.1 * 2 ** min(self.failures, 8)
@@ -11646,6 +11823,7 @@ class Starts:
     def lacked(self, at: float, reason: str) -> None:
         """One more could not start, for want of what there may be later.  Said once."""
         self._lacks += 1
+        self.trouble = (reason.strip().splitlines() or ["something is lacking"])[-1]
         pause = min(0.1 * 2 ** min(self._lacks, 8), _LACK_PAUSE)
         self.next_start = max(self.next_start, at + pause)
         if self._lacks == 1:
@@ -11688,6 +11866,7 @@ class Starts:
     def succeeded(self) -> None:
         """One is ready: earlier failures do not count any more."""
         self.failures = self._lacks = 0
+        self.trouble = ""
 
 
 class Crew:
@@ -12445,8 +12624,10 @@ def _last_begun(path, worker):
 class Liveness:
     """One worker's place in bg_worker."""
 
-    def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket):
+    def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket,
+                 tasks: dict[str, Entry] | None = None):
         self.store, self.settings, self._ear = store, settings, ear
+        self._tasks = tasks or {}       # that it knows, by name
         self.id = 0                     # bg_worker.id; 0: not registered
         self._start_method = ""         # of children, and why
         self._machine = socket.gethostname(), boot_id()
@@ -12456,7 +12637,7 @@ class Liveness:
         self._seen: dict[int, tuple] = {}       # worker: (beat_at, seen when awake)
         self._cursor = 0                # the last worker looked at; 0: all were
         self._awake = 0.0               # seconds of turns; a long one counts as 1
-        self._turn_began = time.monotonic()
+        self.turn_began = time.monotonic()      # the last; for others to watch
 
     def register(self, now: int, start_method: str = "") -> None:
         """Get a new id, with its byte locked.  What is once said stays so."""
@@ -12469,7 +12650,9 @@ class Liveness:
             "queues": json.dumps(s.queues) if s.queues else None,
             "concurrency": s.concurrency, "now": now, "live": self._locks.number,
             "start_method": self._start_method, "max_memory": s.max_memory,
-            "timeout": s.timeout,
+            "timeout": s.timeout, "rate": s.rate_limit, "version": __version__,
+            "tasks": [KnownTask(0, t.name, t.rate_limit, t.parameters, t.max_running)
+                      for t in self._tasks.values()],
         }
         self.id = self.store.add_worker(row, self._locks.hold)
         self.begun.open(self.store.path, self.id, most_in_flight(s))
@@ -12477,7 +12660,7 @@ class Liveness:
         known = {*self.store.unknown_workers(), *(w.id for w in self.store.workers())}
         forget_begun(self.store.path, set(left) - known)
 
-    def beat(self, running: int, now: int) -> bool:
+    def beat(self, running: int, now: int, vitals: Vitals = Vitals()) -> bool:
         """Write a heartbeat.  False: we were taken for dead and reaped.
 
         If somebody has removed the file of locks, lock our byte in the new one.
@@ -12487,13 +12670,13 @@ class Liveness:
         with contextlib.suppress(DatabaseUnavailable):  # then beats have to do
             self._locks = LiveFile.of(self.store.path + "-live", is_there)
         live = self._locks.number if self._locks.hold(self.id) else 0
-        alive = self.store.beat(self.id, running, live, now)
+        alive = self.store.beat(self.id, running, live, now, vitals)
         self._locks.hold_only_here(self.id)
         return alive
 
-    def leave(self) -> None:
-        """Take the entry off, and the lock."""
-        self.store.remove_worker(self.id)
+    def leave(self, cpu: tuple[float, float] = (0.0, 0.0)) -> None:
+        """Take the entry off, and the lock.  `cpu`: used by us, and by children."""
+        self.store.remove_worker(self.id, *cpu)
         self.begun.remove()
         self.forsake()
 
@@ -12508,8 +12691,8 @@ class Liveness:
         A stall of ours or a sleep of the machine counts as one second at most.
         """
         at = time.monotonic()
-        self._awake += min(1.0, at - self._turn_began)
-        self._turn_began = at
+        self._awake += min(1.0, at - self.turn_began)
+        self.turn_began = at
         return at
 
     def doubt(self) -> None:
@@ -13527,6 +13710,69 @@ class Senses:
         self.selector.close()
 
 
+# == Signs ====================================================================
+# Owns what a worker tells the database of itself while it works: how far it is, what
+# troubles it, what it and its children use.
+
+_NOTE_CHARS = 300
+
+
+class Signs:
+    """What is to be told of one worker and its pool."""
+
+    def __init__(self, store: Store, pool: Pool):
+        self._store, self._pool = store, pool
+        self.state = "starting"         # or ready, or stopping
+        self.note: str | None = None    # its trouble, in words that follow its name
+        self._episode = 0.0             # monotonic: that of the trouble told …
+        self._since = ""                # … and when that was, for people
+        self._children_cpu = 0.0        # the most so far: a death may hide some
+
+    def look(self, reason: str, since: float, at: float) -> bool:
+        """Look for trouble; True if it is another than before.
+
+        `reason` is that of the database, `since` a monotonic time; empty: none.
+        """
+        before, self.note = self.note, self._trouble(reason, since, at)
+        return before != self.note
+
+    def _trouble(self, reason, since, at):
+        if reason:
+            if since != self._episode:
+                self._episode = since
+                began = self._store.now() - to_ms(at - since)
+                self._since = f"{iso_time(began)[11:19]} UTC"
+            short = reason.partition(f"{self._store.path}: ")[2]
+            text = f"cannot write since {self._since}: {short or reason}"
+        elif self._pool.crew.starts.trouble:
+            text = f"cannot start children: {self._pool.crew.starts.trouble}"
+        else:
+            return None
+        return text[:_NOTE_CHARS]
+
+    def vitals(self) -> Vitals:
+        """What the next heartbeat says."""
+        own = usage_of(os.getpid())
+        cpu, ended = cpu_seconds()
+        children = [child for child in map(_child_row, self._pool.members) if child]
+        nursery = self._pool.crew.nursery.process
+        used = nursery and usage_of(nursery.pid)
+        children_cpu = ended + sum(c.cpu for c in children) + (used.cpu if used else 0)
+        self._children_cpu = max(self._children_cpu, round(children_cpu, 3))
+        return Vitals(self.state, self.note, own and own.memory, cpu,
+                      self._children_cpu, children)
+
+
+def _child_row(member):
+    """None for one that is not born yet, or is dead."""
+    pid = member.process.pid
+    used = None if member.process.exit or not pid else usage_of(pid)
+    if used is None and (IS_LINUX or not pid or member.process.exit):
+        return None
+    running = sum(slot.run is not None for slot in member.slots())
+    return ChildRow(0, pid, running, *(used or (0, 0.0)))
+
+
 # == Household ================================================================
 # Owns a worker's chores: its sign of life, the dead, the clock, what is old, the
 # children's state, and those of rooms.  What the database refuses comes again, and
@@ -13578,7 +13824,8 @@ class Trouble:
 
     def __init__(self, say: Callable):
         self._say = say
-        self._since = 0.0           # monotonic; of the episode
+        self.since = 0.0            # monotonic; of the episode
+        self.reason = ""            # what the database says, once that is worth a line
         self._said: set[str] = set()
         self.failing: set = set()   # the acts, as they were called
         self.fatal = ""             # what no later turn can mend
@@ -13592,15 +13839,17 @@ class Trouble:
             if act(*args) is not False:
                 self.failing.discard(act)
         except DatabaseUnavailable as exc:
-            self._since = self._since if self.failing else at
+            self.since = self.since if self.failing else at
             self.failing.add(act)
-            if not isinstance(exc, DatabaseBusy) or at - self._since >= _BUSY_SILENCE:
+            if not isinstance(exc, DatabaseBusy) or at - self.since >= _BUSY_SILENCE:
                 self.say_once("database_error", exc)
+                self.reason = str(exc)
             if exc.fatal:
                 self.fatal = str(exc)
             return False
         if not self.failing:
             self._said.clear()
+            self.reason = ""
         return True
 
     def do_chores(self, chores: list[Chore], now: int, at: float) -> None:
@@ -13630,15 +13879,22 @@ class Household:
         self._store, self._journal, self._lookout = store, journal, lookout
         self._liveness, self._pool, self._start_over = liveness, pool, start_over
         self.upkeep = Upkeep(store, settings, journal.say)
+        self.signs = Signs(store, pool)
         self.trouble = Trouble(journal.say)
+        self._heart = Chore(settings.heartbeat_interval, self._beat)
         self.chores = [
-            Chore(settings.heartbeat_interval, self._beat),
+            self._heart,
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
             Chore(1.0, lambda now: store.housekeep()),
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
             Chore(_PRUNE_SECONDS, self._prune),
         ]
+
+    def become(self, state: str) -> None:
+        """Say at once that the worker is ready, or is stopping, which it stays."""
+        if self.signs.state != "stopping":
+            self.signs.state, self._heart.due = state, 0.0
 
     def keep(self, now: int, at: float) -> None:
         """Do what is due."""
@@ -13659,13 +13915,15 @@ class Household:
 
     def _beat(self, now):
         try:
-            alive = self._liveness.beat(len(self._pool.running()), now)
+            alive = self._liveness.beat(
+                len(self._pool.running()), now, self.signs.vitals())
         except DatabaseUnavailable as exc:
             self.trouble.say_once("heartbeat_error", exc)
             self._liveness.doubt()
             raise
         if not alive:
             self._start_over(now)
+        return None if alive else 0.0
 
     def _reap(self, now):
         for lost in self._liveness.reap_dead(now):
@@ -13680,6 +13938,8 @@ class Household:
         pool.notice_deaths(at)
         pool.check_memory(at)
         pool.crew.starts.mention_slow(pool.members, at)
+        if self.signs.look(self.trouble.reason, self.trouble.since, at):
+            self._heart.due = 0.0
 
     def _prune(self, now):
         """Delete old finished tasks; by a clock that is looked at first."""
@@ -13699,6 +13959,27 @@ _HEED_SECONDS = 0.25        # between two looks for what people want of our runs
 _STOP_PATIENCE = 2.0        # seconds that its last turn waits for the write lock
 
 
+class Health(NamedTuple):
+    """How a worker does, for those who watch it from outside or from a thread."""
+
+    turned_at: float            # monotonic: the begin of the last turn of its loop
+    trouble: str                # why it is not ready for tasks; empty: it is
+
+
+def health_of(worker: Worker) -> Health:
+    """How it does just now.  May be called from another thread."""
+    trouble = worker.house.trouble
+    if worker.senses.stops.count:
+        why = "it is stopping"
+    elif not worker.pool.crew.is_ready():
+        why = "no child is ready"
+    elif trouble.failing:
+        why = trouble.reason or "the database is busy"
+    else:
+        why = ""
+    return Health(worker.liveness.turn_began, why)
+
+
 class Worker:
     """Serves one database with a pool of children.
 
@@ -13713,7 +13994,8 @@ class Worker:
         self.store, store.follow = store, False     # a replaced file ends this worker
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.senses = Senses()
-        self.liveness = Liveness(self.store, self.settings, self.senses.ear)
+        self.liveness = Liveness(self.store, self.settings, self.senses.ear,
+                                 registry.tasks)
         begun, kinds = self.liveness.begun, kinds_of(settings, registry.tasks)
         self.pool = Pool(nursery or Nursery(registry.app_spec), settings.concurrency,
                          settings, self.journal.run, self.senses.selector, begun, kinds)
@@ -13785,7 +14067,7 @@ class Worker:
         self.pool.crew.stop()
         try:
             self.outbox.turn(self.liveness.id, now, _STOP_PATIENCE, stopped=interrupted)
-            self.liveness.leave()
+            self.liveness.leave(cpu_seconds())
         except DatabaseUnavailable as exc:      # the others will reap us
             self.journal.say("database_error", error=str(exc))
             self.liveness.forsake()
@@ -13879,6 +14161,7 @@ class Worker:
         self._note_readiness()
         if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
+            self.house.become("stopping")
             self.outbox.handed_back = 0         # from now on it is for the stop
             self.pool.crew.starts.end()
             self.outbox.returned += self.pool.recall_all()
@@ -13891,6 +14174,7 @@ class Worker:
             self.house.trouble.fatal = self.house.trouble.fatal or reason
         if not self.is_ready and self.pool.crew.is_ready():
             self.is_ready = True
+            self.house.become("ready")
             self.journal.say("worker_ready", children=self.settings.concurrency,
                              start_method=self.pool.crew.nursery.start_method)
 

@@ -5854,6 +5854,108 @@ class Kept(QueueCase):
         self.assertEqual(cost(self.claim()[0], result="1"), 3 + 1 + 3)
 
 
+# == Live rows ================================================================
+
+
+class LiveRows(QueueCase):
+    VALUES = {"name": "w", "pid": 7, "host": "h", "boot": "b", "port": 0, "token": "",
+              "queues": None, "concurrency": 1, "live": 0, "now": 5}
+
+    def add(self, **values):
+        """Register a worker; return its id."""
+        return self.store.add_worker({**self.VALUES, **values}, mock.Mock())
+
+    def row(self, worker):
+        return next(row for row in self.store.workers() if row.id == worker)
+
+    def child(self, pid, **values):
+        return pybgworker.ChildRow(0, pid, 1, 1000, 0.5)._replace(**values)
+
+    def test_a_worker_says_what_it_is_and_knows_when_it_registers(self):
+        known = [pybgworker.KnownTask(0, "b", None, ()),
+                 pybgworker.KnownTask(0, "a\x1b\"", 2.5, ("x", "*rest"), 3)]
+        worker = self.add(rate=3.5, version="9", tasks=known)
+        row = self.row(worker)
+        self.assertEqual((row.state, row.rate, row.version, row.note),
+                         ("starting", 3.5, "9", None))
+        self.assertEqual(self.store.known_tasks(), [
+            (worker, "a\x1b\"", 2.5, ("x", "*rest"), 3), (worker, "b", None, (), 0)])
+
+    def test_a_heartbeat_says_how_a_worker_and_its_children_do(self):
+        worker = self.add()
+        vitals = pybgworker.Vitals("ready", "cannot write", 17, 1.5, 2.5,
+                                   [self.child(8), self.child(9, running=3)])
+        self.assertTrue(self.store.beat(worker, 4, 0, 6, vitals))
+        row = self.row(worker)
+        self.assertEqual((row.beat_at, row.running), (6, 4))
+        self.assertEqual(
+            (row.state, row.note, row.memory, row.cpu, row.children_cpu),
+            vitals[:5])
+        self.assertEqual(self.store.children(), [
+            (worker, 8, 1, 1000, 0.5), (worker, 9, 3, 1000, 0.5)])
+
+        self.store.beat(worker, 0, 0, 7, vitals._replace(children=[self.child(9)]))
+        self.assertEqual(self.store.children(), [(worker, 9, 1, 1000, 0.5)])
+
+    def test_who_is_not_registered_says_nothing(self):
+        vitals = pybgworker.Vitals("ready", children=[self.child(8)])
+        self.assertFalse(self.store.beat(77, 0, 0, 6, vitals))
+        self.assertEqual(self.sql("select * from bg_child"), [])
+
+    def test_what_a_worker_says_goes_with_it_but_for_its_cpu_time(self):
+        def left():
+            return [len(self.sql(f"select * from {table} where {column} = {worker}"))
+                    for table, column in (("bg_worker", "id"), ("bg_child", "worker"),
+                                          ("bg_worker_task", "worker"))]
+
+        for n, leave in enumerate((
+            lambda: self.store.remove_worker(worker, 2.0, 1.0),
+            lambda: self.store.remove_dead([self.row(worker)]),
+            lambda: self.store.reap(worker, "w", self.now),
+        )):
+            worker = self.add(tasks=[pybgworker.KnownTask(0, "a", None, ())])
+            vitals = pybgworker.Vitals("ready", None, 1, 1.5, 2.5, [self.child(8)])
+            self.store.beat(worker, 0, 0, 6, vitals)
+            self.assertEqual(left(), [1, 1, 1])
+            leave()
+            self.assertEqual(left(), [0, 0, 0])
+            self.assertEqual(self.store.departed_cpu(), (2.0 + 1.5 * n, 2.5 + 2.5 * n))
+
+    def test_a_worker_with_a_task_keeps_what_it_has_said(self):
+        worker = self.add(tasks=[pybgworker.KnownTask(0, "a", None, ())])
+        self.enqueue()
+        self.claim(worker)
+        self.store.remove_worker(worker, 2.0, 1.0)
+        self.store.remove_dead([self.row(worker)])
+        self.assertEqual(len(self.store.known_tasks()), 1)
+        self.assertEqual(self.store.departed_cpu(), (0, 0))
+
+    def test_who_has_beaten_since_is_not_removed_as_dead(self):
+        worker = self.add()
+        old = self.row(worker)
+        self.store.beat(worker, 0, 0, 6)
+        self.store.remove_dead([old])
+        self.row(worker)
+
+    def test_nonsense_written_by_hand_harms_nobody(self):
+        for cpu in ("'much'", "-5", "9e999", "1e300", "x'00'", "null"):
+            worker = self.add(tasks=[pybgworker.KnownTask(0, "a", None, ("x",))])
+            self.sql(f"update bg_worker set cpu = {cpu}, children_cpu = {cpu}, note = 5,"
+                     f" state = x'00', memory = 'large' where id = {worker}")
+            self.sql("update bg_worker_task set params = '{' where worker = ?", worker)
+            self.assertEqual(self.store.known_tasks(), [(worker, "a", None, (), 0)])
+            self.row(worker)
+            self.store.remove_dead([self.row(worker)])
+            self.assertEqual(self.sql("select count(*) from bg_worker"), [(2,)])
+        own, childrens = self.store.departed_cpu()
+        self.assertTrue(0 < own == childrens <= 1e12)
+
+    def test_a_worker_of_an_older_version_has_said_nothing(self):
+        row = self.row(1)
+        self.assertEqual(row[-9:], (None,) * 9)
+        self.assertEqual((self.store.known_tasks(), self.store.children()), ([], []))
+
+
 # == Endings ==================================================================
 
 
@@ -6476,7 +6578,7 @@ class Registries(Case):
 
         self.assertEqual(found, registry)
         first = found.tasks["tasks.first"]
-        self.assertEqual(first.parameters, ("a", "b", "c", "*rest", "**more"))
+        self.assertEqual(first.parameters, ("a", "b", "*rest", "c", "**more"))
         self.assertEqual((first.queue, first.priority, first.timeout, first.rate_limit),
                          ("q", 2, 5, 10))
         self.assertEqual((*first.policy[:2],), (7, 2))
@@ -6494,7 +6596,7 @@ class Registries(Case):
             def method(self, a): pass
 
         for fn, names in (
-            (lambda: 0, ()), (lambda x, *y, z=1, **w: 0, ("x", "z", "*y", "**w")),
+            (lambda: 0, ()), (lambda x, *y, z=1, **w: 0, ("x", "*y", "z", "**w")),
             (Thing().method, ("a",)), (print, ()),
         ):
             self.assertEqual(pybgworker.parameters_of(fn), names)
@@ -11630,10 +11732,10 @@ class Lives(Case):
         silent, watching = self.liveness(), self.liveness(2.0)
         self.run_of(silent.id)
         for _ in range(3):              # a stall of an hour counts as a second
-            watching._turn_began -= 3600
+            watching.turn_began -= 3600
             watching.mind_the_time()
             self.assertEqual(watching.reap_dead(self.now + 10**9), [])
-        watching._turn_began -= 3600
+        watching.turn_began -= 3600
         watching.mind_the_time()
         self.assertEqual(len(watching.reap_dead(self.now)), 1)
 
@@ -12658,6 +12760,109 @@ class Sensing(unittest.TestCase):
             self.senses.selector.unregister(self.senses.stops.receiver)
 
 
+# == Signs ====================================================================
+
+
+class Signs(Served):
+
+    def row(self):
+        return next(iter(self.store.workers()), None)
+
+    def wait_row(self, **fields):
+        """Wait until the worker's row has these; return it."""
+        return until(lambda: next((
+            row for row in self.store.workers()
+            if all(getattr(row, k) == v for k, v in fields.items())), None), what=fields)
+
+    def test_a_worker_says_at_once_how_far_it_is(self):
+        """With a heartbeat every ten minutes."""
+        worker = self.worker("--heartbeat-interval", 600, "--worker-timeout", 1200,
+                             "--rate-limit", "100/s")
+        row = self.wait_row(state="ready")
+        self.assertEqual((row.rate, row.version, row.note),
+                         (100, pybgworker.__version__, None))
+        self.tasks.hold.delay()
+        self.wait_lines("held")
+        worker.signal(signal.SIGTERM)
+        self.wait_row(state="stopping")
+        (self.folder / "go").touch()
+        self.assertEqual(worker.wait(), 0)
+        self.assertIsNone(self.row())
+
+    def test_a_worker_says_which_tasks_it_knows(self):
+        """Also callbacks, which are tasks of their own."""
+        self.tasks = self.module("""
+            def bad(id, error): pass
+
+            @task(rate_limit="2/s", on_failure=bad, max_running=4)
+            def send(to, *cc, body="", **more): pass
+        """)
+        self.worker()
+        self.wait_row(state="ready")
+        known, callback = self.store.known_tasks()
+        self.assertEqual(known, (
+            self.row().id, "tasks.send", 2, ("to", "*cc", "body", "**more"), 4))
+        self.assertEqual(callback.name, "tasks.send:on_failure")
+
+    @unittest.skipUnless(sys.platform == "linux", "by /proc")
+    def test_a_worker_says_what_it_and_its_children_use(self):
+        worker = self.worker("--concurrency", 1, "--heartbeat-interval", 0.1)
+        self.tasks.hold.delay()
+        busy = until(lambda: [c for c in self.store.children() if c.running and c.cpu])
+        self.assertIn(busy[0].pid, worker.children())
+        self.assertGreater(busy[0].memory, 1 << 20)
+        self.assertGreater(busy[0].cpu, 0)
+        row = self.row()
+        self.assertGreater(row.memory, 1 << 20)
+        self.assertGreater(row.cpu, 0)
+        self.assertGreater(row.children_cpu, 0)
+        (self.folder / "go").touch()
+        until(lambda: not any(c.running for c in self.store.children()))
+        before = self.row().children_cpu
+        os.kill(busy[0].pid, signal.SIGKILL)
+        until(lambda: busy[0].pid not in [c.pid for c in self.store.children()])
+        self.assertGreaterEqual(self.row().children_cpu, before)
+        worker.stop()
+        own, childrens = self.store.departed_cpu()
+        self.assertGreater(own, row.cpu)
+        self.assertGreaterEqual(childrens, before)
+
+    def test_a_worker_says_that_children_cannot_start(self):
+        self.tasks = self.module("""
+            import os
+            if os.path.exists("broken"):
+                raise ImportError("no module named stripe")
+
+            @task
+            def get(): return os.getpid()
+        """)
+        worker = self.worker("--start-method", "spawn", "--concurrency", 1)
+        self.wait_row(state="ready")
+        (self.folder / "broken").touch()
+        os.kill(self.get(self.tasks.get.delay()), signal.SIGKILL)
+        self.wait_row(note="cannot start children: ImportError: no module named stripe")
+        (self.folder / "broken").unlink()
+        self.wait_row(note=None)
+        worker.stop()
+
+    def test_trouble_with_the_database_is_told_since_when(self):
+        pool = mock.Mock(members=[], **{"crew.starts.trouble": ""})
+        store = mock.Mock(path="/a/q.db", **{"now.return_value": 1_700_000_000_500})
+        signs = pybgworker.Signs(store, pool)
+        full = "database /a/q.db: database or disk is full: free some disk space"
+        self.assertFalse(signs.look("", 0.0, 50.0))
+        self.assertTrue(signs.look(full, 30.5, 50.0))
+        self.assertEqual(signs.note, "cannot write since 22:13:01 UTC: database or disk "
+                         "is full: free some disk space")
+        store.now.return_value += 60_123        # the same episode
+        self.assertFalse(signs.look(full, 30.5, 110.0))
+        self.assertTrue(signs.look("", 30.5, 110.0))
+        self.assertIsNone(signs.note)
+        pool.crew.starts.trouble = "x" * 1000
+        self.assertTrue(signs.look("", 0.0, 50.0))
+        self.assertEqual(len(signs.note), 300)
+
+
 # == Household ================================================================
 
 class Households(unittest.TestCase):
@@ -12665,7 +12870,8 @@ class Households(unittest.TestCase):
         settings = pybgworker.types.SimpleNamespace(heartbeat_interval=5.0)
         return pybgworker.Household(
             mock.Mock(), settings, mock.Mock(), mock.Mock(news=False),
-            mock.Mock(**liveness), mock.Mock(**{"running.return_value": []}), start_over)
+            mock.Mock(**liveness), mock.Mock(members=[], **{
+                "running.return_value": [], "crew.nursery.process": None}), start_over)
 
     def test_who_was_taken_for_dead_starts_over(self):
         over = mock.Mock()
@@ -16170,8 +16376,8 @@ class TheFile(unittest.TestCase):
         return first | born & given, given
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Endings", "Desk",
-                   "Register", "Bench"}
+        allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
+                   "Endings", "Desk", "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
