@@ -13881,6 +13881,8 @@ class Household:
         self.upkeep = Upkeep(store, settings, journal.say)
         self.signs = Signs(store, pool)
         self.trouble = Trouble(journal.say)
+        self._children = settings.concurrency
+        self.is_ready = False           # a child has imported the app
         self._heart = Chore(settings.heartbeat_interval, self._beat)
         self.chores = [
             self._heart,
@@ -13890,6 +13892,18 @@ class Household:
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
             Chore(_PRUNE_SECONDS, self._prune),
         ]
+
+    def note_readiness(self) -> None:
+        """Say that the first child has the app; or give up, when none ever will."""
+        crew = self._pool.crew
+        if crew.starts.given_up and not crew.is_ready():
+            reason = f"its children cannot start:\n{crew.starts.given_up}"
+            self.trouble.fatal = self.trouble.fatal or reason
+        if not self.is_ready and crew.is_ready():
+            self.is_ready = True
+            self.become("ready")
+            self._journal.say("worker_ready", children=self._children,
+                              start_method=crew.nursery.start_method)
 
     def become(self, state: str) -> None:
         """Say at once that the worker is ready, or is stopping, which it stays."""
@@ -14007,7 +14021,6 @@ class Worker:
                                self.liveness, self.pool, self._start_over)
         self.wishes = Wishes(self.store, self.pool)
         self.heeding = Chore(_HEED_SECONDS, self._heed_wishes)
-        self.is_ready = False           # a child has imported the app
         self.stop_by = 0.0              # monotonic: the end of a graceful stop
 
     # -- life
@@ -14042,6 +14055,11 @@ class Worker:
         self.house.chores += [self.heeding, *(make(self) for make in CHORES)]
         self.senses.begin()
         self.pool.crew.fill(time.monotonic())
+
+    @property
+    def is_ready(self) -> bool:
+        """True once a child has imported the app."""
+        return self.house.is_ready
 
     def _is_done(self):
         stops = self.senses.stops.count
@@ -14158,7 +14176,7 @@ class Worker:
             self.pool.notice_deaths(at)
         self.pool.receive(heard.children, at)
         self.pool.enforce(at)
-        self._note_readiness()
+        self.house.note_readiness()
         if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
             self.house.become("stopping")
@@ -14167,16 +14185,6 @@ class Worker:
             self.outbox.returned += self.pool.recall_all()
             self.journal.stopping(self.pool.running(), self.settings.shutdown_timeout)
         self._settle(now)
-
-    def _note_readiness(self):
-        if self.pool.crew.starts.given_up and not self.pool.crew.is_ready():
-            reason = f"its children cannot start:\n{self.pool.crew.starts.given_up}"
-            self.house.trouble.fatal = self.house.trouble.fatal or reason
-        if not self.is_ready and self.pool.crew.is_ready():
-            self.is_ready = True
-            self.house.become("ready")
-            self.journal.say("worker_ready", children=self.settings.concurrency,
-                             start_method=self.pool.crew.nursery.start_method)
 
     def _settle(self, now):
         ended, forgiven, progress = self.pool.collect()

@@ -5951,6 +5951,7 @@ class LiveRows(QueueCase):
         self.assertTrue(0 < own == childrens <= 1e12)
 
     def test_a_worker_of_an_older_version_has_said_nothing(self):
+        """It has written neither these columns nor these tables."""
         row = self.row(1)
         self.assertEqual(row[-9:], (None,) * 9)
         self.assertEqual((self.store.known_tasks(), self.store.children()), ([], []))
@@ -12789,6 +12790,28 @@ class Signs(Served):
         self.assertEqual(worker.wait(), 0)
         self.assertIsNone(self.row())
 
+    def test_others_can_see_whether_the_loop_turns_and_is_ready(self):
+        self.app.task(lambda: 1, name="one")
+        worker = self.worker_here()
+        self.assertEqual(pybgworker.health_of(worker).trouble, "no child is ready")
+        before = pybgworker.health_of(worker).turned_at
+        with mock.patch.object(worker.pool.crew, "is_ready", return_value=True):
+            worker.liveness.mind_the_time()
+            health = pybgworker.health_of(worker)
+            self.assertEqual(health.trouble, "")
+            self.assertGreater(health.turned_at, before)
+            trouble = worker.house.trouble
+            busy = mock.Mock(side_effect=pybgworker.DatabaseBusy("locked"))
+            for at, why in ((1.0, "the database is busy"), (99.0, "locked")):
+                self.assertFalse(trouble.survives(at, busy))
+                self.assertEqual(pybgworker.health_of(worker).trouble, why)
+            busy.side_effect = None
+            trouble.survives(100.0, busy)
+            self.assertEqual(pybgworker.health_of(worker).trouble, "")
+            worker.senses.stops.count = 1
+            self.assertEqual(pybgworker.health_of(worker).trouble, "it is stopping")
+        worker.senses.close()
+
     def test_a_worker_says_which_tasks_it_knows(self):
         """Also callbacks, which are tasks of their own."""
         self.tasks = self.module("""
@@ -12867,7 +12890,7 @@ class Signs(Served):
 
 class Households(unittest.TestCase):
     def household(self, start_over=None, **liveness):
-        settings = pybgworker.types.SimpleNamespace(heartbeat_interval=5.0)
+        settings = pybgworker.types.SimpleNamespace(heartbeat_interval=5.0, concurrency=1)
         return pybgworker.Household(
             mock.Mock(), settings, mock.Mock(), mock.Mock(news=False),
             mock.Mock(**liveness), mock.Mock(members=[], **{
