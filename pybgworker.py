@@ -42,11 +42,11 @@ Life of a task
 Map
     Book One: the program's side
         Settings · States and errors · Time and values · Retry and rate · Rows ·
-        Store · Functions · Waiting · Results · Tasks · App
+        Run counts · Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
-        Group commit · Queue · Picking · Claiming · Attempts · Live rows · Endings ·
-        Desk · Register
+        Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
+        Endings · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
@@ -1209,6 +1209,8 @@ class Turn(NamedTuple):
     stopped: Sequence[Run] = ()     # interrupted by a stop: forgiven
     progress: Sequence[tuple[Run, str]] = ()    # what runs last said of themselves
     order: ClaimOrder | None = None     # None: claim nothing
+    history: RunCounts | None = None    # of turns before, to be added to history with
+                                        # what is written now; None: not now
 
     @property
     def is_durable(self) -> bool:
@@ -1423,6 +1425,196 @@ class ClockView(NamedTuple):
     doubted: int | None     # the first look after a leap forward that is not, yet
 
 
+# == Run counts ===============================================================
+# Owns the rows of history: how runs that ended become counts, how counts are added,
+# and what they say of time.  Each row is of one task in one queue, over one span.
+# Knows nothing of how rows are kept, and nothing of single runs once they are counted.
+
+# What a run took, or waited, is counted in the first of these that it does not
+# exceed, in seconds; one more count is of what is longer still.
+HISTORY_BOUNDS = (
+    .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100, 250,
+    500, 1000, 2500, 5000, 10000,
+)
+_BOUNDS_MS = tuple(bound * 1000 for bound in HISTORY_BOUNDS)
+_NO_COUNTS = (0,) * (len(HISTORY_BOUNDS) + 1)
+MINUTE, QUARTER, DAY = 60, 900, 86_400      # seconds; the spans of history
+MOST_GROUPS = 1000          # (name, queue) that are told apart in one span
+OTHER_GROUP = ("(other)", "(other)")        # all that are more
+
+
+class HistoryRow(NamedTuple):
+    """Runs that ended, of one task in one queue, over one span of time.
+
+    `runs` is all of them, whatever became of the task: those that did not fail, were
+    not retried and not cancelled, have succeeded.  What `exceptions` … `aborted` count
+    ended badly.  A run whose child or worker is gone may have no times: then it is in
+    neither of the last two, whose bounds are HISTORY_BOUNDS.
+    """
+
+    span: int               # seconds: MINUTE, QUARTER or DAY; 0: since ever
+    at: int                 # unix s of its start; 0 where span is 0
+    name: str               # of the task
+    queue: str
+    lo: int = 0             # the lowest task id in it
+    hi: int = 0             # … and the highest
+    runs: int = 0           # that ended
+    failed: int = 0         # … for good
+    retried: int = 0        # … with another run to come
+    cancelled: int = 0      # … by a cancellation
+    exceptions: int = 0     # by an exception
+    crashed: int = 0        # with their child
+    timeouts: int = 0       # at their limit
+    lost: int = 0           # with their worker
+    aborted: int = 0        # by Abort
+    ran_ms: int = 0         # the sum of what they took
+    waited_ms: int = 0      # the sum of what they waited since they were due
+    ran: tuple = _NO_COUNTS         # how many took so long: 23 counts
+    waited: tuple = _NO_COUNTS      # how many waited so long
+
+    @property
+    def succeeded(self) -> int:
+        """Runs that came to a good end."""
+        return self.runs - self.failed - self.retried - self.cancelled
+
+
+def merged(rows: Iterable[HistoryRow]) -> HistoryRow:
+    """All rows as one.  It has their name, queue and span where that is the same for
+    all, else "" or 0; and the earliest `at`.  Of no rows: nothing but zeros."""
+    rows = list(rows)
+    if not rows:
+        return HistoryRow(0, 0, "", "")
+    spans, starts, names, queues, lows, highs, *numbers, ran, waited = zip(*rows)
+    return HistoryRow._make((
+        spans[0] if len(set(spans)) == 1 else 0, min(starts),
+        names[0] if len(set(names)) == 1 else "",
+        queues[0] if len(set(queues)) == 1 else "",
+        min(lows), max(highs), *map(sum, numbers),
+        tuple(map(sum, zip(*ran))), tuple(map(sum, zip(*waited))),
+    ))
+
+
+def quantile(counts: Sequence[int], part: float) -> float | None:
+    """The seconds that `part` (0 to 1) of what is counted do not exceed; None: nothing
+    is counted.  About: what is between two bounds is taken to be spread evenly.
+
+    What is above the last bound is said to be that bound.
+    """
+    rank, seen = part * sum(counts), 0
+    for n, count in enumerate(counts):
+        if count > 0 and seen + count >= rank:
+            if n == len(HISTORY_BOUNDS):
+                break
+            low = HISTORY_BOUNDS[n - 1] if n else 0.0
+            share = max(0.0, rank - seen) / count
+            return low + (HISTORY_BOUNDS[n] - low) * share
+        seen += count
+    return float(HISTORY_BOUNDS[-1]) if seen or sum(counts) > 0 else None
+
+
+# What is counted of each kind of error; of others nothing.
+_BAD_ENDS = ("exception", "crash", "timeout", "lost", "abort")
+
+
+class _Group(NamedTuple):
+    """What is kept of the runs of one task in one queue until they are counted."""
+
+    ran: list               # seconds
+    waited: list            # ms
+    ids: list               # of tasks, once for each run
+    ends: list              # (state, kind of error) of all but plain successes
+    add_ran: Callable       # bound once: this is done for every run
+    add_waited: Callable
+    add_id: Callable
+
+
+class RunCounts(dict):
+    """Runs that ended and are not in history yet: a _Group for each (name, queue).
+
+    To keep one costs less than half a microsecond; what can wait is done in rows().
+    At most MOST_GROUPS are told apart in one quarter of an hour, by `known`.
+    """
+
+    def __init__(self, known: set | None = None):
+        self.known = set() if known is None else known
+
+    def place(self, pair: tuple) -> tuple:
+        """The pair under which runs of a (name, queue) are counted."""
+        if len(self.known) >= MOST_GROUPS and pair not in self.known:
+            return OTHER_GROUP
+        self.known.add(pair)
+        return pair
+
+    def __missing__(self, pair):
+        if pair != OTHER_GROUP and self.place(pair) != pair:
+            return self[OTHER_GROUP]
+        ran: list = []
+        waited: list = []
+        ids: list = []
+        group = self[pair] = _Group(
+            ran, waited, ids, [], ran.append, waited.append, ids.append)
+        return group
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Keep these; a run that was cancelled before it began is none."""
+        for run, state, _, error, _, started_at, duration, _, _ in outcomes:
+            if state == CANCELLED and duration is None:
+                continue
+            _, _, _, ends, add_ran, add_waited, add_id = self[run.name, run.queue]
+            add_id(run.id)
+            if started_at is not None:
+                add_waited(started_at - run.run_at)
+            if duration is not None:
+                add_ran(duration)
+            if state != SUCCESS:
+                ends.append((state, error and error.get("kind")))
+
+    def add_lost(self, run: Run, state: int) -> None:
+        """Keep a run whose worker died; `state` is what its task was put into."""
+        group = self[run.name, run.queue]
+        group.add_id(run.id)
+        group.ends.append((state, "lost"))
+
+    def plus(self, outcomes: Iterable[Outcome]) -> RunCounts:
+        """These and more, as another one: this one stays as it is."""
+        both = RunCounts(self.known)
+        for pair, group in self.items():
+            for kept, old in zip(both[pair][:4], group):
+                kept += old
+        both.add(outcomes)
+        return both
+
+    def rows(self, span: int, at: int) -> list[HistoryRow]:
+        """As rows of a span that starts at `at`; what is kept is sorted by that."""
+        return [_counted(span, at, pair, group) for pair, group in self.items()]
+
+
+def _counted(span, at, pair, group):
+    ran, waited, ids, ends = group[:4]
+    states = [state for state, _ in ends]
+    kinds = [kind for _, kind in ends]
+    failed, cancelled = states.count(FAILED), states.count(CANCELLED)
+    ran_ms, ran = _summed(ran, HISTORY_BOUNDS, 1000)
+    waited_ms, waited = _summed(waited, _BOUNDS_MS, 1)
+    return HistoryRow._make((
+        span, at, *pair, min(ids), max(ids), len(ids), failed,
+        len(ends) - failed - cancelled, cancelled, *map(kinds.count, _BAD_ENDS),
+        ran_ms, waited_ms, ran, waited))
+
+
+def _summed(values, bounds, ms):
+    """(their sum in ms, how many lie up to each bound and above the one before).
+
+    Negative ones are of a clock that was set: as good as 0.
+    """
+    values.sort()
+    if values and values[0] < 0:
+        values = [max(0, value) for value in values]
+    up_to = [bisect.bisect_right(values, bound) for bound in bounds]
+    counts = map(int.__sub__, [*up_to, len(values)], [0, *up_to])
+    return round(min(sum(values) * ms, MOST_ID)), tuple(counts)
+
+
 # == Store ====================================================================
 # Owns what can be done to a queue.  Each verb is one atomic step, but for two that
 # say so; it is durable when it returns, if it has to be, and leaves nothing open.
@@ -1590,6 +1782,35 @@ class PeopleVerbs(Protocol):
         """Names of the queues that are paused."""
 
 
+class HistoryVerbs(Protocol):
+    """What it tells of runs that ended, by the minute: see HistoryRow."""
+
+    def history(self, span: int, since: int, until: int | None = None,
+                name: str | None = None, queue: str | None = None,
+                by: str = "") -> list[HistoryRow]:
+        """Rows of MINUTE, QUARTER or DAY: from the span that holds `since` on, up to
+        those that begin before `until` (default: now), oldest first.
+
+        With by="at" there is one for each span, over all names and queues; with "name"
+        one for each name and queue, over all that time: see merged().  Kept: minutes
+        for 3 hours, quarters for 8 days, days for 400.  What is not rolled up yet is
+        in quarters and days, too.
+        """
+
+    def totals(self) -> list[HistoryRow]:
+        """Runs that ended since there is a history: a row for each name and queue.
+
+        No number in it ever falls, whatever is rolled up or deleted.
+        """
+
+    def roll_up(self, now: int) -> bool:
+        """Add minutes that are over to quarters, days and what is since ever; delete
+        rows that are too old.  In little time; True: there is more to do.
+
+        Of several workers that try it one does it; the sums stay what they are.
+        """
+
+
 class WorkVerbs(Protocol):
     """For workers, at work."""
 
@@ -1718,8 +1939,8 @@ class TimeVerbs(Protocol):
         """
 
 
-class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, WorkVerbs, WorkerVerbs, LiveVerbs,
-            TimeVerbs, Protocol):
+class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, HistoryVerbs, WorkVerbs,
+            WorkerVerbs, LiveVerbs, TimeVerbs, Protocol):
     """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
 
     All verbs raise DatabaseUnavailable where the queue cannot be used.
@@ -3959,12 +4180,6 @@ _SCHEMA_2 = (
     """drop index bg_running""",
     f"""create index bg_running on bg_task (worker, name) where state = {RUNNING}""",
 )
-# What a run took, or waited, is counted in the first of these that it does not
-# exceed, in seconds; one more column holds what is longer still.
-HISTORY_BOUNDS = (
-    .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100, 250,
-    500, 1000, 2500, 5000, 10000,
-)
 _BUCKETS = "".join(f"""
     {kind}{n} integer not null default 0,""" for kind in "rw"
     for n in range(len(HISTORY_BOUNDS) + 1))
@@ -5746,6 +5961,207 @@ class LiveRows:
         return own / 1000, childrens / 1000
 
 
+# == History ==================================================================
+# Owns the SQL of bg_history.  Workers add the runs of a minute, in the transaction
+# that writes their ends; roll_up() adds each quarter of an hour that is over to its
+# row, to its day, and to what is since ever.  A minute is added once: those before
+# bg_meta.rolled_to were, and nothing is counted in one of them any more.
+
+_LATE_SECONDS = 600         # after the end of a quarter until it is rolled up
+_KEEP = {MINUTE: 3 * 3600, QUARTER: 8 * DAY, DAY: 400 * DAY}     # seconds
+_MOST_ROWS = 200_000        # … but not more: the oldest quarters go, and then days
+_FORGET_BATCH = 2000        # rows that one transaction deletes, about
+_NUMBERS = (
+    "runs", "failed", "retried", "cancelled", "exceptions", "crashed", "timeouts",
+    "lost", "aborted", "ran_ms", "waited_ms",
+    *(f"{kind}{n}" for kind in "rw" for n in range(len(HISTORY_BOUNDS) + 1)),
+)
+_FIRST_RAN = 6 + _NUMBERS.index("r0")       # where they stand in a row of the table
+_FIRST_WAITED = 6 + _NUMBERS.index("w0")
+_COLUMNS = ", ".join(("span", "at", "name", "queue", "lo", "hi", *_NUMBERS))
+# total() and the cast: no number written by hand is too large, or none at all.
+_SUMS = "min(lo), max(hi), " + ", ".join(
+    f"cast(total({number}) as integer)" for number in _NUMBERS)
+_ADD = f"""
+    insert into bg_history ({_COLUMNS}) values (?{", ?" * (5 + len(_NUMBERS))})
+    on conflict (span, at, name, queue) do update set
+        lo = min(lo, excluded.lo), hi = max(hi, excluded.hi),
+        """ + ", ".join(f"{n} = {n} + excluded.{n}" for n in _NUMBERS)
+_ROLLED_TO = """ifnull((select value from bg_meta where name = 'rolled_to'), 0)"""
+_WHERE = """at >= :since and at < :until
+    and (:name is null or name = :name) and (:queue is null or queue = :queue)"""
+_HISTORY = f"""
+    select :span, min(at), case when min(name) = max(name) then min(name) else '' end,
+        case when min(queue) = max(queue) then min(queue) else '' end, {_SUMS}
+    from (
+        select {_COLUMNS} from bg_history where span = :span and {_WHERE}
+        union all
+        select span, at / :span * :span, name, queue, lo, hi, {", ".join(_NUMBERS)}
+            from bg_history where :span > {MINUTE} and span = {MINUTE}
+                and at >= {_ROLLED_TO} and {_WHERE})
+    group by """
+_GROUPS = {"": "at, name, queue", "at": "at", "name": "name, queue"}
+_TYPES = [int, int, str, str, int, int, *(int for _ in _NUMBERS)]
+
+
+def add_history(connection, counts, now):
+    """Add runs to the minute of now; or to the first one that is still open.
+
+    Then the clock was set back, or the time of one that was ahead is still to come.
+    """
+    if not counts:
+        return
+    rolled_to, = connection.execute(f"""select {_ROLLED_TO}""").fetchone()
+    _add(connection, counts.rows(MINUTE, max(now // 60_000 * 60, rolled_to)))
+
+
+def _add(connection, rows):
+    connection.executemany(
+        _ADD, [(*row[:-2], *row.ran, *row.waited) for row in rows])
+
+
+def _history_row(values):
+    """A row of the table, or of sums of it, for all others."""
+    if [*map(type, values)] != _TYPES:          # edited by hand
+        values = (*map(_whole, values[:2]), *map(str, values[2:4]),
+                  *map(_whole, values[4:]))
+    return HistoryRow._make((
+        *values[:_FIRST_RAN], values[_FIRST_RAN:_FIRST_WAITED],
+        values[_FIRST_WAITED:]))
+
+
+def _whole(value):
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+class History:
+    """The verbs of history."""
+
+    db: Database
+    now: Callable[[], int]
+
+    def history(self, span: int, since: int, until: int | None = None,
+                name: str | None = None, queue: str | None = None,
+                by: str = "") -> list[HistoryRow]:
+        if span not in _KEEP or by not in _GROUPS:
+            raise ValueError(f"no history of {span!r} seconds by {by!r}")
+        until = self.now() if until is None else until
+        rows = self.db.read(_HISTORY + f"{_GROUPS[by]} order by {_GROUPS[by]}", {
+            "span": span, "since": since // 1000 // span * span,
+            "until": -(-until // 1000), "name": name, "queue": queue,
+        })
+        return [_history_row(row) for row in rows]
+
+    def totals(self) -> list[HistoryRow]:
+        rows = self.db.read(
+            f"""select 0, 0, name, queue, {_SUMS} from (
+                    select * from bg_history where span = 0
+                    union all select * from bg_history
+                        where span = {MINUTE} and at >= {_ROLLED_TO})
+                group by name, queue"""
+        )
+        return [_history_row(row) for row in rows]
+
+    def roll_up(self, now: int) -> bool:
+        second = now // 1000
+        over = (second - _LATE_SECONDS) // QUARTER * QUARTER
+        rolled_to, first = self._open_minutes()
+        if rolled_to > second + QUARTER:
+            return self._begin_anew(second)
+        if first is None or first >= over:
+            return self._forget(second, rolled_to)
+        with self.db.write(durable=False, patience=0.5) as link:
+            _, first = self._open_minutes()         # another may have done it
+            if first is not None and first < over:
+                start = first // QUARTER * QUARTER
+                rows = self._minutes(first, start + QUARTER)
+                for span, at in ((QUARTER, start), (DAY, start // DAY * DAY), (0, 0)):
+                    self._add_some(link.connection, span, at, rows)
+                self._set_rolled_to(link.connection, start + QUARTER)
+        return True
+
+    def _open_minutes(self):
+        """(the end of what is rolled up, the first minute with runs after that)."""
+        return self.db.read(
+            f"""select {_ROLLED_TO}, (select at from bg_history
+                where span = {MINUTE} and at >= {_ROLLED_TO} order by at limit 1)"""
+        )[0]
+
+    def _minutes(self, first, end):
+        """What was counted from a minute on; what has run most is first."""
+        rows = self.db.read(
+            f"""select {MINUTE}, 0, name, queue, {_SUMS} from bg_history
+                where span = {MINUTE} and at >= :first and at < :end
+                group by name, queue order by total(runs) desc, name, queue""",
+            {"first": first, "end": end},
+        )
+        return [_history_row(row) for row in rows]
+
+    def _add_some(self, connection, span, at, rows):
+        """Add them to a span, which tells only so many names and queues apart."""
+        places = RunCounts(set(self.db.read(
+            """select name, queue from bg_history where span = :span and at = :at""",
+            {"span": span, "at": at},
+        )))
+        _add(connection, [
+            HistoryRow(span, at, *places.place(row[2:4]), *row[4:]) for row in rows])
+
+    def _set_rolled_to(self, connection, second):
+        connection.execute(
+            """insert or replace into bg_meta (name, value)
+                values ('rolled_to', :second)""",
+            {"second": second},
+        )
+
+    def _begin_anew(self, second):
+        """The clock was set back: go on from the next quarter of an hour.
+
+        What was counted at a time that is still to come stays in the sum since ever,
+        and is in no chart: it would be counted again.
+        """
+        start = (second // QUARTER + 1) * QUARTER
+        with self.db.write(durable=False, patience=0.5) as link:
+            rolled_to, first = self._open_minutes()
+            if rolled_to > second + QUARTER:        # else another was faster
+                if first is not None:
+                    rows = self._minutes(rolled_to, MOST_ID)
+                    self._add_some(link.connection, 0, 0, rows)
+                link.connection.execute(
+                    """delete from bg_history where span > 0 and at >= :start""",
+                    {"start": start},
+                )
+                self._set_rolled_to(link.connection, start)
+        return True
+
+    def _forget(self, second, rolled_to):
+        """Delete a batch of what is too old, or too much; True: there is more."""
+        for span, seconds in _KEEP.items():
+            if self._delete_first(span, min(second - seconds, rolled_to)):
+                return True
+        number = self.db.read("""select count(*) from bg_history""")[0][0]
+        return number > _MOST_ROWS and (
+            self._delete_first(QUARTER, rolled_to, number - _MOST_ROWS)
+            or self._delete_first(DAY, rolled_to, number - _MOST_ROWS))
+
+    def _delete_first(self, span, before, most=_FORGET_BATCH):
+        """Delete the oldest rows of a span, about so many; False: there were none."""
+        rows = self.db.read(
+            """select at from bg_history where span = :span and at < :before
+                order by at limit :most""",
+            {"span": span, "before": before, "most": min(most, _FORGET_BATCH)},
+        )
+        if rows:
+            with self.db.write(durable=False, patience=0.5) as link:
+                link.connection.execute(
+                    """delete from bg_history where span = :span and at <= :last""",
+                    {"span": span, "last": rows[-1][0]},
+                )
+        return bool(rows)
+
+
 # == Endings ==================================================================
 # Owns what becomes of runs, and the SQL that writes it: success, failure, another
 # run, a hand-back, and what is enqueued with an end.  An end is only written while
@@ -5852,9 +6268,11 @@ class Endings(Claims):
             if not link.wake and any(o.run.is_counted for o in outcomes):
                 link.wake = wake_addresses(by)
             stale = self._finish(link, outcomes, worker, now)
+            if stale:
+                outcomes = [outcome for outcome in outcomes if outcome not in stale]
+            if turn.history is not None:
+                add_history(by, turn.history.plus(outcomes), now)
             claimed = self._claim(by, turn.order, now) if turn.order else None
-        if stale:
-            outcomes = [outcome for outcome in outcomes if outcome not in stale]
         return Turned(outcomes, stale, claimed)
 
     def _heed_cancels(self, outcomes, worker):
@@ -6331,6 +6749,7 @@ class Register:
             )
             lost: list[LostRun] = []
             then: list[tuple] = []
+            counts = RunCounts()
             for cancel_asked, *values in rows:
                 run = Run(*values)
                 had_begun = begun is None or (run.id, run.attempt) in begun
@@ -6348,6 +6767,8 @@ class Register:
                     drop_old(link.connection, run, state)
                     put_payload(link.connection, run.id, ERROR, to_json(error))
                     then += callback_rows(run, state, error, now)
+                    counts.add_lost(run, state)
+            add_history(link.connection, counts, now)
             if then:
                 insert_all(link, [Request(row, [text]) for row, text in then])
             take_off(link.connection, worker)
@@ -6535,7 +6956,7 @@ class Register:
         return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
 
 
-class SqliteStore(Endings, Desk, LiveRows, Register, Attempts):
+class SqliteStore(Endings, Desk, LiveRows, Register, Attempts, History):
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
