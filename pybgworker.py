@@ -42,11 +42,11 @@ Life of a task
 Map
     Book One: the program's side
         Settings · States and errors · Time and values · Retry and rate · Rows ·
-        Run counts · Store · Functions · Waiting · Results · Tasks · App
+        Run counts · People · Store · Functions · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
-        Endings · Desk · Register
+        Endings · Records · Lists · Desk · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
@@ -96,6 +96,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -1613,6 +1614,198 @@ def _summed(values, bounds, ms):
     up_to = [bisect.bisect_right(values, bound) for bound in bounds]
     counts = map(int.__sub__, [*up_to, len(values)], [0, *up_to])
     return round(min(sum(values) * ms, MOST_ID)), tuple(counts)
+# == People ===================================================================
+# Owns what people read of many tasks, and what they do to them: the rows, and the
+# verbs, which every Store has as well.  One that reads takes a bounded time, or says
+# how far it came; one that acts writes down who did it, in the same transaction.
+
+class By(NamedTuple):
+    """Who does something."""
+
+    who: str                # a login name, or what user() says
+    how: str                # cli, web, program or worker
+
+
+class Filter(NamedTuple):
+    """Which tasks; None: any."""
+
+    state: int | None = None
+    name: str | None = None
+    queue: str | None = None
+    text: str | None = None         # in its name, its arguments or its error
+    since: int | None = None        # unix ms: it ended then, else began, else came in
+    error: str | None = None        # type of its exception, or kind of its error
+
+    def __str__(self) -> str:
+        said = self._asdict()
+        said["state"] = None if self.state is None else state_name(self.state)
+        said["since"] = None if self.since is None else iso_time(self.since)
+        return ", ".join(f"{key} {value}" for key, value in said.items()
+                         if value is not None) or "all"
+
+
+class QueueRow(NamedTuple):
+    """A queue that has unfinished tasks, or is paused.  Times are unix ms."""
+
+    name: str
+    scheduled: int = 0
+    retrying: int = 0
+    queued: int = 0
+    running: int = 0
+    oldest_at: int | None = None    # when the oldest task that may run became due
+    next_at: int | None = None      # when the first is due that waits for its time
+    paused_at: int | None = None    # None: it is not paused
+    paused_by: str | None = None
+    reason: str | None = None
+
+
+class FailureRow(NamedTuple):
+    """A task that failed for good."""
+
+    id: int
+    name: str
+    queue: str
+    finished_at: int
+    kind: str                       # exception, timeout, crash, lost or abort
+    type: str
+    message: str
+
+
+class EventRow(NamedTuple):
+    """Something that a person has done, or has missed."""
+
+    id: int
+    at: int
+    who: str
+    how: str
+    action: str
+    target: str
+    detail: str | None
+
+
+class Page(NamedTuple):
+    """Some tasks, and where it goes on."""
+
+    rows: list[TaskRow]
+    next: str | None                # for page(before=); None: this was the end
+    searched_to: int | None = None      # id of the last task looked at; None: of all
+    searched_at: int | None = None      # … and its time, as in Filter.since
+
+
+class Acted(NamedTuple):
+    """What became of many tasks."""
+
+    done: int
+    skipped: int                    # it could not be done to them
+    left: int                       # still to be looked at, at least; 0: it is over
+    next: str | None = None         # for act(after=): where it goes on
+    reasons: dict = {}              # why, and to how many of the skipped
+
+
+class PeopleVerbs(Protocol):
+    """For people."""
+
+    def queues(self, now: int) -> list[QueueRow]:
+        """The queues that have unfinished tasks, or are paused, by name.
+
+        Counted by their indexes: history costs nothing.
+        """
+
+    def waiting_names(self, limit: int) -> list[tuple[str, str]]:
+        """(queue, name) of what is ready to run, one seek for each; `limit` at most."""
+
+    def page(self, filter: Filter, before: str | int | None = None, limit: int = 50,
+             seconds: float = 0.15, match: Callable | None = None,
+             clock: Callable[[], float] = time.monotonic) -> Page:
+        """Tasks, `limit` at most, from where another page ended.
+
+        Failed and cancelled ones: the last to end first; queued ones in the order of
+        claims; scheduled and retrying ones: the first to be due first; all others:
+        the newest first.  Looks for about `seconds`, by `clock`.  `before` may also
+        be the id of the last task that was seen.  Raises OptionError for one that
+        never was.
+
+        `match(row, args, error)` decides on each task in which SQL has found the text
+        of the filter: `args` is the encoded call, `error` a dict or None.  Whoever
+        hides values from readers must say False where only those contain it.
+        """
+
+    def count(self, filter: Filter, max_id: int | None = None,
+              at_most: int | None = None, seconds: float | None = None) -> int:
+        """How many there are, up to an id; stops at `at_most`, and after `seconds`."""
+
+    def failures(self, since: int, limit: int = 1000) -> list[FailureRow]:
+        """The newest tasks that failed for good since then."""
+
+    def act(self, action: str, what: Filter | Sequence[int], now: int,
+            by: By | None = None, max_id: int | None = None, spread: float = 0.0,
+            limit: int = 500, after: str | None = None,
+            match: Callable | None = None) -> Acted:
+        """Do something to the tasks of a filter, or of these ids; `limit` at a time.
+
+        retry: queue finished ones again, those that failed if the filter has no
+        state; what waits for its time has it come.  Over `spread` seconds, if given.
+        cancel: those that wait; running ones if the filter says so.  forget: delete
+        finished ones.  run_now: what waits for its time.
+
+        To be called again until nothing is left, with `after` as it was returned, and
+        the same `now`, so that it is one event.  Tasks above `max_id` are not meant.
+        Whatever changes meanwhile: each is done once, and only where it still can be.
+        """
+
+    def pause(self, queue: str, now: int, by: By | None = None,
+              reason: str | None = None) -> None:
+        """Claim nothing from this queue until resume(); what has not begun returns.
+
+        Of one that is paused already only the reason changes, if there is a new one.
+        """
+
+    def resume(self, queue: str, by: By | None = None) -> bool:
+        """Undo pause().  False when it was not paused."""
+
+    def paused_queues(self) -> list[str]:
+        """Names of the queues that are paused."""
+
+    def events(self, before: int | None = None, limit: int = 50) -> list[EventRow]:
+        """What people did, the newest first; those with an id below `before`."""
+
+    def note_event(self, by: By, action: str, target: str, detail: str | None,
+                   now: int) -> None:
+        """Write down what somebody does that no other verb writes down."""
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        """The newest tasks first, as many as `limit`."""
+
+    def counts(self) -> list[tuple[str, str, int, int]]:
+        """(queue, name, state, number) over all tasks.  Reads the whole table."""
+
+    def finished_runs(self, limit: int) -> list[FinishedRun]:
+        """Those of the newest finished tasks, as many as `limit`."""
+
+    def newest_options(self, name: str) -> dict:
+        """Queue, priority, retries, timeout of the newest task of a name, or nothing.
+
+        Looks at the newest 100,000 tasks, for names have no index.
+        """
+
+    def purge(self, queue: str | None, name: str | None, now: int,
+              by: By | None = None) -> int:
+        """Cancel all waiting tasks of a queue, a name, or both; return how many.
+
+        Not in one step: what was cancelled before an error stays so.
+        """
+
+    def prune(self, cursor: int, before: int | None, failed_before: int | None,
+              batch: int, by: By | None = None, now: int = 0) -> tuple[int, int]:
+        """Delete what finished before the two times; None keeps it.
+
+        Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
+        with cursor 0 once the end is reached.
+        """
+
+    def count_old(self, before: int | None, failed_before: int | None) -> int:
+        """How many tasks prune() would delete."""
 
 
 # == Store ====================================================================
@@ -1713,73 +1906,21 @@ class ProgramVerbs(Protocol):
         that is over and of five before that.  Raises TaskNotFound.
         """
 
-    def cancel(self, task_id: int, now: int) -> int:
+    def cancel(self, task_id: int, now: int, by: By | None = None) -> int:
         """Cancel what waits; ask for the end of what runs.  Returns the old state.
 
         Raises TaskNotFound.  A finished task is left as it is.
         """
 
-    def retry(self, task_id: int, now: int) -> None:
+    def retry(self, task_id: int, now: int, by: By | None = None) -> None:
         """Queue a finished task again, with all its retries.
 
         Raises TaskNotFound; TaskStateError when it is not finished, or when its
         key is held by another.
         """
 
-    def forget(self, task_id: int) -> None:
+    def forget(self, task_id: int, by: By | None = None) -> None:
         """Delete a finished or waiting task.  Raises TaskNotFound, TaskStateError."""
-
-
-class PeopleVerbs(Protocol):
-    """For people."""
-
-    def tasks(self, state: int | None = None, name: str | None = None,
-              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
-        """The newest tasks first, as many as `limit`."""
-
-    def counts(self) -> list[tuple[str, str, int, int]]:
-        """(queue, name, state, number) over all tasks.  Reads the whole table."""
-
-    def finished_runs(self, limit: int) -> list[FinishedRun]:
-        """Those of the newest finished tasks, as many as `limit`."""
-
-    def newest_options(self, name: str) -> dict:
-        """Queue, priority, retries, timeout of the newest task of a name, or nothing.
-
-        Looks at the newest 100,000 tasks, for names have no index.
-        """
-
-    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
-        """Queue all failed tasks again, or those of a name; not in one step.
-
-        Returns (the ids queued, the ids left because another task has their key).
-        """
-
-    def purge(self, queue: str | None, name: str | None, now: int) -> int:
-        """Cancel all waiting tasks of a queue, a name, or both; return how many.
-
-        Not in one step: what was cancelled before an error stays so.
-        """
-
-    def prune(self, cursor: int, before: int | None, failed_before: int | None,
-              batch: int) -> tuple[int, int]:
-        """Delete what finished before the two times; None keeps it.
-
-        Looks at `batch` rows above the id `cursor`; returns (deleted, new cursor),
-        with cursor 0 once the end is reached.
-        """
-
-    def count_old(self, before: int | None, failed_before: int | None) -> int:
-        """How many tasks prune() would delete."""
-
-    def pause(self, queue: str, now: int) -> None:
-        """Claim nothing from this queue until resume(); what has not begun returns."""
-
-    def resume(self, queue: str) -> bool:
-        """Undo pause().  False when it was not paused."""
-
-    def paused_queues(self) -> list[str]:
-        """Names of the queues that are paused."""
 
 
 class HistoryVerbs(Protocol):
@@ -6425,14 +6566,14 @@ class Endings(Claims):
         return {row[0] for row in rows}
 
 
-# == Desk =====================================================================
-# Owns the SQL of people: what they read of tasks, and what they do to them, be it by
-# a command or by an AsyncResult.
+# == Records ==================================================================
+# Owns the SQL that reads one task, or all that there are.
 
-_TASK = """
-    select id, state, queue, name, priority, key, attempt, retries, forgiven, timeout,
-        worker, cancel_asked, run_at, created_at, started_at, finished_at, duration,
-        tick
+TASK_COLUMNS = """id, state, queue, name, priority, key, attempt, retries, forgiven,
+        timeout, worker, cancel_asked, run_at, created_at, started_at, finished_at,
+        duration, tick"""
+_TASK = f"""
+    select {TASK_COLUMNS}
     from bg_task """
 
 _UNFINISHED = (
@@ -6465,18 +6606,6 @@ class Records:
 
     def task(self, task_id: int) -> TaskRow:
         return TaskRow(*self._row(_TASK + "where id = :id", task_id))
-
-    def tasks(self, state: int | None = None, name: str | None = None,
-              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
-        rows = self.db.read(
-            _TASK + """
-                where (:state is null or state = :state)
-                    and (:name is null or name = :name)
-                    and (:queue is null or queue = :queue)
-                order by id desc limit :limit""",
-            {"state": state, "name": name, "queue": queue, "limit": limit},
-        )
-        return [TaskRow(*row) for row in rows]
 
     def state(self, task_id: int) -> int:
         return self._row("""select state from bg_task where id = :id""", task_id)[0]
@@ -6547,30 +6676,558 @@ class Records:
         )[0][0]
 
 
-_BATCH = 500                # tasks that one transaction of a command changes
+# == Lists ====================================================================
+# Owns the SQL that reads many tasks for people: by an index where there is one, else
+# by looking through so many at a time, until the time is up.  What has finished is
+# never counted.  Each state of a task has an order, and a page goes on from a place
+# in it: by what it says, so that it holds whatever happens to the tasks meanwhile.
+
+BATCH = 500                # tasks that one transaction of a command changes
+_WINDOW = 20_000            # tasks that one statement looks through
+_MOST_GROUPS = 200          # (queue, name) that are merged in the order of claims
+_HEAD_ROWS = 8              # of a group and priority: one of them is about the oldest
+_FAR = 10**17               # beyond what a row can have in the first column of an order
+_LONGEST_TEXT = 1000        # characters that can be searched for
+_NO_PAGE = "no page goes on from {!r}: give what the one before said was next"
+_HIGHEST = "\U0010ffff"     # stands behind every name
+_MESSAGE_CHARS = 1000       # of an error's message in a list
+
+_TOUCHED = "coalesce(finished_at, started_at, created_at)"      # see Filter.since
+_FITS = f"""(:state is null or state = :state)
+        and (:name is null or name = :name) and (:queue is null or queue = :queue)
+        and (:since is null or {_TOUCHED} >= :since)
+        and (:max_id is null or id <= :max_id)
+        and (:error is null or exists (select 1 from bg_payload as p
+            where p.id = bg_task.id * 8 + {ERROR} and p.body like :error escape '!'))
+        and (:text is null or name like :text escape '!'
+            or ifnull(args, (select body from bg_payload as p
+                where p.id = bg_task.id * 8 + {ARGS})) like :coded escape '!'
+            or exists (select 1 from bg_payload as p where
+                p.id = bg_task.id * 8 + {ERROR} and p.body like :coded escape '!'))
+    """
 
 
-class Desk(Records):
+# What waits, and what runs, by queue; what is ready without its times: see _HEADS.
+_BY_QUEUE = f"""
+    select queue, state, count(*), min(run_at),
+            min(case when run_at > :now then run_at end)
+        from bg_task indexed by bg_delayed where state < {QUEUED} group by queue, state
+    union all
+    select queue, {QUEUED}, count(*), null, null
+        from bg_task indexed by bg_group where state = {QUEUED} and alone = 0
+        group by queue
+    union all
+    select queue, {QUEUED}, count(*), min(run_at), null
+        from bg_task indexed by bg_alone where state = {QUEUED} and alone <> 0
+        group by queue
+    union all
+    select queue, {RUNNING}, count(*), null, null
+        from bg_task indexed by bg_running where state = {RUNNING} group by queue"""
+# The first of each group and priority by a seek, and the eldest of the few that stand
+# there: what was put off came in earlier than it became due.
+_HEADS = f"""
+    with recursive head (id) as (
+        select (select id from bg_task indexed by bg_group
+            where state = {QUEUED} and alone = 0
+            order by queue, name, priority, place, id limit 1)
+        union all
+        select coalesce(
+            (select t.id from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue = h.queue
+                    and t.name = h.name and t.priority > h.priority
+                order by t.priority, t.place, t.id limit 1),
+            (select t.id from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue = h.queue
+                    and t.name > h.name
+                order by t.name, t.priority, t.place, t.id limit 1),
+            (select t.id from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue > h.queue
+                order by t.queue, t.name, t.priority, t.place, t.id limit 1))
+            from head join bg_task as h on h.id = head.id)
+    select h.queue, min((select min(run_at) from (
+            select t.run_at from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue = h.queue
+                    and t.name = h.name and t.priority = h.priority
+                order by t.place, t.id limit {_HEAD_ROWS})))
+        from head join bg_task as h on h.id = head.id group by h.queue"""
+_READY_GROUPS = f"""
+    with recursive head (id) as (
+        select (select id from bg_task indexed by bg_group
+            where state = {QUEUED} and alone = 0 order by queue, name limit 1)
+        union all
+        select coalesce(
+            (select t.id from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue = h.queue
+                    and t.name > h.name
+                order by t.name limit 1),
+            (select t.id from bg_task as t indexed by bg_group
+                where t.state = {QUEUED} and t.alone = 0 and t.queue > h.queue
+                order by t.queue, t.name limit 1))
+            from head join bg_task as h on h.id = head.id
+        limit :limit)
+    select h.queue, h.name from head join bg_task as h on h.id = head.id"""
+
+
+class Walk:
+    """An order to go through tasks, by an index; a place in it is a tuple of `keys`."""
+
+    def __init__(self, source: str, keys: tuple, is_down: bool = False):
+        self.keys, self.is_down = keys, is_down
+        columns, size = ", ".join(keys), len(keys)
+        places = [", ".join(f":{end}{n}" for n in range(size)) for end in "ab"]
+        ahead, back, down = ("<", ">=", " desc") if is_down else (">", "<=", "")
+        order = ", ".join(key + down for key in keys)
+        rest = f"from bg_task {source} and ({columns}) {ahead} ({places[0]})"
+        until = f"and ({columns}) {back} ({places[1]}) and {_FITS}"
+        self.rows = f"""select {columns}, {TASK_COLUMNS} {rest} {until}
+            order by {order} limit :most"""
+        self.number = f"""select count(*) from (select 1 {rest} {until} limit :most)"""
+        self.window = f"""select {columns} {rest} order by {order}
+            limit 1 offset {_WINDOW - 1}"""
+        ends = (_FAR, -_FAR) if is_down else (-_FAR, _FAR)
+        self.first, self.last = ((end, *[""] * (size - 1)) for end in ends)
+
+
+def _bad(state, is_down):
+    """Two: those that somebody has made finished by hand have no time."""
+    source = f"indexed by bg_bad where state = {state} and state > {SUCCESS}"
+    return [Walk(source, ("finished_at", "name", "queue", "id"), is_down),
+            Walk(source + " and finished_at is null", ("abs(0)", "name", "queue", "id"),
+                 is_down)]
+
+
+def _delayed(state):
+    return [Walk(f"indexed by bg_delayed where state < {QUEUED} and state = {state}",
+                 ("run_at", "id"))]
+
+
+_CLAIMS = ("priority", "place", "id")
+_READY = [
+    Walk(f"indexed by bg_ready where state = {QUEUED} and alone = 0", _CLAIMS),
+    Walk(f"indexed by bg_alone where state = {QUEUED} and alone <> 0", _CLAIMS),
+]
+_GROUP = Walk(f"""indexed by bg_group where state = {QUEUED} and alone = 0
+    and queue = :group_queue and name = :group_name""", _CLAIMS)
+_ALL = [Walk("where id > 0", ("id",), is_down=True)]
+_WALKS: dict[int | None, list[Walk]] = {
+    SCHEDULED: _delayed(SCHEDULED), RETRYING: _delayed(RETRYING), QUEUED: _READY,
+    RUNNING: [Walk(f"indexed by bg_running where state = {RUNNING}", ("id",), True)],
+    FAILED: _bad(FAILED, True), CANCELLED: _bad(CANCELLED, True),
+}
+_OLDEST_FIRST: dict[int | None, list[Walk]] = {
+    FAILED: _bad(FAILED, False), CANCELLED: _bad(CANCELLED, False),
+}
+
+
+def _pattern(text):
+    return "%" + re.sub("[!%_]", r"!\g<0>", text) + "%"
+
+
+def _values(filter, max_id=None):
+    """Of the parameters of _FITS."""
+    if len(filter.text or "") > _LONGEST_TEXT:
+        raise OptionError(f"a text to look for has at most {_LONGEST_TEXT} characters")
+    values = {**filter._asdict(), "max_id": max_id, "coded": None}
+    for key in ("text", "error"):
+        if values[key] is not None:
+            coded = _pattern(to_json(values[key])[1:-1])
+            values[key] = coded if key == "error" else _pattern(values[key])
+            values["coded"] = coded if key == "text" else values["coded"]
+    return values
+
+
+def _numbered(letter, place):
+    return {f"{letter}{n}": value for n, value in enumerate(place)}
+
+
+def has_text(text: str, row: TaskRow, args: str, error: dict | None) -> bool:
+    """True when a task has the text in its name, its call or its error."""
+    found = (row.name, args, str(TaskError(error)) if error else "")
+    coded = to_json(text)[1:-1].lower()
+    return any(t in part.lower() for t in (text.lower(), coded) for part in found)
+
+
+class Search:
+    """Goes through the tasks of a filter in their order, from a place on."""
+
+    def __init__(self, lists: Lists, filter: Filter, place: tuple | None = None,
+                 max_id: int | None = None, is_oldest_first: bool = False,
+                 match: Callable | None = None):
+        self._lists, self._filter = lists, filter
+        self._match = match or functools.partial(has_text, filter.text or "")
+        walks = is_oldest_first and _OLDEST_FIRST.get(filter.state)
+        walks = walks or _WALKS.get(filter.state, _ALL)
+        values = _values(filter, max_id)
+        self._walks = [(walk, values) for walk in walks]
+        self.is_down = walks[0].is_down
+        self.place = place or walks[0].first    # what is not seen yet; None: nothing
+        looks = filter._replace(state=None)
+        if filter.state == QUEUED and (filter.name, filter.queue) != (None, None):
+            groups = self._groups()
+            if len(groups) <= _MOST_GROUPS:
+                self._walks = [(_GROUP, {**values, **group}) for group in groups]
+                self._walks.append((_READY[1], values))
+                looks = looks._replace(name=None, queue=None)
+        self._looks = looks != Filter()         # it may pass many that do not fit
+
+    def _groups(self):
+        """The (queue, name) groups of what is ready that fit, and some if too many."""
+        f = self._filter
+        every = self._lists.waiting_names(10 * _MOST_GROUPS)
+        if len(every) == 10 * _MOST_GROUPS:
+            return every
+        return [{"group_queue": queue, "group_name": name} for queue, name in every
+                if f.queue in (None, queue) and f.name in (None, name)]
+
+    def step(self, most: int) -> list[tuple]:
+        """(place, task) of the next, `most` at most; fewer do not mean the end."""
+        found: list[tuple] = []
+        end = self._end()
+        for walk, values in self._walks:
+            size, until = len(walk.keys), end or walk.last
+            rows = self._lists.db.read(walk.rows, self._between(values, until, most))
+            found += [(row[:size], TaskRow(*row[size:])) for row in rows]
+        found.sort(key=operator.itemgetter(0), reverse=self.is_down)
+        del found[most:]
+        self.place = found[-1][0] if len(found) == most else end
+        return found
+
+    def _between(self, values, until, most):
+        return {**values, **_numbered("a", self.place), **_numbered("b", until),
+                "most": most}
+
+    def _end(self):
+        """Up to where a step may go; None: to the end."""
+        if not self._looks:
+            return None
+        ends = [row for walk, values in self._walks for row in self._lists.db.read(
+            walk.window, {**values, **_numbered("a", self.place)})]
+        return sorted(ends, reverse=self.is_down)[0] if ends else None
+
+    def number(self, at_most: int) -> int:
+        """How many fit in the next step, without a look at any, `at_most` at most."""
+        end, found = self._end(), 0
+        for walk, values in self._walks:
+            until = end or walk.last
+            found += self._lists.db.read(
+                walk.number, self._between(values, until, at_most - found))[0][0]
+        self.place = end
+        return found
+
+    @property
+    def needs_look(self) -> bool:
+        """True when SQL alone cannot say which fit."""
+        return self._filter.text is not None or self._filter.error is not None
+
+    def fits(self, row: TaskRow) -> bool:
+        """True unless SQL was too generous."""
+        if not self.needs_look:
+            return True
+        f = self._filter
+        try:
+            error, args = self._lists.error(row.id), self._lists.args(row.id)
+        except TaskNotFound:                    # deleted a moment ago
+            return False
+        if f.error is not None and (
+                error is None or f.error not in (error.get("type"), error["kind"])):
+            return False
+        return f.text is None or self._match(row, args or "", error)
+
+
+def said_place(place):
+    """A place as text: its own texts are found again by the id, which comes last."""
+    return "~".join(str(value) for value in place if not isinstance(value, str))
+
+
+def _place_of(text):
+    """The numbers in what a page said of where to go on.  Raises OptionError."""
+    numbers = str(text).split("~")
+    if not all(re.fullmatch(r"-?\d{1,18}(\.\d{1,18})?", number) for number in numbers):
+        raise OptionError(_NO_PAGE.format(text))
+    return [float(number) if "." in number else int(number) for number in numbers]
+
+
+class Lists(Records):
+    """What can be read of many tasks."""
+
+    def page(self, filter: Filter, before: str | int | None = None, limit: int = 50,
+             seconds: float = 0.15, match: Callable | None = None,
+             clock: Callable[[], float] = time.monotonic) -> Page:
+        search = Search(self, filter, self.start(filter.state, before), match=match)
+        return self._page(search, limit, clock() + seconds, clock)
+
+    def _page(self, search, limit, deadline, clock):
+        rows: list[TaskRow] = []
+        while search.place is not None and len(rows) < limit:
+            for place, row in search.step(limit - len(rows)):
+                if search.fits(row):
+                    rows.append(row)
+                if search.needs_look and clock() >= deadline:
+                    search.place = place
+                    break
+            if clock() >= deadline:
+                break
+        if search.place is None:
+            return Page(rows, None)
+        return Page(rows, said_place(search.place), *self._seen(search.place[-1]))
+
+    def _seen(self, task_id):
+        """(id of a task, when it was touched last)."""
+        rows = self.db.read(f"""select {_TOUCHED} from bg_task where id = :id""",
+                            {"id": task_id})
+        return task_id, rows[0][0] if rows else None
+
+    def start(self, state, before):
+        """The place that a page, or the id of a task, stands for."""
+        if before is None:
+            return None
+        numbers, walk = _place_of(before), _WALKS.get(state, _ALL)[0]
+        task_id, is_bad = numbers[-1], state in _OLDEST_FIRST
+        size = 2 if is_bad else len(walk.keys)
+        if len(numbers) == size and not is_bad:
+            return tuple(numbers)
+        rows = self.db.read(
+            """select ifnull(finished_at, 0), name, queue, id, run_at, priority, place
+                from bg_task where id = :id""", {"id": task_id})
+        if len(numbers) == size:                # the order among those of one moment
+            return (numbers[0], *(rows[0][1:3] if rows else (_HIGHEST,) * 2), task_id)
+        if not rows or len(numbers) > 1:
+            raise OptionError(_NO_PAGE.format(before))
+        at, name, queue, _, run_at, *order = rows[0]
+        return (at, name, queue, task_id) if is_bad else (run_at, task_id) \
+            if size == 2 else (*order, task_id)
+
+    def count(self, filter: Filter, max_id: int | None = None,
+              at_most: int | None = None, seconds: float | None = None) -> int:
+        search, found = Search(self, filter, max_id=max_id), 0
+        most = _FAR if at_most is None else at_most
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        while search.place is not None and found < most:
+            if search.needs_look:
+                found += sum(search.fits(row) for _, row in search.step(BATCH))
+            else:
+                found += search.number(most - found)
+            if time.monotonic() >= deadline:
+                break
+        return min(found, most)
+
+    def tasks(self, state: int | None = None, name: str | None = None,
+              queue: str | None = None, limit: int = 50) -> list[TaskRow]:
+        found = self.page(Filter(state, name, queue), limit=limit, seconds=math.inf)
+        return sorted(found.rows, reverse=True)
+
+    def failures(self, since: int, limit: int = 1000) -> list[FailureRow]:
+        rows = self.db.read(
+            f"""select t.id, t.name, t.queue, t.finished_at, p.body
+                from bg_task as t indexed by bg_bad
+                    left join bg_payload as p on p.id = t.id * 8 + {ERROR}
+                where t.state = {FAILED} and t.state > {SUCCESS}
+                    and t.finished_at >= :since
+                order by t.finished_at desc, t.name desc, t.queue desc, t.id desc
+                limit :limit""",
+            {"since": since, "limit": limit})
+        return [FailureRow(*row, *self._error_parts(body)) for *row, body in rows]
+
+    def _error_parts(self, body):
+        error = read_error(body) or {"kind": "exception"}
+        parts = (error.get(key, "") for key in ("kind", "type", "message"))
+        return [str(part)[:_MESSAGE_CHARS] for part in parts]
+
+    def waiting_names(self, limit: int) -> list[tuple[str, str]]:
+        found = self.db.read(_READY_GROUPS, {"limit": limit})
+        found += self.db.read(
+            f"""select distinct queue, name from bg_task indexed by bg_alone
+                where state = {QUEUED} and alone <> 0""")
+        return sorted(set(found))[:limit]
+
+    def queues(self, now: int) -> list[QueueRow]:
+        found: dict[str, dict] = {
+            name: {"paused_at": at, "paused_by": by, "reason": reason}
+            for name, at, by, reason in self.db.read(
+                """select name, paused_at, paused_by, reason from bg_queue""")
+        }
+        for queue, state, number, first, later in self.db.read(_BY_QUEUE, {"now": now}):
+            row = found.setdefault(queue, {})
+            row[STATE_NAMES[state]] = row.get(STATE_NAMES[state], 0) + number
+            if state < QUEUED:
+                row["next_at"] = earliest(row.get("next_at"), later)
+            if first is not None and (state == QUEUED or first <= now):
+                row["oldest_at"] = earliest(row.get("oldest_at"), first)
+        for queue, first in self.db.read(_HEADS):
+            row = found[queue]
+            row["oldest_at"] = earliest(row.get("oldest_at"), first)
+        return [QueueRow(name, **found[name]) for name in sorted(found)]
+
+    def events(self, before: int | None = None, limit: int = 50) -> list[EventRow]:
+        rows = self.db.read(
+            """select id, at, who, how, action, target, detail from bg_event
+                where :before is null or id < :before order by id desc limit :limit""",
+            {"before": before, "limit": limit})
+        return [EventRow(*row) for row in rows]
+
+
+# == Desk =====================================================================
+# Owns the SQL of what people do to tasks and queues, be it by a command, a page or an
+# AsyncResult; and the events, in which it is written down who did it.
+
+_KEPT_EVENTS = 10_000
+_SEPARATE_IDS = 20          # tasks that have an event each when done to by their ids
+_TARGET_CHARS = 1000        # of an event's target
+_MOST_LEFT = 10_000         # that are counted of what is left to be done
+_SHARE = (math.sqrt(5) - 1) / 2     # times an id, modulo 1: spread evenly
+# What each action of act() is about, where a filter does not say.
+_ABOUT = {
+    "retry": (FAILED,), "cancel": (SCHEDULED, RETRYING, QUEUED),
+    "forget": (SUCCESS, FAILED, CANCELLED), "run_now": (SCHEDULED, RETRYING),
+}
+_HELD = "another task with its key is unfinished"
+
+
+class Doing:
+    """What is done to single tasks, in one transaction, by the name of the action.
+
+    Each of these returns why it cannot be done to a task; nothing where it is done.
+    """
+
+    def __init__(self, link: Link, now: int, spread: float = 0.0):
+        self._link, self._by, self._now = link, link.connection, now
+        self._spread = to_ms(spread)
+        self._behind: list[int] = []        # ids that are to be queued behind others
+        self._doomed: list[int] = []        # … to be deleted
+
+    def retry(self, task_id: int, state: int) -> str:
+        if state in (SCHEDULED, RETRYING):
+            return self.run_now(task_id, state)
+        if state not in FINISHED:
+            return f"is {state_name(state)}"
+        key, = self._by.execute(
+            """select key from bg_task where id = :id""", {"id": task_id}).fetchone()
+        if key_holder(self._by, key):
+            return _HELD
+        keep_last(self._by, task_id)
+        self._by.execute(
+            f"""update bg_task set state = {SCHEDULED}, forgiven = attempt,
+                    alone = 0, cancel_asked = 0, run_at = :at, counted = 0,
+                    started_at = null, finished_at = null, duration = null,
+                    result = null,
+                    place = (select value from bg_meta where name = 'place')
+                where id = :id""",
+            {"id": task_id, "at": self._due(task_id)},
+        )
+        self._by.execute(
+            """delete from bg_payload where id > :args and id < :mark""",
+            {"args": task_id * 8 + ARGS, "mark": task_id * 8 + MARK},
+        )
+        if not self._spread:
+            self._behind.append(task_id)
+        self._link.wake = self._link.wake or wake_addresses(self._by)
+        return ""
+
+    def run_now(self, task_id: int, state: int) -> str:
+        if state not in (SCHEDULED, RETRYING):
+            return f"is {state_name(state)}"
+        self._by.execute(
+            """update bg_task set run_at = :at, counted = 0 where id = :id""",
+            {"id": task_id, "at": self._due(task_id)},
+        )
+        if not self._spread and state == RETRYING:
+            self._behind.append(task_id)
+        elif not self._spread:
+            self._by.execute(
+                f"""update bg_task set state = {QUEUED} where id = :id""",
+                {"id": task_id})
+        self._link.wake = self._link.wake or wake_addresses(self._by)
+        return ""
+
+    def _due(self, task_id):
+        """Evenly over the spread, whatever ids there are and how many at a time."""
+        return self._now + int(task_id * _SHARE % 1 * self._spread)
+
+    def cancel(self, task_id: int, state: int) -> str:
+        if state in WAITING:
+            self._by.execute(
+                f"""update bg_task set state = {CANCELLED}, finished_at = :now
+                    where id = :id""",
+                {"id": task_id, "now": self._now},
+            )
+        elif state == RUNNING:
+            self._by.execute(
+                """update bg_task set cancel_asked = 1 where id = :id""",
+                {"id": task_id},
+            )
+            self._link.wake = self._link.wake or wake_addresses(self._by)
+        else:
+            return f"is {state_name(state)}"
+        return ""
+
+    def forget(self, task_id: int, state: int) -> str:
+        if state == RUNNING:
+            return "is running"
+        self._doomed.append(task_id)
+        return ""
+
+    def end(self) -> None:
+        """What is done for all of them at once."""
+        if self._behind:
+            queue_behind(self._by, self._behind)
+            self._link.wake = self._link.wake or wake_addresses(self._by)
+        if self._doomed:
+            delete_tasks(self._by, self._doomed)
+
+
+def delete_tasks(connection, ids):
+    """Delete tasks and their payloads; remember the highest id ever given."""
+    connection.execute(
+        """update bg_meta set value = max(value, :last) where name = 'last_id'""",
+        {"last": max(ids)},
+    )
+    connection.executemany(
+        """delete from bg_task where id = ?""", [(task_id,) for task_id in ids])
+    connection.executemany(
+        """delete from bg_payload where id >= ? and id < ?""",
+        [(task_id * 8, task_id * 8 + 8) for task_id in ids])
+
+
+def note(connection, by, action, target, detail, now):
+    """Write down who did what.  An equal event of the same moment is counted up.
+
+    `detail` is a number of tasks, or a text.
+    """
+    if by is None:
+        return
+    target = target if len(target) <= _TARGET_CHARS else target[:_TARGET_CHARS] + " …"
+    values = {"now": now, "who": str(by.who), "how": by.how, "action": action,
+              "target": target, "detail": detail}
+    if isinstance(detail, int):
+        values["detail"] = f"{detail:d} tasks"
+        if connection.execute(
+            """update bg_event set detail = (detail + 0 + :more) || ' tasks'
+                where id = (select max(id) from bg_event) and at = :now and who = :who
+                    and how = :how and action = :action and target = :target""",
+            {**values, "more": detail},
+        ).rowcount:
+            return
+    event = connection.execute(
+        """insert into bg_event (at, who, how, action, target, detail)
+            values (:now, :who, :how, :action, :target, :detail)""", values,
+    ).lastrowid
+    connection.execute("""delete from bg_event where id <= :old""",
+                       {"old": event - _KEPT_EVENTS})
+
+
+class Desk(Lists):
     """What people can do to tasks and queues."""
 
-    def cancel(self, task_id: int, now: int) -> int:
+    now: Callable[[], int]
+
+    def cancel(self, task_id: int, now: int, by: By | None = None) -> int:
         with self.db.write() as link:
             state = self.state(task_id)
-            if state in WAITING:
-                link.connection.execute(
-                    f"""update bg_task set state = {CANCELLED}, finished_at = :now
-                        where id = :id""",
-                    {"id": task_id, "now": now},
-                )
-            elif state == RUNNING:
-                link.connection.execute(
-                    """update bg_task set cancel_asked = 1 where id = :id""",
-                    {"id": task_id},
-                )
-                link.wake = wake_addresses(link.connection)
+            if not Doing(link, now).cancel(task_id, state):
+                note(link.connection, by, "cancel", str(task_id), None, now)
             return state
 
-    def retry(self, task_id: int, now: int) -> None:
+    def retry(self, task_id: int, now: int, by: By | None = None) -> None:
         with self.db.write() as link:
             state = self.state(task_id)
             if state not in FINISHED:
@@ -6578,112 +7235,108 @@ class Desk(Records):
                     f"task {task_id} is {state_name(state)}: only a finished one "
                     "can be retried"
                 )
-            try:
-                self._queue_again(link.connection, task_id, now)
-            except sqlite3.IntegrityError:
-                raise TaskStateError(
-                    f"task {task_id}: another task with its key is unfinished"
-                ) from None
-            link.wake = wake_addresses(link.connection)
+            doing = Doing(link, now)
+            why = doing.retry(task_id, state)
+            if why:
+                raise TaskStateError(f"task {task_id}: {why}")
+            doing.end()
+            note(link.connection, by, "retry", str(task_id), None, now)
 
-    def _queue_again(self, connection, task_id, now):
-        keep_last(connection, task_id)
-        connection.execute(
-            f"""update bg_task set state = {QUEUED}, forgiven = attempt,
-                    alone = 0, cancel_asked = 0, run_at = :now, started_at = null,
-                    finished_at = null, duration = null, result = null
-                where id = :id""",
-            {"id": task_id, "now": now},
-        )
-        connection.execute(
-            """delete from bg_payload where id > :args and id < :mark""",
-            {"args": task_id * 8 + ARGS, "mark": task_id * 8 + MARK},
-        )
-        queue_behind(connection, [task_id])
-
-    def retry_failed(self, name: str | None, now: int) -> tuple[list, list]:
-        done: list[int] = []
-        left: list[int] = []
-
-        def again(connection, ids):
-            for task_id in ids:
-                try:
-                    if self.state(task_id) == FAILED:
-                        self._queue_again(connection, task_id, now)
-                        done.append(task_id)
-                except TaskNotFound:            # somebody was faster
-                    pass
-                except sqlite3.IntegrityError:
-                    left.append(task_id)
-
-        self._in_batches(
-            f"""select id from bg_task where state = {FAILED}
-                and (:name is null or name = :name) order by id""",
-            {"name": name}, again,
-        )
-        return done, left
-
-    def _in_batches(self, select, parameters, act):
-        """Do something with many tasks, so many in a transaction.
-
-        Nobody waits long for the write lock, and the log does not grow.  They are
-        found before it is held: `act` has to see that they are still what they were.
-        """
-        ids = [row[0] for row in self.db.read(select, parameters)]
-        for first in range(0, len(ids), _BATCH):
-            with self.db.write() as link:
-                act(link.connection, ids[first : first + _BATCH])
-                link.wake = wake_addresses(link.connection)
-            self.db.checkpoint_if_large()
-
-    def forget(self, task_id: int) -> None:
+    def forget(self, task_id: int, by: By | None = None) -> None:
         with self.db.write() as link:
             if self.state(task_id) == RUNNING:
                 raise TaskStateError(f"task {task_id} is running: cancel it first")
-            self._delete(link.connection, [task_id])
+            delete_tasks(link.connection, [task_id])
+            note(link.connection, by, "forget", str(task_id), None, self.now())
 
-    def _delete(self, connection, ids):
-        """Delete tasks and their payloads; remember the highest id ever given."""
-        connection.execute(
-            """update bg_meta set value = max(value, :last) where name = 'last_id'""",
-            {"last": max(ids)},
-        )
-        for task_id in ids:
-            connection.execute(
-                """delete from bg_task where id = :id""", {"id": task_id}
-            )
-            connection.execute(
-                """delete from bg_payload where id >= :first and id < :first + 8""",
-                {"first": task_id * 8},
-            )
+    def act(self, action: str, what: Filter | Sequence[int], now: int,
+            by: By | None = None, max_id: int | None = None, spread: float = 0.0,
+            limit: int = BATCH, after: str | None = None,
+            match: Callable | None = None) -> Acted:
+        if action not in _ABOUT:
+            raise OptionError(f"nothing is called {action!r}; there are "
+                              f"{', '.join(sorted(_ABOUT))}")
+        if not 0 <= spread <= LONGEST_SECONDS:
+            raise OptionError(f"spread {spread!r}: seconds from 0 up")
+        if not isinstance(what, Filter):
+            return self._act_on_ids(action, [row_id(n) for n in what], now, by, spread,
+                                    limit, after)
+        states = _ABOUT[action] if what.state is None else (what.state,)
+        if len(states) == 1:
+            what = what._replace(state=states[0])
+        nth, _, before = (after or "0!").partition("!")
+        reasons: collections.Counter = collections.Counter()
+        done, n = 0, int(nth) if nth in ("0", "1", "2") else len(states)
+        while n < len(states) and not done:
+            of = what._replace(state=states[n])
+            place = self.start(of.state, before) if before else None
+            search = Search(self, of, place, max_id, True, match)
+            while search.place is not None and not done:
+                ids = [row.id for _, row in search.step(limit) if search.fits(row)]
+                done = self._change(action, ids, now, by, str(what), spread, reasons,
+                                    of.state)
+            before = "" if search.place is None else said_place(search.place)
+            n += not before
+        skipped = sum(reasons.values())
+        if n == len(states):
+            return Acted(done, skipped, 0, None, dict(reasons))
+        left = sum(self.count(what._replace(state=state), max_id, _MOST_LEFT, 0.1)
+                   for state in states[n:]) - skipped
+        return Acted(done, skipped, max(left, 1), f"{n}!{before}", dict(reasons))
 
-    def purge(self, queue: str | None, name: str | None, now: int) -> int:
-        counts = []
+    def _act_on_ids(self, action, ids, now, by, spread, limit, after):
+        first = int(after or 0)
+        part, rest = ids[first : first + limit], ids[first + limit:]
+        target = None if len(ids) <= _SEPARATE_IDS else ", ".join(map(str, part))
+        reasons: collections.Counter = collections.Counter()
+        done = self._change(action, part, now, by, target, spread, reasons)
+        return Acted(done, sum(reasons.values()), len(rest),
+                     str(first + limit) if rest else None, dict(reasons))
 
-        def end(connection, ids):
-            counts.append(connection.executemany(
-                f"""update bg_task set state = {CANCELLED}, finished_at = ?
-                    where id = ? and state < {RUNNING}""",
-                [(now, task_id) for task_id in ids],
-            ).rowcount)
+    def _change(self, action, ids, now, by, target, spread, reasons, state=None):
+        """Do it to those of the ids that are, still, in that state, if one is given.
 
-        self._in_batches(
-            f"""select id from (
-                    select id, queue, name from bg_task where state < {QUEUED}
-                    union all
-                    select id, queue, name from bg_task
-                        where state = {QUEUED} and alone = 0
-                    union all
-                    select id, queue, name from bg_task
-                        where state = {QUEUED} and alone <> 0)
-                where (:queue is null or queue = :queue)
-                    and (:name is null or name = :name)""",
-            {"queue": queue, "name": name}, end,
-        )
-        return sum(counts)
+        They were found before the write lock was held.  Returns how many it was done
+        to; why not to the others goes to `reasons`.
+        """
+        if not ids:
+            return 0
+        done = []
+        with self.db.write() as link:
+            doing = Doing(link, now, spread)
+            for task_id in ids:
+                row = link.connection.execute(
+                    """select state from bg_task where id = :id""", {"id": task_id}
+                ).fetchone()
+                if row is None:
+                    why = "is gone"
+                elif state is not None and row[0] != state:
+                    why = f"is {state_name(row[0])}"
+                else:
+                    why = getattr(doing, action)(task_id, row[0])
+                if why:
+                    reasons[why] += 1
+                else:
+                    done.append(task_id)
+            doing.end()
+            if target is not None and done:
+                note(link.connection, by, action, target, len(done), now)
+            for task_id in done if target is None else ():
+                note(link.connection, by, action, str(task_id), None, now)
+        self.db.checkpoint_if_large()
+        return len(done)
+
+    def purge(self, queue: str | None, name: str | None, now: int,
+              by: By | None = None) -> int:
+        done, acted = 0, Acted(0, 0, 1)
+        while acted.left:
+            acted = self.act("cancel", Filter(None, name, queue), now, by,
+                             after=acted.next)
+            done += acted.done
+        return done
 
     def prune(self, cursor: int, before: int | None, failed_before: int | None,
-              batch: int) -> tuple[int, int]:
+              batch: int, by: By | None = None, now: int = 0) -> tuple[int, int]:
         limits = {SUCCESS: before, CANCELLED: before, FAILED: failed_before}
 
         def look():
@@ -6703,24 +7356,38 @@ class Desk(Records):
             with self.db.write(durable=False, patience=0.5) as link:
                 old, after = look()     # again: a retry may have come in between
                 if old:
-                    self._delete(link.connection, old)
+                    delete_tasks(link.connection, old)
+                    note(link.connection, by, "prune", "what has finished", len(old),
+                         now)
         return len(old), after
 
-    def pause(self, queue: str, now: int) -> None:
+    def pause(self, queue: str, now: int, by: By | None = None,
+              reason: str | None = None) -> None:
         with self.db.write() as link:
             link.wake = wake_addresses(link.connection)
             link.connection.execute(
-                """insert or ignore into bg_queue (name, paused_at)
-                    values (:name, :now)""",
-                {"name": queue, "now": now},
+                """insert into bg_queue (name, paused_at, paused_by, reason)
+                    values (:name, :now, :who, :reason)
+                    on conflict (name) do update set
+                        reason = ifnull(excluded.reason, reason)""",
+                {"name": queue, "now": now, "who": by and by.who, "reason": reason},
             )
+            note(link.connection, by, "pause", queue, reason, now)
 
-    def resume(self, queue: str) -> bool:
+    def resume(self, queue: str, by: By | None = None) -> bool:
         with self.db.write() as link:
             link.wake = wake_addresses(link.connection)
-            return link.connection.execute(
+            was_paused = link.connection.execute(
                 """delete from bg_queue where name = :name""", {"name": queue}
             ).rowcount > 0
+            if was_paused:
+                note(link.connection, by, "resume", queue, None, self.now())
+            return was_paused
+
+    def note_event(self, by: By, action: str, target: str, detail: str | None,
+                   now: int) -> None:
+        with self.db.write() as link:
+            note(link.connection, by, action, target, detail, now)
 
 
 # == Register =================================================================
@@ -15985,14 +16652,15 @@ def _retry(args, app):
         raise UsageError("retry --name goes with --failed")
     if args.ids:
         return _each(args.ids, again)
-    done, left = app.store.retry_failed(args.name, app.store.now())
-    for task_id in done:
-        print(f"task {task_id} is queued again")
+    now, done = app.store.now(), 0
+    acted, left = Acted(0, 0, 1), 0
+    while acted.left:
+        acted = app.store.act("retry", Filter(FAILED, args.name), now, after=acted.next)
+        done, left = done + acted.done, left + acted.skipped
+    print_text(f"{done} tasks are queued again")
     if left:
-        raise Problem("\n".join(
-            f"task {task_id}: another task with its key is unfinished"
-            for task_id in left
-        ))
+        raise Problem(
+            f"{left} tasks were left: another task with their key is unfinished")
     if not done:
         named = "" if args.name is None else f" named {args.name!r}"
         raise Problem(f"nothing to retry: no task{named} is failed")

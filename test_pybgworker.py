@@ -51,8 +51,8 @@ sys.path.insert(0, str(HERE))
 
 import pybgworker  # noqa: E402
 from pybgworker import (  # noqa: E402
-    App, AsyncResult, Cron, CronError, Log, NewTask, Outcome, Phase, RetryPolicy, Run,
-    SqliteStore, Verdict, Worker,
+    App, AsyncResult, By, Cron, CronError, Filter, Log, NewTask, Outcome, Phase,
+    RetryPolicy, Run, SqliteStore, Verdict, Worker,
 )
 
 
@@ -5396,7 +5396,7 @@ class Claiming(QueueCase):
             "retry": lambda: self.store.retry(failed, self.now),
             "retry --failed": lambda: (
                 self.sql("update bg_task set state = 5 where id = ?", failed),
-                self.store.retry_failed(None, self.now)),
+                self.store.act("retry", Filter(), self.now)),
             "pause": lambda: self.store.pause("default", self.now),
             "resume": lambda: self.store.resume("default"),
             "cancel": lambda: self.store.cancel(held, self.now),
@@ -6492,10 +6492,181 @@ class Finishing(QueueCase):
         self.assertEqual(self.status(1), "cancelled")
 
 
+# == Lists ====================================================================
+
+
+class Listing(QueueCase):
+
+    def ids(self, filter=Filter(), **options):
+        return [row.id for row in self.store.page(filter, **options).rows]
+
+    def every_page(self, filter, limit=3, **options):
+        """The ids of each page, to the end."""
+        pages, before = [], None
+        while not pages or before is not None:
+            page = self.store.page(filter, before, limit, **options)
+            pages.append([row.id for row in page.rows])
+            before = page.next
+        return pages
+
+    def test_queues_are_counted_and_the_oldest_may_run(self):
+        self.enqueue("t", "mail", count=2)
+        self.sql("update bg_task set run_at = run_at - 60000 where id = 2")
+        self.enqueue("u", "mail", at=self.now + 5000)
+        self.enqueue("t", "late", at=self.now + 9000)
+        self.enqueue("t", "work")
+        self.claim(queues=["work"])
+        self.store.pause("idle", self.now, By("ann", "cli"), "SMTP is down")
+        QueueRow = pybgworker.QueueRow
+        self.assertEqual(self.store.queues(self.now), [
+            QueueRow("idle", paused_at=self.now, paused_by="ann", reason="SMTP is down"),
+            QueueRow("late", scheduled=1, next_at=self.now + 9000),
+            QueueRow("mail", scheduled=1, queued=2, oldest_at=self.now - 60000,
+                     next_at=self.now + 5000),
+            QueueRow("work", running=1)])
+        later = self.store.queues(self.now + 9001)      # due, and nobody has readied it
+        self.assertEqual(later[1].oldest_at, self.now + 9000)
+        self.assertIsNone(later[1].next_at)
+
+    def test_waiting_names_are_those_of_what_is_ready(self):
+        for queue, name in (("b", "u"), ("a", "t"), ("a", "u"), ("a", "t")):
+            self.enqueue(name, queue)
+        self.enqueue("v", at=self.now + 1000)
+        self.enqueue("alone", "c")
+        self.sql("update bg_task set alone = 1 where name = 'alone'")
+        names = [("a", "t"), ("a", "u"), ("b", "u"), ("c", "alone")]
+        self.assertEqual(self.store.waiting_names(9), names)
+        self.assertEqual(self.store.waiting_names(2), names[:2])
+
+    def test_each_state_has_its_order_and_pages_go_on(self):
+        self.enqueue(count=7)
+        self.sql("update bg_task set priority = 9 where id = 1")
+        self.sql("update bg_task set alone = 1 where id = 3")
+        claims = [2, 3, 4, 5, 6, 7, 1]
+        for filter in (Filter(pybgworker.QUEUED), Filter(pybgworker.QUEUED, "t"),
+                       Filter(pybgworker.QUEUED, queue="default", since=1)):
+            with self.subTest(filter):
+                self.assertEqual(self.every_page(filter), [claims[:3], claims[3:6], [1]])
+        self.assertEqual(self.every_page(Filter()), [[7, 6, 5], [4, 3, 2], [1]])
+        for state in (pybgworker.FAILED, pybgworker.CANCELLED):
+            self.sql("update bg_task set state = ?, finished_at = 100 - id % 3", state)
+            order = [[6, 3, 7], [4, 1, 5], [2]]
+            self.assertEqual(self.every_page(Filter(state)), order)
+            self.assertEqual(self.every_page(Filter(state, "t", "default")), order)
+        for state in (pybgworker.SCHEDULED, pybgworker.RETRYING):
+            self.sql("update bg_task set state = ?, run_at = id % 3", state)
+            self.assertEqual(self.every_page(Filter(state, "t")), [[3, 6, 1], [4, 7, 2], [5]])
+        self.sql("update bg_task set state = 3, worker = id % 2")
+        self.assertEqual(self.every_page(Filter(pybgworker.RUNNING)),
+                         [[7, 6, 5], [4, 3, 2], [1]])
+
+    def test_a_page_goes_on_from_an_id_too_but_from_nothing_else(self):
+        self.enqueue(count=5)
+        self.assertEqual(self.ids(before=3), [2, 1])
+        self.assertEqual(self.ids(Filter(pybgworker.QUEUED), before="3"), [4, 5])
+        self.sql("update bg_task set state = 5, finished_at = id")
+        self.assertEqual(self.ids(Filter(pybgworker.FAILED), before=3), [2, 1])
+        for before in ("x", "", "1;2", "1~2~3~4", "~", 99, "9" * 40, "\x00", "1e5"):
+            with self.subTest(before):
+                self.assertRaisesRegex(pybgworker.OptionError, "no page goes on from",
+                                       self.ids, Filter(pybgworker.FAILED), before=before)
+
+    def test_text_is_looked_for_in_name_arguments_and_error(self):
+        self.enqueue("mail.send", args=pybgworker.encode_call(("Müller 100%",), {}))
+        self.enqueue("t", args=pybgworker.encode_call(("x" * 3000 + "needle",), {}))
+        self.enqueue("t", retries=0)
+        run = self.claim()[-1]
+        error = {"kind": "exception", "type": "KeyError", "message": "no such thing",
+                 "traceback": "in nowhere"}
+        self.finish(run, pybgworker.FAILED, error=error)
+        for text, found in (("MAIL", [1]), ("Müller", [1]), ("100%", [1]), ("1_0", []),
+                            ("Needle", [2]), ("such thing", [3]), ("nowhere", []),
+                            ("traceback", [])):
+            with self.subTest(text):
+                self.assertEqual(self.ids(Filter(text=text)), found)
+        self.assertEqual(self.ids(Filter(error="KeyError")), [3])
+        self.assertEqual(self.ids(Filter(pybgworker.FAILED, error="exception")), [3])
+        self.assertEqual(self.ids(Filter(error="Key")), [])
+        self.assertEqual(self.ids(Filter(text="e"), match=lambda row, args, error: row.id == 2),
+                         [2])
+
+    def test_a_search_stops_when_its_time_is_up_and_goes_on_from_there(self):
+        self.fill(50_000)
+        self.enqueue("rare")
+        self.sql("update bg_task set name = 'rare' where id in (5, 30000)")
+        ticks = iter(range(1000))
+        page = self.store.page(Filter(name="rare"), clock=lambda: next(ticks), seconds=1)
+        self.assertEqual([row.id for row in page.rows], [50_001])
+        self.assertEqual(page[1:], ("30002", 30_002, 0))
+        self.assertEqual(self.ids(Filter(name="rare"), before=page.next), [30_000, 5])
+        self.assertIsNone(self.store.page(Filter(name="rare"), seconds=9).next)
+
+    def test_failures_come_newest_first_however_their_errors_were_edited(self):
+        bodies = ('{"kind":"crash","type":"SIGSEGV","message":"m"}', "{bad", "[]", "7",
+                  '{"kind":3}', None, '{"kind":"x","message":[1]}')
+        self.enqueue(count=len(bodies))
+        self.sql("update bg_task set state = 5, finished_at = 1000 + id")
+        for number, body in enumerate(bodies, 1):
+            if body is not None:
+                self.sql("insert into bg_payload values (?, ?)", number * 8 + 2, body)
+        found = self.store.failures(1001)
+        self.assertEqual([row.id for row in found], [7, 6, 5, 4, 3, 2, 1])
+        self.assertEqual(found[-1],
+                         (1, "t", "default", 1001, "crash", "SIGSEGV", "m"))
+        self.assertEqual([row.message for row in found[:-1]],
+                         ["[1]", "", "", "7", "[]", "{bad"])
+        self.assertEqual([row.id for row in self.store.failures(1006)], [7, 6])
+        self.assertEqual(len(self.store.failures(0, limit=2)), 2)
+        pybgworker.list_report(self.store, None, None, None, 9)
+
+    def test_events_are_those_of_people_and_the_newest_are_kept(self):
+        ann = By("ann", "cli")
+        self.store.note_event(ann, "late", "nightly", None, self.now)
+        self.sql("""with recursive n (i) as (select 2 union all select i + 1 from n
+            where i < 10000) insert into bg_event select i, 1, 'a', 'b', 'c', 'd', null from n""")
+        self.store.note_event(By("bob", "web"), "run", "nightly", "why not", self.now)
+        event = self.store.events(limit=1)[0]
+        self.assertEqual(event, (10_001, self.now, "bob", "web", "run", "nightly", "why not"))
+        self.assertEqual([e.id for e in self.store.events(before=4)], [3, 2])
+        self.assertEqual(self.sql("select count(*) from bg_event"), [(10_000,)])
+
+
 # == Desk =====================================================================
 
 
 class Operating(QueueCase):
+
+    def act(self, action, what, **options):
+        """To the end: how many were done, and how many skipped."""
+        done = skipped = 0
+        acted = pybgworker.Acted(0, 0, 1)
+        while acted.left:
+            acted = self.store.act(action, what, self.now, after=acted.next, **options)
+            done, skipped = done + acted.done, skipped + acted.skipped
+        return done, skipped
+
+    def test_what_a_person_does_is_written_down_with_it(self):
+        self.enqueue(count=4)
+        self.sql("update bg_task set state = 5, finished_at = 1 where id = 3")
+        ann, store = By("ann", "cli"), self.store
+        store.cancel(1, self.now, ann)
+        store.cancel(1, self.now, ann)              # does nothing
+        store.retry(1, self.now, ann)
+        store.forget(1, ann)
+        store.act("cancel", [2], self.now, ann)
+        store.act("retry", Filter(), self.now, ann)
+        store.purge("default", None, self.now, ann)
+        store.pause("mail", self.now, ann, "down")
+        store.resume("mail", ann)
+        store.resume("mail", ann)
+        store.prune(0, self.now + 1, self.now + 1, 9, ann, self.now)
+        self.assertEqual([event[2:] for event in reversed(store.events())], [
+            ("ann", "cli", "cancel", "1", None), ("ann", "cli", "retry", "1", None),
+            ("ann", "cli", "forget", "1", None), ("ann", "cli", "cancel", "2", None),
+            ("ann", "cli", "retry", "state failed", "1 tasks"),
+            ("ann", "cli", "cancel", "queue default", "2 tasks"),
+            ("ann", "cli", "pause", "mail", "down"), ("ann", "cli", "resume", "mail", None),
+            ("ann", "cli", "prune", "what has finished", "3 tasks")])
 
     def test_cancel_ends_what_waits_and_leaves_what_is_finished(self):
         self.enqueue()
@@ -6566,7 +6737,8 @@ class Operating(QueueCase):
 
         self.sql("update bg_task set state = 5")
         self.between("update bg_task set state = 6 where id = 4")
-        self.assertEqual(self.store.retry_failed(None, self.now), ([2, 5], []))
+        acted = self.store.act("retry", Filter(), self.now)
+        self.assertEqual(acted, (2, 1, 0, None, {"is cancelled": 1}))
         self.assertEqual(self.status(4), "cancelled")
 
     def test_a_worker_that_beats_before_the_lock_is_not_reaped(self):
@@ -6585,8 +6757,7 @@ class Operating(QueueCase):
         self.fill(20_000, name="iif(i % 2, 't', 'u')")
         self.sql("update bg_task set state = 5, finished_at = 1, key = 'k' || (id / 3)")
         self.store.db.checkpoint()
-        done, left = self.store.retry_failed("t", self.now)
-        self.assertEqual((len(done), len(left)), (6667, 3333))
+        self.assertEqual(self.act("retry", Filter(name="t")), (6667, 3333))
         self.assertLess(self.store.db.wal_bytes(), 12 << 20)
         self.assertEqual(self.store.purge(None, "t", self.now), 6667)
         self.assertLess(self.store.db.wal_bytes(), 12 << 20)
@@ -14354,7 +14525,7 @@ class CommandLine(Served):
             result = self.app.send(name)
             self.sql("update bg_task set state = 5, finished_at = 1 where id = ?", result.id)
         self.assertEqual(self.ok("retry", "--failed", "--name", "a"),
-                         "task 1 is queued again\ntask 3 is queued again\n")
+                         "2 tasks are queued again\n")
 
     def test_cancel_needs_no_worker_when_that_of_the_task_was_killed(self):
         worker = self.worker("--concurrency", 2)
@@ -16674,7 +16845,8 @@ class TheFile(unittest.TestCase):
                 break
             own = {name for inner in ast.walk(node) for name in self.bound_by(inner)}
             for inner in ast.walk(node):
-                if isinstance(inner, ast.Name) and inner.id in rooms - own:
+                if isinstance(inner, ast.Name) and inner.id in rooms - own \
+                        and isinstance(inner.ctx, ast.Load):
                     door = next((f for f in ast.walk(node) if isinstance(
                         f, ast.FunctionDef) and f.lineno <= inner.lineno <= f.end_lineno
                         and f.name in self.DOORS), None)
@@ -16804,7 +16976,8 @@ class TheFile(unittest.TestCase):
 
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
-                   "History", "Endings", "Desk", "Register", "Bench"}
+                   "History", "Endings", "Records", "Lists", "Desk", "Register",
+                   "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
