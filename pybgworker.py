@@ -279,6 +279,21 @@ def _start_method(value):
     return value
 
 
+def parse_pattern(value):
+    """A regular expression as text; an empty one finds nothing."""
+    try:
+        re.compile(value)
+        return str(value)
+    except (re.error, RecursionError, OverflowError) as exc:
+        raise ValueError(f"a regular expression: {exc}") from None
+
+
+def parse_token(value):
+    if not re.fullmatch("[!-~]{8,200}", str(value)):
+        raise ValueError("8 to 200 ASCII characters without spaces")
+    return str(value)
+
+
 def _switch(value):
     if str(value).lower() not in ("0", "1", "true", "false", "yes", "no"):
         raise ValueError("1 or 0")
@@ -340,6 +355,7 @@ class Setting(NamedTuple):
     parse: Callable[[Any], Any]
     flag: bool                  # True when `run` has it as a flag
     meaning: str
+    may_be_empty: bool = False  # an empty variable is a value, and not that it is unset
 
 
 SETTINGS = (
@@ -395,6 +411,14 @@ SETTINGS = (
             "seconds that a caller waits for a locked database (default: 30)"),
     Setting("allow_network_fs", False, _switch, False,
             "1: open the database on a network file system all the same (default: 0)"),
+    Setting("web_token", None, parse_token, False,
+            "what one needs to get into the dashboard (default: a new one at each "
+            "start)"),
+    Setting("redact", "(?i)pass|secret|token|api_?key|auth|cookie|credential|private|"
+            "card|iban|ssn", parse_pattern, False,
+            "regular expression for the names of parameters and keys whose values the "
+            "dashboard hides; empty: none (default: passwords, tokens and the like)",
+            may_be_empty=True),
 )
 SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -414,7 +438,7 @@ def resolve_settings(code: dict, environ: dict, flags: dict) -> types.SimpleName
         variable = "PYBGWORKER_" + setting.name.upper()
         if flags.get(setting.name) is not None:
             value = flags[setting.name]
-        elif environ.get(variable):
+        elif environ.get(variable) or setting.may_be_empty and variable in environ:
             value = check_setting(setting.name, environ[variable], variable)
         elif setting.name in code:
             value = code[setting.name]
@@ -1847,6 +1871,11 @@ class QueueVerbs(Protocol):
 
     def sizes(self) -> Sizes:
         """What the queue takes on its disk."""
+
+    def glance(self, seconds: float) -> contextlib.AbstractContextManager:
+        """Within it this thread only reads, for so long: then what it asks raises
+        DatabaseBusy.
+        """
 
 
 class ProgramVerbs(Protocol):
@@ -3325,6 +3354,7 @@ def explained(exc, path):
         return Undone(FORKED.format(path))
     for words, kind, advice in (
         ("locked", DatabaseBusy, "another process holds its write lock"),
+        ("interrupted", DatabaseBusy, "this takes too long: ask for less"),
         ("is full", DatabaseUnavailable, "free some disk space"),
         ("readonly", DatabaseUnavailable, "make the file and its folder writable"),
         ("unable to open", DatabaseUnavailable, "is there such a folder?"),
@@ -4566,6 +4596,7 @@ _CHECKPOINT_BYTES = 2 << 20         # of -wal, when a worker moves it over
 # faster by a third than one that lengthens it, for that changes the file's size, too.
 CALLER_CHECKPOINT_BYTES = 4 << 20
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+_STEPS_BETWEEN_LOOKS = 20_000       # of SQLite, at a clock: about a millisecond's worth
 
 
 def patiently(connection, deadline, statement):
@@ -4838,6 +4869,20 @@ class Database:
                 link.is_reading = outer
             FORKS.wait()
             time.sleep(random.uniform(0.0005, 0.003))
+
+    @contextlib.contextmanager
+    def glance(self, seconds: float) -> Iterator[None]:
+        deadline = time.monotonic() + seconds
+        connection = self.link().connection
+        connection.set_progress_handler(
+            lambda: time.monotonic() > deadline, _STEPS_BETWEEN_LOOKS)
+        connection.execute("pragma query_only = on").fetchall()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.Error):    # a fork may have closed it
+                connection.set_progress_handler(None, 0)
+                connection.execute("pragma query_only = off").fetchall()
 
     def data_version(self) -> tuple:
         number = self.read("pragma data_version")[0][0]
@@ -7632,6 +7677,7 @@ class SqliteStore(Endings, Desk, LiveRows, Register, Attempts, History):
         self.name = self.db.name
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
+        self.glance = self.db.glance
         self.housekeep = self.db.checkpoint_if_large
 
     @property

@@ -1436,6 +1436,8 @@ class Settings(unittest.TestCase):
         concurrency          1000       1000
         durability           normal     'normal'
         allow_network_fs     yes        True
+        web_token            abcd-1234  'abcd-1234'
+        redact               (?i)pin$   '(?i)pin$'
     """
     BAD = """
         concurrency          0          whole number
@@ -1456,7 +1458,21 @@ class Settings(unittest.TestCase):
         max_memory           lots       bytes above 0
         durability           maybe      full or normal
         allow_network_fs     perhaps    1 or 0
+        web_token            short      8 to 200 ASCII characters
+        redact               (          a regular expression: missing )
     """
+
+    def test_an_empty_variable_is_none_but_where_that_says_something(self):
+        """PYBGWORKER_REDACT= hides nothing."""
+        resolve = pybgworker.resolve_settings
+        self.assertEqual(resolve({}, {"PYBGWORKER_REDACT": ""}, {}).redact, "")
+        self.assertRegex("Password", resolve({}, {}, {}).redact)
+        for setting in pybgworker.SETTINGS:
+            if not setting.may_be_empty:
+                found = resolve({}, {"PYBGWORKER_" + setting.name.upper(): ""}, {})
+                default = resolve({}, {}, {})
+                self.assertEqual(getattr(found, setting.name),
+                                 getattr(default, setting.name))
 
     def test_a_parsed_value_may_be_parsed_again(self):
         values = [(name, text) for name, text, _ in self.rows(self.GOOD)]
@@ -4316,6 +4332,20 @@ class Databases(Case):
             print("fine")
         """
         self.assertEqual(self.python(code).stdout, "fine\n")
+
+
+    def test_a_glance_only_reads_and_ends_in_time(self):
+        self.app.send("t")
+        with self.store.glance(60):
+            self.assertEqual(self.store.task(1).status, "queued")
+            with self.assertRaises(pybgworker.DatabaseUnavailable):
+                self.app.send("t")
+        with self.store.glance(0), \
+                self.assertRaisesRegex(pybgworker.DatabaseBusy, "takes too long"):
+            self.store.db.read("""
+                with recursive n (i) as (select 1 union all select i + 1 from n)
+                select count(*) from n limit 1""")
+        self.assertEqual(self.app.send("t").id, 2)
 
 
 # == Group commit =============================================================
