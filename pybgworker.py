@@ -55,7 +55,8 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · Acts · Bench · Old import paths
+        Cron · Scheduler · Reports · Acts · Overview · Bench ·
+        Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1758,6 +1759,13 @@ class PeopleVerbs(Protocol):
               at_most: int | None = None, seconds: float | None = None) -> int:
         """How many there are, up to an id; stops at `at_most`, and after `seconds`."""
 
+    def arrivals(self, now: int, most: int = 10_000) -> dict[str, float]:
+        """Tasks a minute by queue: those of the last minute that may run by now.
+
+        Counted among the newest tasks, at most so many; where more came in within a
+        minute, by the pace of those.
+        """
+
     def failures(self, since: int, limit: int = 1000) -> list[FailureRow]:
         """The newest tasks that failed for good since then."""
 
@@ -1961,8 +1969,9 @@ class HistoryVerbs(Protocol):
         """Rows of MINUTE, QUARTER or DAY: from the span that holds `since` on, up to
         those that begin before `until` (default: now), oldest first.
 
-        With by="at" there is one for each span, over all names and queues; with "name"
-        one for each name and queue, over all that time: see merged().  Kept: minutes
+        With by="at" there is one for each span, over all names and queues; with "queue"
+        one for each span and queue; with "name" one for each name and queue, over all
+        that time: see merged().  Kept: minutes
         for 3 hours, quarters for 8 days, days for 400.  What is not rolled up yet is
         in quarters and days, too.
         """
@@ -6186,7 +6195,8 @@ _HISTORY = f"""
             from bg_history where :span > {MINUTE} and span = {MINUTE}
                 and at >= {_ROLLED_TO} and {_WHERE})
     group by """
-_GROUPS = {"": "at, name, queue", "at": "at", "name": "name, queue"}
+_GROUPS = {"": "at, name, queue", "at": "at", "queue": "at, queue",
+           "name": "name, queue"}
 _TYPES = [int, int, str, str, int, int, *(int for _ in _NUMBERS)]
 
 
@@ -6735,6 +6745,7 @@ _FAR = 10**17               # beyond what a row can have in the first column of 
 _LONGEST_TEXT = 1000        # characters that can be searched for
 _NO_PAGE = "no page goes on from {!r}: give what the one before said was next"
 _HIGHEST = "\U0010ffff"     # stands behind every name
+_FEW_NEWEST = 500           # tasks among which a quiet minute ends
 _MESSAGE_CHARS = 1000       # of an error's message in a list
 
 _TOUCHED = "coalesce(finished_at, started_at, created_at)"      # see Filter.since
@@ -7060,6 +7071,22 @@ class Lists(Records):
               queue: str | None = None, limit: int = 50) -> list[TaskRow]:
         found = self.page(Filter(state, name, queue), limit=limit, seconds=math.inf)
         return sorted(found.rows, reverse=True)
+
+    def arrivals(self, now: int, most: int = 10_000) -> dict[str, float]:
+        for limit in (min(_FEW_NEWEST, most), most):
+            rows = self.db.read(
+                """select queue, sum(created_at between :since and :now
+                            and run_at <= :now), count(*), min(created_at)
+                    from (select queue, created_at, run_at from bg_task
+                        order by id desc limit :limit)
+                    group by queue""",
+                {"since": now - 60_000, "now": now, "limit": limit})
+            seen = sum(row[2] for row in rows)
+            oldest = min((row[3] for row in rows), default=0)
+            if seen < limit or oldest < now - 60_000:
+                return {row[0]: float(row[1]) for row in rows if row[1]}
+        pace = 60_000 / max(1, now - oldest)
+        return {row[0]: row[1] * pace for row in rows if row[1]}
 
     def failures(self, since: int, limit: int = 1000) -> list[FailureRow]:
         rows = self.db.read(
@@ -16881,6 +16908,444 @@ def _resume(args, app):
     if not app.store.resume(args.queue):
         raise Problem(f"queue {args.queue} is not paused")
     return f"queue {args.queue} goes on"
+
+
+# == Overview =================================================================
+# Owns what is to be seen of a whole queue at a glance, and the tables behind it:
+# plain dicts, which `top` and the web draw and programs read.  Times are ISO 8601
+# in UTC; durations and ages are seconds; `share` and `cpu` are parts of one: 1.04 is
+# 104 %.  Only looks, and reads nothing that grows with what has finished.
+
+_SHOWN = {"running": 20, "failures": 8, "next": 5}      # rows of an overview
+_BARS = 15                      # minutes for which a queue's pace is drawn
+_RECENT = 10                    # minutes that the figures look back
+_POINTS = {"hour": (MINUTE, 60), "day": (QUARTER, 96)}    # … and how many
+_MOST_FAILURES = 1000           # the newest, that are grouped
+_LONGEST_ERROR = 300               # characters of an error's message
+_SLOW_PACE = 10                 # a minute; below it one minute says too little
+_GROWS = 1.1                    # as much comes in as goes out, and a tenth more
+
+
+class Beats:
+    """What share of a CPU processes use, told from two heartbeats of each.
+
+    One beat tells only what they have used in all.  Kept from look to look.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict = {}       # key: (time of the beat, seconds used, share)
+
+    def share(self, key: Any, beat_at: int, used: float | None) -> float | None:
+        """Of the time between the two newest beats; None before the second."""
+        if used is None:
+            return None
+        at, before, share = self._last.get(key, (beat_at, used, None))
+        if beat_at > at:
+            share = max(0.0, used - before) * 1000 / (beat_at - at)
+        self._last[key] = beat_at, used, share
+        return share
+
+    def keep(self, keys: Iterable) -> None:
+        """Forget all others: they have ended."""
+        self._last = {key: self._last[key] for key in keys if key in self._last}
+
+
+def _iso_of(at):
+    return None if at is None else iso_time(at)
+
+
+def _second(at):
+    """A time of the history, which is in whole seconds, as the others are shown."""
+    return iso_time(at * 1000)
+
+
+def _age(at, now):
+    return None if at is None else max(0, now - at) / 1000
+
+
+def _ended_badly(row):
+    """Runs that ended badly, whether another one follows or not."""
+    return row.exceptions + row.crashed + row.timeouts + row.lost + row.aborted
+
+
+def _finished(row):
+    """Runs after which their task was finished."""
+    return row.runs - row.retried
+
+
+def _by(key, rows):
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _rate(by_minute, now):
+    """A minute's worth of what was counted by minutes, up to now.
+
+    As the last one is not over, it takes from the one before what is missing.
+    """
+    at, passed = now // 60_000 * MINUTE, now % 60_000 / 60_000
+    return by_minute.get(at, 0) + by_minute.get(at - MINUTE, 0) * (1 - passed)
+
+
+def overview(store: Store, settings: types.SimpleNamespace, now: int,
+             span: str = "hour", beats: Beats | None = None) -> dict:
+    """All at a glance: what needs somebody, figures, queues, what runs, what failed.
+
+    `span` is that of the series, hour or day.  With the same `beats` at each look
+    the CPU that processes use is known; without, that of workers since they began.
+    """
+    minutes = _last_hour(store, now)
+    queues = _queues(store, now, minutes)
+    workers = workers_report(store, settings, now, beats)
+    step, _ = _POINTS[span]
+    running, running_total = _running(store, now, workers)
+    failures = failures_report(store, now)
+    for row in workers:
+        del row["processes"]
+    return {
+        "at": iso_time(now), "database": store.path, "span": span, "step": step,
+        "attention": _alerts(store, now, settings),
+        "figures": _figures(store, now, minutes, queues, workers),
+        "series": _series(store, now, span, minutes),
+        "queues": queues, "running": running, "running_total": running_total,
+        "failures": failures["groups"][:_SHOWN["failures"]],
+        "failures_groups": len(failures["groups"]),
+        "failures_total": failures["total"], "failures_capped": failures["capped"],
+        "workers": workers, "next": schedules_report(store, now, _SHOWN["next"]),
+    }
+
+
+def _alerts(store, now, settings):
+    attention = globals().get("attention", lambda *_: [])
+    return [alert._asdict() for alert in attention(store, now, settings)]
+
+
+def _last_hour(store, now):
+    """A row for each queue and minute, from the same minute of the hour before on."""
+    return store.history(MINUTE, now - HOUR_MS, now + 1, by="queue")
+
+
+def _figures(store, now, minutes, queues, workers):
+    recent = merged([row for row in minutes
+                     if row.at > now // 1000 - (_RECENT + 1) * MINUTE])
+    by_minute: dict = collections.Counter()
+    for row in minutes:
+        by_minute[row.at] += row.runs
+    alive = [row for row in workers if row["state"] not in ("dead", "stale")]
+    ticks = [at for row in queues for at in [row.pop("next_at")] if at is not None]
+    bad = _ended_badly(recent)
+    return {
+        "runs_per_minute": round(_rate(by_minute, now)),
+        "runs": recent.runs, "failed": bad,
+        "failed_share": bad / recent.runs if recent.runs else None,
+        "waiting": sum(row["waiting"] for row in queues),
+        "oldest": max((row["oldest"] for row in queues if row["oldest"] is not None),
+                      default=None),
+        "later": sum(row["later"] for row in queues),
+        "next_in": max(0, min(ticks) - now) / 1000 if ticks else None,
+        "busy": sum(row["busy"] for row in alive),
+        "children": sum(row["children"] for row in alive), "workers": len(alive),
+        "wait_p50": quantile(recent.waited, 0.5),
+        "wait_p95": quantile(recent.waited, 0.95),
+    }
+
+
+def _series(store, now, span, minutes):
+    """A point for each step of the span; the last one is not over."""
+    step, count = _POINTS[span]
+    last = now // 1000 // step * step
+    first = last - count * step
+    rows = minutes
+    if span == "day":
+        rows = store.history(step, first * 1000, now + 1, by="at")
+    groups = _by(lambda row: row.at // step * step, rows)
+    points = []
+    for at in range(first, last + 1, step):
+        all_ = merged(groups.get(at, []))
+        bad = _ended_badly(all_)
+        points.append({
+            "t": _second(at), "ok": all_.runs - bad - all_.cancelled, "bad": bad,
+            "p50": quantile(all_.waited, 0.5), "p95": quantile(all_.waited, 0.95),
+        })
+    return points
+
+
+# Queues.  What comes in is counted among the newest tasks, for nothing keeps it;
+# what goes out is history.
+
+def queues_report(store: Store, now: int) -> list[dict]:
+    """Each queue with unfinished tasks, that is paused, or has worked in this hour.
+
+    `in_per_minute` counts the tasks of the last minute that may run at once, retries
+    not among them; `out_per_minute` those that finished.  `empty_in` is how long what
+    waits now takes at that pace: seconds, "paused", "never" where more comes in than
+    goes out and more than a minute's worth waits, or None where nothing waits.
+    `bars` are the finished of the last 15 minutes, `busiest` the most in one minute
+    of this hour.
+    """
+    minutes = _last_hour(store, now)
+    rows = _queues(store, now, minutes)
+    for row in rows:
+        del row["next_at"]
+    return rows
+
+
+def _queues(store, now, minutes):
+    arrived = store.arrivals(now)
+    paces: dict = {}
+    for row in minutes:
+        pace = paces.setdefault(row.queue, collections.Counter())
+        pace[row.at] += _finished(row)
+    found = {row.name: row for row in store.queues(now)}
+    idle = QueueRow("", 0, 0, 0, 0, None, None, None, None, None)
+    return [
+        _queue_row(found.get(name, idle)._replace(name=name), now,
+               arrived.get(name, 0), paces.get(name, {}))
+        for name in sorted({*found, *paces})
+    ]
+
+
+def _queue_row(row, now, arrived, pace):
+    last = now // 60_000 * MINUTE
+    out = _rate(pace, now)
+    bars = [pace.get(last - n * MINUTE, 0) for n in range(_BARS - 1, 0, -1)]
+    bars.append(round(out))
+    return {
+        "queue": row.name, "waiting": row.queued, "oldest": _age(row.oldest_at, now),
+        "later": row.scheduled + row.retrying, "next_at": row.next_at,
+        "running": row.running, "in_per_minute": round(arrived),
+        "out_per_minute": round(out), "empty_in": _empty_in(row, arrived, out, bars),
+        "bars": bars, "busiest": max([*pace.values(), bars[-1]]),
+        "paused": None if row.paused_at is None else {
+            "since": _iso_of(row.paused_at), "by": row.paused_by, "reason": row.reason},
+    }
+
+
+def _empty_in(row, arrived, out, bars):
+    if row.paused_at is not None:
+        return "paused"
+    if not row.queued:
+        return None
+    pace = out if out >= _SLOW_PACE else sum(bars) / _BARS
+    if not pace or (arrived > pace * _GROWS and row.queued > arrived):
+        return "never"
+    return row.queued / pace * MINUTE
+
+
+# What runs.
+
+def workers_report(store: Store, settings: types.SimpleNamespace, now: int,
+                   beats: Beats | None = None) -> list[dict]:
+    """Each registered worker, with its children in `processes`.
+
+    `state` is starting, ready, stopping; stale when it was not heard of for the
+    worker timeout; dead when its machine says so.  `busy` counts children: as of now
+    where each runs one task at a time, else as of the last heartbeat.
+    """
+    running, is_dead = store.running_counts(), judge_of(store)
+    children = _by(lambda row: row.worker, store.children())
+    beats = Beats() if beats is None else beats
+    rows = store.workers()
+    reports = [
+        _worker_row(row, now, running.get(row.id, 0), children.get(row.id, []), beats)
+        for row in rows
+    ]
+    for row, report in zip(rows, reports):
+        if is_dead(row):
+            report["state"] = "dead"
+        elif report["beat_age"] > settings.worker_timeout:
+            report["state"] = "stale"
+    beats.keep([(row["id"], process["pid"]) for row in reports
+                for process in [{"pid": 0}, *row["processes"]]])
+    return reports
+
+
+def _worker_row(row, now, claimed, children, beats):
+    up = _age(row.started_at, now)
+    used = None if row.cpu is None else row.cpu + (row.children_cpu or 0)
+    cpu = beats.share((row.id, 0), row.beat_at, used)
+    processes = [{
+        "pid": child.pid, "running": child.running, "memory": child.memory,
+        "cpu": beats.share((row.id, child.pid), row.beat_at, child.cpu),
+    } for child in children]
+    busy = sum(child.running > 0 for child in children)
+    if all(child.running <= 1 for child in children):
+        busy = min(row.concurrency, claimed)
+    memory = None if row.memory is None else \
+        row.memory + sum(child.memory for child in children)
+    return {
+        "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
+        "version": row.version, "queues": _names_in(row.queues),
+        "state": row.state, "note": row.note, "start_method": row.start_method or None,
+        "busy": busy, "children": row.concurrency, "running": claimed,
+        "memory": memory, "up": up, "beat_age": _age(row.beat_at, now),
+        "cpu": used / up if cpu is None and used is not None and up else cpu,
+        "processes": processes,
+    }
+
+
+def _names_in(text):
+    """The queues of a worker's row; None: all."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:                  # edited by hand
+        return [text]
+
+
+def _running(store, now, workers):
+    """The tasks that have run the longest, and how many run in all."""
+    hands = {row.task: row for row in getattr(store, "runs", list)()}
+    longest = sorted(hands.values(), key=lambda row: row.began_at or math.inf)
+    rows = []
+    for hand in longest[:_SHOWN["running"]]:
+        with contextlib.suppress(TaskNotFound):
+            rows.append(store.task(hand.task))
+    rows += [row for row in store.tasks(RUNNING, limit=_SHOWN["running"])
+             if row.id not in hands]
+    owners = {row["id"]: row for row in workers}
+    found = [_run_row(store, now, row, hands.get(row.id), owners)
+             for row in rows if row.state == RUNNING]
+    found.sort(key=lambda run: -(run["for"] or 0))
+    return found[:_SHOWN["running"]], sum(store.running_counts().values())
+
+
+def _run_row(store, now, row, hand, owners):
+    owner = owners.get(row.worker) or {"name": None, "processes": []}
+    if hand is not None and (hand.worker, hand.attempt) != (row.worker, row.attempt):
+        hand = None                     # of a run before
+    process: dict = next((process for process in owner["processes"]
+                    if hand is not None and process["pid"] == hand.pid), {})
+    progress = None
+    with contextlib.suppress(TaskNotFound, ValueError):
+        progress = store.progress(row.id)
+    return {
+        "id": row.id, "name": row.name, "queue": row.queue, "attempt": row.attempt,
+        "worker": owner["name"], "pid": hand and hand.pid,
+        "in_pipe": hand is not None and hand.began_at is None,
+        "for": _age((hand and hand.began_at) or row.started_at, now),
+        "progress": progress,
+        "memory": process.get("memory"), "cpu": process.get("cpu"),
+    }
+
+
+# What failed.
+
+_VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
+
+
+def failures_report(store: Store, now: int, hours: float = 1) -> dict:
+    """What failed for good since, by what went wrong: `groups`, the largest first.
+
+    Two are the same if they are but for numbers, hex and what stands in quotes, for
+    which the text has … then.  Only the newest 1,000 are looked at: `capped` says
+    that there are more.
+    """
+    rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
+    groups = _by(_failure_key, rows).values()
+    reports = sorted((_failure_row(group, now) for group in groups),
+                     key=lambda row: (-row["count"], row["name"]))
+    return {"groups": reports, "total": len(rows),
+            "capped": len(rows) == _MOST_FAILURES}
+
+
+def failure_ids(store: Store, now: int, hours: float, like: int) -> list[int]:
+    """The ids of all that failed as this task did, among the newest 1,000."""
+    rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
+    keys = {_failure_key(row) for row in rows if row.id == like}
+    return [row.id for row in rows if _failure_key(row) in keys]
+
+
+def _failure_key(row):
+    return row.name, row.kind, row.type, _VARYING.sub("…", row.message or "")
+
+
+def _failure_row(rows, now):
+    """A group as it is shown."""
+    newest = max(rows, key=lambda row: (row.finished_at, row.id))
+    same = all(row.message == newest.message for row in rows)
+    error = {"kind": newest.kind or "exception", "type": newest.type or "",
+             "message": (newest.message or "") if same
+             else _VARYING.sub("…", newest.message)}
+    return {
+        "count": len(rows), "name": newest.name, "queue": newest.queue,
+        "kind": newest.kind, "type": newest.type, "pattern": _failure_key(newest)[3],
+        "error": str(TaskError(error))[:_LONGEST_ERROR],
+        "first_at": _iso_of(min(row.finished_at for row in rows)),
+        "last_at": _iso_of(newest.finished_at),
+        "last_age": _age(newest.finished_at, now),
+        "ids": sorted((row.id for row in rows), reverse=True)[:3],
+    }
+
+
+# What there is to run, and what people did.
+
+def names_report(store: Store, now: int) -> list[dict]:
+    """Each task that ran in the last 24 hours: runs, failures, how long, how late.
+
+    `failures` are runs that ended badly; half, and 95 %, ran and waited that long.
+    """
+    rows = store.history(QUARTER, now - DAY_MS, now + 1, by="name")
+    groups = _by(lambda row: row.name, rows)
+    return [_name_row(name, merged(groups[name])) for name in sorted(groups)]
+
+
+def _name_row(name, row):
+    return {
+        "name": name, "runs": row.runs, "failures": _ended_badly(row),
+        "failed": row.failed, "retried": row.retried, "cancelled": row.cancelled,
+        "ran_p50": quantile(row.ran, 0.5), "ran_p95": quantile(row.ran, 0.95),
+        "wait_p50": quantile(row.waited, 0.5), "wait_p95": quantile(row.waited, 0.95),
+    }
+
+
+def schedules_report(store: Store, now: int, limit: int | None = None) -> list[dict]:
+    """Each schedule with its next tick and its last run: the first to come first.
+
+    With a `limit` only so many, and none that never comes.
+    """
+    rows = sorted(store.schedules(), key=_next_tick)
+    if limit is not None:
+        rows = [row for row in rows[:limit] if row.next_tick is not None]
+    return [_schedule_row(store, row, now) for row in rows]
+
+
+def _next_tick(row):
+    return math.inf if row.next_tick is None else row.next_tick, row.name
+
+
+def _schedule_row(store, row, now):
+    next_at = None if row.next_tick is None else row.next_tick * 1000
+    return {
+        "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
+        "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
+        "next_at": _iso_of(next_at),
+        "next_in": None if next_at is None else max(0, next_at - now) / 1000,
+        "last_at": None if row.last_tick is None else _second(row.last_tick),
+        "seen_at": _iso_of(row.seen_at), "last": _last_run(store, row),
+    }
+
+
+def _last_run(store, row):
+    """What became of the last run; None: there was none, or it is gone."""
+    with contextlib.suppress(TaskNotFound):
+        if row.last_id is not None:
+            task = store.task(row.last_id)
+            return {
+                "id": task.id, "status": task.status, "duration": task.duration,
+                "at": _iso_of(task.finished_at or task.started_at or task.run_at),
+            }
+    return None
+
+
+def events_report(store: Store, before: int | None = None, limit: int = 50) -> dict:
+    """What people have done, the newest first; `next` continues, None at the end."""
+    rows = store.events(before, limit)
+    return {
+        "events": [{**row._asdict(), "at": _iso_of(row.at)} for row in rows],
+        "next": rows[-1].id if len(rows) == limit else None,
+    }
 
 
 # == Bench ====================================================================

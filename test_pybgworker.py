@@ -15802,6 +15802,357 @@ class Reports(QueueCase):
         self.assertEqual((row["waited_max"], row["per_minute"]), (1.0, 0.05))
 
 
+# == Overview =================================================================
+
+
+class OverviewCase(QueueCase):
+    """A database with a history, at 14:02:31 by the test's clock."""
+
+    def setUp(self):
+        super().setUp()
+        self.sql("delete from bg_worker")
+        self.now = 1_795_615_351_000        # 2026-11-25T14:02:31Z
+        self.minute = self.now // 60_000 * 60
+        self.app.configure(worker_timeout=15)
+
+    def look(self, span="hour", beats=None):
+        return pybgworker.overview(self.store, self.app.settings, self.now, span, beats)
+
+    def history(self, minutes_ago=0, name="t", queue="default", span=60, ids=(1, 1),
+                ran=(), waited=(), **counts):
+        """A row of history; `ran` and `waited` are {bucket: runs}."""
+        at = (self.now // 1000 - minutes_ago * 60) // span * span
+        columns = {"span": span, "at": at, "name": name, "queue": queue,
+                   "lo": ids[0], "hi": ids[1], **counts,
+                   **{f"r{n}": count for n, count in dict(ran).items()},
+                   **{f"w{n}": count for n, count in dict(waited).items()}}
+        marks = ", ".join("?" * len(columns))
+        self.sql(f"insert into bg_history ({', '.join(columns)}) values ({marks})",
+                 *columns.values())
+
+    def tasks(self, count, state, queue="default", name="t", ago=0.0, due_ago=None,
+              **more):
+        """So many rows; `ago` are seconds since they were enqueued."""
+        created = self.now - round(ago * 1000)
+        due = created if due_ago is None else self.now - round(due_ago * 1000)
+        first = self.sql("select ifnull(max(id), 0) + 1 from bg_task")[0][0]
+        values = {"state": state, "queue": queue, "name": name, "priority": 5,
+                  "retries": 3, "run_at": due, "created_at": created,
+                  "args": "[[],{}]", **more}
+        self.sql(f"""
+            with recursive n (i) as (select ? union all select i + 1 from n where i < ?)
+            insert into bg_task (id, {', '.join(values)})
+            select i, {', '.join('?' * len(values))} from n""",
+                 first, first + count - 1, *values.values())
+        return first
+
+    def worker_row(self, name="w1", concurrency=4, up=100.0, beat_ago=1.0, **more):
+        values = {"name": name, "pid": 11, "host": "h", "boot": "b", "port": 0,
+                  "token": "", "concurrency": concurrency, "state": "ready",
+                  "started_at": self.now - round(up * 1000),
+                  "beat_at": self.now - round(beat_ago * 1000), **more}
+        self.sql(f"insert into bg_worker ({', '.join(values)}) "
+                 f"values ({', '.join('?' * len(values))})", *values.values())
+        return self.sql("select max(id) from bg_worker")[0][0]
+
+    def failed(self, name, message, ago=0.0, type="ValueError", kind="exception",
+               count=1):
+        first = self.tasks(count, pybgworker.FAILED, name=name,
+                           finished_at=self.now - round(ago * 1000))
+        error = json.dumps({"kind": kind, "type": type, "message": message})
+        self.sql("insert into bg_payload select id * 8 + 2, ? from bg_task "
+                 "where id between ? and ?", error, first, first + count - 1)
+        return first
+
+
+class Overviews(OverviewCase):
+
+    def test_of_an_empty_database_there_is_nothing_to_see(self):
+        view = self.look()
+        self.assertEqual(view["figures"], {
+            "runs_per_minute": 0, "runs": 0, "failed": 0, "failed_share": None,
+            "waiting": 0, "oldest": None, "later": 0, "next_in": None, "busy": 0,
+            "children": 0, "workers": 0, "wait_p50": None, "wait_p95": None})
+        for part in ("queues", "running", "failures", "workers", "next"):
+            self.assertEqual(view[part], [], part)
+        self.assertEqual([alert["code"] for alert in view["attention"]], [])
+        self.assertEqual(len(view["series"]), 61)
+        self.assertEqual(view["at"], "2026-11-25T14:02:31.000Z")
+
+    def test_figures_are_of_the_last_minute_and_the_last_ten(self):
+        self.history(0, runs=20, exceptions=2, retried=2, waited={6: 20})
+        self.history(1, runs=60, timeouts=1, failed=1, waited={6: 60})
+        self.history(9, runs=20, crashed=1, lost=1, aborted=1, waited={9: 20})
+        self.history(30, runs=1000, exceptions=1000, waited={20: 1000})
+        figures = self.look()["figures"]
+        self.assertEqual(figures["runs_per_minute"], 20 + round(60 * 29 / 60))
+        self.assertEqual((figures["runs"], figures["failed"]), (100, 6))
+        self.assertEqual(figures["failed_share"], 0.06)
+        self.assertLessEqual(figures["wait_p50"], 0.1)
+        self.assertTrue(0.5 < figures["wait_p95"] <= 1, figures["wait_p95"])
+
+    def test_figures_count_what_waits_and_what_comes_later(self):
+        self.tasks(3, pybgworker.QUEUED, due_ago=90)
+        self.tasks(2, pybgworker.SCHEDULED, queue="mail", due_ago=-8)
+        self.tasks(1, pybgworker.RETRYING, queue="mail", due_ago=-3)
+        figures = self.look()["figures"]
+        self.assertEqual((figures["waiting"], figures["later"]), (3, 3))
+        self.assertEqual((figures["oldest"], figures["next_in"]), (90, 3))
+
+    def test_a_series_has_a_point_for_each_minute_of_the_hour(self):
+        self.history(0, runs=5, exceptions=1, cancelled=1, waited={0: 5})
+        self.history(0, name="u", runs=5, waited={3: 5})
+        self.history(60, runs=7)
+        self.history(61, runs=100)
+        series = self.look()["series"]
+        self.assertEqual(series[-1]["t"], "2026-11-25T14:02:00.000Z")
+        self.assertEqual((series[-1]["ok"], series[-1]["bad"]), (8, 1))
+        self.assertTrue(0 < series[-1]["p50"] <= 0.001 < series[-1]["p95"] <= 0.01)
+        self.assertEqual((series[0]["ok"], series[0]["p50"]), (7, None))
+        self.assertEqual(sum(point["ok"] for point in series), 15)
+
+    def test_the_newest_quarters_of_a_day_are_minutes_still(self):
+        self.history(30, span=900, runs=50)         # 13:30: rolled up
+        self.history(30, runs=50)                   # … its minutes are kept longer
+        self.sql("insert into bg_meta values ('rolled_to', ?)", self.minute - 17 * 60)
+        self.history(10, runs=3)
+        self.history(3, runs=4)
+        self.history(0, runs=1)
+        series = self.look("day")["series"]
+        self.assertEqual(len(series), 97)
+        self.assertEqual([(point["t"][11:16], point["ok"]) for point in series[-3:]],
+                         [("13:30", 50), ("13:45", 7), ("14:00", 1)])
+
+    def test_queues_say_what_comes_in_and_goes_out(self):
+        self.tasks(5, pybgworker.SUCCESS, ago=90)
+        self.tasks(30, pybgworker.SUCCESS, ago=20)
+        self.tasks(12, pybgworker.QUEUED, ago=30)
+        self.tasks(7, pybgworker.SCHEDULED, ago=5, due_ago=-60)     # not to run yet
+        self.history(0, runs=15, retried=5)
+        self.history(1, runs=60)
+        self.history(20, runs=90)
+        queue, = self.look()["queues"]
+        out = round(10 + 60 * 29 / 60)
+        self.assertEqual(
+            {key: queue[key] for key in ("queue", "waiting", "later", "oldest",
+                                         "in_per_minute", "out_per_minute")},
+            {"queue": "default", "waiting": 12, "later": 7, "oldest": 30,
+             "in_per_minute": 42, "out_per_minute": out})
+        self.assertEqual(queue["bars"], [0] * 13 + [60, out])
+        self.assertEqual(queue["busiest"], 90)
+        self.assertAlmostEqual(queue["empty_in"], 12 / (10 + 29) * 60)
+
+    def test_many_that_came_in_are_counted_by_the_newest(self):
+        """Of more than it looks at, the pace of those it sees."""
+        self.tasks(100, pybgworker.SUCCESS, ago=50)
+        self.tasks(100, pybgworker.QUEUED, ago=20)
+        self.tasks(100, pybgworker.QUEUED, ago=10, queue="mail")
+        self.assertEqual(self.store.arrivals(self.now, 1000),
+                         {"default": 200.0, "mail": 100.0})
+        self.assertEqual(self.store.arrivals(self.now, 150),
+                         {"default": 150.0, "mail": 300.0})     # of 20 s
+
+    def test_when_a_queue_will_be_empty(self):
+        def empty_in(arrived, waiting, finished, paused=None, earlier=0):
+            row = pybgworker.QueueRow("q", queued=waiting, paused_at=paused)
+            pace = {self.minute: finished, self.minute - 600: earlier}
+            return pybgworker._queue_row(row, self.now, arrived, pace)["empty_in"]
+
+        for case, expected in (
+            ((0, 0, 0), None), ((100, 0, 0), None),
+            ((0, 60, 120), 30.0), ((120, 60, 120), 30.0),
+            ((140, 60, 120), 30.0),             # more comes, but less than a minute's
+            ((140, 200, 120), "never"), ((130, 200, 120), 100.0),
+            ((0, 10, 0), "never"),              # nothing has been done for a while
+            ((0, 10, 0, None, 150), 60.0),      # of 15 minutes: one says too little
+            ((0, 10, 500, self.now - 1), "paused"),
+        ):
+            with self.subTest(case):
+                self.assertEqual(empty_in(*case), expected)
+
+    def test_a_paused_queue_says_since_when_by_whom_and_why(self):
+        self.store.pause("mail", self.now, pybgworker.By("ann", "cli"), "SMTP is down")
+        queue, = self.look()["queues"]
+        self.assertEqual((queue["queue"], queue["empty_in"]), ("mail", "paused"))
+        self.assertEqual(queue["paused"], {
+            "since": "2026-11-25T14:02:31.000Z", "by": "ann", "reason": "SMTP is down"})
+
+    def test_at_most_twenty_that_run_are_shown_those_that_began_first(self):
+        worker = self.worker_row(concurrency=40)
+        for number in range(30):
+            self.tasks(1, pybgworker.RUNNING, worker=worker, attempt=1,
+                       started_at=self.now - 1000 * number)
+        self.sql("insert into bg_run select id, worker, attempt, 7, started_at, null "
+                 "from bg_task")
+        view = self.look()
+        self.assertEqual([run["for"] for run in view["running"]], [*range(29, 9, -1)])
+        self.assertEqual(view["running_total"], 30)
+
+    def test_what_is_in_hand_of_a_run_before_is_not_of_this_one(self):
+        worker = self.worker_row()
+        task = self.tasks(1, pybgworker.RUNNING, worker=worker, attempt=2,
+                          started_at=self.now - 2000)
+        gone = self.tasks(1, pybgworker.SUCCESS)
+        self.sql("insert into bg_run values (?, ?, 1, 77, ?, null), (?, ?, 1, 77, ?, null), "
+                 "(999, ?, 1, 77, ?, null)", task, worker, self.now - 60_000, gone,
+                 worker, self.now - 60_000, worker, self.now - 60_000)
+        run, = self.look()["running"]
+        self.assertEqual((run["id"], run["pid"], run["for"]), (task, None, 2))
+
+    def test_the_share_of_a_cpu_is_known_from_two_heartbeats(self):
+        beats = pybgworker.Beats()
+        self.assertIsNone(beats.share("a", 1000, 5.0))
+        self.assertIsNone(beats.share("a", 1000, 5.0))
+        self.assertEqual(beats.share("a", 6000, 7.5), 0.5)
+        self.assertEqual(beats.share("a", 6000, 7.5), 0.5)      # until the next
+        self.assertEqual(beats.share("a", 7000, 7.0), 0.0)      # the pid's next owner
+        self.assertIsNone(beats.share("b", 7000, None))
+        beats.keep(["b"])
+        self.assertIsNone(beats.share("a", 9000, 9.0))
+
+    def test_before_the_second_heartbeat_a_worker_has_the_share_of_all_its_time(self):
+        self.worker_row(cpu=5.0, children_cpu=20.0, up=100)
+        self.worker_row(name="old")             # of a version that does not say
+        self.assertEqual([row["cpu"] for row in self.look()["workers"]], [0.25, None])
+
+    def test_busy_children_are_counted_by_heartbeats_where_they_run_several(self):
+        worker = self.worker_row(concurrency=4)
+        self.tasks(9, pybgworker.RUNNING, worker=worker, attempt=1)
+        self.assertEqual(self.look()["workers"][0]["busy"], 4)
+        self.sql("insert into bg_child values (?, 1, 9, 0, 0), (?, 2, 0, 0, 0)",
+                 worker, worker)
+        view = self.look()
+        self.assertEqual(view["workers"][0]["busy"], 1)
+        self.assertEqual(view["figures"]["busy"], 1)
+
+    def test_a_worker_is_as_it_says_or_stale_or_dead(self):
+        self.worker_row(state="starting", note="no children: ImportError", queues='["a"]',
+                        version="2.0", start_method="fork")
+        self.worker_row(name="w2", beat_ago=16)
+        self.worker_row(name="w3", queues="{")
+        with mock.patch.object(pybgworker, "judge_of",
+                               return_value=lambda row: row.name == "w3"):
+            rows = pybgworker.workers_report(self.store, self.app.settings, self.now)
+            figures = self.look()["figures"]
+        self.assertEqual([row["state"] for row in rows], ["starting", "stale", "dead"])
+        self.assertEqual([row["queues"] for row in rows], [["a"], None, ["{"]])
+        self.assertEqual((rows[0]["note"], rows[0]["version"], rows[0]["start_method"]),
+                         ("no children: ImportError", "2.0", "fork"))
+        self.assertEqual((rows[1]["beat_age"], rows[1]["up"]), (16, 100))
+        self.assertEqual((figures["workers"], figures["children"]), (1, 4))
+
+    def test_failures_are_grouped_by_what_went_wrong(self):
+        self.failed("hook", "host 10.0.0.7: timed out after 3 s", ago=500, count=3)
+        self.failed("hook", "host 10.0.0.9: timed out after 30 s", ago=2)
+        self.failed("pay", "'user_id'", ago=9, type="KeyError")
+        self.failed("pay", "0x7f21ab3c is \"odd\"", ago=8, type="")
+        self.failed("pay", "deadbeef01 is \"even\"", ago=7, type="")
+        self.failed("pay", "old", ago=3601)
+        report = pybgworker.failures_report(self.store, self.now)
+        self.assertEqual(
+            [(row["count"], row["name"], row["error"], row["last_age"])
+             for row in report["groups"]],
+            [(4, "hook", "ValueError: host ….….….…: timed out after … s", 2),
+             (2, "pay", "exception: … is …", 7),
+             (1, "pay", "KeyError: 'user_id'", 9)])
+        self.assertEqual((report["total"], report["capped"]), (7, False))
+        self.assertEqual(report["groups"][0]["ids"], [4, 3, 2])
+        self.assertEqual(report["groups"][0]["first_at"], "2026-11-25T13:54:11.000Z")
+        self.assertEqual(sorted(pybgworker.failure_ids(self.store, self.now, 1, 2)),
+                         [1, 2, 3, 4])
+        self.assertEqual(pybgworker.failure_ids(self.store, self.now, 1, 99), [])
+
+    def test_only_the_newest_thousand_failures_are_looked_at(self):
+        self.failed("a", "m", ago=3, count=1100)
+        report = pybgworker.failures_report(self.store, self.now)
+        self.assertEqual((report["total"], report["capped"]), (1000, True))
+        self.assertTrue(self.look()["failures_capped"])
+
+    def test_schedules_come_with_their_last_run_the_first_first(self):
+        at = self.now // 1000
+        done = self.tasks(1, pybgworker.SUCCESS, duration=2.1, finished_at=self.now - 1000)
+        for name, next_tick, last_id in (("b", at + 60, done), ("a", at + 3, 99),
+                                         ("never", None, None)):
+            self.sql("""insert into bg_schedule (task, expr, tz, number, misfire, overlap,
+                jitter, next_tick, last_tick, done, set_at, seen_at, last_id)
+                values (?, '* * * * *', 'UTC', 0, 'latest', 'allow', 0, ?, ?, '', 0, 0, ?)""",
+                     name, next_tick, at - 57, last_id)
+        rows = pybgworker.schedules_report(self.store, self.now)
+        self.assertEqual([(row["schedule"], row["next_in"]) for row in rows],
+                         [("a", 3), ("b", 60), ("never", None)])
+        self.assertEqual(rows[1]["last"], {"id": done, "status": "success", "duration": 2.1,
+                                           "at": "2026-11-25T14:02:30.000Z"})
+        self.assertIsNone(rows[0]["last"])          # it is deleted already
+        self.assertEqual(rows[0]["last_at"], "2026-11-25T14:01:34.000Z")
+        self.assertEqual([row["schedule"] for row in self.look()["next"]], ["a", "b"])
+
+    def test_names_have_the_figures_of_a_day(self):
+        self.history(60, span=900, name="a", runs=10, failed=1, retried=2, exceptions=3,
+                     cancelled=1, ran={9: 10}, waited={3: 10})
+        self.history(3, name="a", runs=10, ran={12: 10}, waited={3: 10})
+        self.history(3, name="b", runs=1)
+        self.history(25 * 60, span=900, name="yesterday", runs=1)
+        a, b = pybgworker.names_report(self.store, self.now)
+        self.assertEqual((a["name"], a["runs"], a["failures"]), ("a", 20, 3))
+        self.assertEqual((a["failed"], a["retried"], a["cancelled"]), (1, 2, 1))
+        self.assertTrue(0.5 < a["ran_p50"] <= 1 and 5 < a["ran_p95"] <= 10, a)
+        self.assertTrue(0.005 < a["wait_p50"] < a["wait_p95"] <= 0.01, a)
+        self.assertEqual((b["name"], b["runs"], b["ran_p95"]), ("b", 1, None))
+
+    def test_events_go_on_where_they_ended(self):
+        for number in range(3):
+            self.store.note_event(pybgworker.By("ann", "web"), "pause", f"q{number}",
+                                  "tired", self.now)
+        first = pybgworker.events_report(self.store, limit=2)
+        self.assertEqual([event["target"] for event in first["events"]], ["q2", "q1"])
+        self.assertEqual(first["events"][0], {
+            "id": 3, "at": "2026-11-25T14:02:31.000Z", "who": "ann", "how": "web",
+            "action": "pause", "target": "q2", "detail": "tired"})
+        rest = pybgworker.events_report(self.store, first["next"], 2)
+        self.assertEqual([event["target"] for event in rest["events"]], ["q0"])
+        self.assertIsNone(rest["next"])
+
+    def test_all_of_it_is_json_and_nothing_is_written(self):
+        self.hostile()
+        before = self.store.version()
+        for span in ("hour", "day"):
+            json.loads(json.dumps(self.look(span)))
+        for report in (
+                pybgworker.queues_report(self.store, self.now),
+                pybgworker.names_report(self.store, self.now),
+                pybgworker.workers_report(self.store, self.app.settings, self.now),
+                pybgworker.schedules_report(self.store, self.now),
+                pybgworker.failures_report(self.store, self.now)):
+            json.loads(json.dumps(report))
+        self.assertEqual(self.store.version(), before)
+
+    def hostile(self):
+        """Rows with what nobody would call a task, and edits by hand."""
+        bad = "\x1b]0;owned\x07\u202e<img src=x> \u6f22\u5b57\U0001f41f\u0301" + "n" * 150
+        worker = self.worker_row(name=bad, memory=10**15, cpu=1e9)
+        run = self.tasks(1, pybgworker.RUNNING, bad, bad, worker=worker, attempt=1,
+                         started_at=self.now - 1000)
+        self.sql("insert into bg_run values (?, ?, 1, 77, ?, null)", run, worker,
+                 self.now - 10**12)
+        self.sql("insert into bg_payload values (?, ?)", run * 8 + 4,
+                 json.dumps([1e308, bad]))
+        other = self.tasks(1, pybgworker.RUNNING, bad, bad, worker=worker, attempt=1)
+        self.sql("insert into bg_payload values (?, '{')", other * 8 + 4)
+        self.tasks(3, pybgworker.QUEUED, queue=bad, name=bad, due_ago=10**9)
+        self.failed(bad, bad, type=bad)
+        self.store.pause(bad, self.now, pybgworker.By(bad, "cli"), bad)
+        self.history(0, name=bad, queue=bad, runs=10**15)
+        return bad
+
+    def test_it_costs_the_same_however_much_has_finished(self):
+        self.tasks(50, pybgworker.QUEUED)
+        self.tasks(20_000, pybgworker.SUCCESS, ago=3600)
+        self.look()                                 # what is prepared once
+        few = self.steps(self.look)
+        self.tasks(60_000, pybgworker.SUCCESS, ago=3600)
+        self.assertLess(self.steps(self.look), few * 1.1)
+
+
 # == Bench ====================================================================
 
 
