@@ -46,7 +46,7 @@ Map
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
-        Endings · Records · Lists · Desk · Register
+        Endings · Records · Lists · Desk · Timetable · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
@@ -55,7 +55,7 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · Acts · Overview · Bench ·
+        Cron · Scheduler · Reports · Acts · Overview · Listeners · Bench ·
         Old import paths
 
 Guarantees
@@ -127,8 +127,8 @@ __all__ = [
     "Abort", "App", "AppError", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
     "DatabaseUnavailable", "DatabaseUnusable", "OptionError", "PayloadTooLarge",
     "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError", "TaskCancelled",
-    "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout",
-    "configure", "cron", "current_task", "main", "task",
+    "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout",
+    "WaitTimeout", "configure", "cron", "current_task", "main", "on", "task",
 ]
 
 
@@ -1057,6 +1057,9 @@ ID_BATCH = 100              # ids that one statement looks up
 
 # What an end calls: the bit in bg_task.callbacks, and the option of @task.
 CALLBACKS = {SUCCESS: (1, "on_success"), FAILED: (2, "on_failure")}
+# What App.on() listens to, and its bit there.
+LISTENED = {"success": 4, "failure": 8, "retry": 16, "crash": 32, "timeout": 64,
+            "lost": 128}
 
 
 class NewTask(NamedTuple):
@@ -1250,11 +1253,17 @@ class Turned(NamedTuple):
     written: list[Outcome]      # as they are now: a retry may have been cancelled
     stale: list[Outcome]        # not written: the run was given to somebody else
     claimed: Claimed | None
+    unheard: int = 0            # of what listeners would have been told of the ends
 
 
 def callback_kind(name: str) -> str:
-    """on_success or on_failure for the name of a callback, else nothing."""
+    """on_success or on_failure for the name of a callback, else nothing.
+
+    The task that tells listeners is one, too: on:failure.
+    """
     of, _, kind = name.rpartition(":")
+    if of == "on" and kind in LISTENED:
+        return name
     return kind if of and kind in ("on_success", "on_failure") else ""
 
 
@@ -1421,6 +1430,8 @@ class ScheduleRow(NamedTuple):
     seen_at: int
     last_id: int | None = None      # of the last task that it enqueued
     success_at: int | None = None   # when one of them ended with success
+    alert_after: float | None = None    # seconds after a tick: see late_tick()
+    since: int | None = None        # unix ms of its first registration
 
     @property
     def name(self) -> str:
@@ -1852,9 +1863,11 @@ class QueueVerbs(Protocol):
     name: str           # the same as it was given
     follow: bool        # whether to go on with another database put in its place
 
-    def create(self) -> None:
+    def create(self) -> tuple | None:
         """Open the database; make file and tables if there are none.
 
+        Returns (version before, version now, seconds) if this store has brought old
+        tables up to date, which may take long and lets nobody else write.
         Only delay() and a worker's start do; all else wants a queue that is there.
         Raises DatabaseUnavailable for one that this process has used and lost.
         """
@@ -2104,6 +2117,9 @@ class TimeVerbs(Protocol):
         Returns the ids of the runs of each: fewer than there are if one with its key
         is unfinished; None if another worker has moved that schedule before.
         """
+
+    def is_first(self, what: str, ms: int, now: int) -> bool:
+        """True once in so many ms for the same `what`, whoever asks."""
 
     def clock(self) -> ClockView | None:
         """What was last put by put_clock(); None: nothing yet."""
@@ -2750,9 +2766,15 @@ class Task(Generic[P, R, V]):
 
     @property
     def callbacks(self) -> int:
-        """What there is to call at its end: as in bg_task."""
-        return sum(
+        """What there is to call at its ends: as in bg_task.
+
+        Whoever listens hears of all tasks, but not of those that tell listeners.
+        """
+        own = sum(
             bit for bit, kind in CALLBACKS.values() if getattr(self, kind) is not None)
+        if callback_kind(self.name) == self.name:
+            return own
+        return own + sum(LISTENED[kind] for kind in self.app.listeners)
 
     def companions(self) -> Iterator[Task]:
         """The tasks that call on_success and on_failure: NAME:on_failure."""
@@ -2948,6 +2970,7 @@ class App:
         # fork may come in the middle; configure() puts an empty one in its place.
         self._opened: dict[str, Any] = {}
         self.watches: dict = {}             # by event loop, see Watch
+        self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
         self.configure(**settings)
 
     def __copy__(self) -> App:
@@ -3055,7 +3078,7 @@ class App:
         if callback_kind(task.name):
             raise AppError(
                 f"task {task.name!r}: names with :on_success or :on_failure at the end "
-                "are for the callbacks of tasks"
+                "are for the callbacks of tasks, and on:failure for who listens to them"
             )
         self._unregister(task.name)
         self.tasks[task.name] = task
@@ -3068,15 +3091,26 @@ class App:
             self.tasks.pop(of, None)
 
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
-             overlap: str = "allow", jitter: float = 0.0) -> _Decorator:
+             overlap: str = "allow", jitter: float = 0.0,
+             alert_after: Any = None) -> _Decorator:
         """Run a task without arguments whenever `expr` says so; see Cron.
 
         misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
         skip a tick while the run before is unfinished; jitter: put each run off by
-        a fixed part of so many seconds.  Raises CronError, also for a date that
-        never comes.
+        a fixed part of so many seconds; alert_after: seconds, or "2h", after a tick
+        by which a run must have succeeded, else the schedule is late, and that is
+        said.  Raises CronError, also for a date that never comes.
         """
-        return scheduled(self, expr, tz, misfire, overlap, jitter)
+        return scheduled(self, expr, tz, misfire, overlap, jitter, alert_after)
+
+    def on(self, kind: str) -> Callable[[Callable], Callable]:
+        """Decorate a function that is to hear of runs that ended: `fn(event)`.
+
+        kind: success (of a task), failure (for good), retry (another run follows), or
+        a crash, timeout, or lost run, whatever follows it.  It is called in a child
+        with a TaskEvent, after the end is committed.  Raises OptionError.
+        """
+        return listening(self, kind)
 
     # -- enqueueing
 
@@ -3165,6 +3199,7 @@ def do_nothing():
 AsyncResult.default_app = default_app = App()
 task = default_app.task
 cron = default_app.cron
+on = default_app.on
 configure = default_app.configure
 
 
@@ -4230,8 +4265,9 @@ create table bg_task (
     timeout     real,                 -- seconds a run may take; null: no limit
     worker      integer,              -- bg_worker.id that claimed it last
     cancel_asked integer not null default 0, -- 1: its worker shall end the run
-    callbacks   integer not null default 0,  -- 1 on_success 2 on_failure 3 both; set
-                                      -- at the claim, for whoever ends the last run
+    callbacks   integer not null default 0,  -- sum of 1 on_success 2 on_failure, and
+                                      -- of LISTENED; set at the claim, for whoever
+                                      -- ends the run
     run_at      integer not null,     -- unix ms; due, and ready, from then on
     counted     integer not null default 0, -- 1: run_at was counted from created_at
     created_at  integer not null,     -- unix ms of delay()
@@ -4483,6 +4519,8 @@ create table bg_event (               -- what people have done, and what they mi
     success_at  integer""",
     """alter table bg_schedule add column  -- late so many seconds after a tick
     alert_after real""",                    # without a success; null: never
+    """alter table bg_schedule add column  -- unix ms a worker first registered it
+    since       integer""",
     f"""create view v_tasks as select id, {_WORDS} as status, name, queue, priority,
         key, attempt, retries, timeout, {_iso("created_at")}, {_iso("run_at")},
         {_iso("started_at")}, {_iso("finished_at")}, duration, meta
@@ -4532,8 +4570,11 @@ class Tables:
     def __init__(self, path: str, ask: Callable[[str], Any]):
         self._path, self._ask = path, ask
 
-    def open(self, create: bool) -> None:
-        """Bring them up to date, if there are any, or if they may be made."""
+    def open(self, create: bool) -> tuple | None:
+        """Bring them up to date, if there are any, or if they may be made.
+
+        Returns what that took of those that there were: (from, to, seconds).
+        """
         version = self.version()
         if not version and not create:
             raise DatabaseUnusable(
@@ -4542,7 +4583,8 @@ class Tables:
             )
         self._use_wal()
         if version == len(_MIGRATIONS):
-            return
+            return None
+        began = time.monotonic()
         self._ask("begin immediate")
         try:
             self.migrate()
@@ -4551,6 +4593,8 @@ class Tables:
             with contextlib.suppress(sqlite3.Error):    # it may be undone already
                 self._ask("rollback")
             raise
+        seconds = time.monotonic() - began
+        return (version, len(_MIGRATIONS), seconds) if version else None
 
     def version(self) -> int:
         """Of our tables; 0: there are none."""
@@ -4734,16 +4778,18 @@ class Database:
         self.allow_network_fs = allow_network_fs
         self.follow = True          # to the new file, when ours is replaced
         self.may_create = True      # until it is opened
+        self.migrated: tuple | None = None      # what bringing it up to date took
         self._tried_bytes = 0       # of the log, when a caller last moved it over
         self._local = threading.local()
 
-    def create(self) -> None:
+    def create(self) -> tuple | None:
         if not self.may_create:
             self.link()
-            return
+            return self.migrated
         if self.path not in KNOWN_PATHS:
             make_file(self.path)
         self._local.link = self._open(create=not KNOWN_PATHS.get(self.path))
+        return self.migrated
 
     def write(self, durable: bool = True, patience: float | None = None,
               deadline: float | None = None) -> Transaction:
@@ -4841,7 +4887,7 @@ class Database:
             deadline = time.monotonic() + self.busy_timeout
             _set_up(link.connection, deadline)
             ask = functools.partial(patiently, link.connection, deadline)
-            Tables(self.path, ask).open(create)
+            self.migrated = Tables(self.path, ask).open(create) or self.migrated
             if not FORKS.is_leaving:    # else nobody will close it in good order
                 link.guard = FILES.hold(identity, self.path, has_others)
         except BaseException:
@@ -6367,21 +6413,67 @@ _CALLBACK_SECONDS = 60.0    # limit of a callback whose task has none
 _STOPPED = "its worker was stopped: it runs again"
 
 
-def callback_rows(run: Run, state: int, error: dict | None, now: int) -> tuple:
+def callback_rows(run: Run, state: int, error: dict | None, now: int,
+                  worker: str) -> tuple:
     """The (NewTask, arguments) to be committed with this end of a run.
 
     A task of its own, in the queue of the one it is about: what calls back is as
     durable as what is called back about, and is run again when it fails.
     """
-    bit, kind = CALLBACKS.get(state, (0, ""))
-    if not run.callbacks & bit:
+    if not run.callbacks:
         return ()
-    row = NewTask(
-        f"{run.name}:{kind}", run.queue, run.priority, None, RetryPolicy().retries,
-        run.timeout or _CALLBACK_SECONDS, QUEUED, now, now,
-    )
-    args = [run.id] if state == SUCCESS else [run.id, error]
-    return (row, to_json([args, {}])),
+    calls = []
+    bit, option = CALLBACKS.get(state, (0, ""))
+    if run.callbacks & bit:
+        args = [run.id] if state == SUCCESS else [run.id, error]
+        calls.append((f"{run.name}:{option}", args, run.timeout or _CALLBACK_SECONDS))
+    for kind in _kinds_of(state, error):
+        if run.callbacks & LISTENED[kind]:
+            about = {"kind": kind, "id": run.id, "name": run.name, "queue": run.queue,
+                     "attempt": run.attempt, "error": error, "worker": worker,
+                     "at": now}
+            calls.append((f"on:{kind}", [about], _CALLBACK_SECONDS))
+    return tuple((
+        NewTask(name, run.queue, run.priority, None, RetryPolicy().retries, limit,
+                QUEUED, now, now), to_json([args, {}]))
+        for name, args, limit in calls)
+
+
+_HEARD = {SUCCESS: "success", FAILED: "failure", RETRYING: "retry", QUEUED: "retry"}
+
+
+def _kinds_of(state, error):
+    """What those who listen hear of an end: what follows it, then what it was."""
+    kinds = [_HEARD[state]] if state in _HEARD else []
+    kind = (error or {}).get("kind")
+    return [*kinds, kind] if kind in LISTENED and state != SUCCESS else kinds
+
+
+_MOST_UNHEARD = 1000        # that wait for the listeners of a kind, in one queue
+
+
+def without_crowds(connection: sqlite3.Connection, rows: Iterable) -> list:
+    """Those of the rows that follow ends for which there is room.
+
+    Where a thousand wait to be told, one more is no news, and costs the disk.
+    """
+    room: dict[tuple, int] = {}
+    kept = []
+    for row in rows:
+        task, _ = row
+        group = task.queue, task.name
+        if callback_kind(task.name) == task.name:
+            if group not in room:
+                room[group] = _MOST_UNHEARD - connection.execute(
+                    f"""select count(*) from (
+                            select 1 from bg_task where state = {QUEUED} and alone = 0
+                                and queue = ? and name = ? limit ?)""",
+                    (*group, _MOST_UNHEARD),
+                ).fetchone()[0]
+            room[group] -= 1
+        if room.get(group, 0) >= 0:
+            kept.append(row)
+    return kept
 
 
 # What SQLite says to values that it cannot take: too long, too large, against a
@@ -6461,6 +6553,7 @@ class Endings(Claims):
             if turn.unbegun or turn.stopped:
                 link.wake = wake_addresses(by)
             outcomes = self._heed_cancels(turn.outcomes, worker)
+            outcomes, unheard = self._thin_out(by, outcomes)
             if not link.wake and any(o.run.is_counted for o in outcomes):
                 link.wake = wake_addresses(by)
             stale = self._finish(link, outcomes, worker, now)
@@ -6469,7 +6562,19 @@ class Endings(Claims):
             if turn.history is not None:
                 add_history(by, turn.history.plus(outcomes), now)
             claimed = self._claim(by, turn.order, now) if turn.order else None
-        return Turned(outcomes, stale, claimed)
+        return Turned(outcomes, stale, claimed, unheard)
+
+    def _thin_out(self, connection, outcomes):
+        """The outcomes, and how many of what follows them nobody will hear of."""
+        rows = [row for outcome in outcomes for row in outcome.then]
+        kept = without_crowds(connection, rows) if rows else rows
+        if len(kept) == len(rows):
+            return outcomes, 0
+        ours = {id(row) for row in kept}
+        return [
+            o._replace(then=tuple(row for row in o.then if id(row) in ours))
+            for o in outcomes
+        ], len(rows) - len(kept)
 
     def _heed_cancels(self, outcomes, worker):
         """What somebody wants cancelled is not run again, and not said to be."""
@@ -6477,7 +6582,7 @@ class Endings(Claims):
             return list(outcomes)
         asked = set(self.cancels_asked(worker))
         return [
-            o._replace(state=CANCELLED)
+            o._replace(state=CANCELLED, then=())
             if o.state == RETRYING and o.run.id in asked else o
             for o in outcomes
         ]
@@ -7462,12 +7567,159 @@ class Desk(Lists):
             note(link.connection, by, action, target, detail, now)
 
 
+# == Timetable ================================================================
+# Owns the SQL of schedules, of the clock, and of what shall happen once in a while.
+
+_FIRST = "on:first "        # begins a row of bg_rate that is no rate: see is_first()
+
+
+class Timetable:
+    """The verbs of workers about time."""
+
+    db: Database
+
+    def is_first(self, what: str, ms: int, now: int) -> bool:
+        names = {"name": _FIRST + what, "first": _FIRST, "beyond": _FIRST[:-1] + "!",
+                 "now": now, "until": now + ms}
+        with self.db.write(durable=False) as link:
+            link.connection.execute(
+                """delete from bg_rate
+                    where name > :first and name < :beyond and tat <= :now""", names)
+            return link.connection.execute(
+                """insert into bg_rate (name, tat) values (:name, :until)
+                    on conflict (name) do nothing""", names,
+            ).rowcount == 1
+
+    def clock(self) -> ClockView | None:
+        found = dict(self.db.read("""select name, value from bg_meta"""))
+        if "clock" not in found:
+            return None
+        return ClockView(found["clock"], found.get("clock_doubted"))
+
+    def put_clock(self, view: ClockView) -> None:
+        names = {"clock": view.seen, "clock_doubted": view.doubted}
+        with self.db.write(durable=False, patience=0.5) as link:
+            link.connection.execute(
+                """delete from bg_meta where name in ('clock', 'clock_doubted')"""
+            )
+            link.connection.executemany(
+                """insert into bg_meta (name, value) values (?, ?)""",
+                [item for item in names.items() if item[1] is not None],
+            )
+
+    def shorten_waits(self, now: int, batch: int) -> int:
+        soon = now + LATE_TURN_MS
+        rows = self.db.read(
+            f"""select id, run_at, began from (
+                    select id, run_at, case state when {SCHEDULED} then created_at else
+                        started_at + cast(ifnull(duration, 0) * 1000 as integer)
+                        end as began
+                    from bg_task where state < {QUEUED} and run_at > :soon
+                        and (state = {RETRYING} or counted))
+                where began > :soon limit :batch""",
+            {"soon": soon, "batch": batch},
+        )
+        if rows:
+            with self.db.write(patience=0.5) as link:
+                link.connection.executemany(
+                    f"""update bg_task set run_at = max(0, run_at - :ahead),
+                            started_at = max(0, started_at - :ahead),
+                            created_at = min(created_at, :now)
+                        where id = :id and state < {QUEUED} and run_at = :run_at""",
+                    [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
+                     for task_id, run_at, began in rows],
+                )
+        return len(rows)
+
+    _SCHEDULES = """
+        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
+            done, set_at, seen_at, last_id, success_at, alert_after, since
+        from bg_schedule """
+
+    def schedules(self) -> list[ScheduleRow]:
+        rows = self.db.read(self._SCHEDULES + "order by task, expr, tz, number")
+        return [ScheduleRow(*row) for row in rows]
+
+    def due_schedules(self, now: int) -> list[ScheduleRow]:
+        # Two looks, each by its index: of an `or` SQLite may read the whole table.
+        rows = self.db.read(
+            f"""{self._SCHEDULES} where next_tick <= :tick
+                union {self._SCHEDULES} where set_at > :ahead""",
+            {"tick": now // 1000, "ahead": now + AHEAD_MS},
+        )
+        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
+        return sorted(found, key=lambda row: (row.next_tick or 0, row))
+
+    def next_tick(self, now: int) -> int | None:
+        return self.db.read(
+            """select min(next_tick) from bg_schedule where next_tick > :tick""",
+            {"tick": now // 1000},
+        )[0][0]
+
+    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
+        with self.db.write() as link:
+            link.connection.executemany(
+                self._PUT_SCHEDULE,
+                [(*row[:12], row.alert_after, row.seen_at) for row in rows])
+            link.connection.executemany(
+                """delete from bg_schedule where task = :task
+                    and seen_at < :before
+                    and (next_tick is null or next_tick < :before / 1000)""",
+                [{"task": row.task, "before": row.seen_at - DAY_MS}
+                 for row in rows if drop],
+            )
+
+    _PUT_SCHEDULE = """
+        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
+            next_tick, last_tick, done, set_at, seen_at, alert_after, since)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
+            overlap = excluded.overlap, jitter = excluded.jitter,
+            alert_after = excluded.alert_after, since = ifnull(since, excluded.since),
+            seen_at = excluded.seen_at, next_tick = case done when excluded.done
+                then excluded.next_tick else next_tick end"""
+
+    def fire(self, steps: Sequence[ScheduleStep],
+             patience: float | None = None) -> list[list[int] | None]:
+        with self.db.write(patience=patience) as link:
+            requests = [self._fire_one(link.connection, step) for step in steps]
+            if any(requests):
+                insert_all(link, [r for found in requests for r in found or ()])
+                link.connection.executemany(
+                    """update bg_schedule set last_id = ?
+                        where task = ? and expr = ? and tz = ? and number = ?""",
+                    [(found[-1].ids[0], *step.row[:4])
+                     for step, found in zip(steps, requests) if found],
+                )
+        return [None if found is None else [r.ids[0] for r in found]
+                for found in requests]
+
+    def _fire_one(self, connection, step):
+        old, new, runs = step
+        if runs and runs[0].key is not None:
+            held = key_holder(connection, runs[0].key) is not None
+            runs = [] if held else runs[:1]
+        moved = connection.execute(
+            """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
+                    done = :done, set_at = :set_at
+                where task = :task and expr = :expr and tz = :tz and number = :number
+                    and done = :old_done and set_at = :old_set_at""",
+            {
+                "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
+                "last_tick": runs[-1].tick if runs else old.last_tick,
+                "task": old.task, "expr": old.expr, "tz": old.tz,
+                "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
+            },
+        ).rowcount
+        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
+
+
 # == Register =================================================================
-# Owns all other SQL: the register of workers, the schedules, the clock.  All verbs
+# Owns the SQL of workers about each other: who there is, and who is dead.  All verbs
 # meet here, in SqliteStore.
 
 class Register:
-    """The verbs of workers about each other, and about time."""
+    """The verbs of workers about each other."""
 
     db: Database
 
@@ -7505,10 +7757,11 @@ class Register:
                                  "retried", name)
                     drop_old(link.connection, run, state)
                     put_payload(link.connection, run.id, ERROR, to_json(error))
-                    then += callback_rows(run, state, error, now)
+                    then += callback_rows(run, state, error, now, name)
                     counts.add_lost(run, state)
             add_history(link.connection, counts, now)
             if then:
+                then = without_crowds(link.connection, then)
                 insert_all(link, [Request(row, [text]) for row, text in then])
             take_off(link.connection, worker)
             link.wake = wake_addresses(link.connection)
@@ -7574,128 +7827,8 @@ class Register:
                 group by worker"""
         ))
 
-    def clock(self) -> ClockView | None:
-        found = dict(self.db.read("""select name, value from bg_meta"""))
-        if "clock" not in found:
-            return None
-        return ClockView(found["clock"], found.get("clock_doubted"))
 
-    def put_clock(self, view: ClockView) -> None:
-        names = {"clock": view.seen, "clock_doubted": view.doubted}
-        with self.db.write(durable=False, patience=0.5) as link:
-            link.connection.execute(
-                """delete from bg_meta where name in ('clock', 'clock_doubted')"""
-            )
-            link.connection.executemany(
-                """insert into bg_meta (name, value) values (?, ?)""",
-                [item for item in names.items() if item[1] is not None],
-            )
-
-    def shorten_waits(self, now: int, batch: int) -> int:
-        soon = now + LATE_TURN_MS
-        rows = self.db.read(
-            f"""select id, run_at, began from (
-                    select id, run_at, case state when {SCHEDULED} then created_at else
-                        started_at + cast(ifnull(duration, 0) * 1000 as integer)
-                        end as began
-                    from bg_task where state < {QUEUED} and run_at > :soon
-                        and (state = {RETRYING} or counted))
-                where began > :soon limit :batch""",
-            {"soon": soon, "batch": batch},
-        )
-        if rows:
-            with self.db.write(patience=0.5) as link:
-                link.connection.executemany(
-                    f"""update bg_task set run_at = max(0, run_at - :ahead),
-                            started_at = max(0, started_at - :ahead),
-                            created_at = min(created_at, :now)
-                        where id = :id and state < {QUEUED} and run_at = :run_at""",
-                    [{"id": task_id, "run_at": run_at, "now": now, "ahead": began - now}
-                     for task_id, run_at, began in rows],
-                )
-        return len(rows)
-
-    _SCHEDULES = """
-        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
-            done, set_at, seen_at, last_id, success_at
-        from bg_schedule """
-
-    def schedules(self) -> list[ScheduleRow]:
-        rows = self.db.read(self._SCHEDULES + "order by task, expr, tz, number")
-        return [ScheduleRow(*row) for row in rows]
-
-    def due_schedules(self, now: int) -> list[ScheduleRow]:
-        # Two looks, each by its index: of an `or` SQLite may read the whole table.
-        rows = self.db.read(
-            f"""{self._SCHEDULES} where next_tick <= :tick
-                union {self._SCHEDULES} where set_at > :ahead""",
-            {"tick": now // 1000, "ahead": now + AHEAD_MS},
-        )
-        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
-        return sorted(found, key=lambda row: (row.next_tick or 0, row))
-
-    def next_tick(self, now: int) -> int | None:
-        return self.db.read(
-            """select min(next_tick) from bg_schedule where next_tick > :tick""",
-            {"tick": now // 1000},
-        )[0][0]
-
-    def put_schedules(self, rows: Sequence[ScheduleRow], drop: bool = True) -> None:
-        with self.db.write() as link:
-            link.connection.executemany(self._PUT_SCHEDULE, [row[:12] for row in rows])
-            link.connection.executemany(
-                """delete from bg_schedule where task = :task
-                    and seen_at < :before
-                    and (next_tick is null or next_tick < :before / 1000)""",
-                [{"task": row.task, "before": row.seen_at - DAY_MS}
-                 for row in rows if drop],
-            )
-
-    _PUT_SCHEDULE = """
-        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
-            next_tick, last_tick, done, set_at, seen_at)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
-            overlap = excluded.overlap, jitter = excluded.jitter,
-            seen_at = excluded.seen_at, next_tick = case done when excluded.done
-                then excluded.next_tick else next_tick end"""
-
-    def fire(self, steps: Sequence[ScheduleStep],
-             patience: float | None = None) -> list[list[int] | None]:
-        with self.db.write(patience=patience) as link:
-            requests = [self._fire_one(link.connection, step) for step in steps]
-            if any(requests):
-                insert_all(link, [r for found in requests for r in found or ()])
-                link.connection.executemany(
-                    """update bg_schedule set last_id = ?
-                        where task = ? and expr = ? and tz = ? and number = ?""",
-                    [(found[-1].ids[0], *step.row[:4])
-                     for step, found in zip(steps, requests) if found],
-                )
-        return [None if found is None else [r.ids[0] for r in found]
-                for found in requests]
-
-    def _fire_one(self, connection, step):
-        old, new, runs = step
-        if runs and runs[0].key is not None:
-            held = key_holder(connection, runs[0].key) is not None
-            runs = [] if held else runs[:1]
-        moved = connection.execute(
-            """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
-                    done = :done, set_at = :set_at
-                where task = :task and expr = :expr and tz = :tz and number = :number
-                    and done = :old_done and set_at = :old_set_at""",
-            {
-                "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
-                "last_tick": runs[-1].tick if runs else old.last_tick,
-                "task": old.task, "expr": old.expr, "tz": old.tz,
-                "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
-            },
-        ).rowcount
-        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
-
-
-class SqliteStore(Endings, Desk, LiveRows, Register, Attempts, History):
+class SqliteStore(Endings, Desk, LiveRows, Timetable, Register, Attempts, History):
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
@@ -7884,7 +8017,8 @@ class Entry(NamedTuple):
     timeout: float | None
     rate_limit: float | None    # starts per second
     callbacks: int              # that it has: as in bg_task
-    schedules: tuple            # (expr, tz, misfire, overlap, jitter) of each @cron
+    schedules: tuple            # (expr, tz, misfire, overlap, jitter, alert_after) of
+                                # each @cron
     is_async: bool              # a call makes a coroutine
     max_running: int            # at a time, over all workers; 0: any number
 
@@ -7894,7 +8028,7 @@ def _entry_of(task):
         task.name, parameters_of(task.fn), task.queue, task.priority,
         task.policy._replace(retry_for=()), task.timeout, task.rate_limit,
         task.callbacks,
-        tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter)
+        tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter, s.alert_after)
               for s in task.schedules),
         is_coroutine_function(task.fn), task.max_running or 0,
     )
@@ -14145,6 +14279,7 @@ class Log:
 
 _MOST_NAMES = 1000          # of tasks, whose text is kept
 _MOST_RUNS = 100_000        # … and of runs in flight
+_UNHEARD_MS = 10_000        # between two lines that say what listeners do not hear
 
 
 class Event(NamedTuple):
@@ -14160,6 +14295,9 @@ EVENTS = {
     "worker_start": Event(
         "pid db concurrency threads coroutines queues durability tasks schedules",
         "a worker starts: what it serves"),
+    "database_migrated": Event(
+        "before now seconds",
+        "the tables were brought up to date; nobody else could write meanwhile"),
     "worker_ready": Event(
         "children start_method",
         "the first child has the app; `start_method`: how they start, and why"),
@@ -14174,6 +14312,9 @@ EVENTS = {
     "cron_missed": Event(
         "schedule name expr ticks misfire overlap clock_set_back",
         "ticks were left out: missed, or the run before is unfinished"),
+    "late": Event(
+        "schedule name expr tick last_success",
+        "no run of this schedule has succeeded within its `alert_after` of that tick"),
     "cron_error": Event(
         "schedule expr error", "a schedule's row is unreadable; it starts anew"),
     "clock_leap": Event(
@@ -14218,7 +14359,9 @@ EVENTS = {
     "database_error": Event(
         "error", "locked, full or gone; logged once per episode; the worker goes on"),
     "listener_dropped": Event(
-        "listener error", "what a room hears events with has failed: it hears no more"),
+        "runs listener error",
+        "so many `runs` nobody is told of: a thousand ends wait for who listens with "
+        "`on()`; or a listener in the worker has failed and hears no more"),
     "log_dropped": Event("lines", "lost lines: the reader of the log was too slow"),
 }
 
@@ -14227,7 +14370,7 @@ class Journal:
     """Writes the events of one worker."""
 
     def __init__(self, log: Log, worker: str):
-        self.log, self._worker = log, worker
+        self.log, self.worker = log, worker
         self._limited: dict[str, int] = {}      # names that wait for their rate
         self._about: dict[Run, str] = {}        # what each line of a run says
         self._names: dict[str, str] = {}        # … and of its name
@@ -14235,6 +14378,7 @@ class Journal:
         self._id, self._attempt = log.part({"task_id": 0, "attempt": 0}).split("0")[:2]
         self._us = log.part({"worker": worker})
         self._listeners: list[Callable[[str, dict], Any]] = []
+        self._unheard = self._unheard_at = 0    # ends not told to on(); unix ms said
         self.was_heard = False      # somebody may have enqueued, or cancelled
 
     def hear(self, listener: Callable[[str, dict], Any]) -> None:
@@ -14247,7 +14391,7 @@ class Journal:
 
     def say(self, event: str, /, **fields: Any) -> None:
         """An event of the worker itself."""
-        self._write(event, {"worker": self._worker, **fields})
+        self._write(event, {"worker": self.worker, **fields})
 
     def _write(self, event, fields):
         self.log.line(event, self.log.part(fields))
@@ -14270,9 +14414,9 @@ class Journal:
         self.say("listener_dropped", listener=text_of(repr, listener),
                  error=text_of(repr, exc))
 
-    def start(self, settings: types.SimpleNamespace, db: str,
-              tasks: dict[str, Entry]) -> None:
-        """What this worker serves; written at once."""
+    def start(self, settings: types.SimpleNamespace, db: str, tasks: dict[str, Entry],
+              migrated: tuple | None = None) -> None:
+        """What this worker serves, and what it did to old tables; written at once."""
         s = settings
         self.say(
             "worker_start", pid=os.getpid(), db=db, concurrency=s.concurrency,
@@ -14281,6 +14425,10 @@ class Journal:
             tasks=sorted(name for name in tasks if not callback_kind(name)),
             schedules=sum(len(task.schedules) for task in tasks.values()),
         )
+        if migrated:
+            before, now, seconds = migrated
+            self.say("database_migrated", before=before, now=now,
+                     seconds=_rounded(seconds))
         self.log.flush()
 
     def stopping(self, running: list, patience: float) -> None:
@@ -14315,7 +14463,7 @@ class Journal:
 
     def _fields_of(self, run):
         return {"task_id": run.id, "name": run.name, "attempt": run.attempt,
-                "worker": self._worker}
+                "worker": self.worker}
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""
@@ -14363,6 +14511,13 @@ class Journal:
             if self._limited.get(name, 0) <= now:
                 self.say("rate_limited", name=name, until=iso_time(until))
             self._limited[name] = until
+
+    def unheard(self, runs: int, now: int) -> None:
+        """Ends that no listener is told of: said at once, then once in 10 s."""
+        self._unheard += runs
+        if self._unheard and abs(now - self._unheard_at) >= _UNHEARD_MS:
+            self.say("listener_dropped", runs=self._unheard)
+            self._unheard, self._unheard_at = 0, now
 
     def lost(self, lost: LostRun) -> None:
         """A run whose worker died."""
@@ -14477,7 +14632,8 @@ class Upkeep:
 _GATHER_SECONDS = 0.005     # that an outcome may wait for others to share its commit
 
 
-def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcome:
+def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float,
+           worker: str = "") -> Outcome:
     """Decide what follows a run: the one place where that is decided.
 
     success → success · cancelled → cancelled · abort → failed · anything else is
@@ -14492,13 +14648,14 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
         started_at, ended.duration,
     )
     if error is None and ended.kind == "success":
-        return _with_callback(outcome, now) if run.callbacks else outcome
+        return _followed(outcome, now, worker) if run.callbacks else outcome
     outcome = outcome._replace(state=FAILED)
     if ended.kind == "cancelled":
         return outcome._replace(state=CANCELLED)
     if not (error and error.get("retryable")) or run.is_last:
         final = {**(outcome.error or {}), "final": _why_final(error or {})}
-        return _with_callback(outcome._replace(error=final if error else None), now)
+        outcome = outcome._replace(error=final if error else None)
+        return _followed(outcome, now, worker)
     delay = error.get("countdown")
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
@@ -14506,7 +14663,9 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float) -> Outcom
     # The delay is counted from the end of the run by this very clock, so that
     # shorten_waits() knows it when the clock was set during the run.
     began = now - to_ms(ended.duration or 0.0)
-    return outcome._replace(state=RETRYING, run_at=run_at, started_at=max(0, began))
+    outcome = outcome._replace(
+        state=RETRYING, run_at=run_at, started_at=max(0, began))
+    return _followed(outcome, now, worker)
 
 
 def _why_final(error):
@@ -14518,7 +14677,7 @@ def _why_final(error):
     return "retry_for" if error.get("retry_for") is not None else "refused"
 
 
-def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
+def fail_refused(refused: OutcomeRefused, now: int, worker: str) -> Outcome | None:
     """The outcome to write instead of one that cannot be stored: a failure.
 
     None when this is what was refused: then there is nothing to be written.
@@ -14529,11 +14688,12 @@ def fail_refused(refused: OutcomeRefused, now: int) -> Outcome | None:
         return None
     error = {"kind": "exception", "type": kind, "message": str(refused),
              "final": "refused"}
-    return _with_callback(Outcome(run, FAILED, error=error), now)
+    return _followed(Outcome(run, FAILED, error=error), now, worker)
 
 
-def _with_callback(outcome, now):
-    rows = callback_rows(outcome.run, outcome.state, outcome.error, now)
+def _followed(outcome, now, worker):
+    """The outcome with the callbacks and listeners that are to be told of it."""
+    rows = callback_rows(outcome.run, outcome.state, outcome.error, now, worker)
     return outcome._replace(then=rows)
 
 
@@ -14595,7 +14755,8 @@ class Outbox:
                 continue
             task = self._tasks.get(end.run.name)
             policy = task.policy if task else RetryPolicy()
-            self.outcomes.append(settle(end, policy, now, random.random()))
+            self.outcomes.append(
+                settle(end, policy, now, random.random(), self._journal.worker))
             if end.error is not None:
                 self._journal.death(end)
 
@@ -14623,6 +14784,7 @@ class Outbox:
             self._journal.run("task_lost", outcome.run, reason="it was given away")
         for outcome in turned.written:
             self._journal.outcome(outcome)
+        self._journal.unheard(turned.unheard, now)
         self.clear()
         return turned
 
@@ -14630,7 +14792,7 @@ class Outbox:
         """Have the run fail; if not even that can be written, leave it to be reaped."""
         runs = [outcome.run for outcome in self.outcomes]
         place = runs.index(refused.outcome.run)
-        instead = fail_refused(refused, now)
+        instead = fail_refused(refused, now, self._journal.worker)
         self.outcomes[place : place + 1] = [instead] if instead else []
         if instead is None:
             self._journal.run("task_lost", refused.outcome.run, reason=str(refused))
@@ -15208,11 +15370,12 @@ class Worker:
 
     def start(self) -> None:
         """Register, say what is served, start the children."""
-        self.store.create()
+        migrated = self.store.create()
         self.liveness.register(self.store.now(), self.pool.crew.nursery.start_method)
         with contextlib.suppress(DatabaseBusy):     # the first turn looks again
             self.house.mind_clock()
-        self.journal.start(self.settings, self.store.path, self.registry.tasks)
+        self.journal.start(self.settings, self.store.path, self.registry.tasks,
+                           migrated)
         self.house.chores += [self.heeding, *(make(self) for make in CHORES)]
         self.senses.begin()
         self.pool.crew.fill(time.monotonic())
@@ -16049,6 +16212,8 @@ def _why_not(field, token):
 # that was behind, even in 1970, the range of before goes on where it was.
 
 _CRON_POLL = 30.0           # seconds; the clock may be set at any time
+_LATE_LOOK_SECONDS = 30.0   # between two looks for schedules that are late
+_LATE_MS = 30 * DAY_MS      # for so long it is known that a late tick was said
 _CRON_BATCH = 50            # schedules moved on by one transaction …
 _CRON_BATCH_TICKS = 1000    # … as long as they have fewer ticks than this
 
@@ -16139,10 +16304,11 @@ class Schedule(NamedTuple):
     misfire: str = "latest"     # of missed ticks run: latest, skip (none), all
     overlap: str = "allow"      # skip: not while the run before is unfinished
     jitter: float = 0.0         # seconds a run may be put off, never the tick
+    alert_after: float | None = None    # seconds from a tick to a success at most
 
 
 def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
-              jitter: Any) -> Callable:
+              jitter: Any, alert_after: Any = None) -> Callable:
     """The decorator that App.cron() promises."""
     parsed = Cron(expr, tz)
     if parsed.never:
@@ -16152,7 +16318,9 @@ def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
     if overlap not in ("allow", "skip"):
         raise OptionError(f"overlap={overlap!r}: must be allow or skip")
     jitter = check_span("jitter", jitter)
-    schedule = Schedule(parsed, misfire, overlap, jitter)
+    if alert_after is not None:
+        alert_after = _alert_seconds(alert_after)
+    schedule = Schedule(parsed, misfire, overlap, jitter, alert_after)
 
     def decorate(fn):
         if needs_arguments(fn.fn if isinstance(fn, Task) else fn):
@@ -16165,6 +16333,31 @@ def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
         return task
 
     return decorate
+
+
+def _alert_seconds(value):
+    if isinstance(value, str):
+        value = checked("alert_after", parse_grace, value)
+    seconds = check_span("alert_after", value)
+    if not seconds:
+        raise OptionError("alert_after=0: must be above 0, or None for never")
+    return seconds
+
+
+def late_tick(row: ScheduleRow, now: int) -> int | None:
+    """The tick (unix s) that should have led to a success by now, if there is one.
+
+    It is the first after the last success, or after the schedule was first known.
+    """
+    if row.alert_after is None:
+        return None
+    before = (row.last_tick or 1) * 1000 - 1
+    base = max(row.success_at or 0, row.since or 0) or before
+    try:
+        tick = Cron(row.expr, row.tz).tick_after(base / 1000)
+    except (CronError, ValueError, OverflowError, OSError):     # written by hand
+        return None
+    return tick if tick and now / 1000 > tick + row.alert_after else None
 
 
 class Scheduler:
@@ -16205,16 +16398,18 @@ class Scheduler:
     def _registered(self, row, says, schedule, now):
         """The row of a schedule; its next tick is that of our zone data."""
         about = schedule.misfire, schedule.overlap, schedule.jitter
+        alert = schedule.alert_after
         if row is None:
             row = ScheduleRow._make(
-                [*says, *about, None, None, "[]", now, now, None, None])
+                [*says, *about, None, None, "[]", now, now, None, None, alert, None])
             plan = self._plan(row, schedule, now)
             return row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done))
         plan = self._plan(row, schedule, now)
         is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
         next_tick = now // 1000 if is_due else plan.next_tick
         return ScheduleRow._make(
-            [*says, *about, next_tick, None, row.done, now, now, None, None])
+            [*says, *about, next_tick, None, row.done, now, now, None, None, alert,
+             None])
 
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until
@@ -16235,6 +16430,23 @@ class Scheduler:
         tick = self.store.next_tick(now)
         wait = _CRON_POLL if tick is None else tick - now / 1000
         return fired, min(_CRON_POLL, max(0.0, wait))
+
+    def say_late(self, now: int, worker: str) -> None:
+        """Say which of our schedules are late: each tick once, by one worker."""
+        for row in self.store.schedules():
+            tick = row[:4] in self._own and late_tick(row, now)
+            what = f"late {row.name} {row.expr} {row.tz} {tick}"
+            if tick and self.store.is_first(what, _LATE_MS, now):
+                at, last = iso_time(tick * 1000), row.success_at
+                self._log("late", schedule=row.name, name=row.task, expr=row.expr,
+                          tick=at, last_success=last and iso_time(last))
+                self.store.note_event(By(worker, "worker"), "late", row.name,
+                                      f"no success since {at}", now)
+
+    @property
+    def has_alerts(self) -> bool:
+        """True when one of our schedules may be late."""
+        return any(s.alert_after is not None for _, s in self._own.values())
 
     def _batch(self, due, now):
         """(step, plan) of as many schedules as one transaction shall move on."""
@@ -16316,6 +16528,11 @@ def cron_chore(worker: Worker) -> Chore:
         worker.lookout.news |= fired
         return wait
 
+    def say_late(now):
+        if scheduler.has_alerts and not worker.house.upkeep.is_in_doubt:
+            scheduler.say_late(now, worker.settings.worker_name)
+
+    worker.house.chores.append(Chore(_LATE_LOOK_SECONDS, say_late))
     return Chore(_CRON_POLL, fire, is_punctual=True)
 
 
@@ -17346,6 +17563,91 @@ def events_report(store: Store, before: int | None = None, limit: int = 50) -> d
         "events": [{**row._asdict(), "at": _iso_of(row.at)} for row in rows],
         "next": rows[-1].id if len(rows) == limit else None,
     }
+
+
+# == Listeners ================================================================
+# Owns App.on(): functions that hear of runs that ended, in a child, as tasks of
+# their own that are committed with the end.  Whoever reaps a dead worker's run has
+# them told, too.
+
+
+class TaskEvent:
+    """What a listener hears: how one run of a task has ended.
+
+    `.kind` is what it listens to, `.id`, `.name`, `.queue` are the task's, `.attempt`
+    is the run's number, `.error` a TaskError or None, `.worker` the name of its
+    worker, `.at` an aware datetime, `.meta` the dict of options(meta=).
+    """
+
+    def __init__(self, about: dict, store: Store):
+        error = about.get("error")
+        self.kind, self.id, self.name = about["kind"], about["id"], about["name"]
+        self.queue, self.attempt = about["queue"], about["attempt"]
+        self.error = TaskError(error) if error else None
+        self.worker = about["worker"]
+        self.at = datetime.fromtimestamp(about["at"] / 1000, timezone.utc)
+        self.meta = about.get("meta") or {}
+        self._store = store
+
+    def __repr__(self) -> str:
+        error = f" {self.error}" if self.error else ""
+        return f"<{self.kind} of task {self.id} {self.name}, run {self.attempt}{error}>"
+
+    def first_in(self, seconds: float) -> bool:
+        """True for the first of its kind, task name and error type in so long.
+
+        On all workers of the database, so that a storm of failures is one message.
+        A listener that has failed and is run again is as first as it was.
+        """
+        run = current_task()
+        if run is not None and run.attempt > 1:
+            return True
+        error = self.error and (self.error.type or self.error.kind)
+        what = [self.kind, self.name, error]
+        return self._store.is_first(to_json(what), to_ms(seconds), self._store.now())
+
+
+def listening(app: App, kind: str) -> Callable[[Callable], Callable]:
+    """The decorator that App.on() promises."""
+    if kind not in LISTENED:
+        raise OptionError(f"on({kind!r}): must be {', '.join(LISTENED)}")
+
+    def listen(fn):
+        if not callable(fn) or does_yield(fn):
+            raise OptionError(f"on({kind!r}) of {fn!r}: must be a function that does "
+                              "not yield")
+        others = [f for f in app.listeners.get(kind, ())
+                  if default_name(f) != default_name(fn)]      # reloaded, mostly
+        app.listeners[kind] = [*others, fn]
+        task: Task = Task(app, _teller(app, kind), "on", {})
+        task.name = f"on:{kind}"
+        app.tasks[task.name] = task
+        return fn
+
+    return listen
+
+
+def _teller(app, kind):
+    """The function of the task that tells the listeners of a kind.
+
+    Several are told by a task each, so that one that fails is told again alone.
+    """
+    async def wait_for(coroutine):
+        await coroutine
+
+    def tell(about, only=None):
+        listeners = {default_name(fn): fn for fn in app.listeners[kind]}
+        if only is None and len(listeners) > 1:
+            each = app.tasks[f"on:{kind}"].options(queue=about["queue"])
+            each.delay_many([(about, name) for name in listeners])
+            return None
+        if only is not None and only not in listeners:      # of an older program
+            return None
+        fn = listeners[only] if only else next(iter(listeners.values()))
+        value = fn(TaskEvent(about, app.store))
+        return wait_for(value) if isinstance(value, types.CoroutineType) else None
+
+    return tell
 
 
 # == Bench ====================================================================

@@ -154,17 +154,19 @@ class Case(unittest.TestCase):
         found = pybgworker.importlib.util.module_from_spec(spec)
         old = dict(pybgworker.default_app.tasks)
         pybgworker.default_app.tasks.clear()
+        pybgworker.default_app.listeners.clear()
         pybgworker.configure(db=str(self.db))
         spec.loader.exec_module(found)
         self.addCleanup(pybgworker.default_app.tasks.update, old)
         self.addCleanup(pybgworker.default_app.tasks.clear)
+        self.addCleanup(pybgworker.default_app.listeners.clear)
         return found
 
-    def worker_here(self, **options):
+    def worker_here(self, log_to=None, **options):
         """A worker of our app in this process, driven by hand."""
+        fd = os.open(os.devnull, os.O_WRONLY) if log_to is None else log_to
         return Worker(pybgworker.Registry.of(self.app, "tasks"), self.app.settings,
-                      self.app.store, log=Log(os.open(os.devnull, os.O_WRONLY)),
-                      **options)
+                      self.app.store, log=Log(fd), **options)
 
     def worker(self, *flags, app="tasks", before=None, **environment):
         """A worker in a process of its own; ended with the test.
@@ -3676,6 +3678,27 @@ class Databases(Case):
         self.assertEqual(self.sql("select id, extra from bg_task"),
                          [(1, None), (2, None)])
 
+    def test_a_store_tells_that_it_has_brought_old_tables_up_to_date(self):
+        self.app.send("t")
+        self.assertIsNone(SqliteStore(str(self.db)).create())
+        self.further_schema("create table bg_extra (n)")
+        newer = SqliteStore(str(self.db))
+        before, now, seconds = newer.create()
+        self.assertEqual((before + 1, now), (now, len(pybgworker._MIGRATIONS)))
+        self.assertGreater(seconds, 0)
+        self.assertIsNone(SqliteStore(str(self.db)).create())
+
+    def test_a_worker_says_that_it_has_brought_old_tables_up_to_date(self):
+        self.app.send("t")
+        self.further_schema("create table bg_extra (n)")
+        log, self.app = self.folder / "log", App(db=str(self.db))
+        worker = self.worker_here(log_to=os.open(log, os.O_CREAT | os.O_WRONLY))
+        worker.start()
+        worker.stop()
+        said, = [event for event in map(json.loads, log.read_text().splitlines())
+                 if event["event"] == "database_migrated"]
+        self.assertEqual(said["now"], said["before"] + 1)
+
     def test_a_migration_that_fails_half_way_changes_nothing(self):
         self.app.send("t")
         before = self.sql("select sql from sqlite_master order by name")
@@ -6426,7 +6449,7 @@ class Finishing(QueueCase):
             task_id = self.enqueue("t", "q", 7)
             run, = self.claim(callbacks={"t": 3})
             error = {"kind": "exception"} if kind == "on_failure" else None
-            rows = then(run, state, error, self.now)
+            rows = then(run, state, error, self.now, "w")
             self.assertEqual(len(self.finish(run, state, worker=9, then=rows)), 1)
             self.assertEqual(self.store.tasks(name="t:" + kind), [])
             self.finish(run, state, error=error, then=rows)
@@ -6438,9 +6461,9 @@ class Finishing(QueueCase):
                 self.assertEqual(self.store.args(row.id), json.dumps(
                     [args, {}], separators=(",", ":")))
             self.sql("delete from bg_task where name != 't'")
-        self.assertEqual(then(run, pybgworker.RETRYING, None, self.now), ())
+        self.assertEqual(then(run, pybgworker.RETRYING, None, self.now, "w"), ())
         run.callbacks = 1
-        self.assertEqual(then(run, pybgworker.FAILED, {}, self.now), ())
+        self.assertEqual(then(run, pybgworker.FAILED, {}, self.now, "w"), ())
 
     def kept(self, task_id):
         """(error, output, progress) that are kept of a task."""
@@ -7130,6 +7153,33 @@ class Faults(QueueCase):
                     link.connection = failing.real
                     self.assertGreater(n, 2, name)
                     break
+
+
+# == Timetable ================================================================
+
+class Firsts(Case):
+
+    def is_first(self, what="x", ms=1000):
+        return self.store.is_first(what, ms, self.now)
+
+    def test_it_is_so_once_in_a_while_for_each_thing(self):
+        self.app.store.create()
+        self.assertEqual([self.is_first(), self.is_first(), self.is_first("y")],
+                         [True, False, True])
+        self.now += 999
+        self.assertFalse(self.is_first())
+        self.now += 1
+        self.assertTrue(self.is_first())
+        self.assertEqual(len(self.sql("select * from bg_rate")), 1)     # not those of y
+
+    def test_a_rate_of_the_same_name_is_left_alone(self):
+        self.app.store.create()
+        self.sql("insert into bg_rate values ('x', 1), ('on:first', 2), ('on:zzz', 3)")
+        self.is_first(ms=1)
+        self.now += 5
+        self.is_first("y")
+        self.assertEqual(self.sql("select name from bg_rate where tat < 4 order by 1"),
+                         [("on:first",), ("on:zzz",), ("x",)])
 
 
 # == Register =================================================================
@@ -15479,6 +15529,72 @@ class Scheduling(Case):
         self.assertEqual(scheduler.fire(self.seconds(6)), (False, 30.0))
         self.assertEqual(len(self.ticks()), 1)
 
+    # -- schedules without a success
+
+    def late_row(self, **values):
+        row = pybgworker.ScheduleRow(
+            "t", "*/5 * * * *", "UTC", 0, "latest", "allow", 0.0, None, None, "[]", 0, 0,
+            alert_after=600.0, since=self.seconds(1))
+        return row._replace(**values)
+
+    def test_a_schedule_is_late_when_no_run_has_succeeded_so_long_after_a_tick(self):
+        tick = self.seconds(5) // 1000
+        for minutes, values, expected in (
+            (15, {}, None), (15.1, {}, tick), (99, {}, tick),
+            (99, {"alert_after": None}, None),
+            (15.1, {"success_at": self.seconds(5) + 9000}, None),   # that tick's run
+            (20.1, {"success_at": self.seconds(5) + 9000}, tick + 300),
+            (16, {"since": None, "last_tick": tick}, tick),
+            (16, {"since": None}, 300),
+            (99, {"expr": "by hand"}, None), (99, {"tz": "No/Where"}, None),
+        ):
+            with self.subTest(minutes=minutes, **values):
+                self.assertEqual(
+                    pybgworker.late_tick(self.late_row(**values), self.seconds(minutes)),
+                    expected)
+
+    def test_who_is_late_is_said_once_for_each_tick_by_one_worker(self):
+        schedulers = [self.scheduler() for _ in range(2)]
+        for _, schedule in ((s, s) for s in schedulers):
+            for name, entry in schedule.tasks.items():
+                schedule.tasks[name] = entry._replace(schedules=(
+                    (*entry.schedules[0][:5], 600.0),))
+            schedule.register(self.seconds(1))
+            self.assertTrue(schedule.has_alerts)
+        log = []
+        for minutes in (14, 16, 17, 18):
+            for scheduler in schedulers:
+                scheduler._log = lambda event, **fields: log.append((event, fields))
+                scheduler.say_late(self.seconds(minutes), "w")
+        (event, fields), = log
+        self.assertEqual((event, fields["schedule"], fields["tick"]), (
+            "late", "tasks.report", pybgworker.iso_time(self.seconds(5))))
+        self.assertEqual(self.sql("select who, how, action, target from bg_event"),
+                         [("w", "worker", "late", "tasks.report")])
+        # It succeeds, and is late again some time later.
+        self.sql("update bg_schedule set success_at = ?", self.seconds(18))
+        for scheduler in schedulers:
+            scheduler.say_late(self.seconds(29), "w")
+            scheduler.say_late(self.seconds(31), "w")
+        self.assertEqual(len(log), 2)
+
+    def test_alert_after_is_a_span_above_nothing(self):
+        for value, seconds in (("2h", 7200.0), (90, 90.0),
+                               (pybgworker.timedelta(minutes=1), 60.0)):
+            task = self.app.cron("* * * * *", alert_after=value)(
+                self.app.task(print, name=f"t{seconds}"))
+            self.assertEqual(task.schedules[0].alert_after, seconds)
+        for value in (0, "0", "soon", -1, math.nan, object()):
+            with self.subTest(value), self.assertRaises(pybgworker.PyBgWorkerError):
+                self.app.cron("* * * * *", alert_after=value)
+
+    def test_a_schedule_keeps_when_it_was_first_known(self):
+        scheduler = self.scheduler()
+        for minutes in (1, 8):
+            scheduler.register(self.seconds(minutes))
+        row, = self.app.store.schedules()
+        self.assertEqual((row.since, row.alert_after), (self.seconds(1), None))
+
     # -- what a schedule is known by
 
     def scheduler_of(self, *decorators, name="t"):
@@ -16151,6 +16267,213 @@ class Overviews(OverviewCase):
         few = self.steps(self.look)
         self.tasks(60_000, pybgworker.SUCCESS, ago=3600)
         self.assertLess(self.steps(self.look), few * 1.1)
+
+
+# == Listeners ================================================================
+
+class Listeners(Case):
+
+    SOURCE = """
+        import os, signal, time
+
+        def note(event):
+            with open("heard", "a") as f:
+                f.write(f"{event!r} {event.queue} {event.error and event.error.kind} "
+                        f"{event.worker} {event.at:%Y} {event.meta}\\n")
+
+        for kind in ("success", "failure", "retry", "crash", "timeout", "lost"):
+            on(kind)(note)
+
+        @task(queue="q")
+        def good():
+            pass
+
+        @task(queue="q", retries=1, retry_delay=0)
+        def bad():
+            raise KeyError("x")
+
+        @task(queue="q", retries=0)
+        def crash():
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+        @task(queue="q", retries=0, timeout=0.2)
+        def slow():
+            time.sleep(60)
+
+        @task(queue="q", retries=0)
+        def stay():
+            open("stays", "w").close()
+            time.sleep(60)
+    """
+
+    def heard(self, count):
+        path = self.folder / "heard"
+        until(lambda: path.exists() and path.read_text().count("\n") >= count, 30,
+              f"{count} lines")
+        return sorted(path.read_text().splitlines())
+
+    def test_each_kind_hears_of_its_ends_in_a_child(self):
+        tasks = self.module(self.SOURCE)
+        year = time.strftime("%Y", time.gmtime())
+        for name, expected in (
+            ("good", ["<success of task 1 tasks.good, run 1> q None"]),
+            ("bad", ["<failure of task 1 tasks.bad, run 2 KeyError: 'x'> q exception",
+                     "<retry of task 1 tasks.bad, run 1 KeyError: 'x'> q exception"]),
+            ("crash", ["<crash of task 1 tasks.crash, run 1 ", "<failure of task 1"]),
+            ("slow", ["<failure of task 1 tasks.slow, run 1 ", "<timeout of task 1 "]),
+        ):
+            with self.subTest(name):
+                (self.folder / "heard").unlink(missing_ok=True)
+                self.db = self.folder / f"{name}.db"
+                pybgworker.configure(db=str(self.db))
+                worker = self.worker("--worker-name", "w")
+                getattr(tasks, name).delay()
+                lines = self.heard(len(expected))
+                worker.stop()
+                self.assertEqual(len(lines), len(expected), lines)
+                for line, begin in zip(lines, expected):
+                    self.assertTrue(line.startswith(begin), line)
+                    self.assertTrue(line.endswith(f" w {year} {{}}"), line)
+
+    def test_who_reaps_a_run_has_its_listeners_told(self):
+        tasks = self.module(self.SOURCE)
+        first = self.worker("--worker-name", "first")
+        tasks.stay.delay()
+        until((self.folder / "stays").exists, what="its begin")
+        first.kill()
+        self.worker("--worker-name", "second")
+        lines = self.heard(2)
+        self.assertTrue(lines[0].startswith("<failure of task 1 tasks.stay, run 1 lost"))
+        self.assertTrue(lines[1].startswith("<lost of task 1 tasks.stay, run 1 lost"))
+        self.assertTrue(all(" q lost first " in line for line in lines), lines)
+
+    def test_one_that_fails_is_told_again_alone(self):
+        tasks = self.module("""
+            def note(text):
+                with open("heard", "a") as f:
+                    f.write(text + "\\n")
+
+            @on("failure")
+            async def first(event):
+                note(f"first {event.id} {current_task().attempt}")
+
+            @on("failure")
+            def second(event):
+                note(f"second {event.id} {current_task().attempt}")
+                if current_task().attempt == 1:
+                    raise OSError("no network")
+
+            @task(retries=0, queue="q")
+            def bad():
+                raise KeyError
+        """)
+        self.worker("--queues", "q")
+        tasks.bad.delay()
+        self.assertEqual(self.heard(3), ["first 1 1", "second 1 1", "second 1 2"])
+
+    def test_without_listeners_nothing_follows_an_end(self):
+        self.assertEqual(self.module("@task\ndef t(): pass").t.callbacks, 0)
+        self.assertEqual(self.module(
+            "on('retry')(print)\n@task\ndef t(): pass").t.callbacks, 16)
+        telling = pybgworker.default_app.tasks["on:retry"]
+        self.assertEqual(telling.callbacks, 0)
+
+    def test_what_it_cannot_be_is_an_error(self):
+        def ticks(event):
+            yield event
+
+        for kind, fn in (("failed", print), (None, print), ("failure", 3),
+                         ("failure", ticks)):
+            with self.subTest(kind=kind), self.assertRaises(pybgworker.OptionError):
+                self.app.on(kind)(fn)
+        with self.assertRaisesRegex(pybgworker.AppError, "on:failure"):
+            self.app.task(print, name="on:failure")
+
+    def test_a_function_that_is_loaded_anew_listens_once(self):
+        code = compile("def note(event): pass", "x.py", "exec")
+        for _ in range(2):
+            scope = {"__name__": "x"}
+            exec(code, scope)
+            self.app.on("lost")(scope["note"])
+        self.assertEqual(self.app.listeners["lost"], [scope["note"]])
+
+    def event(self, **about):
+        return pybgworker.TaskEvent(
+            {"kind": "failure", "id": 1, "name": "t", "queue": "q", "attempt": 1,
+             "error": {"kind": "exception", "type": "KeyError", "message": "'x'"},
+             "worker": "w", "at": 0, **about}, self.store)
+
+    def test_the_first_of_a_storm_is_told_from_the_others(self):
+        self.store.now = lambda: self.now
+        self.assertTrue(self.event().first_in(300))
+        self.assertFalse(self.event(id=2).first_in(300))
+        self.assertTrue(self.event(name="u").first_in(300))
+        self.assertTrue(self.event(error={"kind": "crash", "message": ""}).first_in(300))
+        self.assertTrue(self.event(kind="retry", error=None).first_in(300))
+        self.now += 299_999
+        self.assertFalse(self.event().first_in(300))
+        self.now += 1
+        self.assertTrue(self.event().first_in(300))
+        # What is over leaves no row behind.
+        self.now += 300_000
+        self.event(name="v").first_in(1)
+        self.assertEqual(len(self.sql("select * from bg_rate")), 1)
+
+    def test_of_many_at_once_one_is_the_first(self):
+        start, found = threading.Barrier(8), []
+
+        def ask():
+            start.wait()
+            found.append(self.event().first_in(300))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(found), [False] * 7 + [True])
+
+
+class Unheard(QueueCase):
+    """More ends than listeners can be told of."""
+
+    def test_a_thousand_wait_and_more_are_counted(self):
+        self.enqueue(count=1200)
+        runs = [run for _ in range(12) for run in self.claim(callbacks={"t": 8})]
+        error = {"kind": "exception", "message": "no"}
+        counts = []
+        for at in range(0, 1200, 100):
+            outcomes = [Outcome(
+                run, pybgworker.FAILED, error=error, then=pybgworker.callback_rows(
+                    run, pybgworker.FAILED, error, self.now, "w"))
+                for run in runs[at:at + 100]]
+            counts.append(self.turn(outcomes=outcomes).unheard)
+        self.assertEqual(counts, [0] * 10 + [100, 100])
+        self.assertEqual(self.sql("select count(*) from bg_task where name = 'on:failure'"),
+                         [(1000,)])
+        self.assertEqual(self.sql("select count(*) from bg_task where state = 5"),
+                         [(1200,)])
+
+    def test_a_retry_that_is_cancelled_meanwhile_is_none(self):
+        task_id = self.enqueue()
+        run, = self.claim(callbacks={"t": 16})
+        self.store.cancel(task_id, self.now)
+        then = pybgworker.callback_rows(run, pybgworker.RETRYING, None, self.now, "w")
+        self.assertEqual(len(then), 1)
+        self.finish(run, pybgworker.RETRYING, run_at=self.now, then=then)
+        self.assertEqual(self.status(task_id), "cancelled")
+        self.assertEqual(self.sql("select name from bg_task"), [("t",)])
+
+    def test_the_log_counts_them_at_once_and_then_in_portions(self):
+        out = tempfile.TemporaryFile()
+        self.addCleanup(out.close)
+        journal = pybgworker.Journal(Log(out.fileno()), "w")
+        for runs, at in ((0, 0), (3, self.now), (4, self.now + 1), (5, self.now + 9999),
+                         (0, self.now + 10_000), (0, self.now + 90_000)):
+            journal.unheard(runs, at)
+        journal.log.flush(1)
+        out.seek(0)
+        self.assertEqual([json.loads(line)["runs"] for line in out], [3, 9])
 
 
 # == Bench ====================================================================
@@ -17216,7 +17539,7 @@ class TheFile(unittest.TestCase):
             self.assertEqual(done.stdout, "3\n", done.stderr)
 
     # One-line methods of App that call a room.
-    DOORS = {"cron"}
+    DOORS = {"cron", "on"}
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
@@ -17357,8 +17680,8 @@ class TheFile(unittest.TestCase):
 
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
-                   "History", "Endings", "Records", "Lists", "Desk", "Register",
-                   "Bench"}
+                   "History", "Endings", "Records", "Lists", "Desk", "Timetable",
+                   "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
