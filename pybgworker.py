@@ -52,7 +52,7 @@ Map
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
         Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
         Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
-        Liveness · Wishes · Log · Journal · Upkeep · Settling · Lookout ·
+        Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Overview · Listeners · Bench ·
@@ -14539,7 +14539,7 @@ def _rounded(seconds):
 
 # == Upkeep ===================================================================
 # Owns what is done for the database from time to time: old finished tasks are
-# deleted, and what a wrong clock has written is put right.
+# deleted, history is added up, and what a wrong clock has written is put right.
 #
 # A wall clock that leapt forward looks like a machine that was off, but a wrong one
 # is mostly put right soon.  So a leap of more than an hour since any worker's last
@@ -14623,6 +14623,50 @@ class Upkeep:
             finished_before(s.retention_failed, now), _PRUNE_BATCH,
         )
         return self._cursor > 0
+
+    def roll_up(self, now: int) -> bool:
+        """Add up a part of history that is over; True: look for more soon."""
+        return not self.is_in_doubt and self.store.roll_up(now)
+
+
+# == Tally ====================================================================
+# Owns when the runs that ended are written into history: in the transaction that
+# writes their ends, if the last time was a tenth of a second ago or more; else they
+# are kept for the next, or for one of their own, so that thousands of ends a second
+# cost ten rows of each task.  Who is killed has lost what was kept, and no more.
+
+_TALLY_SECONDS = 0.1        # between two additions to history
+
+
+class Tally:
+    """Runs of which the end is in the database, and not yet in history."""
+
+    def __init__(self):
+        self._kept = RunCounts()
+        self._due = 0.0             # monotonic: not to be written before
+        self._quarter = 0           # of an hour: in each so many groups are told apart
+
+    @property
+    def next_due(self) -> float:
+        """When it is worth a transaction; infinite: nothing is kept."""
+        return self._due if self._kept else math.inf
+
+    def to_write(self, outcomes: Sequence[Outcome], at: float) -> RunCounts | None:
+        """What goes into history together with these; None: nothing does, now."""
+        if at < self._due or not (outcomes or self._kept):
+            return None
+        return self._kept
+
+    def wrote(self, outcomes: Sequence[Outcome], history: RunCounts | None, now: int,
+              at: float) -> None:
+        """These ends were committed, with what to_write() said."""
+        if history is None:
+            self._kept.add(outcomes)
+            return
+        quarter = now // 1000 // QUARTER
+        is_new = self._quarter not in (0, quarter)
+        self._kept = RunCounts(None if is_new else self._kept.known)
+        self._quarter, self._due = quarter, at + _TALLY_SECONDS
 
 
 # == Settling =================================================================
@@ -14716,6 +14760,7 @@ class Outbox:
         self.outcomes: list[Outcome] = []       # to be written
         self.returned: list[Run] = []           # claimed, not begun, to be queued
         self.forgiven: list[Run] = []           # begun, to be queued uncounted
+        self.tally = Tally()
         self.due = 0.0                          # monotonic; 0: nothing waits for more
         self.handed_back = 0                    # runs that were queued again
 
@@ -14761,22 +14806,26 @@ class Outbox:
                 self._journal.death(end)
 
     def turn(self, worker: int, now: int, patience: float,
-             order: ClaimOrder | None = None, stopped: Sequence[Run] = ()) -> Turned:
+             order: ClaimOrder | None = None, stopped: Sequence[Run] = (),
+             at: float = math.inf) -> Turned:
         """Write all there is, and claim by `order`, in one step: all or nothing.
 
         But one outcome that cannot be stored must not hold up the others for ever:
-        that run fails, and the rest is written.
+        that run fails, and the rest is written.  By default it is the last turn, and
+        what is due in history at any time is written, too.
         """
         stopped = [*self.forgiven, *stopped]
+        history = self.tally.to_write(self.outcomes, at)
         while True:
             try:
                 turned = self._store.turn(Turn(
                     worker, self.outcomes, self.returned, stopped,
-                    tuple(self.progress.values()), order,
+                    tuple(self.progress.values()), order, history,
                 ), now, patience)
                 break
             except OutcomeRefused as exc:
                 self._replace(exc, now)
+        self.tally.wrote(turned.written, history, now, at)
         self._begun.take(outcome.run for outcome in self.outcomes)
         self._begun.take(itertools.chain(self.returned, stopped))
         self.handed_back += len(self.returned) + len(stopped)
@@ -15279,9 +15328,10 @@ class Household:
             self._heart.due = 0.0
 
     def _prune(self, now):
-        """Delete old finished tasks; by a clock that is looked at first."""
+        """Delete what is old, add up history; by a clock that is looked at first."""
         self.mind_clock()
-        return 0.1 if self.upkeep.prune(now) else None
+        is_more = self.upkeep.prune(now)
+        return 0.1 if self.upkeep.roll_up(now) or is_more else None
 
 
 # == Worker ===================================================================
@@ -15474,7 +15524,7 @@ class Worker:
         if self.lookout.has_room and not self.senses.stops.count:
             longest = min(longest, self.lookout.seconds(self.store.now()))
         due = min(self.house.next_due(), self.pool.next_timer(),
-                  self.stop_by or math.inf)
+                  self.outbox.tally.next_due, self.stop_by or math.inf)
         return max(0.0, min(longest, due - at))
 
     def step(self, now: int, heard: Heard = Heard()) -> None:
@@ -15522,11 +15572,12 @@ class Worker:
         if not is_stopping and box.gathers(places.slack, at):
             return False
         order = None if is_stopping else self._order(places)
-        if not (box.is_full or box.progress or self._wants(order, now)):
+        if not (box.is_full or box.progress or box.tally.next_due <= at
+                or self._wants(order, now)):
             return None
         self.lookout.news |= box.makes_work
         turned = box.turn(self.liveness.id, now, BUSY_PATIENCE,
-                          order and self.lookout.begin(order))
+                          order and self.lookout.begin(order), at=at)
         if turned.claimed:
             self._take_in(turned.claimed, now)
         return None

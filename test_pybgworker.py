@@ -6136,20 +6136,21 @@ class LiveRows(QueueCase):
 # == History ==================================================================
 
 
+def counts_of(runs=1, name="t", queue="q", **values):
+    """Runs that ended all the same way."""
+    counts = pybgworker.RunCounts()
+    counts.add([Counting().ended(name=name, queue=queue, **values)] * runs)
+    return counts
+
+
 class Histories(QueueCase):
 
     START = 1_800_000_000       # of a quarter and of a day that is not full
 
-    def counts(self, runs=1, name="t", queue="q", **values):
-        outcome = Counting.ended(self, name=name, queue=queue, **values)
-        counts = pybgworker.RunCounts()
-        counts.add([outcome] * runs)
-        return counts
-
     def add(self, second, runs=1, **values):
         """Runs that ended so many seconds after START."""
         with self.store.db.write() as link:
-            pybgworker.add_history(link.connection, self.counts(runs, **values),
+            pybgworker.add_history(link.connection, counts_of(runs, **values),
                                    (self.START + second) * 1000)
 
     def roll_up(self, second):
@@ -6349,9 +6350,9 @@ class Histories(QueueCase):
 
     def test_a_roll_up_tells_a_thousand_groups_apart(self):
         counts = pybgworker.RunCounts()
-        counts.add([Counting.ended(self, n, f"t{n}") for n in range(1, 1000)])
+        counts.add([Counting().ended(n, f"t{n}") for n in range(1, 1000)])
         more = pybgworker.RunCounts()       # of another worker
-        more.add([Counting.ended(self, n, f"u{n}") for n in range(1, 9) for _ in "ab"])
+        more.add([Counting().ended(n, f"u{n}") for n in range(1, 9) for _ in "ab"])
         with self.store.db.write() as link:
             for each in (counts, more):
                 pybgworker.add_history(link.connection, each, self.START * 1000)
@@ -6390,6 +6391,63 @@ class Histories(QueueCase):
         self.add(3660, name="b")
         self.assertEqual(self.spans(60, 3600, name="b"), {3660: 1})
         self.assertEqual(self.sums()[-1].runs, 3)
+
+    def runs(self):
+        """{word: number} of what is not 0 in the sum since ever."""
+        total = pybgworker.merged(self.store.totals())
+        words = ("runs", *Counting.WORDS)
+        return {word: getattr(total, word) for word in words if getattr(total, word)}
+
+    def test_a_turn_adds_what_it_writes_to_what_was_kept(self):
+        self.enqueue(count=4)
+        runs = self.claim()
+        kept = counts_of(2, name="t", queue="default")
+        self.turn(outcomes=[Outcome(runs[0], pybgworker.SUCCESS, "1")])
+        self.assertEqual(self.runs(), {})
+        self.turn(history=kept, outcomes=[
+            Outcome(runs[1], pybgworker.SUCCESS, "1", duration=0.1),
+            Outcome(runs[2], pybgworker.RETRYING, run_at=self.now,
+                    error={"kind": "crash"}, started_at=self.now + 30)])
+        self.assertEqual(self.runs(), {"runs": 4, "succeeded": 3, "retried": 1, "crashed": 1})
+        row, = self.store.history(60, self.now - 60_000, self.now + 60_000)
+        self.assertEqual((row.at, row.lo, row.hi), (self.now // 60_000 * 60, 1, 3))
+        self.assertEqual((row.ran_ms, row.waited_ms), (500, 1030))
+
+    def test_what_is_stale_or_never_began_is_not_counted(self):
+        self.enqueue(count=4)
+        stale, unbegun, stopped, cancelled = self.claim()
+        self.sql("update bg_task set worker = 2 where id = ?", stale.id)
+        self.turn(history=pybgworker.RunCounts(), unbegun=[unbegun], stopped=[stopped],
+                  outcomes=[Outcome(stale, pybgworker.SUCCESS, "1", duration=0.1),
+                            Outcome(cancelled, pybgworker.CANCELLED)])
+        self.assertEqual(self.runs(), {})
+
+    def test_a_retry_that_was_cancelled_meanwhile_is_counted_as_cancelled(self):
+        self.enqueue()
+        run, = self.claim()
+        self.store.cancel(run.id, self.now)
+        self.turn(history=pybgworker.RunCounts(), outcomes=[Outcome(
+            run, pybgworker.RETRYING, error={"kind": "timeout"}, duration=0.1)])
+        self.assertEqual(self.runs(), {"runs": 1, "cancelled": 1, "timeouts": 1})
+
+    def test_what_a_dead_worker_ran_is_counted_as_lost(self):
+        self.enqueue(retries=0)
+        self.enqueue(retries=1)
+        again, failed, cancelled, unbegun = (
+            self.enqueue(retries=1), self.enqueue(retries=0), self.enqueue(), self.enqueue())
+        self.sql("update bg_task set state = 4 where id < ?", again)
+        runs = self.claim()
+        self.store.cancel(cancelled, self.now)
+        begun = {(run.id, run.attempt) for run in runs if run.id != unbegun}
+        self.store.reap(1, "w", self.now, begun=begun)
+        self.assertEqual(self.status(failed), "failed")
+        self.assertEqual(self.runs(), {"runs": 3, "lost": 3, "retried": 1, "failed": 1,
+                                       "cancelled": 1})
+        row, = self.store.totals()
+        self.assertEqual((row.lo, row.hi, sum(row.ran), sum(row.waited)),
+                         (again, cancelled, 0, 0))
+        self.store.reap(1, "w", self.now)
+        self.assertEqual(self.runs()["runs"], 3)
 
     def test_reading_writes_nothing(self):
         self.add(0)
@@ -7040,6 +7098,36 @@ class Budgets(QueueCase):
         self.assertLess(self.pages(lambda: self.turn(outcomes=outcomes)), 25)
 
 
+    def test_history_costs_a_turn_a_statement_for_each_group_and_few_pages(self):
+        self.enqueue(count=200)
+        self.enqueue("u", count=200)
+        self.claim(free=400)
+        runs = iter(sorted(self.claimed.runs, key=lambda run: run.id % 200))
+
+        def turn(**parts):
+            outcomes = [Outcome(next(runs), 4, "1", duration=0.1, started_at=self.now)
+                        for _ in range(20)]
+            self.turn(outcomes=outcomes, **parts)
+
+        turn(history=pybgworker.RunCounts())        # the rows of this minute are new
+        plain = self.traced(turn)
+        self.assertFalse([text for text in plain if "bg_history" in text])
+        counted = self.traced(lambda: turn(history=pybgworker.RunCounts()))
+        self.assertEqual(len(counted), len(plain) + 1 + 2)      # t and u
+        alone = self.pages(lambda: self.turn(history=counts_of(queue="default")))
+        self.assertLessEqual(alone, 2)
+        self.assertGreater(alone, 0)
+
+    def test_what_nobody_ran_costs_no_statement_of_history(self):
+        self.enqueue(count=4)
+        counts = pybgworker.RunCounts()
+        found = self.traced(lambda: (
+            self.turn(history=counts, order=self.order(free=1)),
+            self.turn(history=counts, unbegun=self.claim(free=1)),
+            self.store.reap(2, "w", self.now)))
+        self.assertFalse([text for text in found if "bg_history" in text])
+
+
 class ManyWorkers(QueueCase):
     """Rows of thousands of workers that died with their machine."""
 
@@ -7120,10 +7208,13 @@ class Faults(QueueCase):
         "prune": lambda s: s.store.prune(0, s.now + 1, s.now + 1, 10),
         "reap": lambda s: s.store.reap(1, "w", s.now),
         "pause": lambda s: s.store.pause("q", s.now),
+        "count": lambda s: s.turn(history=s.counts, outcomes=[Outcome(s.runs[0], 4, "1")]),
+        "roll up": lambda s: s.store.roll_up(s.now + 10_000_000),
     }
 
     def snapshot(self):
-        tables = ("bg_task", "bg_payload", "bg_worker", "bg_rate", "bg_queue", "bg_meta")
+        tables = ("bg_task", "bg_payload", "bg_worker", "bg_rate", "bg_queue", "bg_meta",
+                  "bg_history")
         return [self.sql(f"select * from {table} order by 1") for table in tables]
 
     def prepare(self):
@@ -7133,6 +7224,9 @@ class Faults(QueueCase):
         self.finish(self.runs[2], result='"' + "y" * 3000 + '"')
         self.sql("update bg_task set state = 4, finished_at = 1 where id = 1")
         self.runs = [run for run in self.runs if run.id == 2]
+        self.counts = counts_of()
+        with self.store.db.write() as link:
+            pybgworker.add_history(link.connection, self.counts, self.now)
 
     def test_every_verb_is_all_or_nothing(self):
         for name, verb in self.VERBS.items():
@@ -13076,6 +13170,154 @@ class Upkeeps(QueueCase):
             self.sql("delete from bg_meta where name = 'clock'")
 
 
+# == Tally ====================================================================
+
+
+class Tallies(QueueCase):
+
+    def setUp(self):
+        super().setUp()
+        journal = pybgworker.Journal(Log(os.open(os.devnull, os.O_WRONLY)), "w")
+        self.outbox = pybgworker.Outbox(self.store, journal, {})
+        self.tally = self.outbox.tally
+
+    def end(self, count=1, name="t", at=math.inf, **values):
+        """Let runs end and write that; `at` is monotonic."""
+        self.enqueue(name, count=count)
+        values = {"state": pybgworker.SUCCESS, "result": "1", "duration": 0.1, **values}
+        self.outbox.outcomes = [
+            Outcome(run, **values) for run in self.claim(names={name}, free=count)]
+        return self.turn_box(at)
+
+    def turn_box(self, at=math.inf):
+        return self.outbox.turn(1, self.now, 5.0, at=at)
+
+    def counted(self):
+        """(runs in history, tasks finished), as another connection sees them."""
+        return self.sql("""select (select ifnull(sum(runs), 0) from bg_history),
+                                  (select count(*) from bg_task where state > 3)""")[0]
+
+    def test_below_ten_turns_a_second_an_end_and_its_count_are_one_commit(self):
+        for n in range(1, 6):
+            self.end(at=100 + n * 0.1)
+            self.assertEqual(self.counted(), (n, n))
+            self.assertEqual(self.tally.next_due, math.inf)
+
+    def test_what_ends_sooner_waits_for_a_tenth_of_a_second_to_pass(self):
+        self.end(at=100.0)
+        self.end(2, at=100.05)
+        self.assertEqual(self.counted(), (1, 3))
+        self.assertEqual(self.tally.next_due, 100.1)
+        self.end(3, at=100.09)
+        self.assertEqual(self.counted(), (1, 6))
+        self.end(4, at=100.11)
+        self.assertEqual(self.counted(), (10, 10))
+        self.end(5, at=100.15)
+        self.turn_box(at=100.20)
+        self.assertEqual(self.counted(), (10, 15))
+        self.turn_box(at=100.22)
+        self.assertEqual(self.counted(), (15, 15))
+
+    def test_a_turn_of_its_own_does_not_wait_for_the_disk(self):
+        self.end(at=100.0)
+        self.end(at=100.01)
+        found = self.traced(lambda: self.turn_box(at=100.2))
+        self.assertIn("pragma synchronous = normal", found)
+        self.assertFalse([text for text in found if "bg_task" in text])
+
+    def test_the_last_turn_writes_what_is_kept(self):
+        self.end(at=100.0)
+        self.end(at=100.01)
+        self.outbox.turn(1, self.now, 5.0, stopped=[])      # as stop() does
+        self.assertEqual(self.counted(), (2, 2))
+
+    def test_turns_that_end_nothing_write_nothing(self):
+        for at in (100.0, 100.5):
+            self.enqueue()
+            self.outbox.turn(1, self.now, 5.0, self.order(), at=at)
+        self.assertEqual(self.counted(), (0, 0))
+
+    def test_a_turn_that_is_undone_counts_nothing_and_later_once(self):
+        """Whatever statement fails; and whether runs were kept before or not."""
+        for kept in (0, 2):
+            for n in range(1, 40):
+                self.setUp()
+                self.end(at=100.0)
+                if kept:
+                    self.end(kept, at=100.01)
+                self.enqueue(count=3)
+                self.outbox.outcomes = [
+                    Outcome(run, 4, "1", duration=0.1) for run in self.claim()]
+                link, before = self.store.db.link(), self.counted()
+                link.connection = failing = Faults.Failing(link.connection, n)
+                try:
+                    self.turn_box(at=101.0)
+                    is_over = True
+                except pybgworker.DatabaseUnavailable:
+                    is_over = False
+                    self.assertEqual(self.counted(), before)
+                link.connection = failing.real
+                if not is_over:
+                    self.turn_box(at=101.1)
+                with self.subTest(kept=kept, n=n):
+                    self.assertEqual(self.counted(), (kept + 4, kept + 4))
+                if is_over:
+                    self.assertGreater(n, 5)
+                    break
+
+    def test_a_locked_database_loses_nothing(self):
+        self.end(at=100.0)
+        self.end(2, at=100.01)
+        self.enqueue()
+        self.outbox.outcomes = [Outcome(run, 4, "1") for run in self.claim()]
+        other = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        for at in (101.0, 102.0):
+            with self.assertRaises(pybgworker.DatabaseBusy):
+                self.outbox.turn(1, self.now, 0.01, at=at)
+        other.execute("rollback")
+        self.assertEqual(self.counted(), (1, 3))
+        self.turn_box(at=103.0)
+        self.assertEqual(self.counted(), (4, 4))
+
+    def test_a_full_disk_loses_nothing(self):
+        self.end(at=100.0)
+        for n in range(200):
+            self.end(name=f"n{n}", at=100.01)
+        connection = self.store.db.link().connection
+        pages, = connection.execute("pragma page_count").fetchone()
+        connection.execute(f"pragma max_page_count = {pages}").fetchall()
+        with self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "full"):
+            self.turn_box(at=101.0)
+        self.assertEqual(self.counted(), (1, 201))
+        connection.execute("pragma max_page_count = 1000000").fetchall()
+        self.turn_box(at=102.0)
+        self.assertEqual(self.counted(), (201, 201))
+
+    def test_what_cannot_be_stored_is_counted_once_and_as_failed(self):
+        turned = self.end(3, at=100.0, started_at=10**17)
+        self.assertEqual([o.state for o in turned.written], [pybgworker.FAILED] * 3)
+        row, = self.store.totals()
+        self.assertEqual((row.runs, row.failed, row.exceptions), (3, 3, 3))
+
+    def test_a_thousand_and_one_names_are_told_apart_until_the_next_quarter(self):
+        names = [f"n{n}" for n in range(1001)]
+        for name in names:
+            self.enqueue(name)
+        self.outbox.outcomes = [Outcome(run, 4, "1") for run in self.claim(
+            names=set(names), free=2000)]
+        self.turn_box()
+        self.end(name="late")
+        rows = {row.name: row.runs for row in self.store.totals()}
+        self.assertEqual((len(rows), rows["(other)"]), (1001, 2))
+        self.now += 900_000
+        self.end(name="late")           # from the first addition on
+        self.end(name="late")
+        rows = {row.name: row.runs for row in self.store.totals()}
+        self.assertEqual((rows["late"], rows["(other)"]), (1, 3))
+
+
 # == Settling =================================================================
 
 
@@ -13951,6 +14193,44 @@ class Workers(Served):
                 self.assertEqual([r.result for r in results], [n + 1, 3])
                 self.assertEqual([r.attempt for r in results], [1, 3])
 
+    def test_no_end_stays_out_of_history_when_nothing_else_happens(self):
+        worker = self.started()
+        self.turn_until(worker, lambda: worker.is_ready)
+        results = self.tasks.add.delay_many([(n, n) for n in range(200)])
+        due = []
+
+        def is_done():
+            due.append(worker.outbox.tally.next_due)
+            return all(result.ready() for result in results)
+
+        self.turn_until(worker, is_done)
+        self.turn_until(worker, lambda: worker.outbox.tally.next_due == math.inf)
+        row, = self.store.totals()
+        self.assertEqual((row.runs, row.succeeded, sum(row.ran), sum(row.waited)),
+                         (200, 200, 200, 200))
+
+        worker.outbox.tally._due = time.monotonic() + 0.05
+        worker.outbox.tally._kept.add_lost(self.claim_one(worker), pybgworker.FAILED)
+        self.assertLessEqual(worker._patience(), 0.05)
+
+    def test_history_is_rolled_up_by_a_worker(self):
+        worker = self.started()
+        with self.store.db.write() as link:
+            pybgworker.add_history(link.connection, counts_of(7), Histories.START * 1000)
+        # The clock that it goes by is ours; a leap of less than an hour is no doubt.
+        prune = worker.house._prune
+        with mock.patch.object(pybgworker, "now_ms",
+                               return_value=(Histories.START + 1500) * 1000):
+            self.sql("delete from bg_meta where name like 'clock%'")
+            self.assertEqual(prune(pybgworker.now_ms()), 0.1)
+            self.assertIsNone(prune(pybgworker.now_ms()))
+        self.assertEqual(self.sql("select sum(runs) from bg_history where span = 900"),
+                         [(7,)])
+        worker.house.upkeep.is_in_doubt = True      # it would be rows that are too old
+        self.assertFalse(worker.house.upkeep.roll_up((Histories.START + 99_000) * 1000))
+        worker.house.upkeep.is_in_doubt = False
+        self.assertTrue(worker.house.upkeep.roll_up((Histories.START + 99_000) * 1000))
+
     def test_a_turn_that_finishes_and_claims_takes_few_statements(self):
         worker = self.started()
         self.turn_until(worker, lambda: worker.is_ready)
@@ -14043,8 +14323,8 @@ class Workers(Served):
             for name, value in of.items():
                 setattr(worker.outbox, name, value)
             orders = []
-            worker.outbox.turn = lambda *values: orders.append(values[-1]) or mock.Mock(
-                claimed=None)
+            worker.outbox.turn = lambda *values, at: orders.append(
+                values[-1]) or mock.Mock(claimed=None)
             at = time.monotonic()
             places = worker.pool.balance(at)
             with self.subTest(**of), \
