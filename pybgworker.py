@@ -42,7 +42,8 @@ Life of a task
 Map
     Book One: the program's side
         Settings · States and errors · Time and values · Retry and rate · Rows ·
-        Run counts · People · Store · Functions · Waiting · Results · Tasks · App
+        Run counts · People · Printed · Store · Functions · Waiting · Results ·
+        Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
@@ -1117,6 +1118,7 @@ class Run(Attempt):
     """An attempt that a worker has claimed, with what only that worker knows of it."""
 
     tokens: tuple = ()              # (limit, ms) that its start spent: Limits
+    is_noted = False                # there may be rows about it: see Store.note_runs
     is_counted = False              # others of its name may wait for its end
     usual = 0.0                     # seconds that runs of this task take
     pardoned = ""                   # why its end cost it no attempt: see pardon()
@@ -1365,6 +1367,17 @@ class KnownTask(NamedTuple):
     rate: float | None          # starts per second; None: no limit
     params: tuple               # names of parameters, as in `def`; of C code none
     max_running: int = 0        # runs at a time, over all workers; 0: any number
+
+
+class RunRow(NamedTuple):
+    """A run that a worker has had in hand for a second; as of a second ago at most."""
+
+    task: int
+    worker: int
+    attempt: int
+    pid: int                    # of its child
+    began_at: int | None        # unix ms; None: it waits in that child's pipe
+    behind: int | None          # the task for which it waits there
 
 
 class FinishedRun(NamedTuple):
@@ -1851,6 +1864,114 @@ class PeopleVerbs(Protocol):
         """How many tasks prune() would delete."""
 
 
+# == Printed ==================================================================
+# Owns how much is kept of what a run prints, while it runs and after that: its
+# beginning and its end, and a mark where something was cut.
+
+OUTPUT_PART = 32_000            # characters kept of the beginning; as many of the end
+OUTPUT_CHUNK = 16_000          # in one row at most, while it runs
+_MANY_PIECES = 500              # of text, that are made one
+
+
+class OutputRow(NamedTuple):
+    """A part of what a run has printed so far.  Between two, some may be cut."""
+
+    seq: int                    # characters that it had printed before
+    at: int                     # unix ms when it was written
+    body: str
+
+
+class PrintedRun(NamedTuple):
+    """What the database shall have of the output of a run, from now on."""
+
+    run: Run
+    parts: Sequence[tuple[int, str]]    # (seq, body) of new rows
+    size: int                           # characters that it has printed so far
+
+
+def cut_mark(size: int) -> str:
+    """The line in place of so many characters."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (1000, "kB")):
+        if size >= unit:
+            return f"\n… {size / unit:.1f} {name} cut …\n"
+    return f"\n… {size} characters cut …\n"
+
+
+class Kept:
+    """What is kept of all that one run prints."""
+
+    def __init__(self, head: int = OUTPUT_PART):
+        self._room = head           # characters that are kept of the beginning
+        self.size = 0               # … of all
+        self.told = 0               # … of which the database knows
+        self._head: list[str] = []
+        self._head_size = 0
+        self._tail: collections.deque[str] = collections.deque()
+        self._tail_size = 0
+
+    def add(self, text: str) -> None:
+        """It has printed this."""
+        room = self._room - self._head_size
+        if room > 0 and self.size == self._head_size:
+            self._head.append(text[:room])
+            self._head_size += len(self._head[-1])
+            self.size += len(self._head[-1])
+            text = text[room:]
+        if text:
+            self._tail.append(text[-OUTPUT_PART:])
+            self._tail_size += len(self._tail[-1])
+            self.size += len(text)
+            self._shorten()
+
+    def _shorten(self):
+        """Let go of what is before the end, and of what many pieces take."""
+        tail = self._tail
+        while self._tail_size - len(tail[0]) >= OUTPUT_PART:
+            self._tail_size -= len(tail.popleft())
+        if len(tail) > _MANY_PIECES:
+            self._tail = collections.deque(["".join(tail)[-OUTPUT_PART:]])
+            self._tail_size = len(self._tail[0])
+        if len(self._head) > 1:
+            self._head = ["".join(self._head)]
+
+    def skip(self, size: int) -> None:
+        """So much was printed that nobody has kept."""
+        self._tail.clear()
+        self._tail_size = 0
+        self.size += size
+
+    def parts(self) -> list[tuple[int, str]]:
+        """(seq, text) of the beginning, and of the end."""
+        tail = "".join(self._tail)[-OUTPUT_PART:]
+        return [(0, "".join(self._head)), (self.size - len(tail), tail)]
+
+    def text(self) -> str:
+        """All of it, in the order in which it was printed."""
+        (_, head), (start, tail) = self.parts()
+        cut = start - len(head)
+        return head + cut_mark(cut) + tail if cut else head + tail
+
+    def untold(self) -> list[tuple[int, str]]:
+        """(seq, body) of the rows that say what the database does not know yet."""
+        found = []
+        for start, text in self.parts():
+            first = max(start, self.told)
+            text = text[first - start:]
+            found += [(first + n, text[n:n + OUTPUT_CHUNK])
+                      for n in range(0, len(text), OUTPUT_CHUNK)]
+        return found
+
+
+def kept_of(rows: Iterable[OutputRow]) -> Kept:
+    """The same, of what the database has."""
+    kept = Kept()
+    for row in rows:
+        if row.seq > kept.size:
+            kept.skip(row.seq - kept.size)
+        kept.add(row.body)
+    return kept
+
+
 # == Store ====================================================================
 # Owns what can be done to a queue.  Each verb is one atomic step, but for two that
 # say so; it is durable when it returns, if it has to be, and leaves nothing open.
@@ -2088,6 +2209,25 @@ class LiveVerbs(Protocol):
 
     def departed_cpu(self) -> tuple[float, float]:
         """Seconds of CPU of the workers that have left, and of their children."""
+
+    def runs(self) -> list[RunRow]:
+        """What registered workers have had in hand for a second, the oldest first."""
+
+    def live_output(self, task_id: int, attempt: int,
+                    after: int = -1) -> list[OutputRow]:
+        """What a running attempt has printed so far: rows with a higher seq.
+
+        Only of those that run for longer than a second; what has ended is in output().
+        """
+
+    def note_runs(self, worker: int, rows: Sequence[RunRow],
+                  gone: Sequence[tuple[int, int]], printed: Sequence[PrintedRun],
+                  now: int) -> None:
+        """Write what this worker has in hand, as far as that is still its own.
+
+        `gone` are (id, attempt) that it has not, for now.  The end of a run, or its
+        return, takes its rows along; only of those whose `is_noted` is set.
+        """
 
 
 class TimeVerbs(Protocol):
@@ -4475,7 +4615,7 @@ create table bg_run (                 -- what a worker has had in hand for a sec
 create table bg_output (              -- what a run has printed so far
     task        integer not null,     -- bg_task.id
     attempt     integer not null,     -- which run of it
-    seq         integer not null,     -- 0, 1, 2 …
+    seq         integer not null,     -- characters that it had printed before
     at          integer not null,     -- unix ms it was written here
     body        text not null,        -- a part of what was printed
     primary key (task, attempt, seq)
@@ -6123,6 +6263,31 @@ def take_off(connection, worker):
     connection.execute(
         """delete from bg_worker_task where worker = :id""", {"id": worker})
     connection.execute("""delete from bg_child where worker = :id""", {"id": worker})
+    connection.execute("""delete from bg_run where worker = :id""", {"id": worker})
+
+
+_PRINTED = """
+    select seq, at, body from bg_output
+    where task = ? and attempt = ? and seq > ? order by seq"""
+
+
+def forget_live(connection, run, worker):
+    """It is over, or it was returned: what was told of it meanwhile goes."""
+    connection.execute(
+        """delete from bg_run where task = ? and worker = ? and attempt = ?""",
+        (run.id, worker, run.attempt))
+    connection.execute(
+        """delete from bg_output where task = ? and attempt = ?""",
+        (run.id, run.attempt))
+
+
+def keep_printed(connection, run, worker):
+    """The same where nobody else knows what it has printed: that becomes its output."""
+    rows = connection.execute(_PRINTED, (run.id, run.attempt, -1)).fetchall()
+    if rows:
+        kept = kept_of(itertools.starmap(OutputRow, rows))
+        put_payload(connection, run.id, OUTPUT, kept.text())
+    forget_live(connection, run, worker)
 
 
 def _read_names(text):
@@ -6193,6 +6358,49 @@ class LiveRows:
                 where worker in (select id from bg_worker) order by name, worker""")
         return [KnownTask(worker, name, rate, _read_names(params), most)
                 for worker, name, rate, params, most in rows]
+
+    _IS_OURS = f"""
+        where exists (select 1 from bg_task
+            where id = ?1 and state = {RUNNING} and worker = ?2 and attempt = ?3)"""
+
+    def note_runs(self, worker: int, rows: Sequence[RunRow],
+                  gone: Sequence[tuple[int, int]], printed: Sequence[PrintedRun],
+                  now: int) -> None:
+        with self.db.write(durable=False, patience=0.1) as link:
+            by = link.connection
+            by.executemany(
+                """delete from bg_run where task = ? and attempt = ? and worker = ?""",
+                [(*of, worker) for of in gone])
+            by.executemany(
+                """insert or replace into bg_run
+                        (task, worker, attempt, pid, began_at, behind)
+                    select ?1, ?2, ?3, ?4, ?5, ?6""" + self._IS_OURS, rows)
+            for run, parts, size in printed:
+                self._append(by, run, worker, parts, size, now)
+
+    def _append(self, connection, run, worker, parts, size, now):
+        """Rows that lie between the beginning and the end, for sure, go."""
+        connection.executemany(
+            """insert or replace into bg_output (task, attempt, seq, at, body)
+                select ?1, ?3, ?4, ?5, ?6""" + self._IS_OURS,
+            [(run.id, worker, run.attempt, seq, now, body) for seq, body in parts])
+        connection.execute(
+            """delete from bg_output where task = :id and attempt = :attempt
+                and seq >= :head and seq <= :last""",
+            {"id": run.id, "attempt": run.attempt, "head": OUTPUT_PART,
+             "last": size - OUTPUT_PART - OUTPUT_CHUNK})
+
+    def runs(self) -> list[RunRow]:
+        rows = self.db.read(
+            """select task, worker, attempt, pid, began_at, behind from bg_run
+                where worker in (select id from bg_worker)
+                order by began_at is null, began_at, task""")
+        return [RunRow(*row) for row in rows]
+
+    def live_output(self, task_id: int, attempt: int,
+                    after: int = -1) -> list[OutputRow]:
+        rows = self.db.read(_PRINTED, (row_id(task_id), attempt, after))
+        return [OutputRow(*row) for row in rows]
 
     def departed_cpu(self) -> tuple[float, float]:
         found = dict(self.db.read(
@@ -6489,7 +6697,8 @@ def _is_plain(outcome):
     run = outcome.run
     is_first = outcome.state == SUCCESS and run.attempt == 1 and run.tick is None
     is_small = len(outcome.result or "") <= INLINE_CHARS
-    return is_first and is_small and not (outcome.output or outcome.then)
+    return is_first and is_small and not (
+        outcome.output or outcome.then or outcome.run.is_noted)
 
 
 def _leaves_record(outcome):
@@ -6662,6 +6871,8 @@ class Endings(Claims):
         if outcome.error is not None:
             error = to_json(outcome.error)
             put_payload(connection, outcome.run.id, ERROR, error)
+        if outcome.run.is_noted:
+            forget_live(connection, outcome.run, worker)
         if outcome.output:
             put_payload(connection, outcome.run.id, OUTPUT, outcome.output)
         if outcome.then:
@@ -6687,12 +6898,17 @@ class Endings(Claims):
         ]
         if not started:
             connection.executemany(self._FINISH, values)
+            for run in runs:
+                if run.is_noted:
+                    forget_live(connection, run, worker)
             return self._return_tokens(connection, runs)
         for run, row in zip(runs, values):
             if connection.execute(self._FINISH, row).rowcount:      # it is ours, still
                 lost = {"kind": "lost", "message": run.pardoned or _STOPPED}
                 keep_attempt(connection, run, worker, error_head(lost))
                 drop_old(connection, run, QUEUED)
+                if run.is_noted:
+                    keep_printed(connection, run, worker)
 
     def _set_progress(self, connection, run, worker, progress):
         """Store what a running task last said of its progress."""
@@ -7757,6 +7973,7 @@ class Register:
                                  "retried", name)
                     drop_old(link.connection, run, state)
                     put_payload(link.connection, run.id, ERROR, to_json(error))
+                    keep_printed(link.connection, run, worker)
                     then += callback_rows(run, state, error, now, name)
                     counts.add_lost(run, state)
             add_history(link.connection, counts, now)
@@ -8817,13 +9034,14 @@ SUCCEEDED = Kind(b"S", str.encode, _read_result)    # the encoded result
 ENDED_BADLY = Kind(b"F", _write_json, json.loads)   # the error, as settle() reads it
 PRINTED = Kind(b"O", _write_text, _read_text)       # text
 PROGRESSED = Kind(b"P", _write_json, json.loads)    # [percent, message]
+SKIPPED = Kind(b"K", _write_json, json.loads)       # characters that are not sent
 WRITTEN = Kind(b"W", bytes, bytes)                  # what the pipe held: see Output
 STRAYS = Kind(b"X", _write_json, json.loads)        # whether others write there
 LAGGED = Kind(b"G", _write_json, json.loads)        # [seconds, stack]: see Coroutines
 SPENT = Kind(b"E", _write_text, _read_text)         # why it should be replaced
 _KINDS = {kind.code: kind for kind in (
-    READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, PROGRESSED,
-    WRITTEN, STRAYS, LAGGED, SPENT,
+    READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, SKIPPED,
+    PROGRESSED, WRITTEN, STRAYS, LAGGED, SPENT,
 )}
 
 
@@ -9289,15 +9507,19 @@ def begun_left(database: str) -> list[int]:
 # what C code and subprocesses write to descriptors 1 and 2 comes by a pipe, which
 # does not.  So the child empties the pipe before it answers, and says when a
 # process of an earlier run still holds it: what comes then is nobody's for sure.
+#
+# A run that prints much must not keep its worker busy.  What Python prints beyond
+# OUTPUT_CHARS is held in the child, and sent a few times a second: the end of it.
 
-OUTPUT_CHARS = 64_000          # kept of what one run prints: its beginning
-_CUT_MARK = "\n[more output is not kept]\n"
+OUTPUT_CHARS = 2 * OUTPUT_PART  # of a run are sent at once, and logged
+_HELD_SECONDS = 0.25            # that more of it is held before it is sent
+_CUT_MARK = "\n[more output is not logged]\n"
 LINE_BYTES = 1 << 16           # a longer line from a pipe is cut
 _LINE_PARTS = 1000              # so many writes without a line end are a line
 
 
 def cut_output(text: str, before: int) -> str:
-    """The part of `text` to keep after `before` characters of the same run."""
+    """The part of `text` to log after `before` characters of the same run."""
     room = OUTPUT_CHARS - before
     if len(text) <= room:
         return text
@@ -9487,6 +9709,9 @@ class Printer:
         self._strange_chars = 0     # printed for no run …
         self._since: Any = None     # … since this one began, the latest
         self._is_fork = False
+        self.held: dict[Any, Kept] = {}     # by run: what it has printed since …
+        self._sent: dict[Any, float] = {}   # … that was sent, at this time, monotonic
+        self._lock = own_rlock()            # guards both, and the order of what is sent
         self.streams = TaskStream(self.print, 1), TaskStream(self.print, 2)
 
     def speak_by(self, say: Callable) -> None:
@@ -9494,7 +9719,7 @@ class Printer:
         self._say, self._strange_chars = say, 0
 
     def print(self, text: str, fd: int, own: Any = None) -> None:
-        """Send what a task printed, up to OUTPUT_CHARS for each run."""
+        """Send what a task printed; beyond OUTPUT_CHARS of its run, soon."""
         if self._is_fork:
             write_all(fd, text.encode("utf-8", "backslashreplace"))
             return
@@ -9507,10 +9732,49 @@ class Printer:
             self._strange_chars += len(text)
         else:
             of = run.of
-            text = cut_output(text, run.chars)
+            room = max(0, OUTPUT_CHARS - run.chars)
             run.chars += len(text)
+            if len(text) > room:
+                self._hold(run, text[:room], text[room:])
+                return
         if text:
             self._say(PRINTED, text, of)
+
+    def _hold(self, run, text, rest):
+        """Send the one, and keep the other for a moment if much was sent just now."""
+        with self._lock:
+            if text:
+                self._say(PRINTED, text, run.of)
+            is_first = run not in self.held
+            self.held.setdefault(run, Kept(0)).add(rest)
+            if time.monotonic() - self._sent.get(run, -math.inf) >= _HELD_SECONDS:
+                self._release(run)
+                return
+        if is_first:
+            try:
+                own_start(self._release_later, (run,))
+            except RuntimeError:            # there is no thread to be had
+                self._release(run)
+
+    def _release_later(self, run):
+        own_sleep(_HELD_SECONDS)
+        if not self._is_fork:
+            self._release(run)
+
+    def _release(self, run):
+        with self._lock:
+            held = self.held.pop(run, None)
+            if held is not None:
+                self._sent[run] = time.monotonic()
+                (_, _), (skipped, text) = held.parts()
+                if skipped:
+                    self._say(SKIPPED, skipped, run.of)
+                self._say(PRINTED, text, run.of)
+
+    def release(self, run: Any) -> None:
+        """Send what is held of a run that ends."""
+        self._release(run)
+        self._sent.pop(run, None)
 
     def end_run(self) -> None:
         """What this run has printed is its own; what comes later may not be."""
@@ -9519,7 +9783,7 @@ class Printer:
 
     def leave(self) -> None:
         """In a forked process: what was begun is the other's to print."""
-        self._is_fork = True
+        self._is_fork, self._lock = True, own_rlock()
         for stream in self.streams:
             stream.forget()
 
@@ -10050,6 +10314,8 @@ class Runs:
         # What it has printed is its own; what comes later may not be.
         if TaskStream.unended:
             self.printer.end_run()
+        if run.chars > OUTPUT_CHARS:
+            self.printer.release(run)
         if self._has_written_now() if self.is_shared else self._watch():
             self._pass_on(run)
         if duration > SPAWN_SECONDS or self._strays:
@@ -12033,9 +12299,8 @@ class Slot:
     began: float                # monotonic
     verdict: Verdict | None     # on this run
     kill_due: float             # monotonic; 0: not to be killed
-    _kept: list[str]            # of what it printed
-    _chars: int                 # of that
-    _strange_chars: int         # … and of what others printed meanwhile
+    kept: Kept | None           # of what it printed; None: nothing
+    _strange_chars: int         # that others printed meanwhile
 
     def __init__(self, log: Callable, at: float, is_coroutine: bool = False):
         self._log = log             # log(event, run, **fields)
@@ -12047,8 +12312,8 @@ class Slot:
         """From now on this run has it; None: nobody."""
         self.run, self.began = run, at
         self.verdict, self.kill_due = None, 0.0
-        self._kept = []
-        self._chars = self._strange_chars = 0
+        self.kept = None
+        self._strange_chars = 0
 
     def announce(self) -> None:
         """Say that its run has started, once."""
@@ -12059,20 +12324,30 @@ class Slot:
 
     def printed(self, text: str, is_own: bool = True) -> None:
         """Log a text, up to a limit for each run; keep it if it is the run's own."""
-        text = cut_output(text, self._chars if is_own else self._strange_chars)
-        if not text:
-            return
+        before = self._strange_chars
         if is_own:
-            self._chars += len(text)
-            self._kept.append(text)
+            kept = self._keep()
+            before = kept.size
+            kept.add(text)
             self.announce()
         else:
             self._strange_chars += len(text)
-        self._log("output", self.run if is_own else None, text=text.rstrip("\n"))
+        text = cut_output(text, before)
+        if text:
+            self._log("output", self.run if is_own else None, text=text.rstrip("\n"))
+
+    def skipped(self, size: int) -> None:
+        """It has printed so much that its child has not sent."""
+        self._keep().skip(size)
+
+    def _keep(self):
+        if self.kept is None:
+            self.kept = Kept()
+        return self.kept
 
     def text(self) -> str:
         """All that is kept."""
-        return "".join(self._kept)
+        return self.kept.text() if self.kept else ""
 
 
 class Beside(dict):
@@ -12556,12 +12831,14 @@ def _understand(member, said, message, at):
         (slot or member.slot).printed(value, bool(slot) or member.is_idle)
     elif kind is WRITTEN and (slot or of == (0, 0)):
         member.written(value)
-    elif kind in (PROGRESSED, LAGGED) and slot is None:
+    elif kind in (PROGRESSED, LAGGED, SKIPPED) and slot is None:
         pass                        # of a thread, as the run was ending
     elif slot is None:
         raise ValueError("an answer that nobody asked for")
     elif kind is SPENT:
         said.spent.append((run, value))
+    elif kind is SKIPPED:
+        slot.skipped(_checked_size(value))
     elif kind is LAGGED:
         said.lags.append((run, *_checked_lag(member, slot, value, at)))
     elif kind is PROGRESSED:
@@ -12607,6 +12884,13 @@ def _checked_lag(member, slot, value, at):
         raise ValueError("a lag that cannot be")
     member.beside.block(slot, seconds, at)
     return seconds, stack
+
+
+def _checked_size(value):
+    """A number of characters.  Raises ValueError for what cannot be one."""
+    if type(value) is not int or not 0 <= value <= LATEST_MS:
+        raise ValueError("a size that cannot be")
+    return value
 
 
 def _checked_error(error):
@@ -14351,7 +14635,7 @@ EVENTS = {
     "output": Event(
         "text",
         "what a task printed, C code and subprocesses too, these without `task_id` "
-        "while tasks share the child; a run keeps its first 64,000 characters"),
+        "while tasks share the child; of each run the first 64,000 characters"),
     "rate_limited": Event("name until", "tasks of this name wait for their rate limit"),
     "callback_error": Event(
         "callback error", "an `on_success` or `on_failure` has failed for good"),
@@ -15087,6 +15371,8 @@ class Senses:
 # troubles it, what it and its children use.
 
 _NOTE_CHARS = 300
+_NOTED_SECONDS = 1.0            # that a run lasts before anything is told of it
+_MOST_NOTED = 1000              # runs of one worker of which something is told
 
 
 class Signs:
@@ -15099,6 +15385,7 @@ class Signs:
         self._episode = 0.0             # monotonic: that of the trouble told …
         self._since = ""                # … and when that was, for people
         self._children_cpu = 0.0        # the most so far: a death may hide some
+        self._noted: dict[Run, RunRow] = {}     # what the database has of runs
 
     def look(self, reason: str, since: float, at: float) -> bool:
         """Look for trouble; True if it is another than before.
@@ -15133,6 +15420,62 @@ class Signs:
         self._children_cpu = max(self._children_cpu, round(children_cpu, 3))
         return Vitals(self.state, self.note, own and own.memory, cpu,
                       self._children_cpu, children)
+
+
+    def note_runs(self, worker: int, now: int, at: float) -> None:
+        """Tell of the runs that last, and of what they have printed since."""
+        found = dict(itertools.islice(self._lasting(now, at), _MOST_NOTED))
+        rows: dict[Run, RunRow] = {}
+        printed = []
+        for run, (row, slot) in found.items():
+            old = self._noted.get(run)
+            if old is None or (old.pid, old.behind) != (row.pid, row.behind):
+                old = row._replace(worker=worker)
+            rows[run] = old         # else when it began is measured only once
+            if slot and slot.kept and slot.kept.told < slot.kept.size:
+                printed.append((slot.kept, PrintedRun(
+                    run, slot.kept.untold(), slot.kept.size)))
+        new = [row for run, row in rows.items() if row is not self._noted.get(run)]
+        gone = self._returned(rows)
+        if new or gone or printed:
+            for run in rows:
+                run.is_noted = True     # before: whether it was written or not
+            self._store.note_runs(worker, new, gone, [run for _, run in printed], now)
+            for kept, (_, _, size) in printed:
+                kept.told = size
+        self._noted = rows
+
+    def _lasting(self, now, at):
+        """(run, (row, its slot)) of those that have run for a second, and of what
+        waits behind one of them."""
+        for member in self._pool.members:
+            head = None
+            for slot in member.slots():
+                age = at - slot.began
+                if slot.run is not None and age >= _NOTED_SECONDS:
+                    began = now - to_ms(age)
+                    yield slot.run, (self._row(member, slot.run, began, None), slot)
+                    head = slot.run if slot is member.slot else head
+                elif slot is not member.slot:
+                    break           # those after it are younger
+            if head is not None:
+                for run in itertools.islice(member.waiting, 1, None):
+                    yield run, (self._row(member, run, None, head.id), None)
+
+    def _row(self, member, run, began_at, behind):
+        return RunRow(run.id, 0, run.attempt, member.process.pid, began_at, behind)
+
+    def _returned(self, rows):
+        """(id, attempt) of those of which no more is to be told, but are still here.
+
+        The rows of what has ended, or was given back, went with that.
+        """
+        missing = [run for run in self._noted if run not in rows]
+        if not missing:
+            return []
+        here = {*self._pool.hand.runs,
+                *(run for member in self._pool.members for run in member.runs())}
+        return [(run.id, run.attempt) for run in missing if run in here]
 
 
 def _child_row(member):
@@ -15260,6 +15603,7 @@ class Household:
             self._heart,
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
+            Chore(1.0, self._note_runs),
             Chore(1.0, lambda now: store.housekeep()),
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
             Chore(_PRUNE_SECONDS, self._prune),
@@ -15326,6 +15670,9 @@ class Household:
         pool.crew.starts.mention_slow(pool.members, at)
         if self.signs.look(self.trouble.reason, self.trouble.since, at):
             self._heart.due = 0.0
+
+    def _note_runs(self, now):
+        self.signs.note_runs(self._liveness.id, now, time.monotonic())
 
     def _prune(self, now):
         """Delete what is old, add up history; by a clock that is looked at first."""

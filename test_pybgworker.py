@@ -21,6 +21,7 @@ import copy
 import datetime as dt
 import importlib.util
 import errno
+import functools
 import io
 import itertools
 import json
@@ -1222,8 +1223,9 @@ class Promises(Served):
             result = task.delay()
             self.get(result, 60)
             with self.subTest(task.name):
-                self.assertLess(len(self.store.output(result.id)), 70_000)
-                self.assertIn("[more output is not kept]", self.store.output(result.id))
+                text = self.store.output(result.id)
+                self.assertLess(len(text), 70_000)
+                self.assertRegex(text, r"\n… \d+\.\d MB cut …\n")
 
     def test_an_exception_that_cannot_be_printed_is_reported(self):
         self.worker()
@@ -1995,6 +1997,78 @@ class Counting(unittest.TestCase):
             with self.subTest(found, part=part):
                 value = pybgworker.quantile(counts, part)
                 self.assertEqual(value if value is None else round(value, 6), wanted)
+
+
+# == Printed ==================================================================
+
+
+class Printing(unittest.TestCase):
+    PART = pybgworker.OUTPUT_PART
+
+    def kept_of_whole(self, text):
+        """What is to be kept of this."""
+        cut = len(text) - 2 * self.PART
+        if cut <= 0:
+            return text
+        return text[:self.PART] + pybgworker.cut_mark(cut) + text[-self.PART:]
+
+    def pieces(self, dice, most):
+        """Texts of very different lengths, as many as make `most` characters."""
+        size = 0
+        while size < most:
+            n = dice.choice((1, 2, 17, 300, 5000, 31_999, 32_000, 70_000))
+            yield "".join(dice.choices("abc\n\0\u20ac\x1b", k=n))
+            size += n
+
+    def test_of_what_is_printed_the_beginning_and_the_end_are_kept(self):
+        for seed in range(40):
+            dice, kept, whole = random.Random(seed), pybgworker.Kept(), ""
+            for piece in self.pieces(dice, dice.choice((10, 32_000, 64_000, 300_000))):
+                kept.add(piece)
+                whole += piece
+                if dice.random() < 0.2:
+                    self.assertEqual(kept.text(), self.kept_of_whole(whole), seed)
+            self.assertEqual(kept.text(), self.kept_of_whole(whole), seed)
+            self.assertEqual(kept.size, len(whole))
+
+    def test_what_is_told_bit_by_bit_is_the_same_in_the_end(self):
+        """Whatever is let go of what lies between the beginning and the end."""
+        for seed in range(40):
+            dice, kept, rows = random.Random(seed), pybgworker.Kept(), []
+            for piece in self.pieces(dice, dice.choice((10, 64_000, 300_000))):
+                kept.add(piece)
+                if dice.random() < 0.3:
+                    new = kept.untold()
+                    self.assertTrue(all(len(body) <= pybgworker.OUTPUT_CHUNK
+                                        for _, body in new))
+                    rows += [pybgworker.OutputRow(seq, 0, body) for seq, body in new]
+                    kept.told = kept.size
+                    self.assertEqual(kept.untold(), [])
+                    rows = [row for row in rows if row.seq < self.PART or row.seq
+                            > kept.size - self.PART - pybgworker.OUTPUT_CHUNK]
+            rows += [pybgworker.OutputRow(seq, 0, body) for seq, body in kept.untold()]
+            self.assertEqual(pybgworker.kept_of(rows).text(), kept.text(), seed)
+
+    def test_what_nobody_has_kept_is_counted_as_cut(self):
+        kept = pybgworker.Kept()
+        kept.add("a" * 70_000)
+        kept.skip(1_000_000)
+        kept.add("z" * 32_000)
+        self.assertEqual(kept.text(), "a" * 32_000 + pybgworker.cut_mark(1_038_000)
+                         + "z" * 32_000)
+        self.assertEqual(kept.untold()[-1], (1_086_000, "z" * 16_000))
+
+    def test_many_small_pieces_take_little_memory(self):
+        kept = pybgworker.Kept()
+        for _ in range(200_000):
+            kept.add("x\n")
+        self.assertLess(len(kept._tail) + len(kept._head), 1000)
+        self.assertLess(sum(map(len, kept._tail)), 100_000)
+
+    def test_a_mark_says_how_much_was_cut(self):
+        for size, text in ((1, "1 characters"), (999, "999 characters"), (1000, "1.0 kB"),
+                           (1_234_567, "1.2 MB"), (5 * 10**9, "5.0 GB")):
+            self.assertEqual(pybgworker.cut_mark(size), f"\n… {text} cut …\n")
 
 
 # == Functions ================================================================
@@ -6113,6 +6187,121 @@ class LiveRows(QueueCase):
         self.store.remove_dead([old])
         self.row(worker)
 
+    def note(self, *runs, printed=(), gone=(), worker=1):
+        """Have it told that these are in hand, and what they have printed."""
+        for run in (*runs, *[told.run for told in printed]):
+            run.is_noted = True
+        self.store.note_runs(worker, [
+            pybgworker.RunRow(run.id, worker, run.attempt, 4711, self.now - run.id, None)
+            for run in runs], gone, printed, self.now)
+
+    def printed(self, run, *parts, size=None):
+        size = size or sum(len(body) for _, body in parts)
+        return pybgworker.PrintedRun(run, parts, size)
+
+    def left(self):
+        """How many rows there are about runs, and about their output."""
+        return [self.sql(f"select count(*) from {t}")[0][0] for t in ("bg_run", "bg_output")]
+
+    def test_what_runs_is_told_the_oldest_first(self):
+        self.enqueue(count=3)
+        one, two, three = self.claim()
+        waits = pybgworker.RunRow(one.id, 1, 1, 4711, None, two.id)
+        self.store.note_runs(1, [waits], [], [], self.now)
+        self.note(two, three)
+        self.assertEqual([(row.task, row.began_at, row.behind) for row in self.store.runs()],
+                         [(3, self.now - 3, None), (2, self.now - 2, None), (1, None, 2)])
+        self.note(one, gone=[(2, 1)])               # it has begun; that one was taken back
+        self.assertEqual([row.task for row in self.store.runs()], [3, 1])
+
+    def test_nothing_is_told_of_what_is_not_the_worker_s_any_more(self):
+        self.enqueue(count=2)
+        mine, lost = self.claim()
+        self.sql("update bg_task set worker = 2 where id = ?", lost.id)
+        again = Run(*[getattr(mine, n) for n in ("id", "name", "queue")], 1, 3, 0, None,
+                    0, None, "", 5)                 # the attempt after ours
+        for run in (lost, again):
+            self.note(run, printed=[self.printed(run, (0, "x"))])
+        self.assertEqual(self.left(), [0, 0])
+        self.note(mine, printed=[self.printed(mine, (0, "x"))])
+        self.note(gone=[(mine.id, 1)], worker=2)
+        self.assertEqual(self.left(), [1, 1])
+
+    def test_what_was_told_of_a_run_goes_with_its_end_or_its_return(self):
+        ends = (
+            lambda run: self.finish(run),
+            lambda run: self.finish(run, pybgworker.FAILED, error={"kind": "abort"}),
+            lambda run: self.finish(run, pybgworker.RETRYING, run_at=self.now + 10),
+            lambda run: self.turn(unbegun=[run]), lambda run: self.turn(stopped=[run]),
+            lambda run: self.store.reap(1, "w", self.now),
+        )
+        for n, end in enumerate(ends):
+            add_workers(self.store, 1)
+            self.enqueue(count=3)
+            run, other, plain = self.claim()
+            self.note(run, other, printed=[self.printed(run, (0, "x"))])
+            self.assertEqual(self.left(), [2, 1], n)
+            self.turn(outcomes=[Outcome(other, pybgworker.SUCCESS),
+                                Outcome(plain, pybgworker.SUCCESS)])
+            self.assertEqual(self.left(), [1, 1], n)
+            end(run)
+            self.assertEqual(self.left(), [0, 0], n)
+            self.sql("update bg_task set state = 6 where state < 4")
+
+    def test_a_run_of_which_nothing_was_told_costs_no_statement(self):
+        def statements(note):
+            self.enqueue(count=2)
+            runs = self.claim()
+            if note:
+                self.note(*runs)
+            outcomes = [Outcome(run, pybgworker.SUCCESS) for run in runs]
+            traced = self.traced(lambda: self.turn(outcomes=outcomes))
+            return [s for s in traced if "bg_run" in s or "bg_output" in s]
+
+        self.assertEqual(statements(note=False), [])
+        self.assertEqual(len(statements(note=True)), 4)
+
+    def test_what_a_run_has_printed_is_read_from_where_one_left_off(self):
+        self.enqueue()
+        run, = self.claim()
+        self.note(printed=[self.printed(run, (0, "a\0\x1b"), (3, "\u20ac"))])
+        rows = self.store.live_output(run.id, 1)
+        self.assertEqual(rows, [(0, self.now, "a\0\x1b"), (3, self.now, "\u20ac")])
+        self.note(printed=[self.printed(run, (4, "more"), size=8)])
+        self.assertEqual(self.store.live_output(run.id, 1, rows[-1].seq),
+                         [(4, self.now, "more")])
+        self.assertEqual(self.store.live_output(run.id, 2), [])
+        self.assertEqual(self.store.live_output(77, 1), [])
+        self.assertRaises(pybgworker.TaskNotFound, self.store.live_output, 0, 1)
+
+    def test_what_lies_between_the_beginning_and_the_end_of_an_output_goes(self):
+        self.enqueue()
+        run, = self.claim()
+        size = pybgworker.OUTPUT_CHUNK
+        for n in range(20):
+            self.note(printed=[self.printed(run, (n * size, "x" * size),
+                                            size=(n + 1) * size)])
+            self.assertLessEqual(self.left()[1], 2 + 2)
+        self.assertEqual([row.seq // size for row in self.store.live_output(run.id, 1)],
+                         [0, 1, 18, 19])
+
+    def test_the_last_lines_of_a_dead_worker_s_run_are_its_output(self):
+        """Also of one that a stop has interrupted."""
+        for end, status in ((lambda run: self.store.reap(1, "w", self.now), "queued"),
+                            (lambda run: self.turn(stopped=[run]), "queued")):
+            add_workers(self.store, 1)
+            self.enqueue()
+            run, = self.claim()
+            self.note(printed=[self.printed(run, (0, "x" * 16_000), (16_000, "x" * 16_000),
+                                            (90_000, "the end"), size=90_007)])
+            end(run)
+            self.assertEqual(self.status(run.id), status)
+            self.assertEqual(
+                self.store.output(run.id),
+                "x" * 32_000 + pybgworker.cut_mark(58_000) + "the end")
+            self.assertEqual(self.left(), [0, 0])
+            self.sql("update bg_task set state = 6 where state < 4")
+
     def test_nonsense_written_by_hand_harms_nobody(self):
         for cpu in ("'much'", "-5", "9e999", "1e300", "x'00'", "null"):
             worker = self.add(tasks=[pybgworker.KnownTask(0, "a", None, ("x",))])
@@ -7461,6 +7650,7 @@ class Wires(unittest.TestCase):
         said = ((pybgworker.READY, ["a"]), (pybgworker.BROKEN, "trace \ud800"),
                 (pybgworker.SUCCEEDED, "[1]"), (pybgworker.ENDED_BADLY, {"kind": "abort"}),
                 (pybgworker.PRINTED, "\u00fc\n"), (pybgworker.PROGRESSED, [5, None]),
+                (pybgworker.SKIPPED, 7),
                 (pybgworker.WRITTEN, b"\xff"), (pybgworker.STRAYS, True),
                 (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"),
                 (pybgworker.LAGGED, [1.5, "stack"]), (pybgworker.SPENT, "why"))
@@ -13652,6 +13842,116 @@ class Sensing(unittest.TestCase):
 
 # == Signs ====================================================================
 
+TELLING = """
+    import asyncio, os, time
+
+    def told():
+        with open("told", "a") as f:
+            f.write("x\\n")
+
+    @task
+    def tell(name, *until):
+        print(name, "begins")
+        told()
+        for n, path in enumerate(until):
+            while not os.path.exists(path):
+                time.sleep(0.005)
+            if not n:
+                print(name, "ends")
+                told()
+
+    @task
+    async def atell(name, until):
+        print(name, "begins")
+        while not os.path.exists(until):
+            await asyncio.sleep(0.05)
+        print(name, "ends")
+
+    @task
+    def storm():
+        for n in range(20_000):
+            print(n)
+        print("last line")
+        while not os.path.exists("go"):
+            time.sleep(0.005)
+        print("y" * 1_000_000)
+"""
+
+
+# What happens within a second or two, on a machine that has time for us.
+seen = functools.partial(until, timeout=60)
+
+
+class Telling(PoolCase):
+    """Which runs of a pool are told of, and when."""
+
+    def setUp(self):
+        super().setUp()
+        self.stored = mock.Mock()
+        self.runs = [self.run_of(n) for n in range(1, 5)]
+        self.pool, self.member = self.pool_of(*self.runs)
+        self.member.process.exit = None
+        self.signs = pybgworker.Signs(self.stored, self.pool)
+
+    def told(self, at=0.0):
+        """(rows, gone, printed) that are written then; None: nothing is."""
+        self.stored.reset_mock()
+        self.signs.note_runs(1, self.now, self.member.slot.began + at)
+        calls = self.stored.note_runs.mock_calls
+        if not calls:
+            return None
+        worker, rows, gone, printed, now = calls[0].args
+        self.assertEqual((worker, now), (1, self.now))
+        return [(row.task, row.began_at, row.behind) for row in rows], gone, printed
+
+    def test_only_what_has_run_for_a_second_is_told_of_and_what_waits_behind_it(self):
+        self.assertIsNone(self.told(0.9))
+        self.assertFalse(self.runs[0].is_noted)
+        rows = [(1, self.now - 1000, None), *[(n, None, 1) for n in (2, 3, 4)]]
+        self.assertEqual(self.told(1.0), (rows, [], []))
+        self.assertTrue(all(run.is_noted for run in self.runs))
+        self.now += 1003                            # the clock was set meanwhile
+        self.assertIsNone(self.told(2.0))           # nothing is new
+
+    def test_what_has_begun_since_or_was_taken_back_is_told(self):
+        self.told(1.0)
+        self.pool.hand.put_in_front([self.member.waiting.pop()])
+        self.assertEqual(self.told(1.5), ([], [(4, 1)], []))
+        began = self.member.slot.began
+        self.member.begin_next(began)               # 1 has ended: its rows went with it
+        self.member.slot.began = began
+        rows = [(2, self.now - 1000, None), (3, None, 2)]
+        self.assertEqual(self.told(1.0), (rows, [], []))
+        self.member.begin_next(self.member.slot.began + 1.0)    # the next is young
+        self.assertEqual(self.told(0.1), ([], [(3, 1)], []))
+
+    def test_what_was_not_written_is_told_again(self):
+        self.stored.note_runs.side_effect = pybgworker.DatabaseBusy("locked")
+        kept = self.member.slot.printed("x") or self.member.slot.kept
+        for _ in range(2):
+            self.assertRaises(pybgworker.DatabaseBusy, self.told, 1.0)
+            self.assertEqual((kept.told, self.runs[0].is_noted), (0, True))
+        self.stored.note_runs.side_effect = None
+        rows, _, printed = self.told(1.0)
+        self.assertEqual((len(rows), printed), (4, [(self.runs[0], [(0, "x")], 1)]))
+        self.assertEqual(kept.told, 1)
+        self.assertIsNone(self.told(1.0))
+
+    def test_of_more_than_a_thousand_nothing_is_told(self):
+        member = self.add_member(self.pool)
+        self.begin_beside(member, *[self.run_of(n) for n in range(100, 2000)],
+                          at=self.member.slot.began)
+        rows, *_ = self.told(5.0)
+        self.assertEqual(len(rows), 1000)
+
+    def test_of_coroutines_those_that_have_run_for_a_second_are_told(self):
+        member, began = self.add_member(self.pool), self.member.slot.began
+        for n in range(3):
+            self.begin_beside(member, self.run_of(10 + n), at=began + n)
+        rows, *_ = self.told(2.5)
+        self.assertEqual([row for row in rows if row[0] > 4],
+                         [(10, self.now - 2500, None), (11, self.now - 1500, None)])
+
 
 class Signs(Served):
 
@@ -13660,7 +13960,7 @@ class Signs(Served):
 
     def wait_row(self, **fields):
         """Wait until the worker's row has these; return it."""
-        return until(lambda: next((
+        return seen(lambda: next((
             row for row in self.store.workers()
             if all(getattr(row, k) == v for k, v in fields.items())), None), what=fields)
 
@@ -13720,7 +14020,7 @@ class Signs(Served):
     def test_a_worker_says_what_it_and_its_children_use(self):
         worker = self.worker("--concurrency", 1, "--heartbeat-interval", 0.1)
         self.tasks.hold.delay()
-        busy = until(lambda: [c for c in self.store.children() if c.running and c.cpu])
+        busy = seen(lambda: [c for c in self.store.children() if c.running and c.cpu])
         self.assertIn(busy[0].pid, worker.children())
         self.assertGreater(busy[0].memory, 1 << 20)
         self.assertGreater(busy[0].cpu, 0)
@@ -13729,10 +14029,10 @@ class Signs(Served):
         self.assertGreater(row.cpu, 0)
         self.assertGreater(row.children_cpu, 0)
         (self.folder / "go").touch()
-        until(lambda: not any(c.running for c in self.store.children()))
+        seen(lambda: not any(c.running for c in self.store.children()))
         before = self.row().children_cpu
         os.kill(busy[0].pid, signal.SIGKILL)
-        until(lambda: busy[0].pid not in [c.pid for c in self.store.children()])
+        seen(lambda: busy[0].pid not in [c.pid for c in self.store.children()])
         self.assertGreaterEqual(self.row().children_cpu, before)
         worker.stop()
         own, childrens = self.store.departed_cpu()
@@ -13755,6 +14055,144 @@ class Signs(Served):
         self.wait_row(note="cannot start children: ImportError: no module named stripe")
         (self.folder / "broken").unlink()
         self.wait_row(note=None)
+        worker.stop()
+
+    def told(self):
+        """What was written in bg_run and bg_output since the call of watch()."""
+        return [what for what, in self.sql("select what from told")]
+
+    def watch(self):
+        self.store.create()
+        self.sql("create table told (what text)")
+        for table in ("bg_run", "bg_output"):
+            self.sql(f"create trigger {table}_told after insert on {table} begin "
+                     f"insert into told values ('{table} ' || new.task); end")
+
+    def test_nothing_is_told_of_runs_while_they_are_short(self):
+        self.watch()
+        self.tasks.add.delay_many([(n, 1) for n in range(3000)])
+        self.worker("--burst", "--concurrency", 2).wait()
+        self.assertEqual(self.told(), [])
+
+        hold = self.tasks.hold.delay()              # it would be seen if it were
+        self.worker("--concurrency", 1)
+        seen(self.told)
+        seen(lambda: self.store.runs())
+        (self.folder / "go").touch()
+        self.get(hold)
+        self.assertEqual(self.told(), [f"bg_run {hold.id}"])
+        self.assertEqual(self.store.runs(), [])
+
+    def test_what_runs_and_what_it_prints_can_be_seen_meanwhile(self):
+        self.tasks = self.module(TELLING)
+        self.worker("--concurrency", 1)
+        result = self.tasks.tell.delay("a\x1b", "go1")
+        row = seen(lambda: next(iter(self.store.runs()), None))
+        child, = [c for c in self.store.children() if c.running] \
+            or seen(lambda: [c for c in self.store.children() if c.running])
+        self.assertEqual((row.task, row.attempt, row.pid, row.behind),
+                         (result.id, 1, child.pid, None))
+        self.assertLess(abs(row.began_at - self.store.now()), 60_000)
+        live = seen(lambda: self.store.live_output(result.id, 1))
+        self.assertEqual("".join(part.body for part in live), "a\x1b begins\n")
+        (self.folder / "go1").touch()
+        self.get(result)
+        self.assertEqual(self.store.output(result.id), "a\x1b begins\na\x1b ends\n")
+        self.assertEqual((self.store.runs(), self.store.live_output(result.id, 1)), ([], []))
+
+    def test_a_hundred_that_run_beside_each_other_are_told_each(self):
+        self.tasks = self.module(TELLING)
+        self.worker("--concurrency", 1, "--coroutines", 100)
+        results = [self.tasks.atell.delay(str(n), "go") for n in range(100)]
+        seen(lambda: len(self.store.runs()) == 100)
+        ids = [result.id for result in results]
+        seen(lambda: all(self.store.live_output(id, 1) for id in ids))
+        for n, id in enumerate(ids):
+            self.assertEqual(self.store.live_output(id, 1)[0].body, f"{n} begins\n")
+        (self.folder / "go").touch()
+        for n, result in enumerate(results):
+            self.get(result)
+            self.assertEqual(self.store.output(result.id), f"{n} begins\n{n} ends\n")
+        self.assertEqual(self.store.runs(), [])
+
+    def test_threads_are_told_each(self):
+        self.tasks = self.module(TELLING)
+        self.worker("--concurrency", 1, "--threads", 3)
+        results = [self.tasks.tell.delay(str(n), "go") for n in range(3)]
+        seen(lambda: len(self.store.runs()) == 3)
+        for n, result in enumerate(results):
+            live = seen(lambda: self.store.live_output(result.id, 1))     # noqa: B023
+            self.assertEqual(live[0].body, f"{n} begins\n")
+        (self.folder / "go").touch()
+        for result in results:
+            self.get(result)
+
+    def test_the_last_lines_of_a_run_survive_the_kill_of_its_worker(self):
+        self.tasks = self.module(TELLING)
+        worker = self.worker("--concurrency", 1)
+        result = self.tasks.tell.delay("one", "never")
+        seen(lambda: self.store.live_output(result.id, 1))
+        worker.kill()
+        other = self.worker("--concurrency", 1, "--queues", "elsewhere")
+        other.wait_for("task_lost", task_id=result.id)
+        self.assertEqual(self.store.output(result.id), "one begins\n")
+        self.assertEqual((self.store.runs(), self.store.live_output(result.id, 1)), ([], []))
+
+    def test_what_is_printed_while_the_database_is_locked_is_told_later(self):
+        self.tasks = self.module(TELLING)
+        self.worker("--concurrency", 1)
+        result = self.tasks.tell.delay("one", "go1", "go2")
+        seen(lambda: self.store.live_output(result.id, 1))
+        lock = sqlite3.connect(self.db, isolation_level=None)
+        lock.execute("begin immediate")
+        (self.folder / "go1").touch()
+        self.wait_lines("told", 2)
+        for _ in range(3):                  # the worker meets the lock
+            before = self.row().beat_at
+            self.assertEqual(before, self.row().beat_at)
+        lock.execute("rollback")
+        lock.close()
+        seen(lambda: "".join(row.body for row in self.store.live_output(result.id, 1))
+              == "one begins\none ends\n")
+        (self.folder / "go2").touch()
+        self.get(result)
+        self.assertEqual(self.store.output(result.id), "one begins\none ends\n")
+
+    def test_a_run_that_prints_much_is_told_to_its_last_line(self):
+        """Although its child sends only a part; and the line is not its last step."""
+        self.tasks = self.module(TELLING)
+        self.worker("--concurrency", 1)
+        result = self.tasks.storm.delay()
+
+        def whole():
+            return pybgworker.kept_of(self.store.live_output(result.id, 1)).text()
+
+        seen(lambda: whole().endswith("\nlast line\n"))
+        sent = "".join(f"{n}\n" for n in range(20_000)) + "last line\n"
+        cut = pybgworker.cut_mark(len(sent) - 64_000)
+        self.assertEqual(whole(), sent[:32_000] + cut + sent[-32_000:])
+        (self.folder / "go").touch()
+        self.get(result)
+        line = "y" * 1_000_000 + "\n"
+        whole = sent + line
+        self.assertEqual(
+            self.store.output(result.id),
+            whole[:32_000] + pybgworker.cut_mark(len(whole) - 64_000) + whole[-32_000:])
+
+    def test_who_was_given_up_tells_of_its_new_runs_only(self):
+        self.tasks = self.module(TELLING)
+        worker = self.worker("--concurrency", 1, "--heartbeat-interval", 0.2)
+        result = self.tasks.tell.delay("one", "go1")
+        first = seen(lambda: next(iter(self.store.runs()), None))
+        self.store.reap(first.worker, "w", self.store.now())
+        again = seen(lambda: next(iter(self.store.runs()), None))
+        self.assertEqual((again.task, again.attempt), (result.id, 2))
+        self.assertNotEqual(again.worker, first.worker)
+        seen(lambda: self.store.live_output(result.id, 2))
+        self.assertEqual(self.store.live_output(result.id, 1), [])
+        self.assertEqual(self.wait_row(state="ready").id, again.worker)
+        (self.folder / "go1").touch()
+        self.get(result)
         worker.stop()
 
     def test_trouble_with_the_database_is_told_since_when(self):
