@@ -42,12 +42,12 @@ Life of a task
 Map
     Book One: the program's side
         Settings · States and errors · Time and values · Retry and rate · Rows ·
-        Run counts · People · Printed · Store · Functions · Waiting · Results ·
-        Tasks · App
+        Run counts · People · Printed · Evidence · Store · Functions · Waiting ·
+        Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
-        Endings · Records · Lists · Desk · Timetable · Register
+        Endings · Records · Lists · Desk · Timetable · Facts · Register
     Book Three: the worker
         Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
         Output · Surroundings · Interrupts · Runs · Main thread · Threads ·
@@ -56,8 +56,8 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · Acts · Overview · Listeners · Bench ·
-        Old import paths
+        Cron · Scheduler · Reports · Acts · Wording · Reasons · Why · Attention ·
+        Overview · Listeners · Bench · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1972,6 +1972,167 @@ def kept_of(rows: Iterable[OutputRow]) -> Kept:
     return kept
 
 
+# == Evidence =================================================================
+# Owns what is known of why a queue does what it does: of one task, and of all.  What
+# makes a sentence of it is a room; so this is plain, and of one moment.  Times are
+# unix ms, as everywhere; a row that somebody edited may hold what no program wrote.
+
+AHEAD_MOST = 1_000_000      # tasks that are counted ahead of one: "more than"
+
+
+class WorkerFacts(NamedTuple):
+    """A registered worker, alive or not, and what it has said of itself."""
+
+    row: WorkerRow
+    running: int = 0                # tasks it has claimed and not finished
+    claimed_at: int | None = None   # … when it claimed the last of them
+    names: frozenset | None = None  # of the tasks it knows; None: not said
+    name_rate: float | None = None  # starts a second of the task that is asked about
+    max_running: int | None = None  # … and its runs at a time, over all workers
+
+
+class Pace(NamedTuple):
+    """Runs of one task in one queue that ended of late."""
+
+    queue: str
+    name: str
+    runs: int
+    since: int                      # when their count began
+
+
+class Ahead(NamedTuple):
+    """Ready tasks of one group and priority that are claimed before a task."""
+
+    queue: str
+    name: str
+    priority: int
+    tasks: int
+
+
+class Act(NamedTuple):
+    """What somebody did to a task, or a worker at its end."""
+
+    at: int
+    who: str
+    how: str
+    action: str
+    detail: str | None
+
+
+class Pause(NamedTuple):
+    """A queue that is paused."""
+
+    queue: str
+    at: int
+    by: str | None
+    reason: str | None
+    waiting: int = 0                # ready tasks, counted up to a limit
+
+
+class InHand(NamedTuple):
+    """A run that its worker has had for a second."""
+
+    task: int
+    name: str
+    worker: int
+    began_at: int | None            # None: it waits in the pipe of a child
+    behind: int | None = None       # the task that it waits for there
+    behind_at: int | None = None    # … when that began
+    timeout: float | None = None
+    ran: tuple = ()                 # counts of what such runs took in the last day
+
+
+class TaskFacts(NamedTuple):
+    """What tells why a task is as it is."""
+
+    id: int
+    now: int
+    last_id: int = 0                # the highest id ever given
+    task: TaskRow | None = None     # None: there is none
+    alone: bool = False             # its next run needs a child to itself
+    error: dict | None = None
+    progress: list | None = None
+    attempts: tuple = ()            # dicts of its runs, as far as they are kept
+    act: Act | None = None          # who ended it, or deleted it
+    holder: int | None = None       # another task with its key, unfinished
+    pause: Pause | None = None      # of its queue
+    workers: tuple[WorkerFacts, ...] = ()
+    left: Act | None = None         # the end of the last worker, where there is none
+    run: InHand | None = None
+    ran: tuple = ()                 # counts of what its runs took in the last day
+    last_run: int | None = None     # when a task of its name ended last
+    names: tuple = ()               # that workers know, where none knows its own
+    due: int = 0                    # tasks due that wait to be made ready
+    batch: int = 0                  # … of which a turn takes so many
+    ahead: tuple[Ahead, ...] = ()   # ready, and before it; those paused left out
+    is_more: bool = False           # there are more ahead than were counted
+    recent: int = 0                 # of those of lower priority numbers, how many came
+    recent_since: int | None = None     # … since then, if that was looked for
+    pace: tuple[Pace, ...] = ()
+    tats: dict = {}                 # of limits of starts, see rate_tokens()
+    running: int = 0                # runs of its name
+    # What the caller knows beside that.
+    dead: frozenset = frozenset()   # ids of workers known to be dead, by the kernel
+    worker_timeout: float = 15.0    # seconds that one may be silent
+    retention: float | None = None  # seconds that finished tasks are kept
+
+
+class Head(NamedTuple):
+    """The first ready task of a group and priority."""
+
+    id: int
+    queue: str
+    name: str
+    priority: int
+    run_at: int
+
+
+class Recent(NamedTuple):
+    """How the runs of a task ended of late."""
+
+    name: str
+    runs: int                       # of the last ten minutes
+    bad: int                        # … that failed, for good or not
+    crashed: int                    # of the last hour, with their child
+    error: dict | None = None       # that of most of them
+
+
+class ScheduleFacts(NamedTuple):
+    """A schedule, and how its last run ended."""
+
+    row: ScheduleRow
+    alert_after: float | None = None
+    last_state: int | None = None
+
+
+class ChildFacts(NamedTuple):
+    """A child, as of its worker's last heartbeat."""
+
+    worker: int
+    pid: int
+    memory: int
+
+
+class SystemFacts(NamedTuple):
+    """What tells whether a queue needs somebody."""
+
+    now: int
+    has_work: bool = False          # something is unfinished, or on a schedule
+    workers: tuple[WorkerFacts, ...] = ()
+    gone: tuple = ()                # (worker id, runs) of those without a row
+    left: Act | None = None
+    pauses: tuple[Pause, ...] = ()
+    heads: tuple[Head, ...] = ()
+    is_more: bool = False           # there are more groups than heads
+    waits: dict = {}                # by queue: counts of what runs waited in a day
+    recent: tuple[Recent, ...] = ()
+    schedules: tuple[ScheduleFacts, ...] = ()
+    children: tuple[ChildFacts, ...] = ()
+    long: tuple[InHand, ...] = ()   # runs of over a minute
+    clock: ClockView | None = None
+    dead: frozenset = frozenset()
+
+
 # == Store ====================================================================
 # Owns what can be done to a queue.  Each verb is one atomic step, but for two that
 # say so; it is durable when it returns, if it has to be, and leaves nothing open.
@@ -2274,8 +2435,23 @@ class TimeVerbs(Protocol):
         """
 
 
+class WhyVerbs(Protocol):
+    """What tells why.  All of one moment, and in bounded work: nothing is counted
+    further than AHEAD_MOST, and no finished task is read but the one asked about.
+    """
+
+    def task_facts(self, task_id: int, now: int) -> TaskFacts:
+        """What tells why a task is as it is; `task` is None where there is none.
+
+        Raises TaskNotFound only for what cannot be an id.
+        """
+
+    def system_facts(self, now: int) -> SystemFacts:
+        """What tells whether anything needs somebody."""
+
+
 class Store(QueueVerbs, ProgramVerbs, PeopleVerbs, HistoryVerbs, WorkVerbs,
-            WorkerVerbs, LiveVerbs, TimeVerbs, Protocol):
+            WorkerVerbs, LiveVerbs, TimeVerbs, WhyVerbs, Protocol):
     """A queue.  Times are unix ms; an id, or a row, comes back as it is just now.
 
     All verbs raise DatabaseUnavailable where the queue cannot be used.
@@ -5079,6 +5255,33 @@ class Database:
                 connection.set_progress_handler(None, 0)
                 connection.execute("pragma query_only = off").fetchall()
 
+    @contextlib.contextmanager
+    def moment(self) -> Iterator[None]:
+        """A block in which all that read() finds is of one moment; nothing is written.
+
+        Text that is no UTF-8, as only an edit by hand leaves it, is read all the same.
+        """
+        while True:
+            link = self.link()
+            outer, link.is_reading = link.is_reading, True      # a fork waits for us
+            if outer or link.writer() is not None or not FORKS.is_on():
+                break
+            link.is_reading = outer
+            FORKS.wait()
+        lenient = functools.partial(str, encoding="utf-8", errors="replace")
+        before, link.connection.text_factory = link.connection.text_factory, lenient
+        begins = not link.is_open
+        try:
+            if begins:
+                self.read("begin")
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.Error):    # a fork may have closed it
+                link.connection.text_factory = before
+                if begins:
+                    link.connection.execute("rollback")
+            link.is_reading = outer
+
     def data_version(self) -> tuple:
         number = self.read("pragma data_version")[0][0]
         return weakref.ref(self._local.link), number
@@ -5735,7 +5938,7 @@ class Pick:
 # cannot take: what is paused, unknown, not served, or over its rate.  What one
 # look does not reach, the next ones do: see Round.  Knows nothing of outcomes.
 
-_PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
+PROMOTE_BATCH = 500        # scheduled tasks made ready by one turn
 _PASS_ROWS = 32             # rows that a look passes over, in the order of claims
 _SEEK_STEPS = 128           # … and then goes so far from group to group
 _PASS_ALONE = 100           # … of those that need a child to themselves: there are few
@@ -6032,7 +6235,7 @@ class Claims(Queue):
         ready = connection.execute(
             f"""select id, state from bg_task where state < {QUEUED} and run_at <= :now
                 order by run_at limit :batch""",
-            {"now": now, "batch": _PROMOTE_BATCH},
+            {"now": now, "batch": PROMOTE_BATCH},
         ).fetchall()
         connection.executemany(
             f"""update bg_task set state = {QUEUED} where id = ?""",
@@ -6288,6 +6491,13 @@ def keep_printed(connection, run, worker):
         kept = kept_of(itertools.starmap(OutputRow, rows))
         put_payload(connection, run.id, OUTPUT, kept.text())
     forget_live(connection, run, worker)
+
+
+WORKER_ROW = """
+    select id, name, pid, host, boot, port, token, queues, concurrency, started_at,
+        beat_at, running, live, start_method, state, note, memory, cpu, children_cpu,
+        rate, version, max_memory, timeout
+    from bg_worker """
 
 
 def _read_names(text):
@@ -7930,6 +8140,436 @@ class Timetable:
         return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
 
 
+# == Facts ====================================================================
+# Owns the SQL of `why`, and of what needs attention: whatever tells of it, read in one
+# transaction.  What may be large is found by seeks, or counted up to a limit; no
+# statement reads finished tasks.  Judges nothing: see the room Why.
+
+_MOST_WORKERS = 1000        # those that beat last
+_MOST_KNOWN = 20_000        # that workers know
+_MOST_HEADS = 1000          # groups that are looked at
+_MOST_RUNNING = 10_000      # runs that are counted by their workers
+_MOST_DUE = 100_000         # due tasks, and waiting ones of a paused queue
+_MOST_FEW = 1000            # of queues, schedules, children
+_MOST_LONG = 20             # long runs, and names whose errors are looked at
+_MOST_ERRORS = 50           # … and of each of these
+_PACE_MS = 300_000          # for how long a pace is looked at
+_LONG_MS = 60_000           # a run that takes longer may be a stuck one
+_LATELY_MS = 600_000        # what fails lately
+
+
+def _sums(kind):
+    """SQL for the counts of one kind in bg_history, summed."""
+    return ", ".join(f"ifnull(sum({kind}{n}), 0)"
+                     for n in range(len(HISTORY_BOUNDS) + 1))
+
+
+class Looks(Records, Attempts):
+    """What both verbs read.  They are called in a moment()."""
+
+    def _workers(self, name=""):
+        """Those registered; with what they know of a task."""
+        rows = self.db.read(
+            f"{WORKER_ROW} order by beat_at desc limit {_MOST_WORKERS}")
+        holding = {worker: rest for worker, *rest in self._held()}
+        known = self._known()
+        names: dict[int, dict] = collections.defaultdict(dict)
+        for worker, task, *limits in known:
+            names[worker][task] = limits
+        is_whole = len(known) < _MOST_KNOWN
+        if not is_whole:            # those of the last one may be incomplete
+            names.pop(known[-1][0])
+        found = []
+        for row in rows:
+            worker, told = WorkerRow(*row), names.get(row[0])
+            if told is None and worker.state is not None and is_whole:
+                told = {}
+            rate, most = (told or {}).get(name, (None, None))
+            known_names = None if told is None else frozenset(told)
+            held = holding.get(worker.id, (0, None))
+            found.append(WorkerFacts(*(worker, *held, known_names, rate, most)))
+        return tuple(found)
+
+    def _held(self):
+        """(worker, runs it has, when it claimed the last)."""
+        return self.db.read(
+            f"""select worker, count(*), max(started_at) from (
+                select worker, started_at from bg_task indexed by bg_running
+                    where state = {RUNNING} limit {_MOST_RUNNING})
+                group by worker""")
+
+    def _known(self):
+        return self.db.read(
+            f"""select worker, name, rate, max_running from bg_worker_task
+                order by worker desc limit {_MOST_KNOWN}""")
+
+    def _pauses(self):
+        rows = self.db.read(
+            f"""select name, paused_at, paused_by, reason from bg_queue
+                order by name limit {_MOST_FEW}""")
+        return tuple(Pause(*row) for row in rows)
+    def _left(self, workers):
+        """The end of the last worker, if there is no other."""
+        rows = [] if workers else self.db.read(
+            """select at, who, how, action, detail from bg_event
+                where action = 'worker_stop' order by id desc limit 1""")
+        return Act(*rows[0]) if rows else None
+
+    def _heads(self):
+        """The first ready task of each queue, name and priority, by a leap for each."""
+        rows = self.db.read(
+            f"""with recursive head (id) as (
+                    select (select id from bg_task indexed by bg_group
+                        where state = {QUEUED} and alone = 0
+                        order by queue, name, priority, place, id limit 1)
+                    union all
+                    select (select id from bg_task as next indexed by bg_group
+                            where state = {QUEUED} and alone = 0 and
+                                (queue, name, priority)
+                                    > (last.queue, last.name, last.priority)
+                            order by queue, name, priority, place, id limit 1)
+                        from head join bg_task as last on last.id = head.id
+                    limit {_MOST_HEADS})
+                select t.id, t.queue, t.name, t.priority, t.run_at
+                    from head join bg_task as t on t.id = head.id""")
+        return [Head(*row) for row in rows]
+
+    def _slots(self, now):
+        """[(span, its starts)] that make up the last day."""
+        rolled = self.db.read("""select value from bg_meta where name = 'rolled_to'""")
+        now_s = now // 1000
+        rolled_to = int(rolled[0][0]) if rolled else 0
+        newest = min(now_s, max(now_s - 10_800, rolled_to)) // 60 * 60
+        quarters = range((now_s - 86_400) // 900 * 900, newest, 900)
+        return (900, [*quarters]), (60, [*range(newest, now_s + 1, 60)])
+
+    def _counts(self, kind, name, now):
+        """Counts, by HISTORY_BOUNDS, of the runs of a task in the last day."""
+        total: tuple = ()
+        for span, starts in self._slots(now):
+            counts = self.db.read(
+                f"""select {_sums(kind)} from json_each(:starts) as slot
+                    cross join bg_history where span = :span and at = slot.value
+                        and name = :name""",
+                {"starts": json.dumps(starts), "span": span, "name": name})[0]
+            total = tuple(map(sum, zip(total, counts))) if total else counts
+        return total
+
+
+class TaskLook(Looks):
+    """What tells of one task."""
+
+    def task_facts(self, task_id: int, now: int) -> TaskFacts:
+        with self.db.moment():
+            facts = TaskFacts(row_id(task_id), now, self._last_id(),
+                              batch=PROMOTE_BATCH)
+            try:
+                task = self.task(task_id)
+            except TaskNotFound:
+                return facts._replace(act=self._act_on(task_id, "forget"))
+            facts = facts._replace(
+                task=task, error=read_error(self._text(task_id, ERROR)),
+                attempts=tuple(self.attempts(task_id)),
+                workers=self._workers(task.name))
+            if task.state in FINISHED:
+                return facts._replace(act=self._act_on(task_id, "cancel", task),
+                                      holder=self._holder(task))
+            facts = facts._replace(left=self._left(facts.workers),
+                                   ran=self._counts("r", task.name, now))
+            if task.state == RUNNING:
+                return facts._replace(
+                    act=self._act_on(task_id, "cancel"), run=self._in_hand(task_id),
+                    progress=self._list(task_id, PROGRESS) or None)
+            return self._waiting_facts(facts)
+
+    def _waiting_facts(self, facts):
+        task, now, workers = facts.task, facts.now, facts.workers
+        knows = [w.names is None or task.name in w.names for w in workers]
+        pause = self.db.read(
+            """select name, paused_at, paused_by, reason from bg_queue
+                where name = :queue""", {"queue": task.queue})
+        facts = facts._replace(
+            pause=Pause(*pause[0]) if pause else None, pace=self._pace(now),
+            tats={n: at for n in (task.name, "") for at in self._tat(n)},
+            running=self._running_of(task.name),
+            due=self._due(now) if task.state < QUEUED and task.run_at <= now else 0)
+        if not any(knows):
+            facts = facts._replace(names=self._names(), last_run=self._last_run(task))
+        if task.state != QUEUED:
+            return facts
+        place, alone = self._row(
+            """select place, alone from bg_task where id = :id""", task.id)
+        ahead, is_more = self._ahead(task, place) if not alone else ((), False)
+        facts = facts._replace(alone=bool(alone), ahead=ahead, is_more=is_more)
+        if ahead and ahead[-1].priority < task.priority and not is_more:
+            return self._with_recent(facts)
+        return facts
+
+    def _last_id(self):
+        return self.db.read(
+            """select max(ifnull((select value from bg_meta where name = 'last_id'), 0),
+                ifnull((select max(id) from bg_task), 0))""")[0][0]
+
+    def _text(self, task_id, kind):
+        return payload_of(self.db, task_id, kind)
+
+    def _list(self, task_id, kind):
+        """A list that is kept as JSON; empty where it is no list any more."""
+        found = None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(self._text(task_id, kind) or "null")
+        return found if isinstance(found, list) else []
+
+    def _act_on(self, task_id, action, task=None):
+        """What somebody did: to the task, or to many at the moment of its end."""
+        rows = self.db.read(
+            """select at, who, how, action, detail from bg_event
+                where target = :target and action = :action
+                    or at = :at and action in ('cancel', 'purge')
+                order by id desc limit 1""",
+            {"target": str(task_id), "action": action,
+             "at": task.finished_at if task and task.state == CANCELLED else None})
+        return Act(*rows[0]) if rows else None
+
+    def _holder(self, task):
+        rows = self.db.read(
+            f"""select id from bg_task
+                where key = :key and key is not null and state < {SUCCESS}""",
+            {"key": task.key})
+        return rows[0][0] if rows else None
+
+    def _in_hand(self, task_id):
+        rows = self.db.read(
+            """select r.task, ifnull(t.name, ''), r.worker, r.began_at, r.behind,
+                    b.began_at
+                from bg_run as r left join bg_task as t on t.id = r.task
+                    left join bg_run as b on b.task = r.behind
+                where r.task = :id and r.attempt = t.attempt and r.worker = t.worker""",
+            {"id": task_id})
+        return InHand(*rows[0]) if rows else None
+
+    def _tat(self, limit):
+        return [tat for tat, in self.db.read(
+            """select tat from bg_rate where name = :name""", {"name": limit})]
+
+    def _running_of(self, name):
+        return self.db.read(
+            f"""select count(*) from (select name from bg_task indexed by bg_running
+                    where state = {RUNNING} limit {_MOST_RUNNING})
+                where name = :name""", {"name": name})[0][0]
+
+    def _due(self, now):
+        return self.db.read(
+            f"""select count(*) from (select 1 from bg_task indexed by bg_delayed
+                where state < {QUEUED} and run_at <= :now limit {_MOST_DUE})""",
+            {"now": now})[0][0]
+
+    def _names(self):
+        return tuple(name for name, in self.db.read(
+            f"""select distinct name from
+                (select name from bg_worker_task limit {_MOST_KNOWN})"""))
+
+    def _last_run(self, task):
+        """When a task of this name ended last, as far as its row is still there."""
+        rows = self.db.read(
+            """select finished_at from bg_task where id in (
+                select max(hi) from bg_history
+                    where span = 0 and at = 0 and name = :name)""", {"name": task.name})
+        return rows[0][0] if rows else None
+
+    # -- who is before it
+
+    def _ahead(self, task, place):
+        """(Ahead of each group in order of priority, there are more)."""
+        found, left = [], AHEAD_MOST
+        paused = {pause.queue for pause in self._pauses()}
+        heads = self._heads()
+        for head in sorted(heads, key=lambda head: head.priority):
+            if head.priority > task.priority or head.queue in paused:
+                continue
+            is_before = head.priority < task.priority
+            count, = self.db.read(
+                f"""select count(*) from (
+                    select 1 from bg_task indexed by bg_group
+                        where state = {QUEUED} and alone = 0 and queue = :queue
+                            and name = :name and priority = :priority
+                            and (place, id) < (:place, :id)
+                        limit :most)""",
+                {"queue": head.queue, "name": head.name, "priority": head.priority,
+                 "place": MOST_ID if is_before else place, "id": task.id,
+                 "most": left})[0]
+            left -= count
+            if count:
+                found.append(Ahead(head.queue, head.name, head.priority, count))
+        return tuple(found), left <= 0 or len(heads) == _MOST_HEADS
+
+    def _with_recent(self, facts):
+        """How many came of late of those before it, which are all of lower numbers."""
+        since = max(0, facts.now - _PACE_MS)
+        first, oldest = self._first_since(since, facts.last_id), None
+        count = 0
+        for group in facts.ahead:
+            came, lowest = self.db.read(
+                f"""select count(*), min(id) from (
+                    select id from bg_task indexed by bg_group
+                        where state = {QUEUED} and alone = 0 and queue = :queue
+                            and name = :name and priority = :priority
+                        limit {AHEAD_MOST})
+                    where id >= :first""",
+                {**group._asdict(), "first": first})[0]
+            count += came
+            oldest = earliest(oldest, lowest)
+        if count and count == sum(group.tasks for group in facts.ahead):
+            since = self._row("""select created_at from bg_task where id = :id""",
+                              oldest)[0]        # all that came since are still there
+        return facts._replace(recent=count, recent_since=since)
+
+    def _first_since(self, at, last_id):
+        """The id of about the first task that came after a time: ids rise with it."""
+        low, high = 0, last_id + 1
+        while low < high:
+            middle = (low + high) // 2
+            rows = self.db.read(
+                """select id, created_at from bg_task where id > :middle
+                    order by id limit 1""", {"middle": middle})
+            if rows and rows[0][1] < at:
+                low = rows[0][0]
+            else:
+                high = middle
+        return low + 1
+
+    def _pace(self, now):
+        since = (now - _PACE_MS) // 60_000 * 60
+        rows = self.db.read(
+            f"""select queue, name, sum(runs), min(at) * 1000 from bg_history
+                where span = 60 and at >= :since group by queue, name
+                limit {_MOST_FEW}""", {"since": since})
+        return tuple(Pace(*row) for row in rows)
+
+
+class SystemLook(Looks):
+    """What tells of all."""
+
+    def system_facts(self, now: int) -> SystemFacts:
+        with self.db.moment():
+            workers = self._workers()
+            heads = self._heads()
+            schedules = self._schedules()
+            clock = dict(self.db.read(
+                """select name, value from bg_meta
+                    where name in ('clock', 'clock_doubted')"""))
+            late = {head.queue for head in heads if head.run_at < now - _LONG_MS}
+            ids = {worker.row.id for worker in workers}
+            return SystemFacts(
+                now, bool(schedules) or self._is_work(), workers,
+                tuple((n, count) for n, count, _ in self._held() if n not in ids),
+                self._left(workers), tuple(map(self._with_waiting, self._pauses())),
+                tuple(heads), len(heads) == _MOST_HEADS,
+                self._waits(late, now) if late else {}, self._recent(now), schedules,
+                self._children(), self._long(now),
+                ClockView(clock["clock"], clock.get("clock_doubted"))
+                if "clock" in clock else None)
+
+    def _is_work(self):
+        return bool(self.db.read(
+            f"""select 1 where exists (select 1 from bg_task where state < {QUEUED})
+                or exists (select 1 from bg_task where state = {QUEUED} and alone = 0)
+                or exists (select 1 from bg_task where state = {QUEUED} and alone <> 0)
+                or exists (select 1 from bg_task where state = {RUNNING})"""))
+
+    def _with_waiting(self, pause):
+        count = self.db.read(
+            f"""select count(*) from (select 1 from bg_task indexed by bg_group
+                where state = {QUEUED} and alone = 0 and queue = :queue
+                limit {_MOST_DUE})""", {"queue": pause.queue})[0][0]
+        return pause._replace(waiting=count)
+
+    def _waits(self, queues, now):
+        """Counts of what runs waited in the last day, of these queues."""
+        found: dict[str, list] = {}
+        for span, starts in self._slots(now):
+            rows = self.db.read(
+                f"""select queue, {_sums("w")} from bg_history
+                    where span = :span and at between :first and :last
+                    group by queue""",
+                {"span": span, "first": starts[0] if starts else 0,
+                 "last": starts[-1] if starts else -1})
+            for queue, *counts in rows:
+                if queue in queues:
+                    before = found.get(queue, [0] * len(counts))
+                    found[queue] = [a + b for a, b in zip(before, counts)]
+        return found
+
+    def _recent(self, now):
+        """Names that had bad ends of late; of some of them what it was."""
+        rows = self.db.read(
+            f"""select name, sum(runs * (at >= :lately)),
+                    sum((failed + retried) * (at >= :lately)), sum(crashed)
+                from bg_history where span = 60 and at >= :hour
+                group by name having sum(failed + retried + crashed) > 0
+                order by 3 desc, 4 desc limit {_MOST_FEW}""",
+            {"lately": (now - _LATELY_MS) // 60_000 * 60,
+             "hour": (now - HOUR_MS) // 60_000 * 60})
+        return tuple(
+            Recent(*(*row, self._usual_error(row[0], now) if n < _MOST_LONG else None))
+            for n, row in enumerate(rows))
+
+    def _usual_error(self, name, now):
+        """The most frequent one of the newest of a name: of what failed, or will be
+        run again."""
+        rows = self.db.read(
+            f"""select p.body from (
+                    select id from (
+                        select id from bg_task indexed by bg_bad
+                            where state > {SUCCESS} and state = {FAILED}
+                                and finished_at >= :since and name = :name
+                            order by finished_at desc limit {_MOST_ERRORS})
+                    union all
+                    select id from (
+                        select id, name from bg_task indexed by bg_delayed
+                            where state < {QUEUED} and state = {RETRYING}
+                            order by run_at limit {_MOST_FEW})
+                        where name = :name)
+                join bg_payload as p on p.id = 8 * +id + {ERROR}
+                limit {_MOST_ERRORS}""",
+            {"name": name, "since": now - HOUR_MS})
+        errors = [read_error(body) for body, in rows]
+        kinds = collections.Counter(
+            (e["kind"], str(e.get("type"))) for e in errors if e)
+        usual = kinds.most_common(1)[0][0] if kinds else None
+        return next((e for e in errors if e and
+                     (e["kind"], str(e.get("type"))) == usual), None)
+
+    def _schedules(self):
+        rows = self.db.read(
+            f"""select s.task, s.expr, s.tz, s.number, s.misfire, s.overlap, s.jitter,
+                    s.next_tick, s.last_tick, s.done, s.set_at, s.seen_at, s.last_id,
+                    s.success_at, s.alert_after, t.state
+                from bg_schedule as s left join bg_task as t on t.id = s.last_id
+                order by s.next_tick limit {_MOST_FEW}""")
+        return tuple(ScheduleFacts(ScheduleRow(*row[:14]), *row[14:]) for row in rows)
+
+    def _children(self):
+        rows = self.db.read(
+            f"""select worker, pid, memory from bg_child order by memory desc
+                limit {_MOST_FEW}""")
+        return tuple(ChildFacts(*row) for row in rows)
+
+    def _long(self, now):
+        """The longest of the runs that have no limit of their own."""
+        rows = self.db.read(
+            f"""select r.task, t.name, r.worker, r.began_at, null, null, t.timeout
+                from bg_run as r join bg_task as t on t.id = r.task
+                where t.state = {RUNNING} and r.attempt = t.attempt
+                    and r.began_at < :before and t.timeout is null
+                order by r.began_at limit {_MOST_LONG}""", {"before": now - _LONG_MS})
+        return tuple(InHand(*(*row, self._counts("r", row[1], now))) for row in rows)
+
+
+class Facts(TaskLook, SystemLook):
+    """The verbs that tell why."""
+
+
 # == Register =================================================================
 # Owns the SQL of workers about each other: who there is, and who is dead.  All verbs
 # meet here, in SqliteStore.
@@ -8030,10 +8670,7 @@ class Register:
 
     def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
         rows = self.db.read(
-            """select id, name, pid, host, boot, port, token, queues, concurrency,
-                    started_at, beat_at, running, live, start_method, state, note,
-                    memory, cpu, children_cpu, rate, version, max_memory, timeout
-                from bg_worker where id > :after order by id limit :limit""",
+            WORKER_ROW + "where id > :after order by id limit :limit",
             {"after": after, "limit": limit},
         )
         return [WorkerRow(*row) for row in rows]
@@ -8045,7 +8682,8 @@ class Register:
         ))
 
 
-class SqliteStore(Endings, Desk, LiveRows, Timetable, Register, Attempts, History):
+class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
+                  History):
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
@@ -17295,12 +17933,6 @@ def _failed(args, app):
     return _printed(args, rows, list_text)
 
 
-@command("show", "show all that is known of one task", "show 42",
-         flag("id", metavar="ID"), reads=True)
-def _show(args, app):
-    return _printed(args, show_report(app.store, parse_id(args.id)), show_text)
-
-
 @command("stats", "show durations and waiting times for each task", "stats",
          reads=True)
 def _stats(args, app):
@@ -17523,6 +18155,1088 @@ def _resume(args, app):
     if not app.store.resume(args.queue):
         raise Problem(f"queue {args.queue} is not paused")
     return f"queue {args.queue} goes on"
+
+
+# == Wording ==================================================================
+# Owns how numbers, times, errors and workers are put in a sentence.  What comes from
+# rows may be anything that an edit by hand can leave there.
+
+_LONG_TEXT = 160            # characters of an error in a sentence
+
+
+class Clock:
+    """Times and spans in a sentence: on this machine's clock, with the zone once."""
+
+    def __init__(self, now: int):
+        self.now = now
+        self._shape = " %Z"
+
+    def at(self, at: int) -> str:
+        """14:02:31 UTC; with the date if it is of another day."""
+        stamp, days = iso_time(whole(at, 0)), "%Y-%m-%d"
+        is_today = local_time(stamp, days) == local_time(iso_time(self.now), days)
+        shape, self._shape = "%H:%M:%S" + self._shape, ""
+        return local_time(stamp, shape if is_today else f"{days} {shape}")
+
+    def since(self, at: int) -> str:
+        """How long ago that was."""
+        return lasting((self.now - whole(at, 0)) / 1000)
+
+    def ago(self, at: int) -> str:
+        """The same with `ago`; what is less than a second ago, or to come, is now."""
+        is_now = self.now - whole(at, 0) < 1000
+        return "just now" if is_now else f"{self.since(at)} ago"
+
+
+def lasting(seconds: float) -> str:
+    """A span for eyes, without decimals that are none: 12 s."""
+    return span(max(0.0, seconds)).replace(".0 ", " ")
+
+
+def counted(number: int, what: str, more: str = "") -> str:
+    """1 task, 2,311 tasks; `more`: the plural, if it is no s that is appended."""
+    return f"{number:,} {what if number == 1 else more or what + 's'}"
+
+
+def listed(words: Sequence[str], most: int = 3) -> str:
+    """a, b and c; of more than so many the first, and how many there are besides."""
+    words = list(words)
+    if len(words) > most:
+        words = [*words[:most - 1], f"{len(words) - most + 1:,} more"]
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def per_time(rate: float) -> str:
+    """A rate as somebody would have written it: 100 a minute."""
+    units = ((1, "a second"), (60, "a minute"), (3600, "an hour"), (86400, "a day"))
+    for seconds, unit in units:
+        times = rate * seconds
+        if times >= 1 and abs(times - round(times)) < 1e-6 * times:
+            return f"{round(times):,} {unit}"
+    seconds, unit = next((u for u in units if rate * u[0] >= 1), units[-1])
+    return f"{rate * seconds:.3g} {unit}"
+
+
+def brief(text: Any) -> str:
+    """A text from elsewhere as a part of a sentence: one line, not too long."""
+    text = " ".join(str(text).split()).rstrip(".")
+    return text if len(text) <= _LONG_TEXT else text[:_LONG_TEXT] + "…"
+
+
+def end_of(error: dict | None) -> str:
+    """What became of a run, after its name: `raised KeyError: 'x'`."""
+    if not error:
+        return "failed"
+    kind, type_, text = (brief(error.get(k) or "") for k in ("kind", "type", "message"))
+    if kind in ("exception", "abort"):
+        return f"raised {type_ or 'an error'}{': ' * bool(text)}{text}"
+    if kind == "timeout":
+        return "was ended at its time limit"
+    if kind == "lost":
+        return "was lost with its worker"
+    of = type_ and type_ not in text
+    return f"crashed{f' by {type_}' if of else ''}{': ' * bool(text)}{text}"
+
+
+def whole(value: Any, default: Any = None) -> Any:
+    """A number as an int; the default for what is none, as edits by hand leave it."""
+    is_number = isinstance(value, (int, float)) and abs(value) < 1e17
+    return int(value) if is_number else default
+
+
+def queues_of(worker: WorkerFacts) -> list[str] | None:
+    """The queues that a worker serves; None: all."""
+    queues = None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        queues = json.loads(worker.row.queues or "null")
+    return [str(queue) for queue in queues] if isinstance(queues, list) else None
+
+
+def serves(worker: WorkerFacts, queue: str) -> bool:
+    """True for a worker that claims from this queue."""
+    queues = queues_of(worker)
+    return queues is None or queue in queues
+
+
+def knows(worker: WorkerFacts, name: str) -> bool:
+    """False for a worker that has said what it knows, and this is not of it."""
+    return worker.names is None or name in worker.names
+
+
+def silence(worker: WorkerFacts, now: int) -> float:
+    """Seconds since its last heartbeat."""
+    return max(0, now - worker.row.beat_at) / 1000
+
+
+def named(worker: WorkerFacts) -> str:
+    """Its name, as a part of a sentence."""
+    return brief(worker.row.name)
+
+
+def has_database_trouble(worker: WorkerFacts) -> bool:
+    """True when its note is about the database, else it is about its children."""
+    return str(worker.row.note).startswith("cannot write")
+
+
+# == Reasons ==================================================================
+# Owns the reasons why a task is as it is: each has a code, which is stable, and one
+# sentence, which is not.  Here are those of what is over, and of what runs.
+
+# The README has this table.
+REASONS = {
+    "unknown_id": "there is no task with this id: it was never given, or the task was "
+                  "deleted",
+    "success": "it succeeded",
+    "failed_abort": "it failed by `Abort`, which is not retried",
+    "failed_class": "it failed by an exception that `retry_for` does not cover",
+    "failed_used_up": "it failed, and no retries are left",
+    "failed": "it failed, and what its last run left does not say why it was not "
+              "retried",
+    "cancelled": "it was cancelled",
+    "key_held": "also: it cannot be retried while another task holds its key",
+    "worker_dead": "it was running, but its worker is dead or gone",
+    "worker_silent": "it was running, but its worker is not heard of",
+    "ending": "it is running, and is being ended by a cancellation",
+    "in_pipe": "a worker has claimed it; it waits behind another run in a child",
+    "over_limit": "it is past its time limit, and is being ended",
+    "running": "it is running",
+    "due_later": "it waits for its time",
+    "retry_later": "its last run failed; it waits for the next one",
+    "no_worker": "no worker runs",
+    "database": "the workers for it have trouble with the database",
+    "paused": "its queue is paused",
+    "not_served": "no worker serves its queue",
+    "unknown_name": "no worker that serves its queue knows the task",
+    "starting": "the workers for it are starting",
+    "broken": "the workers for it cannot start children",
+    "stopping": "the workers for it are stopping",
+    "rate": "its rate limit, or that of all tasks, is used up",
+    "max_running": "as many of its name run as `max_running` allows",
+    "promotion": "it is due, and a worker is about to make it ready",
+    "alone": "its last run died among others: it waits for a child with nothing to do",
+    "busy": "others are before it, or all children are busy",
+    "starved": "tasks of lower priority numbers come as fast as they are done",
+    "next": "nothing holds it: it is about to start",
+    "unknown_state": "its row was edited to a state that there is not",
+}
+START_COMMAND = "python -m pybgworker run --app MODULE"
+
+
+
+class Reason(NamedTuple):
+    """Why a task is as it is."""
+
+    code: str               # one of REASONS
+    say: str                # one sentence
+    also: tuple = ()        # further (code, sentence): what holds it beside that
+    until: int | None = None    # unix ms; when it changes by itself, if that is known
+    facts: dict = {}        # the numbers that it was made of
+
+
+class Found(NamedTuple):
+    code: str
+    say: str
+    until: int | None = None
+
+
+class Story:
+    """What the facts about a task come to."""
+
+    def __init__(self, facts: TaskFacts):
+        self.facts, self.now = facts, facts.now
+        self.task: Any = facts.task     # None: there is none
+        self.live = [w for w in facts.workers if self.silence(w) < facts.worker_timeout]
+        self.live = [w for w in self.live if w.row.id not in facts.dead]
+        queue, name = facts.task[2:4] if facts.task else ("", "")
+        self.serving = [w for w in self.live if serves(w, queue)]
+        self.knowing = [w for w in self.serving if knows(w, name)]
+        self.able = [w for w in self.knowing
+                     if w.row.state not in ("starting", "stopping") and not w.row.note]
+
+    def silence(self, worker):
+        return silence(worker, self.now)
+
+    @property
+    def clock(self):
+        """A new one for each sentence: each says its zone."""
+        return Clock(self.now)
+
+    @property
+    def used(self):
+        """Runs that count."""
+        return max(0, self.task.attempt - self.task.forgiven)
+
+    def worker(self):
+        """The worker that has the task, or had it; None: it has no row."""
+        return next((w for w in self.facts.workers if w.row.id == self.task.worker),
+                    None)
+
+
+# What is over, or is not there.
+
+
+def absent(story):
+    facts, clock = story.facts, story.clock
+    act = facts.act
+    if facts.id > facts.last_id:
+        ids = f"ids given so far end at {facts.last_id:,}" if facts.last_id else \
+            "none has been enqueued yet"
+        say = f"There is no task {facts.id}: {ids}."
+    elif act:
+        say = f"Task {facts.id} was deleted at {clock.at(act.at)} by {_who(act)}."
+    else:
+        kept = "" if facts.retention in (None, math.inf) else \
+            f": finished tasks are kept for {lasting(facts.retention)}"
+        say = f"Task {facts.id} was deleted{kept}."
+    return Found("unknown_id", say)
+
+
+def _who(act):
+    return f"{brief(act.who)} ({brief(act.how)})"
+
+
+def _ended_at(story, clock):
+    at = whole(story.task.finished_at)
+    return f" at {clock.at(at)}, {clock.ago(at)}" if at else ""
+
+
+def _succeeded(story):
+    task, worker = story.task, story.worker()
+    say = f"It succeeded{_ended_at(story, story.clock)}"
+    if task.attempt:
+        took, waited = task.duration, None
+        if whole(task.started_at):
+            waited = (task.started_at - task.run_at) / 1000
+        say += f": run {task.attempt}"
+        say += f" took {lasting(took)}" if whole(took) is not None else " did it"
+        say += f" on {named(worker)}" if worker else ""
+        say += f" after waiting {lasting(waited)}" if waited and waited > 0 else ""
+    return Found("success", say + ".")
+
+
+def _failed_why(story):
+    task, error = story.task, story.facts.error
+    say = f"It failed for good{_ended_at(story, story.clock)}: "
+    if not error:
+        return Found("failed", say + "what its last run left is not kept.")
+    final, end = error.get("final"), end_of(error)
+    if final == "abort" or error.get("kind") == "abort":
+        return Found("failed_abort",
+                      f"{say}run {task.attempt} {end}, and an abort is not retried.")
+    if final == "retry_for":
+        return Found("failed_class", f"{say}run {task.attempt} {end}, which retry_for"
+                     f"{_classes(error.get('retry_for'))} does not cover.")
+    if final == "used_up" or story.used > task.retries:
+        return Found("failed_used_up", say + _used_up(story, end))
+    return Found("failed", f"{say}run {task.attempt} {end}.")
+
+
+def _classes(names):
+    """What retry_for was, as in the program; nothing where that is not known."""
+    names = [brief(name) for name in names] if isinstance(names, list) else []
+    return f"={names[0]}" if len(names) == 1 else f"=({', '.join(names)})" * bool(names)
+
+
+def _used_up(story, end):
+    task, runs = story.task, story.used
+    if runs < 2:
+        return f"its only run {end}{', and it has no retries' * (not task.retries)}."
+    kinds = collections.Counter(
+        brief(run["type"] or run["kind"]) for run in story.facts.attempts
+        if run["attempt"] > task.forgiven and (run["type"] or run["kind"]))
+    kind, number = kinds.most_common(1)[0] if kinds else ("", 0)
+    same = f", {number:,} with {kind}" if 1 < number < runs else ""
+    every = "both" if runs == 2 else f"all {runs:,}"
+    return f"{every} runs failed{same}; the last one {end}."
+
+
+def _cancelled(story):
+    task, act = story.task, story.facts.act
+    say = f"It was cancelled{_ended_at(story, story.clock)}"
+    say += f", by {_who(act)}" if act else ""
+    if not task.attempt:
+        say += ", before it had begun"
+    return Found("cancelled", say + ".")
+
+
+ENDS = {SUCCESS: _succeeded, FAILED: _failed_why, CANCELLED: _cancelled}
+
+
+def held_key(story):
+    holder = story.facts.holder
+    if holder:
+        yield Found("key_held", f"It cannot be retried while task {holder} holds its "
+                     f"key, {brief(story.task.key)}.")
+
+
+# What runs.  Of several that are true, the first is the sentence.
+
+
+def at_work(story):
+    found = [*_lost_worker(story)]
+    if story.task.cancel_asked:
+        act = story.facts.act
+        asked = f"{brief(act.who)} asked for that {story.clock.ago(act.at)}" if act \
+            else "somebody has cancelled it"
+        found.append(Found("ending", f"It is running and is being ended: {asked}."))
+    run = story.facts.run
+    if found:
+        return found
+    if run and run.began_at is None:
+        return [_in_pipe(story, run)]
+    return [*_over_limit(story)] or [_runs(story)]
+
+
+def _lost_worker(story):
+    task, worker = story.task, story.worker()
+    others = [named(w) for w in story.live if w.row.id != task.worker]
+    nobody = f", and no other worker runs. Start one: `{START_COMMAND}`"
+    if worker is None or worker.row.id in story.facts.dead:
+        who = f"Its worker {named(worker)} (pid {worker.row.pid}) is dead" if worker \
+            else f"Its worker, number {task.worker}, is gone"
+        after = f"; {others[0]} takes it over within 2 s." if others else nobody
+        yield Found("worker_dead", who + after)
+        return
+    timeout, silent = story.facts.worker_timeout, story.silence(worker)
+    if silent >= timeout * 2 / 3:
+        after = "; another worker takes it over now." if others and silent >= timeout \
+            else f"; after {lasting(timeout)} its tasks go to others." if others \
+            else nobody
+        yield Found("worker_silent", f"Its worker {named(worker)} has not been heard "
+                     f"of for {lasting(silent)}{after}")
+
+
+def _in_pipe(story, run):
+    what = ""
+    if run.behind:
+        what = f" behind task {run.behind}"
+        if whole(run.behind_at):
+            what += f", which has been running for {story.clock.since(run.behind_at)}"
+    worker = story.worker()
+    return Found("in_pipe", f"{named(worker)} has claimed it; it waits in a child"
+                  f"{what}.")
+
+
+def _began(story):
+    run = story.facts.run
+    return whole(run and run.began_at) or whole(story.task.started_at)
+
+
+def _over_limit(story):
+    began, limit = _began(story), story.task.timeout
+    if not limit:
+        limit = whole(story.worker().row.timeout)
+    over = (story.now - began) / 1000 - limit if began and limit else 0
+    if over > 0:
+        yield Found("over_limit", f"It is {lasting(over)} past its limit of "
+                     f"{lasting(limit)}, and is being ended.")
+
+
+def _runs(story):
+    began, facts = _began(story), story.facts
+    say = f"It has been running on {named(story.worker())}"
+    say += f" for {story.clock.since(began)}" if began else ""
+    half, most = quantile(facts.ran, 0.5), quantile(facts.ran, 0.95)
+    if half is not None and most is not None:
+        say += f" (half of its runs end within {lasting(half)}, 95 % within " \
+            f"{lasting(most)})"
+    percent, text = [*(facts.progress or ()), None, None][:2]
+    said = [f"{percent:.3g} %"] if isinstance(percent, (int, float)) else []
+    said += [f"“{brief(text)}”"] if text else []
+    return Found("running", f"{say}{': ' * bool(said)}{', '.join(said)}.")
+
+
+# == Why ======================================================================
+# Owns what holds a task that waits, and explain(), which is pure; why() asks a store
+# first.  Whatever the rows hold, be it edited by hand: there is one sentence, and no
+# exception.
+
+_REPORT_AFTER = 5.0         # seconds in which a task that nothing holds should start
+_STARVED_AFTER = 300.0      # … and for which one waits before it is called starved
+
+
+# What waits.  Every blocker is found; the first is the sentence.
+
+
+def _waiting(story):
+    task = story.task
+    if task.state != QUEUED and task.run_at > story.now:
+        later = _retry_later if task.state == RETRYING else _due_later
+        return [later(story), *_lasting_blockers(story)]
+    found = [*_lasting_blockers(story), *_passing_blockers(story)]
+    return found or [_ahead(story)]
+
+
+def _until(story):
+    at = whole(story.task.run_at)
+    return f"{story.clock.at(at)}, in {lasting((at - story.now) / 1000)}"
+
+
+def _due_later(story):
+    task = story.task
+    tick = f" (a tick of the schedule {brief(task.name)})" if task.tick else ""
+    return Found("due_later", f"It waits for its time: {_until(story)}{tick}.",
+                  whole(task.run_at))
+
+
+def _retry_later(story):
+    task, ended = story.task, None
+    if whole(task.started_at) and whole(task.duration) is not None:
+        ended = task.started_at + task.duration * 1000
+    pause = f", and the pause before run {story.used + 1} is " \
+        f"{lasting((task.run_at - ended) / 1000)}" if ended else ""
+    return Found(
+        "retry_later", f"It waits for its next run at {_until(story)}: run "
+        f"{story.used} of {task.retries + 1} {end_of(story.facts.error)}{pause}.",
+        whole(task.run_at))
+
+
+def _lasting_blockers(story):
+    """What will still be so when its time comes, unless somebody does something."""
+    task, pause = story.task, story.facts.pause
+    if not story.live:
+        yield Found("no_worker", _no_worker(story))
+    yield from _troubled(story, "database", True)
+    if pause:
+        at, by = whole(pause.at), f" by {brief(pause.by)}" if pause.by else ""
+        since = f" since {story.clock.at(at)}" if at else ""
+        reason = f" (“{brief(pause.reason)}”)" if pause.reason else ""
+        yield Found("paused", f"Queue {brief(task.queue)} has been paused{since}{by}"
+                     f"{reason}: `resume {brief(task.queue)}` lets it go on.")
+    if story.live and not story.serving:
+        yield Found("not_served", f"No live worker serves queue {brief(task.queue)}: "
+                     f"{listed([_serving(w) for w in story.live])}.")
+    if story.serving and not story.knowing:
+        yield Found("unknown_name", _unknown_name(story))
+    yield from _troubled(story, "broken", False)
+
+
+def _no_worker(story):
+    workers, left = story.facts.workers, story.facts.left
+    last, clock = "", story.clock
+    if workers:
+        worker = max(workers, key=lambda w: w.row.beat_at)
+        is_dead = worker.row.id in story.facts.dead
+        last = f"; the last one, {named(worker)} (pid {worker.row.pid}), " + (
+            "is dead" if is_dead else
+            f"has not been heard of for {lasting(story.silence(worker))}")
+    elif left:
+        last = f"; the last one, {brief(left.who)}, left at {clock.at(left.at)}"
+    return f"No worker runs on this database{last}. Start one: `{START_COMMAND}`"
+
+
+def _serving(worker):
+    return f"{named(worker)} serves {listed(list(map(brief, queues_of(worker) or ())))}"
+
+
+def _unknown_name(story):
+    import difflib
+
+    name, facts = story.task.name, story.facts
+    where = "" if len(story.serving) == len(story.live) else \
+        f" that serves queue {brief(story.task.queue)}"
+    say = f"No live worker{where} knows {brief(name)}"
+    elsewhere = [w for w in story.live if w.names and name in w.names]
+    if elsewhere:
+        return f"{say}: {_serving(elsewhere[0])}, and knows it."
+    near = difflib.get_close_matches(name, list(map(str, facts.names)), n=1, cutoff=0.6)
+    if near:
+        return f"{say} (did you mean {brief(near[0])}?)."
+    if whole(facts.last_run):
+        return f"{say}: it last ran at {story.clock.at(facts.last_run)}, on a worker " \
+            "that is gone; was the program deployed without it?"
+    return f"{say}."
+
+
+def _troubled(story, code, is_database):
+    """The first that has a note of this kind, where no worker can take it."""
+    noted = [w for w in story.knowing
+             if w.row.note and has_database_trouble(w) == is_database]
+    if noted and not story.able:
+        yield Found(code, f"{named(noted[0])} {brief(noted[0].row.note)}.")
+
+
+def _passing_blockers(story):
+    """What ends by itself."""
+    task, clock = story.task, story.clock
+    for state in ("starting", "stopping"):
+        found = [w for w in story.knowing if w.row.state == state]
+        if found and not story.able:
+            who = named(found[0])
+            if len(story.knowing) == 1 < len(story.live):
+                who = f"The only worker that knows it, {who},"
+            say = f"has been starting for {clock.since(found[0].row.started_at)}" \
+                if state == "starting" else "is stopping, and claims nothing more"
+            yield Found(state, f"{who} {say}.")
+    if not story.knowing:
+        return
+    yield from _limited(story)
+    if task.state != QUEUED:
+        yield _promotion(story)
+    elif story.facts.alone and not any(w.running == 0 for w in story.able):
+        yield Found("alone", "Its last run died among others, so this one is to have a "
+                     "child to itself: it waits until one has nothing to do.")
+
+
+def _promotion(story):
+    since, facts = story.clock.since(story.task.run_at), story.facts
+    others = f", with {counted(facts.due - 1, 'other')}" if facts.due > 1 else ""
+    return Found("promotion", f"It has been due for {since}{others}; each turn of a "
+                  f"worker makes {facts.batch:,} of them ready.")
+
+
+def _limited(story):
+    """Limits of starts, and of runs at a time."""
+    facts, name, now = story.facts, story.task.name, story.now
+    before = sum(group.tasks for group in facts.ahead if group.name == name)
+    rates = (
+        (name, f"{brief(name)} may", [w.name_rate for w in story.knowing], before),
+        ("", "All tasks together may", [w.row.rate for w in story.knowing],
+         sum(group.tasks for group in facts.ahead)),
+    )
+    for limit, who, found, ahead in rates:
+        rate, tat = max(filter(_is_rate, found), default=0), facts.tats.get(limit)
+        if not rate or not _is_rate(tat) or rate_tokens(tat, now, rate) > 0:
+            continue
+        at = rate_next_at(tat, now, rate) + round(ahead * 1000 / rate)
+        are = "is" if ahead == 1 else "are"
+        others = f"; {ahead:,} {are} before it" if ahead else ""
+        yield Found("rate", f"{who} start {per_time(rate)}{others}, so its turn is at "
+                     f"about {story.clock.at(at)}.", at)
+    most = max((whole(w.max_running, 0) for w in story.knowing), default=0)
+    if 0 < most <= facts.running:
+        others = f"; {before:,} {'is' if before == 1 else 'are'} before it" \
+            if before else ""
+        yield Found("max_running", f"{brief(name)} may run {most:,} at a time over all "
+                     f"workers, and {facts.running:,} "
+                     f"{'is' if facts.running == 1 else 'are'} running{others}.")
+
+
+def _is_rate(value):
+    return isinstance(value, (int, float)) and 1e-9 <= value < 1e16
+
+
+def _ahead(story):
+    """Others, full children; or nothing at all."""
+    facts, task, workers = story.facts, story.task, story.able
+    ahead = [group for group in facts.ahead if any(
+        serves(w, group.queue) and knows(w, group.name) for w in workers)]
+    count = sum(group.tasks for group in ahead)
+    children = sum(whole(w.row.concurrency, 0) for w in workers)
+    is_full = sum(w.running for w in workers) >= children
+    ended = sum(p.runs for p in facts.pace if any(
+        serves(w, p.queue) for w in workers))
+    since = min((p.since for p in facts.pace), default=story.now)
+    pace = ended / max(1.0, (story.now - since) / 1000)
+    waited = (story.now - max(task.run_at, task.created_at)) / 1000
+    if not (count or is_full):
+        return _next(story, waited)
+    lowest = {group.priority for group in ahead}
+    if count and pace and max(lowest) < task.priority and waited >= _STARVED_AFTER \
+            and _comes(story) >= pace:
+        which = " to ".join(map(str, sorted({min(lowest), max(lowest)})))
+        return Found("starved", f"Tasks of priority {which} come as fast as they are "
+                      "done: at this pace it never runs.")
+    return _busy(story, workers, count, children if is_full else 0, pace)
+
+
+def _comes(story):
+    """How many a second come of those that are before it."""
+    since = whole(story.facts.recent_since)
+    if since is None:
+        return 0.0
+    return story.facts.recent / max(1.0, (story.now - since) / 1000)
+
+
+def _busy(story, workers, count, children, pace):
+    who = f"{named(workers[0])}" if len(workers) == 1 else f"{len(workers):,} workers"
+    full = "" if not children else f"The only child of {who} is busy" \
+        if children == 1 else f"All {children:,} children of {who} are busy"
+    more = "more than " * story.facts.is_more
+    are = "is" if count == 1 else "are"
+    tasks = f"{more}{counted(count, 'task')} {are} ahead of it" if count \
+        else "it is the next one"
+    say = f"{full} and {tasks}" if full else tasks[0].upper() + tasks[1:]
+    if not (count and pace):
+        return Found("busy", say + ".")
+    seconds = count / pace
+    speed = f"{pace:,.0f} a second" if pace >= 10 else per_time(float(f"{pace:.2g}"))
+    return Found("busy", f"{say}: about {lasting(seconds)} at the present {speed}.",
+                  story.now + round(seconds * 1000))
+
+
+def _next(story, waited):
+    """Nothing holds it.  That is no trouble while something has changed just now."""
+    changes = [whole(at, 0) for w in story.able
+               for at in (w.row.started_at, w.claimed_at)]
+    still = min(waited, (story.now - max(changes, default=0)) / 1000)
+    if still < _REPORT_AFTER or any(whole(w.row.running, 0) for w in story.able):
+        return Found("next", "It is about to start.")
+    return Found("next", "Nothing holds it, yet it has not started for "
+                  f"{lasting(still)}: please report `why {story.task.id} --json`.")
+
+
+def _numbers(story):
+    """The facts as JSON has them: numbers and names, no rows."""
+    facts, task = story.facts, story.task
+    found = {
+        "id": facts.id, "status": task and state_name(task.state),
+        "now": iso_time(facts.now), "last_id": facts.last_id,
+        "workers": [_worker_numbers(story, w) for w in facts.workers[:20]],
+    }
+    if task is None:
+        return found
+    found.update(
+        name=task.name, queue=task.queue, priority=task.priority, attempt=task.attempt,
+        forgiven=task.forgiven, retries=task.retries, timeout=task.timeout,
+        run_at=iso_time(whole(task.run_at, 0)), worker=task.worker)
+    if task.state in WAITING:
+        found.update(
+            ahead=sum(group.tasks for group in facts.ahead), is_more=facts.is_more,
+            due=facts.due, running=facts.running, alone=facts.alone,
+            recent=facts.recent, tats=dict(facts.tats),
+            pace=[dict(p._asdict()) for p in facts.pace[:20]],
+            paused=facts.pause is not None)
+    elif task.state == RUNNING:
+        found.update(p50=quantile(facts.ran, 0.5), p95=quantile(facts.ran, 0.95),
+                     progress=facts.progress, holds=facts.run and facts.run._asdict())
+    return found
+
+
+def _worker_numbers(story, worker):
+    return {
+        "id": worker.row.id, "name": worker.row.name, "pid": worker.row.pid,
+        "live": worker in story.live, "silent": story.silence(worker),
+        "running": worker.running, "children": worker.row.concurrency,
+        "queues": queues_of(worker), "state": worker.row.state, "note": worker.row.note,
+        "knows": None if worker.names is None or not story.task
+        else story.task.name in worker.names,
+    }
+
+
+def explain(facts: TaskFacts) -> Reason:
+    """Why a task is as it is.  Pure, and it always finds a reason."""
+    story = Story(facts)
+    if facts.task is None:
+        found = [absent(story)]
+    elif facts.task.state in FINISHED:
+        found = [ENDS[facts.task.state](story), *held_key(story)]
+    elif facts.task.state == RUNNING:
+        found = at_work(story)
+    elif facts.task.state in WAITING:
+        found = _waiting(story)
+    else:
+        found = [Found("unknown_state", "It is in a state that there is not, "
+                        f"{facts.task.state}: its row was edited by hand.")]
+    (code, say, until), *others = found
+    also = tuple((other.code, other.say) for other in others)
+    return Reason(code, say, also, until, _numbers(story))
+
+
+def dead_of(store: Store, workers: Sequence[WorkerFacts]) -> frozenset:
+    """The ids of those that the kernel knows to be dead."""
+    is_dead = judge_of(store)
+    return frozenset(worker.row.id for worker in workers if is_dead(worker.row))
+
+
+def why(store: Store, task_id: int, now: int,
+        settings: types.SimpleNamespace | None = None) -> Reason:
+    """Why a task is as it is just now.  Raises DatabaseUnavailable.
+
+    `settings` tell how long a worker may be silent, and how long tasks are kept.
+    """
+    facts = store.task_facts(task_id, now)
+    facts = facts._replace(dead=dead_of(store, facts.workers))
+    if settings is not None:
+        facts = facts._replace(worker_timeout=settings.worker_timeout,
+                               retention=settings.retention)
+    return explain(facts)
+
+
+# == Attention ================================================================
+# Owns the list of what needs somebody, and the commands `why` and `show`.  Without an
+# entry here nothing has to be done now.  alerts() is pure; attention() asks a store
+# and its disk first.
+
+# The README has this table; they are looked for, and listed, in this order.
+ALERTS = {
+    "no_worker": "no worker runs, and something is to be done",
+    "trouble": "a worker has trouble with the database, or cannot start children",
+    "worker_dead": "a worker is dead or gone, and still holds tasks",
+    "worker_silent": "a worker that holds tasks is not heard of",
+    "paused": "a queue is paused, and tasks wait in it",
+    "unknown_name": "tasks wait that no worker which serves their queue knows",
+    "not_served": "tasks wait in a queue that no worker serves",
+    "late": "the oldest task of a queue has waited for over a minute, and ten times as "
+            "long as 95 % did in the last day",
+    "failing": "of the runs of a task in the last ten minutes over 20 % failed, 5 at "
+               "least",
+    "crashing": "runs of a task crashed in the last hour, or ran out of memory",
+    "schedule_late": "a tick is over a minute late",
+    "schedule_unseen": "no worker that runs knows a schedule any more",
+    "schedule_failed": "the last run of a schedule failed",
+    "schedule_silent": "a schedule has had no success for longer than its alert_after",
+    "memory": "a child holds over 90 % of its max_memory",
+    "long_run": "a run without a time limit takes over a minute, and ten times as long "
+                "as 95 % did in the last day",
+    "disk": "the disk of the database is nearly full: under 1 GiB, or under 5 %",
+    "wal": "the write-ahead log is over 256 MiB: somebody reads for too long",
+    "clock": "the clock went back, or leapt forward by over an hour",
+}
+_MOST_ALERTS, _MOST_OF_ONE = 8, 3
+_LONG_SECONDS = 60.0            # that a task waits, or runs, without a word
+_TIMES_USUAL = 10               # … and so many times as long as 95 % did
+_FAILED_PART, _FAILED_RUNS = 0.2, 5
+_MEMORY_PART = 0.9
+_DISK_BYTES, _DISK_PART = 1 << 30, 0.05
+_WAL_BYTES = 256 << 20
+
+
+class Alert(NamedTuple):
+    """Something that needs somebody."""
+
+    code: str               # one of ALERTS
+    level: str              # bad: work does not get done; warn: it soon may not
+    say: str                # one sentence
+    target: str             # what it is about: queue/NAME, worker/NAME, task/ID …
+    action: str             # what helps: resume, start, look, retry, cancel, free
+
+
+class Disk(NamedTuple):
+    """Bytes of the file system that the database is on, and of its log."""
+
+    free: int
+    total: int              # 0: unknown
+    wal: int
+
+
+class _System:
+    """What the facts about all come to."""
+
+    def __init__(self, facts: SystemFacts, disk: Disk, worker_timeout: float):
+        self.facts, self.disk, self.now = facts, disk, facts.now
+        self.timeout = worker_timeout
+        self.dead = facts.dead
+        self.live = [w for w in facts.workers if w.row.id not in facts.dead
+                     and silence(w, facts.now) < worker_timeout]
+        self.paused = {pause.queue for pause in facts.pauses}
+
+    @property
+    def clock(self):
+        """A new one for each sentence: each says its zone."""
+        return Clock(self.now)
+
+    def name_of(self, worker):
+        """The name of a worker's row, or its number."""
+        return next((named(w) for w in self.facts.workers if w.row.id == worker),
+                    f"worker {worker}")
+
+    def heads(self):
+        """The first ready tasks of queues that are not paused."""
+        return [head for head in self.facts.heads if head.queue not in self.paused]
+
+    def oldest(self, queue, name=None):
+        """Seconds that the oldest ready task there has waited."""
+        waits = [self.now - head.run_at for head in self.facts.heads
+                 if head.queue == queue and name in (None, head.name)]
+        return max(0, *waits, 0) / 1000
+
+
+def alerts(facts: SystemFacts, disk: Disk, worker_timeout: float = 15.0) -> list[Alert]:
+    """What needs somebody, the worst first; at most 8, and then 3 of a kind."""
+    system = _System(facts, disk, worker_timeout)
+    found = [alert for look in _LOOKS for alert in look(system)]
+    if len(found) > _MOST_ALERTS:
+        count: collections.Counter = collections.Counter()
+        for alert in found[:]:
+            count[alert.code] += 1
+            if count[alert.code] > _MOST_OF_ONE:
+                found.remove(alert)
+    return found[:_MOST_ALERTS]
+
+
+def _nobody(system):
+    facts = system.facts
+    if facts.has_work and not system.live:
+        last = ""
+        if facts.left and not facts.workers:
+            last = f"; the last one, {brief(facts.left.who)}, left at " \
+                f"{system.clock.at(facts.left.at)}"
+        yield Alert("no_worker", "bad", f"No worker runs on this database{last}.",
+                    "workers", "start")
+
+
+def _trouble(system):
+    for worker in system.live:
+        if worker.row.note:
+            yield Alert("trouble", "bad", f"{named(worker)} {brief(worker.row.note)}.",
+                        f"worker/{worker.row.name}", "look")
+
+
+def _lost(system):
+    facts = system.facts
+    helper = ": no other worker runs to take them over"
+    helper, level = ("", "warn") if system.live else (helper, "bad")
+    for worker in facts.workers:
+        if worker.row.id in system.dead and worker.running:
+            tasks = counted(worker.running, "task")
+            yield Alert("worker_dead", level, f"{named(worker)} (pid {worker.row.pid}) "
+                        f"is dead, and still holds {tasks}{helper}.",
+                        f"worker/{worker.row.name}", "look" if system.live else "start")
+    for number, count in facts.gone:
+        yield Alert("worker_dead", level, f"Worker {number} is gone, and still holds "
+                    f"{counted(count, 'task')}{helper}.", "workers",
+                    "look" if system.live else "start")
+    for worker in facts.workers:
+        silent = silence(worker, system.now)
+        if worker.row.id not in system.dead and worker.running \
+                and silent >= system.timeout * 2 / 3:
+            yield Alert("worker_silent", level, f"{named(worker)} has not been heard "
+                        f"of for {lasting(silent)}, and holds "
+                        f"{counted(worker.running, 'task')}.",
+                        f"worker/{worker.row.name}", "look")
+
+
+def _paused(system):
+    for queue, at, by, reason, waiting in system.facts.pauses:
+        if waiting:
+            by = f" by {brief(by)}" if by else ""
+            reason = f" (“{brief(reason)}”)" if reason else ""
+            since = f" since {system.clock.at(at)}" if whole(at) else ""
+            wait = "waits" if waiting == 1 else "wait"
+            oldest = lasting(system.oldest(queue))
+            yield Alert("paused", "bad", f"Queue {brief(queue)} has been paused{since}"
+                        f"{by}{reason}: {counted(waiting, 'task')} {wait}, the oldest "
+                        f"for {oldest}.", f"queue/{queue}", "resume")
+
+
+def _unserved(system):
+    """Names that nobody knows, and queues that nobody serves."""
+    said = set()
+    for head in system.heads() if system.live else ():
+        serving = [w for w in system.live if serves(w, head.queue)]
+        if not serving and head.queue not in said:
+            said.add(head.queue)
+            yield Alert("not_served", "bad", f"No live worker serves queue "
+                        f"{brief(head.queue)}: its oldest task has waited for "
+                        f"{lasting(system.oldest(head.queue))}.",
+                        f"queue/{head.queue}", "start")
+        elif serving and (head.queue, head.name) not in said \
+                and not any(knows(w, head.name) for w in serving):
+            said.add((head.queue, head.name))
+            waited = lasting(system.oldest(head.queue, head.name))
+            yield Alert("unknown_name", "bad", f"No live worker that serves queue "
+                        f"{brief(head.queue)} knows {brief(head.name)}: the oldest "
+                        f"such task has waited for {waited}.",
+                        f"tasks?state=queued&name={_quoted(head.name)}", "look")
+
+
+def _quoted(text):
+    from urllib.parse import quote
+
+    return quote(str(text), safe="")
+
+
+def _late(system):
+    known = collections.defaultdict(list)
+    for head in system.heads():
+        if any(serves(w, head.queue) and knows(w, head.name) for w in system.live):
+            known[head.queue].append((system.now - head.run_at) / 1000)
+    for queue, waits in sorted(known.items()):
+        usual = quantile(system.facts.waits.get(queue, ()), 0.95) or 0.0
+        if max(waits) > max(_LONG_SECONDS, _TIMES_USUAL * usual):
+            than = f"; 95 % waited less than {lasting(usual)} in the last day" \
+                if usual else ""
+            yield Alert("late", "bad", f"The oldest task of queue {brief(queue)} has "
+                        f"waited for {lasting(max(waits))}{than}.", f"queue/{queue}",
+                        "look")
+
+
+def _failing(system):
+    for name, runs, bad, _, error in system.facts.recent:
+        if bad >= _FAILED_RUNS and bad > _FAILED_PART * runs:
+            mostly = f"; most often it {end_of(error)}" if error else ""
+            yield Alert("failing", "bad", f"{brief(name)} fails: {bad / runs:.0%} of "
+                        f"{counted(runs, 'run')} in the last 10 min{mostly}.",
+                        f"failures?name={_quoted(name)}", "look")
+
+
+def _crashing(system):
+    for name, _, _, crashed, error in system.facts.recent:
+        if crashed:
+            is_crash = error and error["kind"] == "crash"
+            how = f": it {end_of(error)}" if is_crash else ""
+            times = "once" if crashed == 1 else f"{crashed:,} times"
+            yield Alert("crashing", "bad", f"{brief(name)} crashed {times} in the last "
+                        f"hour{how}.", f"failures?name={_quoted(name)}", "look")
+
+
+def _schedules(system):
+    for known in system.facts.schedules:
+        for code, say, action in _about(system, known):
+            yield Alert(code, "bad", f"Schedule {brief(known.row.name)} {say}.",
+                        "schedules", action)
+
+
+def _about(system, known):
+    row, now, clock = known.row, system.now, system.clock
+    late = now / 1000 - row.next_tick if row.next_tick is not None else 0
+    unseen = bool(system.live) and all(
+        row.seen_at < w.row.started_at for w in system.live)
+    if unseen:
+        yield ("schedule_unseen", "is known to no live worker: one saw it last at "
+               f"{clock.at(row.seen_at)}", "forget")
+    elif system.live and late > _LONG_SECONDS:
+        yield ("schedule_late", f"is late: its tick of "
+               f"{clock.at(row.next_tick * 1000)} has not been enqueued", "look")
+    if known.last_state == FAILED:
+        yield "schedule_failed", f"failed: its last run was task {row.last_id}", "look"
+    after, success = whole(known.alert_after), whole(row.success_at)
+    since = success or whole(row.last_tick, 0) * 1000
+    if after and since:
+        tick = _tick_after(row, since) if success else since
+        if tick is not None and now > tick + after * 1000:
+            last = f"since {clock.at(success)}" if success else "yet"
+            yield "schedule_silent", f"has had no success {last}", "look"
+
+
+def _tick_after(row, at):
+    """Unix ms of the first tick after a time; None for never."""
+    try:
+        moment = datetime.fromtimestamp(at / 1000, timezone.utc)
+        tick = Cron(row.expr, row.tz).next(moment)
+        return tick and round(tick.timestamp() * 1000)
+    except (ValueError, TypeError, OverflowError, OSError, LookupError):
+        return None             # edited by hand; or the zone is gone
+
+
+def _large_children(system):
+    limits = {w.row.id: whole(w.row.max_memory, 0) for w in system.live}
+    for worker, pid, memory in system.facts.children:
+        limit, memory = limits.get(worker, 0), whole(memory, 0)
+        if limit and memory > _MEMORY_PART * limit:
+            name = system.name_of(worker)
+            yield Alert("memory", "warn", f"A child of {name} (pid {pid}) holds "
+                        f"{memory >> 20:,} MiB, {memory / limit:.0%} of its "
+                        "max_memory.", f"worker/{name}", "look")
+
+
+def _long_runs(system):
+    limits = {w.row.id: w.row.timeout for w in system.facts.workers}
+    for run in system.facts.long:
+        began, usual = whole(run.began_at), quantile(run.ran, 0.95)
+        ran = (system.now - began) / 1000 if began else 0
+        if ran > _LONG_SECONDS and usual is not None and ran > _TIMES_USUAL * usual \
+                and limits.get(run.worker, 1) is None:
+            yield Alert("long_run", "warn", f"Task {run.task}, {brief(run.name)}, has "
+                        f"been running for {lasting(ran)} and has no time limit; 95 % "
+                        f"of its runs end within {lasting(usual)}.", f"task/{run.task}",
+                        "cancel")
+
+
+def _disk(system):
+    free, total, wal = system.disk
+    if total and (free < _DISK_BYTES or free < _DISK_PART * total):
+        yield Alert("disk", "bad", f"The disk of the database has {free >> 20:,} MiB "
+                    f"left, {free / total:.1%} of it.", "", "free")
+    if wal > _WAL_BYTES:
+        yield Alert("wal", "warn", f"The write-ahead log has grown to {wal >> 20:,} "
+                    "MiB: some program has been reading for too long.", "", "look")
+
+
+def _clock(system):
+    view, now = system.facts.clock, system.now
+    beats = [w.row.beat_at for w in system.live]
+    seen = max([*beats, whole(view and view.seen, 0)], default=0)
+    if seen > now + AHEAD_MS:
+        yield Alert("clock", "warn", f"The clock went back by "
+                    f"{lasting((seen - now) / 1000)}.", "", "look")
+    elif view and view.doubted is not None:
+        leap = lasting((view.doubted - view.seen) / 1000)
+        yield Alert("clock", "warn", f"The clock leapt forward by {leap}: no old task "
+                    "is deleted until that is certain.", "", "look")
+
+
+_LOOKS = (_nobody, _trouble, _lost, _paused, _unserved, _late, _failing, _crashing,
+          _schedules, _large_children, _long_runs, _disk, _clock)
+
+
+def disk_of(path: str) -> Disk:
+    """What is left where a file is.  Never raises: then it is not known."""
+    free = total = wal = 0
+    with contextlib.suppress(OSError, AttributeError):  # none on Windows
+        found = os.statvfs(path)
+        free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    with contextlib.suppress(OSError):
+        wal = os.stat(path + "-wal").st_size
+    return Disk(free, total, wal)
+
+
+def attention(store: Store, now: int, settings: types.SimpleNamespace) -> list[Alert]:
+    """What needs somebody just now.  Raises DatabaseUnavailable, and nothing else."""
+    facts = store.system_facts(now)
+    facts = facts._replace(dead=dead_of(store, facts.workers))
+    return alerts(facts, disk_of(store.path), settings.worker_timeout)
+
+
+def reason_report(reason: Reason) -> dict:
+    """A reason as --json prints it."""
+    until = None if reason.until is None else iso_time(reason.until)
+    return {
+        "id": reason.facts["id"], "status": reason.facts["status"],
+        "code": reason.code, "say": reason.say,
+        "also": [{"code": code, "say": say} for code, say in reason.also],
+        "until": until, "facts": reason.facts,
+    }
+
+
+def reason_text(reason: Reason) -> str:
+    """The sentence, and what else there is to say, on lines of their own."""
+    also = "Then" if reason.code in ("due_later", "retry_later") else "Also"
+    lines = [reason.say, *(f"{also}: {say}" for _, say in reason.also)]
+    return visible("\n".join(lines))
+
+
+def attention_text(found: Sequence[Alert]) -> str:
+    """A line for each, or that there is none."""
+    marks = {"bad": "×", "warn": "!"}
+    lines = [f"{marks[alert.level]} {alert.say}" for alert in found]
+    return visible("\n".join(lines)) or "Nothing needs you."
+
+
+def _as_json(report):
+    return json.dumps(report, indent=2, default=repr)
+
+
+@command("why", "say why a task is as it is, or what needs you", "why 42",
+         flag("id", metavar="ID", nargs="?",
+              help="a task (default: what needs you, of all there is)"), reads=True)
+def _why(args, app):
+    store, now = app.store, app.store.now()
+    if args.id is None:
+        found = attention(store, now, app.settings)
+        return _as_json([alert._asdict() for alert in found]) if args.json \
+            else attention_text(found)
+    reason = why(store, parse_id(args.id), now, app.settings)
+    if args.json:
+        print_text(_as_json(reason_report(reason)))
+    elif reason.code == "unknown_id":
+        raise TaskNotFound(reason.say)
+    else:
+        print_text(reason_text(reason))
+    return int(reason.code == "unknown_id")
+
+
+@command("show", "show why a task is as it is, and all that is known of it", "show 42",
+         flag("id", metavar="ID"), reads=True)
+def _show(args, app):
+    task_id = parse_id(args.id)
+    report = show_report(app.store, task_id)
+    reason = why(app.store, task_id, app.store.now(), app.settings)
+    if args.json:
+        return _as_json({**report, "why": reason_report(reason)})
+    colour = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
+    return f"{reason_text(reason)}\n{show_text(report, colour)}"
 
 
 # == Overview =================================================================

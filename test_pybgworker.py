@@ -7465,6 +7465,30 @@ class Firsts(Case):
                          [("on:first",), ("on:zzz",), ("x",)])
 
 
+# == Facts ====================================================================
+
+
+class Facts(QueueCase):
+
+    def test_what_tells_why_is_of_one_moment(self):
+        """Another connection commits between two statements of it."""
+        self.enqueue()
+        link, read, counts = self.store.db.link(), self.store.db.read, []
+
+        def reading(statement, *parameters):
+            if "bg_worker_task" in statement:
+                self.sql("update bg_task set attempt = attempt + 1")
+            counts.append(read("select attempt from bg_task where id = 1")[0][0])
+            return read(statement, *parameters)
+
+        self.store.db.read = reading
+        self.addCleanup(vars(self.store.db).pop, "read", None)
+        facts = self.store.task_facts(1, self.now)
+        self.assertEqual((facts.task.attempt, set(counts[1:])), (0, {0}))
+        self.assertFalse(link.connection.in_transaction)
+        self.assertEqual(read("select attempt from bg_task where id = 1"), [(1,)])
+
+
 # == Register =================================================================
 
 
@@ -16636,6 +16660,31 @@ class Reports(QueueCase):
         self.assertEqual((row["waited_max"], row["per_minute"]), (1.0, 0.05))
 
 
+# == Why ======================================================================
+
+
+class Why(QueueCase):
+
+    def why(self, task_id=1, **changes):
+        return pybgworker.why(self.store, task_id, self.now)
+
+    def test_a_task_that_is_over(self):
+        self.enqueue()
+        run, = self.claim()
+        self.finish(run, duration=1.2, started_at=self.now)
+        self.now += 3000
+        found = self.why()
+        self.assertEqual(found.code, "success")
+        self.assertRegex(found.say, r"^It succeeded at \S+ \S+, 3 s ago: run 1 took 1.2 s "
+                         r"on w\.$")
+
+    def test_the_readme_has_the_codes(self):
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        for table in (pybgworker.REASONS, pybgworker.ALERTS):
+            rows = "\n".join(f"| `{code}` | {meaning} |" for code, meaning in table.items())
+            self.assertIn(rows, text)
+
+
 # == Overview =================================================================
 
 
@@ -18335,6 +18384,17 @@ class TheFile(unittest.TestCase):
         return [name.id for target in targets if target for name in ast.walk(target)
                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
 
+    def test_no_section_takes_a_name_that_another_has(self):
+        """The later one would hold in both."""
+        homes: dict = {}
+        for node in self.tree.body:
+            plain = isinstance(node, ast.Assign) and all(
+                isinstance(target, (ast.Name, ast.Tuple)) for target in node.targets)
+            if plain or isinstance(node, ast.AnnAssign) or hasattr(node, "name"):
+                for name in self.names_of(node):
+                    self.assertNotIn(name, homes, f"line {node.lineno}")
+                    homes[name] = node.lineno
+
     @unittest.skipIf(sys.version_info < (3, 10), "its symtable counts annotations")
     def test_no_section_uses_one_below(self):
         defined = {}
@@ -18398,8 +18458,8 @@ class TheFile(unittest.TestCase):
 
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
-                   "History", "Endings", "Records", "Lists", "Desk", "Timetable",
-                   "Register", "Bench"}
+                   "History", "Endings", "Records", "Lists", "Desk", "Facts",
+                   "Timetable", "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
