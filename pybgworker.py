@@ -5255,33 +5255,6 @@ class Database:
                 connection.set_progress_handler(None, 0)
                 connection.execute("pragma query_only = off").fetchall()
 
-    @contextlib.contextmanager
-    def moment(self) -> Iterator[None]:
-        """A block in which all that read() finds is of one moment; nothing is written.
-
-        Text that is no UTF-8, as only an edit by hand leaves it, is read all the same.
-        """
-        while True:
-            link = self.link()
-            outer, link.is_reading = link.is_reading, True      # a fork waits for us
-            if outer or link.writer() is not None or not FORKS.is_on():
-                break
-            link.is_reading = outer
-            FORKS.wait()
-        lenient = functools.partial(str, encoding="utf-8", errors="replace")
-        before, link.connection.text_factory = link.connection.text_factory, lenient
-        begins = not link.is_open
-        try:
-            if begins:
-                self.read("begin")
-            yield
-        finally:
-            with contextlib.suppress(sqlite3.Error):    # a fork may have closed it
-                link.connection.text_factory = before
-                if begins:
-                    link.connection.execute("rollback")
-            link.is_reading = outer
-
     def data_version(self) -> tuple:
         number = self.read("pragma data_version")[0][0]
         return weakref.ref(self._local.link), number
@@ -5332,6 +5305,34 @@ class Database:
         """What lies in the log alone; its size, which may be more, where unknown."""
         found = link.guard and link.guard.log_bytes()
         return self.wal_bytes() if found is None else found
+
+
+@contextlib.contextmanager
+def one_moment(db: Database) -> Iterator[None]:
+    """A block in which all that read() finds is of one moment; nothing is written.
+
+    Text that is no UTF-8, as only an edit by hand leaves it, is read all the same.
+    """
+    while True:
+        link = db.link()
+        outer, link.is_reading = link.is_reading, True      # a fork waits for us
+        if outer or link.writer() is not None or not FORKS.is_on():
+            break
+        link.is_reading = outer
+        FORKS.wait()
+    lenient = functools.partial(str, encoding="utf-8", errors="replace")
+    before, link.connection.text_factory = link.connection.text_factory, lenient
+    begins = not link.is_open
+    try:
+        if begins:
+            db.read("begin")
+        yield
+    finally:
+        with contextlib.suppress(sqlite3.Error):    # a fork may have closed it
+            link.connection.text_factory = before
+            if begins:
+                link.connection.execute("rollback")
+        link.is_reading = outer
 
 
 def wake_addresses(connection: sqlite3.Connection) -> list[tuple]:
@@ -8165,7 +8166,7 @@ def _sums(kind):
 
 
 class Looks(Records, Attempts):
-    """What both verbs read.  They are called in a moment()."""
+    """What both verbs read.  They are called within one_moment()."""
 
     def _workers(self, name=""):
         """Those registered; with what they know of a task."""
@@ -8260,7 +8261,7 @@ class TaskLook(Looks):
     """What tells of one task."""
 
     def task_facts(self, task_id: int, now: int) -> TaskFacts:
-        with self.db.moment():
+        with one_moment(self.db):
             facts = TaskFacts(row_id(task_id), now, self._last_id(),
                               batch=PROMOTE_BATCH)
             try:
@@ -8451,7 +8452,7 @@ class SystemLook(Looks):
     """What tells of all."""
 
     def system_facts(self, now: int) -> SystemFacts:
-        with self.db.moment():
+        with one_moment(self.db):
             workers = self._workers()
             heads = self._heads()
             schedules = self._schedules()
