@@ -8214,6 +8214,116 @@ class Outputs(Served):
         self.assertEqual(sorted(self.printed("in_forks")), ["begun ended", "forked"])
 
 
+# == Log lines ================================================================
+
+SAYING = """
+    def say():
+        import logging
+        log = logging.getLogger("shop")
+        for level in ("debug", "info", "warning"):
+            getattr(log, level)("%s said", level)
+
+    @task(retries=0, name="plain")
+    def plain():
+        say()
+
+    @task(retries=0, name="in_root")
+    def in_root():
+        import logging
+        logging.info("by the module")
+
+    @task(retries=0, name="configured")
+    def configured():
+        import logging, sys
+        logging.basicConfig(format="mine %(message)s", stream=sys.stdout, level="DEBUG")
+        say()
+
+    @task(retries=0, name="added")
+    def added():
+        import logging, sys
+        handler = logging.StreamHandler(sys.stdout)
+        logging.getLogger().addHandler(handler)
+        say()
+"""
+
+
+class LogLines(Served):
+    LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} %s\n"
+
+    def said(self, name, *flags, before="", **environment):
+        """What a task prints in a worker of its own; `before` is in its app."""
+        (self.folder / "saying.py").write_text(
+            f"from pybgworker import *\n{before}\n" + textwrap.dedent(SAYING))
+        worker = self.worker("--concurrency", 1, *flags, app="saying", **environment)
+        result = self.app.send(name, retries=0)
+        self.get(result, 60)
+        worker.stop()
+        return self.store.output(result.id) or ""
+
+    def test_log_lines_are_output_from_their_level_on(self):
+        info = self.LINE % "INFO shop info said"
+        warning = self.LINE % "WARNING shop warning said"
+        for flags, environment, lines in (
+            ((), {}, info + warning),
+            (("--start-method", "spawn"), {}, info + warning),
+            (("--log-level", "debug"), {},
+             self.LINE % "DEBUG shop debug said" + info + warning),
+            ((), {"PYBGWORKER_LOG_LEVEL": "warning"}, warning),
+            ((), {"PYBGWORKER_LOG_LEVEL": "critical"}, ""),
+        ):
+            with self.subTest(flags, **environment):
+                self.assertRegex(self.said("plain", *flags, **environment), f"^{lines}$")
+        self.assertRegex(self.said("in_root"), "^" + self.LINE % "INFO root by the module")
+
+    def test_who_has_configured_logging_is_left_alone(self):
+        """When the app is imported, or by a task: each line comes once, as he wants."""
+        mine, bare = "mine debug said\nmine info said\nmine warning said\n", \
+            "info said\nwarning said\n"
+        for name, before, text in (
+            ("plain", "import logging, sys; logging.basicConfig(stream=sys.stdout, "
+             "level='DEBUG', format='mine %(message)s')", mine),
+            ("plain", "import logging; logging.getLogger().addHandler("
+             "logging.NullHandler())", ""),
+            ("configured", "", mine), ("added", "", bare),
+        ):
+            with self.subTest(name, before=before):
+                self.assertEqual(self.said(name, before=before), text)
+
+    def test_a_level_that_the_app_has_set_stays(self):
+        before = "import logging; logging.getLogger().setLevel('DEBUG')"
+        text = self.said("plain", "--log-level", "error", before=before)
+        self.assertEqual(len(text.splitlines()), 3, text)
+
+    def test_a_time_limit_that_falls_into_a_log_line_is_kept(self):
+        done = self.python("""
+            import logging, pybgworker
+            pybgworker.take_log_lines("INFO")
+
+            class Late:
+                def __init__(self, exc): self.exc = exc
+                def __str__(self): raise self.exc
+
+            for exc in (pybgworker.TaskTimeout("late"), pybgworker.TaskCancelled("late")):
+                try:
+                    logging.getLogger().info("%s", Late(exc))
+                except type(exc):
+                    print("kept")
+            logging.getLogger().info("%s", Late(ValueError("of no use")))
+            logging.getLogger().info("goes on")
+            """)
+        self.assertEqual(done.stdout, "kept\n" * 2)
+        self.assertIn("of no use", done.stderr)
+        self.assertRegex(done.stderr, "INFO root goes on\n$")
+
+    def test_a_log_level_is_one_of_five_words(self):
+        for value in ("info", "Debug", "WARNING", "error", "CRITICAL"):
+            self.assertEqual(pybgworker.check_setting("log_level", value, "x"),
+                             value.upper())
+        for value in ("", "5", 10, None, "notset", "warn"):
+            with self.assertRaisesRegex(pybgworker.SettingError, "debug, info, warning"):
+                pybgworker.check_setting("log_level", value, "x")
+
+
 # == Threads ==================================================================
 
 IN_THREADS = """
