@@ -1498,6 +1498,8 @@ HISTORY_BOUNDS = (
 _BOUNDS_MS = tuple(bound * 1000 for bound in HISTORY_BOUNDS)
 _NO_COUNTS = (0,) * (len(HISTORY_BOUNDS) + 1)
 MINUTE, QUARTER, DAY = 60, 900, 86_400      # seconds; the spans of history
+# Seconds for which rows of each span are kept: the shorter it is, the less long.
+HISTORY_KEPT = {MINUTE: 3 * 3600, QUARTER: 8 * DAY, DAY: 400 * DAY}
 MOST_GROUPS = 1000          # (name, queue) that are told apart in one span
 OTHER_GROUP = ("(other)", "(other)")        # all that are more
 
@@ -1846,7 +1848,7 @@ class PeopleVerbs(Protocol):
         """(queue, name, state, number) over all tasks.  Reads the whole table."""
 
     def finished_runs(self, limit: int) -> list[FinishedRun]:
-        """Those of the newest finished tasks, as many as `limit`."""
+        """Those of the newest finished tasks, as many as `limit`: for the bench."""
 
     def newest_options(self, name: str) -> dict:
         """Queue, priority, retries, timeout of the newest task of a name, or nothing.
@@ -4854,23 +4856,27 @@ create table bg_event (               -- what people have done, and what they mi
         {_iso("finished_at")}, json_extract(p.body, '$.kind') as kind,
         json_extract(p.body, '$.type') as type,
         json_extract(p.body, '$.message') as message
-    from bg_task as t left join bg_payload as p on p.id = t.id * 8 + 2
-    where t.state = {FAILED}""",
+    from bg_task as t left join bg_payload as p
+        on p.id = t.id * 8 + 2 and json_valid(p.body)
+    where t.state = {FAILED} and t.state > {SUCCESS}""",    # for bg_bad
     f"""create view v_history as select span, {_iso("at", 1)}, name, queue, runs,
         runs - failed - retried - cancelled as succeeded, failed, retried, cancelled,
         exceptions, crashed, timeouts, lost, aborted, ran_ms / 1000.0 as ran_seconds,
         waited_ms / 1000.0 as waited_seconds
     from bg_history""",
-    f"""create view v_queues as select w.queue, sum(state = {SCHEDULED}) as scheduled,
-        sum(state = {RETRYING}) as retrying, sum(state = {QUEUED}) as queued,
-        sum(state = {RUNNING}) as running, q.name is not null as paused, q.paused_by,
-        q.reason
+    f"""create view v_queues as select w.queue,
+        count(case state when {SCHEDULED} then 1 end) as scheduled,
+        count(case state when {RETRYING} then 1 end) as retrying,
+        count(case state when {QUEUED} then 1 end) as queued,
+        count(case state when {RUNNING} then 1 end) as running,
+        q.name is not null as paused, q.paused_by, q.reason
     from (select queue, state from bg_task where state < {QUEUED}
         union all select queue, state from bg_task
             where state = {QUEUED} and alone = 0
         union all select queue, state from bg_task
             where state = {QUEUED} and alone <> 0
-        union all select queue, state from bg_task where state = {RUNNING}) as w
+        union all select queue, state from bg_task where state = {RUNNING}
+        union all select name, null from bg_queue) as w
         left join bg_queue as q on q.name = w.queue
     group by w.queue""",
 )
@@ -6637,8 +6643,7 @@ class LiveRows:
 # bg_meta.rolled_to were, and nothing is counted in one of them any more.
 
 _LATE_SECONDS = 600         # after the end of a quarter until it is rolled up
-_KEEP = {MINUTE: 3 * 3600, QUARTER: 8 * DAY, DAY: 400 * DAY}     # seconds
-_MOST_ROWS = 200_000        # … but not more: the oldest quarters go, and then days
+_MOST_ROWS = 200_000        # above that the oldest quarters go, and then days
 _FORGET_BATCH = 2000        # rows that one transaction deletes, about
 _NUMBERS = (
     "runs", "failed", "retried", "cancelled", "exceptions", "crashed", "timeouts",
@@ -6716,7 +6721,7 @@ class History:
     def history(self, span: int, since: int, until: int | None = None,
                 name: str | None = None, queue: str | None = None,
                 by: str = "") -> list[HistoryRow]:
-        if span not in _KEEP or by not in _GROUPS:
+        if span not in HISTORY_KEPT or by not in _GROUPS:
             raise ValueError(f"no history of {span!r} seconds by {by!r}")
         until = self.now() if until is None else until
         rows = self.db.read(_HISTORY + f"{_GROUPS[by]} order by {_GROUPS[by]}", {
@@ -6808,7 +6813,7 @@ class History:
 
     def _forget(self, second, rolled_to):
         """Delete a batch of what is too old, or too much; True: there is more."""
-        for span, seconds in _KEEP.items():
+        for span, seconds in HISTORY_KEPT.items():
             if self._delete_first(span, min(second - seconds, rolled_to)):
                 return True
         number = self.db.read("""select count(*) from bg_history""")[0][0]
@@ -17643,7 +17648,7 @@ def cron_chore(worker: Worker) -> Chore:
 # prints as they are, then aligned text.  Times are ISO 8601 in UTC, durations and
 # ages are seconds.  Knows no SQL, and changes nothing.
 
-_STATS_ROWS = 100_000           # finished tasks that stats looks at: the newest
+_STATS_HOURS = 24.0             # that stats looks back, if nobody says how many
 _TEXT_WIDTH = 60                # characters of a long value in a table
 _STATE_COLOURS = {
     "running": 36, "success": 32, "failed": 31, "retrying": 33, "cancelled": 90,
@@ -17769,33 +17774,36 @@ def percentile(values: Sequence[float], part: float) -> float | None:
     return values[min(len(values) - 1, int(part * len(values)))]
 
 
-def stats_report(store: Store, now: int) -> list[dict]:
-    """Per task: how many, how long, how long waited; over what is retained.
+def stats_report(store: Store, now: int, hours: float = _STATS_HOURS) -> list[dict]:
+    """Per task: its runs that ended in the last `hours`, whatever became of the task.
 
-    Looks at the newest 100,000 finished tasks; `runs` counts their attempts.
-    per_minute counts the finished of the last hour.
+    About: from the minute, the quarter of an hour or the day in which they begin, as
+    far as that is still known.  Half of the runs, and 95 %, took and waited no longer
+    than that.  per_minute is of the last hour.
     """
-    groups: dict[str, list] = {}
-    for row in store.finished_runs(_STATS_ROWS):
-        groups.setdefault(row.name, []).append(row)
-    return [_task_stats(name, groups[name], now) for name in sorted(groups)]
+    span = next((span for span, kept in HISTORY_KEPT.items() if kept >= hours * 3600),
+                DAY)
+    rows = _by_name(store, span, now - to_ms(hours * 3600), now)
+    recent = _by_name(store, MINUTE, now - HOUR_MS, now)
+    return [_task_stats(row, recent.get(name)) for name, row in sorted(rows.items())]
 
 
-def _task_stats(name, rows, now):
-    ran = sorted(row.duration for row in rows if row.duration is not None)
-    waited = sorted(max(0, row.started_at - row.run_at) / 1000
-                    for row in rows if row.started_at)
-    recent = sum(row.finished_at > now - HOUR_MS for row in rows if row.finished_at)
-    report = {
-        "name": name, "finished": len(rows), "runs": sum(row.attempt for row in rows),
-        "failures": sum(row.state == FAILED for row in rows),
-        "per_minute": round(recent / 60, 3),
+def _by_name(store, length, since, now):
+    found: dict[str, list] = {}
+    for row in store.history(length, since, now + 1, by="name"):
+        found.setdefault(row.name, []).append(row)
+    return {name: merged(rows) for name, rows in found.items()}
+
+
+def _task_stats(row, recent):
+    return {
+        "name": row.name, "runs": row.runs, "failed": row.failed,
+        "retried": row.retried, "cancelled": row.cancelled,
+        "per_minute": round(recent.runs / 60, 3) if recent else 0.0,
+        "duration_p50": quantile(row.ran, 0.5), "duration_p95": quantile(row.ran, 0.95),
+        "waited_p50": quantile(row.waited, 0.5),
+        "waited_p95": quantile(row.waited, 0.95),
     }
-    for what, values in (("duration", ran), ("waited", waited)):
-        report[f"{what}_p50"] = percentile(values, 0.5)
-        report[f"{what}_p95"] = percentile(values, 0.95)
-        report[f"{what}_max"] = values[-1] if values else None
-    return report
 
 
 # Text.  A table is a list of dicts and the columns to show of them.
@@ -17930,10 +17938,11 @@ def _doubts(row):
 def stats_text(rows: list[dict], colour: bool = False) -> str:
     """A line for each task, times for eyes."""
     if not rows:
-        return "no task has finished yet"
+        return "no run has ended in this time"
     times = [key for key in rows[0] if key.startswith(("duration_", "waited_"))]
-    shown = [{**row, **{key: span(row[key]) for key in times}} for row in rows]
-    columns = ["name", "finished", "runs", "failures", "per_minute", *times]
+    shown = [{**row, **{f"≈{key}": span(row[key]) for key in times}} for row in rows]
+    columns = ["name", "runs", "failed", "retried", "per_minute",
+               *(f"≈{key}" for key in times)]
     return table(shown, columns)
 
 
@@ -17999,10 +18008,20 @@ def _failed(args, app):
     return _printed(args, rows, list_text)
 
 
-@command("stats", "show durations and waiting times for each task", "stats",
-         reads=True)
+def _hours(text):
+    """A number of hours that history can know of."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= HISTORY_KEPT[DAY] / 3600:
+            return float(text)
+    raise ValueError(f"a number of hours, up to {HISTORY_KEPT[DAY] // 3600}")
+
+
+@command("stats", "show runs, durations and waiting times of each task", "stats",
+         flag("--hours", metavar="N", type=typed(_hours), default=24.0,
+              help="runs that ended in the last N hours (default: 24)"), reads=True)
 def _stats(args, app):
-    return _printed(args, stats_report(app.store, app.store.now()), stats_text)
+    report = stats_report(app.store, app.store.now(), args.hours)
+    return _printed(args, report, stats_text)
 
 
 @command("cron", "show schedules with their last and next run", "cron", reads=True)

@@ -3651,6 +3651,96 @@ class Forking(Case):
                 self.app.send("t")
 
 
+# == Schema ===================================================================
+
+
+class Views(QueueCase):
+    """What is for the shell and for other programs."""
+
+    def rows(self, query):
+        connection = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
+        connection.row_factory = sqlite3.Row
+        try:
+            return [dict(row) for row in connection.execute(query)]
+        finally:
+            connection.close()
+
+    def prepare(self):
+        """A task in each state."""
+        self.enqueue("mail.send", at=self.now + 60_000)
+        self.enqueue("mail.send", count=6)
+        runs = self.claim(names=["mail.send"], free=5)
+        error = {"kind": "exception", "type": "KeyError", "message": "'x'", "final": "abort"}
+        self.turn(history=pybgworker.RunCounts(), outcomes=[
+            Outcome(runs[0], pybgworker.SUCCESS, "1", started_at=self.now, duration=0.25),
+            Outcome(runs[1], pybgworker.RETRYING, error=error, run_at=self.now + 9,
+                    started_at=self.now, duration=0.25),
+            Outcome(runs[2], pybgworker.FAILED, error=error, duration=0.5,
+                    started_at=self.now + 1500)])
+        self.store.cancel(runs[3].id + 2, self.now)
+
+    def test_v_tasks_has_states_in_words_and_times_in_utc(self):
+        self.prepare()
+        rows = self.rows("select * from v_tasks order by id")
+        self.assertEqual([row["status"] for row in rows], [
+            "scheduled", "success", "retrying", "failed", "running", "running", "cancelled"])
+        self.assertEqual(rows[3], {
+            "id": 4, "status": "failed", "name": "mail.send", "queue": "default",
+            "priority": 5, "key": None, "attempt": 1, "retries": 3, "timeout": None,
+            "created_at": "2027-01-15T08:00:00.000Z", "run_at": "2027-01-15T08:00:00.000Z",
+            "started_at": "2027-01-15T08:00:01.500Z",
+            "finished_at": "2027-01-15T08:00:00.000Z", "duration": 0.5, "meta": None})
+        self.sql("update bg_task set state = 42 where id = 1")
+        self.assertEqual(self.rows("select status from v_tasks where id = 1"),
+                         [{"status": 42}])
+
+    def test_v_failures_has_the_error_of_each_failed_task(self):
+        self.prepare()
+        wanted = {"id": 4, "name": "mail.send", "queue": "default", "attempt": 1,
+                  "finished_at": "2027-01-15T08:00:00.000Z", "kind": "exception",
+                  "type": "KeyError", "message": "'x'"}
+        self.assertEqual(self.rows("select * from v_failures"), [wanted])
+        self.sql("update bg_payload set body = 'by hand'")
+        self.assertEqual(self.rows("select * from v_failures"),
+                         [{**wanted, "kind": None, "type": None, "message": None}])
+        plan = self.rows("explain query plan select * from v_failures where name = 'x'")
+        self.assertIn("bg_bad", plan[0]["detail"])
+
+    def test_v_history_has_the_runs_that_ended(self):
+        self.prepare()
+        self.assertEqual(self.rows("select * from v_history"), [{
+            "span": 60, "at": "2027-01-15T08:00:00.000Z", "name": "mail.send",
+            "queue": "default", "runs": 3, "succeeded": 1, "failed": 1, "retried": 1,
+            "cancelled": 0, "exceptions": 2, "crashed": 0, "timeouts": 0, "lost": 0,
+            "aborted": 0, "ran_seconds": 1.0, "waited_seconds": 1.5}])
+
+    def test_v_queues_has_what_is_unfinished_or_paused(self):
+        self.prepare()
+        self.store.pause("empty", self.now)
+        self.sql("update bg_queue set paused_by = 'ops', reason = 'SMTP is down'")
+        nothing = {"scheduled": 0, "retrying": 0, "queued": 0, "running": 0}
+        self.assertEqual(self.rows("select * from v_queues"), [
+            {"queue": "default", **nothing, "scheduled": 1, "retrying": 1, "running": 2,
+             "paused": 0, "paused_by": None, "reason": None},
+            {"queue": "empty", **nothing, "paused": 1, "paused_by": "ops",
+             "reason": "SMTP is down"}])
+        self.store.pause("default", self.now)
+        self.enqueue(count=3)
+        self.sql("update bg_task set alone = 1 where id = 8")
+        row = self.rows("select * from v_queues where queue = 'default'")[0]
+        self.assertEqual((row["queued"], row["paused"]), (3, 1))
+
+    def test_the_queries_of_the_readme_find_something(self):
+        self.prepare()
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        queries, = re.findall(r"(?ms)^```sql\n(.*?)^```", text)
+        for query in queries.strip().splitlines():
+            with self.subTest(query):
+                self.assertTrue(self.rows(query))
+        for name in re.findall(r"create view (v_\w+)", (HERE / "pybgworker.py").read_text()):
+            self.assertIn(f"| `{name}` |", text)
+
+
 # == Database =================================================================
 
 
@@ -6452,6 +6542,22 @@ class Histories(QueueCase):
             with self.subTest(seed=seed):
                 self.assertEqual((total.runs, sum(total.ran)), (runs, runs))
                 self.assertEqual(total.succeeded + total.crashed + total.timeouts, runs)
+
+    def test_the_readme_says_what_is_kept(self):
+        text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+        kept = pybgworker.HISTORY_KEPT
+        for fact in (
+            f"Counts by the minute are kept for {kept[60] // 3600} hours",
+            f"by the quarter of an hour for {kept[900] // 86_400} days",
+            f"by the day (in UTC) for {kept[86_400] // 86_400} days",
+            f"at most {pybgworker._MOST_ROWS:,} rows",
+            f"{pybgworker.MOST_GROUPS:,} pairs of task and queue",
+            f"counted in {len(pybgworker.HISTORY_BOUNDS) + 1} classes",
+        ):
+            with self.subTest(fact):
+                self.assertIn(fact, text)
+        self.assertEqual(pybgworker._TALLY_SECONDS, 0.1)
+        self.assertEqual((pybgworker.QUARTER + pybgworker._LATE_SECONDS) / 60, 25)
 
     def test_of_two_workers_that_roll_up_at_once_one_does_it(self):
         self.add(0, 5)
@@ -16710,7 +16816,8 @@ class Reports(QueueCase):
         run, = self.claim(names={f"n{bad}"})
         error = {"kind": "exception", "type": "E", "message": bad,
                  "traceback": f"T{bad}\ud800"}
-        self.finish(run, pybgworker.FAILED, error=error, output=f"said\t{bad}\n")
+        self.turn(history=pybgworker.RunCounts(), outcomes=[Outcome(
+            run, pybgworker.FAILED, error=error, output=f"said\t{bad}\n")])
         self.store.pause(bad, self.now)
         texts = [
             pybgworker.show_text(pybgworker.show_report(self.store, 1), colour=False),
@@ -16759,15 +16866,40 @@ class Reports(QueueCase):
         self.assertEqual(pybgworker._readable(deep), deep)
 
     def test_stats_count_and_measure_each_task(self):
-        for seconds in (0.1, 0.2, 0.3):
-            self.enqueue()
-            run, = self.claim()
-            self.finish(run, duration=seconds, started_at=self.now + 1000)
-        row, = pybgworker.stats_report(self.store, self.now + 1)
-        self.assertEqual((row["name"], row["finished"], row["failures"]), ("t", 3, 0))
-        self.assertEqual(row["runs"], 3)
-        self.assertEqual((row["duration_p50"], row["duration_max"]), (0.2, 0.3))
-        self.assertEqual((row["waited_max"], row["per_minute"]), (1.0, 0.05))
+        ended = Counting().ended
+        counts = pybgworker.RunCounts()
+        counts.add([ended(name="t", ran=seconds, waited=1000)
+                    for seconds in (0.1, 0.2, 0.3) for _ in range(20)])
+        counts.add([ended(state=pybgworker.FAILED, kind="crash", queue="other"),
+                    ended(state=pybgworker.RETRYING, kind="crash"), ended(name="u")])
+        with self.store.db.write() as link:
+            pybgworker.add_history(link.connection, counts, self.now)
+        row, other = pybgworker.stats_report(self.store, self.now + 1)
+        self.assertEqual(other["name"], "u")
+        self.assertEqual(list(row.values())[:6], ["t", 62, 1, 1, 0, 1.033])
+        self.assertAlmostEqual(row["duration_p50"], 0.175, places=3)
+        self.assertTrue(0.25 < row["duration_p95"] <= 0.5)
+        self.assertTrue(0.5 < row["waited_p50"] <= 1.0)
+        self.assertRegex(pybgworker.stats_text([row, other]),
+                         r"(?s)NAME +RUNS +FAILED +RETRIED +PER_MINUTE +≈DURATION_P50 .*\n"
+                         r"t +62 +1 +1 +1.033 +\S+ ms .*\nu +1 ")
+        later = self.now + 2 * HOUR
+        self.assertEqual(pybgworker.stats_report(self.store, later)[0]["per_minute"], 0)
+        self.assertEqual(pybgworker.stats_report(self.store, later, 1.5), [])
+        self.assertEqual(pybgworker.stats_text([]), "no run has ended in this time")
+
+    def test_stats_look_at_minutes_quarters_or_days(self):
+        with self.store.db.write() as link:
+            for hours in (1, 5, 30, 200, 1000):
+                pybgworker.add_history(link.connection, counts_of(),
+                                       self.now - hours * HOUR)
+        while self.store.roll_up(self.now):
+            pass
+        for hours, wanted in ((0.5, 0), (2, 1), (3, 1), (6, 2), (24, 2), (31, 3), (192, 3),
+                              (300, 4), (1100, 5), (9600, 5)):
+            found = pybgworker.stats_report(self.store, self.now, hours)
+            with self.subTest(hours=hours):
+                self.assertEqual([row["runs"] for row in found], [wanted] * bool(wanted))
 
 
 # == Why ======================================================================
