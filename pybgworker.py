@@ -49,10 +49,10 @@ Map
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
         Endings · Records · Lists · Desk · Timetable · Facts · Register
     Book Three: the worker
-        Importing · Registry · Processes · Channels · Fork safety · Wire · Begun ·
-        Output · Log lines · Surroundings · Interrupts · Runs · Main thread · Threads ·
-        Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
-        Hearing · Placement · Deaths · Crew · Dispatch · Pool ·
+        Importing · Registry · Processes · Memory · Channels · Fork safety · Wire ·
+        Begun · Output · Log lines · Surroundings · Interrupts · Runs · Main thread ·
+        Threads · Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
+        Hearing · Placement · Crashes · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
@@ -648,6 +648,15 @@ def iso_time(at: int) -> str:
     except (OverflowError, ValueError, OSError):    # written by hand
         return f"{at} ms"
     return time.strftime("%Y-%m-%dT%H:%M:%S.", moment) + f"{at % 1000:03d}Z"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 61 MiB, 3.1 GiB."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            size = count / unit
+            return f"{size:.0f} {name}" if size >= 10 else f"{size:.1f} {name}"
+    return f"{count:.0f} B"
 
 
 def earliest(a, b):
@@ -8957,6 +8966,7 @@ except ImportError:                         # Windows
     fcntl = resource = None                 # type: ignore[assignment]
 
 IS_LINUX = sys.platform.startswith("linux")
+_PEAK_UNIT = 1024 if IS_LINUX else 1        # of ru_maxrss, bytes
 EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
 
 
@@ -9042,8 +9052,9 @@ class Exit(NamedTuple):
     """How a process ended."""
 
     signal: str | None          # its name, when one killed it
-    code: int | None            # exit code otherwise
+    code: int | None            # exit code otherwise; None: not known
     peak_bytes: int             # of resident memory
+    cpu: float = 0.0            # seconds that it has used, and those it waited for
 
 
 def interpreter() -> list[str]:
@@ -9073,10 +9084,10 @@ def poll_exit(pid: int) -> Exit | None:
         return Exit(None, None, 0)
     if found == 0:
         return None
-    peak = usage.ru_maxrss * (1024 if IS_LINUX else 1)
+    peak, cpu = usage.ru_maxrss * _PEAK_UNIT, usage.ru_utime + usage.ru_stime
     if os.WIFSIGNALED(status):
-        return Exit(signal_name(os.WTERMSIG(status)), None, peak)
-    return Exit(None, os.WEXITSTATUS(status), peak)
+        return Exit(signal_name(os.WTERMSIG(status)), None, peak, cpu)
+    return Exit(None, os.WEXITSTATUS(status), peak, cpu)
 
 
 def kill_group(pid: int) -> None:
@@ -9249,6 +9260,11 @@ def usage_of(pid: int) -> Usage | None:
         return None
 
 
+def own_peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT
+
+
 def cpu_seconds() -> tuple[float, float]:
     """What this process, and what its children that have ended, computed so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -9349,6 +9365,142 @@ def stack_when_slow(fd: int, seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+# == Memory ===================================================================
+# Owns what the system says of want of memory: the limits of this process, which its
+# children have as well, how many have been killed for it, and where we are.  Where it
+# does not say, nothing is known, and nothing is guessed.
+
+_CGROUPS = "/sys/fs/cgroup"
+NEAR = 0.9                  # of a limit: who had so much will have wanted more
+_NO_LIMIT = 1 << 62         # version 1 of cgroups says a number near this for none
+
+
+class Scarcity(NamedTuple):
+    """What there is to say of memory when a process was killed."""
+
+    counter: str = ""           # cgroup or machine: where kills are counted; or ""
+    kills: int = 0              # new ones there
+    limit: int | None = None    # bytes that the cgroup may have
+
+
+def address_limit() -> int | None:
+    """Bytes of addresses that this process may have, RLIMIT_AS; None: no limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def near_address_limit(peak: int) -> list[str]:
+    """Evidence that a fault comes from a want of addresses: empty for none."""
+    limit = address_limit()
+    is_near = limit is not None and peak >= NEAR * limit
+    return [f"RLIMIT_AS {size_text(limit)}"] if limit and is_near else []
+
+
+def out_of_memory(message: str) -> str:
+    """The message of a MemoryError, with what this process had and may have."""
+    limit = address_limit()
+    parts = [f"peak {size_text(own_peak())}"]
+    parts += [f"RLIMIT_AS {size_text(limit)}"] if limit else []
+    return f"{message or 'out of memory'} ({', '.join(parts)})"
+
+
+class OomKills:
+    """Counts those whom the kernel kills for want of memory: in our cgroup, or, where
+    that does not count, on the machine.
+
+    Who is found dead has been counted before; look() is to be called once a second,
+    so that an old kill is not taken for the cause of a new death.
+    """
+
+    def __init__(self, cgroups: str = _CGROUPS, own: str = "/proc/self/cgroup",
+                 machine: str = "/proc/vmstat"):
+        self._limits: list[tuple[str, str]] = []    # (file, name in it)
+        self._files = [("machine", machine)]
+        for path, is_second in _memory_cgroups(cgroups, own):
+            kind, limit = (("memory.events", ("memory.max", "")) if is_second else
+                           ("memory.oom_control",
+                            ("memory.stat", "hierarchical_memory_limit")))
+            self._files.insert(-1, ("cgroup", os.path.join(path, kind)))
+            self._limits += [(os.path.join(folder, limit[0]), limit[1])
+                             for folder in _with_parents(path, cgroups, is_second)]
+        self._seen = self._count()
+        self._fresh, self._old = 0, 0       # of this look, and of the one before
+
+    def look(self) -> None:
+        """Forget kills of which nobody has died."""
+        self._take_in()
+        self._old, self._fresh = self._fresh, 0
+
+    def evidence(self) -> Scarcity:
+        """What there is to say of somebody who was killed just now."""
+        self._take_in()
+        kills = self._old + self._fresh
+        if self._old:
+            self._old -= 1
+        elif kills:
+            self._fresh -= 1
+        limits = [_number_in(*at) for at in self._limits]
+        limit = min((n for n in limits if n is not None), default=_NO_LIMIT)
+        return Scarcity(self._seen[0], kills, None if limit >= _NO_LIMIT else limit)
+
+    def _take_in(self):
+        counter, count = self._count()
+        if counter == self._seen[0]:
+            self._fresh += max(0, count - self._seen[1])
+        self._seen = counter, count
+
+    def _count(self):
+        """(whose kills these are, how many there have been)."""
+        for counter, path in self._files:
+            count = _number_in(path, "oom_kill")
+            if count is not None:
+                return counter, count
+        return "", 0
+
+
+def _memory_cgroups(cgroups, own):
+    """(folder, whether it is of version 2) of cgroups that limit us, perhaps.
+
+    A container may see its own at the top, and name it by where the host has it.
+    """
+    try:
+        with open(own, encoding="utf-8", errors="surrogateescape") as f:
+            lines = [line.rstrip("\n").split(":", 2) for line in f]
+    except OSError:
+        return
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        is_second = not controllers
+        if is_second or "memory" in controllers.split(","):
+            top = cgroups if is_second else os.path.join(cgroups, "memory")
+            for folder in (os.path.join(top, path.lstrip("/")), top):
+                if os.path.isdir(folder):
+                    yield folder.rstrip("/"), is_second
+                    break
+
+
+def _with_parents(folder, top, is_second):
+    """The folders whose limits hold: version 1 says the least of them in each."""
+    found = [folder]
+    while is_second and len(found[-1]) > len(top):
+        found.append(os.path.dirname(found[-1]))
+    return found
+
+
+def _number_in(path, name):
+    """The number behind a name in a file, or alone for none; None: there is none."""
+    try:
+        with open(path, encoding="ascii") as f:
+            for line in f:
+                words = line.split()
+                if len(words) == 1 + bool(name) and name in ("", words[0]):
+                    return int(words[-1])
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 # == Channels =================================================================
@@ -10893,7 +11045,8 @@ class Running:
     """A run that is in flight from now on, in this child."""
 
     __slots__ = ("of", "task", "text", "timeout", "current", "chars", "raised",
-                 "started_at", "start")
+                 "started_at", "start",
+                 "cpu")     # seconds of it, once it has failed, if that is known
 
     def __init__(self, frame: bytes, app: App, report: Callable, mark: Callable):
         run_id, attempt, timeout, tick, cell, name, self.text = read_frame(frame)
@@ -11012,7 +11165,8 @@ class Runs:
 
     def failed(self, run: Running, exc: BaseException) -> tuple[Kind, dict]:
         """The answer of a run that has ended like this."""
-        return ENDED_BADLY, _error_of(exc, run)
+        used = {"peak": own_peak(), "cpu": getattr(run, "cpu", None)}
+        return ENDED_BADLY, {**_error_of(exc, run), **used}
 
     def end(self, run: Running, kind: Kind, value: Any) -> float:
         """Answer.  Returns how many seconds it took."""
@@ -11087,6 +11241,8 @@ class _ResultRefused(Abort):
 def _error_of(exc, run):
     """What the worker needs to decide; how a run has ended."""
     error = describe_exception(exc)
+    if isinstance(exc, MemoryError):
+        error["message"] = out_of_memory(error["message"])
     if isinstance(exc, _ResultRefused):
         error["type"] = type(exc.__cause__).__name__
     elif isinstance(exc, Abort):        # it wins, also over a time limit
@@ -11154,14 +11310,21 @@ class MainThread:
     def __init__(self, runs: Runs, wire: ChildEnd, interrupts: Interrupts, crash: int):
         self._runs, self._wire, self._interrupts = runs, wire, interrupts
         self._crash = crash
+        # Seconds of CPU that were used when the run began; 0: nobody has looked, for
+        # the one before was too short to be worth it.
+        self._cpu = 0.0
 
     def serve(self) -> None:
         """Take frame by frame, until the worker hangs up."""
-        lasted = False              # the run before
+        lasted = True               # what was before: of the first run, the import
         while True:
             frame = self._wire.receive_now()
-            if (frame is None or lasted) and self._runs.restore_rest():
-                dump_crashes(self._crash)
+            if frame is None or lasted:
+                if self._runs.restore_rest():
+                    dump_crashes(self._crash)
+                self._cpu = time.process_time()
+            elif self._cpu:
+                self._cpu = 0.0
             if frame is None:
                 frame = self._wire.receive()
             if not frame:
@@ -11180,6 +11343,10 @@ class MainThread:
             if isinstance(value, types.CoroutineType):
                 value = context.run(run_coroutine, value)
             return value
+        except BaseException:
+            if self._cpu and not runs.is_shared:
+                run.cpu = round(time.process_time() - self._cpu, 3)
+            raise
         finally:
             self._interrupts.allowed = False
             streams = standard_streams()
@@ -13329,6 +13496,8 @@ _READY_PHASE = Phase.READY      # looked up once: `able` is asked in each turn
 class Member(Load):
     """One child of the pool."""
 
+    scarcity: Scarcity | None = None    # of memory, when somebody has killed it
+
     def __init__(self, nursery: Nursery, spec: ChildSpec, log: Callable, at: float):
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             wire = WorkerEnd(undo, spec.coroutines > 0)
@@ -13896,6 +14065,142 @@ class Placement:
                 if len(m.waiting) > 1 and m.waiting[-1].priority > priority]
 
 
+# == Crashes ==================================================================
+# Owns the words for the end of a child, one sentence for people: by whom, or by what,
+# with the evidence in brackets.  What is not known is not said.
+
+# What a signal means, of those that end a process.
+SIGNAL_WORDS = {
+    "SIGSEGV": "segmentation fault", "SIGBUS": "bus error", "SIGABRT": "abort()",
+    "SIGFPE": "arithmetic error, as a division by zero in C code",
+    "SIGILL": "illegal instruction", "SIGTRAP": "trap",
+    "SIGSYS": "forbidden system call",
+    "SIGXCPU": "its CPU time is used up (RLIMIT_CPU)",
+    "SIGXFSZ": "it wrote a larger file than it may (RLIMIT_FSIZE)",
+    "SIGTERM": "asked to end from outside, as by kill",
+    "SIGINT": "interrupted from outside, as by Ctrl-C",
+    "SIGQUIT": "asked to end from outside, as by Ctrl-\\",
+    "SIGHUP": "its terminal has gone, or kill -HUP from outside",
+    "SIGALRM": "an alarm that it had set, and did not handle",
+    "SIGVTALRM": "a timer that it had set, and did not handle",
+    "SIGPROF": "a profiling timer that it had set, and did not handle",
+}
+_FROM_OUTSIDE = "killed from outside, as by kill -9"
+
+# The last words of a C library, or of a runtime, that aborts.
+_ABORT_LINES = re.compile(
+    r"double free|corrupt|invalid (pointer|size|next size)|(malloc|realloc|free)\(\)|"
+    r"munmap_chunk|stack smashing|overflow detected|terminate called|^ *what\(\):|"
+    r"[Aa]ssert|Fatal Python error|panicked|fatal error")
+_ABORT_CHARS = 200
+_STACK_LINE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_LIBRARY = os.path.dirname(os.__file__)
+
+
+def crash_of(verdict: Verdict | None, found: Any, max_memory: int | None,
+             stack: str = "", printed: str = "",
+             scarcity: Scarcity | None = None) -> dict:
+    """The error of a run whose child has ended so: kind, type, message, signal,
+    exit_code, peak and cpu.
+
+    `found` is its Exit, `stack` what faulthandler has dumped, `printed` what the run
+    has printed.  Of who has ended with its nursery it is not known how: that alone
+    could tell.
+    """
+    text, evidence = _verdict_words(verdict, found, max_memory), []
+    if not text and found.signal == "SIGKILL":
+        text, evidence = _kill_words(found, scarcity)
+    elif not text:
+        text = _signal_words(found.signal, stack, printed) if found.signal else \
+            _exit_words(found.code)
+        evidence = near_address_limit(found.peak_bytes)
+    return {
+        "kind": "crash", "type": found.signal or "",
+        "message": text + bracketed(found, evidence), "signal": found.signal,
+        "exit_code": found.code, **usage_parts(found),
+    }
+
+
+def usage_parts(found: Exit | None) -> dict:
+    """What a process has used, as an error has it: peak, cpu; nothing if unknown."""
+    if not (found and found.peak_bytes):
+        return {}
+    return {"peak": found.peak_bytes, "cpu": round(found.cpu, 3)}
+
+
+def bracketed(found: Exit | None, evidence: Sequence[str] = ()) -> str:
+    """What is put behind a sentence of a child that has died."""
+    parts = []
+    if found and found.peak_bytes:
+        parts = [f"peak {size_text(found.peak_bytes)}", f"CPU {found.cpu:.1f} s"]
+    parts[1:1] = evidence
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _verdict_words(verdict, found, max_memory):
+    """Why we have killed it, or nothing."""
+    if verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
+        return "the task has closed the connection of its process to the worker: did " \
+            "it close descriptors that are not its own?"
+    return {
+        Verdict.MAD: "the child sent what is no message: did the task write to its "
+                     "sockets?",
+        Verdict.TOO_MUCH: "the worker lacks the memory to read its result",
+        Verdict.MEMORY: f"it used more than max_memory, {(max_memory or 0) >> 20} MiB",
+    }.get(verdict, "")
+
+
+def _kill_words(found, scarcity):
+    """Whom SIGKILL came from: (a sentence, the evidence for it)."""
+    counter, kills, limit = scarcity or Scarcity()
+    evidence = [f"{counter} oom_kill +{kills}"] if kills else []
+    if limit and counter != "machine":
+        evidence.insert(0, f"cgroup limit {size_text(limit)}")
+    if not found.peak_bytes:
+        text = "its nursery, the process that starts children, has ended, and this " \
+            "child with it"
+        return (text + ": out of memory", evidence) if kills else (text, [])
+    if kills:
+        return "out of memory", evidence
+    if counter:
+        return _FROM_OUTSIDE, [f"{counter} oom_kill +0"]
+    if limit and found.peak_bytes >= NEAR * limit:
+        return "out of memory, it seems", evidence
+    return f"{_FROM_OUTSIDE}, or by the system for want of memory", []
+
+
+def _signal_words(name, stack, printed):
+    """segmentation fault in _rank at index.py:88"""
+    text = SIGNAL_WORDS.get(name, "this signal ended the child")
+    if stack.startswith("Fatal Python error"):
+        text += _crash_place(stack)
+    if name == "SIGABRT":
+        lines = [line.strip() for line in printed.splitlines()[-5:]
+                 if _ABORT_LINES.search(line)]
+        said = " ".join(lines)[:_ABORT_CHARS]
+        text += f": {said}" if said else ""
+    return text
+
+
+def _crash_place(stack):
+    """Where a dumped stack was: in the innermost frame that is not Python's own."""
+    crashed = stack.partition("Current thread")[2].partition("\n\n")[0]
+    frames = _STACK_LINE.findall(crashed)
+    if not frames:
+        return ""
+    own = [frame for frame in frames if "site-packages" in frame[0]
+           or not frame[0].startswith((_LIBRARY, __file__, "<frozen"))]
+    path, line, name = (own or frames)[0]
+    return f" in {name} at {os.path.basename(path)}:{line}"
+
+
+def _exit_words(code):
+    if code is None:
+        return "its process has ended, and somebody else has waited for it: how it " \
+            "has ended is not known"
+    return f"it ended its process with exit code {code}, as by os._exit()"
+
+
 # == Deaths ===================================================================
 # Owns what the end of a child means for the runs that were in flight in it: whom it
 # is charged to, and in which words.
@@ -13935,36 +14240,6 @@ class Blame(NamedTuple):
     is_known: bool              # else the forgiven ones are suspects
 
 
-def crash_of(verdict, found, max_memory):
-    """signal or exit_code, and a sentence for people, with the peak memory if known.
-
-    Of who has ended with its nursery it is not: that alone could tell.
-    """
-    if verdict is Verdict.MAD:
-        text = "the child sent what is no message: did the task write to its sockets?"
-    elif verdict is Verdict.TOO_MUCH:
-        text = "the worker lacks the memory to read its result"
-    elif verdict is Verdict.CUT_OFF or found.code == CUT_OFF_STATUS:
-        text = "the task has closed the connection of its process to the worker: did " \
-            "it close descriptors that are not its own?"
-    elif verdict is Verdict.MEMORY:
-        text = f"it used more than max_memory, {max_memory >> 20} MiB"
-    elif found.signal == "SIGKILL" and not found.peak_bytes:
-        text = "its nursery, the process that starts children, has ended, and this " \
-            "child with it"
-    elif found.signal == "SIGKILL":
-        text = "killed: out of memory, or somebody's kill -9"
-    elif found.signal:
-        text = "this signal ended the child"
-    else:
-        text = f"the process exited with code {found.code}"
-    peak = f" (peak memory {found.peak_bytes >> 20} MiB)" if found.peak_bytes else ""
-    return {
-        "kind": "crash", "type": found.signal or "", "message": text + peak,
-        "signal": found.signal, "exit_code": found.code,
-    }
-
-
 def judge(members: Sequence[Member]) -> Blame:
     """Whom the death of these children, of one cause, is charged to."""
     slots = [slot for member in members for slot in member.slots()]
@@ -13995,42 +14270,76 @@ def pardon(run: Run, is_known: bool) -> str:
     return run.pardoned
 
 
-def death_of_many(members: Sequence[Member], runs: int,
+def deaths_of(members: Sequence[Member], blame: Blame, limits: types.SimpleNamespace,
+              at: float) -> tuple[list[Ended], dict]:
+    """How the runs ended that this is charged to; what to say of the death itself, if
+    nobody can be charged with it alone.
+    """
+    ended, about, others = [], {}, len(blame.forgiven)
+    stacks = [member.read_stack() for member in members]
+    if others and not blame.is_known:
+        count = others + len(blame.culprits)
+        about = {"runs": count, **death_of_many(members, count, stacks[0], limits)}
+    for member, stack in zip(members, stacks):
+        ended += [death_of(member, slot, stack, limits, at, others)
+                  for slot in member.slots() if slot in blame.culprits]
+    return ended, about
+
+
+def death_of_many(members: Sequence[Member], runs: int, stack: str,
                   limits: types.SimpleNamespace) -> dict:
-    """The fields of child_error for a death that nobody can be charged with alone."""
+    """The fields of child_error for a death that nobody can be charged with alone.
+
+    `stack` is that of the first.
+    """
     first, *others = members
-    crash = crash_of(first.verdict, first.process.exit, limits.max_memory)
+    crash = crash_of(first.verdict, first.process.exit, limits.max_memory, stack,
+                     first.slot.text(), first.scarcity)
     many = f"{len(members)} children have died" if others else "a child has died"
     how = ": ".join(filter(None, (crash["type"], crash["message"])))
     return {
-        "pid": first.process.pid, "stack": first.read_stack() or None,
+        "pid": first.process.pid, "stack": stack or None,
         "error": f"{many} with {runs} runs in flight: {how}; it is not known which of "
                  "them was to blame, so each runs again, alone in a child",
     }
 
 
 def death_of(member: Member, slot: Slot, stack: str, limits: types.SimpleNamespace,
-             at: float) -> Ended:
-    """How the run of this slot ended, which this death is charged to."""
-    run, verdict = slot.run, slot.verdict
+             at: float, others: int = 0) -> Ended:
+    """How the run of this slot ended, which this death is charged to.
+
+    So many others were in flight, and are not.
+    """
+    run, verdict, found = slot.run, slot.verdict, member.process.exit
     assert run is not None
+    printed = member.finish(slot)
     error: dict = {"traceback": stack, "retryable": True}
     if member.verdict and member.verdict not in _OF_RUNS:
         verdict = member.verdict
     if verdict is Verdict.CANCELLED:
         error.update(kind="cancelled", message="cancelled, and killed")
     elif verdict is Verdict.TIMEOUT:
-        message = f"killed after its limit of {run.timeout:g} s"
-        error.update(kind="timeout", message=message)
+        message = f"killed after its limit of {run.timeout:g} s" + bracketed(found)
+        error.update(kind="timeout", message=message, **usage_parts(found))
     elif member.beside.blocker is slot and member.why in _OF_RUNS:
         message = "killed: it blocked the event loop of its child, in which other " \
-            "runs could not be ended any more"
+            "runs could not be ended any more" + bracketed(found)
         error.update(kind="crash", type="", message=message, signal="SIGKILL",
-                     exit_code=None)
+                     exit_code=None, **usage_parts(found))
     else:
-        error.update(crash_of(member.verdict, member.process.exit, limits.max_memory))
-    return Ended(run, error["kind"], None, error, member.finish(slot), None,
-                 at - slot.began)
+        error.update(crash_of(member.verdict, found, limits.max_memory, stack, printed,
+                              member.scarcity))
+    if others and error["kind"] != "cancelled":
+        error["message"] += charged_among(others, slot)
+    return Ended(run, error["kind"], None, error, printed, None, at - slot.began)
+
+
+def charged_among(others: int, slot: Slot) -> str:
+    """Why the run of this slot is charged, and so many others in flight are not."""
+    are = "1 other run was" if others == 1 else f"{others} other runs were"
+    known = slot.verdict or not (slot.run and slot.run.alone)
+    why = "" if known else "a child has died with it before; "
+    return f"; {why}{are} in flight with it, and not to blame"
 
 
 # == Crew =====================================================================
@@ -14132,7 +14441,8 @@ class Starts:
         else:
             self.failed(at, member.last_words())
         if member.phase is Phase.READY and was_idle and not member.why:
-            about = crash_of(None, member.process.exit, 0)["message"]
+            about = crash_of(None, member.process.exit, 0, "", "",
+                             member.scarcity)["message"]
             self._say(f"a child has ended while it had nothing to do: {about}",
                       pid=member.process.pid)
 
@@ -14169,6 +14479,7 @@ class Crew:
         self.selector = selector
         self.members: list[Member] = []
         self.unknown: set[str] = set()      # names of tasks that a child did not know
+        self.oom_kills = OomKills()
         self.starts = Starts(
             lambda error, **more: log("child_error", None, error=error, **more)
         )
@@ -14238,6 +14549,14 @@ class Crew:
         self.unknown -= names
         self.fill(at)
         return True
+
+    def note_killed(self, dead: Sequence[Member]) -> None:
+        """Find out whether want of memory has killed these, all of one cause."""
+        end = dead[0].process.exit
+        if not dead[0].why and end and end.signal == "SIGKILL":
+            scarcity = self.oom_kills.evidence()
+            for member in dead:
+                member.scarcity = scarcity
 
     def remove(self, member: Member) -> None:
         """It is dead: let go of what is left of it."""
@@ -14690,6 +15009,7 @@ class Pool(Dispatch):
                 self._hear_last(each, at)
             self._recall(each)
             each.read_output()
+        self.crew.note_killed(dead)
         if not is_orphan:
             self.crew.starts.ended(member, at)
         self._charge(dead, at)
@@ -14701,15 +15021,10 @@ class Pool(Dispatch):
     def _charge(self, members, at):
         """End, or give back, what was in flight in these dead children."""
         blame = judge(members)
-        if blame.forgiven and not blame.is_known:
-            count = len(blame.forgiven) + len(blame.culprits)
-            self._log("child_error", None, runs=count,
-                      **death_of_many(members, count, self._limits))
-        for member in members:
-            mine = [slot for slot in member.slots() if slot in blame.culprits]
-            stack = member.read_stack() if mine else ""
-            self._ended += [
-                death_of(member, slot, stack, self._limits, at) for slot in mine]
+        ended, about = deaths_of(members, blame, self._limits, at)
+        if about:
+            self._log("child_error", None, **about)
+        self._ended += ended
         for run in blame.forgiven:
             self._log("task_lost", run, reason=pardon(run, blame.is_known))
         self._forgiven += blame.forgiven
@@ -16373,6 +16688,7 @@ class Household:
 
     def _look_after_children(self, now):
         at, pool = time.monotonic(), self._pool
+        pool.crew.oom_kills.look()
         pool.crew.fill(at)
         pool.notice_deaths(at)
         pool.check_memory(at)

@@ -6030,7 +6030,7 @@ class Kept(QueueCase):
         self.assertEqual(self.of("attempt", "outcome"), [(1, "failed")])
         self.assertEqual(self.store.attempt_output(1, 1), "first")
         self.run_once(pybgworker.FAILED, output="second")
-        self.store.retry_failed(None, self.now)
+        self.store.act("retry", pybgworker.Filter(state=pybgworker.FAILED), self.now)
         self.run_once(pybgworker.SUCCESS, output="third", result="1")
         self.store.retry(1, self.now)       # also of what had succeeded
         self.run_once(pybgworker.SUCCESS, result="1")
@@ -7747,6 +7747,87 @@ class Processes(Case):
                 self.assertEqual(pybgworker.read_stacks(reader, 9999), text)
                 os.write(writer, text.encode())
                 self.assertEqual(pybgworker.read_stacks(reader, 50), text[:50])
+
+
+# == Memory ===================================================================
+
+
+class Scarce(Case):
+    """What the system says of want of memory, where it does."""
+
+    def cgroup(self, path, own="4:memory:/a/b", **files):
+        """An OomKills that sees these files in a folder of its own."""
+        for name, text in files.items():
+            file = self.folder / path / name.replace("__", ".")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        (self.folder / "own").write_text(f"11:cpu,cpuacct:/x\nodd\n{own}\n")
+        (self.folder / "vmstat").write_text("pgfree 7\noom_kill 40\n")
+        return pybgworker.OomKills(str(self.folder / "root"), str(self.folder / "own"),
+                                   str(self.folder / "vmstat"))
+
+    def test_kills_are_counted_where_we_are(self):
+        """In either version, also if a container has its own cgroup at the top."""
+        first = {"memory__oom_control": "oom_kill_disable 0\noom_kill 3\n",
+                 "memory__stat": "rss 1\nhierarchical_memory_limit 5000\n"}
+        second = {"memory__events": "oom 9\noom_kill 3\n", "memory__max": "5000\n"}
+        for path, own, files in (
+            ("root/memory/a/b", "4:memory:/a/b", first),
+            ("root/memory", "4:hugetlb,memory:/docker/1234", first),
+            ("root/a/b", "0::/a/b", second), ("root", "0::/", second),
+        ):
+            shutil.rmtree(self.folder / "root", ignore_errors=True)
+            kills = self.cgroup(path, own, **files)
+            with self.subTest(path):
+                self.assertEqual(kills.evidence(), ("cgroup", 0, 5000))
+                name = next(iter(files)).replace("__", ".")
+                (self.folder / path / name).write_text("oom_kill 5\n")
+                self.assertEqual(kills.evidence(), ("cgroup", 2, 5000))
+
+    def test_a_kill_explains_one_death_and_not_one_that_comes_later(self):
+        kills = self.cgroup("root/a/b", "0::/a/b", memory__events="oom_kill 3")
+        events = self.folder / "root/a/b/memory.events"
+        events.write_text("oom_kill 5")
+        self.assertEqual([kills.evidence().kills for _ in range(3)], [2, 1, 0])
+        events.write_text("oom_kill 6")
+        kills.look()                        # it may be said a moment later
+        self.assertEqual([kills.evidence().kills for _ in range(2)], [1, 0])
+        events.write_text("oom_kill 7")
+        kills.look()
+        kills.look()
+        self.assertEqual(kills.evidence().kills, 0)
+
+    def test_the_least_limit_above_us_holds(self):
+        kills = self.cgroup("root/a/b", "0::/a/b", memory__events="oom_kill 0",
+                            memory__max="max")
+        for path, text, least in (("a", "9000", 9000), ("a/b", "7000", 7000),
+                                  ("a/b", "nonsense", 9000)):
+            (self.folder / "root" / path / "memory.max").write_text(text)
+            self.assertEqual(kills.evidence().limit, least)
+
+    def test_without_a_cgroup_those_of_the_machine_are_counted(self):
+        kills = self.cgroup("root/else", "4:memory:/a/b", x="")
+        self.assertEqual(kills.evidence(), ("machine", 0, None))
+        (self.folder / "vmstat").write_text("oom_kill 41\n")
+        self.assertEqual(kills.evidence(), ("machine", 1, None))
+
+    def test_nothing_is_known_where_nothing_is_said(self):
+        kills = pybgworker.OomKills("no", "no", "no")
+        kills.look()
+        self.assertEqual(kills.evidence(), ("", 0, None))
+        (self.folder / "own").write_bytes(b"\xff:memory:/\xff\n")
+        kills = pybgworker.OomKills(str(self.folder), str(self.folder / "own"), "no")
+        self.assertEqual(kills.evidence(), ("", 0, None))
+
+    def test_a_counter_that_goes_back_or_away_is_no_kill(self):
+        kills = self.cgroup("root/a/b", "0::/a/b", memory__events="oom_kill 3")
+        events = self.folder / "root/a/b/memory.events"
+        events.write_text("oom_kill 1")
+        self.assertEqual(kills.evidence().kills, 0)
+        events.unlink()                     # the machine counts, from now on
+        self.assertEqual(kills.evidence(), ("machine", 0, None))
+        events.write_text("oom_kill 9")
+        self.assertEqual(kills.evidence(), ("cgroup", 0, None))
 
 
 # == Wire =====================================================================
@@ -10597,7 +10678,7 @@ class Nurseries(Served):
         """)
         self.worker("--concurrency", 1, app="opening")
         error = self.failure(self.send("end"))
-        self.assertIn("SIGABRT: this signal ended the child", str(error))
+        self.assertIn("SIGABRT: abort()", str(error))
         self.assertEqual(self.get(self.send("blocked")), [signal.SIGCHLD])
 
     def test_a_nursery_that_never_has_a_child_is_given_up(self):
@@ -10677,7 +10758,7 @@ class Nurseries(Served):
         until(lambda: len(worker.children()) == 3)
         time.sleep(0.5)                 # it forks no more
         for result in [self.send("end", 0.3), self.send("end", 0.5)]:
-            self.assertIn("SIGFPE: this signal ended the child", str(self.failure(result)))
+            self.assertIn("SIGFPE: arithmetic error", str(self.failure(result)))
 
     def test_an_import_that_takes_long_says_where_it_is(self):
         site = self.folder / "site"
@@ -11067,6 +11148,279 @@ class Placing(PoolCase):
         self.assertEqual(placement.next_due(member), 0.0)       # it may leave
 
 
+# == Crashes ==================================================================
+
+CRASHES = """
+    import ctypes, os, resource, signal, sys, threading, time
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+
+    @task(retries=0)
+    def rank(): return ctypes.string_at(0)
+
+    @task(retries=0)
+    def give_up(): os.abort()
+
+    @task(retries=0)
+    def free_twice():
+        print("about to free")
+        found = libc.malloc(64)
+        libc.free(found)
+        libc.free(found)
+
+    @task(retries=0)
+    def leave(code): os._exit(code)
+
+    @task(retries=0)
+    def exit(code): sys.exit(code)
+
+    @task(retries=0)
+    def hold():
+        with open("pid", "w") as f:
+            print(os.getpid(), file=f)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not os.path.exists("go"): time.sleep(0.01)
+
+    @task(retries=0)
+    def hungry(limit):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return len(bytearray(limit))
+
+    @task(retries=0)
+    def eat(size):
+        kept = []
+        while True:
+            kept.append(bytearray(b"x") * (1 << 20))
+            if len(kept) == size >> 20:
+                return len(kept)
+
+    @task(retries=0)
+    def burn(seconds):
+        until = time.process_time() + seconds
+        while time.process_time() < until: pass
+        raise KeyError("burnt")
+
+    @task(retries=0, timeout=0.2)
+    def too_long():
+        while True:
+            try: time.sleep(60)
+            except BaseException: pass
+"""
+
+
+class Crashes(Served):
+    """What killed a child, in one sentence: by real deaths, and by a table."""
+
+    TASKS = CRASHES
+    USED = r" \(peak \d+ MiB, (?:.*, )?CPU \d+\.\d s\)"
+
+    def test_a_real_crash_says_what_it_was_and_where(self):
+        worker, tasks = self.worker("--concurrency", 2), self.tasks
+        results = [(tasks.rank.delay(), "SIGSEGV",
+                    r"segmentation fault in rank at tasks\.py:10"),
+                   (tasks.give_up.delay(), "SIGABRT", r"abort\(\) in give_up at tasks\.py:13"),
+                   (tasks.leave.delay(3), None,
+                    r"it ended its process with exit code 3, as by os\._exit\(\)")]
+        for result, name, text in results:
+            error = self.failure(result).error
+            with self.subTest(text):
+                self.assertEqual((error.kind, error.type), ("crash", name or ""))
+                self.assertRegex(str(error), f"^{name or 'crash'}: {text}{self.USED}$")
+                event = worker.wait_for("task_crash", task_id=result.id)
+                self.assertEqual((event.get("signal"), event["error"]), (name, error.message))
+                record, = self.store.attempts(result.id)
+                self.assertEqual((record["signal"], record["error"]), (name, error.message))
+                self.assertEqual(record["exit_code"], None if name else 3)
+                self.assertGreater(record["peak"], 1 << 20)
+                self.assertGreater(record["cpu"], 0)
+                self.assertIn(error.message.split(" (")[0], self.cli("show", result.id).stdout)
+                self.assertIn(error.message[:30], self.cli("list").stdout)
+
+    @unittest.skipUnless(sys.platform == "linux", "glibc says so")
+    def test_an_abort_says_what_the_c_library_printed(self):
+        self.worker()
+        error = self.failure(self.tasks.free_twice.delay()).error
+        if "double free" not in (self.store.output(1) or ""):
+            self.skipTest("this C library does not notice it, or says nothing")
+        self.assertRegex(str(error), "^SIGABRT: abort\\(\\) in free_twice at tasks.py:20: "
+                         f".*double free.*{self.USED}$")
+        self.assertNotIn("about to", error.message)
+
+    def test_an_exit_by_python_is_an_exception_and_costs_no_child(self):
+        self.worker()
+        error = self.failure(self.tasks.exit.delay(3)).error
+        self.assertEqual((error.kind, str(error)), ("exception", "SystemExit: 3"))
+
+    def test_a_kill_from_outside_is_called_so(self):
+        self.worker()
+        result = self.tasks.hold.delay()
+        for number, name, text in (
+            (signal.SIGKILL, "SIGKILL", "killed from outside, as by kill -9"),
+            (signal.SIGXCPU, "SIGXCPU", r"its CPU time is used up \(RLIMIT_CPU\)"),
+        ):
+            os.kill(int(self.wait_lines("pid")[0]), number)
+            (self.folder / "pid").unlink()
+            with self.subTest(name):
+                self.assertRegex(str(self.failure(result)), f"{name}: {text}")
+            self.store.retry(result.id, self.store.now())
+        self.assertEqual([record["signal"] for record in self.store.attempts(1)],
+                         ["SIGKILL", "SIGXCPU"])
+
+    def test_we_say_when_it_was_us(self):
+        self.worker()
+        self.assertRegex(str(self.failure(self.tasks.too_long.delay())),
+                         f"timeout: killed after its limit of 0.2 s{self.USED}$")
+
+    def test_a_want_of_addresses_is_said_with_the_limit(self):
+        self.worker()
+        error = self.failure(self.tasks.hungry.delay(1 << 30)).error
+        self.assertRegex(str(error), r"^MemoryError: out of memory "
+                         r"\(peak \d+ MiB, RLIMIT_AS 1.0 GiB\)$")
+
+    def test_an_ordinary_failure_says_what_it_has_used(self):
+        self.worker()
+        self.failure(self.tasks.burn.delay(0.2))
+        self.failure(self.tasks.burn.delay(0.0))
+        long, short = (self.store.attempts(n)[0] for n in (1, 2))
+        self.assertTrue(0.2 <= long["cpu"] < 5, long)
+        self.assertLess(short["cpu"], 0.2)      # not that of the run before
+        self.assertGreater(long["peak"], 1 << 20)
+
+    def own_cgroup(self, limit):
+        """A function to enter a cgroup of our own that may have so many bytes."""
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            top = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
+            name, value = ("memory.limit_in_bytes", limit) if kinds else \
+                ("memory.max", limit)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            folder = top / path.lstrip("/") / f"pybgworker-test-{os.getpid()}"
+            try:
+                folder.mkdir()
+                self.addCleanup(folder.rmdir)
+                (folder / name).write_text(str(value))
+                return lambda f=folder: (f / "cgroup.procs").write_text(str(os.getpid()))
+            except OSError:
+                continue
+        self.skipTest("there is no cgroup for memory that we may make one in")
+
+    @unittest.skipUnless(Path("/proc/self/cgroup").exists(), "there are no cgroups here")
+    def test_the_kernel_kills_for_want_of_memory_in_a_real_cgroup(self):
+        worker = self.worker("--concurrency", 1, before=self.own_cgroup(256 << 20))
+        eaten = self.tasks.eat.delay(1 << 30)
+        error = self.failure(eaten).error
+        self.assertRegex(
+            str(error), r"^SIGKILL: out of memory \(peak \d\d\d MiB, "
+            r"cgroup limit 256 MiB, cgroup oom_kill \+1, CPU \d+\.\d s\)$")
+        held = self.tasks.hold.delay()      # and a kill after that is no such thing
+        os.kill(int(self.wait_lines("pid")[0]), signal.SIGKILL)
+        said = str(self.failure(held))
+        self.assertRegex(said, "killed from outside, as by kill -9 .*oom_kill \\+0")
+        self.assertEqual(worker.stop(), 0)
+
+    def words(self, *end, scarcity=None, stack="", printed="", verdict=None, limit=None):
+        with mock.patch.object(pybgworker, "address_limit", lambda: limit):
+            found = pybgworker.crash_of(verdict, pybgworker.Exit(*end), 64 << 20, stack,
+                                        printed, scarcity)
+        return ": ".join(filter(None, (found["type"], found["message"])))
+
+    def test_each_end_has_its_words(self):
+        big, scarce = 3 << 30, pybgworker.Scarcity
+        table = (
+            (("SIGKILL", None, big, 7.25), {"scarcity": scarce("cgroup", 1, 4 << 30)},
+             "SIGKILL: out of memory (peak 3.0 GiB, cgroup limit 4.0 GiB, cgroup oom_kill +1, "
+             "CPU 7.2 s)"),
+            (("SIGKILL", None, big), {"scarcity": scarce("machine", 2, None)},
+             "SIGKILL: out of memory (peak 3.0 GiB, machine oom_kill +2, CPU 0.0 s)"),
+            (("SIGKILL", None, big), {"scarcity": scarce("cgroup", 0, big)},
+             "SIGKILL: killed from outside, as by kill -9 (peak 3.0 GiB, cgroup oom_kill +0, "
+             "CPU 0.0 s)"),
+            (("SIGKILL", None, big), {"scarcity": scarce("", 0, big + 1)},
+             "SIGKILL: out of memory, it seems (peak 3.0 GiB, cgroup limit 3.0 GiB, CPU 0.0 s)"),
+            (("SIGKILL", None, big), {},
+             "SIGKILL: killed from outside, as by kill -9, or by the system for want of memory "
+             "(peak 3.0 GiB, CPU 0.0 s)"),
+            (("SIGKILL", None, 0), {},
+             "SIGKILL: its nursery, the process that starts children, has ended, and this "
+             "child with it"),
+            (("SIGKILL", None, 0), {"scarcity": scarce("cgroup", 1, None)},
+             "SIGKILL: its nursery, the process that starts children, has ended, and this "
+             "child with it: out of memory (cgroup oom_kill +1)"),
+            (("SIGSEGV", None, 0), {"stack": "Thread 0x1 (most recent call first):\n"
+                                    '  File "a.py", line 3 in f'},     # no crash: asked for
+             "SIGSEGV: segmentation fault"),
+            (("SIGBUS", None, 95 << 20), {"limit": 100 << 20},
+             "SIGBUS: bus error (peak 95 MiB, RLIMIT_AS 100 MiB, CPU 0.0 s)"),
+            (("SIGBUS", None, 9 << 20), {"limit": 100 << 20},
+             "SIGBUS: bus error (peak 9.0 MiB, CPU 0.0 s)"),
+            (("signal 45", None, 0), {}, "signal 45: this signal ended the child"),
+            (("SIGABRT", None, 0), {"printed": "free(): x\n1\n2\n3\n4\n5\n"},
+             "SIGABRT: abort()"),                   # that was long before
+            (("SIGABRT", None, 0), {"printed": "terminate called after throwing\n"
+                                    "  what():  boom\nlast\n"},
+             "SIGABRT: abort(): terminate called after throwing what():  boom"),
+            ((None, 0, 0), {}, "it ended its process with exit code 0, as by os._exit()"),
+            ((None, None, 0), {}, "its process has ended, and somebody else has waited for "
+             "it: how it has ended is not known"),
+            (("SIGKILL", None, 1 << 20), {"verdict": Verdict.MEMORY},
+             "SIGKILL: it used more than max_memory, 64 MiB (peak 1.0 MiB, CPU 0.0 s)"),
+        )
+        for end, about, wanted in table:
+            with self.subTest(wanted):
+                self.assertEqual(self.words(*end, **about), wanted)
+
+    def test_every_signal_that_ends_a_process_has_its_meaning(self):
+        harmless = {"SIGCHLD", "SIGCLD", "SIGCONT", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU",
+                    "SIGURG", "SIGWINCH", "SIGKILL"}
+        rare = {"SIGIO", "SIGPOLL", "SIGPWR", "SIGSTKFLT", "SIGRTMIN", "SIGRTMAX", "SIGPIPE",
+                "SIGUSR1", "SIGUSR2", "SIGEMT", "SIGINFO", "SIGIOT"}
+        for number in signal.Signals:
+            if number.name not in harmless | rare:
+                self.assertIn(number.name, pybgworker.SIGNAL_WORDS)
+
+    def test_the_place_is_the_innermost_that_is_not_pythons_own(self):
+        own = os.path.dirname(os.__file__)
+        frames = (f'{own}/ctypes/__init__.py", line 5 in string_at', 'app/x.py", line 88 in _rank',
+                  'app/y.py", line 2 in <module>')
+
+        def place(*frames, head="Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 "
+                  "(most recent call first):\n"):
+            stack = head + "".join(f'  File "{frame}\n' for frame in frames)
+            return self.words("SIGSEGV", None, 0, stack=stack).partition("fault")[2]
+
+        self.assertEqual(place(*frames), " in _rank at x.py:88")
+        self.assertEqual(place(frames[0]), " in string_at at __init__.py:5")
+        self.assertEqual(place(f'{own}/site-packages/np/a.py", line 7 in dot', frames[1]),
+                         " in dot at a.py:7")
+        self.assertEqual(place(), "")
+        others = 'Thread 0x2 (most recent call first):\n  File "z.py", line 1 in wait\n'
+        self.assertEqual(place(frames[1], head="Fatal Python error: Aborted\n\nCurrent thread "
+                               "0x1 [main] (most recent call first):\n"),
+                         " in _rank at x.py:88")
+        self.assertEqual(place(head=f"Fatal Python error: x\n\n{others}"), "")
+
+    def test_who_is_charged_among_others_and_who_is_not_say_so(self):
+        worker = self.worker("--threads", 3, "--concurrency", 1)
+        held = self.tasks.hold.delay()
+        self.wait_lines("pid")
+        crashed = self.tasks.rank.delay()
+        worker.wait_for("task_lost", task_id=held.id)
+        (self.folder / "go").touch()
+        error = self.failure(crashed).error
+        self.assertIn("segmentation fault in rank", error.message)
+        record = self.store.attempts(crashed.id)[0]
+        self.assertEqual((record["outcome"], record["kind"], record["error"]), (
+            "forgiven", "lost", pybgworker.LOST_WITH[False, True]))
+        self.get(held)
+        self.assertEqual(
+            [(each["attempt"], each["outcome"], each["error"])
+             for each in self.store.attempts(held.id)],
+            [(1, "forgiven", pybgworker.LOST_WITH[False, True]), (2, "success", None)])
+
+
 # == Deaths ===================================================================
 
 
@@ -11262,6 +11616,28 @@ class Deaths(PoolCase):
         self.assertEqual(len(worker.all("task_lost")), 2)
         self.assertEqual(worker.stop(), 0)
 
+    def test_who_is_charged_while_others_are_not_is_told_of_them(self):
+        for why, marked, verdicts, text in (
+            ("known", (), {1: Verdict.TIMEOUT}, "killed after its limit of 3 s; 2 other runs "
+             "were in flight with it, and not to blame"),
+            ("suspected", (1,), {}, "segmentation fault (peak 7.0 MiB, CPU 0.0 s); a child has "
+             "died with it before; 2 other runs were in flight with it, and not to blame"),
+        ):
+            pool, member = self.pool_of(coroutines=9, is_async={"t"})
+            self.begin_beside(member, *map(self.run_of, range(3)))
+            member.process.exit = pybgworker.Exit("SIGSEGV", None, 7 << 20)
+            for number, verdict in verdicts.items():
+                member.slot_of(number).run.timeout = 3
+                member.condemn(verdict, 101.0, member.slot_of(number))
+                member.process.exit = pybgworker.Exit("SIGKILL", None, 0)
+            for number in marked:
+                member.slot_of(number).run.alone = True
+            pool._bury(member, 101.0)
+            found = pool.collect()
+            with self.subTest(why):
+                self.assertEqual([end.error["message"] for end in found.ended], [text])
+                self.assertEqual(len(found.forgiven), 2)
+
     def test_one_line_says_a_death_and_one_each_what_it_costs(self):
         pool, member = self.pool_of(coroutines=9, is_async={"t"})
         self.begin_beside(member, *map(self.run_of, range(5)))
@@ -11270,7 +11646,7 @@ class Deaths(PoolCase):
         said = [call.args[0] for call in pool._log.call_args_list]
         self.assertEqual(said, ["child_error"] + ["task_lost"] * 5)
         about = pool._log.call_args_list[0].kwargs
-        self.assertIn("with 5 runs in flight: SIGSEGV: this signal", about["error"])
+        self.assertIn("with 5 runs in flight: SIGSEGV: segmentation fault", about["error"])
         self.assertEqual(about["runs"], 5)
 
 
@@ -12466,7 +12842,7 @@ class Neighbours(Served):
             self.assertEqual({self.charged(result) for result in results}, {1})
             said = worker.find("child_error")
             self.assertGreater(said["runs"], 20)
-            self.assertIn("runs in flight: SIGSEGV: this signal ended the child",
+            self.assertIn("runs in flight: SIGSEGV: segmentation fault",
                           said["error"])
             lost = {event["task_id"] for event in worker.all("task_lost")}
             self.assertEqual(len(lost), said["runs"])
