@@ -57,7 +57,7 @@ Map
         Senses · Signs · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Wording · Reasons · Why · Attention ·
-        Overview · Listeners · Bench · Old import paths
+        Overview · Screen · Frame · Top · Listeners · Bench · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -7629,18 +7629,18 @@ class Lists(Records):
 
     def arrivals(self, now: int, most: int = 10_000) -> dict[str, float]:
         for limit in (min(_FEW_NEWEST, most), most):
+            # created_at is that of the row with the lowest id: so SQLite has it.
             rows = self.db.read(
                 """select queue, sum(created_at between :since and :now
-                            and run_at <= :now), count(*), min(created_at)
-                    from (select queue, created_at, run_at from bg_task
+                            and run_at <= :now), count(*), min(id), created_at
+                    from (select id, queue, created_at, run_at from bg_task
                         order by id desc limit :limit)
                     group by queue""",
                 {"since": now - 60_000, "now": now, "limit": limit})
-            seen = sum(row[2] for row in rows)
-            oldest = min((row[3] for row in rows), default=0)
-            if seen < limit or oldest < now - 60_000:
+            first = min(rows, key=operator.itemgetter(3), default=(0,) * 5)
+            if sum(row[2] for row in rows) < limit or first[4] < now - 60_000:
                 return {row[0]: float(row[1]) for row in rows if row[1]}
-        pace = 60_000 / max(1, now - oldest)
+        pace = 60_000 / max(1, now - first[4])
         return {row[0]: row[1] * pace for row in rows if row[1]}
 
     def failures(self, since: int, limit: int = 1000) -> list[FailureRow]:
@@ -8553,8 +8553,8 @@ class SystemLook(Looks):
                         select id, name from bg_task indexed by bg_delayed
                             where state < {QUEUED} and state = {RETRYING}
                             order by run_at limit {_MOST_FEW})
-                        where name = :name)
-                join bg_payload as p on p.id = 8 * +id + {ERROR}
+                        where name = :name) as t
+                join bg_payload as p on p.id = 8 * +t.id + {ERROR}
                 limit {_MOST_ERRORS}""",
             {"name": name, "since": now - HOUR_MS})
         errors = [read_error(body) for body, in rows]
@@ -19736,7 +19736,7 @@ def overview(store: Store, settings: types.SimpleNamespace, now: int,
         del row["processes"]
     return {
         "at": iso_time(now), "database": store.path, "span": span, "step": step,
-        "attention": _alerts(store, now, settings),
+        "attention": [alert._asdict() for alert in attention(store, now, settings)],
         "figures": _figures(store, now, minutes, queues, workers),
         "series": _series(store, now, span, minutes),
         "queues": queues, "running": running, "running_total": running_total,
@@ -19745,11 +19745,6 @@ def overview(store: Store, settings: types.SimpleNamespace, now: int,
         "failures_total": failures["total"], "failures_capped": failures["capped"],
         "workers": workers, "next": schedules_report(store, now, _SHOWN["next"]),
     }
-
-
-def _alerts(store, now, settings):
-    attention = globals().get("attention", lambda *_: [])
-    return [alert._asdict() for alert in attention(store, now, settings)]
 
 
 def _last_hour(store, now):
@@ -19926,7 +19921,7 @@ def _names_in(text):
 
 def _running(store, now, workers):
     """The tasks that have run the longest, and how many run in all."""
-    hands = {row.task: row for row in getattr(store, "runs", list)()}
+    hands = {row.task: row for row in store.runs()}
     longest = sorted(hands.values(), key=lambda row: row.began_at or math.inf)
     rows = []
     for hand in longest[:_SHOWN["running"]]:
@@ -20076,6 +20071,984 @@ def events_report(store: Store, before: int | None = None, limit: int = 50) -> d
         "events": [{**row._asdict(), "at": _iso_of(row.at)} for row in rows],
         "next": rows[-1].id if len(rows) == limit else None,
     }
+
+
+# == Screen ===================================================================
+# Owns a terminal as a room has it: its size, its keys, the lines on it, and that it
+# is given back as it was, however the program ends.  ANSI only; of the lines of a
+# picture those are written that have changed.  Knows nothing of what it shows.
+
+_ENTER = "\033[?1049h\033[?25l\033[H\033[2J"    # alternate screen, no cursor, clear
+_LEAVE = "\033[0m\033[?25h\033[?1049l"
+_STYLES = {"bold": "1", "dim": "2", "bad": "31", "warn": "33", "good": "32",
+           "chosen": "7"}
+_COLOURS = ("bad", "warn", "good")
+_SPLIT_WAIT = 0.05      # seconds that the rest of a key's sequence may take
+_KEYS = {
+    "\033[A": "up", "\033[B": "down", "\033OA": "up", "\033OB": "down",
+    "\033[5~": "page up", "\033[6~": "page down", "\033[H": "home", "\033[F": "end",
+    "\033OH": "home", "\033OF": "end", "\033[1~": "home", "\033[4~": "end",
+    "\r": "enter", "\n": "enter", "\033": "escape", "k": "up", "j": "down",
+    " ": "page down", "b": "page up", "g": "home", "G": "end", "\x0c": "redraw",
+}
+_KEY = re.compile(r"\033\[[0-9;?]*[ -/]*[@-~]|\033O.|\033|.", re.S)
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes: wide characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(
+        0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def clean(text: Any) -> str:
+    """A text on one line, and nothing in it that a terminal obeys."""
+    return visible(" ".join(str(text).split()))
+
+
+def padded(text: str, width: int, right: bool = False, cut: str = "…") -> str:
+    """A clean text in exactly `width` columns.
+
+    Too long a one ends in `cut`; a short one gets spaces, on the left with `right`.
+    """
+    if width_of(text) > width:
+        kept = max(0, width - width_of(cut))
+        while width_of(text) > kept:
+            # Wide characters take two: at least half of what is too much goes at once.
+            text = text[:-max(1, (width_of(text) - kept) // 2)]
+        text += cut[:max(0, width)]
+    filler = " " * (width - width_of(text))
+    return filler + text if right else text + filler
+
+
+def styled(line: Sequence[tuple[str, str]], colour: bool) -> str:
+    """A line of (text, style) as a terminal takes it; without `colour` none."""
+    parts = []
+    for text, style in line:
+        code = _STYLES.get(style, "") if colour or style not in _COLOURS else ""
+        parts.append(f"\033[{code}m{text}\033[0m" if code and text else text)
+    return "".join(parts)
+
+
+class Terminal:
+    """A terminal, in use as a context; signals come out of keys() like keys."""
+
+    def __init__(self, reads: int, writes: int, encoding: str, colour: bool):
+        self.reads, self.writes = reads, writes
+        self.encoding, self.colour = encoding, colour
+        self._lines: list[str] = []         # as they are on it
+        self._width = 0
+        self._mode: Any = None              # of the terminal, as it was
+        self._handlers: dict = {}           # of signals, as they were
+        self._wake: tuple = ()              # pipe that a signal writes to
+        self._typed = ""
+
+    def __enter__(self) -> Terminal:
+        import termios
+
+        self._mode = termios.tcgetattr(self.reads)
+        try:
+            self._wake = os.pipe()
+            for fd in self._wake:
+                os.set_blocking(fd, False)
+            signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
+            for name in SCREEN_SIGNALS:
+                number = getattr(signal, name)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, _note_signal)
+            self.take()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        try:
+            self._give_back()
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            for fd in self._wake:
+                os.close(fd)
+
+    def take(self) -> None:
+        """Have it to ourselves, also after somebody else had it; all is drawn anew."""
+        import termios
+
+        mode = termios.tcgetattr(self.reads)
+        mode[3] &= ~(termios.ICANON | termios.ECHO)     # Ctrl-C and Ctrl-Z stay signals
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(self.reads, termios.TCSADRAIN, mode)
+        self._write(_ENTER)
+        self._lines = []
+
+    def _give_back(self):
+        import termios
+
+        with contextlib.suppress(OSError):      # it is gone
+            self._write(_LEAVE)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(self.reads, termios.TCSADRAIN, self._mode)
+
+    def suspend(self) -> None:
+        """Stop as Ctrl-Z wants it; return when the program is to go on."""
+        self._give_back()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self.take()
+
+    @staticmethod
+    def is_possible() -> bool:
+        """True where the system has terminals of this kind."""
+        return importlib.util.find_spec("termios") is not None
+
+    def size(self) -> tuple[int, int]:
+        """(columns, lines) as they are now."""
+        return terminal_size(self.writes)
+
+    def draw(self, lines: Sequence[str], width: int) -> None:
+        """Make these the lines of the screen; write those that are not yet on it."""
+        if width != self._width or len(lines) != len(self._lines):
+            self._width, self._lines = width, [""] * len(lines)
+            self._write("\033[2J")
+        changed = [
+            f"\033[{number};1H\033[K{new}" for number, (old, new)
+            in enumerate(zip(self._lines, lines), 1) if new != old
+        ]
+        if changed:
+            self._write("".join(changed))
+        self._lines = list(lines)
+
+    def _write(self, text):
+        data = memoryview(text.encode(self.encoding, "replace"))
+        while data:
+            data = data[os.write(self.writes, data):]
+
+    def keys(self, seconds: float) -> list[str]:
+        """What was typed, and the names of signals, as soon as there is something."""
+        ready = select.select([self.reads, self._wake[0]], [], [], max(0.0, seconds))[0]
+        found = []
+        if self._wake[0] in ready:
+            with contextlib.suppress(BlockingIOError):
+                found = [signal.Signals(number).name for number
+                         in os.read(self._wake[0], 1000)]
+        if self.reads in ready:
+            typed = self._read()
+            if re.search(r"\033([\[O][0-9;]*)?\Z", typed) \
+                    and select.select([self.reads], [], [], _SPLIT_WAIT)[0]:
+                typed += self._read()
+            found += [_KEYS.get(key, key) for key in _KEY.findall(typed)]
+        return found
+
+    def _read(self):
+        typed = os.read(self.reads, 1000)
+        if not typed:
+            raise OSError(errno.EIO, "the terminal is closed")
+        return typed.decode("utf-8", "replace")
+
+
+SCREEN_SIGNALS = ("SIGWINCH", "SIGTSTP", "SIGCONT", "SIGTERM", "SIGHUP", "SIGQUIT")
+
+
+def _note_signal(number, frame):
+    """The wake-up pipe has told."""
+
+
+def terminal_size(fd: int) -> tuple[int, int]:
+    """(columns, lines) of a terminal; 80 and 24 where nobody can tell."""
+    try:
+        width, height = os.get_terminal_size(fd)
+    except OSError:
+        return 80, 24
+    return width or 80, height or 24
+
+
+# == Frame ====================================================================
+# Owns how an overview looks as lines of text, as many and as wide as there is room
+# for.  Pure: a dict in, lines out.  A line is a list of (text, style).
+
+class Glyphs(NamedTuple):
+    """The characters of a frame that not every terminal has."""
+
+    bad: str = "×"
+    none: str = "–"
+    cut: str = "…"
+    dot: str = "·"
+    full: str = "█"
+    parts: str = "▏▎▍▌▋▊▉"      # eighths of a full one
+    levels: str = " ▁▂▃▄▅▆▇█"
+    page_keys: str = "q back  ↑↓ move  w why  l logs  ⏎ show  c cancel  r retry"
+    few_keys: str = "q quit  ? all keys"
+    keys: str = ("q quit  ↑↓ choose  ⏎ show  w why  l logs  c cancel  r retry  "
+                 "p pause  ? all keys")
+    reading_keys: str = "q quit  ↑↓ choose  ⏎ show  w why  l logs  ? all keys"
+
+
+PLAIN_GLYPHS = Glyphs(
+    "x", "-", "~", ".", "#", "", " ..::++##",
+    "q back  up/down  w why  l logs  enter show  c cancel  r retry",
+    "q quit  ? all keys",
+    "q quit  up/down  enter show  w why  l logs  c cancel  r retry  p pause  ? keys",
+    "q quit  up/down  enter show  w why  l logs  ? keys")
+
+
+NARROW = 60            # columns; below, a queue has the three that matter most
+_WIDE = 110             # columns from which there is room for more
+_ROOMY = 20             # lines from which blank ones are not a waste
+_TINY = 10              # lines up to which schedules are left out
+_MORE_TO = (2, 1, 3, 0)     # blocks in the order in which they get lines to spare
+_BAD_SHARE = 0.05       # of runs that failed, in the last ten minutes
+_OLD = 300              # seconds that a task waits, until it is in red
+
+
+def glyphs_of(encoding: str) -> Glyphs:
+    """Those that a terminal of this encoding has."""
+    try:
+        "".join(Glyphs()).encode(encoding)
+    except (UnicodeError, LookupError):
+        return PLAIN_GLYPHS
+    return Glyphs()
+
+
+class Spot(NamedTuple):
+    """A row of a frame that can be chosen."""
+
+    line: int
+    kind: str               # queue, task or failure
+    key: Any                # what makes it the same in the next frame
+    row: dict
+
+
+def briefly(seconds: float | None, none: str = "–") -> str:
+    """Seconds in at most 7 characters: 400 ms, 3.1 s, 38 s, 21 min, 2.5 h, 9 d."""
+    if seconds is None:
+        return none
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 99.5:
+        return f"{_number(seconds)} s"
+    if seconds < 5370:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 171_000:
+        return f"{_number(seconds / 3600)} h"
+    return f"{min(seconds / 86400, 99999):.0f} d"
+
+
+def _number(value):
+    """With one decimal, if it is below ten and has one."""
+    text = f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def _share(part, none):
+    return none if part is None else f"{_number(100 * part)} %"
+
+
+def bytes_briefly(count: int | None, none: str = "–") -> str:
+    """Bytes in at most 5 characters: 88 M, 1.9 G."""
+    if count is None:
+        return none
+    value = count / 1024
+    for unit in "KMGT":
+        if value < 999.5 or unit == "T":
+            return f"{_number(value)} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def _bars(counts, busiest, glyphs):
+    """A character for each count; the busiest minute of the hour is a full one."""
+    top = len(glyphs.levels) - 1
+    return "".join(
+        glyphs.levels[min(top, math.ceil(count * top / busiest)) if count > 0 else 0]
+        for count in counts) if busiest else ""
+
+
+def _progress(progress, width, glyphs):
+    """`62 % ██████▏···  frame`; what has only said something, only that."""
+    percent, message = progress if isinstance(progress, list) and len(progress) == 2 \
+        and isinstance(progress[0], (int, float)) else (0, None)
+    said = "" if message is None else clean(message)
+    if not percent:
+        return padded(said or glyphs.none, width, cut=glyphs.cut)
+    whole, part = divmod(max(0, min(80, int(percent * 0.8))), 8)
+    bar = glyphs.full * whole
+    if part and glyphs.parts:
+        bar += glyphs.parts[part - 1]
+    shown = f"{min(percent, 999):2.0f} % {bar.ljust(10, glyphs.dot)}  {said}"
+    return padded(shown, width, cut=glyphs.cut)
+
+
+class _Block(NamedTuple):
+    """Rows under a title: (line, kind, key, what it is of) each."""
+
+    title: list             # lines; not there without rows
+    rows: list
+    total: int              # of which some may not be here
+    least: int              # lines it has if possible, before others have more
+
+    @property
+    def wanted(self) -> int:
+        """Lines for all rows, and for saying how many are not here."""
+        return len(self.rows) + (self.total > len(self.rows))
+
+    @property
+    def lines(self) -> int:
+        """All that it would have, if there was room."""
+        return self.wanted + (len(self.title) if self.rows else 0)
+
+
+def frame(view: dict, width: int, height: int, glyphs: Glyphs = Glyphs(),
+          chosen: tuple | None = None, note: str = "",
+          last: str = "") -> tuple[list, list[Spot]]:
+    """(the lines of an overview, the rows in them that can be chosen).
+
+    Of `chosen`, the (kind, key) of a row, the line is marked.  `note` stands where the
+    time was, `last` is the last line.  At most `height` lines: each block has its
+    share, the rest goes to those that have more.
+    """
+    lines = [_header(view, width, glyphs, note)]
+    tail = _next_line(view, width, glyphs) if height > _TINY else []
+    if last:
+        tail.append([(padded(last, width, cut=glyphs.cut).rstrip(), "dim")])
+    gap: list = [[]] if height >= _ROOMY else []
+    blocks = [_alerts_block(view, glyphs), _queues_block(view, width, glyphs, gap),
+              _tasks_block(view, width, glyphs, gap),
+              _failed_block(view, width, glyphs)]
+    room = height - len(lines) - len(tail)
+    if sum(block.lines for block in blocks) > room:
+        blocks[1] = _queues_block(view, width, glyphs, gap, only_late=True)
+    if not any(block.rows for block in blocks):
+        lines += [*gap, [("nothing waits, and nothing runs", "")]]
+    spots: list[Spot] = []
+    shares = _shares(blocks, height - len(lines) - len(tail))
+    for block, share in zip(blocks, shares):
+        _put(block, share, lines, spots, chosen)
+    if last:                            # at the foot of the screen
+        lines += [[]] * (height - len(lines) - len(tail))
+    lines = (lines + tail)[:max(1, height)]
+    spots = [spot for spot in spots if spot.line < len(lines)]
+    return [_cut_line(line, width, glyphs) for line in lines], spots
+
+
+def _shares(blocks, room):
+    """How many lines of rows each block has, so that all fit."""
+    shares = [min(block.wanted, block.least) for block in blocks]
+
+    def spare():
+        return room - sum(share + len(block.title)
+                          for block, share in zip(blocks, shares) if share)
+
+    while spare() < 0 and any(shares):
+        largest = max(range(len(shares)), key=lambda n: (shares[n], n))
+        shares[largest] -= 1
+    while spare() > 0:
+        more = [n for n in _MORE_TO if 0 < shares[n] < blocks[n].wanted]
+        if not more:
+            break
+        for n in more[:spare()]:
+            shares[n] += 1
+    return shares
+
+
+def _put(block, share, lines, spots, chosen):
+    """Add the lines of a block that has so many of them for its rows."""
+    if not share:
+        return
+    lines += block.title
+    says_more = share > 1 and (share < block.wanted or share > len(block.rows))
+    first = sorted(block.rows, key=_rank)[:share - says_more]
+    rows = [row for row in block.rows if row in first]
+    for line, kind, key, row in rows:
+        if kind is not None:
+            spots.append(Spot(len(lines), kind, key, row))
+        lines.append(_marked(line) if chosen == (kind, key) else line)
+    if says_more:
+        lines.append([(f"  {block.total - len(rows):,} more", "dim")])
+
+
+def _rank(row):
+    """Which rows go first where there is not room for all: of queues the longest."""
+    return -row[3]["waiting"] if row[1] == "queue" else 0
+
+
+def _marked(line):
+    """As the chosen one: the other way round, with a mark if there is room for it."""
+    text = "".join(part for part, _ in line)
+    return [(">" + text[1:] if text.startswith(" ") else text, "chosen")]
+
+
+def _header(view, width, glyphs, note):
+    figures = view["figures"]
+    name = clean(os.path.basename(view["database"]) or view["database"])
+    share, none = figures["failed_share"], glyphs.none
+    is_bad = share is not None and share > _BAD_SHARE
+    clock = local_time(view["at"], "%H:%M:%S %Z")
+    parts = [(f"{name}  ", "bold"), (f"{note or clock}   ", "bad" if note else ""),
+             (f"{figures['runs_per_minute']:,}/min  ", ""),
+             (f"{_share(share, none)} failed   ", "bad" if is_bad else "")]
+    if width >= NARROW:
+        parts.append((f"wait p95 {briefly(figures['wait_p95'], none)}   ", ""))
+        parts.append((f"{figures['busy']}/{figures['children']} busy, "
+                      f"{figures['workers']} w" if figures["workers"] else "no worker",
+                      "" if figures["workers"] else "bad"))
+    if width >= _WIDE:
+        parts.append((f"   {figures['waiting']:,} waiting", ""))
+        if figures["oldest"] is not None:
+            parts.append((f", oldest {briefly(figures['oldest'])}", ""))
+        parts.append((f"   {figures['later']:,} later", ""))
+    return parts
+
+
+def _cut_line(parts, width, glyphs):
+    """A line of (text, style) that is not too wide."""
+    line = []
+    for text, style in parts:
+        if width_of(text) > width:
+            text = padded(text, width, cut=glyphs.cut)
+        line.append((text, style))
+        width -= width_of(text)
+        if width <= 0:
+            break
+    return [(text, style) for text, style in line if text]
+
+
+def _alerts_block(view, glyphs):
+    rows = []
+    for alert in view["attention"]:
+        sign, style = (glyphs.bad, "bad") if alert["level"] == "bad" else ("!", "warn")
+        rows.append(([(f"{sign} {clean(alert['say'])}", style)], None, None, alert))
+    return _Block([], rows, len(rows), 3)
+
+
+def _queues_block(view, width, glyphs, gap, only_late=False):
+    queues = [row for row in view["queues"] if row["waiting"] or row["paused"]
+              or not only_late and (row["later"] or row["running"])]
+    is_narrow = width < NARROW
+    fixed = 23 if is_narrow else 68
+    longest = max((width_of(clean(row["queue"])) for row in queues), default=0)
+    room = max(8, min(width - fixed, max(12, longest)))
+    titles = ["WAITING", "OLDEST", "RUN", "IN/MIN", "OUT/MIN", "EMPTY IN"]
+    sizes = [9, 9, 5, 8, 9, 10]
+    number = 3 if is_narrow else 6
+    head = padded("QUEUE", room) + "".join(
+        title.rjust(size) for title, size in zip(titles[:number], sizes))
+    if not is_narrow:
+        head += "   LAST 15 MIN"
+    rows = [(_queue_line(row, room, sizes[:number], glyphs), "queue", row["queue"], row)
+            for row in queues]
+    return _Block([*gap, [(head, "bold")]], rows, len(rows), 4)
+
+
+def _queue_line(row, room, sizes, glyphs):
+    empty = row["empty_in"]
+    cells = [f"{row['waiting']:,}", briefly(row["oldest"], glyphs.none),
+             f"{row['running']:,}", f"{row['in_per_minute']:,}",
+             f"{row['out_per_minute']:,}",
+             empty if isinstance(empty, str) else briefly(empty, glyphs.none)]
+    styles = ["", "bad" if (row["oldest"] or 0) > _OLD else "", "", "", "",
+              {"paused": "bad", "never": "warn"}.get(empty, "")]
+    line = [(padded(clean(row["queue"]), room, cut=glyphs.cut), "")]
+    line += [(padded(text, size, right=True), style)
+             for text, size, style in zip(cells, sizes, styles)]
+    if len(sizes) == len(cells):
+        line.append(("   " + _bars(row["bars"], row["busiest"], glyphs), ""))
+    return line
+
+
+def _tasks_block(view, width, glyphs, gap):
+    runs = view["running"]
+    names = [clean(run["name"]) for run in runs]
+    ons = [clean(run["worker"] or glyphs.none) for run in runs]
+    size = max([5, *(len(str(run["id"])) for run in runs)])
+    on = min(max([2, *map(width_of, ons)]), 8 if width < _WIDE else 24)
+    # Of what is left, the name has what it needs, but leaves so much for progress.
+    left = width - 1 - (2 + size + 2) - (2 + on) - (2 + 6 + 2) - (2 + 5) - (2 + 6)
+    room = max(4, min(max(map(width_of, names), default=4), left - 15))
+    said = max(0, left - room)
+    if width < NARROW:
+        room = max(4, width - size - 12)
+    head = f"  {'TASK':>{size}}  {padded('NAME', room)}  "
+    head += f"{'FOR':>6}" if width < NARROW else (
+        f"{padded('ON', on)}  {'FOR':>6}  {padded('PROGRESS', said)}  {'MEM':>5}  "
+        f"{'CPU':>6}")
+    rows = []
+    for run, name, worker in zip(runs, names, ons):
+        begun = f"{briefly(run['for'], glyphs.none):>6}"
+        text = f"  {run['id']:>{size}}  {padded(name, room, cut=glyphs.cut)}  "
+        if width < NARROW:
+            line = [(text + begun, "")]
+        else:
+            line = [(f"{text}{padded(worker, on, cut=glyphs.cut)}  {begun}  ", ""),
+                    _said_cell(run, said, glyphs),
+                    (f"  {bytes_briefly(run['memory'], glyphs.none):>5}"
+                     f"  {_share(run['cpu'], glyphs.none):>6}", "")]
+        rows.append((line, "task", run["id"], run))
+    return _Block([*gap, [(head, "bold")]], rows, view["running_total"], 5)
+
+
+def _said_cell(run, room, glyphs):
+    if run["in_pipe"]:
+        return padded("waits for its child", room, cut=glyphs.cut), "dim"
+    return _progress(run["progress"], room, glyphs), ""
+
+
+def _failed_block(view, width, glyphs):
+    groups = view["failures"]
+    names = max((width_of(clean(row["name"])) for row in groups), default=0)
+    name = min(names, max(8, width // 3))
+    rows = []
+    for row in groups:
+        ago = f"{briefly(row['last_age'])} ago"
+        room = max(4, width - 1 - 8 - name - 2 - 2 - len(ago))
+        cells = (padded(clean(row[key]), size, cut=glyphs.cut)
+                 for key, size in (("name", name), ("error", room)))
+        text = "  ".join([f"{row['count']:>6,}", *cells, ago])
+        rows.append(([(text, "")], "failure",
+                     (row["name"], row["kind"], row["type"], row["pattern"]), row))
+    capped = " (OF THE NEWEST 1,000)" if view["failures_capped"] else ""
+    title = [(f"FAILED, LAST HOUR{capped}", "bold")]
+    return _Block([title], rows, view["failures_groups"], 2)
+
+
+def _next_line(view, width, glyphs):
+    """Nothing, or a line of the schedules that come first."""
+    text = ""
+    for row in view["next"]:
+        one = f"{clean(row['schedule'])} {briefly(row['next_in'], glyphs.none)}"
+        longer = f"{text} {glyphs.dot} {one}" if text else one
+        if width_of(longer) > width - 6 and text:
+            break
+        text = longer
+    line = [("NEXT", "bold"), (f"  {text}", "")]
+    return [line] if text else []
+
+
+# == Top ======================================================================
+# Owns `top`: an overview that is drawn again and again, what keys do with its rows,
+# and the pages of text behind them.  What it changes it changes by verbs of the store,
+# in the name of whoever is logged in.
+
+_PATIENCE = 1.0         # seconds that `top` waits for a locked database
+_LEAST_PAUSE = 20       # times what a look has cost: a twentieth of a CPU at most
+_WHOLE = 1000           # lines of a frame that is only printed: it has all
+_ENDS = ("SIGTERM", "SIGHUP", "SIGQUIT")
+_GONE = (errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE)      # of a terminal
+_HELP = """\
+q            quit; on a page: back to the overview
+↑ ↓  k j     choose a row; on a page: move through it, also by
+             Page Up, Page Down, Home, End
+⏎            show the task; of a group that failed the newest; the tasks of a queue
+w            why: what holds the task, what it does, or how it ended; of a queue,
+             all that needs you
+l            logs: what the task has printed, and prints
+c            cancel the task
+r            retry the task, or all of a group that failed
+p            pause the queue, or that of the task; resume it, if it is paused
+Ctrl-L       draw everything anew
+Esc          back; to a question: no
+
+c, r and p ask first, and want a y.  Below the attention list are the queues, what
+runs, the longest first, what failed for good in the last hour, and what schedules
+enqueue next.  IN/MIN counts tasks of the last minute that may run at once, OUT/MIN
+those that finished; EMPTY IN is what waits at that pace.  The bars are the finished of
+15 minutes, against the busiest minute of this hour."""
+
+
+class _Page:
+    """A page of text over the overview."""
+
+    def __init__(self, title: str, read: Callable[[], str], task: int | None = None,
+                 follows: bool = False):
+        self.title, self.read, self.task = title, read, task
+        self.follows = follows      # shows the end, while it grows
+        self.text = ""
+        self.first = 0              # line at the top of the screen
+
+    def look(self) -> None:
+        """Read what it shows as of now."""
+        try:
+            self.text = self.read()
+        except TaskNotFound as exc:
+            self.text = self.text or str(exc)
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """Those to be shown now, broken where they are too wide."""
+        lines = [part for line in visible(self.text).expandtabs().split("\n")
+                 for part in _broken(line, width)]
+        last = max(0, len(lines) - height)
+        self.first = last if self.follows else max(0, min(self.first, last))
+        return lines[self.first:self.first + height]
+
+    def move(self, key: str, height: int) -> None:
+        """Obey a key that moves through text."""
+        if key in ("up", "page up", "home"):
+            self.follows = False
+        self.first += {"up": -1, "down": 1, "page up": -height, "page down": height,
+                       "home": -10**9, "end": 10**9}[key]
+
+
+def _broken(line, width):
+    """A line in parts that fit; a wide character is never halved."""
+    parts = [""]
+    room = width
+    for char in line:
+        size = width_of(char)
+        if size > room:
+            parts.append("")
+            room = width
+        parts[-1] += char
+        room -= size
+    return parts
+
+
+class _Question(NamedTuple):
+    """What a key would change, before it does."""
+
+    text: str
+    act: Callable[[], str]      # does it; what was done, for the last line
+
+
+class Top:
+    """What is on the screen, and what is done with it."""
+
+    def __init__(self, app: App, screen: Terminal, interval: float, read_only: bool):
+        self.app, self.screen = app, screen
+        self.interval, self.read_only = interval, read_only
+        self.glyphs = glyphs_of(screen.encoding)
+        self.beats = Beats()
+        self.view: dict = {}
+        self.note = ""              # that there is no answer, and since when
+        self.message = ""           # what came of the last key
+        self.spots: list[Spot] = []
+        self.chosen: tuple | None = None
+        self.page: _Page | None = None
+        self.question: _Question | None = None
+
+    def run(self) -> int:
+        """Show and obey until told to end; return the exit status."""
+        look_at = 0.0
+        while True:
+            began = time.monotonic()
+            if began >= look_at:
+                self.look()
+                cost = time.monotonic() - began
+                look_at = began + max(self.interval, _LEAST_PAUSE * cost)
+            self.draw()
+            for key in self.screen.keys(look_at - time.monotonic()):
+                if key in _ENDS:
+                    return 128 + getattr(signal, key)
+                if key == "q" and self.page is None and self.question is None:
+                    return 0
+                if self.press(key):
+                    look_at = 0.0
+
+    def look(self) -> None:
+        """Read what is shown.  Without an answer it stays, and says since when."""
+        store = self.app.store
+        try:
+            self.view = overview(store, self.app.settings, store.now(),
+                                 beats=self.beats)
+            if self.page is not None:
+                self.page.look()
+            if self.note:
+                self.note = self.message = ""
+        except DatabaseUnavailable as exc:
+            if not self.view:
+                raise
+            clock = local_time(self.view["at"], "%H:%M:%S")
+            self.note = f"no answer since {clock}"
+            self.message = str(exc)
+
+    def draw(self) -> None:
+        """Put the overview, or the page over it, on the screen."""
+        width, height = self.screen.size()
+        if self.page is not None:
+            lines = self._page_lines(self.page, width, height)
+        else:
+            lines, self.spots = self._frame(width, height)
+            keys = [(spot.kind, spot.key) for spot in self.spots]
+            if keys and self.chosen not in keys:
+                self.chosen = next((key for key in keys if key[0] == "task"), keys[0])
+                lines, self.spots = self._frame(width, height)
+        colour = self.screen.colour
+        texts = [styled(line, colour) for line in lines]
+        self.screen.draw(texts + [""] * (height - len(texts)), width)
+
+    def _frame(self, width, height):
+        lines, spots = frame(self.view, width, height, self.glyphs, self.chosen,
+                             self.note, self._last(width))
+        if self.question or self.message:
+            lines[-1] = [(text, "warn") for text, _ in lines[-1]]
+        return lines, spots
+
+    def _last(self, width):
+        """What the last line says: a question, what came of a key, or the keys."""
+        if self.question is not None:
+            return clean(self.question.text)
+        if self.message:
+            return clean(self.message)
+        if width < NARROW:
+            return self.glyphs.few_keys
+        return self.glyphs.reading_keys if self.read_only else self.glyphs.keys
+
+    def _page_lines(self, page, width, height):
+        head = padded(f"{clean(page.title)}   {self.note}".rstrip(), width,
+                      cut=self.glyphs.cut)
+        said = self.question or self.message
+        last = self._last(width) if said else self.glyphs.page_keys
+        body = [[(line, "")] for line in page.lines(width, height - 2)]
+        body += [[]] * (height - 2 - len(body))
+        return [[(head, "bold")], *body, [(padded(last, width, cut=self.glyphs.cut),
+                                           "warn" if said else "dim")]]
+
+    # -- keys
+
+    def press(self, key: str) -> bool:
+        """Obey a key, or a signal.  True: something may have changed, look again."""
+        if key == "SIGTSTP":
+            self.screen.suspend()
+            return True
+        if key in ("SIGCONT", "redraw"):
+            self.screen.take()
+            return True
+        if key == "SIGWINCH":
+            return False
+        question, self.question = self.question, None
+        self.message = ""
+        if question is not None:
+            self.message = self._do(question.act) if key in ("y", "Y") else \
+                "nothing was changed"
+            return True
+        if key in ("q", "escape"):
+            self.page = None
+        elif key in ("up", "down", "page up", "page down", "home", "end"):
+            self._move(key)
+        elif key in _ACTS:
+            self.message = self._do(functools.partial(_ACTS[key], self)) or ""
+            return True
+        return False
+
+    def _do(self, act):
+        """What an act says; what is wrong, if it cannot be done."""
+        try:
+            return act()
+        except PyBgWorkerError as exc:
+            return str(exc)
+
+    def _move(self, key):
+        if self.page is not None:
+            return self.page.move(key, max(1, self.screen.size()[1] - 3))
+        keys = [(spot.kind, spot.key) for spot in self.spots]
+        if keys:
+            here = keys.index(self.chosen) if self.chosen in keys else 0
+            to = {"up": here - 1, "down": here + 1, "page up": 0, "home": 0}.get(
+                key, len(keys) - 1)
+            self.chosen = keys[max(0, min(to, len(keys) - 1))]
+        return None
+
+    def spot(self) -> Spot:
+        """The row that is chosen.  Raises Problem: there is none."""
+        for spot in self.spots:
+            if (spot.kind, spot.key) == self.chosen:
+                return spot
+        raise Problem("there is nothing to choose")
+
+    def task(self) -> int:
+        """The task that a key is about.  Raises Problem."""
+        if self.page is not None and self.page.task is not None:
+            return self.page.task
+        spot = self.spot()
+        if self.page is not None or spot.kind == "queue":
+            raise Problem("choose a task for that")
+        return spot.key if spot.kind == "task" else spot.row["ids"][0]
+
+    def open(self, page: _Page) -> None:
+        """Show a page."""
+        page.look()
+        self.page = page
+
+    def ask(self, text: str, act: Callable[[], str]) -> None:
+        """Have it done after a y.  Raises Problem where nothing may be changed."""
+        if self.read_only:
+            raise Problem("nothing can be changed here: --read-only")
+        self.question = _Question(f"{text}? y/N", act)
+
+
+def _printed_by(store, task):
+    """What it has printed, as far as that is kept; live, if it runs."""
+    row = store.task(task)
+    if row.state == RUNNING:
+        return "".join(part.body for part in store.live_output(task, row.attempt))
+    return store.output(task) or "nothing was printed"
+
+
+def _me():
+    """Who is logged in."""
+    import getpass
+
+    try:
+        return By(getpass.getuser(), "cli")
+    except (OSError, ImportError, KeyError):    # a number without a name
+        return By(f"user {os.getuid()}", "cli")
+
+
+# What a key does: a table of functions that are given the Top.
+
+def _show_it(top):
+    store = top.app.store
+    if top.page is None and top.spot().kind == "queue":
+        queue = top.spot().key
+        return top.open(_Page(f"queue {queue}: its newest tasks", lambda: list_text(
+            list_report(store, None, None, queue, 100))))
+    task = top.task()
+    return top.open(_Page(f"task {task}", lambda: show_text(show_report(store, task)),
+                          task))
+
+
+def _why_it(top):
+    store, settings = top.app.store, top.app.settings
+    if top.page is None and (not top.spots or top.spot().kind == "queue"):
+        return top.open(_Page("what needs you", lambda: attention_text(
+            attention(store, store.now(), settings))))
+    task = top.task()
+    return top.open(_Page(f"why {task}", lambda: reason_text(
+        why(store, task, store.now(), settings)), task))
+
+
+def _logs_of(top):
+    store, task = top.app.store, top.task()
+    top.open(_Page(f"logs {task}", lambda: _printed_by(store, task), task, True))
+
+
+def _cancel_it(top):
+    store, task = top.app.store, top.task()
+    row = store.task(task)
+    if row.state in FINISHED:
+        raise Problem(f"task {task} is {row.status} already: nothing to cancel")
+
+    def act():
+        before = store.cancel(task, store.now(), by=_me())
+        if before in FINISHED:
+            return f"task {task} is {state_name(before)} already: nothing to cancel"
+        return f"task {task} is {'being ended' if before == RUNNING else 'cancelled'}"
+
+    top.ask(f"cancel {task} {row.name}", act)
+
+
+def _retry_it(top):
+    store, task = top.app.store, top.task()
+    row = store.task(task)
+    if top.page is None and top.spot().kind == "failure":
+        return _retry_group(top, task, row.name)
+    if row.state not in FINISHED:
+        raise Problem(f"task {task} is {row.status}: "
+                      "only a finished one can be retried")
+
+    def act():
+        store.retry(task, store.now(), by=_me())
+        return f"task {task} is queued again"
+
+    return top.ask(f"retry {task} {row.name}", act)
+
+
+def _retry_group(top, task, name):
+    """All that failed as this task did; they are found before the question."""
+    store = top.app.store
+    ids = failure_ids(store, store.now(), 1, task)
+    if not ids:
+        raise Problem(f"task {task} is no longer among what failed")
+
+    def act():
+        now, done, after = store.now(), 0, None
+        while True:
+            acted = store.act("retry", ids, now, _me(), after=after)
+            done, after = done + acted.done, acted.next
+            if not acted.left:
+                return f"{done:,} of {len(ids):,} are queued again"
+
+    top.ask(f"retry {len(ids):,} failed {name}", act)
+
+
+def _pause_it(top):
+    store = top.app.store
+    here = top.spot() if top.page is None else None
+    queue = here.key if here and here.kind == "queue" else store.task(top.task()).queue
+
+    def pause():
+        store.pause(queue, store.now(), by=_me())
+        return f"queue {queue} is paused: nothing is claimed from it until resume"
+
+    def resume():
+        is_new = store.resume(queue, by=_me())
+        return f"queue {queue} goes on" if is_new else f"queue {queue} is not paused"
+
+    if queue in store.paused_queues():
+        return top.ask(f"resume {queue}", resume)
+    return top.ask(f"pause {queue}", pause)
+
+
+def _help_it(top):
+    top.open(_Page("all keys", lambda: _HELP))
+
+
+_ACTS: dict[str, Callable] = {
+    "enter": _show_it, "w": _why_it, "l": _logs_of, "c": _cancel_it, "r": _retry_it,
+    "p": _pause_it, "?": _help_it,
+}
+
+
+def _interval(text):
+    with contextlib.suppress(ValueError):
+        if 0.1 <= parse_grace(text) <= 3600:
+            return parse_grace(text)
+    raise ValueError("seconds from 0.1 to 3,600")
+
+
+@command("top", "watch queues, what runs and what failed; act on it",
+         "top --interval 5",
+         flag("--interval", metavar="S", type=typed(_interval), default=2.0,
+              help="seconds between two looks, 0.1 to 3,600 (default: 2)"),
+         flag("--once", action="store_true", help="print one frame, and end"),
+         flag("--read-only", action="store_true",
+              help="leave out the keys that change something"),
+         reads=True)
+def _top(args, app):
+    app.override(busy_timeout=min(_PATIENCE, app.settings.busy_timeout))
+    is_seen = is_terminal(sys.stdout)
+    if args.json or args.once or not is_seen or not is_terminal(sys.stdin) \
+            or os.environ.get("TERM") == "dumb" or not Terminal.is_possible():
+        view = overview(app.store, app.settings, app.store.now())
+        return json.dumps(view, indent=2, default=repr) if args.json else \
+            _printed_frame(view, is_seen)
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        with Terminal(sys.stdin.fileno(), sys.stdout.fileno(), encoding,
+                      "NO_COLOR" not in os.environ) as screen:
+            return Top(app, screen, args.interval, args.read_only).run()
+    except OSError as exc:
+        if exc.errno in _GONE:          # nobody looks any more
+            return 0
+        raise
+
+
+def _printed_frame(view, is_seen):
+    """One frame, with all of its rows."""
+    width = terminal_size(sys.stdout.fileno())[0] if is_seen else 80
+    glyphs = glyphs_of(sys.stdout.encoding or "ascii")
+    lines, _ = frame(view, width, _WHOLE, glyphs)
+    colour = "NO_COLOR" not in os.environ
+    return "\n".join(
+        styled(line, colour) if is_seen else "".join(text for text, _ in line).rstrip()
+        for line in lines)
 
 
 # == Listeners ================================================================

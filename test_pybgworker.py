@@ -17358,7 +17358,7 @@ class OverviewCase(QueueCase):
 
     def failed(self, name, message, ago=0.0, type="ValueError", kind="exception",
                count=1):
-        first = self.tasks(count, pybgworker.FAILED, name=name,
+        first = self.tasks(count, pybgworker.FAILED, name=name, ago=4000,
                            finished_at=self.now - round(ago * 1000))
         error = json.dumps({"kind": kind, "type": type, "message": message})
         self.sql("insert into bg_payload select id * 8 + 2, ? from bg_task "
@@ -17477,6 +17477,37 @@ class Overviews(OverviewCase):
         self.assertEqual((queue["queue"], queue["empty_in"]), ("mail", "paused"))
         self.assertEqual(queue["paused"], {
             "since": "2026-11-25T14:02:31.000Z", "by": "ann", "reason": "SMTP is down"})
+
+    def test_what_runs_is_the_longest_first_with_what_its_child_uses(self):
+        worker = self.worker_row(concurrency=2, memory=1000, cpu=1.0, children_cpu=2.0)
+        one = self.tasks(1, pybgworker.RUNNING, name="slow", worker=worker, attempt=2,
+                         started_at=self.now - 9000)
+        two = self.tasks(1, pybgworker.RUNNING, name="new", worker=worker, attempt=1,
+                         started_at=self.now - 500)
+        three = self.tasks(1, pybgworker.RUNNING, name="piped", worker=worker, attempt=1,
+                           started_at=self.now - 4000)
+        self.sql("insert into bg_run values (?, ?, 2, 77, ?, null), (?, ?, 1, 77, null, ?)",
+                 one, worker, self.now - 8000, three, worker, one)
+        self.sql("insert into bg_child values (?, 77, 1, 5000, 3.5)", worker)
+        self.sql("insert into bg_payload values (?, '[62, \"frame\"]')", one * 8 + 4)
+        beats = pybgworker.Beats()
+        self.look(beats=beats)
+        self.sql("update bg_child set cpu = 6.0")
+        self.sql("update bg_worker set beat_at = beat_at + 5000, children_cpu = 6.0")
+        view = self.look(beats=beats)
+
+        first = view["running"][0]
+        self.assertEqual((first["id"], first["name"], first["for"]), (one, "slow", 8))
+        self.assertEqual((first["worker"], first["pid"], first["attempt"]), ("w1", 77, 2))
+        self.assertEqual((first["progress"], first["memory"]), ([62, "frame"], 5000))
+        self.assertEqual((first["cpu"], first["in_pipe"]), (0.5, False))
+        self.assertEqual([(run["id"], run["for"], run["in_pipe"], run["pid"])
+                          for run in view["running"][1:]],
+                         [(three, 4, True, 77), (two, 0.5, False, None)])
+        self.assertEqual(view["running_total"], 3)
+        report, = view["workers"]
+        self.assertEqual((report["busy"], report["children"], report["running"]), (2, 2, 3))
+        self.assertEqual((report["memory"], report["cpu"]), (6000, 0.8))
 
     def test_at_most_twenty_that_run_are_shown_those_that_began_first(self):
         worker = self.worker_row(concurrency=40)
@@ -17652,6 +17683,889 @@ class Overviews(OverviewCase):
         few = self.steps(self.look)
         self.tasks(60_000, pybgworker.SUCCESS, ago=3600)
         self.assertLess(self.steps(self.look), few * 1.1)
+
+
+# == Screen ===================================================================
+
+
+class ScreenOf:
+    """A terminal, as far as `top` asks for one: what is on it after some bytes."""
+
+    def __init__(self, width=80, height=24):
+        self.width, self.height = width, height
+        self.shell = self.blank()           # the screen that is there without top
+        self.cells = self.shell
+        self.row = self.column = 0
+        self.is_other = False               # the alternate screen is shown
+        self.has_cursor = True
+        self.reversed = set()               # rows in which something is the other way round
+        self.styles = set()                 # codes of colours and the like so far
+        self.rest, self.style = "", "0"
+        self.clipped = ""                   # what was written beyond an edge
+
+    def blank(self):
+        return [[" "] * self.width for _ in range(self.height)]
+
+    def resize(self, width, height):
+        self.width, self.height = width, height
+        self.shell = self.blank()
+        self.cells = self.blank() if self.is_other else self.shell
+
+    def feed(self, text):
+        text, self.rest = self.rest + text, ""
+        part = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|[^\x1b]")
+        at = 0
+        while at < len(text):
+            found = part.match(text, at)
+            if found is None:
+                self.rest = text[at:]
+                assert len(self.rest) < 20, f"no terminal knows {self.rest!r}"
+                return
+            at = found.end()
+            if found[2]:
+                self.obey(found[1], found[2])
+            else:
+                self.put(found[0])
+
+    def obey(self, numbers, letter):
+        if (numbers, letter) in (("?1049", "h"), ("?1049", "l")):
+            self.is_other = letter == "h"
+            self.cells = self.blank() if self.is_other else self.shell
+        elif numbers == "?25":
+            self.has_cursor = letter == "h"
+        elif letter == "H":
+            row, column = (numbers.split(";") + ["1"])[:2] if numbers else ("1", "1")
+            self.row, self.column = int(row) - 1, int(column) - 1
+            if self.row >= self.height:
+                self.clipped += f"line {row}"
+                self.row = self.height - 1
+        elif (numbers, letter) == ("2", "J"):
+            self.cells[:] = self.blank()
+            self.reversed.clear()
+        elif (numbers, letter) == ("", "K"):
+            self.cells[self.row][self.column:] = [" "] * (self.width - self.column)
+            self.reversed.discard(self.row)
+        elif letter == "m":
+            self.style = numbers or "0"
+            self.styles.add(self.style)
+        else:
+            raise AssertionError(f"no terminal knows {numbers!r} {letter!r}")
+
+    def put(self, char):
+        """Lines go on in the next one on the shell's screen, and end on the other."""
+        if char == "\n":
+            self.row += 1
+            if self.row >= self.height:
+                self.cells.append([" "] * self.width)
+                del self.cells[0]
+                self.row = self.height - 1
+        elif char == "\r":
+            self.column = 0
+        else:
+            assert char.isprintable(), f"a terminal would obey {char!r}"
+            size = pybgworker.width_of(char)
+            if self.column + size > self.width and not self.is_other:
+                self.put("\r")
+                self.put("\n")
+            elif self.column + size > self.width:
+                self.clipped += char
+                return
+            if size == 0:
+                self.cells[self.row][max(0, self.column - 1)] += char
+                return
+            self.cells[self.row][self.column:self.column + size] = [char, *[""] * (size - 1)]
+            self.column += size
+            if self.style == "7":
+                self.reversed.add(self.row)
+
+    @property
+    def lines(self):
+        return ["".join(row).rstrip() for row in self.cells]
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+class InTerminal:
+    """A command of pybgworker.py in a pseudo-terminal of its own."""
+
+    def __init__(self, case, *argv, width=80, height=24, code=None, **environment):
+        import fcntl
+        import pty
+        import termios
+
+        self.case, self.screen = case, ScreenOf(width, height)
+        self.master, self.slave = pty.openpty()
+        self.resize(width, height)
+        self.mode = termios.tcgetattr(self.slave)
+        self.bytes = self.unread = 0
+        self.pause = threading.Event()
+        self.pause.set()
+
+        def own_terminal():
+            os.setsid()
+            fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
+
+        start = ["-c", code] if code else [str(HERE / "pybgworker.py")]
+        environment = {"TERM": "xterm", "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8",
+                       "TZ": "UTC", **environment}
+        self.process = subprocess.Popen(
+            [sys.executable, *start, *map(str, argv)], cwd=case.folder,
+            env=clean_environment(PYBGWORKER_DB=str(case.db), **environment),
+            stdin=self.slave, stdout=self.slave, stderr=self.slave,
+            preexec_fn=own_terminal)
+        self.pid = self.process.pid
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        case.addCleanup(self.close)
+
+    def read(self):
+        decoder = pybgworker.codecs.getincrementaldecoder("utf-8")()
+        while True:
+            self.pause.wait()
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:
+                return
+            if not data:
+                return
+            self.bytes += len(data)
+            try:
+                self.screen.feed(decoder.decode(data))
+            except AssertionError as exc:
+                self.screen.shell = self.screen.cells = [[f"EMULATOR: {exc}"]]
+                raise
+
+    def resize(self, width, height):
+        import fcntl
+        import termios
+
+        self.is_resized = hasattr(self, "mode")
+        self.screen.resize(width, height)
+        size = pybgworker.struct.pack("HHHH", height, width, 0, 0)
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def see(self, pattern, timeout=20):
+        """Wait until the screen shows it; return the match."""
+        def look():
+            return re.search(pattern, self.screen.text)
+        try:
+            return until(look, timeout)
+        except AssertionError:
+            raise AssertionError(f"no {pattern!r} on\n{self.screen.text}") from None
+
+    def see_not(self, pattern, timeout=20):
+        until(lambda: not re.search(pattern, self.screen.text), timeout,
+              f"the end of {pattern!r}")
+
+    def wait(self, timeout=20):
+        """Wait for its end; return its status."""
+        return self.process.wait(timeout)
+
+    def assert_restored(self):
+        """The terminal is as it was: its modes, its cursor, the shell's screen."""
+        import termios
+
+        until(lambda: not self.screen.is_other, what="the shell's screen")
+        self.case.assertTrue(self.screen.has_cursor)
+        self.case.assertEqual(termios.tcgetattr(self.slave), self.mode)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.pause.set()
+        with contextlib.suppress(OSError):      # a test has done it
+            os.close(self.slave)
+        self.reader.join(5)
+        if not self.is_resized:
+            self.case.assertEqual(self.screen.clipped, "")
+        with contextlib.suppress(OSError):
+            os.close(self.master)
+
+
+# == Frame ====================================================================
+
+FRAME = """\
+shop.db  14:02:31 UTC   842/min  5.1 % failed   wait p95 2.4 s   7/8 busy, 2 w
+× mail is paused since 13:41 by ops ("SMTP is down"): 2,311 wait, oldest 21 min
+× webhooks.deliver fails 38 %: ConnectionError: api.example.org: timed out (412)
+! w2 holds 1.9 GiB, 94 % of its limit, in one child: media.transcode (48102)
+
+QUEUE         WAITING   OLDEST  RUN  IN/MIN  OUT/MIN  EMPTY IN   LAST 15 MIN
+default           112   400 ms    3     402      409      16 s   ▅▆▆▅▅▅▆▇▇▆▅▅▆▆▅
+mail            2,311   21 min    0     110        0    paused   ▃▃▃▃
+media              41     38 s    2      12       14     3 min   ▂▁▂▂▃▂▁▂▂▂▁▂▂▃▂
+webhooks        1,653     94 s    1     215      178     never   ▅▅▅▅▄▄▄▃▃▃▃▃▃▃▃
+
+   TASK  NAME                 ON     FOR  PROGRESS                  MEM     CPU
+> 48102  media.transcode      w2  13 min  62 % ██████▏···  frame  1.9 G   101 %
+  48190  media.probe          w2    41 s  reading                  88 M     2 %
+  48205  search.reindex       w1    12 s  18 % █▊········          61 M    96 %
+  48231  billing.sync_stripe  w1   3.1 s  –                        48 M     1 %
+  3 more
+FAILED, LAST HOUR
+   412  webhooks.deliver  ConnectionError: api.example.org: timed out   1 s ago
+    11  billing.charge    KeyError: 'user_id'                         3 min ago
+NEXT  billing.sync_stripe 3 s · search.reindex 2 min · reports.aggregate 57 min
+q quit  ↑↓ choose  ⏎ show  w why  l logs  c cancel  r retry  p pause  ? all keys"""
+
+
+def plain(lines):
+    """Lines of a frame as text."""
+    return ["".join(text for text, _ in line).rstrip() for line in lines]
+
+
+class Frames(OverviewCase):
+
+    def setUp(self):
+        super().setUp()
+        zone = os.environ.get("TZ")
+        os.environ["TZ"] = "UTC"
+        time.tzset()
+        self.addCleanup(time.tzset)
+        self.addCleanup(lambda: os.environ.pop("TZ") if zone is None
+                        else os.environ.update(TZ=zone))
+
+    def shop(self):
+        """The database of FRAME, and its overview."""
+        self.db = self.folder / "shop.db"
+        self.app = App(db=str(self.db))
+        self.store.create()
+        waiting, running = pybgworker.QUEUED, pybgworker.RUNNING
+        w1, w2 = (self.worker_row(name) for name in ("w1", "w2"))
+        self.tasks(20_004, pybgworker.SCHEDULED, ago=9000, due_ago=-9000)
+        self.tasks(2201, waiting, "mail", ago=1271)
+        self.tasks(29, waiting, "media", ago=100, due_ago=38)
+        self.tasks(1438, waiting, "webhooks", ago=94)
+        self.failed("webhooks.deliver", "api.example.org: timed out", 1.0,
+                    "ConnectionError", count=412)
+        self.failed("billing.charge", "'user_id'", 184, "KeyError", count=11)
+        for queue, already, more in (("default", 290, 112), ("mail", 0, 110),
+                                     ("media", 0, 12), ("webhooks", 0, 215)):
+            self.tasks(already, pybgworker.SUCCESS, queue, ago=30) if already else 0
+            self.tasks(more, waiting, queue, ago=0.4)
+        for number, name, queue, worker, ago, said, memory, used in (
+            (48102, "media.transcode", "media", w2, 754, [62, "frame"], 1.9 * 2**30, 5.05),
+            (48190, "media.probe", "media", w2, 41, [0, "reading"], 88 * 2**20, 0.1),
+            (48205, "search.reindex", "default", w1, 12.4, [18, None], 61 * 2**20, 4.8),
+            (48231, "billing.sync_stripe", "default", w1, 3.1, None, 48 * 2**20, 0.05),
+            (48240, "webhooks.deliver", "webhooks", w1, 1.9, None, 0, 0),
+            (48244, "billing.tax", "default", w1, 0.3, None, 0, 0),
+            (48246, "search.suggest", "search", w2, 0.1, None, 0, 0),
+        ):
+            self.sql("""insert into bg_task (id, state, queue, name, priority, retries,
+                run_at, created_at, started_at, worker, attempt)
+                values (?, ?, ?, ?, 5, 3, 0, 0, ?, ?, 1)""", number, running, queue, name,
+                     self.now - round(1000 * ago), worker)
+            self.sql("insert into bg_run values (?, ?, 1, ?, ?, null)", number, worker,
+                     number, self.now - round(1000 * ago))
+            self.sql("insert into bg_child values (?, ?, 1, ?, ?)", worker, number,
+                     round(memory), 10.0)
+            if said:
+                self.sql("insert into bg_payload values (?, ?)", number * 8 + 4,
+                         json.dumps(said))
+        beats = pybgworker.Beats()
+        self.look(beats=beats)
+        for number, used in ((48102, 5.05), (48190, 0.1), (48205, 4.8), (48231, 0.05)):
+            self.sql("update bg_child set cpu = cpu + ? where pid = ?", used, number)
+        self.sql("update bg_worker set beat_at = beat_at + 5000")
+        self.shop_history()
+        self.shop_schedules()
+        view = self.look(beats=beats)
+        view["attention"] = [
+            {"level": level, "say": say} for level, say in (
+                ("bad", 'mail is paused since 13:41 by ops ("SMTP is down"): 2,311 wait, '
+                 "oldest 21 min"),
+                ("bad", "webhooks.deliver fails 38 %: ConnectionError: api.example.org: "
+                 "timed out (412)"),
+                ("warn", "w2 holds 1.9 GiB, 94 % of its limit, in one child: "
+                 "media.transcode (48102)"))]
+        return view
+
+    def shop_history(self):
+        """The bars, from the first to the last; the last is 29/60 of the one before,
+        and what the minute had in 31 s.
+        """
+        self.store.pause("mail", self.now - 1_271_000, pybgworker.By("ops", "cli"), "")
+        for queue, bars, busiest, out in (
+            ("default", "▅▆▆▅▅▅▆▇▇▆▅▅▆▆▅", 720, 409), ("mail", "▃▃▃▃           ", 200, 0),
+            ("media", "▂▁▂▂▃▂▁▂▂▂▁▂▂▃▂", 80, 14), ("webhooks", "▅▅▅▅▄▄▄▃▃▃▃▃▃▃▃", 500, 178),
+            ("search", "▅▅▅▅▅▅▅▅▅▅▅▅▅▅▅", 400, 241),
+        ):
+            self.history(50, queue=queue, runs=busiest)
+            counts = [max(0, " ▁▂▃▄▅▆▇█".index(bar) * busiest // 8 - 5) for bar in bars]
+            counts[-1] = round(out - counts[-2] * 29 / 60)
+            for ago, count in zip(range(14, -1, -1), counts):
+                self.history(ago, queue=queue, runs=count)
+        recent = self.sql("select sum(runs) from bg_history where at > ?",
+                          self.now // 1000 - 660)[0][0]
+        self.history(5, name="webhooks.deliver", queue="webhooks", waited={9: 25, 10: 75},
+                     exceptions=round(recent * 0.051))
+
+    def shop_schedules(self):
+        for name, seconds in (("reports.aggregate", 3449), ("billing.sync_stripe", 3),
+                              ("reports.nightly", 44_849), ("search.reindex", 149)):
+            self.sql("""insert into bg_schedule (task, expr, tz, number, misfire, overlap,
+                jitter, next_tick, done, set_at, seen_at)
+                values (?, '* * * * *', 'UTC', 0, 'latest', 'allow', 0, ?, '', 0, ?)""",
+                     name, self.now // 1000 + seconds, self.now)
+
+    def test_it_looks_as_on_the_page(self):
+        view = self.shop()
+        glyphs = pybgworker.Glyphs()
+        lines, spots = pybgworker.frame(view, 80, 22, chosen=("task", 48102),
+                                        last=glyphs.keys)
+        self.assertEqual("\n".join(plain(lines)), FRAME)
+        self.assertEqual([(spot.kind, spot.key) for spot in spots][3:6],
+                         [("queue", "webhooks"), ("task", 48102), ("task", 48190)])
+        self.assertEqual([spot.line for spot in spots],
+                         [6, 7, 8, 9, 12, 13, 14, 15, 18, 19])
+        styles = {text.strip(): style for line in lines for text, style in line}
+        self.assertEqual((styles["paused"], styles["never"], styles["21 min"]),
+                         ("bad", "warn", "bad"))
+        self.assertEqual([style for text, style in lines[1]], ["bad"])
+        self.assertEqual([style for text, style in lines[12]], ["chosen"])
+
+    def test_more_lines_have_more_rows(self):
+        view = self.shop()
+        lines = plain(pybgworker.frame(view, 80, 60, last="q quit")[0])
+        text = "\n".join(lines)
+        for name in ("search ", "search.suggest", "billing.tax", "webhooks.deliver"):
+            self.assertIn(name, text)
+        self.assertNotIn(" more", text)
+        lines = plain(pybgworker.frame(view, 80, 24, last="q quit")[0])
+        self.assertEqual(len(lines), 24)
+        self.assertIn("  48240  webhooks.deliver", "\n".join(lines))
+
+    def test_more_columns_say_more(self):
+        view = self.shop()
+        lines = plain(pybgworker.frame(view, 130, 30)[0])
+        self.assertIn("   4,117 waiting, oldest 21 min   20,004 later", lines[0])
+        self.assertIn("reports.nightly 12 h", lines[-1])
+
+    def test_a_narrow_one_has_what_matters_most(self):
+        lines = plain(pybgworker.frame(self.shop(), 50, 22, last="q quit")[0])
+        self.assertEqual(lines[0], "shop.db  14:02:31 UTC   842/min  5.1 % failed")
+        at = lines.index("QUEUE         WAITING   OLDEST  RUN")
+        self.assertEqual(lines[at + 1], "default           112   400 ms    3")
+        at = lines.index("   TASK  NAME                                  FOR")
+        self.assertEqual(lines[at + 1], "  48102  media.transcode                    13 min")
+
+    def test_without_an_answer_the_time_of_the_last_one_is_said(self):
+        lines = plain(pybgworker.frame(self.shop(), 80, 22,
+                                       note="no answer since 14:02:31")[0])
+        self.assertTrue(lines[0].startswith("shop.db  no answer since 14:02:31   842/min"))
+
+    def test_where_nothing_happens_it_says_so(self):
+        self.assertEqual(
+            plain(pybgworker.frame(self.look(), 80, 22)[0]),
+            ["queue.db  14:02:31 UTC   0/min  – failed   wait p95 –   no worker", "",
+             "nothing waits, and nothing runs"])
+
+    def test_letters_in_place_of_blocks(self):
+        for encoding in ("ascii", "latin-1", "no-such-encoding"):
+            self.assertIs(pybgworker.glyphs_of(encoding), pybgworker.PLAIN_GLYPHS)
+        glyphs = pybgworker.PLAIN_GLYPHS
+        lines = plain(pybgworker.frame(self.shop(), 80, 30, glyphs, last=glyphs.keys)[0])
+        self.assertTrue("".join(lines).isascii(), lines)
+        self.assertIn("62 % ######....  frame", "\n".join(lines))
+        self.assertEqual(lines[1][:2], "x ")
+
+    def test_no_line_is_too_wide_and_none_too_many_whatever_there_is(self):
+        shop, bad = self.shop(), Overviews.hostile(self)
+        views = [shop, self.look(), {**self.look(), "attention": [
+            {"level": "warn", "say": bad}] * 8}]
+        sizes = [(1, 1), (8, 3), (20, 6), (40, 11), (59, 20), (60, 20), (80, 24),
+                 (109, 30), (110, 61), (300, 100)]
+        for view, (width, height), glyphs in itertools.product(
+                views, sizes, (pybgworker.Glyphs(), pybgworker.PLAIN_GLYPHS)):
+            with self.subTest((width, height)):
+                lines, spots = pybgworker.frame(view, width, height, glyphs,
+                                                last=glyphs.keys)
+                self.assertLessEqual(len(lines), height)
+                for line in lines:
+                    text = "".join(text for text, _ in line)
+                    self.assertLessEqual(pybgworker.width_of(text), width, text)
+                    self.assertNotRegex(text, "[\x00-\x1f\x7f-\x9f\u202e]")
+                self.assertLessEqual({spot.line for spot in spots}, {*range(len(lines))})
+
+    def test_columns_stay_aligned_beside_wide_characters(self):
+        self.tasks(12, pybgworker.QUEUED, "\u6f22\u5b57", ago=9)
+        self.tasks(345, pybgworker.QUEUED, "mail", ago=9)
+        lines = plain(pybgworker.frame(self.look(), 80, 24)[0])
+        at = lines.index(next(line for line in lines if line.startswith("QUEUE")))
+        ends = [pybgworker.width_of(line[:line.index("9 s")])
+                for line in lines[at + 1:at + 3]]
+        self.assertEqual(ends[0], ends[1])
+
+    def test_of_too_many_queues_those_with_most_tasks_are_shown(self):
+        for number in range(9):
+            self.tasks(1 + number % 5, pybgworker.QUEUED, f"q{number}")
+        lines = plain(pybgworker.frame({**self.look(), "attention": []}, 80, 7)[0])
+        self.assertEqual([line.split()[:2] for line in lines[2:]],
+                         [["q2", "3"], ["q3", "4"], ["q4", "5"], ["q8", "4"],
+                          ["5", "more"]])
+
+    def test_times_and_sizes_in_few_characters(self):
+        for seconds, text in (
+            (None, "–"), (0, "0 ms"), (0.0004, "0 ms"), (0.4, "400 ms"), (0.9994, "999 ms"),
+            (0.9996, "1 s"), (1, "1 s"), (3.14, "3.1 s"), (9.96, "10 s"), (99.4, "99 s"),
+            (99.6, "2 min"), (1271, "21 min"), (5369, "89 min"), (5400, "1.5 h"),
+            (44_849, "12 h"), (172_800, "2 d"), (10**12, "99999 d"),
+        ):
+            self.assertEqual(pybgworker.briefly(seconds), text)
+            self.assertLessEqual(len(text), 7)
+        for count, text in ((None, "–"), (0, "0 K"), (61 * 2**20, "61 M"),
+                            (1.9 * 2**30, "1.9 G"), (1023 * 2**20, "1 G"),
+                            (999 * 2**20, "999 M"), (5 * 2**40, "5 T")):
+            self.assertEqual(pybgworker.bytes_briefly(count), text)
+
+    def test_the_readme_begins_with_it(self):
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        self.assertIn(f"```text\n{FRAME}\n```", text.partition("\n## ")[0])
+
+
+# == Top ======================================================================
+
+TOP_TASKS = """
+    import time, pathlib
+
+    @task(name="mail.send")
+    def send(to):
+        return to
+
+    @task(name="media.transcode")
+    def transcode():
+        current_task().set_progress(62, "frame")
+        print("first line", flush=True)
+        pathlib.Path("transcoding").write_text("")
+        while not pathlib.Path("go").exists():
+            time.sleep(0.01)
+        print("last line")
+
+    @task(name="billing.charge", retries=0)
+    def charge(user):
+        if pathlib.Path("mended").exists():
+            return "charged"
+        raise KeyError("user_id")
+"""
+
+
+class Tops(Served):
+    """`top` in a pseudo-terminal, with real workers where one is needed."""
+
+    TASKS = TOP_TASKS
+
+    def top(self, *flags, **options):
+        self.store.create()
+        top = InTerminal(self, "top", "--interval", "0.1", *flags, **options)
+        top.see("/min")
+        return top
+
+    def enqueued(self):
+        """A task that waits in queue mail."""
+        return self.tasks.send.options(queue="mail").delay("ann").id
+
+    def failing(self, count=2):
+        results = [self.tasks.charge.delay(n) for n in range(count)]
+        worker = self.worker("--concurrency", 1)
+        for result in results:
+            self.failure(result)
+        return worker
+
+    def transcoding(self):
+        """(a worker that runs media.transcode, the task's id)"""
+        result = self.tasks.transcode.delay()
+        worker = self.worker("--concurrency", 1, "--worker-name", "w1")
+        until(lambda: (self.folder / "transcoding").exists(), what="its start")
+        return worker, result.id
+
+    def test_it_shows_what_happens_and_q_gives_the_terminal_back(self):
+        _, task = self.transcoding()
+        self.enqueued()
+        top = self.top()
+        self.assertTrue(top.screen.is_other)
+        self.assertFalse(top.screen.has_cursor)
+        top.see(rf"(?m)^> +{task}  media.transcode +w1 +\S+ m?s  62 % ██████▏···  frame")
+        top.see(r"(?m)^mail +1 .* RUN|^mail +1 ")
+        top.see("(?m)^q quit  ↑↓ choose")
+        self.assertEqual(top.screen.lines[0].split()[0], "queue.db")
+        (self.folder / "go").write_text("")
+        top.see_not("media.transcode")
+        top.type("q")
+        self.assertEqual(top.wait(), 0)
+        top.assert_restored()
+        self.assertEqual(top.screen.text.strip(), "")      # the shell's screen
+
+    def test_ctrl_c_and_signals_give_the_terminal_back(self):
+        for act, status in (
+            (lambda top: top.type("\x03"), 130),
+            (lambda top: top.process.terminate(), 128 + signal.SIGTERM),
+            (lambda top: top.process.send_signal(signal.SIGHUP), 128 + signal.SIGHUP),
+            (lambda top: top.type("\x1c"), 128 + signal.SIGQUIT),
+        ):
+            with self.subTest(status):
+                top = self.top()
+                act(top)
+                self.assertEqual(top.wait(), status)
+                top.assert_restored()
+
+    def test_a_crash_gives_the_terminal_back(self):
+        self.store.create()
+        top = InTerminal(self, "top", "--interval", "0.1", code="""if 1:
+            import pybgworker
+            looks = []
+            real = pybgworker.overview
+            def overview(*args, **kwargs):
+                looks.append(1)
+                if len(looks) > 3:
+                    raise ZeroDivisionError("a defect")
+                return real(*args, **kwargs)
+            pybgworker.overview = overview
+            pybgworker.main()""")
+        self.assertEqual(top.wait(), 1)
+        top.see("ZeroDivisionError: a defect")
+        top.assert_restored()
+
+    SHELL = """if 1:
+        import os, signal, sys
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            os.tcsetpgrp(0, os.getpid())
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+        print(f"job {pid}.", flush=True)
+        sys.exit(os.WEXITSTATUS(os.waitpid(pid, 0)[1]))"""
+
+    def test_ctrl_z_stops_it_and_fg_goes_on(self):
+        """Below a shell: nobody can stop what no shell could wake."""
+        self.store.create()
+        top = InTerminal(self, HERE / "pybgworker.py", "top", "--interval", "0.1",
+                         code=self.SHELL)
+        pid = int(top.see(r"job (\d+)\.")[1])
+        top.see("/min")
+        top.type("\x1a")
+        until(lambda: self.state_of(pid) == "T", what="a stop")
+        top.assert_restored()
+        self.enqueued()
+        os.kill(pid, signal.SIGCONT)
+        top.see("(?m)^mail +1")
+        self.assertTrue(top.screen.is_other)
+        top.type("q")
+        self.assertEqual(top.wait(), 0)
+        top.assert_restored()
+
+    def test_after_a_stop_that_it_could_not_see_all_is_drawn_anew(self):
+        top = self.top()
+        os.kill(top.pid, signal.SIGSTOP)
+        until(lambda: self.state_of(top.pid) == "T", what="a stop")
+        top.screen.cells[:] = top.screen.blank()        # the shell has been there
+        os.kill(top.pid, signal.SIGCONT)
+        top.see("/min")
+
+    def state_of(self, pid):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def test_it_fills_the_terminal_whatever_its_size_becomes(self):
+        self.enqueued()
+        top = self.top()
+        for width, height in ((120, 60), (50, 12), (80, 24), (20, 3)):
+            top.resize(width, height)
+            until(lambda: top.screen.lines[0].startswith("queue.db")
+                  and top.screen.lines[-1].startswith("q quit"), what="all of it")
+        top.resize(60, 24)
+        top.see("EMPTY IN|OUT/MIN")
+        top.resize(59, 24)
+        top.see_not("OUT/MIN")
+        top.see("WAITING +OLDEST +RUN")
+
+    def test_only_lines_that_have_changed_are_written(self):
+        self.store.create()
+        self.fill(8, queue="'mail'")            # due since 1970: that age is the same
+        top = self.top()
+        top.see("(?m)^mail +8")
+        clock = top.screen.lines[0]
+        until(lambda: top.screen.lines[0] != clock, what="the next second")
+        before, clock = top.bytes, top.screen.lines[0]
+        until(lambda: top.screen.lines[0] != clock, what="the next second")
+        # The line of the clock: 80 characters, and what says where and how.
+        self.assertLess(top.bytes - before, 80 + 60)
+
+    def test_a_terminal_that_does_not_read_only_delays_it(self):
+        top = self.top()
+        top.pause.clear()               # nobody reads
+        for _ in range(60):
+            top.resize(200, 60)
+            top.resize(80, 24)
+        self.enqueued()
+        top.pause.set()
+        top.see("(?m)^mail +1")
+        top.type("q")
+        self.assertEqual(top.wait(), 0)
+
+    def test_a_terminal_that_is_closed_ends_it(self):
+        top = self.top()
+        os.close(top.slave)
+        os.close(top.master)
+        self.assertIn(top.wait(), (0, 128 + signal.SIGHUP))
+
+    def test_rows_are_chosen_with_arrows(self):
+        self.failing(1).stop()
+        self.enqueued()
+        top = self.top()
+        top.see("billing.charge")
+
+        def chosen():
+            return [top.screen.lines[row] for row in sorted(top.screen.reversed)]
+
+        until(lambda: len(chosen()) == 1 and chosen()[0].startswith("mail"),
+              what="the queue")
+        top.type("\x1b[B")
+        until(lambda: len(chosen()) == 1 and "billing.charge" in chosen()[0],
+              what="the failure")
+        self.assertTrue(chosen()[0].startswith(">"))
+        top.type("\x1b[B\x1bOB")
+        top.type("k")
+        until(lambda: len(chosen()) == 1 and chosen()[0].startswith("mail"),
+              what="the queue again")
+
+    def test_a_task_is_shown_explained_and_its_output_followed(self):
+        _, task = self.transcoding()
+        top = self.top()
+        top.see("> .*media.transcode")
+        top.type("\r")
+        top.see(f"(?m)^task {task}$")
+        top.see("(?m)^status +running")
+        top.type("w")
+        top.see(f"(?m)^why {task}$")
+        top.see("It has been running on w1 for ")
+        top.type("l")
+        top.see(f"(?m)^logs {task}$")
+        top.see("first line")
+        (self.folder / "go").write_text("")
+        top.see("last line")
+        top.type("q")
+        top.see("/min")
+        self.assertIsNone(top.process.poll())
+
+    def test_a_page_is_moved_through(self):
+        task = self.tasks.charge.delay(list(range(200))).id
+        self.enqueued()
+        top = self.top(height=10)
+        top.type("?")
+        top.see("all keys")
+        top.see("q +quit")
+        top.type("\x1b[6~")
+        top.see_not("q +quit")
+        top.type("\x1b[H")
+        top.see("q +quit")
+        top.type("G")
+        top.see("busiest minute of this hour")
+        top.type("\x1b")
+        top.see("/min")
+        self.assertTrue(task)
+
+    def test_a_running_task_is_cancelled_after_a_y(self):
+        worker, task = self.transcoding()
+        top = self.top()
+        top.see("> .*media.transcode")
+        top.type("c")
+        top.see(rf"(?m)^cancel {task} media.transcode\? y/N$")
+        top.type("n")
+        top.see("nothing was changed")
+        self.assertEqual(self.store.task(task).cancel_asked, 0)
+        top.type("c")
+        top.see(r"y/N")
+        top.type("y")
+        top.see(f"task {task} is being ended")
+        until(lambda: self.store.task(task).status == "cancelled", what="its end")
+        event = self.store.events()[0]
+        self.assertEqual((event.action, event.target, event.how),
+                         ("cancel", str(task), "cli"))
+        self.assertTrue(event.who)
+
+    def test_a_group_that_failed_is_retried(self):
+        self.failing(3)
+        top = self.top()
+        top.see("3  billing.charge")
+        (self.folder / "mended").write_text("")
+        top.type("r")
+        top.see(r"(?m)^retry 3 failed billing.charge\? y/N$")
+        top.type("y")
+        top.see("3 of 3 are queued again")
+        until(lambda: self.sql("select count(*) from bg_task where state = 4")[0][0] == 3,
+              what="success")
+        top.see_not("billing.charge")
+
+    def test_a_queue_is_paused_and_resumed(self):
+        self.enqueued()
+        top = self.top()
+        top.see("mail")
+        top.type("p")
+        top.see(r"(?m)^pause mail\? y/N$")
+        top.type("y")
+        top.see("queue mail is paused")
+        top.see("(?m)^mail .* paused")
+        self.assertEqual(self.store.paused_queues(), ["mail"])
+        top.type("p")
+        top.see(r"(?m)^resume mail\? y/N$")
+        top.type("y")
+        top.see("queue mail goes on")
+        self.assertEqual(self.store.paused_queues(), [])
+        self.assertEqual([event.action for event in self.store.events()],
+                         ["resume", "pause"])
+
+    def test_what_a_key_cannot_do_is_said(self):
+        task = self.enqueued()
+        top = self.top()
+        for key, said in (("c", "choose a task for that"), ("r", "choose a task")):
+            top.type(key)
+            top.see(said)
+        top.type("w")
+        top.see("(?m)^what needs you$")
+        top.see("(?i)no worker")
+        top.type("q")
+        top.type("\r")
+        top.see("(?m)^queue mail: its newest tasks")
+        top.see(rf"(?m)^ *{task}  queued  mail.send")
+        top.type("c")
+        top.see("choose a task for that")
+        top.type("q")
+        top.see("/min")
+
+    def test_read_only_changes_nothing(self):
+        _, task = self.transcoding()
+        top = self.top("--read-only")
+        top.see("> .*media.transcode")
+        self.assertNotIn("cancel", top.screen.lines[-1])
+        for key in "crp":
+            top.type(key)
+            top.see("nothing can be changed here: --read-only|is running")
+            top.type("y")
+        top.type("w")
+        top.see(f"why {task}")
+        self.assertEqual(self.store.events(), [])
+        self.assertEqual(self.status(task), "running")
+
+    def status(self, task):
+        return self.store.task(task).status
+
+    def test_while_the_database_does_not_answer_the_last_frame_stays(self):
+        self.enqueued()
+        top = self.top()
+        top.see("(?m)^mail +1")
+        away = self.folder / "away.db"
+        self.db.rename(away)
+        top.see(r"(?m)^queue.db  no answer since \d\d:\d\d:\d\d ")
+        top.see("(?m)^mail +1")
+        top.type("?")                   # keys do what they can
+        top.see("all keys   no answer since")
+        top.type("q")
+        top.see("(?m)^database .*queue.db")
+        away.rename(self.db)
+        top.see(r"(?m)^queue.db  \d\d:\d\d:\d\d UTC")
+        top.type("q")
+        self.assertEqual(top.wait(), 0)
+
+    def test_hostile_names_stay_in_their_columns(self):
+        bad = "\x1b]0;owned\x07\u202e\u6f22\u5b57\U0001f41f x\u0301"
+        self.app.send(bad, queue=bad)
+        self.tasks.send.options(queue="mail").delay("ann")
+        self.store.pause(bad, self.store.now())
+        top = self.top(width=100)
+        top.see("(?m)^mail +1 ")
+        top.see("paused")
+        cells = top.screen.cells
+        head = next(line for line in cells if line[0:5] == list("QUEUE"))
+        mail = next(line for line in cells if line[0:4] == list("mail"))
+        row = next(line for line in cells[cells.index(head):] if "漢" in line)
+        end = "".join(head).index("WAITING") + 7
+        for line in (row, mail):
+            self.assertEqual("".join(line[end - 2:end]), " 1")
+        self.assertIn("\\x1b]0;owned", "".join(row))
+
+    def test_without_colours_there_are_none(self):
+        self.enqueued()
+        self.store.pause("mail", self.store.now())
+        top = self.top(NO_COLOR="1")
+        top.see("paused")
+        self.assertLessEqual(top.screen.styles, {"0", "1", "2", "7"})
+        top = self.top()
+        top.see("paused")
+        until(lambda: "31" in top.screen.styles, what="red")
+
+    def test_a_terminal_that_has_no_blocks_gets_letters(self):
+        self.transcoding()
+        top = self.top(PYTHONIOENCODING="ascii")
+        top.see("62 % ######[.]{4}  frame")
+        top.see("up/down")
+        self.assertTrue(top.screen.text.isascii())
+
+    def test_once_prints_one_plain_frame(self):
+        self.enqueued()
+        done = self.cli("top", "--once", PYTHONIOENCODING="utf-8")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        lines = done.stdout.splitlines()
+        self.assertRegex(lines[0], "^queue.db  .* 0/min  – failed")
+        self.assertNotIn("\x1b", done.stdout)
+        self.assertNotIn("q quit", done.stdout)
+        self.assertRegex(done.stdout, "(?m)^mail +1 ")
+        self.assertEqual(self.cli("top", PYTHONIOENCODING="utf-8").returncode, 0)
+        top = InTerminal(self, "top", "--once")         # also on a terminal
+        self.assertEqual(top.wait(), 0)
+        top.see("(?m)^mail +1")
+        self.assertFalse(top.screen.is_other)
+
+    def test_once_on_a_terminal_that_obeys_nothing(self):
+        self.store.create()
+        top = InTerminal(self, "top", TERM="dumb")
+        self.assertEqual(top.wait(), 0)
+        self.assertFalse(top.screen.is_other)
+
+    def test_json_is_the_overview(self):
+        self.enqueued()
+        done = self.cli("top", "--json")
+        view = json.loads(done.stdout)
+        self.assertEqual(view["figures"]["waiting"], 1)
+        self.assertEqual(view.keys(), pybgworker.overview(
+            self.store, self.app.settings, self.store.now()).keys())
+
+    def test_what_cannot_be_said_is_said_in_one_line(self):
+        done = self.cli("top")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr.count("\n"), 1)
+        self.assertFalse(self.db.exists())
+        for interval in ("0", "x", "4000"):
+            done = self.cli("top", "--interval", interval)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("seconds from 0.1 to 3,600", done.stderr)
+
+    def test_it_waits_no_longer_for_a_look_than_a_twentieth_of_its_time(self):
+        """The pause grows with what a look costs."""
+        screen = mock.Mock(encoding="utf-8", colour=False)
+        clock = [0.0]
+        waits = []
+
+        def keys(seconds):
+            waits.append(seconds)
+            clock[0] += seconds
+            return ["q"] if len(waits) == 2 else []
+
+        screen.keys, screen.size = keys, lambda: (80, 24)
+        top = pybgworker.Top(self.app, screen, 2.0, False)
+        top.view = pybgworker.overview(self.store, self.app.settings, self.store.now())
+        costs = iter((0.01, 0.5))
+        top.look = lambda: clock.__setitem__(0, clock[0] + next(costs))
+        with mock.patch.object(pybgworker.time, "monotonic", lambda: clock[0]):
+            self.assertEqual(top.run(), 0)
+        self.assertEqual([round(wait, 2) for wait in waits], [1.99, 9.5])
 
 
 # == Listeners ================================================================
