@@ -837,6 +837,60 @@ class Promises(Served):
                 failed = self.failure(self.tasks.die.delay(how))
                 self.assertEqual((failed.kind, failed.error_type), ("exception", name))
 
+    def test_history_misses_at_most_the_last_tenth_of_a_second_of_a_killed_worker(self):
+        self.store.create()
+        self.fill(6000, name="'tasks.echo'")
+        worker = self.worker("--concurrency", 2, "--rate-limit", "1500")
+        until(lambda: self.sql("select max(finished_at) - min(finished_at) > 2000 "
+                               "from bg_task")[0][0], 60, "two seconds of work")
+        worker.kill()
+        ended = [at for at, in self.sql("select finished_at from bg_task "
+                                        "where state = 4 order by 1")]
+        counted, = self.sql("select sum(runs) from bg_history")[0]
+        missing = len(ended) - counted
+        self.assertGreaterEqual(missing, 0)
+        # The rest of this second is for a machine that stops it at a bad moment.
+        self.assertLess(ended[-1] - ended[-1 - missing], 1000)
+
+        self.worker("--concurrency", 2, "--burst").wait()
+        self.assertEqual(self.sql("select state, count(*) from bg_task group by 1"),
+                         [(4, 6000)])
+        total = pybgworker.merged(self.store.totals())
+        self.assertEqual(total.succeeded, 6000 - missing)
+        self.assertEqual(total.runs, total.succeeded + total.lost)
+
+    ENDS = """
+        call               | runs succeeded failed retried exceptions crashed timeouts aborted
+        add(1, 2)          | 1 1 0 0 0 0 0 0
+        flaky()            | 3 1 0 2 2 0 0 0
+        again()            | 2 1 0 1 1 0 0 0
+        picky()            | 1 0 1 0 1 0 0 0
+        abort()            | 1 0 1 0 0 0 0 1
+        die("kill")        | 1 0 1 0 0 1 0 0
+        clean_up()         | 1 0 1 0 0 0 1 0
+        stuck_in_c()       | 1 0 1 0 0 0 1 0
+    """
+
+    def test_every_run_that_ends_is_counted_by_how_it_ended(self):
+        head, *lines = self.ENDS.strip().splitlines()
+        words = head.split("|")[1].split()
+        wanted = {}
+        for line in lines:
+            call, _, numbers = line.partition("|")
+            name, _, args = call.strip()[:-1].partition("(")
+            getattr(self.tasks, name).delay(*eval(f"[{args}]"))
+            wanted[f"tasks.{name}"] = list(map(int, numbers.split()))
+        worker = self.worker("--concurrency", 2)
+        until(lambda: self.sql("select min(state) > 3 from bg_task") == [(1,)], 60)
+        self.assertEqual(worker.stop(), 0)
+        rows = self.store.totals()
+        self.assertEqual({row.name: [getattr(row, word) for word in words]
+                          for row in rows}, wanted)
+        for row in rows:
+            with self.subTest(row.name):
+                self.assertEqual(sum(row.ran), row.runs)
+                self.assertEqual(sum(row.waited), row.runs)
+
     def test_a_task_that_kills_its_worker_fails_in_the_end(self):
         if not Path("/proc/self/stat").exists():
             self.skipTest("needs /proc")
@@ -17263,6 +17317,23 @@ class Reports(QueueCase):
         self.assertEqual(pybgworker.stats_report(self.store, later)[0]["per_minute"], 0)
         self.assertEqual(pybgworker.stats_report(self.store, later, 1.5), [])
         self.assertEqual(pybgworker.stats_text([]), "no run has ended in this time")
+
+    def test_the_hours_of_stats_are_a_number_of_which_something_is_known(self):
+        for hours in ("0", "-1", "nan", "inf", "9601", "a", ""):
+            with self.subTest(hours), self.assertRaises(SystemExit) as caught, \
+                    contextlib.redirect_stderr(io.StringIO()) as errors:
+                pybgworker.main(["stats", "--db", str(self.db), f"--hours={hours}"])
+            self.assertEqual(caught.exception.code, 2)
+            self.assertIn("a number of hours, up to 9600", errors.getvalue())
+        with self.store.db.write() as link:
+            pybgworker.add_history(link.connection, counts_of(name="ß"),
+                                   pybgworker.now_ms())
+        for flags in ([], ["--hours", "0.5"]):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertEqual(pybgworker.main(
+                    ["stats", "--json", "--db", str(self.db), *flags]), 0)
+            row, = json.loads(out.getvalue())
+            self.assertEqual((row["name"], row["runs"], row["per_minute"]), ("ß", 1, 0.017))
 
     def test_stats_look_at_minutes_quarters_or_days(self):
         with self.store.db.write() as link:
