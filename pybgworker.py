@@ -57,7 +57,8 @@ Map
         Senses · Signs · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Wording · Reasons · Why · Attention ·
-        Overview · Screen · Frame · Top · Listeners · Bench · Old import paths
+        Overview · Screen · Frame · Top · Metrics · Health · Listeners · Bench ·
+        Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -275,6 +276,15 @@ def _log_level(value):
     return str(value).upper()
 
 
+def parse_listen(value):
+    """Return `"127.0.0.1:8080"` for `8080`; `"0.0.0.0:8080"`, `"[::1]:8080"` as is."""
+    found = re.fullmatch(
+        r"(?:(\[[0-9a-fA-F:.]+\]|[\w.-]+):)?(\d{1,5})", str(value), re.ASCII)
+    if not found or int(found[2]) > 65535:
+        raise ValueError("PORT or HOST:PORT, such as 8080, 0.0.0.0:8080, [::1]:8080")
+    return f"{found[1] or '127.0.0.1'}:{int(found[2])}"
+
+
 def _durability(value):
     if value not in ("full", "normal"):
         raise ValueError("full or normal")
@@ -415,6 +425,9 @@ SETTINGS = (
     Setting("log_level", "INFO", _log_level, True,
             "log lines of tasks from this level on are output, where the app does not "
             "configure logging: debug, info, warning, error, critical (default: info)"),
+    Setting("http", None, parse_listen, True,
+            "[HOST:]PORT on which a worker answers /metrics, /healthz and /readyz; the "
+            "host is 127.0.0.1 where none is given (default: it does not)"),
     Setting("durability", "full", _durability, True,
             "full: a power cut loses nothing; normal: it may lose the last moments "
             "(default: full)"),
@@ -423,8 +436,8 @@ SETTINGS = (
     Setting("allow_network_fs", False, _switch, False,
             "1: open the database on a network file system all the same (default: 0)"),
     Setting("web_token", None, parse_token, False,
-            "what one needs to get into the dashboard (default: a new one at each "
-            "start)"),
+            "what one needs to get into the dashboard, and from elsewhere to metrics "
+            "(default: a new one at each start; no metrics)"),
     Setting("redact", "(?i)pass|secret|token|api_?key|auth|cookie|credential|private|"
             "card|iban|ssn", parse_pattern, False,
             "regular expression for the names of parameters and keys whose values the "
@@ -2194,6 +2207,9 @@ class QueueVerbs(Protocol):
 
     def sizes(self) -> Sizes:
         """What the queue takes on its disk."""
+
+    def last_id(self) -> int:
+        """The highest id that was ever given; 0: none."""
 
     def glance(self, seconds: float) -> contextlib.AbstractContextManager:
         """Within it this thread only reads, for so long: then what it asks raises
@@ -4892,6 +4908,7 @@ create table bg_event (               -- what people have done, and what they mi
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
 _MIGRATIONS = (_SCHEMA, _SCHEMA_2, _SCHEMA_3)
+SCHEMA_VERSION = len(_MIGRATIONS)
 
 
 @contextlib.contextmanager
@@ -4922,7 +4939,7 @@ class Tables:
                 "--db or PYBGWORKER_DB; the first delay() or run makes one"
             )
         self._use_wal()
-        if version == len(_MIGRATIONS):
+        if version == SCHEMA_VERSION:
             return None
         began = time.monotonic()
         self._ask("begin immediate")
@@ -4947,10 +4964,10 @@ class Tables:
                 """select value + 0 from bg_meta where name = 'schema'""")
         if version is None:
             raise sqlite3.OperationalError("table bg_task already exists")
-        if version > len(_MIGRATIONS):
+        if version > SCHEMA_VERSION:
             raise DatabaseUnusable(
                 f"database {self._path}: made by a newer pybgworker (schema {version}, "
-                f"this one knows {len(_MIGRATIONS)}): update this file"
+                f"this one knows {SCHEMA_VERSION}): update this file"
             )
         return version
 
@@ -8727,6 +8744,12 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
     def now(self) -> int:
         return now_ms()
 
+    def last_id(self) -> int:
+        return self.db.read(
+            """select max(value, ifnull((select max(id) from bg_task), 0))
+                from bg_meta where name = 'last_id'"""
+        )[0][0]
+
     def sizes(self) -> Sizes:
         page, pages, free = (
             self.db.read(f"pragma {name}")[0][0]
@@ -8968,6 +8991,8 @@ except ImportError:                         # Windows
 IS_LINUX = sys.platform.startswith("linux")
 _PEAK_UNIT = 1024 if IS_LINUX else 1        # of ru_maxrss, bytes
 EXIT_GRACE = 2.0            # seconds for an idle child to run its exit handlers
+# What a service manager, as systemd, has told this process alone.
+_OF_THE_SERVICE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
 
 
 # A nursery and its children live with the app, which may replace what the standard
@@ -9068,8 +9093,9 @@ def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
 
     It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
     """
+    environ = {k: v for k, v in os.environ.items() if k not in _OF_THE_SERVICE}
     process = _own_subprocess().Popen(
-        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep,
+        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep, env=environ,
         start_new_session=True, close_fds=True,
     )
     process.returncode = 0      # this module reaps by wait4, for the peak memory
@@ -15616,6 +15642,8 @@ EVENTS = {
         "handed_back cpu children_cpu error",
         "the worker ends; `error` says why it could not go on"),
     "scheduler_start": Event("schedules", "the number of schedules it serves"),
+    "http_start": Event(
+        "host port", "`--http` answers there; of port 0 the one that it has got"),
     "cron_fired": Event("schedule name expr task_id tick", "a tick was enqueued"),
     "cron_missed": Event(
         "schedule name expr ticks misfire overlap clock_set_back",
@@ -16528,10 +16556,11 @@ class Chore:
     """Something to be done every so many seconds of the worker's own time."""
 
     def __init__(self, seconds: float, act: Callable[[int], float | None],
-                 is_punctual: bool = False):
+                 is_punctual: bool = False, close: Callable[[], Any] = nobody):
         self.seconds = seconds
         self.act = act              # returns when it is due again, if not in `seconds`
         self.is_punctual = is_punctual      # worth waking for
+        self.close = close          # called when the worker ends
         self.due = 0.0
 
     def act_now(self, now: int, at: float) -> None:
@@ -16653,6 +16682,12 @@ class Household:
     def keep(self, now: int, at: float) -> None:
         """Do what is due."""
         self.trouble.do_chores(self.chores, now, at)
+
+    def close(self) -> None:
+        """The worker ends, and has said so."""
+        for chore in self.chores:
+            chore.close()
+        self._journal.log.flush(patience=2.0)
 
     def next_due(self) -> float:
         """When there is something that is worth waking for."""
@@ -16856,7 +16891,7 @@ class Worker:
         self._close()
 
     def _close(self):
-        self.journal.log.flush(patience=2.0)
+        self.house.close()
         self.senses.close()
 
     def _start_over(self, now):
@@ -17119,7 +17154,35 @@ def _run(args, app):
         return worker.run()
 
 
+def _arguments(argv):
+    """The arguments; the parsers of other commands than theirs are not made."""
+    import argparse
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for command in COMMANDS:
+        if argv[:1] == [command.name]:
+            one = argparse.ArgumentParser(
+                prog=f"pybgworker {command.name}", **_described(command))
+            _add_flags(one, command)
+            return one.parse_args(argv[1:], argparse.Namespace(command=command.name))
+    return _parser().parse_args(argv)
+
+
+def _described(command):
+    return {"description": command.help + ".",
+            "epilog": f"example: python pybgworker.py {command.example}"}
+
+
+def _add_flags(parser, command):
+    for names, options in command.flags + ((JSON_FLAG,) if command.reads else ()):
+        parser.add_argument(*names, **options)
+    parser.add_argument("--db", type=typed(parse_path), metavar="PATH", default=None,
+                        help="the SQLite file (default: PYBGWORKER_DB, else "
+                        "pybgworker.db)")
+
+
 def _parser():
+    """The parser of what names no command, or one that there is not."""
     import argparse
 
     examples = "\n".join(f"  python pybgworker.py {c.example}" for c in COMMANDS)
@@ -17131,15 +17194,8 @@ def _parser():
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        one = commands.add_parser(
-            command.name, help=command.help, description=command.help + ".",
-            epilog=f"example: python pybgworker.py {command.example}",
-        )
-        for names, options in command.flags + ((JSON_FLAG,) if command.reads else ()):
-            one.add_argument(*names, **options)
-        one.add_argument("--db", type=typed(parse_path), metavar="PATH", default=None,
-                         help="the SQLite file (default: PYBGWORKER_DB, else "
-                         "pybgworker.db)")
+        _add_flags(commands.add_parser(
+            command.name, help=command.help, **_described(command)), command)
     return parser
 
 
@@ -17161,7 +17217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv):
     try:
         _fill_standard_descriptors()
-        args = _parser().parse_args(argv)
+        args = _arguments(argv)
         printed = _carry_out(args)
         if isinstance(printed, str):
             print_text(printed)
@@ -21049,6 +21105,680 @@ def _printed_frame(view, is_seen):
     return "\n".join(
         styled(line, colour) if is_seen else "".join(text for text, _ in line).rstrip()
         for line in lines)
+
+
+# == Metrics ==================================================================
+# Owns what Prometheus reads, as text of its format 0.0.4: names, labels and help are
+# a contract.  Every counter is a sum of rows that never falls: each process that
+# answers says the same, and a restart begins nothing anew.  No label is a worker, a
+# host, or anything that a run has said.
+
+_MOST_PAIRS = 200           # (task, queue) told apart; and queues
+_MOST_SCHEDULES = 1000
+_OTHER = "other"            # task, or queue, of all that are more
+# The upper bounds of the two histograms: some of HISTORY_BOUNDS.
+_METRIC_BOUNDS = (.005, .025, .1, .25, .5, 1, 2.5, 5, 10, 25, 100, 250, 1000)
+_BOUND_PLACES = tuple(
+    (bound, HISTORY_BOUNDS.index(bound) + 1) for bound in _METRIC_BOUNDS)
+_HISTORY_LOOK_MS = 3 * HOUR_MS      # how long minutes of history are kept
+
+
+def _label_value(text):
+    """A text inside the quotes of a label; of lone surrogates their names."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _labels(**labels):
+    return ",".join(f'{key}="{_label_value(str(value))}"'
+                    for key, value in labels.items())
+
+
+class MetricsPage:
+    """Collects families of samples, in the order of calls."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def family(self, name: str, kind: str, meaning: str,
+               samples: Iterable[tuple[str, float]]) -> None:
+        """`samples` are (labels, value); labels as they stand between the braces."""
+        self._head(name, kind, meaning)
+        for labels, value in samples:
+            self._sample(name, labels, value)
+
+    def histogram(self, name: str, meaning: str,
+                  samples: Iterable[tuple[str, tuple, int]]) -> None:
+        """`samples` are (labels, counts by HISTORY_BOUNDS, sum in milliseconds)."""
+        self._head(name, "histogram", meaning)
+        for labels, counts, ms in samples:
+            for bound, place in _BOUND_PLACES:
+                self._sample(f"{name}_bucket", f'{labels},le="{float(bound)}"',
+                             sum(counts[:place]))
+            self._sample(f"{name}_bucket", f'{labels},le="+Inf"', sum(counts))
+            self._sample(f"{name}_sum", labels, ms / 1000)
+            self._sample(f"{name}_count", labels, sum(counts))
+
+    def _head(self, name, kind, meaning):
+        self.lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+
+    def _sample(self, name, labels, value):
+        braces = f"{{{labels}}}" if labels else ""
+        self.lines.append(f"{name}{braces} {value!r}")
+
+    def text(self) -> str:
+        """The page; each line ends with a line feed."""
+        return "\n".join([*self.lines, ""])
+
+
+def metrics_text(store: Store, settings: types.SimpleNamespace, now: int) -> str:
+    """What there is to be measured of a queue, as Prometheus reads it."""
+    page = MetricsPage()
+    page.family("pybgworker_info", "gauge",
+                "Version of the program that answers, and of the schema.",
+                [(_labels(version=__version__, schema=SCHEMA_VERSION), 1)])
+    _add_runs(page, _pairs(store.totals()))
+    _add_queues(page, store.queues(now), now)
+    _add_workers(page, store, settings, now)
+    _add_schedules(page, store.schedules())
+    _add_database(page, store, now)
+    return page.text()
+
+
+def _pairs(totals):
+    """[(labels, HistoryRow)]: one for each task and queue, and one for what is more.
+
+    Those are told apart that have run most; and by powers of four only, lest two that
+    run about as often change places all the time: with each change the sum of the
+    others starts anew.
+    """
+    found = sorted(
+        totals, key=lambda row: (-(row.runs.bit_length() // 2), row.lo, row.name))
+    groups: dict[str, list] = {}
+    more = len(found) > _MOST_PAIRS
+    for place, row in enumerate(found):
+        name, queue = row.name, row.queue
+        if more and place >= _MOST_PAIRS - 1:
+            name = queue = _OTHER
+        groups.setdefault(_labels(task=name, queue=queue), []).append(row)
+    return [(labels, rows[0] if len(rows) == 1 else merged(rows))
+            for labels, rows in sorted(groups.items())]
+
+
+def _add_runs(page, pairs):
+    page.family(
+        "pybgworker_task_runs_total", "counter",
+        "Runs that ended, by how; a run that is retried counts as retried.",
+        [(f'{labels},outcome="{outcome}"', value) for labels, row in pairs
+         for outcome, value in (
+             ("success", row.succeeded), ("failed", row.failed),
+             ("retried", row.retried), ("cancelled", row.cancelled))])
+    page.family(
+        "pybgworker_task_errors_total", "counter",
+        "Runs that ended badly, by kind.",
+        [(f'{labels},kind="{kind}"', value) for labels, row in pairs
+         for kind, value in (
+             ("exception", row.exceptions), ("timeout", row.timeouts),
+             ("crash", row.crashed), ("lost", row.lost), ("abort", row.aborted))])
+    page.histogram(
+        "pybgworker_task_duration_seconds", "Seconds a run took in the child.",
+        [(labels, row.ran, row.ran_ms) for labels, row in pairs])
+    page.histogram(
+        "pybgworker_task_wait_seconds", "Seconds from due to begun.",
+        [(labels, row.waited, row.waited_ms) for labels, row in pairs])
+
+
+_QUEUE_STATES = ("scheduled", "retrying", "queued", "running")
+
+
+def _add_queues(page, rows, now):
+    if len(rows) > _MOST_PAIRS:
+        rows = sorted(rows, key=lambda row: (
+            row.paused_at is None, row.oldest_at is None, row.oldest_at or 0))
+        rows = [*rows[:_MOST_PAIRS - 1], _joined_queue(rows[_MOST_PAIRS - 1:])]
+    page.family(
+        "pybgworker_queue_tasks", "gauge", "Unfinished tasks.",
+        [(_labels(queue=row.name, state=state), getattr(row, state))
+         for row in rows for state in _QUEUE_STATES])
+    page.family(
+        "pybgworker_queue_oldest_seconds", "gauge",
+        "Seconds since the oldest task that may run became due; 0: none waits.",
+        [(_labels(queue=row.name),
+          0 if row.oldest_at is None else max(0, now - row.oldest_at) / 1000)
+         for row in rows])
+    page.family(
+        "pybgworker_queue_paused", "gauge", "1 while paused.",
+        [(_labels(queue=row.name), int(row.paused_at is not None)) for row in rows])
+
+
+def _joined_queue(rows):
+    """Many queues as one, which is not paused; the first is that of the eldest."""
+    counts = {state: sum(getattr(row, state) for row in rows)
+              for state in _QUEUE_STATES}
+    return rows[0]._replace(
+        name=_OTHER, paused_at=None, paused_by=None, reason=None, **counts)
+
+
+def worker_state(row: WorkerRow, is_dead: bool, now: int, worker_timeout: float) -> str:
+    """live, dead, starting or stopping.  One that is silent for so long is dead for
+    the others, which take over its tasks."""
+    if is_dead or now - row.beat_at > worker_timeout * 1000:
+        return "dead"
+    return row.state if row.state in ("starting", "stopping") else "live"
+
+
+def _add_workers(page, store, settings, now):
+    rows, judge = store.workers(), judge_of(store)
+    states = {row.id: worker_state(row, judge(row), now, settings.worker_timeout)
+              for row in rows}
+    alive = [row for row in rows if states[row.id] != "dead"]
+    ids = {row.id for row in alive}
+    children = [child for child in store.children() if child.worker in ids]
+    busy = sum(child.running > 0 for child in children)
+    page.family(
+        "pybgworker_workers", "gauge", "Registered workers.",
+        [(_labels(state=state), [*states.values()].count(state))
+         for state in ("live", "dead", "starting", "stopping")])
+    idle = max(0, sum(row.concurrency for row in alive) - busy)
+    page.family(
+        "pybgworker_worker_children", "gauge", "Children of live workers.",
+        [('state="busy"', busy), ('state="idle"', idle)])
+    page.family(
+        "pybgworker_worker_heartbeat_age_seconds", "gauge",
+        "Age of the oldest heartbeat of a registered worker.",
+        [("", max(0, now - min(row.beat_at for row in rows)) / 1000)] if rows else [])
+    page.family(
+        "pybgworker_worker_memory_bytes", "gauge",
+        "Resident memory of live workers and of their children, summed.",
+        [('part="worker"', sum(row.memory or 0 for row in alive)),
+         ('part="children"', sum(child.memory for child in children))])
+    left = store.departed_cpu()
+    page.family(
+        "pybgworker_worker_cpu_seconds_total", "counter",
+        "CPU time of workers and of their children, summed; also of those that left.",
+        [(f'part="{part}"', round(gone + sum(getattr(row, of) or 0 for row in rows), 3))
+         for part, gone, of in (("worker", left[0], "cpu"),
+                                ("children", left[1], "children_cpu"))])
+
+
+def _add_schedules(page, rows):
+    """Those of one name are one: the last success of any, the next tick of any."""
+    names: dict[str, list] = {}
+    for row in rows:
+        if row.name in names or len(names) < _MOST_SCHEDULES:
+            names.setdefault(row.name, []).append(row)
+    page.family(
+        "pybgworker_schedule_last_success_timestamp_seconds", "gauge",
+        "Unix time; 0 before the first.",
+        [(_labels(schedule=name), max(row.success_at or 0 for row in found) / 1000)
+         for name, found in names.items()])
+    next_ticks = {name: [row.next_tick for row in found if row.next_tick is not None]
+                  for name, found in names.items()}
+    page.family(
+        "pybgworker_schedule_next_timestamp_seconds", "gauge",
+        "Unix time of the next tick.",
+        [(_labels(schedule=name), min(ticks))
+         for name, ticks in next_ticks.items() if ticks])
+
+
+def _add_database(page, store, now):
+    page.family("pybgworker_last_task_id", "gauge",
+                "Highest id given: its rate is the enqueue rate.",
+                [("", store.last_id())])
+    sizes = store.sizes()
+    page.family("pybgworker_database_size_bytes", "gauge", "Size of the files.",
+                [('file="main"', sizes.main), ('file="wal"', sizes.wal)])
+    page.family("pybgworker_database_free_bytes", "gauge",
+                "Bytes in the main file that are used before it grows.",
+                [("", sizes.free)])
+    page.family("pybgworker_history_age_seconds", "gauge",
+                "Age of the newest flushed history of a live worker.",
+                [("", age) for age in _history_age(store, now)])
+
+
+def _history_age(store, now):
+    """[seconds since the last minute ended in which a run did], if it is not too long.
+    """
+    for ms in (120_000, _HISTORY_LOOK_MS):
+        rows = store.history(MINUTE, now - ms, until=now + 1, by="at")
+        if rows:
+            return [max(0, now / 1000 - rows[-1].at - MINUTE)]
+    return []
+
+
+# == Health ===================================================================
+# Owns what machines ask of a worker, and of a queue: is it alive, is it ready?  The
+# command `health` for scripts, HTTP for probes and scrapers, a datagram for systemd.
+# Alive is a worker whose loop turns: no restart mends a database.
+
+_STUCK_SECONDS = 10.0       # a loop that has not turned for so long is stuck
+_SCRAPE_SECONDS = 1.0       # that an answer of /metrics serves others, too
+_SCRAPE_LIMIT = 2.0         # … that its queries may take
+_MOST_CONNECTIONS = 16      # at a time: for one more the eldest is shut
+_REQUEST_SECONDS = 5.0      # that a client may be silent in a request
+_PING_SECONDS = 1.0         # between two pings of a watchdog at least
+_LAST_SECONDS = 10.0        # that a worker may take to end beyond its patience
+_MOST_COUNTED = 10_000      # waiting tasks that `systemctl status` tells
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def readiness_of(store: Store) -> tuple[int, str]:
+    """(HTTP status, one line) of a process that only reads a database."""
+    try:
+        with store.glance(_SCRAPE_LIMIT):
+            store.last_id()
+    except DatabaseUnavailable as exc:
+        return 503, str(exc)
+    return 200, "ok"
+
+
+class Probes:
+    """What is asked of one worker, from other threads than that of its loop."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+
+    def health(self) -> tuple[int, str]:
+        """(status, line): 200 while the loop turns, whatever the database does."""
+        silent = time.monotonic() - health_of(self._worker).turned_at
+        if silent > _STUCK_SECONDS:
+            return 503, f"the worker's loop has not turned for {silent:.0f} s"
+        return 200, "ok"
+
+    def readiness(self) -> tuple[int, str]:
+        """(status, line): 200 while it can be given tasks."""
+        trouble = health_of(self._worker).trouble
+        return (503, trouble) if trouble else self.health()
+
+
+class Scrapes:
+    """The answers of /metrics: one for all who ask within a second."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace):
+        self._store, self._settings = store, settings
+        self._lock = threading.Lock()
+        self._until, self._answer = 0.0, (503, "")
+
+    def answer(self) -> tuple[int, str]:
+        """(status, text).  By a connection of its own, which does not stay open."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._answer = self._scrape()
+                self._until = time.monotonic() + _SCRAPE_SECONDS
+            return self._answer
+
+    def _scrape(self):
+        try:
+            with self._store.glance(_SCRAPE_LIMIT):
+                now = self._store.now()
+                return 200, metrics_text(self._store, self._settings, now)
+        except DatabaseUnavailable as exc:
+            return 503, f"{exc}\n"
+        finally:
+            self._store.close()
+
+
+def is_loopback(host: str) -> bool:
+    """True when only programs on this machine can reach what listens there."""
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def has_token(authorization: str, token: str | None) -> bool:
+    """True for the header `Authorization: Bearer TOKEN`, if there is a token."""
+    import hmac
+
+    given = authorization.encode("utf-8", "replace")
+    return bool(token) and hmac.compare_digest(given, f"Bearer {token}".encode())
+
+
+def probe_answers(probes: Probes, scrapes: Scrapes, is_local: bool,
+                  token: str | None) -> Callable[[str, str], tuple[int, str, str]]:
+    """A function (path, authorization) -> (status, content type, body).
+
+    Who is not on this machine, and has no token, is told yes or no, and no reasons.
+    """
+    plain = "text/plain; charset=utf-8"
+
+    def answer(path, authorization):
+        is_trusted = is_local or has_token(authorization, token)
+        if path == "/metrics":
+            if is_trusted:
+                status, text = scrapes.answer()
+                return status, _METRICS_TYPE if status == 200 else plain, text
+            return (401, plain, "Authorization: Bearer TOKEN is wanted\n") if token \
+                else (403, plain, "set PYBGWORKER_WEB_TOKEN for who is elsewhere\n")
+        probe = {"/healthz": probes.health, "/readyz": probes.readiness}.get(path)
+        if probe is None:
+            return 404, plain, "there are /metrics, /healthz and /readyz\n"
+        status, line = probe()
+        line = line.partition("\n")[0] if is_trusted or status == 200 else "no"
+        return status, plain, f"{line}\n"
+
+    return answer
+
+
+def _handler_of(answer):
+    """The class that speaks HTTP for these answers."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout, wbufsize = _REQUEST_SECONDS, -1        # one write for an answer
+        server_version, sys_version = "pybgworker", ""
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            authorization = self.headers.get("Authorization", "")
+            status, kind, body = answer(path, authorization)
+            data = body.encode("utf-8", "replace")
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data)))
+            if status == 401:
+                self.send_header("WWW-Authenticate", "Bearer")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            """Requests are no events of a worker."""
+
+    return Handler
+
+
+class HttpServer:
+    """Answers in threads, from open() to close(); the caller's does not wait."""
+
+    def __init__(self, host: str, port: int, answer: Callable):
+        self._address, self._answer = (host, port), answer
+        self._lock = threading.Lock()
+        self._open: dict = {}           # requests: the eldest is the first
+        self._waker: Any = None         # a socket; closing it ends the thread
+        self._thread: Any = None
+
+    def open(self) -> int:
+        """Listen; return the port.  Raises OSError: it is in use, or not ours."""
+        server = self._server()
+        ear, self._waker = socket.socketpair()
+        self._thread = threading.Thread(
+            target=self._serve, args=(server, ear), name="http", daemon=True)
+        self._thread.start()
+        return server.server_address[1]
+
+    def _server(self):
+        import socketserver
+
+        outer, host = self, self._address[0]
+
+        class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
+            block_on_close, timeout = False, 0
+
+            def get_request(self):
+                try:
+                    return super().get_request()
+                except OSError as exc:
+                    if is_lack(exc):        # it stays there, and would come again
+                        own_sleep(0.1)
+                    raise
+
+            def process_request(self, request, client_address):
+                outer._note(request)
+                super().process_request(request, client_address)
+
+            def shutdown_request(self, request):
+                outer._forget(request)
+                super().shutdown_request(request)
+
+            def handle_error(self, request, client_address):
+                if not isinstance(sys.exc_info()[1], OSError):     # it went away
+                    super().handle_error(request, client_address)
+
+        server = Server(self._address, _handler_of(self._answer))
+        server.socket.setblocking(False)
+        return server
+
+    def _note(self, request):
+        with self._lock:
+            self._open[request] = None
+            if len(self._open) > _MOST_CONNECTIONS:
+                eldest = next(iter(self._open))
+                del self._open[eldest]
+                with contextlib.suppress(OSError):
+                    eldest.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request):
+        with self._lock:
+            self._open.pop(request, None)
+
+    def _serve(self, server, ear):
+        with server, ear, selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            selector.register(ear, selectors.EVENT_READ)
+            while True:
+                heard = [key.fileobj for key, _ in selector.select()]
+                if ear in heard:
+                    return
+                server.handle_request()
+
+    def close(self) -> None:
+        """Listen no more.  May be called twice."""
+        if self._waker:
+            self._waker.close()
+            self._thread.join(1.0)
+            self._waker = None
+
+
+@chore
+def http_chore(worker: Worker) -> Chore:
+    """Answer probes and scrapers for as long as a worker runs, if it is to.
+
+    Where it cannot listen, the worker ends before it has begun a task.
+    """
+    s = worker.settings
+    if not s.http:
+        return Chore(math.inf, nobody)
+    host, _, port = s.http.rpartition(":")
+    host = host.strip("[]")
+    answer = probe_answers(Probes(worker), Scrapes(worker.store, s),
+                           is_loopback(host), s.web_token)
+    server = HttpServer(host, int(port), answer)
+    try:
+        found = server.open()
+    except (OSError, OverflowError) as exc:
+        why = getattr(exc, "strerror", None) or exc
+        worker.house.trouble.fatal = f"--http {s.http}: {why}: name another port"
+        return Chore(math.inf, nobody)
+    worker.journal.say("http_start", host=host, port=found)
+    return Chore(math.inf, nobody, close=server.close)
+
+
+# What systemd is told: https://www.freedesktop.org/software/systemd/man/sd_notify
+
+
+def notify_service(message: str) -> None:
+    """Tell the service manager that has started us; never raises, nor waits."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
+        return
+    address = "\0" + path[1:] if path[0] == "@" else path      # an abstract one
+    with contextlib.suppress(OSError), contextlib.closing(
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
+        sender.setblocking(False)
+        sender.sendto(message.encode("utf-8", "replace"), address)
+
+
+def watchdog_seconds(environ: Any, pid: int) -> float | None:
+    """How often this process has to say that its loop turns; None: nobody asks."""
+    try:
+        seconds = int(environ.get("WATCHDOG_USEC", "")) / 1e6
+        meant = int(environ.get("WATCHDOG_PID", pid)) == pid
+    except ValueError:
+        return None
+    return min(_PING_SECONDS, seconds / 2) if meant and seconds > 0 else None
+
+
+class Service:
+    """What systemd knows of a worker: that it is ready, turns, and stops."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._is_ready = self._is_stopping = False      # as far as it was told
+        self._ping = watchdog_seconds(os.environ, os.getpid())
+        self._ping_due = self._status_due = 0.0
+
+    def tell(self, now: int) -> None:
+        """Say what is new; called in every turn of the loop."""
+        worker, at, lines = self._worker, time.monotonic(), []
+        if worker.is_ready and not self._is_ready:
+            self._is_ready, self._status_due = True, 0.0
+            lines.append("READY=1")
+        if worker.senses.stops.count and not self._is_stopping:
+            self._is_stopping = True
+            lines.append("STOPPING=1")
+        if at >= self._ping_due:
+            self._ping_due = at + (self._ping or _PING_SECONDS)
+            lines += ["WATCHDOG=1"] if self._ping else []
+            if self._is_stopping:
+                left = max(0.0, worker.stop_by - at) + _LAST_SECONDS
+                lines.append(f"EXTEND_TIMEOUT_USEC={left * 1e6:.0f}")
+        if at >= self._status_due:
+            self._status_due = at + worker.settings.heartbeat_interval
+            lines.append(f"STATUS={service_status(worker)}")
+        if lines:
+            notify_service("\n".join(lines))
+
+
+def service_status(worker: Worker) -> str:
+    """What `systemctl status` shows: 7 of 8 busy, 4,120 waiting."""
+    busy = sum(any(slot.run for slot in member.slots())
+               for member in worker.pool.members)
+    text = f"{busy} of {worker.settings.concurrency} busy"
+    with contextlib.suppress(DatabaseUnavailable):      # then that is said elsewhere
+        waiting = worker.store.count(Filter(state=QUEUED), at_most=_MOST_COUNTED)
+        more = "more than " if waiting >= _MOST_COUNTED else ""
+        text += f", {more}{waiting:,} waiting"
+    return text if worker.is_ready else f"starting: {text}"
+
+
+@chore
+def service_chore(worker: Worker) -> Chore:
+    """Tell the service manager how the worker does, if one has started it."""
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return Chore(math.inf, nobody)
+    return Chore(0.0, Service(worker).tell)
+
+
+# The command.
+
+
+def _max_age(text):
+    queue, _, limit = text.rpartition("=")
+    if not queue:
+        raise ValueError("QUEUE=T, such as mail=5m")
+    return queue, parse_grace(limit)
+
+
+_WINDOWS = {"m": MINUTE, "h": 3600, "d": DAY}
+
+
+def _max_failed(text):
+    found = re.fullmatch(r"(\d{1,9})/([mhd])", text)
+    if not found:
+        raise ValueError("a number in a minute, an hour or a day: 5/m, 20/h, 100/d")
+    return int(found[1]), found[2]
+
+
+def health_report(store: Store, now: int, worker_timeout: float,
+                  worker: str | None = None, max_ages: Sequence[tuple] = (),
+                  max_failed: tuple | None = None) -> dict:
+    """Whether all is well, as one line and as figures; never raises for a database.
+
+    `max_ages` are (queue, seconds), `max_failed` (number, m, h or d).
+    """
+    report: dict = {"ok": False, "say": "", "problems": [], "workers": 0}
+    try:
+        problems = _worker_problems(store, now, worker_timeout, worker, report)
+        if max_ages:
+            problems += _age_problems(store, now, max_ages, report)
+        if max_failed:
+            problems += _failure_problems(store, now, max_failed, report)
+    except DatabaseUnavailable as exc:
+        problems = [str(exc)]
+    say = "; ".join(problems) or _well(report)
+    return {**report, "ok": not problems, "say": say, "problems": problems}
+
+
+def _well(report):
+    workers = report["workers"]
+    return f"ok: {workers} worker{'s' * (workers != 1)}, {report['busy']} of " \
+        f"{report['children']} children busy"
+
+
+def _worker_problems(store, now, worker_timeout, name, report):
+    judge = judge_of(store)
+    rows = [row for row in store.workers() if name is None or row.name == name]
+    states = [worker_state(row, judge(row), now, worker_timeout) for row in rows]
+    live = [row for row, state in zip(rows, states) if state == "live"]
+    ids = {row.id for row in live}
+    report["workers"] = len(live)
+    report["children"] = sum(row.concurrency for row in live)
+    report["busy"] = sum(
+        child.running > 0 for child in store.children() if child.worker in ids)
+    if live:
+        return [f"{row.name} {row.note}" for row in live if row.note]
+    if rows:
+        return [f"{row.name} is {state}" for row, state in zip(rows, states)][-3:]
+    return ["no worker runs" if name is None else f"no worker named {name} runs"]
+
+
+def _age_problems(store, now, max_ages, report):
+    rows = {row.name: row for row in store.queues(now)}
+    problems, report["ages"] = [], {}
+    for queue, limit in max_ages:
+        row = rows.get(queue) or QueueRow(queue)
+        since = now if row.oldest_at is None else row.oldest_at
+        age = report["ages"][queue] = max(0, now - since) / 1000
+        if age > limit:
+            paused = ", and is paused" if row.paused_at is not None else ""
+            problems.append(f"queue {queue}: its oldest task waits for {span(age)}, "
+                            f"at most {span(limit)} is allowed{paused}")
+    return problems
+
+
+def _failure_problems(store, now, max_failed, report):
+    most, unit = max_failed
+    seconds = _WINDOWS[unit]
+    rows = store.history(QUARTER if unit == "d" else MINUTE, now - seconds * 1000,
+                         until=now + 1, by="at")
+    failed = report["failed"] = sum(row.failed for row in rows)
+    if failed <= most:
+        return []
+    word = {"m": "minute", "h": "hour", "d": "day"}[unit]
+    return [f"{failed:,} tasks failed in the last {word}, at most {most:,} may"]
+
+
+@command("health", "say in one line whether workers do their work: status 0, else 1",
+         "health --max-age mail=5m --max-failed 20/h",
+         flag("--worker", metavar="NAME", help="only this one (default: any)"),
+         flag("--max-age", metavar="QUEUE=T", type=typed(_max_age), action="append",
+              default=[], help="the oldest task that may run there waits for no "
+              "longer: 90s, 5m, 1h; may be given several times (default: no limit)"),
+         flag("--max-failed", metavar="N/h", type=typed(_max_failed),
+              help="no more tasks failed for good in the last m, h or d (default: no "
+              "limit)"), reads=True)
+def _health(args, app):
+    report = health_report(
+        app.store, app.store.now(), app.settings.worker_timeout, args.worker,
+        args.max_age, args.max_failed)
+    print_text(json.dumps(report, indent=2) if args.json else visible(report["say"]))
+    return 0 if report["ok"] else 1
 
 
 # == Listeners ================================================================

@@ -1494,6 +1494,9 @@ class Settings(unittest.TestCase):
         concurrency          1000       1000
         durability           normal     'normal'
         allow_network_fs     yes        True
+        http                 8080       '127.0.0.1:8080'
+        http                 a-b.c:0    'a-b.c:0'
+        http                 [::1]:80   '[::1]:80'
         web_token            abcd-1234  'abcd-1234'
         redact               (?i)pin$   '(?i)pin$'
     """
@@ -1516,6 +1519,10 @@ class Settings(unittest.TestCase):
         max_memory           lots       bytes above 0
         durability           maybe      full or normal
         allow_network_fs     perhaps    1 or 0
+        http                 65536      PORT or HOST:PORT
+        http                 ::1:80     PORT or HOST:PORT
+        http                 a:b        PORT or HOST:PORT
+        http                 http://a:8 PORT or HOST:PORT
         web_token            short      8 to 200 ASCII characters
         redact               (          a regular expression: missing )
     """
@@ -18639,6 +18646,911 @@ class Tops(Served):
         self.assertEqual([round(wait, 2) for wait in waits], [1.99, 9.5])
 
 
+# == Metrics ==================================================================
+
+
+class ParseError(Exception):
+    pass
+
+
+def parse_metrics(text):
+    """The families of a page, by the grammar of text format 0.0.4 and no other.
+
+    {name: (type, help, {((label, value), …): value})}; of a histogram with the
+    suffixes of its samples as a label of their own.
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    if text[-1:] != "\n":
+        raise ParseError("the last line must end with a line feed")
+    families, name = {}, None
+    for number, line in enumerate(text[:-1].split("\n"), 1):
+        try:
+            if line.startswith("#"):
+                name = _parse_comment(line, families, name)
+            else:
+                _parse_sample(line, families, name)
+        except ParseError as exc:
+            raise ParseError(f"line {number}, {line!r}: {exc}") from None
+    for name, (kind, _, samples) in families.items():
+        if kind == "histogram":
+            _check_histogram(name, samples)
+    return families
+
+
+def _parse_comment(line, families, name):
+    found = re.fullmatch(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.*)", line)
+    if not found:
+        raise ParseError("no HELP, no TYPE")
+    what, name, rest = found.groups()
+    if what == "HELP":
+        if name in families:
+            raise ParseError("a second HELP, or one after its samples")
+        if re.search(r"\\(?![\\n])", rest):
+            raise ParseError("no such escape in a HELP")
+        families[name] = ("", rest, {})
+    else:
+        if name not in families or families[name][0] or families[name][2]:
+            raise ParseError("a second TYPE, one without HELP, or one after its samples")
+        if rest not in ("counter", "gauge", "histogram", "summary", "untyped"):
+            raise ParseError("no such type")
+        families[name] = (rest, *families[name][1:])
+    return name
+
+
+def _parse_sample(line, families, name):
+    found = re.match(r"[a-zA-Z_:][a-zA-Z0-9_:]*", line)
+    if not found:
+        raise ParseError("no name")
+    metric, rest, labels = found[0], line[found.end():], []
+    if rest.startswith("{"):
+        rest = rest[1:]
+        while not rest.startswith("}"):
+            found = re.match(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\[\\"n])*)"', rest)
+            if not found:
+                raise ParseError("no label")
+            value = re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), found[2])
+            labels.append((found[1], value))
+            rest = rest[found.end():]
+            if rest[:1] == ",":
+                rest = rest[1:]
+            elif rest[:1] != "}":
+                raise ParseError("neither , nor }")
+        rest = rest[1:]
+    if not re.fullmatch(r" ([-+]?(\d+(\.\d*)?([eE][-+]?\d+)?|Inf)|NaN)", rest):
+        raise ParseError("no value")
+    if len(dict(labels)) != len(labels):
+        raise ParseError("a label twice")
+    kind = families.get(name, ("",))[0]
+    suffix = metric[len(name):] if name and metric.startswith(name) else None
+    allowed = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+    if not kind or suffix not in allowed:
+        raise ParseError("not of the family before it")
+    labels += [("", suffix)] if suffix else []
+    if tuple(labels) in families[name][2]:
+        raise ParseError("the same series twice")
+    families[name][2][tuple(labels)] = float(rest)
+
+
+def _check_histogram(name, samples):
+    groups = collections.defaultdict(lambda: {"_bucket": [], "_sum": [], "_count": []})
+    for labels, value in samples.items():
+        of = {k: v for k, v in labels}
+        suffix, le = of.pop(""), of.pop("le", None)
+        groups[tuple(of.items())][suffix].append((le, value))
+    for labels, found in groups.items():
+        bounds = [float(le) for le, _ in found["_bucket"]]
+        counts = [value for _, value in found["_bucket"]]
+        if bounds != sorted(set(bounds)) or bounds[-1] != math.inf:
+            raise ParseError(f"{name} {labels}: buckets up to {bounds}")
+        if counts != sorted(counts) or [(None, counts[-1])] != found["_count"] \
+                or len(found["_sum"]) != 1:
+            raise ParseError(f"{name} {labels}: {found}")
+
+
+def promtool(case, *argv, stdin=""):
+    """Run it; skip the test where there is none."""
+    path = shutil.which("promtool")
+    if not path:
+        case.skipTest("no promtool: it comes with Prometheus")
+    done = subprocess.run([path, *map(str, argv)], input=stdin, text=True, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+class MetricsPages(QueueCase):
+
+    HISTORY = {
+        "task_runs_total": ("counter", "task queue outcome",
+                            "Runs that ended, by how; a run that is retried counts as "
+                            "retried."),
+        "task_errors_total": ("counter", "task queue kind",
+                              "Runs that ended badly, by kind."),
+        "task_duration_seconds": ("histogram", "task queue",
+                                  "Seconds a run took in the child."),
+        "task_wait_seconds": ("histogram", "task queue", "Seconds from due to begun."),
+    }
+    OTHERS = {
+        "info": ("gauge", "version schema",
+                 "Version of the program that answers, and of the schema."),
+        "queue_tasks": ("gauge", "queue state", "Unfinished tasks."),
+        "queue_oldest_seconds": ("gauge", "queue",
+                                 "Seconds since the oldest task that may run became due; "
+                                 "0: none waits."),
+        "queue_paused": ("gauge", "queue", "1 while paused."),
+        "workers": ("gauge", "state", "Registered workers."),
+        "worker_children": ("gauge", "state", "Children of live workers."),
+        "worker_heartbeat_age_seconds": ("gauge", "", "Age of the oldest heartbeat of a "
+                                         "registered worker."),
+        "worker_memory_bytes": ("gauge", "part", "Resident memory of live workers and of "
+                                "their children, summed."),
+        "worker_cpu_seconds_total": ("counter", "part", "CPU time of workers and of their "
+                                     "children, summed; also of those that left."),
+        "schedule_last_success_timestamp_seconds": ("gauge", "schedule", "Unix time; 0 "
+                                                    "before the first."),
+        "schedule_next_timestamp_seconds": ("gauge", "schedule",
+                                            "Unix time of the next tick."),
+        "last_task_id": ("gauge", "", "Highest id given: its rate is the enqueue rate."),
+        "database_size_bytes": ("gauge", "file", "Size of the files."),
+        "database_free_bytes": ("gauge", "", "Bytes in the main file that are used before "
+                                "it grows."),
+        "history_age_seconds": ("gauge", "", "Age of the newest flushed history of a live "
+                                "worker."),
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.counts = pybgworker.RunCounts()
+
+    def page(self, now=None):
+        return pybgworker.metrics_text(
+            self.store, self.app.settings, now or self.now)
+
+    def parsed(self, now=None):
+        """{name without its prefix: {labels: value}}."""
+        page = parse_metrics(self.page(now))
+        return {name.replace("pybgworker_", ""): samples
+                for name, (_, _, samples) in page.items()}
+
+    def value(self, name, now=None, **labels):
+        return self.parsed(now)[name].get(tuple(labels.items()))
+
+    def end(self, name="t", queue="default", count=1, duration=0.01, waited=0,
+            state=pybgworker.SUCCESS, **error):
+        """Runs that ended, and are counted."""
+        self.enqueue(name, queue, count=count)
+        runs = self.claim(names=[name], queues=[queue], free=count)
+        self.assertEqual(len(runs), count)
+        self.turn(history=self.counts, outcomes=[
+            Outcome(run, state, started_at=run.run_at + waited, duration=duration,
+                    error=error or None) for run in runs])
+
+    def schedule(self, task="nightly", expr="0 3 * * *", **values):
+        row = pybgworker.ScheduleRow(task, expr, "UTC", 0, "latest", "allow", 0.0,
+                                     None, None, "[]", self.now, self.now)
+        self.store.put_schedules([row])
+        for column, value in values.items():
+            self.sql(f"update bg_schedule set {column} = ? where task = ? and expr = ?",
+                     value, task, expr)
+
+    def full(self):
+        """Something of everything."""
+        self.end()
+        self.end("we\"ird\\na\nme", "q\\\"\n", state=pybgworker.FAILED,
+                 kind="exception", type="KeyError")
+        self.enqueue("waits", "mail")
+        self.store.pause("mail", self.now)
+        self.schedule(next_tick=self.now // 1000 + 60)
+
+    def test_names_types_labels_and_help_are_those_of_the_contract(self):
+        self.full()
+        found = parse_metrics(self.page())
+        wanted = {**self.HISTORY, **self.OTHERS}
+        self.assertEqual({name.replace("pybgworker_", "") for name in found}, {*wanted})
+        for name, (kind, labels, meaning) in wanted.items():
+            with self.subTest(name):
+                got_kind, got_help, samples = found["pybgworker_" + name]
+                self.assertEqual((got_kind, got_help), (kind, meaning))
+                self.assertTrue(samples)
+                for series in samples:
+                    names = [label for label, _ in series if label not in ("", "le")]
+                    self.assertEqual(names, labels.split())
+
+    def test_an_empty_queue_has_a_page_too(self):
+        self.sql("delete from bg_worker")
+        found = parse_metrics(self.page())
+        self.assertEqual(found["pybgworker_worker_heartbeat_age_seconds"][2], {})
+        self.assertEqual(self.value("last_task_id"), 0)
+
+    def test_the_readme_lists_them_all(self):
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        for name, (kind, labels, meaning) in {**self.HISTORY, **self.OTHERS}.items():
+            labels = ", ".join(f"`{label}`" for label in labels.split())
+            self.assertIn(f"| `pybgworker_{name}` | {kind} | {labels} | {meaning} |", text)
+
+    def rules(self):
+        """The file of the README's alert rules."""
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        path = self.folder / "rules.yml"
+        path.write_text(re.search(r"(?ms)^```yml\n(groups:.*?)^```", text)[1])
+        return path
+
+    def test_promtool_finds_no_fault_in_the_rules(self):
+        code, said = promtool(self, "check", "rules", self.rules())
+        self.assertEqual(code, 0, said)
+        self.assertIn("4 rules found", said)
+
+    def input_series(self, before, after):
+        """Two pages as what a minute's scrapes would see: counters go on growing."""
+        old, found = parse_metrics(before), []
+        for name, (kind, _, samples) in parse_metrics(after).items():
+            for labels, value in samples.items():
+                if kind == "histogram":
+                    continue
+                text = ",".join(f"{key}={json.dumps(text)}" for key, text in labels)
+                step = value - old[name][2].get(labels, 0) if kind == "counter" else 0
+                found.append({"series": f"{name}{{{text}}}",
+                              "values": f"{value:.15g}+{step:.15g}x30"})
+        return found
+
+    def alerts(self, series, alert, at="20m"):
+        """The labels with which an alert fires after so long, by promtool."""
+        test = self.folder / "test.yml"
+        test.write_text(json.dumps({        # which is YAML, too
+            "rule_files": [str(self.rules())], "evaluation_interval": "1m",
+            "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [
+                {"eval_time": at, "alertname": alert, "exp_alerts": []}]}]}))
+        code, said = promtool(self, "test", "rules", test)
+        return [dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                for labels in re.findall(r"Labels:\{(.*?)\}", said.partition("got:")[2])] \
+            if code else []
+
+    def test_each_alert_fires_on_what_it_is_about_and_on_nothing_else(self):
+        self.sql("update bg_worker set beat_at = ?, concurrency = 1", self.now)
+        self.schedule(next_tick=self.now // 1000 + 3600)
+        self.end("good", "calm", count=5)
+        self.end("bad", "calm", count=5)
+        before = self.page()
+        self.end("good", "calm", count=10)
+        self.end("bad", "calm", count=10)
+        names = ("QueueStuck", "TaskFailing", "NoWorker", "ScheduleLate")
+        well = self.input_series(before, self.page())
+        for alert in names:
+            self.assertEqual(self.alerts(well, alert), [], alert)
+
+        self.end("bad", "calm", count=5, state=pybgworker.FAILED, kind="crash")
+        self.enqueue("t", "stuck")
+        self.enqueue("t", "paused")
+        self.sql("update bg_task set run_at = ? where queue in ('stuck', 'paused')",
+                 self.now - 301_000)
+        self.store.pause("paused", self.now)
+        self.sql("update bg_worker set beat_at = 1")
+        self.sql("update bg_schedule set next_tick = 60")       # the test begins at 0
+        ill = self.input_series(before, self.page())
+        for alert, labels in zip(names, ({"queue": "stuck"}, {"task": "bad"},
+                                         {"state": "live"}, {"schedule": "nightly"})):
+            with self.subTest(alert):
+                found, = self.alerts(ill, alert)
+                self.assertEqual(found, {"alertname": alert, **labels})
+
+    def test_promtool_finds_no_fault(self):
+        self.full()
+        self.assertEqual(promtool(self, "check", "metrics", stdin=self.page()), (0, ""))
+        code, _ = promtool(self, "check", "metrics", stdin="a 1\na 1\n")    # it can tell
+        self.assertNotEqual(code, 0)
+
+    def test_the_parser_of_these_tests_is_strict(self):
+        head = "# HELP a b\n# TYPE a gauge\n"
+        parse_metrics(head + 'a{b="c\\n"} 1\n')
+        for bad in ('a{b="c\n"} 1\n', 'a{b="\\x"} 1\n', 'a{b="c} 1\n', "a 1", "a  1\n",
+                    "a 0x1\n", "a 1\na 1\n", "b 1\n", 'a{b="c" d="e"} 1\n', "\n",
+                    "a 1\n# TYPE a gauge\n", 'a{b="1",b="2"} 1\n', "a 1 \n"):
+            with self.subTest(bad), self.assertRaises(ParseError):
+                parse_metrics(head + bad)
+
+    def test_a_label_is_whatever_a_name_is(self):
+        names = ["a\\b", 'a"b', "a\nb", "a\\nb", "a{b}", "ü€\U0001f600", " ", "a\x01b",
+                 "a\u2028b", "a,b=\"c\"", "a\rb"]
+        for name in names:
+            self.end(name)
+        found = {dict(labels)["task"] for labels in self.parsed()["task_runs_total"]}
+        self.assertEqual(found, {*names})
+        row = pybgworker.HistoryRow(0, 0, "a\udc80b", "q", runs=3)
+        with mock.patch.object(self.store, "totals", lambda: [row]):
+            page = self.page()
+        page.encode()
+        self.assertIn('task="a\\\\udc80b",queue="q",outcome="success"} 3', page)
+
+    def test_outcomes_and_kinds_are_counted(self):
+        self.end(count=3)
+        for kind in ("exception", "timeout", "crash", "abort"):
+            self.end(state=pybgworker.FAILED, kind=kind)
+        self.end(state=pybgworker.CANCELLED)
+        found = self.parsed()
+        runs, errors = (
+            {labels[-1][1]: value for labels, value in found[name].items()}
+            for name in ("task_runs_total", "task_errors_total"))
+        self.assertEqual(runs, {"success": 3, "failed": 4, "retried": 0, "cancelled": 1})
+        self.assertEqual(errors, {"exception": 1, "timeout": 1, "crash": 1, "lost": 0,
+                                  "abort": 1})
+
+    def test_buckets_are_sums_up_to_their_bound(self):
+        chance = random.Random(5)
+        values = [0, .005, .0051, .1, 1, 1000, 1000.5, 20_000,
+                  *(10 ** chance.uniform(-4, 4.2) for _ in range(300))]
+        for value in values:
+            self.end(duration=value, waited=round(value * 1000))
+        found = self.parsed()
+        for name, got in (("duration", values),
+                          ("wait", [round(v * 1000) / 1000 for v in values])):
+            samples = {labels[2:]: value for labels, value
+                       in found[f"task_{name}_seconds"].items()}
+            for bound in (.005, .025, .1, .25, .5, 1, 2.5, 5, 10, 25, 100, 250, 1000,
+                          math.inf):
+                le = "+Inf" if bound == math.inf else str(float(bound))
+                with self.subTest(name, le=le):
+                    self.assertEqual(samples[("le", le), ("", "_bucket")],
+                                     sum(value <= bound for value in got))
+            self.assertEqual(len(samples), 14 + 2)
+            self.assertAlmostEqual(samples[("", "_sum"),], sum(got), delta=0.2)
+
+    def rows(self, count, **more):
+        return [pybgworker.HistoryRow(0, 0, f"t{n}", f"q{n % 7}", lo=n, runs=1000 - n,
+                                      failed=n % 3, **more) for n in range(count)]
+
+    def runs(self, rows):
+        with mock.patch.object(self.store, "totals", lambda: rows):
+            return self.parsed()["task_runs_total"]
+
+    def test_two_hundred_pairs_are_told_apart_and_the_rest_is_other(self):
+        rows = self.rows(200)
+        self.assertEqual(len(self.runs(rows)), 800)
+        self.assertNotIn("other", {labels[0][1] for labels in self.runs(rows)})
+        rows = self.rows(900)
+        found = self.runs(rows)
+        self.assertEqual(len(found), 800)
+        self.assertEqual(sum(found.values()), sum(row.runs for row in rows))
+        other = {labels[2][1]: value for labels, value in found.items()
+                 if labels[:2] == (("task", "other"), ("queue", "other"))}
+        self.assertEqual(sum(other.values()), sum(row.runs for row in rows[199:]))
+        self.assertEqual(other["failed"], sum(row.failed for row in rows[199:]))
+
+    def test_a_task_that_is_named_other_is_in_the_sum_of_the_others(self):
+        rows = [row._replace(runs=9) for row in self.rows(300)]
+        rows[0] = rows[0]._replace(name="other", queue="other", runs=10**6)
+        found = self.runs(rows)
+        self.assertEqual(sum(found.values()), sum(row.runs for row in rows))
+
+    def test_those_that_run_about_as_often_do_not_change_places(self):
+        rows = [row._replace(runs=5000) for row in self.rows(300)]
+        before = [labels for labels in self.runs(rows)]
+        rows[250:] = [row._replace(runs=7000) for row in rows[250:]]
+        self.assertEqual([labels for labels in self.runs(rows)], before)
+        rows[299] = rows[299]._replace(runs=10**6)
+        self.assertIn((("task", "t299"), ("queue", "q5"), ("outcome", "success")),
+                      self.runs(rows))
+
+    def counters(self, now):
+        page = parse_metrics(self.page(now))
+        return {(name, labels): value for name, (kind, _, samples) in page.items()
+                for labels, value in samples.items()
+                if kind in ("counter", "histogram")}
+
+    def test_counters_never_go_back(self):
+        """Whatever is done to a queue between two looks: 4 programs of 60 steps."""
+        for seed in range(4):
+            chance, before = random.Random(seed), {}
+            self.setUp()
+            for step in range(60):
+                what = chance.choice(["end", "end", "end", "fail", "roll", "prune",
+                                      "restart", "leave", "later"])
+                if what in ("end", "fail"):
+                    self.end(chance.choice("abc"), chance.choice("pq"), count=2,
+                             duration=chance.uniform(0, 9),
+                             **({} if what == "end" else {
+                                 "state": pybgworker.FAILED, "kind": "crash"}))
+                elif what == "roll":
+                    while self.store.roll_up(self.now):
+                        pass
+                elif what == "prune":
+                    self.store.prune(0, self.now + 1, self.now + 1, 1000)
+                elif what == "restart":
+                    self.app.store.close()
+                    self.app = App(db=str(self.db))
+                    self.counts = pybgworker.RunCounts()
+                elif what == "leave":
+                    self.sql("update bg_worker set cpu = ifnull(cpu, 0) + 1.5 "
+                             "where id = 2")
+                    self.store.remove_worker(2)
+                    add_workers(self.store, 2)
+                else:
+                    self.now += chance.choice([1000, 10**6, 10**8])
+                found = self.counters(self.now)
+                for series, value in before.items():
+                    self.assertGreaterEqual(found.get(series, -1), value,
+                                            f"seed {seed}, step {step}: {what} {series}")
+                before = found
+
+    def test_queues_tell_what_waits_for_how_long_and_whether_they_are_paused(self):
+        self.enqueue("a", "mail", count=3)
+        self.enqueue("a", "mail", at=self.now + 10_000)
+        self.store.pause("mail", self.now)
+        self.store.pause("empty", self.now)
+        later = self.now + 7000
+        self.assertEqual(self.value("queue_tasks", queue="mail", state="queued"), 3)
+        self.assertEqual(self.value("queue_tasks", queue="mail", state="scheduled"), 1)
+        self.assertEqual(self.value("queue_oldest_seconds", later, queue="mail"), 7)
+        self.assertEqual(self.value("queue_oldest_seconds", queue="empty"), 0)
+        self.assertEqual(self.value("queue_paused", queue="empty"), 1)
+
+    def test_of_many_queues_those_are_told_apart_that_wait_longest(self):
+        self.fill(1000, queue="'q' || i")
+        self.sql("update bg_task set run_at = ? + id", self.now - 10_000)
+        self.store.pause("q999", self.now)
+        found = self.parsed()
+        tasks = found["queue_tasks"]
+        self.assertEqual(len(tasks), 800)
+        self.assertEqual(sum(tasks.values()), 1000)
+        self.assertEqual(tasks[("queue", "q1"), ("state", "queued")], 1)
+        self.assertEqual(found["queue_paused"][("queue", "q999"),], 1)
+        self.assertEqual(tasks[("queue", "other"), ("state", "queued")], 801)
+
+    def test_workers_are_live_dead_starting_or_stopping(self):
+        add_workers(self.store, *range(3, 8))
+        pybgworker.LiveFile.of(f"{self.store.path}-live")
+        self.sql("update bg_worker set beat_at = ?, concurrency = 4, memory = 10, "
+                 "cpu = 2, children_cpu = 30", self.now)
+        self.sql("update bg_worker set state = 'starting' where id = 3")
+        self.sql("update bg_worker set state = 'stopping' where id = 4")
+        self.sql("update bg_worker set beat_at = ? where id = 5", self.now - 15_001)
+        self.sql("update bg_worker set host = ?, boot = 'before' where id = 6",
+                 socket.gethostname())
+        self.sql("insert into bg_child values (1, 11, 2, 100, 0), (1, 12, 0, 100, 0), "
+                 "(5, 13, 1, 100, 0)")
+        found = self.parsed()
+        dead = 2 if pybgworker.boot_id() else 1
+        states = {labels[0][1]: value for labels, value in found["workers"].items()}
+        self.assertEqual(states, {"live": 5 - dead, "dead": dead, "starting": 1,
+                                  "stopping": 1})
+        self.assertEqual(self.value("worker_children", state="busy"), 1)
+        self.assertEqual(self.value("worker_children", state="idle"),
+                         4 * (7 - dead) - 1)
+        self.assertEqual(self.value("worker_memory_bytes", part="worker"),
+                         10 * (7 - dead))
+        self.assertEqual(self.value("worker_memory_bytes", part="children"), 200)
+        self.assertEqual(self.value("worker_heartbeat_age_seconds"), 15.001)
+        self.assertEqual(self.value("worker_cpu_seconds_total", part="worker"), 14)
+        self.assertEqual(self.value("worker_cpu_seconds_total", part="children"), 210)
+        self.store.remove_worker(7)
+        self.assertEqual(self.value("worker_cpu_seconds_total", part="worker"), 14)
+
+    def test_schedules_of_one_name_are_one_series(self):
+        self.schedule(next_tick=1000)
+        self.schedule(expr="0 15 * * *", next_tick=900, success_at=5500)
+        self.schedule("never", next_tick=None)
+        found = self.parsed()
+        self.assertEqual(found["schedule_next_timestamp_seconds"],
+                         {(("schedule", "nightly"),): 900})
+        self.assertEqual(found["schedule_last_success_timestamp_seconds"],
+                         {(("schedule", "nightly"),): 5.5, (("schedule", "never"),): 0})
+
+    def test_the_age_of_history_is_that_of_its_newest_minute(self):
+        self.assertEqual(self.parsed()["history_age_seconds"], {})
+        self.end()
+        minute = self.now // 60_000 * 60_000
+        for later, age in ((0, 0), (59_999, 0), (61_000, 1), (600_000, 540)):
+            self.assertEqual(self.value("history_age_seconds", minute + later), age)
+
+    def test_a_scrape_reads_no_task_that_is_finished(self):
+        self.full()
+        self.page()
+        few = self.steps(self.page)
+        self.fill(50_000)
+        self.sql("update bg_task set state = 4, finished_at = 1 where name = 't'")
+        self.assertLess(self.steps(self.page), few + 500)
+
+
+# == Health ===================================================================
+
+
+def ask(port, path, host="127.0.0.1", method="GET", **headers):
+    """(status, body) of an HTTP request; (0, "") when nobody answers."""
+    http = pybgworker.importlib.import_module("http.client")
+    connection = http.HTTPConnection(host, port, timeout=20)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    except ConnectionError:
+        return 0, ""
+    finally:
+        connection.close()
+
+
+class Healths(Served):
+
+    def serving(self, *flags, **environment):
+        """A worker with --http, and its port."""
+        worker = self.worker("--concurrency", 1, "--http", "0", *flags, **environment)
+        return worker, worker.wait_for("http_start")["port"]
+
+    def test_a_worker_answers_probes_and_scrapers(self):
+        worker, port = self.serving()
+        self.assertEqual(worker.find("http_start")["host"], "127.0.0.1")
+        worker.wait_for("worker_ready")
+        until(lambda: ask(port, "/readyz") == (200, "ok\n"))
+        self.assertEqual(ask(port, "/healthz"), (200, "ok\n"))
+        self.get(self.tasks.add.delay(1, 2))
+        until(lambda: ("pybgworker_task_runs_total", 1) in [
+            (name, value) for name, (_, _, samples) in
+            parse_metrics(ask(port, "/metrics")[1]).items()
+            for labels, value in samples.items() if labels[-1:] == (("outcome", "success"),)])
+        self.assertEqual(ask(port, "/healthz?verbose", method="HEAD"), (200, ""))
+        self.assertEqual(ask(port, "/")[0], 404)
+        self.assertEqual(ask(port, "/metrics", method="POST")[0], 501)
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(ask(port, "/healthz"), (0, ""))
+
+    @unittest.skipUnless(Path("/proc/net/tcp").exists(), "needs /proc")
+    def test_no_child_has_the_socket_that_listens(self):
+        worker, port = self.serving()
+        worker.wait_for("worker_ready")
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        inode, = [line[9] for line in lines if line[1] == f"0100007F:{port:04X}"
+                  and line[3] == "0A"]
+        def has_it(pid):
+            return f"socket:[{inode}]" in map(os.readlink, self.links(pid))
+        self.assertTrue(has_it(worker.pid))
+        for pid in [worker.nursery(), *worker.children()]:
+            self.assertFalse(has_it(pid))
+        worker.kill()                       # and so nobody answers for it
+        self.assertEqual(ask(port, "/healthz"), (0, ""))
+
+    def links(self, pid):
+        return [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+
+    def test_a_port_in_use_ends_a_worker_before_it_works(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.tasks.mark_me = self.tasks.once.delay("x")
+            port = taken.getsockname()[1]
+            worker = self.worker("--http", port)
+            self.assertEqual(worker.wait(), 1)
+        self.assertIn(f"--http 127.0.0.1:{port}: Address already in use: name another",
+                      "".join(worker.errors))
+        self.assertEqual(self.lines("ran"), [])
+        self.assertEqual(self.sql("select * from bg_worker"), [])
+        worker = self.worker("--http", "no.such.host.invalid:8080")
+        self.assertEqual(worker.wait(), 1)
+        self.assertIn("--http no.such.host.invalid:8080: ", "".join(worker.errors))
+        self.assertNotIn("Traceback", "".join(worker.errors))
+
+    def test_a_locked_database_makes_a_worker_not_ready_but_leaves_it_alive(self):
+        worker, port = self.serving()
+        worker.wait_for("worker_ready")
+        until(lambda: ask(port, "/readyz")[0] == 200)
+        lock = sqlite3.connect(self.db)
+        self.addCleanup(lock.close)
+        lock.execute("begin immediate")
+        worker.wait_for("database_error")           # after 5 seconds of it
+        status, reason = ask(port, "/readyz")
+        self.assertEqual(status, 503)
+        self.assertIn("locked", reason)
+        self.assertEqual(ask(port, "/healthz"), (200, "ok\n"))
+        self.assertEqual(ask(port, "/metrics")[0], 200)     # to read needs no lock
+        lock.rollback()
+        until(lambda: ask(port, "/readyz") == (200, "ok\n"))
+
+    def probes(self):
+        worker = self.worker_here()
+        self.addCleanup(worker.senses.close)
+        return worker, pybgworker.Probes(worker)
+
+    def test_a_loop_that_does_not_turn_is_not_alive(self):
+        worker, probes = self.probes()
+        worker.liveness.turn_began -= 9
+        self.assertEqual(probes.health(), (200, "ok"))
+        worker.liveness.turn_began -= 2
+        self.assertEqual(probes.health(),
+                         (503, "the worker's loop has not turned for 11 s"))
+        with mock.patch.object(worker.pool.crew, "is_ready", return_value=True):
+            self.assertEqual(probes.readiness()[0], 503)    # nor is it ready
+            worker.liveness.mind_the_time()
+            self.assertEqual(probes.readiness(), (200, "ok"))
+
+    def test_a_worker_is_ready_with_a_child_and_without_a_stop(self):
+        worker, probes = self.probes()
+        self.assertEqual(probes.readiness(), (503, "no child is ready"))
+        with mock.patch.object(worker.pool.crew, "is_ready", return_value=True):
+            self.assertEqual(probes.readiness(), (200, "ok"))
+            worker.senses.stops.count = 1
+            self.assertEqual(probes.readiness(), (503, "it is stopping"))
+        self.assertEqual(probes.health(), (200, "ok"))
+
+    def answers(self, is_local, token=None, trouble=""):
+        probes = mock.Mock(**{"health.return_value": (200, "ok"),
+                              "readiness.return_value": (503, "why\nmore")})
+        scrapes = mock.Mock(**{"answer.return_value": (200, "a 1\n")})
+        return pybgworker.probe_answers(probes, scrapes, is_local, token)
+
+    def test_who_is_elsewhere_needs_the_token_for_all_but_yes_or_no(self):
+        right, wrong = "Bearer s3cret-s3cret", "Bearer s3cret-s3creT"
+        for is_local, token, given, metrics, reason in (
+                (True, None, "", 200, "why\n"), (True, right[7:], "", 200, "why\n"),
+                (False, None, "", 403, "no\n"), (False, None, "Bearer ", 403, "no\n"),
+                (False, right[7:], "", 401, "no\n"), (False, right[7:], wrong, 401, "no\n"),
+                (False, right[7:], "Bearer \xe9", 401, "no\n"),
+                (False, right[7:], right, 200, "why\n")):
+            with self.subTest(is_local=is_local, token=token, given=given):
+                answer = self.answers(is_local, token)
+                self.assertEqual(answer("/metrics", given)[0], metrics)
+                self.assertEqual(answer("/healthz", given)[::2], (200, "ok\n"))
+                self.assertEqual(answer("/readyz", given)[::2], (503, reason))
+        self.assertEqual(self.answers(False)("/metrics", "")[2],
+                         "set PYBGWORKER_WEB_TOKEN for who is elsewhere\n")
+
+    def test_local_is_what_only_this_machine_can_reach(self):
+        for host, local in (("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
+                            ("localhost", True), ("0.0.0.0", False), ("::", False),
+                            ("10.0.0.1", False), ("example.org", False)):
+            self.assertEqual(pybgworker.is_loopback(host), local, host)
+
+    def test_a_worker_that_listens_to_the_world_asks_scrapers_for_the_token(self):
+        worker = self.worker("--concurrency", 1, "--http", "0.0.0.0:0",
+                             PYBGWORKER_WEB_TOKEN="s3cret-s3cret")
+        port = worker.wait_for("http_start", host="0.0.0.0")["port"]
+        self.assertEqual(ask(port, "/metrics")[0], 401)
+        good = ask(port, "/metrics", Authorization="Bearer s3cret-s3cret")
+        self.assertEqual(good[0], 200)
+        parse_metrics(good[1])
+
+    def server(self, answer=lambda path, token: (200, "text/plain", "ok")):
+        server = pybgworker.HttpServer("127.0.0.1", 0, answer)
+        self.addCleanup(server.close)
+        return server, server.open()
+
+    def test_clients_that_say_nothing_keep_nobody_from_an_answer(self):
+        _, port = self.server()
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        self.assertEqual(ask(port, "/"), (200, "ok"))
+        self.assertEqual(silent[0].recv(1), b"")        # the eldest was shut
+        for client in silent:
+            client.close()
+        self.assertEqual(ask(port, "/"), (200, "ok"))
+
+    def test_what_is_no_http_is_refused(self):
+        _, port = self.server()
+        for data in (b"\0" * 100 + b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n",
+                     b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", b"\r\n\r\n",
+                     b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", b""):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(data)
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertNotIn(b" 200 ", client.recv(1000))
+        self.assertEqual(ask(port, "/"), (200, "ok"))
+
+    def test_a_server_that_is_closed_leaves_no_thread_and_no_port(self):
+        before = threading.active_count()
+        server, port = self.server()
+        self.assertEqual(ask(port, "/"), (200, "ok"))
+        server.close()
+        server.close()
+        until(lambda: threading.active_count() == before)
+        self.assertEqual(ask(port, "/"), (0, ""))
+
+    def test_one_scrape_serves_all_who_ask_within_a_second(self):
+        scrapes = pybgworker.Scrapes(self.store, self.app.settings)
+        clock = [100.0]
+        with mock.patch.object(pybgworker.time, "monotonic", lambda: clock[0]), \
+                mock.patch.object(pybgworker, "metrics_text") as text:
+            for at, calls in ((0, 1), (0.5, 1), (0.99, 1), (1.01, 2)):
+                clock[0] = 100 + at
+                scrapes.answer()
+                self.assertEqual(text.call_count, calls)
+
+    def test_a_scrape_that_takes_too_long_is_given_up(self):
+        scrapes = pybgworker.Scrapes(self.store, self.app.settings)
+        self.fill(20_000)
+        with mock.patch.object(pybgworker, "_SCRAPE_LIMIT", -1.0):
+            status, text = scrapes.answer()
+        self.assertEqual(status, 503)
+        self.assertIn("this takes too long", text)
+        scrapes = pybgworker.Scrapes(self.store, self.app.settings)
+        self.assertEqual(scrapes.answer()[0], 200)      # the next may take its time
+
+    def test_a_process_that_only_reads_is_ready_while_it_can(self):
+        store = self.store
+        self.assertEqual(pybgworker.readiness_of(store), (200, "ok"))
+        self.db.unlink()
+        status, reason = pybgworker.readiness_of(store)
+        self.assertEqual(status, 503)
+        self.assertIn("it is gone", reason)
+
+    # -- systemd
+
+    def manager(self, abstract=False):
+        """A socket as systemd has one, and its name in NOTIFY_SOCKET."""
+        path = str(self.folder / "notify")
+        name = f"@{path}" if abstract else path
+        ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(ear.close)
+        ear.bind("\0" + path if abstract else path)
+        ear.settimeout(20)
+        return ear, name
+
+    def heard(self, ear, line):
+        """All lines up to one that begins so."""
+        lines = []
+        while not [found for found in lines if found.startswith(line)]:
+            lines += ear.recv(4096).decode().split("\n")
+        return lines
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_systemd_hears_that_a_worker_is_ready_turns_and_stops(self):
+        for abstract in (False, True)[:1 + pybgworker.IS_LINUX]:
+            ear, name = self.manager(abstract)
+            worker = self.worker("--concurrency", 1, NOTIFY_SOCKET=name,
+                                 WATCHDOG_USEC="30000000")
+            said = self.heard(ear, "READY=1")
+            self.assertTrue(worker.wait_for("worker_ready"))
+            self.assertIn("WATCHDOG=1", said + self.heard(ear, "WATCHDOG=1"))
+            self.heard(ear, "STATUS=0 of 1 busy, 0 waiting")
+            self.tasks.hold.delay()
+            self.wait_lines("held")
+            worker.signal(signal.SIGTERM)
+            said = self.heard(ear, "EXTEND_TIMEOUT_USEC=")
+            self.assertIn("STOPPING=1", said)
+            self.heard(ear, "WATCHDOG=1")           # it still turns
+            (self.folder / "go").touch()
+            self.assertEqual(worker.wait(), 0)
+            (self.folder / "go").unlink()
+            (self.folder / "held").unlink()
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_what_systemd_said_to_the_worker_is_not_for_its_children(self):
+        (self.folder / "curious.py").write_text(textwrap.dedent("""
+            import os
+            from pybgworker import task
+            at_import = sorted(os.environ)
+            @task(name="names")
+            def names(): return at_import + sorted(os.environ)
+            """))
+        for method in ("fork", "spawn"):
+            _, name = self.manager(abstract=method == "spawn" and pybgworker.IS_LINUX)
+            worker = self.worker("--concurrency", 1, "--start-method", method,
+                                 app="curious", NOTIFY_SOCKET=name, HERE="yes",
+                                 WATCHDOG_USEC="9000000", WATCHDOG_PID="1")
+            names = self.get(self.app.send("names"))
+            self.assertEqual(names.count("HERE"), 2)
+            self.assertFalse({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & {*names})
+            worker.kill()
+            Path(name).unlink(missing_ok=True)
+
+    def test_a_watchdog_is_told_at_half_its_time_or_once_a_second(self):
+        for usec, pid, seconds in (
+                ("30000000", None, 1.0), ("1000000", None, 0.5), ("", None, None),
+                ("soon", None, None), ("0", None, None), ("-5", None, None),
+                ("30000000", "7", 1.0), ("30000000", "8", None), ("9", "x", None)):
+            environ = {"WATCHDOG_USEC": usec}
+            if pid:
+                environ["WATCHDOG_PID"] = pid
+            self.assertEqual(pybgworker.watchdog_seconds(environ, 7), seconds)
+        self.assertIsNone(pybgworker.watchdog_seconds({}, 7))
+
+    def test_a_thousand_turns_a_second_ping_once(self):
+        worker = self.worker_here()
+        self.addCleanup(worker.senses.close)
+        said, clock = [], [100.0]
+        with mock.patch.dict(os.environ, {"WATCHDOG_USEC": "30000000"}), \
+                mock.patch.object(pybgworker, "notify_service", said.append), \
+                mock.patch.object(pybgworker.time, "monotonic", lambda: clock[0]):
+            service = pybgworker.Service(worker)
+            for _ in range(3500):
+                clock[0] += 0.001
+                service.tell(0)
+        pings = [line for text in said for line in text.split("\n")
+                 if line == "WATCHDOG=1"]
+        self.assertEqual(len(pings), 4)
+
+    def test_nobody_is_told_where_nobody_listens(self):
+        for name in ("", "relative", "/no/such/socket", "@nobody", "/" + "x" * 300,
+                     "vsock:2:1"):
+            with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
+                pybgworker.notify_service("READY=1")
+
+    # -- the command
+
+    def health(self, *argv):
+        """(exit status, what was printed) of the command, here."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                mock.patch.dict(os.environ, {"PYBGWORKER_DB": str(self.db)}):
+            status = pybgworker.main(["health", *argv])
+        return status, out.getvalue().strip()
+
+    def live(self, **columns):
+        """A worker that has beaten just now."""
+        add_workers(self.store, 1)
+        now = pybgworker.now_ms()
+        for column, value in {"beat_at": now, "concurrency": 2, "name": "w1",
+                              "state": "ready", **columns}.items():
+            self.sql(f"update bg_worker set {column} = ?", value)
+
+    def test_health_is_one_line_and_a_status(self):
+        self.assertEqual(self.health()[0], 1)
+        self.assertIn("there is no database", self.health()[1])
+        self.app.store.create()
+        self.assertEqual(self.health(), (1, "no worker runs"))
+        self.live()
+        self.sql("insert into bg_child values (1, 11, 1, 0, 0)")
+        self.assertEqual(self.health(), (0, "ok: 1 worker, 1 of 2 children busy"))
+        self.assertEqual(self.health("--worker", "w1")[0], 0)
+        self.assertEqual(self.health("--worker", "w2"),
+                         (1, "no worker named w2 runs"))
+        for columns, say in (
+                ({"beat_at": 1}, "w1 is dead"), ({"state": "starting"}, "w1 is starting"),
+                ({"state": "stopping"}, "w1 is stopping"),
+                ({"note": "cannot write since 14:00:12 UTC: disk full"},
+                 "w1 cannot write since 14:00:12 UTC: disk full")):
+            self.live(**columns)
+            self.assertEqual(self.health(), (1, say))
+            self.live(note=None)
+
+    def test_health_knows_how_old_tasks_may_be(self):
+        self.live()
+        now = pybgworker.now_ms()
+        self.app.send("t", queue="mail")
+        self.sql("update bg_task set run_at = ?", now - 360_500)
+        self.assertEqual(self.health("--max-age", "mail=1h", "--max-age", "x=1s")[0], 0)
+        status, say = self.health("--max-age", "mail=5m", "--max-age", "x=1s")
+        self.assertEqual((status, say), (1, "queue mail: its oldest task waits for "
+                                         "6.0 min, at most 5.0 min is allowed"))
+        self.store.pause("mail", now)
+        self.assertIn(", and is paused", self.health("--max-age", "mail=5m")[1])
+        self.sql("update bg_task set state = 0, run_at = ?", now + 10**6)   # for later
+        self.assertEqual(self.health("--max-age", "mail=5m")[0], 0)
+
+    def test_health_knows_how_many_may_fail(self):
+        self.live()
+        minute = pybgworker.now_ms() // 60_000 * 60
+        for minutes, failed in ((0, 4), (30, 6), (90, 100)):
+            self.sql("insert into bg_history (span, at, name, queue, lo, hi, runs, failed)"
+                     " values (60, ?, 'a', 'b', 1, 1, 900, ?)", minute - minutes * 60,
+                     failed)
+        self.assertEqual(self.health("--max-failed", "10/h")[0], 0)
+        self.assertEqual(self.health("--max-failed", "9/h"),
+                         (1, "10 tasks failed in the last hour, at most 9 may"))
+        self.assertEqual(self.health("--max-failed", "110/d")[0], 0)
+        self.assertEqual(self.health("--max-failed", "109/d")[0], 1)
+
+    def test_health_tells_programs_all_it_has_found(self):
+        self.live()
+        status, text = self.health("--json", "--max-age", "mail=5m", "--max-failed", "0/h")
+        self.assertEqual(json.loads(text), {
+            "ok": True, "say": "ok: 1 worker, 0 of 2 children busy", "problems": [],
+            "workers": 1, "children": 2, "busy": 0, "ages": {"mail": 0.0}, "failed": 0})
+        self.sql("delete from bg_worker")
+        status, text = self.health("--json", "--max-failed", "0/h")
+        self.assertEqual((status, json.loads(text)["problems"]), (1, ["no worker runs"]))
+
+    def test_health_refuses_what_is_no_limit(self):
+        for argv in (["--max-age", "5m"], ["--max-age", "mail=soon"],
+                     ["--max-failed", "many"], ["--max-failed", "5/week"]):
+            with contextlib.redirect_stderr(io.StringIO()) as said, \
+                    self.assertRaises(SystemExit) as end:
+                pybgworker.main(["health", *argv])
+            self.assertEqual(end.exception.code, 2)
+            self.assertIn("must be", said.getvalue())
+
+    def test_health_says_in_a_real_process_what_a_real_worker_does(self):
+        worker = self.worker("--concurrency", 1, "--worker-name", "w1")
+        worker.wait_for("worker_ready")
+        done = until(lambda: self.cli("health", "--worker", "w1"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertEqual(done.stdout, "ok: 1 worker, 0 of 1 children busy\n")
+        worker.kill()
+        done = self.cli("health")
+        self.assertEqual((done.returncode, done.stdout), (1, "w1 is dead\n"))
+
+
 # == Listeners ================================================================
 
 class Listeners(Case):
@@ -19828,7 +20740,8 @@ class Readme(Case):
             done = subprocess.run(
                 [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-            absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] == ["resume"]
+            absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] in (
+                ["resume"], ["health"])         # no worker runs
             with self.subTest(line):
                 self.assertIn(done.returncode, (0, 1) if absent else (0,), done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
