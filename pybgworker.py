@@ -8257,18 +8257,30 @@ class Looks(Records, Attempts):
         return Act(*rows[0]) if rows else None
 
     def _heads(self):
-        """The first ready task of each queue, name and priority, by a leap for each."""
+        """The first ready task of each queue, name and priority, by a leap for each.
+
+        Not by one comparison of all three: of that, only the first is a leap.
+        """
         rows = self.db.read(
             f"""with recursive head (id) as (
                     select (select id from bg_task indexed by bg_group
                         where state = {QUEUED} and alone = 0
                         order by queue, name, priority, place, id limit 1)
                     union all
-                    select (select id from bg_task as next indexed by bg_group
-                            where state = {QUEUED} and alone = 0 and
-                                (queue, name, priority)
-                                    > (last.queue, last.name, last.priority)
-                            order by queue, name, priority, place, id limit 1)
+                    select coalesce(
+                        (select id from bg_task as next indexed by bg_group
+                            where state = {QUEUED} and alone = 0
+                                and queue = last.queue and name = last.name
+                                and priority > last.priority
+                            order by priority, place, id limit 1),
+                        (select id from bg_task as next indexed by bg_group
+                            where state = {QUEUED} and alone = 0
+                                and queue = last.queue and name > last.name
+                            order by name, priority, place, id limit 1),
+                        (select id from bg_task as next indexed by bg_group
+                            where state = {QUEUED} and alone = 0
+                                and queue > last.queue
+                            order by queue, name, priority, place, id limit 1))
                         from head join bg_task as last on last.id = head.id
                     limit {_MOST_HEADS})
                 select t.id, t.queue, t.name, t.priority, t.run_at

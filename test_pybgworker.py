@@ -17762,6 +17762,17 @@ class Overviews(OverviewCase):
         self.tasks(60_000, pybgworker.SUCCESS, ago=3600)
         self.assertLess(self.steps(self.look), few * 1.1)
 
+    def test_what_needs_somebody_is_found_however_much_waits(self):
+        """By a leap for each queue and name that has something ready."""
+        self.worker_row()
+        for name in ("a", "b", "c"):
+            self.tasks(100, pybgworker.QUEUED, name=name)
+        facts = self.steps(lambda: self.store.system_facts(self.now))
+        for name in ("a", "b", "c"):
+            self.tasks(10_000, pybgworker.QUEUED, name=name)
+        self.assertLess(self.steps(lambda: self.store.system_facts(self.now)),
+                        facts * 1.1)
+
 
 # == Screen ===================================================================
 
