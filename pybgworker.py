@@ -1480,7 +1480,10 @@ class ScheduleRow(NamedTuple):
     @property
     def name(self) -> str:
         """For people: the task, and a number if several are equal."""
-        return f"{self.task}#{self.number + 1}" if self.number else self.task
+        if not self.number:
+            return self.task
+        number = self.number + 1 if isinstance(self.number, int) else self.number
+        return f"{self.task}#{number}"
 
 
 class ScheduleStep(NamedTuple):
@@ -2099,7 +2102,7 @@ class TaskFacts(NamedTuple):
     batch: int = 0                  # … of which a turn takes so many
     ahead: tuple[Ahead, ...] = ()   # ready, and before it; those paused left out
     is_more: bool = False           # there are more ahead than were counted
-    recent: int = 0                 # of those of lower priority numbers, how many came
+    recent: int = 0                 # how many came of lower priority numbers …
     recent_since: int | None = None     # … since then, if that was looked for
     pace: tuple[Pace, ...] = ()
     tats: dict = {}                 # of limits of starts, see rate_tokens()
@@ -8194,6 +8197,7 @@ _MOST_DUE = 100_000         # due tasks, and waiting ones of a paused queue
 _MOST_FEW = 1000            # of queues, schedules, children
 _MOST_LONG = 20             # long runs, and names whose errors are looked at
 _MOST_ERRORS = 50           # … and of each of these
+_MOST_NEWEST = 10_000       # tasks by which is told how many come
 _PACE_MS = 300_000          # for how long a pace is looked at
 _LONG_MS = 60_000           # a run that takes longer may be a stuck one
 _LATELY_MS = 600_000        # what fails lately
@@ -8259,7 +8263,8 @@ class Looks(Records, Attempts):
     def _heads(self):
         """The first ready task of each queue, name and priority, by a leap for each.
 
-        Not by one comparison of all three: of that, only the first is a leap.
+        Its `run_at` is the earliest of the few that stand there: what was put off came
+        in earlier than it became due.
         """
         rows = self.db.read(
             f"""with recursive head (id) as (
@@ -8268,23 +8273,29 @@ class Looks(Records, Attempts):
                         order by queue, name, priority, place, id limit 1)
                     union all
                     select coalesce(
-                        (select id from bg_task as next indexed by bg_group
-                            where state = {QUEUED} and alone = 0
-                                and queue = last.queue and name = last.name
-                                and priority > last.priority
-                            order by priority, place, id limit 1),
-                        (select id from bg_task as next indexed by bg_group
-                            where state = {QUEUED} and alone = 0
-                                and queue = last.queue and name > last.name
-                            order by name, priority, place, id limit 1),
-                        (select id from bg_task as next indexed by bg_group
-                            where state = {QUEUED} and alone = 0
-                                and queue > last.queue
-                            order by queue, name, priority, place, id limit 1))
-                        from head join bg_task as last on last.id = head.id
+                        (select id from bg_task as t indexed by bg_group
+                            where t.state = {QUEUED} and t.alone = 0
+                                and t.queue = h.queue and t.name = h.name
+                                and t.priority > h.priority
+                            order by t.priority, t.place, t.id limit 1),
+                        (select id from bg_task as t indexed by bg_group
+                            where t.state = {QUEUED} and t.alone = 0
+                                and t.queue = h.queue and t.name > h.name
+                            order by t.name, t.priority, t.place, t.id limit 1),
+                        (select id from bg_task as t indexed by bg_group
+                            where t.state = {QUEUED} and t.alone = 0
+                                and t.queue > h.queue
+                            order by t.queue, t.name, t.priority, t.place, t.id
+                            limit 1))
+                        from head join bg_task as h on h.id = head.id
                     limit {_MOST_HEADS})
-                select t.id, t.queue, t.name, t.priority, t.run_at
-                    from head join bg_task as t on t.id = head.id""")
+                select h.id, h.queue, h.name, h.priority, (select min(run_at) from (
+                        select t.run_at from bg_task as t indexed by bg_group
+                            where t.state = {QUEUED} and t.alone = 0
+                                and t.queue = h.queue and t.name = h.name
+                                and t.priority = h.priority
+                            order by t.place, t.id limit 8))
+                    from head join bg_task as h on h.id = head.id""")
         return [Head(*row) for row in rows]
 
     def _slots(self, now):
@@ -8352,7 +8363,9 @@ class TaskLook(Looks):
             return facts
         place, alone = self._row(
             """select place, alone from bg_task where id = :id""", task.id)
-        ahead, is_more = self._ahead(task, place) if not alone else ((), False)
+        ahead, is_more = (), False
+        if workers and not alone:       # else it makes no difference
+            ahead, is_more = self._ahead(task, place)
         facts = facts._replace(alone=bool(alone), ahead=ahead, is_more=is_more)
         if ahead and ahead[-1].priority < task.priority and not is_more:
             return self._with_recent(facts)
@@ -8446,8 +8459,13 @@ class TaskLook(Looks):
                     select 1 from bg_task indexed by bg_group
                         where state = {QUEUED} and alone = 0 and queue = :queue
                             and name = :name and priority = :priority
-                            and (place, id) < (:place, :id)
-                        limit :most)""",
+                            and place < :place
+                    union all
+                    select 1 from bg_task indexed by bg_group
+                        where state = {QUEUED} and alone = 0 and queue = :queue
+                            and name = :name and priority = :priority
+                            and place = :place and id < :id
+                    limit :most)""",
                 {"queue": head.queue, "name": head.name, "priority": head.priority,
                  "place": MOST_ID if is_before else place, "id": task.id,
                  "most": left})[0]
@@ -8459,37 +8477,17 @@ class TaskLook(Looks):
     def _with_recent(self, facts):
         """How many came of late of those before it, which are all of lower numbers."""
         since = max(0, facts.now - _PACE_MS)
-        first, oldest = self._first_since(since, facts.last_id), None
-        count = 0
-        for group in facts.ahead:
-            came, lowest = self.db.read(
-                f"""select count(*), min(id) from (
-                    select id from bg_task indexed by bg_group
-                        where state = {QUEUED} and alone = 0 and queue = :queue
-                            and name = :name and priority = :priority
-                        limit {AHEAD_MOST})
-                    where id >= :first""",
-                {**group._asdict(), "first": first})[0]
-            count += came
-            oldest = earliest(oldest, lowest)
-        if count and count == sum(group.tasks for group in facts.ahead):
-            since = self._row("""select created_at from bg_task where id = :id""",
-                              oldest)[0]        # all that came since are still there
+        looked, oldest, count = self.db.read(
+            """select count(*), min(created_at), sum(priority < :priority
+                    and created_at >= :since
+                    and queue in (select value from json_each(:queues)))
+                from (select queue, priority, created_at from bg_task
+                    order by id desc limit :most)""",
+            {"priority": facts.task.priority, "since": since, "most": _MOST_NEWEST,
+             "queues": json.dumps([group.queue for group in facts.ahead])})[0]
+        if looked == _MOST_NEWEST:
+            since = max(since, oldest)
         return facts._replace(recent=count, recent_since=since)
-
-    def _first_since(self, at, last_id):
-        """The id of about the first task that came after a time: ids rise with it."""
-        low, high = 0, last_id + 1
-        while low < high:
-            middle = (low + high) // 2
-            rows = self.db.read(
-                """select id, created_at from bg_task where id > :middle
-                    order by id limit 1""", {"middle": middle})
-            if rows and rows[0][1] < at:
-                low = rows[0][0]
-            else:
-                high = middle
-        return low + 1
 
     def _pace(self, now):
         since = (now - _PACE_MS) // 60_000 * 60
@@ -8571,8 +8569,8 @@ class SystemLook(Looks):
         """The most frequent one of the newest of a name: of what failed, or will be
         run again."""
         rows = self.db.read(
-            f"""select p.body from (
-                    select id from (
+            f"""select body from (
+                    select id as task from (
                         select id from bg_task indexed by bg_bad
                             where state > {SUCCESS} and state = {FAILED}
                                 and finished_at >= :since and name = :name
@@ -8582,9 +8580,8 @@ class SystemLook(Looks):
                         select id, name from bg_task indexed by bg_delayed
                             where state < {QUEUED} and state = {RETRYING}
                             order by run_at limit {_MOST_FEW})
-                        where name = :name) as t
-                join bg_payload as p on p.id = 8 * +t.id + {ERROR}
-                limit {_MOST_ERRORS}""",
+                        where name = :name)
+                join bg_payload on id = 8 * task + {ERROR} limit {_MOST_ERRORS}""",
             {"name": name, "since": now - HOUR_MS})
         errors = [read_error(body) for body, in rows]
         kinds = collections.Counter(
@@ -8631,6 +8628,7 @@ class Register:
     """The verbs of workers about each other."""
 
     db: Database
+    now: Callable[[], int]
 
     def reap(self, worker: int, name: str, now: int, beat_at: int | None = None,
              begun: Container[tuple[int, int]] | None = None) -> list[LostRun]:
@@ -8703,7 +8701,14 @@ class Register:
                     where id = :id""",
                 {"id": worker, "cpu": cpu, "theirs": children_cpu},
             )
-            self._remove_idle(link.connection, worker)
+            name = link.connection.execute(
+                """select name from bg_worker where id = :id""", {"id": worker}
+            ).fetchone()
+            if self._remove_idle(link.connection, worker):
+                link.connection.execute(        # of these the last is enough
+                    """delete from bg_event where action = 'worker_stop'""")
+                note(link.connection, By(name[0], "worker"), "worker_stop", name[0],
+                     None, self.now())
 
     def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
         with self.db.write(durable=False, patience=0.5) as link:
@@ -8711,15 +8716,17 @@ class Register:
                 self._remove_idle(link.connection, row.id, row.beat_at)
 
     def _remove_idle(self, connection, worker, beat_at=None):
-        """Unless it holds a task, or has beaten since."""
-        if connection.execute(
+        """Unless it holds a task, or has beaten since; return whether it is off."""
+        is_idle = connection.execute(
             f"""select 1 from bg_worker
                 where id = :id and ifnull(:beat_at, beat_at) = beat_at
                     and not exists (select 1 from bg_task
                         where state = {RUNNING} and worker = :id)""",
             {"id": worker, "beat_at": beat_at},
-        ).fetchone():
+        ).fetchone() is not None
+        if is_idle:
             take_off(connection, worker)
+        return is_idle
 
     def workers(self, after: int = 0, limit: int = -1) -> list[WorkerRow]:
         rows = self.db.read(
@@ -18669,7 +18676,7 @@ def counted(number: int, what: str, more: str = "") -> str:
 
 def listed(words: Sequence[str], most: int = 3) -> str:
     """a, b and c; of more than so many the first, and how many there are besides."""
-    words = list(words)
+    words = list(words) or [""]
     if len(words) > most:
         words = [*words[:most - 1], f"{len(words) - most + 1:,} more"]
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
@@ -19523,6 +19530,7 @@ def _late(system):
 
 def _failing(system):
     for name, runs, bad, _, error in system.facts.recent:
+        runs = max(runs, bad)
         if bad >= _FAILED_RUNS and bad > _FAILED_PART * runs:
             mostly = f"; most often it {end_of(error)}" if error else ""
             yield Alert("failing", "bad", f"{brief(name)} fails: {bad / runs:.0%} of "

@@ -17359,26 +17359,883 @@ class Reports(QueueCase):
 # == Why ======================================================================
 
 
-class Why(QueueCase):
+class WhyCase(QueueCase):
+    """Workers by rows, with the test's clock; tasks and what becomes of them by verbs."""
 
-    def why(self, task_id=1, **changes):
-        return pybgworker.why(self.store, task_id, self.now)
+    def setUp(self):
+        super().setUp()
+        self.sql("delete from bg_worker")
+        self.settings = self.app.settings
 
-    def test_a_task_that_is_over(self):
+    def serve(self, number=1, names=("t",), **columns):
+        """A worker that lives; `names` None: it has not said what it knows."""
+        limits = {c: columns.pop(c, None) for c in ("name_rate", "max_running")}
+        row = {"id": number, "name": f"w{number}", "pid": 4000 + number, "host": "h",
+               "boot": "b", "port": 0, "token": "", "concurrency": 1, "queues": None,
+               "started_at": self.now, "beat_at": self.now, "state": "ready", **columns}
+        self.sql(f"insert or replace into bg_worker ({', '.join(row)}) values "
+                 f"({', '.join('?' * len(row))})", *row.values())
+        self.sql("delete from bg_worker_task where worker = ?", number)
+        for name in names or ():
+            self.sql("insert into bg_worker_task (worker, name, rate, max_running) "
+                     "values (?, ?, ?, ?)", number, name, *limits.values())
+        if names is None:
+            self.sql("update bg_worker set state = null where id = ?", number)
+
+    def history(self, runs, ago=60, name="t", queue="default", seconds=None, **columns):
+        """A minute, so many seconds ago, in which so many runs ended."""
+        at = (self.now // 1000 - ago) // 60 * 60
+        if seconds is not None:
+            bucket = pybgworker.bisect.bisect_left(pybgworker.HISTORY_BOUNDS, seconds)
+            columns.update({f"r{bucket}": runs, f"w{bucket}": runs})
+        row = {"span": 60, "at": at, "name": name, "queue": queue, "lo": 1, "hi": 1,
+               "runs": runs, **columns}
+        self.sql(f"insert or replace into bg_history ({', '.join(row)}) values "
+                 f"({', '.join('?' * len(row))})", *row.values())
+
+    def let_fail(self, message="timed out", kind="exception", type="ConnectionError",
+             state=pybgworker.FAILED, worker=1, **error):
+        """Let the next run fail; None for `message`: nothing is kept of it."""
+        run, = self.claim(worker, free=1)
+        found = {"kind": kind, "type": type, "message": message, **error}
+        self.finish(run, state, worker=worker, error=found if message else None,
+                    duration=0.5, started_at=self.now)
+
+    def why(self, task_id=1):
+        return pybgworker.why(self.store, task_id, self.now, self.settings)
+
+    def says(self, code, pattern, task_id=1, also=()):
+        """Check the reason, its sentence, and the codes of what else there is."""
+        found = self.why(task_id)
+        self.assertEqual((found.code, [c for c, _ in found.also]), (code, [*also]), found)
+        self.assertRegex(found.say, rf"\A{pattern}\Z")
+        return found
+
+    def main_here(self, *argv):
+        """(exit status, standard output, standard error) of a command."""
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = pybgworker.main([*argv[:1], "--db", str(self.db), *argv[1:]])
+            except SystemExit as end:
+                status = end.code
+        for stream in (out, err):
+            stream.flush()
+        return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
+
+
+class Why(WhyCase):
+
+    TIME = r"\d\d:\d\d:\d\d [A-Z+-][A-Z0-9+-]*"
+    DAY = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z+-][A-Z0-9+-]*"
+
+    # What is over, or is not there.
+
+    def test_an_id_that_was_never_given(self):
+        self.says("unknown_id", "There is no task 42: none has been enqueued yet.", 42)
+        self.enqueue(count=3)
+        self.says("unknown_id", "There is no task 42: ids given so far end at 3.", 42)
+
+    def test_a_task_that_was_deleted(self):
+        for _ in range(2):
+            self.serve()
+            self.enqueue()
+            run, = self.claim()
+            self.finish(run)
+        self.store.prune(0, self.now + 1, self.now + 1, 100)
+        self.says("unknown_id", "Task 1 was deleted: finished tasks are kept for 7 d.")
+        found = pybgworker.why(self.store, 2, self.now)
+        self.assertEqual(found.say, "Task 2 was deleted.")
         self.enqueue()
+        self.store.forget(3, by=pybgworker.By("ops", "cli"))
+        self.assertRegex(self.why(3).say, r"^Task 3 was deleted at \S+ \S+.* by "
+                         r"ops \(cli\)\.$")
+
+    def test_success(self):
+        self.serve()
+        self.enqueue()
+        self.now += 40
         run, = self.claim()
         self.finish(run, duration=1.2, started_at=self.now)
-        self.now += 3000
-        found = self.why()
-        self.assertEqual(found.code, "success")
-        self.assertRegex(found.say, r"^It succeeded at \S+ \S+, 3 s ago: run 1 took 1.2 s "
-                         r"on w\.$")
+        self.now += 180_000
+        self.serve()
+        self.says("success", rf"It succeeded at {self.TIME}, 3 min ago: run 1 took 1.2 s "
+                  r"on w1 after waiting 40 ms\.")
 
-    def test_the_readme_has_the_codes(self):
+    def test_an_abort(self):
+        self.serve()
+        self.enqueue()
+        self.let_fail("no address", "abort", "Abort", final="abort")
+        self.says("failed_abort", rf"It failed for good at {self.TIME}, just now: run 1 "
+                  r"raised Abort: no address, and an abort is not retried\.")
+
+    def test_an_exception_that_retry_for_does_not_cover(self):
+        self.serve()
+        self.enqueue()
+        self.let_fail("'x'", type="KeyError", final="retry_for", retry_for=["OSError"])
+        self.says("failed_class", "It failed for good .*: run 1 raised KeyError: 'x', which "
+                  r"retry_for=OSError does not cover\.")
+        self.sql("update bg_payload set body = json_set(body, '$.retry_for', "
+                 "json('[\"OSError\", \"ValueError\"]')) where id = 10")
+        self.assertIn("retry_for=(OSError, ValueError) does not", self.why().say)
+
+    def test_all_runs_failed(self):
+        self.serve()
+        self.enqueue(retries=3)
+        for n in range(4):
+            self.let_fail(**{} if n < 3 else {
+                "message": "killed: out of memory (peak memory 3100 MiB)",
+                "kind": "crash", "type": "SIGKILL"},
+                state=pybgworker.FAILED if n == 3 else pybgworker.QUEUED)
+        self.says("failed_used_up", r"It failed for good .*: all 4 runs failed, 3 with "
+                  r"ConnectionError; the last one crashed by SIGKILL: killed: out of "
+                  r"memory \(peak memory 3100 MiB\)\.")
+        self.enqueue(retries=0)
+        self.let_fail(kind="timeout", type="", message="longer than 60 s")
+        self.says("failed_used_up", "It failed for good .*: its only run was ended at its "
+                  r"time limit, and it has no retries\.", 2)
+        self.enqueue(retries=1)
+        self.let_fail(state=pybgworker.QUEUED)
+        self.let_fail(kind="lost", type="", message="worker w1 died")
+        self.says("failed_used_up", "It failed .*: both runs failed.*; the last one was "
+                  r"lost with its worker\.", 3)
+
+    def test_a_failure_that_nobody_can_read(self):
+        self.serve()
+        self.enqueue()
+        self.let_fail(None)
+        self.says("failed", r"It failed for good .*: what its last run left is not kept\.")
+        self.enqueue()
+        self.let_fail()
+        for body, text in (("{", "run 1 raised an error: {"), ("[1]", "raised .*1"),
+                           ('{"kind": ["a"]}', "run 1 .*"), ("5", "run 1 raised .*5")):
+            self.sql("update bg_payload set body = ? where id = 18", body)
+            self.says("failed", rf"It failed for good .*{text}.*", 2)
+
+    def test_a_cancellation(self):
+        self.serve()
+        self.enqueue()
+        self.store.cancel(1, self.now, by=pybgworker.By("ops", "web"))
+        self.says("cancelled", rf"It was cancelled at {self.TIME}, just now, by ops "
+                  r"\(web\), before it had begun\.")
+        self.enqueue()
+        self.let_fail(state=pybgworker.QUEUED)
+        self.store.purge("default", None, self.now + 5, by=pybgworker.By("al", "cli"))
+        self.says("cancelled", r"It was cancelled at .*, by al \(cli\)\.", 2)
+
+    def test_a_key_that_another_task_holds(self):
+        self.serve()
+        self.enqueue(key="k")
+        self.let_fail(final="abort")
+        self.enqueue(key="k")
+        found = self.says("failed_abort", ".*", also=["key_held"])
+        self.assertEqual(found.also[0][1], "It cannot be retried while task 2 holds its "
+                         "key, k.")
+
+    def test_a_state_that_there_is_not(self):
+        self.enqueue()
+        self.sql("update bg_task set state = 99")
+        self.says("unknown_state", "It is in a state that there is not, 99: its row was "
+                  r"edited by hand\.")
+
+    # What runs.
+
+    def run_it(self, worker=1, **columns):
+        self.serve(worker, **columns)
+        self.enqueue()
+        return self.claim(worker)[0]
+
+    def test_a_worker_that_is_gone(self):
+        self.run_it()
+        self.sql("delete from bg_worker")
+        self.says("worker_dead", r"Its worker, number 1, is gone, and no other worker runs. "
+                  r"Start one: `python -m pybgworker run --app MODULE`")
+        self.serve(2)
+        self.says("worker_dead", r"Its worker, number 1, is gone; w2 takes it over within "
+                  r"2 s\.")
+
+    def test_a_worker_that_is_silent(self):
+        self.run_it()
+        self.now += 9_000
+        self.says("running", "It has been running on w1 .*")
+        self.now += 3_000
+        self.says("worker_silent", "Its worker w1 has not been heard of for 12 s, and no "
+                  "other worker runs. Start one: .*")
+        self.serve(2)
+        self.says("worker_silent", "Its worker w1 has not been heard of for 12 s; after "
+                  r"15 s its tasks go to others\.")
+        self.now += 5_000
+        self.serve(2)
+        self.says("worker_silent", "Its worker w1 has not been heard of for 17 s; another "
+                  r"worker takes it over now\.")
+
+    def test_a_run_that_is_being_ended(self):
+        self.run_it()
+        self.store.cancel(1, self.now, by=pybgworker.By("ops", "web"))
+        self.now += 2_000
+        self.says("ending", r"It is running and is being ended: ops asked for that 2 s "
+                  r"ago\.")
+        self.sql("delete from bg_event")
+        self.says("ending", r"It is running and is being ended: somebody has cancelled "
+                  r"it\.")
+
+    def test_a_run_that_waits_in_a_child(self):
+        self.run_it()
+        self.enqueue()
+        self.claim()
+        self.sql("insert into bg_run values (1, 1, 1, 9, ?, null), (2, 1, 1, 9, null, 1)",
+                 self.now)
+        self.now += 5_000
+        self.serve()
+        self.says("in_pipe", "w1 has claimed it; it waits in a child behind task 1, which "
+                  r"has been running for 5 s\.", 2)
+        self.says("running", "It has been running on w1 for 5 s.")
+
+    def test_a_run_past_its_limit(self):
+        self.run_it()
+        self.sql("update bg_task set timeout = 60")
+        self.now += 63_000
+        self.serve()
+        self.says("over_limit", r"It is 3 s past its limit of 60 s, and is being ended\.")
+        self.sql("update bg_task set timeout = null")
+        self.says("running", ".*")
+        self.serve(timeout=3.0)
+        self.says("over_limit", r"It is 60 s past its limit of 3 s, and is being ended\.")
+
+    def test_a_run_with_progress(self):
+        run = self.run_it()
+        self.history(100, seconds=12)
+        self.turn(progress=[(run, '[62, "reading"]')])
+        self.now += 192_000
+        self.serve()
+        self.says("running", r"It has been running on w1 for 3.2 min \(half of its runs end "
+                  r"within 17.5 s, 95 % within 24.2 s\): 62 %, “reading”\.")
+        for body in ('[1e400]', '{"a": 1}', '[', '["x", 5]', '[null, ""]'):
+            self.sql("update bg_payload set body = ? where id = 12", body)
+            self.says("running", "It has been running on w1 .*")
+
+    # What waits.
+
+    def test_a_time_that_has_not_come(self):
+        self.serve()
+        self.enqueue(at=self.now + 45_000_000)
+        found = self.says("due_later", rf"It waits for its time: ({self.DAY}|{self.TIME}), "
+                          r"in 12.5 h\.")
+        self.assertEqual(found.until, self.now + 45_000_000)
+        self.sql("update bg_task set tick = ?", self.now // 1000 + 45_000)
+        self.assertTrue(self.why().say.endswith(" (a tick of the schedule t)."))
+        self.store.pause("default", self.now)
+        self.sql("delete from bg_worker")
+        found = self.says("due_later", ".*", also=["no_worker", "paused"])
+        self.assertRegex(pybgworker.reason_text(found), r"(?m)\AIt .*\nThen: No .*\nThen: ")
+
+    def test_a_pause_before_the_next_run(self):
+        self.serve()
+        self.enqueue(retries=5)
+        run, = self.claim()
+        error = {"kind": "exception", "type": "ConnectionError", "message": "refused"}
+        self.finish(run, pybgworker.RETRYING, error=error, started_at=self.now,
+                    duration=2.0, run_at=self.now + 62_000)
+        self.now += 21_000
+        self.serve()
+        found = self.says(
+            "retry_later", rf"It waits for its next run at {self.TIME}, in 41 s: run 1 of 6 "
+            r"raised ConnectionError: refused, and the pause before run 2 is 60 s\.")
+        self.assertEqual(found.until, self.now + 41_000)
+
+    def test_no_worker(self):
+        self.enqueue()
+        start = "Start one: `python -m pybgworker run --app MODULE`"
+        self.says("no_worker", f"No worker runs on this database. {start}")
+        self.serve(beat_at=self.now - 192_000)
+        self.says("no_worker", r"No worker runs on this database; the last one, w1 \(pid "
+                  rf"4001\), has not been heard of for 3.2 min. {start}")
+        self.store.remove_worker(1)
+        self.now = self.store.now()
+        self.says("no_worker", "No worker runs on this database; the last one, w1, left at "
+                  rf"{self.TIME}. {start}")
+
+    def test_trouble_with_the_database(self):
+        self.enqueue()
+        self.serve(note="cannot write since 14:00:12 UTC: disk full")
+        self.says("database", "w1 cannot write since 14:00:12 UTC: disk full.")
+        self.serve(2)
+        self.says("next", ".*")
+
+    def test_a_queue_that_is_paused(self):
+        self.serve()
+        self.enqueue(queue="mail")
+        self.store.pause("mail", self.now, by=pybgworker.By("ops", "cli"),
+                         reason="SMTP is down")
+        self.says("paused", rf"Queue mail has been paused since {self.TIME} by ops \(“SMTP "
+                  r"is down”\): `resume mail` lets it go on\.")
+        self.sql("update bg_queue set paused_by = null, reason = null, paused_at = 'x'")
+        self.says("paused", r"Queue mail has been paused: `resume mail` lets it go on\.")
+
+    def test_a_queue_that_nobody_serves(self):
+        self.serve(queues='["default", "media"]')
+        self.enqueue(queue="mail")
+        self.says("not_served", "No live worker serves queue mail: w1 serves default and "
+                  r"media\.")
+
+    def test_a_name_that_nobody_knows(self):
+        self.serve(names=["mail.send", "t"])
+        self.enqueue(name="mail.sned")
+        self.says("unknown_name", r"No live worker knows mail.sned \(did you mean "
+                  r"mail.send\?\)\.")
+        self.enqueue(name="quite.other")
+        self.says("unknown_name", r"No live worker knows quite.other\.", 2)
+        self.claim(names={"quite.other"})
+        self.turn(outcomes=[Outcome(self.claimed.runs[0], pybgworker.SUCCESS)])
+        self.enqueue(name="quite.other")
+        self.sql("insert into bg_history (span, at, name, queue, lo, hi) "
+                 "values (0, 0, 'quite.other', 'default', 2, 2)")
+        self.says("unknown_name", rf"No live worker knows quite.other: it last ran at "
+                  rf"{self.TIME}, on a worker that is gone; was the program deployed "
+                  r"without it\?", 3)
+        self.serve(1, queues='["default"]')
+        self.serve(2, names=["quite.other"], queues='["media"]')
+        self.says("unknown_name", "No live worker that serves queue default knows "
+                  r"quite.other: w2 serves media, and knows it\.", 3)
+
+    def test_a_callback_of_a_known_task_is_known(self):
+        self.serve(names=["t", "t:on_failure"])
+        self.enqueue(name="t:on_failure")
+        self.says("next", ".*")
+
+    def test_a_worker_that_starts_or_stops(self):
+        self.enqueue()
+        self.serve(state="starting", started_at=self.now - 12_000)
+        self.says("starting", r"w1 has been starting for 12 s\.")
+        self.serve(state="stopping")
+        self.serve(2, names=["u"])
+        self.says("stopping", "The only worker that knows it, w1, is stopping, and claims "
+                  r"nothing more\.")
+
+    def test_children_that_cannot_start(self):
+        self.enqueue()
+        self.serve(note="cannot start children: ImportError: no module named stripe")
+        self.says("broken", "w1 cannot start children: ImportError: no module named "
+                  r"stripe\.")
+
+    def test_a_rate_that_is_used_up(self):
+        self.enqueue(count=14)
+        self.serve(name_rate=100 / 60)
+        rates = {"t": 100 / 60}
+        self.assertEqual(len(self.claim(**rates)), 1)
+        found = self.says("rate", r"t may start 100 a minute; 12 are before it, so its turn "
+                          rf"is at about {self.TIME}\.", 14)
+        self.assertAlmostEqual(found.until, self.now + 12 * 600, delta=1200)
+        found = self.says("rate", r"t may start 100 a minute, so its turn is at about "
+                          r".*\.", 2)
+        self.assertLessEqual(found.until, self.now + 600)
+        self.says("rate", r"t may start 100 a minute; 1 is before it, so .*", 3)
+        self.now += 600_000
+        self.serve(name_rate=100 / 60)
+        self.says("busy", ".*", 3)
+
+    def test_a_rate_over_all(self):
+        self.enqueue(count=3)
+        self.serve(rate=0.5)
+        self.claim(**{"": 0.5})
+        self.says("rate", r"All tasks together may start 30 a minute; 1 is before it, so "
+                  r"its turn is at about .*\.", 3)
+
+    def test_as_many_run_as_may(self):
+        self.serve(max_running=3, concurrency=8)
+        self.enqueue(count=5)
+        self.claim(free=3)
+        self.says("max_running", "t may run 3 at a time over all workers, and 3 are "
+                  r"running; 1 is before it\.", 5)
+        self.says("max_running", r"t may run 3 .*, and 3 are running\.", 4)
+
+    def test_what_is_due_and_not_ready_yet(self):
+        self.serve()
+        for seconds in (1, 2, 3):
+            self.enqueue(at=self.now + seconds * 1000)
+        self.now += 4_000
+        self.serve()
+        self.says("promotion", "It has been due for 3 s, with 2 others; each turn of a "
+                  r"worker makes 500 of them ready\.")
+
+    def test_a_run_that_needs_a_child_to_itself(self):
+        self.serve(concurrency=2)
+        self.enqueue(count=2)
+        self.sql("update bg_task set alone = 1 where id = 2")
+        self.claim(free=1)
+        self.says("alone", "Its last run died among others, so this one is to have a child "
+                  r"to itself: it waits until one has nothing to do\.", 2)
+
+    def test_others_are_before_it(self):
+        self.serve(concurrency=4)
+        self.enqueue(count=2_400)
+        self.claim(free=4)
+        self.says("busy", "All 4 children of w1 are busy and 2,311 tasks are ahead of "
+                  r"it\.", 2_316)
+        self.says("busy", r"All 4 children of w1 are busy and it is the next one\.", 5)
+        self.says("busy", r"All 4 children of w1 are busy and 1 task is ahead of it\.", 6)
+        self.now = self.now // 60_000 * 60_000 + 20_000
+        self.serve(concurrency=4)
+        self.history(58 * 80)
+        found = self.says("busy", r"All 4 children of w1 are busy and 2,311 tasks are ahead "
+                          r"of it: about 39.8 s at the present 58 a second\.", 2_316)
+        self.assertEqual(round((found.until - self.now) / 1000), 40)
+        self.serve(2, concurrency=1)
+        self.assertRegex(self.why(2_316).say, r"^2,311 tasks are ahead of it: about ")
+        self.store.pause("mail", self.now)
+        self.enqueue(queue="mail", priority=1, count=100)
+        self.assertRegex(self.why(2_316).say, r"^2,311 tasks are ahead of it: about ")
+
+    def test_one_child_is_busy(self):
+        self.serve(concurrency=1)
+        self.enqueue(count=2)
+        self.claim(free=1)
+        self.says("busy", r"The only child of w1 is busy and it is the next one\.", 2)
+
+    def test_a_task_that_is_starved(self):
+        self.serve()
+        self.enqueue(priority=9)
+        self.now += 400_000
+        self.serve()
+        self.history(100)
+        self.enqueue(priority=1, count=600)
+        self.says("starved", "Tasks of priority 1 come as fast as they are done: at this "
+                  r"pace it never runs\.")
+        self.history(10_000)
+        self.says("busy", ".*600 tasks are ahead of it: about .*")
+        self.history(100)
+        self.enqueue(priority=9)
+        self.says("busy", ".*", 602)
+
+    def test_nothing_holds_it(self):
+        self.serve()
+        self.enqueue()
+        self.says("next", r"It is about to start\.")
+        self.now += 8_000
+        self.serve(started_at=self.now - 60_000)
+        self.says("next", r"Nothing holds it, yet it has not started for 8 s: please "
+                  r"report `why 1 --json`\.")
+        self.serve()
+        self.says("next", r"It is about to start\.")
+
+    def test_all_that_holds_it_is_said(self):
+        self.serve(queues='["default"]')
+        self.enqueue(queue="mail")
+        self.store.pause("mail", self.now)
+        found = self.says("paused", ".*", also=["not_served"])
+        self.assertRegex(pybgworker.reason_text(found), r"\AQueue mail .*\nAlso: No live ")
+
+    # About all of them.
+
+    def test_every_code_has_its_test_and_the_readme_its_meaning(self):
+        tests = Path(__file__).read_text(encoding="utf-8")
+        said = set(re.findall(r'says\(\s*"(\w+)"', tests))
+        said |= set(re.findall(r'also=\["(\w+)"\]', tests))
+        self.assertEqual(said, set(pybgworker.REASONS))
+        needs = set(re.findall(r'needs\(\s*"(\w+)"', tests))
+        self.assertEqual(needs, set(pybgworker.ALERTS))
         text = (HERE / "README.md").read_text(encoding="utf-8")
         for table in (pybgworker.REASONS, pybgworker.ALERTS):
-            rows = "\n".join(f"| `{code}` | {meaning} |" for code, meaning in table.items())
+            rows = "\n".join(f"| `{code}` | {text} |" for code, text in table.items())
             self.assertIn(rows, text)
+
+    def test_the_command(self):
+        self.serve()
+        self.enqueue(at=self.now + 9e13)
+        main = functools.partial(self.main_here, "why")
+        status, out, err = main("1")
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"^It waits for its time: .*\n")
+        status, out, err = main("1", "--json")
+        found = json.loads(out)
+        self.assertEqual(set(found), {"id", "status", "code", "say", "also", "until",
+                                      "facts"})
+        self.assertEqual((found["id"], found["status"], found["code"]),
+                         (1, "scheduled", "due_later"))
+        self.assertRegex(found["until"], r"^\d{4}-\d\d-\d\dT.*Z$")
+        self.assertEqual(main("7"), (1, "", "pybgworker: There is no task 7: ids given so "
+                                     "far end at 1.\n"))
+        status, out, err = main("7", "--json")
+        self.assertEqual((status, json.loads(out)["code"], err), (1, "unknown_id", ""))
+        for text in ("abc", "0", "-1", "1.5", "9" * 40, ""):
+            with self.subTest(text):
+                status, out, err = main("--", text)
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, "^pybgworker: no task .*\n$")
+
+    def test_show_begins_with_it(self):
+        self.serve()
+        self.enqueue()
+        self.sql("update bg_task set state = 99, name = 'n\x1b]0;owned\x07'")
+        status, out, _ = self.main_here("show", "1")
+        self.assertEqual(status, 0)
+        self.assertRegex(out, r"\AIt is in a state that there is not, 99: .*\nid  +1\n")
+        self.assertNotIn("\x1b", out)
+        found = json.loads(self.main_here("show", "1", "--json")[1])
+        self.assertEqual((found["id"], found["why"]["code"]), (1, "unknown_state"))
+
+    def test_a_terminal_obeys_no_name(self):
+        self.enqueue(queue="q\x1b]0;owned\x07", name="n\x9b2J")
+        self.serve(queues='["default"]', name="w\x1b[2J")
+        _, out, _ = self.main_here("why", "1")
+        self.assertIn("\\x1b]0;owned\\x07: w\\x1b[2J serves default", out)
+        self.assertNotRegex(out, "[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+    def test_a_zone_is_said_once_a_sentence(self):
+        clock = pybgworker.Clock(self.now)
+        first, second = clock.at(self.now), clock.at(self.now + 1000)
+        self.assertRegex(first, rf"^{self.TIME}$")
+        self.assertRegex(second, r"^\d\d:\d\d:\d\d$")
+        self.assertRegex(pybgworker.Clock(self.now).at(self.now - 10 ** 9),
+                         rf"^{self.DAY}$")
+
+    def test_words(self):
+        for rate, text in ((5, "5 a second"), (100 / 60, "100 a minute"),
+                           (1000 / 3600, "1,000 an hour"), (1 / 86400, "1 a day"),
+                           (0.7, "42 a minute"), (2.5, "150 a minute"),
+                           (1e-9, "8.64e-05 a day"), (1.2345, "1.23 a second")):
+            self.assertEqual(pybgworker.per_time(rate), text)
+        for words, text in ((["a"], "a"), (["a", "b"], "a and b"), ([], ""),
+                            (["a", "b", "c"], "a, b and c"),
+                            (list("abcdef"), "a, b and 4 more")):
+            self.assertEqual(pybgworker.listed(words), text)
+        self.assertEqual([pybgworker.counted(n, "task") for n in (0, 1, 2311)],
+                         ["0 tasks", "1 task", "2,311 tasks"])
+        self.assertEqual([pybgworker.lasting(s) for s in (-5, 0.04, 12, 12.34, 192, 604800)],
+                         ["0 ms", "40 ms", "12 s", "12.3 s", "3.2 min", "7 d"])
+
+
+# == Attention ================================================================
+
+
+class Attention(WhyCase):
+
+    def setUp(self):
+        super().setUp()
+        self.disk = pybgworker.Disk(100 << 30, 200 << 30, 0)
+
+    def found(self):
+        facts = self.store.system_facts(self.now)
+        return pybgworker.alerts(facts, self.disk, 15.0)
+
+    def needs(self, code, pattern, target, action, level="bad"):
+        """Check that this is all that needs somebody."""
+        alert, = self.found()
+        self.assertEqual((alert.code, alert.level, alert.target, alert.action),
+                         (code, level, target, action), alert)
+        self.assertRegex(alert.say, rf"\A{pattern}\Z")
+
+    def test_an_empty_queue_needs_nobody(self):
+        self.assertEqual(self.found(), [])
+        status, out, _ = self.main_here("why")
+        self.assertEqual((status, out), (0, "Nothing needs you.\n"))
+        self.assertEqual(self.main_here("why", "--json")[1], "[]\n")
+        self.enqueue()
+        self.store.cancel(1, self.now)
+        self.assertEqual(self.found(), [])
+
+    def test_work_without_a_worker(self):
+        self.enqueue()
+        self.needs("no_worker", r"No worker runs on this database\.", "workers", "start")
+        status, out, _ = self.main_here("why")
+        self.assertEqual((status, out), (0, "× No worker runs on this database.\n"))
+        alert, = json.loads(self.main_here("why", "--json")[1])
+        self.assertEqual(set(alert), {"code", "level", "say", "target", "action"})
+        self.serve(2)
+        self.assertEqual(self.found(), [])
+        self.store.remove_worker(2)
+        self.needs("no_worker", r"No worker runs on this database; the last one, w2, left "
+                   r"at .*\.", "workers", "start")
+
+    def test_a_worker_in_trouble(self):
+        self.serve(note="cannot start children: ImportError")
+        self.needs("trouble", r"w1 cannot start children: ImportError\.", "worker/w1",
+                   "look")
+
+    def test_a_worker_that_is_gone_with_tasks(self):
+        self.serve()
+        self.enqueue(count=2)
+        self.claim(free=2)
+        self.sql("delete from bg_worker")
+        self.serve(2)
+        self.needs("worker_dead", r"Worker 1 is gone, and still holds 2 tasks\.", "workers",
+                   "look", "warn")
+
+    def test_a_worker_that_is_silent_with_tasks(self):
+        self.serve()
+        self.enqueue()
+        self.claim()
+        self.now += 12_000
+        self.serve(2)
+        self.needs("worker_silent", r"w1 has not been heard of for 12 s, and holds 1 "
+                   r"task\.", "worker/w1", "look", "warn")
+
+    def test_a_queue_that_is_paused(self):
+        self.serve()
+        self.store.pause("mail", self.now, by=pybgworker.By("ops", "cli"),
+                         reason="SMTP is down")
+        self.assertEqual(self.found(), [])
+        self.enqueue(queue="mail", count=2_311)
+        self.now += 1_260_000
+        self.serve()
+        self.needs("paused", r"Queue mail has been paused since \S+ \S+ by ops \(“SMTP is "
+                   r"down”\): 2,311 tasks wait, the oldest for 21 min\.", "queue/mail",
+                   "resume")
+
+    def test_what_nobody_knows_and_nobody_serves(self):
+        self.serve(queues='["default"]')
+        self.enqueue(name="mail sned/é")
+        self.now += 5_000
+        self.serve(queues='["default"]')
+        self.needs("unknown_name", "No live worker that serves queue default knows mail "
+                   r"sned/é: the oldest such task has waited for 5 s\.",
+                   "tasks?state=queued&name=mail%20sned%2F%C3%A9", "look")
+        self.store.cancel(1, self.now)
+        self.enqueue(queue="mail")
+        self.needs("not_served", "No live worker serves queue mail: its oldest task has "
+                   r"waited for 0 ms\.", "queue/mail", "start")
+
+    def test_a_queue_that_is_late(self):
+        self.enqueue()
+        self.history(100, seconds=2)
+        self.now += 59_000
+        self.serve()
+        self.assertEqual(self.found(), [])
+        self.now += 2_000
+        self.serve()
+        self.needs("late", r"The oldest task of queue default has waited for 61 s; 95 % "
+                   r"waited less than 2.4 s in the last day\.", "queue/default", "look")
+        self.history(100, seconds=20, ago=120)
+        self.assertEqual(self.found(), [])
+
+    def test_a_task_that_fails(self):
+        self.serve()
+        self.history(20, ago=120, failed=1, retried=3)
+        self.assertEqual(self.found(), [])
+        self.history(20, ago=120, failed=2, retried=3)
+        self.enqueue()
+        self.let_fail()
+        self.needs("failing", "t fails: 25% of 20 runs in the last 10 min; most often it "
+                   r"raised ConnectionError: timed out\.", "failures?name=t", "look")
+        self.now += 700_000
+        self.serve()
+        self.assertEqual(self.found(), [])
+
+    def test_what_it_fails_with_is_known_while_it_is_retried(self):
+        self.serve()
+        self.history(10, ago=120, retried=10)
+        self.enqueue()
+        run, = self.claim()
+        error = {"kind": "exception", "type": "KeyError", "message": "'x'"}
+        self.finish(run, pybgworker.RETRYING, error=error, run_at=self.now + 1000)
+        self.needs("failing", r"t fails: 100% .* it raised KeyError: 'x'\.",
+                   "failures?name=t", "look")
+
+    def test_a_crash(self):
+        self.serve()
+        self.history(100, ago=2000, crashed=1, retried=1)
+        self.needs("crashing", r"t crashed once in the last hour\.", "failures?name=t",
+                   "look")
+        self.enqueue()
+        self.let_fail("it used more than max_memory, 64 MiB", "crash", "SIGKILL")
+        self.history(100, ago=2000, crashed=3, retried=3)
+        self.needs("crashing", "t crashed 3 times in the last hour: it crashed by SIGKILL: "
+                   r"it used more than max_memory, 64 MiB\.", "failures?name=t", "look")
+
+    def schedule(self, next_tick=60, seen=0, **columns):
+        now = self.now // 1000
+        row = {"task": "t", "expr": "0 3 * * *", "tz": "UTC", "number": 0,
+               "misfire": "latest", "overlap": "allow", "jitter": 0, "done": "{}",
+               "next_tick": now + next_tick, "set_at": self.now,
+               "seen_at": self.now + seen * 1000, **columns}
+        self.sql("delete from bg_schedule")
+        self.sql(f"insert into bg_schedule ({', '.join(row)}) values "
+                 f"({', '.join('?' * len(row))})", *row.values())
+
+    def test_a_schedule(self):
+        self.serve()
+        self.schedule()
+        self.assertEqual(self.found(), [])
+        self.schedule(-61)
+        self.needs("schedule_late", r"Schedule t is late: its tick of \S+ \S+ has not been "
+                   r"enqueued\.", "schedules", "look")
+        self.schedule(seen=-5)
+        self.needs("schedule_unseen", "Schedule t is known to no live worker: one saw it "
+                   r"last at \S+ \S+\.", "schedules", "forget")
+        self.enqueue()
+        self.let_fail(final="abort")
+        self.schedule(last_id=1)
+        self.needs("schedule_failed", r"Schedule t failed: its last run was task 1\.",
+                   "schedules", "look")
+
+    def test_a_schedule_without_success(self):
+        self.serve()
+        hour = 3_600_000
+        self.schedule(alert_after=7200.0, success_at=self.now - 20 * hour,
+                      expr="0 * * * *")
+        self.needs("schedule_silent", r"Schedule t has had no success since .*\.",
+                   "schedules", "look")
+        self.schedule(alert_after=7200.0, success_at=self.now - hour, expr="0 * * * *")
+        self.assertEqual(self.found(), [])
+        self.schedule(alert_after=7200.0, last_tick=self.now // 1000 - 8000)
+        self.needs("schedule_silent", r"Schedule t has had no success yet\.", "schedules",
+                   "look")
+        self.schedule(alert_after=7200.0, success_at=self.now - 20 * hour, expr="nonsense")
+        self.assertEqual(self.found(), [])
+
+    def test_a_child_that_is_large(self):
+        self.serve(max_memory=1000 << 20)
+        self.sql("insert into bg_child values (1, 77, 1, ?, 0)", 899 << 20)
+        self.assertEqual(self.found(), [])
+        self.sql("update bg_child set memory = ?", 940 << 20)
+        self.needs("memory", r"A child of w1 \(pid 77\) holds 940 MiB, 94% of its "
+                   r"max_memory\.", "worker/w1", "look", "warn")
+
+    def test_a_run_that_takes_too_long(self):
+        self.history(100, seconds=4)
+        self.serve()
+        self.enqueue()
+        self.claim()
+        self.sql("insert into bg_run values (1, 1, 1, 77, ?, null)", self.now)
+        self.now += 45_000
+        self.serve()
+        self.assertEqual(self.found(), [])
+        self.now += 20_000
+        self.serve()
+        self.needs("long_run", "Task 1, t, has been running for 65 s and has no time limit; "
+                   r"95 % of its runs end within 4.9 s\.", "task/1", "cancel", "warn")
+        self.serve(timeout=900.0)
+        self.assertEqual(self.found(), [])
+
+    def test_a_full_disk_and_a_long_log(self):
+        self.disk = pybgworker.Disk(512 << 20, 200 << 30, 0)
+        self.needs("disk", r"The disk of the database has 512 MiB left, 0.2% of it\.", "",
+                   "free")
+        self.disk = pybgworker.Disk(9 << 30, 200 << 30, 300 << 20)
+        self.assertEqual([a.code for a in self.found()], ["disk", "wal"])
+        self.disk = pybgworker.Disk(0, 0, 300 << 20)
+        self.needs("wal", "The write-ahead log has grown to 300 MiB: some program has been "
+                   r"reading for too long\.", "", "look", "warn")
+
+    def test_what_is_left_of_a_disk(self):
+        self.store.pause("q", self.now)
+        found = pybgworker.disk_of(self.store.path)
+        self.assertGreater(found.free, 0)
+        self.assertGreaterEqual(found.total, found.free)
+        self.assertGreater(found.wal, 0)
+        self.assertEqual(pybgworker.disk_of("/no/such/file"), (0, 0, 0))
+
+    def test_a_clock_that_went_wrong(self):
+        self.store.put_clock(pybgworker.ClockView(self.now, None))
+        self.assertEqual(self.found(), [])
+        self.now -= 7_200_000
+        self.needs("clock", r"The clock went back by 2 h\.", "", "look", "warn")
+        self.store.put_clock(pybgworker.ClockView(self.now - 10 ** 8, self.now))
+        self.needs("clock", "The clock leapt forward by 1.2 d: no old task is deleted "
+                   r"until that is certain\.", "", "look", "warn")
+
+    def test_at_most_eight_are_said_and_three_of_a_kind(self):
+        self.serve(queues='["none"]')
+        for n in range(9):
+            self.enqueue(queue=f"q{n}")
+        self.disk = pybgworker.Disk(1, 200 << 30, 1 << 40)
+        self.assertEqual([a.code for a in self.found()],
+                         ["not_served"] * 3 + ["disk", "wal"])
+        for n in range(9):
+            self.store.pause(f"q{n}", self.now)
+        self.schedule(-61)
+        self.history(9, name="a", crashed=5, failed=5)
+        self.history(9, name="b", crashed=5, failed=5)
+        found = [a.code for a in self.found()]
+        self.assertEqual(found, ["paused"] * 3 + ["failing"] * 2 + ["crashing"] * 2
+                         + ["schedule_late"])
+
+    # Hostile rows.
+
+    NAMES = ("t", "u", "mail.send", "n\x1b]0;x\x07", "", "é" * 300, "<img src=x>", "t:on_failure")
+    ODD = (None, 0, 1, 2, 3, 4, 5, 6, 99, -1, 2.5, 1e300, -1e15, 10 ** 15, "x", "", "[]",
+           "[1]", '{"a": 1}', "null", "[[", b"\xff\x00", "\x1b[2J", 1_800_000_000_000,
+           1_700_000_000, 0.1, '["default"]', "starting", "stopping", "cannot write: x",
+           "cannot start children", '[1e400, {"a": 2}]', '{"kind": 5, "final": []}',
+           '{"kind": "crash", "type": {}, "message": null, "retry_for": 7}')
+
+    def scramble(self, chance, connection):
+        """Change rows, and add some, as nobody should."""
+        tables = [name for name, in connection.execute(
+            "select name from sqlite_master where type = 'table' and name like 'bg_%'")]
+        for _ in range(12):
+            table = chance.choice(tables)
+            ours = "" if table != "bg_meta" else "where name <> 'place'"
+            columns = [row[1] for row in connection.execute(f"pragma table_info({table})")]
+            odd = [chance.choice((*self.ODD, *self.NAMES, chance.randrange(1, 12),
+                                  chance.randrange(1, 12) * 8 + chance.randrange(8),
+                                  self.now + chance.randrange(-10 ** 6, 10 ** 6)))
+                   for _ in columns]
+            with contextlib.suppress(sqlite3.Error, OverflowError):
+                if chance.random() < 0.4:
+                    connection.execute(
+                        f"insert into {table} values ({', '.join('?' * len(odd))})", odd)
+                else:
+                    some = "where _rowid_ % 3 = 1" if table in (
+                        "bg_task", "bg_payload", "bg_worker") else ours
+                    connection.execute(
+                        f"update {table} set {chance.choice(columns)} = ? {some}",
+                        odd[:1])
+
+    def start_over(self, chance):
+        """Some tasks in each state, workers, a pause, history."""
+        for table in ("task", "payload", "worker", "worker_task", "run", "child", "event",
+                      "queue", "history", "schedule", "rate"):
+            self.sql(f"delete from bg_{table}")
+        self.sql("delete from bg_meta where name not in ('schema', 'place', 'last_id')")
+        self.sql("update bg_meta set value = 0 where name in ('place', 'last_id')")
+        self.sql("update bg_meta set value = ? where name = 'schema'", self.schema)
+        self.serve(1, names=("t", "u"), queues=chance.choice((None, '["default"]')))
+        self.serve(2, names=chance.choice((None, (), ("mail.send",))))
+        for state in range(7):
+            self.enqueue(name=chance.choice(self.NAMES), priority=chance.randrange(9))
+            self.sql("update bg_task set state = ?, worker = 1, attempt = ?, run_at = ?, "
+                     "started_at = ? where id = (select max(id) from bg_task)", state,
+                     chance.randrange(5), self.now + chance.randrange(-9999, 9999),
+                     self.now)
+        self.history(10, seconds=3, failed=5, crashed=2)
+        self.schedule(alert_after=60.0)
+        self.store.pause("mail", self.now)
+
+    def check_reason(self, reason):
+        self.assertIn(reason.code, pybgworker.REASONS)
+        for code, say in ((reason.code, reason.say), *reason.also):
+            self.assertIn(code, pybgworker.REASONS)
+            self.assertRegex(say, r"\A\S[^\n]*[.?`]\Z")
+        json.dumps(pybgworker.reason_report(reason), default=repr)
+        pybgworker.reason_text(reason)
+
+    def test_whatever_the_rows_hold_there_is_one_sentence(self):
+        seed = random.randrange(10 ** 9)
+        chance = random.Random(seed)
+        start = self.now
+        self.schema = self.sql("select value from bg_meta where name = 'schema'")[0][0]
+        for turn in range(50):
+            with self.subTest(f"seed {seed}, turn {turn}"):
+                self.now = start
+                self.start_over(chance)
+                connection = sqlite3.connect(self.db)
+                with connection:
+                    self.scramble(chance, connection)
+                ids = [row[0] for row in connection.execute("select id from bg_task")]
+                connection.close()
+                self.now += chance.choice((0, 1, 9_000, 99_000, 10 ** 9, -10 ** 9, -5000))
+                for task_id in (*ids, 1, 500, 10 ** 15):
+                    self.check_reason(pybgworker.why(self.store, task_id, self.now,
+                                                     self.settings))
+                found = pybgworker.attention(self.store, self.now, self.settings)
+                self.assertLessEqual(len(found), 8)
+                for alert in found:
+                    self.assertIn(alert.code, pybgworker.ALERTS)
+                    self.assertIn(alert.level, ("bad", "warn"))
+                    self.assertRegex(alert.say, r"\A\S[^\n]*\.\Z")
+                json.dumps([alert._asdict() for alert in found])
+                pybgworker.attention_text(found)
 
 
 # == Overview =================================================================
