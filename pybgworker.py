@@ -57,7 +57,7 @@ Map
         Senses · Signs · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Acts · Wording · Reasons · Why · Attention ·
-        Overview · Screen · Frame · Top · Metrics · Health · Listeners · Bench ·
+        Logs · Overview · Screen · Frame · Top · Metrics · Health · Listeners · Bench ·
         Old import paths
 
 Guarantees
@@ -1927,10 +1927,19 @@ class PrintedRun(NamedTuple):
 
 def cut_mark(size: int) -> str:
     """The line in place of so many characters."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (1000, "kB")):
-        if size >= unit:
-            return f"\n… {size / unit:.1f} {name} cut …\n"
-    return f"\n… {size} characters cut …\n"
+    return f"\n… {size:,} characters cut …\n"
+
+
+_CUT = re.compile(r"\n… ([\d,]{1,30}) characters cut …\n")
+
+
+def parts_of(text: str) -> list[tuple[int, str]]:
+    """What Kept.parts() was for this Kept.text()."""
+    mark = _CUT.match(text, OUTPUT_PART)
+    if mark is None or not mark[1].replace(",", ""):
+        return [(0, text)]
+    return [(0, text[:OUTPUT_PART]),
+            (OUTPUT_PART + int(mark[1].replace(",", "")), text[mark.end():])]
 
 
 class Kept:
@@ -19714,6 +19723,176 @@ def _show(args, app):
         return _as_json({**report, "why": reason_report(reason)})
     colour = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     return f"{reason_text(reason)}\n{show_text(report, colour)}"
+
+
+# == Logs =====================================================================
+# Owns `logs`: what the runs of a task have printed, also while they go on.  Whatever
+# else there is to say goes to standard error.
+
+_GLANCE_SECONDS = 0.1             # between two looks whether something was committed
+_REASON_SECONDS = 2.0           # … and two for the reason why nothing happens
+_IS_FINE = ("running", "next")  # codes of why() of which nothing is to be said
+
+
+class Follower:
+    """Shows what the runs of one task print: each part once, in its order.
+
+    `show(attempt, text)` prints, `note(text)` says something beside that.
+    """
+
+    def __init__(self, store: Store, task_id: int, attempt: int | None,
+                 show: Callable[[int, str], Any], note: Callable[[str], Any]):
+        self._store, self._id, self._show, self._note = store, task_id, show, note
+        self._first = attempt           # that is to be shown; None: the newest
+        self.attempt = 0                # that is shown now; 0: none has begun
+        self._seen = 0                  # characters of it
+
+    def look(self) -> TaskRow:
+        """Show what is new; return the task.  Raises TaskNotFound."""
+        row = self._store.task(self._id)
+        if self.attempt > row.attempt:          # it was taken back: it had not begun
+            self.attempt = self._seen = 0
+        if not self.attempt and row.attempt:
+            self.attempt = self._first or row.attempt
+        while 0 < self.attempt <= row.attempt:
+            self._show_parts(self._parts(row))
+            if self.attempt == row.attempt:
+                break
+            self.attempt, self._seen = self.attempt + 1, 0
+            self._note(f"run {self.attempt}:")
+        return row
+
+    def _parts(self, row):
+        if row.state == RUNNING and self.attempt == row.attempt:
+            rows = self._store.live_output(self._id, self.attempt)
+            return [(part.seq, part.body) for part in rows]
+        return parts_of(self._store.attempt_output(self._id, self.attempt) or "")
+
+    def _show_parts(self, parts):
+        for seq, text in parts:
+            if seq + len(text) <= self._seen:
+                continue
+            cut, rest = max(0, seq - self._seen), text[max(0, self._seen - seq):]
+            self._show(self.attempt, cut_mark(cut) + rest if cut else rest)
+            self._seen = seq + len(text)
+
+
+def follow(store: Store, follower: Follower, reason: Callable[[], Reason],
+           note: Callable[[str], Any], pause: Callable = own_sleep) -> int:
+    """Show until the task is finished; return its state.
+
+    Says once of each reason that nothing happens.  Raises TaskNotFound for a task that
+    is deleted meanwhile, or that another database in place of this one has not.
+    """
+    version, said, due = None, "", 0.0
+    while True:
+        now = store.data_version()
+        if now != version:
+            version = now
+            row = follower.look()
+            if row.state in FINISHED:
+                return row.state
+        if time.monotonic() >= due:
+            due, found = time.monotonic() + _REASON_SECONDS, reason()
+            if found.code not in (said, *_IS_FINE) and found.code != "unknown_id":
+                note(f"waiting: {found.say}")
+            said = found.code
+        pause(_GLANCE_SECONDS)
+
+
+def _write(text, is_raw):
+    """Print a part as it is, but for what a terminal would obey; at once."""
+    if sys.stdout is None:
+        raise Problem("standard output is closed")
+    encoding = sys.stdout.encoding or "ascii"
+    text = text if is_raw else visible(text)
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _say(text):
+    print(f"pybgworker: {visible(text)}", file=sys.stderr, flush=True)
+
+
+class _Screen:
+    """Where the parts go: text, or with `is_json` an object a line."""
+
+    def __init__(self, is_raw: bool, is_json: bool):
+        self._is_raw, self._is_json = is_raw, is_json
+        self._last = "\n"
+
+    def show(self, attempt: int, text: str) -> None:
+        """Print a part."""
+        if self._is_json:
+            return self.line(attempt=attempt, text=text)
+        _write(text, self._is_raw)
+        self._last = text[-1:] or self._last
+
+    def line(self, **fields: Any) -> None:
+        """An object on a line of its own, if that is wanted."""
+        if self._is_json:
+            _write(f"{json.dumps(fields)}\n", True)
+
+    def note(self, text: str) -> None:
+        """Say something beside it."""
+        self.end()
+        _say(text)
+
+    def end(self) -> None:
+        """End a line that has not ended; but nothing is added to what is raw."""
+        if self._last != "\n" and not self._is_raw:
+            _write("\n", True)
+        self._last = "\n"
+
+
+@command("logs", "show what a task has printed", "logs 42 -f",
+         flag("id", metavar="ID"),
+         flag("-f", "--follow", action="store_true",
+              help="show what it prints from now on, until it is finished; exit status "
+              "0 if it succeeded, else 1"),
+         flag("--attempt", metavar="N", type=typed(parse_count), default=None,
+              help="the run to show, or to begin with (default: the newest)"),
+         flag("--raw", action="store_true",
+              help="print control characters as they are, not as \\x1b"), reads=True)
+def _logs(args, app):
+    task_id, store = parse_id(args.id), app.store
+    row = store.task(task_id)
+    if args.attempt and args.attempt > max(1, row.attempt):
+        raise Problem(f"task {task_id} has had {counted(row.attempt, 'run')} so far")
+
+    def reason():
+        return why(store, task_id, store.now(), app.settings)
+
+    if not args.follow:
+        return _show_one(store, row, args, reason)
+    screen = _Screen(args.raw, args.json)
+    follower = Follower(store, task_id, args.attempt, screen.show, screen.note)
+    state = follow(store, follower, reason, screen.note)
+    screen.end()
+    screen.line(status=state_name(state))
+    return int(state != SUCCESS)
+
+
+def _show_one(store, row, args, reason):
+    """What one run has printed so far."""
+    if not row.attempt:
+        raise Problem(f"task {row.id} has not run yet: {reason().say}")
+    parts: list[str] = []
+    attempt, is_running = args.attempt or row.attempt, row.state == RUNNING
+    own = Follower(store, row.id, attempt, lambda n, text: parts.append(text)
+                   if n == attempt else None, nobody)
+    own.look()
+    text = "".join(parts)
+    if args.json:
+        return json.dumps({
+            "id": row.id, "status": row.status, "attempt": attempt, "output": text,
+            "running": is_running and attempt == row.attempt}, indent=2)
+    if not text:
+        _say(f"nothing is kept of what run {attempt} of task {row.id} has printed")
+    screen = _Screen(args.raw, False)
+    screen.show(attempt, text)
+    screen.end()
+    return 0
 
 
 # == Overview =================================================================

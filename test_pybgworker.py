@@ -1279,7 +1279,7 @@ class Promises(Served):
             with self.subTest(task.name):
                 text = self.store.output(result.id)
                 self.assertLess(len(text), 70_000)
-                self.assertRegex(text, r"\n… \d+\.\d MB cut …\n")
+                self.assertRegex(text, r"\n… \d\d,\d{3},\d{3} characters cut …\n")
 
     def test_an_exception_that_cannot_be_printed_is_reported(self):
         self.worker()
@@ -2127,9 +2127,22 @@ class Printing(unittest.TestCase):
         self.assertLess(sum(map(len, kept._tail)), 100_000)
 
     def test_a_mark_says_how_much_was_cut(self):
-        for size, text in ((1, "1 characters"), (999, "999 characters"), (1000, "1.0 kB"),
-                           (1_234_567, "1.2 MB"), (5 * 10**9, "5.0 GB")):
-            self.assertEqual(pybgworker.cut_mark(size), f"\n… {text} cut …\n")
+        self.assertEqual(pybgworker.cut_mark(1_234_567), "\n… 1,234,567 characters cut …\n")
+
+    def test_a_text_is_taken_apart_where_it_was_cut(self):
+        kept = pybgworker.Kept()
+        for n in range(30_000):
+            kept.add(f"{n}\n")
+            if n % 1000 == 0:
+                found = [part for part in pybgworker.parts_of(kept.text()) if part[1]]
+                if kept.size <= 2 * self.PART:      # then it is one
+                    self.assertEqual(found, [(0, kept.text())])
+                else:
+                    self.assertEqual(found, kept.parts())
+        mark = pybgworker.cut_mark(5)
+        for text in ("", mark, "x" * self.PART, "x" * 40_000 + mark,
+                     "x" * self.PART + "\n… , characters cut …\n"):
+            self.assertEqual(pybgworker.parts_of(text), [(0, text)])
 
 
 # == Functions ================================================================
@@ -18236,6 +18249,200 @@ class Attention(WhyCase):
                     self.assertRegex(alert.say, r"\A\S[^\n]*\.\Z")
                 json.dumps([alert._asdict() for alert in found])
                 pybgworker.attention_text(found)
+
+
+# == Logs =====================================================================
+
+
+class Following(QueueCase):
+
+    def logs(self, *argv):
+        """(status, standard output, standard error) of the command."""
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
+        with contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            status = pybgworker.main(["logs", *map(str, argv), "--db", str(self.db)])
+        out.seek(0)
+        self.addCleanup(pybgworker.default_app.override, db=None)
+        return status, out.read(), err.getvalue()
+
+    def ran(self, *outputs, state=pybgworker.SUCCESS):
+        """A task with a run for each of these texts, which it has printed."""
+        self.enqueue()
+        for n, text in enumerate(outputs, 1):
+            run, = self.claim()
+            last = n == len(outputs)
+            self.finish(run, state if last else pybgworker.RETRYING, output=text,
+                        error=None if last else {"kind": "exception", "message": "no"},
+                        run_at=None if last else self.now)
+            self.sql("update bg_task set state = 2 where state = 1")
+        return run.id
+
+    def note(self, run, *parts, size=None):
+        run.is_noted = True
+        size = size or sum(len(text) for _, text in parts)
+        self.store.note_runs(1, [], [], [pybgworker.PrintedRun(run, parts, size)], self.now)
+
+    def follow(self, task_id, *steps, attempt=None):
+        """(what is shown, what is noted, the last state); a step for each pause."""
+        shown, notes, left = [], [], list(steps)
+        follower = pybgworker.Follower(
+            self.store, task_id, attempt, lambda n, text: shown.append((n, text)),
+            notes.append)
+
+        def reason():
+            return pybgworker.why(self.store, task_id, self.now)
+
+        def pause(_):
+            mine, self.app = self.app, App(db=str(self.db))     # as another program
+            left.pop(0)()
+            self.store.close()
+            self.app = mine
+
+        state = pybgworker.follow(self.store, follower, reason, notes.append, pause)
+        self.assertEqual(left, [])
+        return shown, notes, state
+
+    def test_what_a_run_has_printed_is_shown(self):
+        done = self.ran("first\n", "", "\u20ac \x1b[31m\r end")
+        self.assertEqual(self.logs(done), (0, "\u20ac \\x1b[31m\\r end\n", ""))
+        self.assertEqual(self.logs(done, "--raw")[1].encode(),
+                         "\u20ac \x1b[31m\r end".encode())
+        self.assertEqual(self.logs(done, "--attempt", 1), (0, "first\n", ""))
+        self.assertEqual(self.logs(done, "--attempt", 2), (
+            0, "", "pybgworker: nothing is kept of what run 2 of task 1 has printed\n"))
+        report = json.loads(self.logs(done, "--json")[1])
+        self.assertEqual(report, {
+            "id": 1, "status": "success", "attempt": 3, "running": False,
+            "output": "\u20ac \x1b[31m\r end"})
+        status, out, err = self.logs(done, "--attempt", 4)
+        self.assertEqual((status, out, err),
+                         (1, "", "pybgworker: task 1 has had 3 runs so far\n"))
+
+    def test_what_a_run_prints_just_now_is_shown(self):
+        task = self.enqueue()
+        run, = self.claim()
+        self.note(run, (0, "a"), (1, "b"))
+        self.assertEqual(self.logs(task), (0, "ab\n", ""))
+        report = json.loads(self.logs(task, "--json")[1])
+        self.assertEqual((report["running"], report["output"]), (True, "ab"))
+
+    def test_who_asks_for_what_there_is_not_hears_why(self):
+        self.assertEqual(self.logs(7)[0], 1)
+        self.assertIn("no task 7", self.logs(7)[2])
+        for wrong in (("x",), (1, "--attempt", "0"), (1, "--attempt", "x")):
+            try:
+                status, _, err = self.logs(*wrong)
+            except SystemExit as exc:       # argparse
+                status = exc.code
+            self.assertIn(status, (1, 2), wrong)
+        self.enqueue(name="nobody.knows")
+        status, out, err = self.logs(1)
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"^pybgworker: task 1 has not run yet: \S.+\n$")
+
+    def test_one_follows_a_task_from_its_enqueueing_to_its_end(self):
+        """Also into the next run, and each part is shown once."""
+        task, runs = self.enqueue(), []
+        retry = {"kind": "exception", "message": "no"}
+        shown, notes, state = self.follow(
+            task, lambda: runs.extend(self.claim()),
+            lambda: self.note(runs[0], (0, "a")), lambda: None,
+            lambda: self.note(runs[0], (1, "b")),
+            lambda: self.finish(runs[0], pybgworker.RETRYING, run_at=self.now,
+                                output="abc", error=retry),
+            lambda: self.sql("update bg_task set state = 2"),
+            lambda: runs.extend(self.claim()),
+            lambda: self.note(runs[1], (0, "d")),
+            lambda: self.finish(runs[1], output="de"),
+        )
+        self.assertEqual(shown, [(1, "a"), (1, "b"), (1, "c"), (2, "d"), (2, "e")])
+        self.assertEqual(state, pybgworker.SUCCESS)
+        self.assertRegex(notes[0], "^waiting: ")
+        self.assertIn("run 2:", notes)
+
+    def test_who_comes_late_sees_the_rest_of_what_was_cut(self):
+        task, size = self.enqueue(), 16_000
+        run, = self.claim()
+        kept = pybgworker.Kept()
+
+        def printed(count):
+            for _ in range(count):
+                kept.add("".join(f"{kept.size + n:>9}\n" for n in range(0, size, 10)))
+                self.note(run, *kept.untold(), size=kept.size)
+                kept.told = kept.size
+
+        printed(2)
+        shown, _, _ = self.follow(
+            task, lambda: printed(1), lambda: printed(7),
+            lambda: self.finish(run, output=kept.text()))
+        self.assertEqual("".join(text for _, text in shown),
+                         "".join(f"{n:>9}\n" for n in range(0, 3 * size, 10))
+                         + pybgworker.cut_mark(5 * size)
+                         + "".join(f"{n:>9}\n" for n in range(8 * size, 10 * size, 10)))
+
+    def test_a_run_that_had_not_begun_is_no_run(self):
+        """Its worker may have died, or a pause have taken it back."""
+        task, runs = self.enqueue(), []
+        shown, _, state = self.follow(
+            task, lambda: runs.extend(self.claim()), lambda: self.turn(unbegun=runs),
+            lambda: runs.extend(self.claim()), lambda: self.finish(runs[1], output="x"))
+        self.assertEqual((shown, state), ([(1, "x")], pybgworker.SUCCESS))
+
+    def test_a_task_that_fails_or_is_deleted_meanwhile_ends_it_with_one(self):
+        task = self.ran("x", "y", state=pybgworker.FAILED)
+        self.assertEqual(self.logs(task, "-f"), (1, "y\n", ""))
+        self.assertEqual(self.logs(task, "-f", "--attempt", 1),
+                         (1, "x\ny\n", "pybgworker: run 2:\n"))
+        lines = self.logs(task, "-f", "--json")[1].splitlines()
+        self.assertEqual([json.loads(line) for line in lines],
+                         [{"attempt": 2, "text": "y"}, {"status": "failed"}])
+        waiting = self.enqueue()
+        with self.assertRaises(pybgworker.TaskNotFound):
+            self.follow(waiting, lambda: self.store.forget(waiting))
+
+    def test_another_database_in_place_of_this_one_ends_it(self):
+        task = self.enqueue()
+
+        def replace():
+            other = self.folder / "other.db"
+            store = SqliteStore(str(other))
+            store.create()
+            store.close()
+            for end in ("-wal", "-shm"):
+                Path(f"{self.db}{end}").unlink(missing_ok=True)
+            os.replace(other, self.db)
+
+        with self.assertRaises(pybgworker.PyBgWorkerError):
+            self.follow(task, replace)
+
+    def test_one_follows_a_real_run(self):
+        """Its lines come before it ends; Ctrl-C ends only the look at it."""
+        (self.folder / "tasks.py").write_text("from pybgworker import *\nimport os, time\n"
+                                              + textwrap.dedent("""
+            @task(name="tell", retries=0)
+            def tell():
+                print("begins")
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
+                print("ends")
+            """))
+        result = self.app.send("tell", retries=0)
+        argv = [sys.executable, str(HERE / "pybgworker.py"), "logs", str(result.id), "-f",
+                "--db", str(self.db)]
+        looks = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True, env=clean_environment()) for _ in range(2)]
+        for look in looks:
+            self.assertRegex(look.stderr.readline(), "^pybgworker: waiting: ")
+        self.worker("--concurrency", 1)
+        for look in looks:
+            self.assertEqual(look.stdout.readline(), "begins\n")
+        looks[0].send_signal(signal.SIGINT)
+        self.assertEqual(looks[0].wait(60), 130)
+        (self.folder / "go").touch()
+        self.assertEqual(looks[1].communicate(timeout=60)[0], "ends\n")
+        self.assertEqual(looks[1].wait(), 0)
+        looks[0].communicate()
 
 
 # == Overview =================================================================
