@@ -1617,8 +1617,8 @@ class _Group(NamedTuple):
 class RunCounts(dict):
     """Runs that ended and are not in history yet: a _Group for each (name, queue).
 
-    To keep one costs less than half a microsecond; what can wait is done in rows().
-    At most MOST_GROUPS are told apart in one quarter of an hour, by `known`.
+    What can wait is done in rows(): add() is called for every run.  At most MOST_GROUPS
+    are told apart, as long as `known` is the same set.
     """
 
     def __init__(self, known: set | None = None):
@@ -6785,7 +6785,7 @@ class History:
         if rolled_to > second + QUARTER:
             return self._begin_anew(second)
         if first is None or first >= over:
-            return self._forget(second, rolled_to)
+            return self._forget(second)
         with self.db.write(durable=False, patience=0.5) as link:
             _, first = self._open_minutes()         # another may have done it
             if first is not None and first < over:
@@ -6849,15 +6849,15 @@ class History:
                 self._set_rolled_to(link.connection, start)
         return True
 
-    def _forget(self, second, rolled_to):
+    def _forget(self, second):
         """Delete a batch of what is too old, or too much; True: there is more."""
         for span, seconds in HISTORY_KEPT.items():
-            if self._delete_first(span, min(second - seconds, rolled_to)):
+            if self._delete_first(span, second - seconds):
                 return True
         number = self.db.read("""select count(*) from bg_history""")[0][0]
         return number > _MOST_ROWS and (
-            self._delete_first(QUARTER, rolled_to, number - _MOST_ROWS)
-            or self._delete_first(DAY, rolled_to, number - _MOST_ROWS))
+            self._delete_first(QUARTER, second, number - _MOST_ROWS)
+            or self._delete_first(DAY, second, number - _MOST_ROWS))
 
     def _delete_first(self, span, before, most=_FORGET_BATCH):
         """Delete the oldest rows of a span, about so many; False: there were none."""
@@ -17007,7 +17007,7 @@ class Worker:
         if not is_stopping and box.gathers(places.slack, at):
             return False
         order = None if is_stopping else self._order(places)
-        if not (box.is_full or box.progress or box.tally.next_due <= at
+        if not (box.is_full or box.progress or False
                 or self._wants(order, now)):
             return None
         self.lookout.news |= box.makes_work

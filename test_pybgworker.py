@@ -15325,21 +15325,18 @@ class Workers(Served):
         worker = self.started()
         self.turn_until(worker, lambda: worker.is_ready)
         results = self.tasks.add.delay_many([(n, n) for n in range(200)])
-        due = []
-
-        def is_done():
-            due.append(worker.outbox.tally.next_due)
-            return all(result.ready() for result in results)
-
-        self.turn_until(worker, is_done)
+        self.turn_until(worker, lambda: all(result.ready() for result in results))
         self.turn_until(worker, lambda: worker.outbox.tally.next_due == math.inf)
         row, = self.store.totals()
         self.assertEqual((row.runs, row.succeeded, sum(row.ran), sum(row.waited)),
                          (200, 200, 200, 200))
 
-        worker.outbox.tally._due = time.monotonic() + 0.05
-        worker.outbox.tally._kept.add_lost(self.claim_one(worker), pybgworker.FAILED)
+        tally = worker.outbox.tally
+        tally._due = time.monotonic() + 0.05
+        tally._kept.add_lost(self.claim_one(worker), pybgworker.FAILED)
         self.assertLessEqual(worker._patience(), 0.05)
+        self.turn_until(worker, lambda: tally.next_due == math.inf)
+        self.assertEqual(self.store.totals()[0].lost, 1)
 
     def test_history_is_rolled_up_by_a_worker(self):
         worker = self.started()
