@@ -56,9 +56,9 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · Acts · Wording · Reasons · Why · Attention ·
-        Logs · Overview · Screen · Frame · Top · Metrics · Health · Listeners · Bench ·
-        Old import paths
+        Cron · Scheduler · Reports · Reading · Acts · Wording · Reasons · Why ·
+        Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
+        Listeners · Bench · Old import paths
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -493,7 +493,8 @@ SCHEDULED, RETRYING, QUEUED, RUNNING, SUCCESS, FAILED, CANCELLED = range(7)
 STATE_NAMES = (
     "scheduled", "retrying", "queued", "running", "success", "failed", "cancelled",
 )
-WAITING = frozenset({SCHEDULED, RETRYING, QUEUED})
+LATER = frozenset({SCHEDULED, RETRYING})    # they wait for their time
+WAITING = LATER | {QUEUED}
 FINISHED = frozenset({SUCCESS, FAILED, CANCELLED})
 
 # Every move a task can make.  Those out of a finished state are an explicit
@@ -1711,6 +1712,19 @@ class By(NamedTuple):
     how: str                # cli, web, program or worker
 
 
+def login_name() -> str:
+    """Who runs this process, for people: under sudo, the one who has called it."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    if user == 0 and os.environ.get("SUDO_USER"):
+        return os.environ["SUDO_USER"]
+    with contextlib.suppress(ImportError, KeyError, OSError):
+        import pwd
+
+        return pwd.getpwuid(user or 0).pw_name
+    named = os.environ.get("USER") or os.environ.get("USERNAME")
+    return named or ("unknown" if user is None else f"uid {user}")
+
+
 class Filter(NamedTuple):
     """Which tasks; None: any."""
 
@@ -1775,6 +1789,9 @@ class Page(NamedTuple):
     next: str | None                # for page(before=); None: this was the end
     searched_to: int | None = None      # id of the last task looked at; None: of all
     searched_at: int | None = None      # … and its time, as in Filter.since
+
+
+KEY_HELD = "another task with its key is unfinished"    # why it cannot be retried
 
 
 class Acted(NamedTuple):
@@ -1858,6 +1875,11 @@ class PeopleVerbs(Protocol):
     def paused_queues(self) -> list[str]:
         """Names of the queues that are paused."""
 
+    def forget_schedule(self, row: ScheduleRow, by: By | None = None) -> bool:
+        """Delete a schedule.  False when it is gone, or a worker has registered it
+        since `row` was read.
+        """
+
     def events(self, before: int | None = None, limit: int = 50) -> list[EventRow]:
         """What people did, the newest first; those with an id below `before`."""
 
@@ -1871,6 +1893,9 @@ class PeopleVerbs(Protocol):
 
     def counts(self) -> list[tuple[str, str, int, int]]:
         """(queue, name, state, number) over all tasks.  Reads the whole table."""
+
+    def indexed_counts(self) -> list[tuple[str, str, int, int]]:
+        """The same of all that have not succeeded, for which there are indexes."""
 
     def finished_runs(self, limit: int) -> list[FinishedRun]:
         """Those of the newest finished tasks, as many as `limit`: for the bench."""
@@ -2975,16 +3000,21 @@ class AsyncResult(Generic[V]):
         False when it has finished.
         """
         store = self._store
-        return store.cancel(self.id, store.now()) not in FINISHED
+        return store.cancel(self.id, store.now(), _in_program()) not in FINISHED
 
     def retry(self) -> None:
         """Run a finished task again.  Raises TaskStateError when it is unfinished."""
         store = self._store
-        store.retry(self.id, store.now())
+        store.retry(self.id, store.now(), _in_program())
 
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
         self._store.forget(self.id)
+
+
+def _in_program():
+    """Who has written what this program does."""
+    return By(login_name(), "program")
 
 
 class CurrentTask:
@@ -7363,6 +7393,24 @@ _BY_QUEUE = f"""
     union all
     select queue, {RUNNING}, count(*), null, null
         from bg_task indexed by bg_running where state = {RUNNING} group by queue"""
+_COUNTS = f"""
+    select queue, name, state, count(*) from bg_task indexed by bg_delayed
+        where state < {QUEUED} group by queue, name, state
+    union all
+    select queue, name, {QUEUED}, sum(number) from (
+            select queue, name, count(*) as number from bg_task indexed by bg_group
+                where state = {QUEUED} and alone = 0 group by queue, name
+            union all
+            select queue, name, count(*) from bg_task indexed by bg_alone
+                where state = {QUEUED} and alone <> 0 group by queue, name)
+        group by queue, name
+    union all
+    select queue, name, {RUNNING}, count(*) from bg_task indexed by bg_running
+        where state = {RUNNING} group by queue, name
+    union all
+    select queue, name, state, count(*) from bg_task indexed by bg_bad
+        where state > {SUCCESS} group by queue, name, state
+    order by 1, 2, 3"""
 # The first of each group and priority by a seek, and the eldest of the few that stand
 # there: what was put off came in earlier than it became due.
 _HEADS = f"""
@@ -7448,7 +7496,7 @@ _READY = [
 ]
 _GROUP = Walk(f"""indexed by bg_group where state = {QUEUED} and alone = 0
     and queue = :group_queue and name = :group_name""", _CLAIMS)
-_ALL = [Walk("where id > 0", ("id",), is_down=True)]
+_ALL = [Walk("where 1", ("id",), is_down=True)]
 _WALKS: dict[int | None, list[Walk]] = {
     SCHEDULED: _delayed(SCHEDULED), RETRYING: _delayed(RETRYING), QUEUED: _READY,
     RUNNING: [Walk(f"indexed by bg_running where state = {RUNNING}", ("id",), True)],
@@ -7696,6 +7744,9 @@ class Lists(Records):
                 where state = {QUEUED} and alone <> 0""")
         return sorted(set(found))[:limit]
 
+    def indexed_counts(self) -> list[tuple[str, str, int, int]]:
+        return self.db.read(_COUNTS)
+
     def queues(self, now: int) -> list[QueueRow]:
         found: dict[str, dict] = {
             name: {"paused_at": at, "paused_by": by, "reason": reason}
@@ -7732,11 +7783,10 @@ _TARGET_CHARS = 1000        # of an event's target
 _MOST_LEFT = 10_000         # that are counted of what is left to be done
 _SHARE = (math.sqrt(5) - 1) / 2     # times an id, modulo 1: spread evenly
 # What each action of act() is about, where a filter does not say.
-_ABOUT = {
+ABOUT = {
     "retry": (FAILED,), "cancel": (SCHEDULED, RETRYING, QUEUED),
     "forget": (SUCCESS, FAILED, CANCELLED), "run_now": (SCHEDULED, RETRYING),
 }
-_HELD = "another task with its key is unfinished"
 
 
 class Doing:
@@ -7752,14 +7802,14 @@ class Doing:
         self._doomed: list[int] = []        # … to be deleted
 
     def retry(self, task_id: int, state: int) -> str:
-        if state in (SCHEDULED, RETRYING):
+        if state in LATER:
             return self.run_now(task_id, state)
         if state not in FINISHED:
             return f"is {state_name(state)}"
         key, = self._by.execute(
             """select key from bg_task where id = :id""", {"id": task_id}).fetchone()
         if key_holder(self._by, key):
-            return _HELD
+            return KEY_HELD
         keep_last(self._by, task_id)
         self._by.execute(
             f"""update bg_task set state = {SCHEDULED}, forgiven = attempt,
@@ -7780,7 +7830,7 @@ class Doing:
         return ""
 
     def run_now(self, task_id: int, state: int) -> str:
-        if state not in (SCHEDULED, RETRYING):
+        if state not in LATER:
             return f"is {state_name(state)}"
         self._by.execute(
             """update bg_task set run_at = :at, counted = 0 where id = :id""",
@@ -7898,6 +7948,19 @@ class Desk(Lists):
             doing.end()
             note(link.connection, by, "retry", str(task_id), None, now)
 
+    def forget_schedule(self, row: ScheduleRow, by: By | None = None) -> bool:
+        with self.db.write() as link:
+            is_there = link.connection.execute(
+                """delete from bg_schedule where task = :task and expr = :expr
+                    and tz = :tz and number = :number and seen_at = :seen_at""",
+                {"task": row.task, "expr": row.expr, "tz": row.tz,
+                 "number": row.number, "seen_at": row.seen_at},
+            ).rowcount > 0
+            if is_there:
+                note(link.connection, by, "forget-schedule", row.name,
+                     f"{row.expr} {row.tz}", self.now())
+            return is_there
+
     def forget(self, task_id: int, by: By | None = None) -> None:
         with self.db.write() as link:
             if self.state(task_id) == RUNNING:
@@ -7909,15 +7972,15 @@ class Desk(Lists):
             by: By | None = None, max_id: int | None = None, spread: float = 0.0,
             limit: int = BATCH, after: str | None = None,
             match: Callable | None = None) -> Acted:
-        if action not in _ABOUT:
+        if action not in ABOUT:
             raise OptionError(f"nothing is called {action!r}; there are "
-                              f"{', '.join(sorted(_ABOUT))}")
+                              f"{', '.join(sorted(ABOUT))}")
         if not 0 <= spread <= LONGEST_SECONDS:
             raise OptionError(f"spread {spread!r}: seconds from 0 up")
         if not isinstance(what, Filter):
             return self._act_on_ids(action, [row_id(n) for n in what], now, by, spread,
                                     limit, after)
-        states = _ABOUT[action] if what.state is None else (what.state,)
+        states = ABOUT[action] if what.state is None else (what.state,)
         if len(states) == 1:
             what = what._replace(state=states[0])
         nth, _, before = (after or "0!").partition("!")
@@ -18086,14 +18149,15 @@ def _readable(text):
         return str(text)
 
 
-def task_report(store: Store, row: TaskRow) -> dict:
-    """One task as `list` shows it."""
+def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict:
+    """One task as `list` shows it; `workers` are the names of those that are there."""
     error = store.error(row.id)
     waited = row.started_at and max(0, row.started_at - row.run_at) / 1000
     return {
         "id": row.id, "name": row.name, "status": row.status, "queue": row.queue,
         "priority": row.priority, "key": row.key, "attempt": row.attempt,
-        "retries": row.retries, "worker": row.worker, "timeout": row.timeout,
+        "retries": row.retries, "worker": row.worker,
+        "worker_name": (workers or {}).get(row.worker), "timeout": row.timeout,
         "created_at": _when(row.created_at), "run_at": _when(row.run_at),
         "started_at": _when(row.started_at), "finished_at": _when(row.finished_at),
         "duration": row.duration, "waited": waited,
@@ -18117,27 +18181,89 @@ def show_report(store: Store, task_id: int) -> dict:
     }
 
 
-def list_report(store: Store, state: int | None, name: str | None,
-                queue: str | None, limit: int) -> list[dict]:
-    """The newest tasks first."""
-    rows = store.tasks(state=state, name=name, queue=queue, limit=limit)
-    return [task_report(store, row) for row in rows]
+def page_report(store: Store, filter: Filter, limit: int = 50,
+                before: str | None = None, seconds: float = 0.15) -> dict:
+    """Tasks in the order of Store.page(), what comes `next`, and how far it looked."""
+    page = store.page(filter, before, limit, seconds)
+    names = {row.id: row.name for row in store.workers()}
+    found = None if page.searched_to is None else {
+        "id": page.searched_to, "at": _when(page.searched_at)}
+    tasks = []
+    for row in page.rows:
+        with contextlib.suppress(TaskNotFound):         # deleted a moment ago
+            tasks.append(task_report(store, row, names))
+    return {"tasks": tasks, "next": page.next, "searched_to": found}
 
 
-def inspect_report(store: Store, now: int, worker_timeout: float) -> dict:
-    """The state of everything: tasks, queues, workers, schedules."""
+# What stands for what differs from one failure to another of the same kind.
+_VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
+_LONGEST_ERROR = 300            # characters of an error's message
+
+
+def failure_key(row: FailureRow) -> tuple:
+    """Equal for two that went wrong in the same way."""
+    return row.name, row.kind, row.type, _VARYING.sub("…", row.message)
+
+
+def failure_groups(rows: Sequence[FailureRow], now: int) -> list[dict]:
+    """The failures by what went wrong, the largest group first.
+
+    Two are the same if they are but for numbers, hex and what stands in quotes, for
+    which the text has … then.
+    """
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(failure_key(row), []).append(row)
+    reports = (_failure_group(key, group, now) for key, group in groups.items())
+    return sorted(reports, key=lambda row: (-row["count"], row["name"]))
+
+
+def _failure_group(key, rows, now):
+    newest = max(rows, key=lambda row: (row.finished_at, row.id))
+    is_same = all(row.message == newest.message for row in rows)
+    message = newest.message if is_same else key[3]
+    error = {"kind": newest.kind, "type": newest.type, "message": message}
+    return {
+        "count": len(rows), "name": newest.name, "queue": newest.queue,
+        "kind": newest.kind, "type": newest.type, "pattern": key[3],
+        "error": str(TaskError(error))[:_LONGEST_ERROR],
+        "first_at": _when(min(row.finished_at for row in rows)),
+        "last_at": _when(newest.finished_at),
+        "last_age": max(0, now - newest.finished_at) / 1000,
+        "ids": sorted((row.id for row in rows), reverse=True)[:3],
+    }
+
+
+def inspect_report(store: Store, now: int, worker_timeout: float,
+                   is_exact: bool = False) -> dict:
+    """The state of everything: tasks, queues, workers, schedules.
+
+    All tasks are counted but for those that succeeded: of these it is the runs of the
+    last 24 hours that did, unless `is_exact`, which takes long where there are many.
+    """
     states = dict.fromkeys(STATE_NAMES, 0)
     tasks: dict[tuple, dict] = {}
-    for queue, name, state, count in store.counts():
+    counts = store.counts() if is_exact else store.indexed_counts()
+    if not is_exact:
+        counts += [(row.queue, row.name, SUCCESS, _successes(row)) for row in
+                   store.history(QUARTER, now - DAY_MS, now + 1, by="name")]
+    for queue, name, state, count in sorted(counts):
         word = state_name(state)
-        states[word] = states.get(word, 0) + count
-        tasks.setdefault((queue, name), {"queue": queue, "name": name})[word] = count
+        if count:
+            states[word] = states.get(word, 0) + count
+            row = tasks.setdefault((queue, name), {"queue": queue, "name": name})
+            row[word] = count
     return {
-        "database": store.path, "states": states, "tasks": list(tasks.values()),
+        "database": store.path, "states": states,
+        "succeeded": "ever" if is_exact else "in 24 h", "tasks": list(tasks.values()),
         "paused_queues": store.paused_queues(),
         "workers": _worker_reports(store, now, worker_timeout),
         "schedules": cron_report(store),
     }
+
+
+def _successes(row):
+    return row.runs - row.failed - row.retried - row.cancelled
 
 
 def _worker_reports(store, now, worker_timeout):
@@ -18254,19 +18380,53 @@ def _coloured(line):
 
 def _shown(row):
     """A task's dict with its times for eyes."""
+    waits = row["status"] in ("scheduled", "retrying")
     return {
         **row, "ran": span(row["duration"]), "waited": span(row["waited"]),
         "created": local_time(row["created_at"]),
+        "due": local_time(row["run_at"]) if waits else None,
+        "worker": row["worker_name"] or row["worker"],
     }
 
 
-def list_text(rows: list[dict], colour: bool = False) -> str:
+def list_text(report: dict, colour: bool = False) -> str:
     """A line for each task."""
+    shown = [_shown(row) for row in report["tasks"]]
+    columns = ["id", "status", "name", "queue", "attempt", "worker", "created", "due",
+               "waited", "ran", "error"]
+    for column in ("worker", "due"):
+        if not any(row[column] for row in shown):
+            columns.remove(column)
+    lines = [table(shown, columns, colour), _clock_note()] if shown else ["no tasks"]
+    return "\n".join(lines)
+
+
+def searched_text(report: dict) -> str:
+    """How far a list looked for tasks, where it did not come to the end."""
+    found = report["searched_to"]
+    back = f"searched back to {local_time(found['at'])}, task {found['id']}"
+    return f"{back}; --all goes on"
+
+
+def failure_groups_text(report: dict, colour: bool = False) -> str:
+    """A line for each group of failures."""
+    if not report["groups"]:
+        return "no task has failed"
+    rows = [{**row, "first": local_time(row["first_at"]),
+             "last": local_time(row["last_at"])} for row in report["groups"]]
+    lines = [table(rows, ("count", "name", "error", "first", "last", "ids"))]
+    if report["capped"]:
+        lines.append(f"of the newest {report['total']:,} failures only")
+    return "\n".join([*lines, _clock_note()])
+
+
+def events_text(rows: list[dict], colour: bool = False) -> str:
+    """A line for each event."""
     if not rows:
-        return "no tasks"
-    columns = ("id", "status", "name", "queue", "attempt", "created", "waited", "ran",
-               "error")
-    return f"{table([_shown(row) for row in rows], columns, colour)}\n{_clock_note()}"
+        return "nobody has done anything yet"
+    shown = [{**row, "when": local_time(row["at"])} for row in rows]
+    columns = ("when", "who", "how", "action", "target", "detail")
+    return f"{table(shown, columns)}\n{_clock_note()}"
 
 
 def show_text(report: dict, colour: bool = False) -> str:
@@ -18297,7 +18457,9 @@ def _plain(key, value):
 
 def inspect_text(report: dict, colour: bool = False) -> str:
     """The overview: states, tasks, workers, schedules."""
-    states = "  ".join(f"{name} {n}" for name, n in report["states"].items() if n)
+    states = "  ".join(f"{name} {n:,}" for name, n in report["states"].items() if n)
+    if report["succeeded"] != "ever" and report["states"]["success"]:
+        states += f"  (success: {report['succeeded']}; --exact counts all)"
     parts = [f"database  {report['database']}", f"tasks     {states or 'none'}"]
     if report["paused_queues"]:
         parts.append(f"paused    {', '.join(report['paused_queues'])}")
@@ -18356,24 +18518,59 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     return f"{table(shown, columns)}\n{_clock_note()}"
 
 
-# == Acts =====================================================================
-# Owns the commands with which people look at a queue and act on it.
+# == Reading ==================================================================
+# Owns the commands with which people look at a queue; none of them changes it.
 
-_CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
-_PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
+_LIST_SECONDS = 1.0         # that `list` looks for tasks
+_MOST_GROUPED = 1000        # failures that `failed --by` looks at: the newest
 
-
-def _whole_number(text):
-    if not re.fullmatch(r"-?\d{1,9}", text):
-        raise ValueError("a whole number")
-    return int(text)
-
-
-_YES = flag("--yes", action="store_true", help="do not ask")
-_NAME = flag("--name", metavar="N", help="only tasks of this name (default: all)")
-_QUEUE = flag("--queue", metavar="Q", help="only tasks of this queue (default: all)")
+NAME_FLAG = flag("--name", metavar="N", help="only tasks of this name (default: all)")
+QUEUE_FLAG = flag("--queue", metavar="Q",
+                  help="only tasks of this queue (default: all)")
+FILTER_FLAGS = (
+    NAME_FLAG, QUEUE_FLAG,
+    flag("--since", metavar="T", type=typed(parse_grace),
+         help="only what ended, else began, else came in so long ago at most: 90s, "
+         "12h, 7d; a bare number is seconds (default: all)"),
+    flag("--error", metavar="TYPE",
+         help="only those whose last run ended with this type of exception, or with a "
+         "timeout, crash, lost or abort (default: all)"),
+)
 _LIMIT = flag("--limit", metavar="N", type=typed(parse_count), default=50,
               help="rows at most (default: 50)")
+
+
+_ALL_FLAG = flag("--all", action="store_true",
+                 help="look at all tasks, however long it takes (default: a second)")
+
+
+def filter_of(args: Any, now: int, state: int | None = None) -> Filter:
+    """The tasks that the flags of a command mean."""
+    since = None if args.since is None else now - to_ms(args.since)
+    return Filter(state, args.name, args.queue, None, since, args.error)
+
+
+def queue_hint(store: Store, queue: str | None) -> str:
+    """What to say of a queue that nobody knows; nothing of one that somebody does."""
+    known = {row.name for row in store.queues(store.now())}
+    known.update(row.queue for row in store.totals())
+    for worker in store.workers():
+        with contextlib.suppress(ValueError, TypeError):        # edited by hand
+            known.update(json.loads(worker.queues or "[]"))
+    if queue is None or queue in known:
+        return ""
+    import difflib
+
+    near = difflib.get_close_matches(queue, sorted(map(str, known)), 1)
+    if known and not near:
+        near = [f"one of {', '.join(sorted(map(str, known))[:5])}"]
+    return "".join(f"no queue {queue} has tasks; did you mean {n}?" for n in near)
+
+
+def say_aside(text: str) -> None:
+    """Print it beside what the command prints, if it is anything."""
+    if text:
+        print(f"pybgworker: {visible(text)}", file=sys.stderr)
 
 
 def _printed(args, report, text):
@@ -18385,27 +18582,60 @@ def _printed(args, report, text):
 
 
 @command("inspect", "show tasks by state, workers, schedules", "inspect --json",
+         flag("--exact", action="store_true",
+              help="count all tasks, also those that succeeded: reads the whole table"),
          reads=True)
 def _inspect(args, app):
-    report = inspect_report(app.store, app.store.now(), app.settings.worker_timeout)
+    report = inspect_report(app.store, app.store.now(), app.settings.worker_timeout,
+                            args.exact)
     return _printed(args, report, inspect_text)
 
 
-@command("list", "list tasks, the newest first", "list --status running --limit 20",
+@command("list", "list tasks: the newest first; what failed by its end, what waits by "
+         "its turn", "list --status running --limit 20",
          flag("--status", choices=STATE_NAMES, metavar="S",
               help=f"only {', '.join(STATE_NAMES)} ones (default: all)"),
-         _NAME, _QUEUE, _LIMIT, reads=True)
+         *FILTER_FLAGS, _LIMIT,
+         _ALL_FLAG, reads=True)
 def _list(args, app):
     state = None if args.status is None else STATE_NAMES.index(args.status)
-    rows = list_report(app.store, state, args.name, args.queue, args.limit)
-    return _printed(args, rows, list_text)
+    return _listed(args, app, state)
 
 
-@command("failed", "list the tasks that failed for good", "failed",
-         _NAME, _QUEUE, _LIMIT, reads=True)
+def _listed(args, app, state):
+    report = page_report(
+        app.store, filter_of(args, app.store.now(), state), args.limit,
+        seconds=math.inf if args.all else _LIST_SECONDS)
+    is_cut = report["next"] is not None and len(report["tasks"]) < args.limit
+    shown = report["tasks"] if args.json else _printed(args, report, list_text)
+    if not report["tasks"] and not is_cut:
+        say_aside(queue_hint(app.store, args.queue))
+    if is_cut and args.json:
+        say_aside(searched_text(report))
+    elif is_cut:
+        shown += f"\n{searched_text(report)}"
+    return _printed(args, shown, None) if args.json else shown
+
+
+@command("failed", "list the tasks that failed for good, the last to end first",
+         "failed --by error --since 1h", *FILTER_FLAGS, _LIMIT, _ALL_FLAG,
+         flag("--by", choices=("error",),
+              help="a line for each error, numbers and quoted texts aside, with the "
+              f"newest ids; of the newest {_MOST_GROUPED:,} (default: a line a task)"),
+         reads=True)
 def _failed(args, app):
-    rows = list_report(app.store, FAILED, args.name, args.queue, args.limit)
-    return _printed(args, rows, list_text)
+    if args.by is None:
+        return _listed(args, app, FAILED)
+    of, now = filter_of(args, app.store.now()), app.store.now()
+    rows = app.store.failures(of.since or 0, limit=_MOST_GROUPED)
+    fits = [row for row in rows if of.name in (None, row.name)
+            and of.queue in (None, row.queue)
+            and of.error in (None, row.type, row.kind)]
+    report = {"groups": failure_groups(fits, now)[:args.limit], "total": len(rows),
+              "capped": len(rows) == _MOST_GROUPED}
+    if not fits:
+        say_aside(queue_hint(app.store, args.queue))
+    return _printed(args, report, failure_groups_text)
 
 
 def _hours(text):
@@ -18429,6 +18659,36 @@ def _cron(args, app):
     return _printed(args, cron_report(app.store), cron_text)
 
 
+@command("events", "show what people have done, the newest first", "events", _LIMIT,
+         reads=True)
+def _events(args, app):
+    rows = [{**row._asdict(), "at": iso_time(row.at)}
+            for row in app.store.events(limit=args.limit)]
+    return _printed(args, rows, events_text)
+
+
+# == Acts =====================================================================
+# Owns the commands with which people act on a queue.  Each writes down who did it.
+
+_CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
+_PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
+_START_MS = 5000            # within which a worker that starts registers its schedules
+
+
+def _whole_number(text):
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+_YES = flag("--yes", action="store_true", help="do not ask")
+
+
+def by_me():
+    """Who calls this command."""
+    return By(login_name(), "cli")
+
+
 def _each(texts, act):
     """Do it for every id; what fails does not keep the others from being done."""
     lines, problems = [], []
@@ -18443,40 +18703,105 @@ def _each(texts, act):
         raise Problem("\n".join(problems))
 
 
-@command("retry", "run finished tasks again", "retry --failed --name mail.send",
-         flag("ids", nargs="*", default=[], metavar="ID"),
-         flag("--failed", action="store_true", help="all that failed"), _NAME)
-def _retry(args, app):
-    def again(task_id):
-        app.store.retry(task_id, app.store.now())
-        return f"task {task_id} is queued again"
+class _Bulk:
+    """Does something to all tasks of a filter that are there now, and to no others."""
 
-    if args.failed == bool(args.ids):
-        raise UsageError("retry takes the ids of tasks, or --failed")
-    if args.name is not None and not args.failed:
-        raise UsageError("retry --name goes with --failed")
-    if args.ids:
-        return _each(args.ids, again)
-    now, done = app.store.now(), 0
-    acted, left = Acted(0, 0, 1), 0
-    while acted.left:
-        acted = app.store.act("retry", Filter(FAILED, args.name), now, after=acted.next)
-        done, left = done + acted.done, left + acted.skipped
-    print_text(f"{done} tasks are queued again")
-    if left:
-        raise Problem(
-            f"{left} tasks were left: another task with their key is unfinished")
-    if not done:
-        named = "" if args.name is None else f" named {args.name!r}"
-        raise Problem(f"nothing to retry: no task{named} is failed")
-    return None
+    def __init__(self, app: App, action: str, filter: Filter):
+        self.store, self.action, self.filter = app.store, action, filter
+        self.now = self.store.now()
+        newest = self.store.page(Filter(), limit=1).rows
+        self.max_id = newest[0].id if newest else 0
+        self.done = 0
+        self.reasons: collections.Counter = collections.Counter()
+
+    def count(self) -> int:
+        """How many it would be done to."""
+        of, states = self.filter, ABOUT[self.action]
+        return sum(self.store.count(of._replace(state=state), self.max_id)
+                   for state in (states if of.state is None else (of.state,)))
+
+    def run(self, spread: float = 0.0) -> None:
+        """All of them, some at a time."""
+        after = None
+        while True:
+            acted = self.store.act(self.action, self.filter, self.now, by_me(),
+                                   self.max_id, spread, after=after)
+            self.done += acted.done
+            self.reasons.update(acted.reasons)
+            after = acted.next
+            if not acted.left:
+                return
+
+
+def _words(filter):
+    """What a filter means, after the word tasks."""
+    said = filter._asdict()
+    parts = [f"of queue {said['queue']}"] * (said["queue"] is not None)
+    parts += [f"named {said['name']!r}"] * (said["name"] is not None)
+    parts += [f"with {said['error']}"] * (said["error"] is not None)
+    if said["since"] is not None:
+        parts.append(f"since {local_time(iso_time(said['since']))}")
+    return "".join(f" {part}" for part in parts)
+
+
+@command("retry", "run finished tasks again, and those now that wait for their time",
+         "retry --failed --name mail.send --since 1h",
+         flag("ids", nargs="*", default=[], metavar="ID"),
+         flag("--failed", action="store_true", help="all that failed"),
+         flag("--cancelled", action="store_true", help="all that were cancelled"),
+         *FILTER_FLAGS,
+         flag("--spread", metavar="T", type=typed(parse_grace), default=0.0,
+              help="not all at once, but evenly over this time: 10m (default: 0)"),
+         _YES)
+def _retry(args, app):
+    is_all, store = args.failed or args.cancelled, app.store
+    if bool(args.ids) + args.failed + args.cancelled != 1:
+        raise UsageError("retry takes the ids of tasks, or --failed, or --cancelled")
+    if not is_all and any((args.name, args.queue, args.since, args.error)):
+        raise UsageError("--name, --queue, --since and --error go with --failed or "
+                         "--cancelled")
+
+    def again(task_id):
+        acted = store.act("retry", [task_id], store.now(), by_me(), spread=args.spread)
+        if acted.done:
+            row = store.task(task_id)
+            return f"task {task_id} is queued again" if row.state not in LATER \
+                else f"task {task_id} is due at {local_time(iso_time(row.run_at))}"
+        store.task(task_id)             # or there is none
+        why, = acted.reasons
+        if why.startswith("is "):
+            raise TaskStateError(f"task {task_id} {why}: only a finished one, or one "
+                                 "that waits for its time, can be retried")
+        raise TaskStateError(f"task {task_id}: {why}")
+
+    return _retry_all(args, app) if is_all else _each(args.ids, again)
+
+
+def _retry_all(args, app):
+    word = "failed" if args.failed else "cancelled"
+    bulk = _Bulk(app, "retry", filter_of(args, app.store.now(),
+                                         FAILED if args.failed else CANCELLED))
+    words = _words(bulk.filter)
+    over = f", over {span(args.spread)}" if args.spread else ""
+    _confirm(args, lambda: f"Retry {bulk.count():,} {word} tasks{words}{over}?")
+    bulk.run(args.spread)
+    if bulk.done:
+        print_text(f"{bulk.done:,} tasks are queued again" if not over
+                   else f"{bulk.done:,} tasks run again{over}")
+    held = bulk.reasons[KEY_HELD]
+    if held:
+        raise Problem(f"{held:,} tasks were left: {KEY_HELD}")
+    if not bulk.done:
+        hint = queue_hint(app.store, args.queue)
+        raise Problem(f"nothing to retry: no task{words} is {word}"
+                      + (hint and f"; {hint}"))
 
 
 @command("cancel", "cancel waiting tasks, end running ones", "cancel 42 43",
          flag("ids", nargs="+", metavar="ID"))
 def _cancel(args, app):
     def end(task_id):
-        before = app.store.cancel(task_id, app.store.now())
+        before = app.store.cancel(task_id, app.store.now(), by_me())
         if before in FINISHED:
             raise TaskStateError(
                 f"task {task_id} is {state_name(before)} already: nothing to cancel"
@@ -18495,12 +18820,15 @@ def _cancel(args, app):
 
 
 @command("purge", "cancel all waiting tasks", "purge --queue mail --yes",
-         _QUEUE, _NAME, _YES)
+         *FILTER_FLAGS, _YES)
 def _purge(args, app):
-    where = " ".join(f"{k} {v}" for k, v in (("queue", args.queue), ("name", args.name))
-                     if v) or "all queues"
-    _confirm(args, lambda: f"Cancel all waiting tasks of {where}?")
-    return f"{app.store.purge(args.queue, args.name, app.store.now())} tasks cancelled"
+    bulk = _Bulk(app, "cancel", filter_of(args, app.store.now()))
+    words = _words(bulk.filter) or " of all queues"
+    _confirm(args, lambda: f"Cancel {bulk.count():,} waiting tasks{words}?")
+    bulk.run()
+    if not bulk.done:
+        say_aside(queue_hint(app.store, args.queue))
+    return f"{bulk.done:,} tasks cancelled"
 
 
 @command("prune", "delete finished tasks past their retention",
@@ -18515,9 +18843,9 @@ def _prune(args, app):
         keep = keep_failed = args.older_than
     limits = finished_before(keep, now), finished_before(keep_failed, now)
     _confirm(args, lambda: _prune_question(app.store, *limits))
-    deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS)
+    deleted, cursor = app.store.prune(0, *limits, _PRUNE_ROWS, by_me(), now)
     while cursor:
-        more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS)
+        more, cursor = app.store.prune(cursor, *limits, _PRUNE_ROWS, by_me(), now)
         deleted += more
         app.store.housekeep()
     return f"{deleted} tasks deleted"
@@ -18627,19 +18955,44 @@ def _newest_options(app, name, given):
     return found
 
 
-@command("pause", "claim nothing from a queue", "pause mail",
-         flag("queue", metavar="QUEUE"))
+@command("pause", "claim nothing from a queue", "pause mail --reason outage",
+         flag("queue", metavar="QUEUE"),
+         flag("--reason", metavar="TEXT",
+              help="why, for whoever wonders (default: none)"))
 def _pause(args, app):
-    app.store.pause(args.queue, app.store.now())
+    hint = queue_hint(app.store, args.queue)
+    app.store.pause(args.queue, app.store.now(), by_me(), args.reason)
+    say_aside(hint)
     return f"queue {args.queue} is paused: nothing is claimed from it until resume"
 
 
 @command("resume", "claim from a queue again", "resume mail",
          flag("queue", metavar="QUEUE"))
 def _resume(args, app):
-    if not app.store.resume(args.queue):
-        raise Problem(f"queue {args.queue} is not paused")
+    if not app.store.resume(args.queue, by_me()):
+        hint = queue_hint(app.store, args.queue)
+        raise Problem(f"queue {args.queue} is not paused" + (hint and f"; {hint}"))
     return f"queue {args.queue} goes on"
+
+
+@command("forget-schedule", "delete a schedule that no worker serves any more",
+         "forget-schedule reports.nightly", flag("schedule", metavar="NAME"))
+def _forget_schedule(args, app):
+    rows = [row for row in app.store.schedules() if row.name == args.schedule]
+    if not rows:
+        known = ", ".join(sorted({row.name for row in app.store.schedules()}))
+        raise Problem(f"there is no schedule {args.schedule}"
+                      + (f"; there are {known}" if known else ""))
+    reap_surely_dead(app.store, app.store.now())
+    since = min((row.started_at for row in app.store.workers()), default=math.inf)
+    served = [row for row in rows if row.seen_at >= since - _START_MS]
+    if served:
+        raise Problem(f"a worker serves {args.schedule}: take @cron off its task, and "
+                      "start the worker again")
+    gone = [row for row in rows if app.store.forget_schedule(row, by_me())]
+    if not gone:
+        raise Problem(f"a worker has just registered {args.schedule}")
+    return f"schedule {args.schedule} is forgotten"
 
 
 # == Wording ==================================================================
@@ -19906,7 +20259,6 @@ _BARS = 15                      # minutes for which a queue's pace is drawn
 _RECENT = 10                    # minutes that the figures look back
 _POINTS = {"hour": (MINUTE, 60), "day": (QUARTER, 96)}    # … and how many
 _MOST_FAILURES = 1000           # the newest, that are grouped
-_LONGEST_ERROR = 300               # characters of an error's message
 _SLOW_PACE = 10                 # a minute; below it one minute says too little
 _GROWS = 1.1                    # as much comes in as goes out, and a tenth more
 
@@ -20212,51 +20564,22 @@ def _run_row(store, now, row, hand, owners):
 
 # What failed.
 
-_VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
-
-
 def failures_report(store: Store, now: int, hours: float = 1) -> dict:
     """What failed for good since, by what went wrong: `groups`, the largest first.
 
-    Two are the same if they are but for numbers, hex and what stands in quotes, for
-    which the text has … then.  Only the newest 1,000 are looked at: `capped` says
-    that there are more.
+    See failure_groups().  Only the newest 1,000 are looked at: `capped` says that
+    there are more.
     """
     rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
-    groups = _by(_failure_key, rows).values()
-    reports = sorted((_failure_row(group, now) for group in groups),
-                     key=lambda row: (-row["count"], row["name"]))
-    return {"groups": reports, "total": len(rows),
+    return {"groups": failure_groups(rows, now), "total": len(rows),
             "capped": len(rows) == _MOST_FAILURES}
 
 
 def failure_ids(store: Store, now: int, hours: float, like: int) -> list[int]:
     """The ids of all that failed as this task did, among the newest 1,000."""
     rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
-    keys = {_failure_key(row) for row in rows if row.id == like}
-    return [row.id for row in rows if _failure_key(row) in keys]
-
-
-def _failure_key(row):
-    return row.name, row.kind, row.type, _VARYING.sub("…", row.message or "")
-
-
-def _failure_row(rows, now):
-    """A group as it is shown."""
-    newest = max(rows, key=lambda row: (row.finished_at, row.id))
-    same = all(row.message == newest.message for row in rows)
-    error = {"kind": newest.kind or "exception", "type": newest.type or "",
-             "message": (newest.message or "") if same
-             else _VARYING.sub("…", newest.message)}
-    return {
-        "count": len(rows), "name": newest.name, "queue": newest.queue,
-        "kind": newest.kind, "type": newest.type, "pattern": _failure_key(newest)[3],
-        "error": str(TaskError(error))[:_LONGEST_ERROR],
-        "first_at": _iso_of(min(row.finished_at for row in rows)),
-        "last_at": _iso_of(newest.finished_at),
-        "last_age": _age(newest.finished_at, now),
-        "ids": sorted((row.id for row in rows), reverse=True)[:3],
-    }
+    keys = {failure_key(row) for row in rows if row.id == like}
+    return [row.id for row in rows if failure_key(row) in keys]
 
 
 # What there is to run, and what people did.
@@ -21146,16 +21469,6 @@ def _printed_by(store, task):
     return store.output(task) or "nothing was printed"
 
 
-def _me():
-    """Who is logged in."""
-    import getpass
-
-    try:
-        return By(getpass.getuser(), "cli")
-    except (OSError, ImportError, KeyError):    # a number without a name
-        return By(f"user {os.getuid()}", "cli")
-
-
 # What a key does: a table of functions that are given the Top.
 
 def _show_it(top):
@@ -21163,7 +21476,7 @@ def _show_it(top):
     if top.page is None and top.spot().kind == "queue":
         queue = top.spot().key
         return top.open(_Page(f"queue {queue}: its newest tasks", lambda: list_text(
-            list_report(store, None, None, queue, 100))))
+            page_report(store, Filter(queue=queue), 100))))
     task = top.task()
     return top.open(_Page(f"task {task}", lambda: show_text(show_report(store, task)),
                           task))
@@ -21191,7 +21504,7 @@ def _cancel_it(top):
         raise Problem(f"task {task} is {row.status} already: nothing to cancel")
 
     def act():
-        before = store.cancel(task, store.now(), by=_me())
+        before = store.cancel(task, store.now(), by=by_me())
         if before in FINISHED:
             return f"task {task} is {state_name(before)} already: nothing to cancel"
         return f"task {task} is {'being ended' if before == RUNNING else 'cancelled'}"
@@ -21209,7 +21522,7 @@ def _retry_it(top):
                       "only a finished one can be retried")
 
     def act():
-        store.retry(task, store.now(), by=_me())
+        store.retry(task, store.now(), by=by_me())
         return f"task {task} is queued again"
 
     return top.ask(f"retry {task} {row.name}", act)
@@ -21225,7 +21538,7 @@ def _retry_group(top, task, name):
     def act():
         now, done, after = store.now(), 0, None
         while True:
-            acted = store.act("retry", ids, now, _me(), after=after)
+            acted = store.act("retry", ids, now, by_me(), after=after)
             done, after = done + acted.done, acted.next
             if not acted.left:
                 return f"{done:,} of {len(ids):,} are queued again"
@@ -21239,11 +21552,11 @@ def _pause_it(top):
     queue = here.key if here and here.kind == "queue" else store.task(top.task()).queue
 
     def pause():
-        store.pause(queue, store.now(), by=_me())
+        store.pause(queue, store.now(), by=by_me())
         return f"queue {queue} is paused: nothing is claimed from it until resume"
 
     def resume():
-        is_new = store.resume(queue, by=_me())
+        is_new = store.resume(queue, by=by_me())
         return f"queue {queue} goes on" if is_new else f"queue {queue} is not paused"
 
     if queue in store.paused_queues():

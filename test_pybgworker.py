@@ -7097,7 +7097,7 @@ class Listing(QueueCase):
                          ["[1]", "", "", "7", "[]", "{bad"])
         self.assertEqual([row.id for row in self.store.failures(1006)], [7, 6])
         self.assertEqual(len(self.store.failures(0, limit=2)), 2)
-        pybgworker.list_report(self.store, None, None, None, 9)
+        pybgworker.page_report(self.store, Filter())
 
     def test_events_are_those_of_people_and_the_newest_are_kept(self):
         ann = By("ann", "cli")
@@ -15995,7 +15995,7 @@ class CommandLine(Served):
         self.store.create()
         for argv, words in ((("retry",), "retry takes the ids"),
                             (("retry", "1", "--failed"), "retry takes the ids"),
-                            (("retry", "1", "--name", "a"), "--name goes with --failed"),
+                            (("retry", "1", "--name", "a"), "--since and --error go with --failed"),
                             (("run", "--app", "tasks", "--limit", "0"), "unrecognized")):
             with self.subTest(argv):
                 self.assertIn(words, self.refused(*argv, code=2))
@@ -17268,7 +17268,7 @@ class Reports(QueueCase):
         self.store.pause(bad, self.now)
         texts = [
             pybgworker.show_text(pybgworker.show_report(self.store, 1), colour=False),
-            pybgworker.list_text(pybgworker.list_report(self.store, None, None, None, 9)),
+            pybgworker.list_text(pybgworker.page_report(self.store, Filter())),
             pybgworker.inspect_text(pybgworker.inspect_report(self.store, self.now, 15)),
             pybgworker.stats_text(pybgworker.stats_report(self.store, self.now)),
         ]
@@ -17297,7 +17297,7 @@ class Reports(QueueCase):
             self.assertEqual(pybgworker.local_time("2026-01-31T20:00:00.123Z"),
                              "2026-02-01 01:30:00")
             self.enqueue()
-            row = pybgworker.list_report(self.store, None, None, None, 9)
+            row = pybgworker.page_report(self.store, Filter())
             self.assertIn("times are local: XST, UTC+0530", pybgworker.list_text(row))
             text = pybgworker.show_text(pybgworker.show_report(self.store, 1))
             self.assertRegex(text, r"(?m)^created_at +\S+ \S+ \+0530$")
@@ -17336,6 +17336,7 @@ class Reports(QueueCase):
         self.assertEqual(pybgworker.stats_text([]), "no run has ended in this time")
 
     def test_the_hours_of_stats_are_a_number_of_which_something_is_known(self):
+        self.addCleanup(pybgworker.default_app._flags.clear)     # of --db
         for hours in ("0", "-1", "nan", "inf", "9601", "a", ""):
             with self.subTest(hours), self.assertRaises(SystemExit) as caught, \
                     contextlib.redirect_stderr(io.StringIO()) as errors:
