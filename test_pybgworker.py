@@ -7668,6 +7668,119 @@ class Facts(QueueCase):
         self.assertFalse(link.connection.in_transaction)
         self.assertEqual(read("select attempt from bg_task where id = 1"), [(1,)])
 
+    def about_all(self):
+        """A worker, tasks of each state with their payloads, history, a schedule."""
+        self.sql("update bg_worker set beat_at = ?, state = 'ready'", self.now)
+        self.enqueue(count=3)
+        self.enqueue(at=self.now + 10_000, count=3)
+        self.claim(free=1)
+        self.sql("insert into bg_run values (1, 1, 1, 9, ?, null)", self.now - 99_000)
+        self.enqueue(priority=9)
+        self.store.pause("mail", self.now)
+        self.sql("insert into bg_history (span, at, name, queue, lo, hi, runs, failed) "
+                 "values (60, ?, 't', 'default', 1, 1, 9, 9)", self.now // 60_000 * 60)
+
+    def facts_of_all(self):
+        """Read whatever can be read, of a task that waits behind all, and of others."""
+        newest, = self.sql("select max(id) from bg_task where state = 2")[0]
+        for task_id in (1, 2, 5, newest, 10 ** 9):
+            self.store.task_facts(task_id, self.now)
+        self.now += 70_000              # the oldest is late now
+        self.store.system_facts(self.now)
+        self.now -= 70_000
+
+    def test_what_has_finished_costs_nothing(self):
+        self.about_all()
+        few = self.steps(self.facts_of_all)
+        self.sql("""
+            with recursive n (i) as (select 1 union all select i + 1 from n where i < 20000)
+            insert into bg_task (id, state, queue, name, priority, retries, run_at,
+                created_at, finished_at) select i + 1000, 4 + i % 3, 'default', 't', 5, 3,
+                0, 0, 0 from n""")
+        self.enqueue(priority=9)
+        # Of the newest ones so many are looked at, to see how fast they come.
+        self.assertLess(self.steps(self.facts_of_all), few + 250_000)
+        self.sql("""
+            with recursive n (i) as (select 1 union all select i + 1 from n where i < 20000)
+            insert into bg_task (id, state, queue, name, priority, retries, run_at,
+                created_at, finished_at) select i + 30000, 4 + i % 3, 'default', 't', 5, 3,
+                0, 0, 0 from n""")
+        self.enqueue(priority=9)
+        self.assertLess(self.steps(self.facts_of_all), few + 250_000)
+
+    def test_groups_are_found_by_leaps(self):
+        """However many tasks wait in each: what is ahead is counted by its index."""
+        self.about_all()
+        few = self.steps(lambda: self.store.system_facts(self.now))
+        self.fill(20_000, queue="'q' || (i % 3)")
+        found = self.steps(lambda: self.store.system_facts(self.now))
+        self.assertLess(found, few + 2_000)
+        self.assertEqual(len(self.store.system_facts(self.now).heads), 5)
+
+    def test_no_statement_reads_the_table_of_tasks_from_end_to_end(self):
+        self.about_all()
+        for statement in set(self.traced(self.facts_of_all)):
+            if not statement.lstrip().startswith(("select", "with")) \
+                    or "order by id desc limit 10000" in statement:
+                continue                # the newest ones, by which their pace is told
+            for *_, step in self.sql(f"explain query plan {statement}"):
+                with self.subTest(statement):
+                    self.assertNotRegex(step, r"SCAN (TABLE )?(bg_task|t|b|bg_payload|p)"
+                                        r"( AS \w+)?\Z")
+                    self.assertNotRegex(step, "AUTOMATIC")
+
+    def test_who_is_before_a_task(self):
+        """In the order of claims; what is paused is not counted."""
+        self.sql("update bg_worker set beat_at = ?", self.now)
+        self.enqueue(priority=5)
+        self.enqueue(priority=1, name="u", count=2)
+        self.enqueue(priority=9, count=4)
+        self.enqueue(priority=1, queue="mail", count=8)
+        run, = self.claim(free=1)                       # one of the urgent ones
+        self.finish(run)
+        self.store.retry(run.id, self.now)              # behind all of its priority
+        self.store.pause("mail", self.now)
+        self.enqueue(priority=5)
+        last, = self.sql("select max(id) from bg_task")[0]
+        facts = self.store.task_facts(last, self.now)
+        self.assertEqual(
+            sorted((a.queue, a.name, a.priority, a.tasks) for a in facts.ahead),
+            [("default", "t", 5, 1), ("default", "u", 1, 2)])
+        while facts.task.state == pybgworker.QUEUED:
+            ahead = sum(group.tasks for group in facts.ahead)
+            run, = self.claim(free=1)
+            self.assertEqual(run.id == last, ahead == 0)
+            facts = self.store.task_facts(last, self.now)
+
+    def test_counting_ends_somewhere(self):
+        self.sql("update bg_worker set beat_at = ?", self.now)
+        self.enqueue(count=9)
+        before, pybgworker.AHEAD_MOST = pybgworker.AHEAD_MOST, 5
+        self.addCleanup(setattr, pybgworker, "AHEAD_MOST", before)
+        facts = self.store.task_facts(9, self.now)
+        self.assertEqual((facts.ahead[0].tasks, facts.is_more), (5, True))
+        reason = pybgworker.why(self.store, 9, self.now)
+        self.assertEqual(reason.say, "More than 5 tasks are ahead of it.")
+
+    def test_the_end_of_the_last_worker_is_kept(self):
+        for name in ("w1", "w2"):
+            values = {"name": name, "pid": 1, "host": "h", "boot": "b", "port": 0,
+                      "token": "", "queues": None, "concurrency": 1, "now": self.now,
+                      "live": 0}
+            number = self.store.add_worker(values, lambda worker: None)
+            self.store.remove_worker(number)
+        self.assertEqual(self.sql("select who, how, action, target from bg_event"),
+                         [("w2", "worker", "worker_stop", "w2")])
+        self.store.remove_worker(99)
+        self.assertEqual(self.sql("select count(*) from bg_event"), [(1,)])
+
+    def test_text_that_is_none_is_read_all_the_same(self):
+        self.sql("update bg_worker set beat_at = ?, name = cast(x'77ff' as text)", self.now)
+        self.enqueue()
+        self.assertEqual(self.store.task_facts(1, self.now).workers[0].row.name, "w\ufffd")
+        with self.assertRaises(pybgworker.DatabaseUnavailable):
+            self.store.workers()
+
 
 # == Register =================================================================
 
@@ -17914,6 +18027,72 @@ class Why(WhyCase):
                          ["0 tasks", "1 task", "2,311 tasks"])
         self.assertEqual([pybgworker.lasting(s) for s in (-5, 0.04, 12, 12.34, 192, 604800)],
                          ["0 ms", "40 ms", "12 s", "12.3 s", "3.2 min", "7 d"])
+
+
+class WhyOfWorkers(Case):
+
+    TASKS = """
+        import time
+
+        @task
+        def slow():
+            current_task().set_progress(62, "reading")
+            time.sleep(600)
+
+        @task(rate_limit="2/m")
+        def rated():
+            pass
+
+        @task(max_running=1)
+        def single():
+            time.sleep(600)
+    """
+
+    def test_a_day_of_one_worker(self):
+        """What one does, does not, and leaves behind when it is killed."""
+        app = self.module(self.TASKS)
+        store = pybgworker.default_app.store
+        store.create()
+        self.addCleanup(store.close)
+        ids = [task.delay().id for task in (
+            app.slow, app.rated, app.rated, app.single, app.single, app.slow)]
+        more = [store.enqueue(NewTask(name, queue, 5, None, 3, None, pybgworker.QUEUED,
+                                      store.now(), store.now()), ["[[],{}]"])[0]
+                for name, queue in (("tasks.slwo", "default"), ("tasks.slow", "mail"))]
+
+        def said(task_id):
+            reason = pybgworker.why(store, task_id, store.now())
+            return reason.code, reason.say
+
+        def comes(task_id, code, pattern):
+            until(lambda: said(task_id)[0] == code and re.fullmatch(
+                pattern, said(task_id)[1]), what=f"{code}; it is {said(task_id)}")
+
+        worker = self.worker("--queues", "default", "--concurrency", 2, "--worker-name",
+                             "w1")
+        worker.wait_for("task_start", name="tasks.single")
+        worker.wait_for("task_start", name="tasks.slow")
+        comes(ids[0], "running", r"It has been running on w1 for .*: 62 %, “reading”\.")
+        comes(ids[2], "rate", r"tasks.rated may start 2 a minute, so its turn .*")
+        comes(ids[4], "max_running", "tasks.single may run 1 at a time over all workers, "
+              r"and 1 is running\.")
+        comes(ids[5], "busy", "All 2 children of w1 are busy and .* ahead of it.*")
+        comes(more[0], "unknown_name", r"No live worker knows tasks.slwo \(did you mean "
+              r"tasks.slow\?\)\.")
+        comes(more[1], "not_served", "No live worker serves queue mail: w1 serves default.")
+        store.pause("default", store.now())
+        comes(ids[5], "paused", "Queue default has been paused since .*")
+        worker.kill()
+        comes(ids[0], "worker_dead", rf"Its worker w1 \(pid {worker.pid}\) is dead, and no "
+              "other worker runs. Start one: .*")
+        comes(ids[5], "no_worker", r"No worker runs on this database; the last one, w1 "
+              rf"\(pid {worker.pid}\), is dead\. Start one: .*")
+        found = pybgworker.attention(store, store.now(), pybgworker.default_app.settings)
+        self.assertEqual([(a.code, a.level) for a in found if a.code != "disk"],
+                         [("no_worker", "bad"), ("worker_dead", "bad"),
+                          ("paused", "bad")])
+        self.assertEqual(found[1].say, f"w1 (pid {worker.pid}) is dead, and still holds 2 "
+                         "tasks: no other worker runs to take them over.")
 
 
 # == Attention ================================================================
