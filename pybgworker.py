@@ -19028,7 +19028,12 @@ class Clock:
 
 def lasting(seconds: float) -> str:
     """A span for eyes, without decimals that are none: 12 s."""
-    return span(max(0.0, seconds)).replace(".0 ", " ")
+    return span(seconds).replace(".0 ", " ") if seconds > 0 else "0 s"
+
+
+def percent(part: float) -> str:
+    """A part of 1 for eyes: 94 %."""
+    return f"{100 * part:.3g} %" if part < 0.01 else f"{100 * part:.0f} %"
 
 
 def counted(number: int, what: str, more: str = "") -> str:
@@ -19073,7 +19078,7 @@ def end_of(error: dict | None) -> str:
     if kind == "lost":
         return "was lost with its worker"
     of = type_ and type_ not in text
-    return f"crashed{f' by {type_}' if of else ''}{': ' * bool(text)}{text}"
+    return f"crashed{f' with {type_}' if of else ''}{': ' * bool(text)}{text}"
 
 
 def whole(value: Any, default: Any = None) -> Any:
@@ -19378,8 +19383,8 @@ def _runs(story):
     if half is not None and most is not None:
         say += f" (half of its runs end within {lasting(half)}, 95 % within " \
             f"{lasting(most)})"
-    percent, text = [*(facts.progress or ()), None, None][:2]
-    said = [f"{percent:.3g} %"] if isinstance(percent, (int, float)) else []
+    done, text = [*(facts.progress or ()), None, None][:2]
+    said = [f"{done:.3g} %"] if whole(done) is not None else []
     said += [f"“{brief(text)}”"] if text else []
     return Found("running", f"{say}{': ' * bool(said)}{', '.join(said)}.")
 
@@ -19895,16 +19900,16 @@ def _failing(system):
         runs = max(runs, bad)
         if bad >= _FAILED_RUNS and bad > _FAILED_PART * runs:
             mostly = f"; most often it {end_of(error)}" if error else ""
-            yield Alert("failing", "bad", f"{brief(name)} fails: {bad / runs:.0%} of "
-                        f"{counted(runs, 'run')} in the last 10 min{mostly}.",
+            yield Alert("failing", "bad", f"{brief(name)} fails: {percent(bad / runs)} "
+                        f"of {counted(runs, 'run')} in the last 10 min{mostly}.",
                         f"failures?name={_quoted(name)}", "look")
 
 
 def _crashing(system):
     for name, _, _, crashed, error in system.facts.recent:
         if crashed:
-            is_crash = error and error["kind"] == "crash"
-            how = f": it {end_of(error)}" if is_crash else ""
+            is_crash = error and error["kind"] == "crash" and error.get("message")
+            how = f": {brief(error['message'])}" if is_crash else ""
             times = "once" if crashed == 1 else f"{crashed:,} times"
             yield Alert("crashing", "bad", f"{brief(name)} crashed {times} in the last "
                         f"hour{how}.", f"failures?name={_quoted(name)}", "look")
@@ -19956,7 +19961,7 @@ def _large_children(system):
         if limit and memory > _MEMORY_PART * limit:
             name = system.name_of(worker)
             yield Alert("memory", "warn", f"A child of {name} (pid {pid}) holds "
-                        f"{memory >> 20:,} MiB, {memory / limit:.0%} of its "
+                        f"{memory >> 20:,} MiB, {percent(memory / limit)} of its "
                         "max_memory.", f"worker/{name}", "look")
 
 
@@ -19977,7 +19982,7 @@ def _disk(system):
     free, total, wal = system.disk
     if total and (free < _DISK_BYTES or free < _DISK_PART * total):
         yield Alert("disk", "bad", f"The disk of the database has {free >> 20:,} MiB "
-                    f"left, {free / total:.1%} of it.", "", "free")
+                    f"left, {percent(free / total)} of it.", "", "free")
     if wal > _WAL_BYTES:
         yield Alert("wal", "warn", f"The write-ahead log has grown to {wal >> 20:,} "
                     "MiB: some program has been reading for too long.", "", "look")
@@ -20018,6 +20023,17 @@ def attention(store: Store, now: int, settings: types.SimpleNamespace) -> list[A
     return alerts(facts, disk_of(store.path), settings.worker_timeout)
 
 
+def _plain_value(value):
+    """What JSON can have, of what a row holds."""
+    if isinstance(value, dict):
+        return {str(key): _plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+
+
 def reason_report(reason: Reason) -> dict:
     """A reason as --json prints it."""
     until = None if reason.until is None else iso_time(reason.until)
@@ -20025,7 +20041,7 @@ def reason_report(reason: Reason) -> dict:
         "id": reason.facts["id"], "status": reason.facts["status"],
         "code": reason.code, "say": reason.say,
         "also": [{"code": code, "say": say} for code, say in reason.also],
-        "until": until, "facts": reason.facts,
+        "until": until, "facts": _plain_value(reason.facts),
     }
 
 
