@@ -54,7 +54,7 @@ Map
         Threads · Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
         Hearing · Placement · Crashes · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
-        Senses · Signs · Household · Worker · Command line
+        Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
         Cron · Scheduler · Reports · Reading · Acts · Wording · Reasons · Why ·
         Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
@@ -15766,7 +15766,12 @@ EVENTS = {
         "outcome cannot be stored, or its child ended, perhaps because of another run, "
         "which costs it no retry"),
     "unknown_task": Event(
-        "", "a child does not know the task: it is left to workers that do"),
+        "name queue near",
+        "a child does not know the task: it is left to workers that do; or, without "
+        "`task_id`, such tasks wait and no live worker knows them; `near` is one like "
+        "it"),
+    "unserved": Event("queue", "tasks wait in a queue that no live worker serves"),
+    "queue_paused": Event("queue", "tasks wait in a queue that is paused"),
     "child_error": Event(
         "pid error stack runs",
         "a child had trouble outside of a run, ended with many `runs` in flight, or is "
@@ -16631,6 +16636,89 @@ def _child_row(member):
     return ChildRow(0, pid, running, *(used or (0, 0.0)))
 
 
+# == Unserved =================================================================
+# Owns what is said when work waits that nobody takes: its queue is paused, or served
+# by no live worker, or none of those that serve it knows the task.
+
+_MOST_WAITING = 1000        # (queue, name) that one look is about
+
+
+def live_workers(store: Store, now: int, timeout: float) -> list[WorkerRow]:
+    """Those that have beaten in so many seconds, unless the kernel knows better."""
+    is_dead = judge_of(store)
+    return [row for row in store.workers()
+            if now - row.beat_at <= timeout * 1000 and not is_dead(row)]
+
+
+def _serves(row, queue):
+    queues = None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        queues = json.loads(row.queues or "null")
+    return not isinstance(queues, list) or queue in queues
+
+
+def why_nobody(queue: str, name: str, live: Sequence[WorkerRow],
+               known: Sequence[KnownTask], paused: Container[str]) -> tuple:
+    """(event, its fields) for such a task, which waits; empty: somebody takes it.
+
+    Nothing is known against a worker of an older version: it has not said what it
+    knows.
+    """
+    if queue in paused:
+        return "queue_paused", {"queue": queue}
+    serving = {row.id for row in live if _serves(row, queue)}
+    if not serving:
+        return "unserved", {"queue": queue}
+    knowing = {task.worker for task in known if task.name == name}
+    if knowing & serving or serving - {task.worker for task in known}:
+        return ()
+    import difflib
+
+    names = {task.name for task in known if not callback_kind(task.name)}
+    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
+    return "unknown_task", {"name": name, "queue": queue, "near": near[0] if near else
+                            None}
+
+
+class Unserved:
+    """What one worker has said of it: once for each cause, while that lasts."""
+
+    def __init__(self, store: Store, settings: types.SimpleNamespace, say: Callable,
+                 tasks: Container[str]):
+        self._store, self._settings, self._say = store, settings, say
+        self._tasks = tasks             # names that this worker knows
+        self._version: tuple | None = None      # of the data, at the last look
+        self._said: set[tuple] = set()
+
+    def look(self, now: int) -> None:
+        """Say what is new.  Not at the first look: others may be starting as well."""
+        before, self._version = self._version, self._store.version()
+        if before is None or before == self._version:
+            return
+        said, self._said = self._said, set()
+        for event, fields in self._causes(now):
+            cause = event, *fields.values()
+            if cause not in said | self._said:
+                self._say(event, **fields)
+            self._said.add(cause)
+
+    def _causes(self, now):
+        """Asks for others only if there is something that we do not take."""
+        waiting = self._store.waiting_names(_MOST_WAITING)
+        paused = set(self._store.paused_queues()) if waiting else set()
+        queues = self._settings.queues
+        strange = [
+            (queue, name) for queue, name in waiting
+            if queue in paused or queues and queue not in queues
+            or name not in self._tasks]
+        if not strange:
+            return []
+        live = live_workers(self._store, now, self._settings.worker_timeout)
+        known = self._store.known_tasks()
+        found = (why_nobody(*of, live, known, paused) for of in strange)
+        return [cause for cause in found if cause]
+
+
 # == Household ================================================================
 # Owns a worker's chores: its sign of life, the dead, the clock, what is old, the
 # children's state, and those of rooms.  What the database refuses comes again, and
@@ -16639,6 +16727,7 @@ def _child_row(member):
 ERROR_PAUSE = 0.1           # seconds between two tries on a database in trouble
 _BUSY_SILENCE = 5.0         # … of "locked" before it is worth a log line
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
+_UNSERVED_SECONDS = 3.0     # between two looks for what nobody takes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
 _REAP_PAUSE = 0.05          # … while there are more than one look is about
 
@@ -16734,11 +16823,12 @@ class Household:
 
     def __init__(self, store: Store, settings: types.SimpleNamespace, journal: Journal,
                  lookout: Lookout, liveness: Liveness, pool: Pool,
-                 start_over: Callable[[int], Any]):
+                 start_over: Callable[[int], Any], tasks: Container[str] = ()):
         self._store, self._journal, self._lookout = store, journal, lookout
         self._liveness, self._pool, self._start_over = liveness, pool, start_over
         self.upkeep = Upkeep(store, settings, journal.say)
         self.signs = Signs(store, pool)
+        self.unserved = Unserved(store, settings, journal.say, tasks)
         self.trouble = Trouble(journal.say)
         self._children = settings.concurrency
         self.is_ready = False           # a child has imported the app
@@ -16748,6 +16838,7 @@ class Household:
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
             Chore(1.0, self._note_runs),
+            Chore(_UNSERVED_SECONDS, self._say_unserved),
             Chore(1.0, lambda now: store.housekeep()),
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
             Chore(_PRUNE_SECONDS, self._prune),
@@ -16822,6 +16913,10 @@ class Household:
         if self.signs.look(self.trouble.reason, self.trouble.since, at):
             self._heart.due = 0.0
 
+    def _say_unserved(self, now):
+        if self.signs.state == "ready":
+            self.unserved.look(now)
+
     def _note_runs(self, now):
         self.signs.note_runs(self._liveness.id, now, time.monotonic())
 
@@ -16889,7 +16984,8 @@ class Worker:
         self.outbox = Outbox(self.store, self.journal, registry.tasks, begun)
         self.lookout = Lookout(self.store, self.settings, registry.tasks, kinds)
         self.house = Household(self.store, self.settings, self.journal, self.lookout,
-                               self.liveness, self.pool, self._start_over)
+                               self.liveness, self.pool, self._start_over,
+                               registry.tasks)
         self.wishes = Wishes(self.store, self.pool)
         self.heeding = Chore(_HEED_SECONDS, self._heed_wishes)
         self.stop_by = 0.0              # monotonic: the end of a graceful stop
@@ -18902,7 +18998,30 @@ def _enqueue(args, app):
     result = app.send(args.name, *values, kwargs=kwargs, **options)
     if is_new:
         print(f"pybgworker: made the database {app.store.path}", file=sys.stderr)
+    _warn(app, result.id)
     return str(result.id)
+
+
+def _warn(app, task_id):
+    """Say it if there are workers, and none takes this task."""
+    store, timeout = app.store, app.settings.worker_timeout
+    row, live = store.task(task_id), live_workers(store, store.now(), timeout)
+    paused = store.paused_queues()
+    if not (live or row.queue in paused) or row.state in FINISHED:
+        return
+    event, about = why_nobody(
+        row.queue, row.name, live, store.known_tasks(), paused) or ("", {})
+    near = about.get("near")
+    say = {
+        "queue_paused": f"queue {row.queue} is paused: the task waits until "
+                        f"`resume {row.queue}`",
+        "unserved": f"no live worker serves queue {row.queue}: the task waits for one",
+        "unknown_task": f"no live worker knows {row.name}"
+                        f"{near and f' (did you mean {near}?)' or ''}: the task waits "
+                        "for one that does",
+    }.get(event)
+    if say:
+        print(f"pybgworker: {visible(say)}", file=sys.stderr)
 
 
 def _check_task(app, args):

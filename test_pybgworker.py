@@ -15016,6 +15016,103 @@ class Signs(Served):
         self.assertEqual(len(signs.note), 300)
 
 
+# == Unserved =================================================================
+
+
+class Neglect(QueueCase):
+    """What is said when nobody takes what waits."""
+
+    VALUES, add = LiveRows.VALUES, LiveRows.add
+
+    def said(self):
+        """The events of one more look."""
+        self.say.reset_mock()
+        self.sql("update bg_worker set beat_at = ?", self.now)      # another commits
+        self.unserved.look(self.now)
+        return [(call.args[0], call.kwargs) for call in self.say.mock_calls]
+
+    def setUp(self):
+        super().setUp()
+        self.sql("delete from bg_worker")
+        self.say, self.tasks = mock.Mock(), {"shop.send"}
+        self.settings = types.SimpleNamespace(queues=None, worker_timeout=15.0)
+        self.unserved = pybgworker.Unserved(
+            self.store, self.settings, self.say, self.tasks)
+        self.me = self.add(now=self.now, tasks=[
+            pybgworker.KnownTask(0, name, None, ()) for name in self.tasks])
+        self.unserved.look(self.now)
+
+    def test_each_cause_is_said_once_while_it_lasts(self):
+        self.assertEqual(self.said(), [])
+        self.enqueue(name="shop.send")
+        self.assertEqual(self.said(), [])
+        self.enqueue(name="shop.sned", count=3)
+        unknown = "unknown_task", {"name": "shop.sned", "queue": "default",
+                                   "near": "shop.send"}
+        self.assertEqual(self.said(), [unknown])
+        self.assertEqual(self.said(), [])
+        self.enqueue(name="other", queue="mail")
+        self.store.pause("default", self.now)
+        self.assertEqual(self.said(), [
+            ("queue_paused", {"queue": "default"}),
+            ("unknown_task", {"name": "other", "queue": "mail", "near": None})])
+        self.store.resume("default")
+        self.assertEqual(self.said(), [unknown])    # another episode
+        self.sql("update bg_task set state = 6")
+        self.assertEqual(self.said(), [])
+
+    def test_a_queue_that_nobody_serves_is_said(self):
+        self.settings.queues = ("a", "b")
+        self.sql("update bg_worker set queues = '[\"a\", \"b\"]'")
+        self.enqueue(name="shop.send", queue="mail")
+        self.enqueue(name="shop.sned", queue="mail")
+        self.assertEqual(self.said(), [("unserved", {"queue": "mail"})])
+        other = self.add(now=self.now)              # it is older: it has said nothing
+        self.assertEqual(self.said(), [])
+        self.sql("update bg_worker set beat_at = 5 where id = ?", other)
+        self.unserved.look(self.now)                # it is silent
+        self.assertEqual([call.args for call in self.say.mock_calls], [("unserved",)])
+
+    def test_what_another_worker_takes_is_no_trouble(self):
+        self.enqueue(name="theirs", queue="mail")
+        self.add(now=self.now, queues='["mail"]',
+                 tasks=[pybgworker.KnownTask(0, "theirs", None, ())])
+        self.assertEqual(self.said(), [])
+        self.sql("update bg_worker set queues = '{'")     # edited by hand: all
+        self.enqueue(name="theirs")
+        self.assertEqual(self.said(), [])
+
+    def test_nobody_is_asked_while_nothing_strange_waits(self):
+        self.enqueue(name="shop.send")
+        self.sql("update bg_worker set beat_at = ?", self.now)
+        asked = self.traced(lambda: self.unserved.look(self.now))
+        self.assertEqual([s for s in asked if "bg_worker" in s], [])
+        asked = self.traced(lambda: self.unserved.look(self.now))
+        self.assertEqual(len(asked), 1, asked)      # and nobody has committed
+
+    def test_a_real_worker_says_it_and_enqueue_too(self):
+        self.sql("delete from bg_worker")
+        (self.folder / "tasks.py").write_text(
+            "from pybgworker import *\n@task(name='shop.send')\ndef send(): pass\n")
+        worker = self.worker("--concurrency", 1, "--queues", "default")
+        worker.wait_for("worker_ready", timeout=60)
+        self.store.pause("later", self.now)
+        for argv, text in (
+            (("shop.sned",), "no live worker knows shop.sned (did you mean shop.send?)"),
+            (("shop.send", "--queue", "mail\x1b"), "no live worker serves queue mail\\x1b"),
+            (("shop.send", "--queue", "later"), "queue later is paused"),
+        ):
+            with self.subTest(argv):
+                done = self.cli("enqueue", *argv)
+                self.assertIn(f"pybgworker: {text}: the task waits", done.stderr)
+                self.assertEqual(done.returncode, 0)
+        self.assertNotIn("live worker", self.cli("enqueue", "shop.send", "--queue",
+                                                 "default").stderr)
+        worker.wait_for("unknown_task", name="shop.sned", near="shop.send", timeout=60)
+        worker.wait_for("unserved", queue="mail\x1b", timeout=60)
+        worker.wait_for("queue_paused", queue="later", timeout=60)
+
+
 # == Household ================================================================
 
 class Households(unittest.TestCase):
