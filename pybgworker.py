@@ -20840,6 +20840,28 @@ def padded(text: str, width: int, right: bool = False, cut: str = "…") -> str:
     return filler + text if right else text + filler
 
 
+def broken(text: str, width: int) -> list[str]:
+    """A clean text in parts that fit, broken between words where they are short."""
+    parts: list[str] = []
+    start = 0
+    while True:
+        end = _reach(text, start, width)
+        if end == len(text):
+            return [*parts, text[start:]]
+        space = text.rfind(" ", start + (end - start) // 2, end + 1)
+        stop = space if space > start else end
+        parts.append(text[start:stop])
+        start = stop + (stop == space)
+
+
+def _reach(text, start, width):
+    """Where the part must end at the latest that begins at `start`."""
+    window = text[start:start + max(1, width)]
+    while len(window) > 1 and width_of(window) > width:
+        window = window[:-1]
+    return start + len(window)
+
+
 def styled(line: Sequence[tuple[str, str]], colour: bool) -> str:
     """A line of (text, style) as a terminal takes it; without `colour` none."""
     parts = []
@@ -21133,12 +21155,17 @@ def frame(view: dict, width: int, height: int, glyphs: Glyphs = Glyphs(),
     if last:
         tail.append([(padded(last, width, cut=glyphs.cut).rstrip(), "dim")])
     gap: list = [[]] if height >= _ROOMY else []
-    blocks = [_alerts_block(view, glyphs), _queues_block(view, width, glyphs, gap),
+    blocks = [_alerts_block(view, width, glyphs),
+              _queues_block(view, width, glyphs, gap),
               _tasks_block(view, width, glyphs, gap),
               _failed_block(view, width, glyphs)]
     room = height - len(lines) - len(tail)
-    if sum(block.lines for block in blocks) > room:
-        blocks[1] = _queues_block(view, width, glyphs, gap, only_late=True)
+    for number, shorter in (
+        (0, lambda: _alerts_block(view, 0, glyphs)),
+        (1, lambda: _queues_block(view, width, glyphs, gap, only_late=True)),
+    ):
+        if sum(block.lines for block in blocks) > room:
+            blocks[number] = shorter()
     if not any(block.rows for block in blocks):
         lines += [*gap, [("nothing waits, and nothing runs", "")]]
     spots: list[Spot] = []
@@ -21234,17 +21261,20 @@ def _cut_line(parts, width, glyphs):
     return [(text, style) for text, style in line if text]
 
 
-def _alerts_block(view, glyphs):
+def _alerts_block(view, width, glyphs):
+    """A sentence on as many lines as it takes; with a width of 0 on one."""
     rows = []
     for alert in view["attention"]:
         sign, style = (glyphs.bad, "bad") if alert["level"] == "bad" else ("!", "warn")
-        rows.append(([(f"{sign} {clean(alert['say'])}", style)], None, None, alert))
+        text = clean(alert["say"])
+        for n, part in enumerate(broken(text, width - 2) if width > 10 else [text]):
+            rows.append(([(f"{' ' if n else sign} {part}", style)], None, None, alert))
     return _Block([], rows, len(rows), 3)
 
 
 def _queues_block(view, width, glyphs, gap, only_late=False):
-    queues = [row for row in view["queues"] if row["waiting"] or row["paused"]
-              or not only_late and (row["later"] or row["running"])]
+    queues = [row for row in view["queues"]
+              if row["waiting"] or row["paused"] or not only_late]
     is_narrow = width < NARROW
     fixed = 23 if is_narrow else 68
     longest = max((width_of(clean(row["queue"])) for row in queues), default=0)
@@ -21352,6 +21382,7 @@ def _next_line(view, width, glyphs):
 
 _PATIENCE = 1.0         # seconds that `top` waits for a locked database
 _LEAST_PAUSE = 20       # times what a look has cost: a twentieth of a CPU at most
+_LONGEST_PAGE = 200_000     # characters that are shown of a text
 _WHOLE = 1000           # lines of a frame that is only printed: it has all
 _ENDS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 _GONE = (errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE)      # of a terminal
@@ -21389,14 +21420,19 @@ class _Page:
     def look(self) -> None:
         """Read what it shows as of now."""
         try:
-            self.text = self.read()
+            text = self.read()
+            if len(text) > _LONGEST_PAGE:
+                rest = f"… {len(text) - _LONGEST_PAGE:,} characters more …"
+                text = f"{rest}\n{text[-_LONGEST_PAGE:]}" if self.follows else \
+                    f"{text[:_LONGEST_PAGE]}\n{rest}"
+            self.text = text
         except TaskNotFound as exc:
             self.text = self.text or str(exc)
 
     def lines(self, width: int, height: int) -> list[str]:
         """Those to be shown now, broken where they are too wide."""
         lines = [part for line in visible(self.text).expandtabs().split("\n")
-                 for part in _broken(line, width)]
+                 for part in broken(line, width)]
         last = max(0, len(lines) - height)
         self.first = last if self.follows else max(0, min(self.first, last))
         return lines[self.first:self.first + height]
@@ -21407,20 +21443,6 @@ class _Page:
             self.follows = False
         self.first += {"up": -1, "down": 1, "page up": -height, "page down": height,
                        "home": -10**9, "end": 10**9}[key]
-
-
-def _broken(line, width):
-    """A line in parts that fit; a wide character is never halved."""
-    parts = [""]
-    room = width
-    for char in line:
-        size = width_of(char)
-        if size > room:
-            parts.append("")
-            room = width
-        parts[-1] += char
-        room -= size
-    return parts
 
 
 class _Question(NamedTuple):
@@ -21442,7 +21464,7 @@ class Top:
         self.note = ""              # that there is no answer, and since when
         self.message = ""           # what came of the last key
         self.spots: list[Spot] = []
-        self.chosen: tuple | None = None
+        self.moved: tuple | None = None     # (kind, key) that somebody has moved to
         self.page: _Page | None = None
         self.question: _Question | None = None
 
@@ -21487,10 +21509,9 @@ class Top:
         if self.page is not None:
             lines = self._page_lines(self.page, width, height)
         else:
+            chosen = self.chosen
             lines, self.spots = self._frame(width, height)
-            keys = [(spot.kind, spot.key) for spot in self.spots]
-            if keys and self.chosen not in keys:
-                self.chosen = next((key for key in keys if key[0] == "task"), keys[0])
+            if self.chosen != chosen:
                 lines, self.spots = self._frame(width, height)
         colour = self.screen.colour
         texts = [styled(line, colour) for line in lines]
@@ -21561,12 +21582,24 @@ class Top:
         if self.page is not None:
             return self.page.move(key, max(1, self.screen.size()[1] - 3))
         keys = [(spot.kind, spot.key) for spot in self.spots]
-        if keys:
-            here = keys.index(self.chosen) if self.chosen in keys else 0
+        if self.chosen is not None:
+            here = keys.index(self.chosen)
             to = {"up": here - 1, "down": here + 1, "page up": 0, "home": 0}.get(
                 key, len(keys) - 1)
-            self.chosen = keys[max(0, min(to, len(keys) - 1))]
+            self.moved = keys[max(0, min(to, len(keys) - 1))]
         return None
+
+    @property
+    def chosen(self) -> tuple | None:
+        """(kind, key) of the row that keys are about.
+
+        Until somebody has moved: the first that runs, else the first that failed.
+        """
+        keys = [(spot.kind, spot.key) for spot in self.spots]
+        if self.moved in keys:
+            return self.moved
+        order = ("task", "failure", "queue")
+        return min(keys, key=lambda key: order.index(key[0]), default=None)
 
     def spot(self) -> Spot:
         """The row that is chosen.  Raises Problem: there is none."""
@@ -21613,8 +21646,12 @@ def _show_it(top):
         return top.open(_Page(f"queue {queue}: its newest tasks", lambda: list_text(
             page_report(store, Filter(queue=queue), 100))))
     task = top.task()
-    return top.open(_Page(f"task {task}", lambda: show_text(show_report(store, task)),
-                          task))
+
+    def read():
+        reason = why(store, task, store.now(), top.app.settings)
+        return f"{reason_text(reason)}\n\n{show_text(show_report(store, task))}"
+
+    return top.open(_Page(f"task {task}", read, task))
 
 
 def _why_it(top):

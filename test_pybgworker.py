@@ -19316,6 +19316,60 @@ class InTerminal:
             os.close(self.master)
 
 
+class Screens(unittest.TestCase):
+
+    def test_wide_characters_take_two_columns_and_marks_none(self):
+        for text, width in (("", 0), ("mail", 4), ("\u6f22\u5b57", 4), ("e\u0301", 1),
+                            ("\U0001f41f", 2), ("\u200d", 0), ("\u25c8\u2588", 2)):
+            self.assertEqual(pybgworker.width_of(text), width, text)
+
+    def test_a_text_is_padded_or_cut_to_its_column(self):
+        for args, text in (
+            (("mail", 6), "mail  "), (("mail", 6, True), "  mail"), (("mail", 4), "mail"),
+            (("mailbox", 4), "mai\u2026"), (("mailbox", 1), "\u2026"), (("mailbox", 0), ""),
+            (("\u6f22\u5b57", 3), "\u6f22\u2026"), (("\u6f22\u5b57", 2), "\u2026 "),
+            (("mailbox", 4, False, "~"), "mai~"),
+        ):
+            self.assertEqual(pybgworker.padded(*args), text)
+
+    def test_a_text_is_broken_between_words_where_it_can_be(self):
+        for text, parts in (
+            ("", [""]), ("one two", ["one two"]), ("one two three", ["one two", "three"]),
+            ("one twoandthree", ["one twoa", "ndthree"]), ("  indented", ["  indent", "ed"]),
+            ("\u6f22" * 5, ["\u6f22" * 4, "\u6f22"]), ("12345678 9", ["12345678", "9"]),
+        ):
+            self.assertEqual(pybgworker.broken(text, 8), parts)
+        for width in (-1, 0, 1):
+            self.assertEqual("".join(pybgworker.broken("\u6f22b", width)), "\u6f22b")
+
+    def test_keys_come_as_their_names_however_they_are_split(self):
+        """A sequence may arrive in two reads; Escape is one that goes on with nothing."""
+        reads, writes = os.pipe()
+        terminal = pybgworker.Terminal(reads, -1, "utf-8", True)
+        terminal._wake = os.pipe()
+        self.addCleanup(lambda: [os.close(fd) for fd in (reads, writes, *terminal._wake)])
+        for typed, keys in (
+            (b"q", ["q"]), (b"\x1b[A\x1bOBy", ["up", "down", "y"]), (b"\x1b", ["escape"]),
+            (b"\r\n", ["enter", "enter"]), (b"\x1b[5~\x1b[6~", ["page up", "page down"]),
+            (b"\x1b[1;5C", ["\x1b[1;5C"]), (b"\x1b\x1b[A", ["escape", "up"]),
+            ("\u00e9".encode(), ["\u00e9"]), (b"\xff", ["\ufffd"]),
+        ):
+            os.write(writes, typed)
+            self.assertEqual(terminal.keys(5), keys)
+        first = [b"\x1b"]
+        with mock.patch.object(terminal, "_read", lambda: (
+                first.pop() if first else os.read(reads, 99)).decode()):
+            os.write(writes, b"[A")
+            self.assertEqual(terminal.keys(5), ["up"])
+        self.assertEqual(terminal.keys(0), [])
+
+    def test_styles_are_only_colours_that_can_be_left_out(self):
+        line = [("mail ", ""), ("paused", "bad"), (" >", "chosen"), ("", "bad")]
+        self.assertEqual(pybgworker.styled(line, True),
+                         "mail \x1b[31mpaused\x1b[0m\x1b[7m >\x1b[0m")
+        self.assertEqual(pybgworker.styled(line, False), "mail paused\x1b[7m >\x1b[0m")
+
+
 # == Frame ====================================================================
 
 FRAME = """\
@@ -19753,6 +19807,11 @@ class Tops(Served):
         def chosen():
             return [top.screen.lines[row] for row in sorted(top.screen.reversed)]
 
+        until(lambda: len(chosen()) == 1, what="a row")
+        top.type("\x1b[H")
+        until(lambda: len(chosen()) == 1 and chosen()[0].startswith("default"),
+              what="the first")
+        top.type("\x1b[B")
         until(lambda: len(chosen()) == 1 and chosen()[0].startswith("mail"),
               what="the queue")
         top.type("\x1b[B")
