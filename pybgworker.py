@@ -21629,14 +21629,6 @@ class Top:
         self.question = _Question(f"{text}? y/N", act)
 
 
-def _printed_by(store, task):
-    """What it has printed, as far as that is kept; live, if it runs."""
-    row = store.task(task)
-    if row.state == RUNNING:
-        return "".join(part.body for part in store.live_output(task, row.attempt))
-    return store.output(task) or "nothing was printed"
-
-
 # What a key does: a table of functions that are given the Top.
 
 def _show_it(top):
@@ -21666,7 +21658,16 @@ def _why_it(top):
 
 def _logs_of(top):
     store, task = top.app.store, top.task()
-    top.open(_Page(f"logs {task}", lambda: _printed_by(store, task), task, True))
+    parts: list[str] = []
+    follower = Follower(store, task, None, lambda _, text: parts.append(text),
+                        lambda text: parts.append(f"\n{text}\n"))
+
+    def read():
+        row = follower.look()
+        so_far = "" if row.state in FINISHED else " so far"
+        return "".join(parts) or f"It has printed nothing{so_far}."
+
+    top.open(_Page(f"logs {task}", read, task, follows=True))
 
 
 def _cancel_it(top):

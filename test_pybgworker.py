@@ -19842,6 +19842,13 @@ class Tops(Served):
         top.see("/min")
         self.assertIsNone(top.process.poll())
 
+    def test_a_task_that_has_printed_nothing_says_so(self):
+        self.failing(1)
+        top = self.top()
+        top.see("> +1  billing.charge")
+        top.type("l")
+        top.see("(?m)^It has printed nothing[.]$")
+
     def test_a_page_is_moved_through(self):
         task = self.tasks.charge.delay(list(range(200))).id
         self.enqueued()
