@@ -2171,7 +2171,6 @@ class ScheduleFacts(NamedTuple):
     """A schedule, and how its last run ended."""
 
     row: ScheduleRow
-    alert_after: float | None = None
     last_state: int | None = None
 
 
@@ -8666,10 +8665,10 @@ class SystemLook(Looks):
         rows = self.db.read(
             f"""select s.task, s.expr, s.tz, s.number, s.misfire, s.overlap, s.jitter,
                     s.next_tick, s.last_tick, s.done, s.set_at, s.seen_at, s.last_id,
-                    s.success_at, s.alert_after, t.state
+                    s.success_at, s.alert_after, s.since, t.state
                 from bg_schedule as s left join bg_task as t on t.id = s.last_id
                 order by s.next_tick limit {_MOST_FEW}""")
-        return tuple(ScheduleFacts(ScheduleRow(*row[:14]), *row[14:]) for row in rows)
+        return tuple(ScheduleFacts(ScheduleRow(*row), state) for *row, state in rows)
 
     def _children(self):
         rows = self.db.read(
@@ -20054,23 +20053,13 @@ def _about(system, known):
                f"{clock.at(row.next_tick * 1000)} has not been enqueued", "look")
     if known.last_state == FAILED:
         yield "schedule_failed", f"failed: its last run was task {row.last_id}", "look"
-    after, success = whole(known.alert_after), whole(row.success_at)
-    since = success or whole(row.last_tick, 0) * 1000
-    if after and since:
-        tick = _tick_after(row, since) if success else since
-        if tick is not None and now > tick + after * 1000:
-            last = f"since {clock.at(success)}" if success else "yet"
-            yield "schedule_silent", f"has had no success {last}", "look"
-
-
-def _tick_after(row, at):
-    """Unix ms of the first tick after a time; None for never."""
-    try:
-        moment = datetime.fromtimestamp(at / 1000, timezone.utc)
-        tick = Cron(row.expr, row.tz).next(moment)
-        return tick and round(tick.timestamp() * 1000)
-    except (ValueError, TypeError, OverflowError, OSError, LookupError):
-        return None             # edited by hand; or the zone is gone
+    after, success = whole(row.alert_after), whole(row.success_at)
+    plain = row._replace(
+        expr=str(row.expr), tz=str(row.tz), alert_after=after and row.alert_after,
+        success_at=success, since=whole(row.since))
+    if late_tick(plain, now) is not None:
+        last = f"since {clock.at(success)}" if success else "yet"
+        yield "schedule_silent", f"has had no success {last}", "look"
 
 
 def _large_children(system):

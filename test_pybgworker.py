@@ -18365,7 +18365,7 @@ class Attention(WhyCase):
                    "schedules", "look")
         self.schedule(alert_after=7200.0, success_at=self.now - hour, expr="0 * * * *")
         self.assertEqual(self.found(), [])
-        self.schedule(alert_after=7200.0, last_tick=self.now // 1000 - 8000)
+        self.schedule(alert_after=7200.0, last_tick=self.now // 1000 - 18_000)
         self.needs("schedule_silent", r"Schedule t has had no success yet\.", "schedules",
                    "look")
         self.schedule(alert_after=7200.0, success_at=self.now - 20 * hour, expr="nonsense")
