@@ -7350,7 +7350,7 @@ class Records:
 # never counted.  Each state of a task has an order, and a page goes on from a place
 # in it: by what it says, so that it holds whatever happens to the tasks meanwhile.
 
-BATCH = 500                # tasks that one transaction of a command changes
+BATCH = 500                 # tasks that one transaction of a command changes
 _WINDOW = 20_000            # tasks that one statement looks through
 _MOST_GROUPS = 200          # (queue, name) that are merged in the order of claims
 _HEAD_ROWS = 8              # of a group and priority: one of them is about the oldest
@@ -7612,13 +7612,14 @@ class Search:
             return True
         f = self._filter
         try:
-            error, args = self._lists.error(row.id), self._lists.args(row.id)
+            error = self._lists.error(row.id)
+            if f.error is not None and (
+                    error is None or f.error not in (error.get("type"), error["kind"])):
+                return False
+            return f.text is None or \
+                self._match(row, self._lists.args(row.id) or "", error)
         except TaskNotFound:                    # deleted a moment ago
             return False
-        if f.error is not None and (
-                error is None or f.error not in (error.get("type"), error["kind"])):
-            return False
-        return f.text is None or self._match(row, args or "", error)
 
 
 def said_place(place):

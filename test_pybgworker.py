@@ -7081,6 +7081,84 @@ class Listing(QueueCase):
         self.assertEqual(self.ids(Filter(name="rare"), before=page.next), [30_000, 5])
         self.assertIsNone(self.store.page(Filter(name="rare"), seconds=9).next)
 
+    def test_every_statement_of_a_list_uses_its_index(self):
+        """One that passes history by has SEARCH, or SCAN by a partial index."""
+        self.enqueue(count=50)
+        self.enqueue(at=self.now + 1000)
+        self.sql("update bg_task set state = 5, finished_at = id where id < 20")
+        found = Filter(name="t", queue="default", since=1, text="x", error="e")
+        states = (None, *range(7))
+        def look():
+            self.store.queues(self.now)
+            self.store.waiting_names(9)
+            self.store.failures(0)
+            self.store.indexed_counts()
+            for state in states:
+                for filter in (Filter(state), found._replace(state=state)):
+                    page = self.store.page(filter, limit=3)
+                    self.store.page(filter, page.next, limit=3)
+                    self.store.count(filter, 99)
+
+        for statement in {s for s in self.traced(look) if "bg_task" in s}:
+            for row in self.sql("explain query plan " + statement):
+                with self.subTest(" ".join(statement.split())[:200]):
+                    self.assertNotRegex(row[-1], "SCAN (TABLE )?bg_task(?! USING)")
+                    self.assertNotRegex(row[-1], "INTEGER PRIMARY KEY .rowid>. AND rowid<. "
+                                                 "AND")
+
+    def test_lists_cost_no_more_for_what_has_finished_or_waits(self):
+        def looks():
+            return [self.steps(look) for look in (
+                lambda: self.store.waiting_names(9),
+                lambda: self.store.page(Filter(pybgworker.QUEUED, "t")),
+                lambda: self.store.page(Filter(pybgworker.FAILED)),
+                lambda: self.store.page(Filter(pybgworker.RUNNING)),
+                lambda: self.store.db.read(pybgworker._HEADS),
+                lambda: self.store.failures(0, 5))]
+
+        def counts():
+            return self.steps(lambda: self.store.queues(self.now))
+
+        self.fill(2000)
+        self.sql("update bg_task set state = 5, finished_at = id where id < 1000")
+        few, counted = looks(), counts()
+        self.fill(30_000)
+        self.sql("update bg_task set state = 5, finished_at = id where id between 4000 and 5000")
+        for before, now in zip(few, looks()):
+            self.assertLess(now, before + 1500)
+        self.sql("update bg_task set state = 4, finished_at = id where id > 5000")
+        self.assertLess(counts(), counted + 20_000)     # 2,000 more wait
+        rare = Filter(name="rare")
+        window = self.steps(lambda: self.store.page(rare, seconds=0))
+        self.fill(60_000)
+        self.assertLess(self.steps(lambda: self.store.page(rare, seconds=0)), 2 * window)
+
+    def test_what_somebody_has_finished_by_hand_is_listed(self):
+        """Without a time, and whatever the state."""
+        self.enqueue(count=3)
+        self.sql("update bg_task set state = 5, finished_at = case id when 2 then 9 end")
+        self.assertEqual(self.every_page(Filter(pybgworker.FAILED), 1), [[2], [3], [1], []])
+        self.sql("update bg_task set state = 42")
+        self.assertEqual(self.ids(Filter(42)), [3, 2, 1])
+        self.assertEqual(self.store.count(Filter(42)), 3)
+        self.sql("update bg_task set state = 1, args = null")
+        self.assertEqual(self.ids(Filter(text="t")), [3, 2, 1])
+
+    def test_a_text_too_long_to_look_for_is_refused(self):
+        self.assertRaisesRegex(pybgworker.OptionError, "at most 1000 characters",
+                               self.ids, Filter(text="x" * 1001))
+
+    def test_tasks_are_counted_up_to_an_id_and_a_number(self):
+        self.fill(30_000)
+        self.sql("update bg_task set state = 5, finished_at = 1 where id % 3 = 0")
+        count, failed = self.store.count, Filter(pybgworker.FAILED)
+        self.assertEqual(count(failed), 10_000)
+        self.assertEqual(count(failed, max_id=300), 100)
+        self.assertEqual(count(failed, at_most=50), 50)
+        self.assertEqual(count(failed._replace(name="no")), 0)
+        self.assertEqual(count(Filter()), 30_000)
+        self.assertEqual(count(Filter(name="t"), max_id=299), 299)
+
     def test_failures_come_newest_first_however_their_errors_were_edited(self):
         bodies = ('{"kind":"crash","type":"SIGSEGV","message":"m"}', "{bad", "[]", "7",
                   '{"kind":3}', None, '{"kind":"x","message":[1]}')
@@ -7147,6 +7225,185 @@ class Operating(QueueCase):
             ("ann", "cli", "cancel", "queue default", "2 tasks"),
             ("ann", "cli", "pause", "mail", "down"), ("ann", "cli", "resume", "mail", None),
             ("ann", "cli", "prune", "what has finished", "3 tasks")])
+
+    def failed(self, count=1, **values):
+        for _ in range(count):
+            self.enqueue(retries=0, **values)
+        for run in self.claim():
+            self.finish(run, pybgworker.FAILED, error={"kind": "x", "type": "E"})
+
+    def test_many_are_retried_from_the_oldest_and_none_that_came_later(self):
+        self.failed(5)
+        acted = self.store.act("retry", Filter(), self.now, max_id=4, limit=2)
+        self.assertEqual((acted.done, acted.skipped), (2, 0))
+        self.assertEqual([self.status(n) for n in (1, 2, 3)], ["queued", "queued", "failed"])
+        self.assertEqual(acted.left, 2)
+        self.assertEqual(self.act("retry", Filter(), max_id=4, limit=2), (2, 0))
+        self.assertEqual(self.status(5), "failed")
+        self.assertEqual([run.id for run in self.claim()], [1, 2, 3, 4])
+
+    def test_an_act_ends_also_where_its_place_is_not_passed_on(self):
+        self.failed(9)
+        self.sql("update bg_task set key = 'k' where id > 3")
+        self.enqueue(key="k")
+        rounds = 0
+        while self.store.act("retry", Filter(), self.now, limit=2).left:
+            rounds += 1
+        self.assertEqual(rounds, 2)
+        self.assertEqual(self.store.count(Filter(pybgworker.FAILED)), 6)
+
+    def test_a_key_that_is_taken_is_a_reason_and_the_others_go_on(self):
+        self.failed(3)
+        self.sql("update bg_task set key = 'k' where id < 3")
+        acted = self.store.act("retry", Filter(), self.now)
+        self.assertEqual(acted, (2, 1, 0, None, {pybgworker.KEY_HELD: 1}))
+
+    def test_retries_are_spread_evenly_over_a_time(self):
+        self.failed(90)
+        before = self.store.page(Filter(pybgworker.FAILED), limit=99).rows
+        self.assertEqual(self.act("retry", Filter(), spread=60.0), (90, 0))
+        rows = self.store.page(Filter(pybgworker.SCHEDULED), limit=99).rows
+        self.assertEqual(len(rows), len(before))
+        for third in range(3):
+            since = self.now + third * 20_000
+            self.assertIn(sum(since <= row.run_at < since + 20_000 for row in rows),
+                          range(27, 34))
+        self.assertEqual(self.act("run_now", Filter()), (90, 0))
+        self.assertEqual(len(self.claim()), 90)
+
+    def test_each_action_does_it_only_where_it_can(self):
+        names = ("scheduled", "retrying", "queued", "running", "success", "failed",
+                 "cancelled")
+        expected = {
+            "retry": ("queued", "queued", "", "", "queued", "queued", "queued"),
+            "run_now": ("queued", "queued", "", "", "", "", ""),
+            "cancel": ("cancelled", "cancelled", "cancelled", "running", "", "", ""),
+            "forget": ("gone", "gone", "gone", "", "gone", "gone", "gone"),
+        }
+        for action, ends in expected.items():
+            self.sql("delete from bg_task")
+            self.enqueue(count=7)
+            first = self.sql("select min(id) from bg_task")[0][0]
+            self.sql("update bg_task set state = id - ?, worker = 1, run_at = 1 + ?, "
+                     "finished_at = iif(id - ? > 3, 1, null)", first, self.now, first)
+            ids = list(range(first, first + 7))
+            acted = self.store.act(action, [*ids, 999], self.now)
+            with self.subTest(action):
+                self.assertEqual(acted.done, sum(map(bool, ends)))
+                self.assertEqual(acted.reasons.pop("is gone"), 1)
+                self.assertEqual(acted.reasons, {f"is {name}": 1 for name, end
+                                                 in zip(names, ends) if not end})
+                left = {row.id: row.status for row in self.store.tasks()}
+                self.assertEqual([left.get(task_id, "gone") for task_id in ids],
+                                 [end or name for name, end in zip(names, ends)])
+
+    def test_cancel_by_filter_leaves_what_runs_unless_that_is_meant(self):
+        self.enqueue(count=4)
+        self.claim(free=2)
+        self.assertEqual(self.act("cancel", Filter()), (2, 0))
+        self.assertEqual(self.store.cancels_asked(1), [])
+        self.assertEqual(self.act("cancel", Filter(pybgworker.RUNNING)), (2, 0))
+        self.assertEqual(self.store.cancels_asked(1), [1, 2])
+
+    def test_what_act_cannot_mean_is_refused(self):
+        for action, what, options in (
+                ("explode", [1], {}), ("retry", Filter(), {"spread": -1.0}),
+                ("retry", Filter(), {"spread": math.nan}),
+                ("retry", Filter(), {"after": "0!x"})):
+            with self.subTest(action):
+                self.assertRaises(pybgworker.OptionError, self.store.act, action, what,
+                                  self.now, **options)
+        self.assertRaises(pybgworker.TaskNotFound, self.store.act, "retry", ["7"], self.now)
+        for after in ("9!", "x", "-1!3"):
+            self.assertEqual(self.store.act("retry", Filter(), self.now, after=after).left, 0)
+
+    def test_acts_among_claims_and_ends_lose_and_double_nothing(self):
+        """Another thread works on the tasks that this one retries and cancels."""
+        self.enqueue(count=200, retries=0)
+        self.app.settings.busy_timeout = 30
+        ended, is_over = collections.Counter(), threading.Event()
+
+        def work():
+            chance = random.Random(1)
+            with contextlib.closing(SqliteStore(str(self.db))) as store:
+                while not is_over.is_set():
+                    turn = pybgworker.Turn(1, order=self.order(free=5))
+                    runs = store.turn(turn, self.now, 30).claimed.runs
+                    ends = [Outcome(run, chance.choice((pybgworker.SUCCESS,
+                            pybgworker.FAILED)), error={"kind": "x"}) for run in runs]
+                    written = store.turn(pybgworker.Turn(1, outcomes=ends), self.now, 30)
+                    ended.update((o.run.id, o.run.attempt) for o in written.written)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        retried = 0
+        try:
+            for _ in range(40):
+                retried += self.act("retry", Filter(), limit=9)[0]
+                retried += self.act("retry", Filter(pybgworker.CANCELLED), limit=9)[0]
+                self.act("cancel", Filter(pybgworker.QUEUED), limit=9)
+        finally:
+            is_over.set()
+            worker.join(60)
+        self.assertEqual(set(ended.values()), {1})
+        self.assertEqual(self.sql("select count(*), sum(state > 3 or state = 2) from bg_task"),
+                         [(200, 200)])
+        self.assertGreater(retried, 0)
+
+    def test_two_people_who_act_at_once_do_nothing_twice(self):
+        self.failed(60)
+        stores = [SqliteStore(str(self.db)) for _ in range(2)]
+        done, begin = [], threading.Barrier(2)
+
+        def act(store):
+            begin.wait()
+            after = None
+            while True:
+                acted = store.act("retry", Filter(), self.now, By("x", "cli"), limit=7,
+                                  after=after)
+                done.append(acted.done)
+                after = acted.next
+                if not acted.left:
+                    return store.close()
+
+        threads = [threading.Thread(target=act, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        self.assertEqual(sum(done), 60)
+        self.assertEqual(len(self.claim()), 60)
+        total = sum(int(e.detail.split()[0]) for e in self.store.events())
+        self.assertEqual(total, 60)
+
+    def test_the_events_of_an_act_on_many_are_one(self):
+        self.failed(20)
+        self.act("retry", Filter(name="t"), by=By("ann", "cli"), limit=3)
+        event, = self.store.events()
+        self.assertEqual(event[1:], (self.now, "ann", "cli", "retry",
+                                     "state failed, name t", "20 tasks"))
+        self.act("cancel", list(range(1, 21)), by=By("ann", "cli"))
+        self.assertEqual(sorted(int(e.target) for e in self.store.events()[:20]),
+                         list(range(1, 21)))
+
+    def test_a_schedule_is_forgotten_unless_somebody_has_registered_it(self):
+        row = pybgworker.ScheduleRow("t", "* * * * *", "UTC", 0, "latest", "allow", 0.0,
+                                     9, None, "[]", 1, 5)
+        self.store.put_schedules([row])
+        self.assertFalse(self.store.forget_schedule(row._replace(seen_at=4)))
+        self.assertTrue(self.store.forget_schedule(row, By("ann", "cli")))
+        self.assertEqual(self.store.schedules(), [])
+        self.assertEqual(self.store.events()[0][4:],
+                         ("forget-schedule", "t", "* * * * * UTC"))
+
+    def test_pausing_again_changes_only_the_reason(self):
+        self.store.pause("q", 1, By("ann", "cli"), "down")
+        self.store.pause("q", 2, By("bob", "cli"))
+        row, = self.store.queues(self.now)
+        self.assertEqual((row.paused_at, row.paused_by, row.reason), (1, "ann", "down"))
+        self.store.pause("q", 3, By("bob", "cli"), "still down")
+        row, = self.store.queues(self.now)
+        self.assertEqual((row.paused_at, row.paused_by, row.reason), (1, "ann", "still down"))
 
     def test_cancel_ends_what_waits_and_leaves_what_is_finished(self):
         self.enqueue()
@@ -7573,7 +7830,8 @@ class Faults(QueueCase):
         "retry": lambda s: s.store.retry(1, s.now),
         "cancel": lambda s: s.store.cancel(5, s.now),
         "forget": lambda s: s.store.forget(1),
-        "purge": lambda s: s.store.purge(None, None, s.now),
+        "purge": lambda s: s.store.purge(None, None, s.now, By("a", "cli")),
+        "retry many": lambda s: s.store.act("retry", [1, 4], s.now, By("a", "cli")),
         "prune": lambda s: s.store.prune(0, s.now + 1, s.now + 1, 10),
         "reap": lambda s: s.store.reap(1, "w", s.now),
         "pause": lambda s: s.store.pause("q", s.now),
@@ -16215,6 +16473,127 @@ class CommandLine(Served):
         self.assertIn("PYBGWORKER_RETENTION='x': must be",
                       self.refused("prune", PYBGWORKER_RETENTION="x"))
 
+    def failures(self, **errors):
+        """A failed task for each name, with this type of exception."""
+        for name, type_ in errors.items():
+            task_id = self.app.send(name).id
+            self.sql("update bg_task set state = 5, finished_at = ? where id = ?",
+                     pybgworker.now_ms(), task_id)
+            self.sql("insert into bg_payload values (?, ?)", task_id * 8 + 2, json.dumps(
+                {"kind": "exception", "type": type_, "message": f"{name} 7"}))
+
+    def test_what_failed_is_shown_and_retried_by_its_error(self):
+        self.failures(a="KeyError", b="OSError", c="KeyError")
+        groups = json.loads(self.ok("failed", "--by", "error", "--json"))["groups"]
+        self.assertEqual([g["error"] for g in groups],
+                         ["KeyError: a 7", "OSError: b 7", "KeyError: c 7"])
+        rows = json.loads(self.ok("failed", "--error", "KeyError", "--json"))
+        self.assertEqual([row["id"] for row in rows], [3, 1])
+        self.assertIn("no task has failed", self.ok("failed", "--by=error", "--name", "x"))
+        self.assertEqual(self.ok("retry", "--failed", "--error", "KeyError", "--since", "1h"),
+                         "2 tasks are queued again\n")
+        self.sql("update bg_task set finished_at = 1 where id = 2")
+        self.assertIn("nothing to retry: no task since",
+                      self.refused("retry", "--failed", "--since", "1h"))
+        self.assertEqual(self.ok("retry", "--failed", "--spread", "10m"),
+                         "1 tasks run again, over 10.0 min\n")
+        self.assertEqual(self.ok("retry", "2"), "task 2 is queued again\n")
+        self.assertRegex(self.refused("retry", "2"), "task 2 is queued: only a finished")
+        self.store.cancel(2, self.now)
+        self.assertRegex(self.ok("retry", "2", "--spread", "1h"), "task 2 is due at 2")
+        self.store.cancel(1, self.now)
+        self.assertEqual(self.ok("retry", "--cancelled", "--yes"),
+                         "1 tasks are queued again\n")
+        self.assertIn("--failed, or --cancelled", self.refused("retry", code=2))
+        self.assertEqual(self.ok("purge", "--error", "KeyError"), "0 tasks cancelled\n")
+        self.assertEqual(self.ok("purge", "--name", "c"), "1 tasks cancelled\n")
+
+    def test_a_question_says_how_many_tasks_it_is_about(self):
+        self.failures(a="E", b="E")
+        self.app.send("c")
+        for argv, question in (
+                (["retry", "--failed", "--spread", "10m"],
+                 "Retry 2 failed tasks, over 10.0 min? [y/N] "),
+                (["purge", "--queue", "default"],
+                 "Cancel 1 waiting tasks of queue default? [y/N] ")):
+            asked = []
+            with mock.patch.object(pybgworker, "is_terminal", lambda stream: True), \
+                    mock.patch("builtins.input", lambda text: asked.append(text) or "n"), \
+                    mock.patch.object(pybgworker, "default_app", self.app), \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(pybgworker.main([*argv, "--db", str(self.db)]), 1)
+            self.assertEqual((asked, err.getvalue()),
+                             ([question], "pybgworker: nothing was changed\n"))
+
+    def test_events_say_who_has_done_what(self):
+        self.store.create()
+        self.assertIn("nobody has done", self.ok("events"))
+        self.failures(a="E")
+        self.ok("pause", "default", "--reason", "SMTP is down")
+        self.ok("retry", "1")
+        self.app.result(1).cancel()
+        self.app.result(1).retry()
+        rows = json.loads(self.ok("events", "--json"))
+        self.assertEqual([(row["how"], row["action"], row["target"], row["detail"])
+                          for row in rows], [
+            ("program", "retry", "1", None), ("program", "cancel", "1", None),
+            ("cli", "retry", "1", None), ("cli", "pause", "default", "SMTP is down")])
+        self.assertEqual({row["who"] for row in rows}, {pybgworker.login_name()})
+        self.assertRegex(self.ok("events", "--limit", 1), r"program +retry +1")
+
+    def test_a_queue_that_was_mistyped_is_said(self):
+        self.app.send("t")
+        self.sql("update bg_task set queue = 'mail'")
+        hint = "no queue maill has tasks; did you mean mail?\n"
+        for argv, code in ((["pause", "maill"], 0), (["list", "--queue", "maill"], 0),
+                           (["purge", "--queue", "maill"], 0), (["resume", "xmail"], 1)):
+            done = self.cli(*argv)
+            with self.subTest(argv):
+                self.assertEqual(done.returncode, code)
+                self.assertIn(hint if code == 0 and argv[0] == "pause" else "", done.stderr)
+        self.store.resume("maill")
+        self.assertIn(hint, self.cli("list", "--queue", "maill").stderr)
+        self.assertIn(hint, self.cli("purge", "--queue", "maill").stderr)
+        self.assertIn("queue maill is not paused; " + hint, self.refused("resume", "maill"))
+
+    def test_a_list_says_how_far_back_it_came(self):
+        self.store.create()
+        self.fill(50_000)
+        with mock.patch.object(pybgworker, "_LIST_SECONDS", 0), \
+                mock.patch.object(pybgworker, "default_app", self.app), \
+                contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            argv = ["list", "--name", "x", "--db", str(self.db)]
+            pybgworker.main(argv)
+            pybgworker.main([*argv, "--json"])
+            pybgworker.main([*argv, "--all"])
+        self.assertRegex(out.getvalue(), r"\Ano tasks\nsearched back to 1970\S+ \S+, task "
+                                         r"30001; --all goes on\n\[\]\nno tasks\n\Z")
+        self.assertRegex(err.getvalue(), r"\Apybgworker: searched back to .*\n\Z")
+
+    def test_a_schedule_that_nobody_serves_is_forgotten(self):
+        worker = self.worker()
+        worker.wait_for("worker_ready")
+        until(lambda: self.store.schedules(), what="a schedule")
+        self.assertIn("a worker serves tasks.tick",
+                      self.refused("forget-schedule", "tasks.tick"))
+        worker.stop()
+        self.assertIn("there are tasks.tick", self.refused("forget-schedule", "x"))
+        self.assertEqual(self.ok("forget-schedule", "tasks.tick"),
+                         "schedule tasks.tick is forgotten\n")
+        self.assertEqual(self.store.schedules(), [])
+
+    def test_acts_say_so_where_nothing_can_be_written(self):
+        self.failures(a="E")
+        self.app.send("b")
+        with contextlib.closing(sqlite3.connect(self.db)) as other:
+            other.execute("begin immediate")
+            for argv in (["retry", "--failed"], ["purge"], ["pause", "q"], ["cancel", "1"]):
+                with self.subTest(argv):
+                    self.assertIn("locked", self.refused(
+                        *argv, PYBGWORKER_BUSY_TIMEOUT="0.1"))
+            self.assertIn("E: a 7", self.ok("failed", "--by=error"))
+
     def test_retry_failed_takes_all_of_a_name(self):
         for name in ("a", "b", "a"):
             result = self.app.send(name)
@@ -17444,6 +17823,45 @@ class Reports(QueueCase):
     def test_a_table_is_aligned_numbers_to_the_right(self):
         rows = [{"a": 1, "b": "x"}, {"a": 100, "b": None}]
         self.assertEqual(pybgworker.table(rows, ["a", "b"]), "  A  B\n  1  x\n100  -")
+
+    def test_failures_are_grouped_by_what_went_wrong(self):
+        Row = pybgworker.FailureRow
+        messages = ("user 17 at 0x7f00aa12", "user 4 at 0x7f00bb99", "no 'a'", "no 'b'")
+        rows = [Row(n, "t", "q", 100 + n, "exception", "E", message)
+                for n, message in enumerate((*messages, *messages[:2]), 1)]
+        rows.append(Row(9, "u", "q", 50, "crash", "SIGSEGV", "same"))
+        groups = pybgworker.failure_groups(rows, 1000)
+        self.assertEqual([(g["count"], g["name"], g["error"], g["ids"]) for g in groups], [
+            (4, "t", "E: user … at …", [6, 5, 2]), (2, "t", "E: no …", [4, 3]),
+            (1, "u", "SIGSEGV: same", [9])])
+        self.assertEqual(groups[0]["first_at"], "1970-01-01T00:00:00.101Z")
+        report = {"groups": groups, "capped": True, "total": 1000}
+        self.assertIn("of the newest 1,000 failures only",
+                      pybgworker.failure_groups_text(report))
+
+    def test_what_waits_for_its_time_is_listed_with_it_and_runs_with_their_worker(self):
+        self.enqueue(at=self.now + 1000)
+        text = pybgworker.list_text(pybgworker.page_report(self.store, Filter()))
+        self.assertRegex(text, r"CREATED +DUE +WAITED")
+        self.assertNotIn("WORKER", text)
+        self.enqueue()
+        self.claim()
+        report = pybgworker.page_report(self.store, Filter(pybgworker.RUNNING))
+        self.assertEqual(report["tasks"][0]["worker_name"], self.store.workers()[0].name)
+        self.assertRegex(pybgworker.list_text(report), r"(?s)WORKER +CREATED +WAITED")
+
+    def test_inspect_counts_successes_of_a_day_or_all(self):
+        self.enqueue(count=3)
+        runs = self.claim(free=2)
+        self.finish(runs[0])
+        self.finish(runs[1], pybgworker.FAILED, error={"kind": "x"})
+        report = pybgworker.inspect_report(self.store, self.now, 15)
+        self.assertEqual(report["tasks"], [
+            {"queue": "default", "name": "t", "queued": 1, "failed": 1}])
+        self.assertEqual(report["succeeded"], "in 24 h")
+        report = pybgworker.inspect_report(self.store, self.now, 15, is_exact=True)
+        self.assertEqual(report["tasks"], [
+            {"queue": "default", "name": "t", "queued": 1, "success": 1, "failed": 1}])
 
     def test_percentiles(self):
         values = list(range(100))
