@@ -1610,13 +1610,14 @@ class _Group(NamedTuple):
     waited: list            # ms
     ids: list               # of tasks, once for each run
     ends: list              # (state, kind of error) of all but plain successes
-    add_ran: Callable       # bound once: this is done for every run
-    add_waited: Callable
-    add_id: Callable
 
 
-class RunCounts(dict):
-    """Runs that ended and are not in history yet: a _Group for each (name, queue).
+def _nothing():
+    return None, None, None, None
+
+
+class RunCounts:
+    """Runs that ended and are not in history yet.
 
     What can wait is done in rows(): add() is called for every run.  At most MOST_GROUPS
     are told apart, as long as `known` is the same set.
@@ -1624,6 +1625,12 @@ class RunCounts(dict):
 
     def __init__(self, known: set | None = None):
         self.known = set() if known is None else known
+        self._groups: dict[tuple, _Group] = {}      # by (name, queue)
+        # By name, of the queue that it had last: that, and append of three lists.
+        self._last: dict = collections.defaultdict(_nothing)
+
+    def __bool__(self):
+        return bool(self._groups)
 
     def place(self, pair: tuple) -> tuple:
         """The pair under which runs of a (name, queue) are counted."""
@@ -1632,52 +1639,65 @@ class RunCounts(dict):
         self.known.add(pair)
         return pair
 
-    def __missing__(self, pair):
-        if pair != OTHER_GROUP and self.place(pair) != pair:
-            return self[OTHER_GROUP]
-        ran: list = []
-        waited: list = []
-        ids: list = []
-        group = self[pair] = _Group(
-            ran, waited, ids, [], ran.append, waited.append, ids.append)
-        return group
+    def _group(self, pair):
+        pair = self.place(pair)
+        if pair not in self._groups:
+            self._groups[pair] = _Group([], [], [], [])
+        return self._groups[pair]
+
+    def _turn_to(self, run):
+        group = self._group((run.name, run.queue))
+        self._last[run.name] = found = (
+            run.queue, group.ran.append, group.waited.append, group.ids.append)
+        return found
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Keep these; a run that was cancelled before it began is none."""
+        last = self._last
         for run, state, _, error, _, started_at, duration, _, _ in outcomes:
-            if state == CANCELLED and duration is None:
+            if state != SUCCESS or started_at is None or duration is None:
+                self._add_other(run, state, error, started_at, duration)
                 continue
-            _, _, _, ends, add_ran, add_waited, add_id = self[run.name, run.queue]
+            queue, add_ran, add_waited, add_id = last[run.name]
+            if queue != run.queue:
+                _, add_ran, add_waited, add_id = self._turn_to(run)
+            add_ran(duration)
+            add_waited(started_at - run.run_at)
             add_id(run.id)
-            if started_at is not None:
-                add_waited(started_at - run.run_at)
-            if duration is not None:
-                add_ran(duration)
-            if state != SUCCESS:
-                ends.append((state, error and error.get("kind")))
+
+    def _add_other(self, run, state, error, started_at, duration):
+        if state == CANCELLED and duration is None:
+            return
+        group = self._group((run.name, run.queue))
+        group.ids.append(run.id)
+        if started_at is not None:
+            group.waited.append(started_at - run.run_at)
+        if duration is not None:
+            group.ran.append(duration)
+        if state != SUCCESS:
+            group.ends.append((state, error and error.get("kind")))
 
     def add_lost(self, run: Run, state: int) -> None:
         """Keep a run whose worker died; `state` is what its task was put into."""
-        group = self[run.name, run.queue]
-        group.add_id(run.id)
+        group = self._group((run.name, run.queue))
+        group.ids.append(run.id)
         group.ends.append((state, "lost"))
 
     def plus(self, outcomes: Iterable[Outcome]) -> RunCounts:
         """These and more, as another one: this one stays as it is."""
         both = RunCounts(self.known)
-        for pair, group in self.items():
-            for kept, old in zip(both[pair][:4], group):
-                kept += old
+        for pair, group in self._groups.items():
+            both._groups[pair] = _Group(*map(list, group))
         both.add(outcomes)
         return both
 
     def rows(self, span: int, at: int) -> list[HistoryRow]:
         """As rows of a span that starts at `at`; what is kept is sorted by that."""
-        return [_counted(span, at, pair, group) for pair, group in self.items()]
+        return [_counted(span, at, *item) for item in self._groups.items()]
 
 
 def _counted(span, at, pair, group):
-    ran, waited, ids, ends = group[:4]
+    ran, waited, ids, ends = group
     states = [state for state, _ in ends]
     kinds = [kind for _, kind in ends]
     failed, cancelled = states.count(FAILED), states.count(CANCELLED)

@@ -2035,6 +2035,14 @@ class Counting(unittest.TestCase):
         self.assertEqual([(r.name, r.runs, r.failed, sum(r.ran), sum(r.waited), r.hi)
                           for r in counts.rows(60, 0)], [("t", 2, 1, 2, 2, 2)])
 
+    def test_a_name_in_two_queues_by_turns_is_told_apart(self):
+        counts = pybgworker.RunCounts()
+        counts.add([self.ended(n, queue="pqpr"[n % 4]) for n in range(1, 9)])
+        counts = counts.plus([self.ended(n, queue="pqpr"[n % 4]) for n in range(1, 9)])
+        self.assertEqual({row.queue: (row.runs, sum(row.ran), row.lo, row.hi)
+                          for row in counts.rows(60, 0)},
+                         {"p": (8, 8, 2, 8), "q": (4, 4, 1, 5), "r": (4, 4, 3, 7)})
+
     def test_merged_is_the_sum_and_has_what_all_rows_have(self):
         a, b = self.row(self.ended(4)), self.row(self.ended(9, waited=None))
         both = pybgworker.merged([a, b._replace(at=60, queue="r")])
