@@ -1714,11 +1714,17 @@ def _summed(values, bounds, ms):
 
     Negative ones are of a clock that was set: as good as 0.
     """
+    if not values:
+        return 0, _NO_COUNTS
     values.sort()
-    if values and values[0] < 0:
+    if values[0] < 0:
         values = [max(0, value) for value in values]
-    up_to = [bisect.bisect_right(values, bound) for bound in bounds]
-    counts = map(int.__sub__, [*up_to, len(values)], [0, *up_to])
+    counts, seen = [*_NO_COUNTS], 0
+    last = bisect.bisect_left(bounds, values[-1])
+    for n in range(bisect.bisect_left(bounds, values[0]), last):
+        up_to = bisect.bisect_right(values, bounds[n])
+        counts[n], seen = up_to - seen, up_to
+    counts[last] = len(values) - seen
     return round(min(sum(values) * ms, MOST_ID)), tuple(counts)
 # == People ===================================================================
 # Owns what people read of many tasks, and what they do to them: the rows, and the
