@@ -2274,8 +2274,8 @@ class QueueVerbs(Protocol):
         """The highest id that was ever given; 0: none."""
 
     def glance(self, seconds: float) -> contextlib.AbstractContextManager:
-        """Within it this thread only reads, for so long: then what it asks raises
-        DatabaseBusy.
+        """Within it this thread only reads, for so many seconds of CPU, or five times
+        as many by the clock: then what it asks raises DatabaseBusy.
         """
 
 
@@ -5073,6 +5073,7 @@ _CHECKPOINT_BYTES = 2 << 20         # of -wal, when a worker moves it over
 # faster by a third than one that lengthens it, for that changes the file's size, too.
 CALLER_CHECKPOINT_BYTES = 4 << 20
 _WAL_KEEP_BYTES = 64 << 20          # a longer -wal is cut when it starts anew
+_WALL_SHARE = 5                     # seconds by the clock that stand for one of CPU
 _STEPS_BETWEEN_LOOKS = 20_000       # of SQLite, at a clock: about a millisecond's worth
 
 
@@ -5351,11 +5352,12 @@ class Database:
 
     @contextlib.contextmanager
     def glance(self, seconds: float) -> Iterator[None]:
-        deadline = time.monotonic() + seconds
+        cpu, wall = time.thread_time(), time.monotonic()
         connection = self.link().connection
-        connection.set_progress_handler(
-            lambda: time.monotonic() > deadline, _STEPS_BETWEEN_LOOKS)
         connection.execute("pragma query_only = on").fetchall()
+        connection.set_progress_handler(
+            lambda: time.thread_time() - cpu > seconds
+            or time.monotonic() - wall > _WALL_SHARE * seconds, _STEPS_BETWEEN_LOOKS)
         try:
             yield
         finally:
