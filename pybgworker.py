@@ -58,7 +58,8 @@ Map
     Rooms
         Cron · Scheduler · Reports · Reading · Acts · Wording · Reasons · Why ·
         Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
-        Listeners · Bench · Old import paths
+        Listeners · Redaction · Web reports · Web actions · Dashboard ·
+        Web server · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -22569,6 +22570,1400 @@ def _teller(app, kind):
     return tell
 
 
+# == Redaction ================================================================
+# Owns what a page does not show: values whose name says that they are secret.  They
+# are hidden on the server, at any depth, before anything becomes JSON or a call's
+# text.  What a task prints, and what its errors say, is text, and cannot be hidden.
+
+HIDDEN = "•••••• (redacted)"
+_NAMELESS = "•••••• (parameter unknown)"
+_TOO_DEEP = "•••••• (nested too deeply)"
+_LONGEST_VALUE = 200_000        # characters of encoded arguments, or a result
+_LINE = 60                      # characters of a value on one line of a call
+_BRACKETS: dict[Any, Sequence[str]] = {
+    list: "[]", tuple: "()", set: "{}", frozenset: ("frozenset({", "})"),
+}
+
+
+class Redaction:
+    """What is hidden: values whose parameter, or dict key, a pattern finds."""
+
+    def __init__(self, pattern: str | None):
+        self._search = re.compile(pattern).search if pattern else None
+
+    @property
+    def is_on(self) -> bool:
+        """False where the pattern is empty: everything is shown."""
+        return self._search is not None
+
+    def hides(self, name: Any) -> bool:
+        """True for the name of what is secret."""
+        return self._search is not None and self._search(str(name)) is not None
+
+    def hidden(self, value: Any) -> Any:
+        """A decoded value, with what is secret hidden at any depth."""
+        try:
+            return self._hidden(value)
+        except RecursionError:
+            return _TOO_DEEP
+
+    def _hidden(self, value):
+        if isinstance(value, dict):
+            return {k: HIDDEN if self.hides(k) else self._hidden(v)
+                    for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self._hidden, value))
+        return value            # sets hold nothing that has a name
+
+    def call(self, text: str | None, params: Sequence[str] | None) -> tuple | None:
+        """(names, args, kwargs) of encoded arguments; None where nobody can read them.
+
+        A positional argument has the name of its parameter, and "" where that is
+        unknown; then it is hidden, for it might be anything.
+        """
+        try:
+            args, kwargs = decode(text or "")
+            names = [_name_of(params, n) for n in range(len(args))]
+            values = [self._argument(*pair, params) for pair in zip(names, args)]
+            return names, values, dict(self.hidden(kwargs))
+        except Exception:       # edited by hand: whatever its types may raise
+            return None
+
+    def _argument(self, name, value, params):
+        if self.is_on and not name:
+            return Hidden(_NAMELESS)
+        return HIDDEN if self.hides(name) else self.hidden(value)
+
+    def finds(self, words: str, name: str, call: tuple | None,
+              error: dict | None) -> bool:
+        """True if words are in what is shown of a task, and not in what is hidden."""
+        shown = json_text(call)
+        parts = (name, shown, json.dumps(json.loads(shown), ensure_ascii=False),
+                 str(TaskError(error)) if error else "")
+        return any(words.lower() in part.lower() for part in parts)
+
+
+class Hidden(str):
+    """What stands for a value, without quotes around it."""
+
+
+def _name_of(params, number):
+    """The name of a positional argument: those of `*args` share one; "": unknown."""
+    names = list(itertools.takewhile(lambda name: name[:1] != "*", params or ()))
+    if number < len(names):
+        return names[number]
+    rest = "".join((params or ())[len(names) : len(names) + 1])
+    return "" if rest.startswith("**") else rest
+
+
+def json_value(value: Any) -> Any:
+    """The same as JSON can hold it: what it has no word for as its repr()."""
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else repr(k): json_value(v)
+                for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_value(part) for part in value]
+    if value is None or isinstance(value, (str, int)) \
+            or isinstance(value, float) and math.isfinite(value):
+        return value
+    return repr(value)
+
+
+def json_text(value: Any) -> str:
+    """JSON that every browser reads, whatever was written into a database by hand."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        pass
+    try:
+        return json.dumps(json_value(value))
+    except RecursionError:
+        return json.dumps(_TOO_DEEP)
+
+
+def python_text(value: Any, indent: str = "") -> str:
+    """Python for a value; over several lines where one would be long."""
+    if isinstance(value, Hidden):
+        return value
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        parts = [f"{python_text(k)}: {python_text(v, indent + '  ')}"
+                 for k, v in value.items()]
+        return _bracketed(parts, "{", "}", indent)
+    if type(value) in _BRACKETS and (value or type(value) in (list, tuple)):
+        parts = [python_text(part, indent + "  ") for part in value]
+        if len(parts) == 1 and type(value) is tuple:
+            parts = [parts[0] + ","]
+        opened, closed = _BRACKETS[type(value)]
+        return _bracketed(parts, opened, closed, indent)
+    return repr(value)
+
+
+def _bracketed(parts, opened, closed, indent):
+    line = f"{opened}{', '.join(parts)}{closed}"
+    if len(line) <= _LINE and "\n" not in line:
+        return line
+    inner = "".join(f"{indent}  {part.rstrip(',')},\n" for part in parts)
+    return f"{opened}\n{inner}{indent}{closed}"
+
+
+def call_text(name: str, call: tuple | None) -> str:
+    """A call as one would write it; `call` is what Redaction.call() returned."""
+    if call is None:
+        return f"{name}(…)  # arguments that cannot be read, so they are not shown"
+    names, args, kwargs = call
+    shown = ["" if name.startswith("*") else name for name in names]
+    try:
+        parts = [f"{n}={python_text(v, '  ')}" if n else python_text(v, "  ")
+                 for n, v in zip(shown, args)]
+        parts += [f"{k}={python_text(v, '  ')}" for k, v in kwargs.items()]
+        return _bracketed(parts, name.rpartition(".")[2] + "(", ")", "")
+    except RecursionError:
+        return f"{name}({_TOO_DEEP})"
+
+
+def is_long(text: str | None) -> bool:
+    """True for what is too much for a page."""
+    return text is not None and len(text) > _LONGEST_VALUE
+
+
+# == Web reports ==============================================================
+# Owns the JSON of the dashboard: what each of its routes shows of a queue, with what
+# is secret hidden.  Knows neither HTTP nor who asks.
+
+_MOST_MEANT = 100_000         # tasks that a question before an action counts
+_MOST_LISTED = 500                # of one answer
+_FIND_SECONDS = 0.15            # that one answer looks for tasks; the page goes on
+
+
+# How the page shows lists: the columns of each, as "label:field:form:class; …", of
+# which `p` are left out on phones.  Its script knows what a form is.
+_SHOWN_AS = {
+    "tasks": ":id:pick;task:id:i;name::n;state:status:state;queue::m:p;run:attempt:#:p;"
+             "waited::s:p;ran:duration:s;enqueued:created_at:t:p;error::clip:w p",
+    "queues": "queue::q;waiting::#;oldest::old;running::#:p;in/min:in_per_minute:#:p;"
+              "out/min:out_per_minute:#;empty in:empty_in:empty:p;:queue:pause",
+    "failures": "times:count:#;task:name:failed;error:::w;last:last_at:a:p;:name:group",
+    "running": "task:id:i;:name:m;for::s;progress::progress:p",
+    "workers": "worker:name:m;busy::busy;memory::b;CPU:cpu:%:p;up::s:p;"
+               "beat:beat_age:beat",
+    "next": "schedule::m;next:next_at:next;last run:last:last",
+    "names": "name::n;runs::#;failed:failures:bad:n;ran, half:ran_p50:s;"
+             "95 %:ran_p95:s:p;waited, half:wait_p50:s:p;95 %:wait_p95:s:p",
+    "events": "when:at:t;who;by:how::p;did:action;to:target;detail:::w p",
+}
+_SHOWN_ALONE = {
+    "queues": ";later::#:p;why:paused:why:w p;:queue:purge",
+    "failures": ";first:first_at:a:p;such as:ids:I:p",
+    "workers": ";pid:::p;host:::p;queues::list:p;children:start_method::p;version:::p;"
+               "note::bad:w p",
+    "next": ";when:expr:m:p;zone:tz::p;misfire:::p;overlap:::p;:schedule:run:w",
+}
+# What can be done to tasks: the word for it, what is said of it afterwards, and before.
+_VERBS = {
+    "retry": ("Retry", "Queued again", "With all retries, behind what waits by now."),
+    "cancel": ("Cancel", "Cancelled",
+               "What runs is ended at once; its work may be half done."),
+    "forget": ("Forget", "Deleted", "With their results and errors."),
+    "run_now": ("Run now", "Due now", "The wait ends now."),
+}
+
+
+class View(NamedTuple):
+    """What is asked for."""
+
+    app: App
+    store: Store
+    redaction: Redaction
+    now: int
+    query: dict
+    body: dict                      # of api/search
+    beats: Beats                    # of all answers before
+    about: dict                     # what the page itself wants to know
+
+    def number(self, name: str, default: int, most: int = LARGEST) -> int:
+        """A whole number of the query.  Raises ValueError."""
+        text = self.query.get(name) or str(default)
+        if not re.fullmatch(r"\d{1,15}", text) or int(text) > most:
+            raise ValueError(f"{name}={text}: must be a whole number up to {most:,}")
+        return int(text)
+
+    def listed(self, name: str, rows: list, note: str = "") -> dict:
+        """The answer of a list, with how the page shows it."""
+        kind = "next" if name == "schedules" else name
+        return {"at": iso_time(self.now), "rows": rows, "title": name.capitalize(),
+                "note": note, "columns": _SHOWN_AS[kind] + _SHOWN_ALONE.get(kind, "")}
+
+
+def wanted_filter(wanted: dict) -> Filter:
+    """The filter that a query, or a body, describes.  Raises ValueError."""
+    values: dict = {name: wanted.get(name) or None
+                    for name in ("state", "name", "queue", "text", "since", "error")}
+    for name, value in values.items():
+        if not (value is None or isinstance(value, str)
+                or isinstance(value, int) and name == "since"):
+            raise ValueError(f"{name}: must be a text")
+    if values["state"] is not None:
+        if values["state"] not in STATE_NAMES:
+            raise ValueError(f"state: one of {', '.join(STATE_NAMES)}")
+        values["state"] = STATE_NAMES.index(values["state"])
+    if values["since"] is not None:
+        values["since"] = int(values["since"])
+    return Filter(**values)
+
+
+def overview_view(view: View) -> dict:
+    span = view.query.get("span") or "hour"
+    if span not in ("hour", "day"):
+        raise ValueError("span: hour or day")
+    report = overview(view.store, view.app.settings, view.now, span, view.beats)
+    alerts = [{**alert, **_remedy(alert)} for alert in report["attention"]]
+    return {**report, "attention": alerts, "shown": _figures_shown(report["figures"]),
+            "columns": _SHOWN_AS, "web": {**view.about, "verbs": _VERBS}}
+
+
+def _remedy(alert):
+    """Where the page leads from an alert, and what it can do there."""
+    kind, slash, it = alert["target"].partition("/")
+    if kind == "queue":
+        page = f"tasks?queue={_in_url(it)}"
+    elif kind == "task":
+        page = f"tasks/{it}"
+    else:
+        page = "workers" if slash or not kind else alert["target"]
+    action = alert["action"] if kind in ("queue", "task") else "look"
+    return {"target": it if slash else kind, "action": action, "page": f"#/{page}"}
+
+
+def _in_url(text):
+    from urllib.parse import quote
+
+    return quote(text, safe="")
+
+
+def _figures_shown(f):
+    """[title, value, note, class] of each figure, for eyes."""
+    def percent(part):
+        return "–" if part is None else f"{part:.1%}".replace("%", " %")
+
+    def note(words, seconds):
+        return "" if seconds is None else f"{words} {span(seconds)}"
+
+    return [
+        ["Runs a minute", f"{f['runs_per_minute']:,}", "", ""],
+        ["Failed, 10 min", percent(f["failed_share"]), f"{f['failed']:,}"
+         if f["failed"] else "", "bad" if (f["failed_share"] or 0) > .01 else ""],
+        ["Waiting", f"{f['waiting']:,}", note("oldest", f["oldest"]), ""],
+        ["Later", f"{f['later']:,}", note("next in", f["next_in"]), ""],
+        ["Children busy", f"{f['busy']:,}", f"of {f['children']:,}, {f['workers']:,} "
+         f"worker{'s' * (f['workers'] != 1)}", ""],
+        ["Waits, 95 %", span(f["wait_p95"]).replace("-", "–"),
+         note("half", f["wait_p50"]), ""],
+    ]
+
+
+def tasks_view(view: View) -> dict:
+    """Tasks by a filter; `text` is for search_view(): it does not belong in a URL."""
+    return _page(view, wanted_filter({**view.query, "text": None}), view.query,
+                 min(view.number("limit", 50), _MOST_LISTED))
+
+
+def search_view(view: View) -> dict:
+    return _page(view, wanted_filter(view.body), view.body, 50)
+
+
+def _page(view, filter, wanted, limit):
+    before = wanted.get("before") or None
+    if before is not None and not isinstance(before, (str, int)):
+        raise ValueError("before: what the answer before gave as `next`")
+    page = view.store.page(filter, before, limit, _FIND_SECONDS,
+                           _matcher(view, filter.text))
+    names: dict = {worker.id: worker.name for worker in view.store.workers()}
+    rows = [_task_row(view.store, row, names) for row in page.rows]
+    seen = None if page.searched_to is None else {
+        "id": page.searched_to, "at": _stamp(page.searched_at)}
+    return {**view.listed("tasks", rows), "next": page.next, "searched_to": seen}
+
+
+def _stamp(at):
+    return None if at is None else iso_time(at)
+
+
+def _task_row(store, row, names):
+    return {**task_report(store, row), "worker_name": names.get(row.worker)}
+
+
+def _matcher(view, text):
+    """What page() shall ask of each task: is the text in what is shown of it?"""
+    if text is None or not view.redaction.is_on:
+        return None
+    params = Params(view)
+
+    def match(row, args, error):
+        call = view.redaction.call(args, params.of(row.name))
+        return view.redaction.finds(text, row.name, call, error)
+
+    return match
+
+
+class Params:
+    """The names of the parameters of tasks: of what workers know, and of this program.
+    """
+
+    def __init__(self, view: View):
+        self._tasks = view.app.tasks
+        self._known = {task.name: task.params for task in view.store.known_tasks()}
+
+    def of(self, name: str) -> Sequence[str] | None:
+        """None: nobody knows."""
+        if name in self._known:
+            return self._known[name]
+        task = self._tasks.get(name)
+        return None if task is None else parameters_of(task.fn)
+
+
+def task_view(view: View, task_id: str) -> dict:
+    """All of `show`, but for what is hidden."""
+    store, redaction = view.store, view.redaction
+    row = store.task(parse_id(task_id))
+    text, (_, result, error) = store.args(row.id), store.outcome(row.id)
+    call = None if is_long(text) else redaction.call(text, Params(view).of(row.name))
+    names, args, kwargs = call or ((), None, None)
+    runs = store.attempts(row.id)
+    report = {
+        "at": iso_time(view.now), **task_report(store, row),
+        "parameters": names, "args": json_value(args), "kwargs": json_value(kwargs),
+        "call": f"{row.name}(…)  # {len(text):,} characters: show {row.id} prints them"
+        if is_long(text) else call_text(row.name, call),
+        "result": _result(redaction, result, row.id), "error": error,
+        "error_text": error and _error_text(error), "progress": store.progress(row.id),
+        "forgiven": row.forgiven, "allowed": row.retries + row.forgiven + 1,
+        "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
+        "meta": _meta(redaction, row),
+        "command": f"python -m pybgworker why {row.id} --db {_quoted_path(store.path)}",
+    }
+    return {**report, **_runs_shown(row, runs, view.now),
+            "facts": _facts_shown(report, runs, _worker_of(store, row))}
+
+
+def _worker_of(store, row):
+    found = next((w for w in store.workers() if w.id == row.worker), None)
+    return found and f"{found.name}, pid {found.pid}"
+
+
+def _facts_shown(report, runs, worker):
+    """[label, form, value] of what is known of a task; see _SHOWN_AS."""
+    last = runs[-1] if runs else {}
+    facts = [
+        ("queue", "q", report["queue"]), ("priority", "x", report["priority"]),
+        ("key", "m", report["key"]), ("enqueued", "t", report["created_at"]),
+        ("due", "t", report["run_at"]), ("tick", "t", report["scheduled_for"]),
+        ("retries", "x", f"{report['retries']:,} after the first"),
+        ("time limit", "s", report["timeout"]), ("waited", "s", report["waited"]),
+        ("ran", "s", report["duration"]), ("progress", "progress", report["progress"]),
+        ("worker", "w", worker), ("peak memory", "b", last.get("peak")),
+        ("CPU", "s", last.get("cpu")),
+        *((str(k), "x", json_text(v) if isinstance(v, (dict, list)) else v)
+          for k, v in (report["meta"] or {}).items()),
+    ]
+    return [fact for fact in facts if fact[2] not in (None, "")]
+
+
+def _runs_shown(row, runs, now):
+    """Every run that was, that is, and that is to come, on a time axis."""
+    shown = [_run_shown(
+        run["attempt"], run["started_at"], run["waited"], run["duration"],
+        run["outcome"], run.get("type") or run.get("kind"), run["worker"])
+        for run in runs if run["started_at"] is not None]
+    if row.state == RUNNING and row.started_at is not None:
+        shown.append(_run_shown(
+            row.attempt, row.started_at, (row.started_at - row.run_at) / 1000,
+            (now - row.started_at) / 1000, "running", None, None))
+    ends = [now, *(run["ended_at"] for run in shown)]
+    starts = [row.created_at, *(run["due_at"] for run in shown)]
+    if row.state in WAITING:
+        ends.append(row.run_at)
+        shown.append({"attempt": row.attempt + 1, "due_at": row.run_at,
+                      "started_at": None, "ended_at": None, "ran": None,
+                      "outcome": None, "say": f"due {iso_time(row.run_at)}"})
+    times = ("due_at", "started_at", "ended_at")
+    return {"runs": [{**run, **{k: _stamp(run[k]) for k in times}} for run in shown],
+            "from_at": _stamp(min(starts)), "until_at": _stamp(max(ends))}
+
+
+def _run_shown(attempt, began, waited, ran, outcome, error, worker):
+    said = error if outcome != "success" and error else outcome
+    return {"attempt": attempt, "due_at": began - round(1000 * max(0, waited or 0)),
+            "started_at": began, "ended_at": began + round(1000 * max(0, ran or 0)),
+            "ran": ran, "outcome": outcome, "worker": worker,
+            "say": said + (f", on {worker}" if worker else "")}
+
+
+def _quoted_path(path):
+    import shlex
+
+    return shlex.quote(path)
+
+
+def _error_text(error):
+    return error.get("traceback") or str(TaskError(error))
+
+
+def _meta(redaction, row):
+    try:
+        text = getattr(row, "meta", None)
+        return json_value(redaction.hidden(json.loads(text))) if text else None
+    except (ValueError, RecursionError):        # edited by hand
+        return None
+
+
+def _result(redaction, text, task_id):
+    if is_long(text):
+        return f"{len(text):,} characters: show {task_id} prints them"
+    try:
+        return None if text is None else json_value(redaction.hidden(decode(text)))
+    except Exception:                   # edited by hand: whatever its types may raise
+        return "it cannot be read, so it is not shown"
+
+
+def why_view(view: View, task_id: str) -> dict:
+    reason = why(view.store, parse_id(task_id), view.now, view.app.settings)
+    return {**reason_report(reason), "at": iso_time(view.now)}
+
+
+def output_view(view: View, task_id: str) -> dict:
+    """What a run has printed.  `next` is for `from=`: with it only what is `more`."""
+    row = view.store.task(parse_id(task_id))
+    attempt = view.number("attempt", row.attempt)
+    since, more = view.query.get("from") or "", False
+    if row.state == RUNNING and attempt == row.attempt:
+        seen = int(since[1:]) if re.fullmatch(r"n\d{1,15}", since) else -1
+        rows = view.store.live_output(row.id, attempt, seen)
+        text = "".join(part.body for part in rows)
+        after, more = f"n{rows[-1].seq if rows else seen}", seen >= 0
+        after = since or "" if after == "n-1" else after
+    else:
+        text = view.store.attempt_output(row.id, attempt) or ""
+        seen = int(since) if re.fullmatch(r"\d{1,9}", since) else 0
+        after, more = str(len(text)), 0 < seen <= len(text)
+        text = text[seen:] if more else text
+    return {"at": iso_time(view.now), "attempt": attempt, "text": text, "more": more,
+            "next": after, "running": row.state == RUNNING}
+
+
+def failures_view(view: View) -> dict:
+    report = failures_report(view.store, view.now, view.number("hours", 1, 24 * 400))
+    name = view.query.get("name")
+    rows = [row for row in report["groups"] if name in (None, row["name"])]
+    total = report["total"]
+    note = f"{total:,} task{'s' * (total != 1)} failed for good" + (
+        "; only the newest 1,000 are here" if report["capped"] else "")
+    return {**view.listed("failures", rows, note + ". Numbers and quotes are masked."),
+            "total": total, "capped": report["capped"], "css": ".stack"}
+
+
+def count_view(view: View) -> dict:
+    """How many tasks a filter means, and the highest id of any."""
+    newest = view.store.page(Filter(), None, 1).rows
+    max_id = newest[0].id if newest else 0
+    wanted = wanted_filter({**view.query, "text": None})
+    count = view.store.count(wanted, max_id, _MOST_MEANT + 1, _FIND_SECONDS * 4)
+    return {"count": min(count, _MOST_MEANT), "capped": count > _MOST_MEANT,
+            "max_id": max_id}
+
+
+def queues_view(view: View) -> dict:
+    return view.listed("queues", queues_report(view.store, view.now))
+
+
+def names_view(view: View) -> dict:
+    return view.listed("names", names_report(view.store, view.now),
+                       "in 24 hours; times are ≈")
+
+
+def workers_view(view: View) -> dict:
+    return view.listed("workers", workers_report(
+        view.store, view.app.settings, view.now, view.beats))
+
+
+def schedules_view(view: View) -> dict:
+    return view.listed("schedules", schedules_report(view.store, view.now))
+
+
+def events_view(view: View) -> dict:
+    before = view.number("before", 0) or None
+    limit = min(view.number("limit", 50), _MOST_LISTED)
+    report = events_report(view.store, before, limit)
+    return {**view.listed("events", report["events"], "what people have done"),
+            "next": report["next"]}
+
+
+# == Web actions ==============================================================
+# Owns what can be done by the dashboard, and the table of all its routes.  What is
+# done is written down with who did it by the verbs of the store.
+
+class Conflict(PyBgWorkerError):
+    """More would be done than was asked for."""
+
+
+class Deed(NamedTuple):
+    """What is to be done, and by whom."""
+
+    app: App
+    store: Store
+    redaction: Redaction
+    by: By
+    body: dict
+
+    def text(self, name: str) -> str | None:
+        """A text of the body, or None.  Raises ValueError."""
+        value = self.body.get(name)
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"{name}: must be a text")
+        return (value or "").strip() or None
+
+    def number(self, name: str) -> int | None:
+        """A whole number of the body, or None.  Raises ValueError."""
+        value = self.body.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= MOST_ID):
+            raise ValueError(f"{name}: must be a whole number")
+        return value
+
+
+def tasks_deed(deed: Deed, action: str) -> dict:
+    """Do it to {ids}, to a {filter} up to `max_id`, or to what failed {like} a task.
+
+    Raises Conflict if more than `expect` are meant.  To be repeated with `after` as
+    it was returned until nothing is left.
+    """
+    spread = deed.body.get("spread") or 0
+    if type(spread) not in (int, float) or not 0 <= spread <= LONGEST_SECONDS:
+        raise ValueError("spread: must be seconds")
+    began, _, after = (deed.text("after") or "").partition(" ")
+    now = int(began) if began.isdecimal() and len(began) < 16 else deed.store.now()
+    what, max_id = _meant(deed, is_first=not began), deed.number("max_id")
+    done = deed.store.act(action, what, now, deed.by, max_id, float(spread),
+                          after=after or None)
+    return {"done": done.done, "skipped": done.skipped, "left": done.left,
+            "reasons": done.reasons, "after": f"{now} {done.next or ''}"}
+
+
+def _meant(deed, is_first):
+    """The ids, or the filter, of a deed."""
+    ids, wanted, like = (deed.body.get(name) for name in ("ids", "filter", "like"))
+    expect = deed.number("expect")
+    if isinstance(ids, list):
+        if not all(type(n) is int and 0 < n <= MOST_ID for n in ids):
+            raise ValueError("ids: must be whole numbers")
+        return ids
+    if like is not None:
+        hours = deed.body.get("hours") or 1
+        if type(like) is not int or type(hours) is not int or not 0 < hours < 10_000:
+            raise ValueError("like: the id of a task; hours: a whole number")
+        ids = failure_ids(deed.store, deed.store.now(), hours, like)
+        _check_expected(is_first, len(ids), expect)
+        return ids
+    if not isinstance(wanted, dict):
+        raise ValueError("name tasks by ids, filter or like")
+    found = wanted_filter(wanted)
+    if found.text is not None and deed.redaction.is_on:
+        raise ValueError("filter: no text, for its count would tell of what is hidden; "
+                         "name the tasks by their ids")
+    if is_first and expect is not None:
+        count = deed.store.count(found, deed.number("max_id"), expect + 1)
+        _check_expected(True, count, expect)
+    return found
+
+
+def _check_expected(is_first, count, expect):
+    if is_first and expect is not None and count > expect:
+        raise Conflict(f"more than {expect:,} tasks are meant by now: look again")
+
+
+def pause_deed(deed: Deed, queue: str) -> dict:
+    deed.store.pause(parse_queue_name(queue), deed.store.now(), deed.by,
+                     deed.text("reason"))
+    return {"done": 1}
+
+
+def resume_deed(deed: Deed, queue: str) -> dict:
+    if not deed.store.resume(queue, deed.by):
+        raise Conflict(f"queue {queue} is not paused")
+    return {"done": 1}
+
+
+def purge_deed(deed: Deed) -> dict:
+    """Cancel all waiting tasks of {queue}, {name}, or both."""
+    queue, name, expect = deed.text("queue"), deed.text("name"), deed.number("expect")
+    if expect is not None:
+        count = sum(deed.store.count(Filter(state, name, queue), None, expect + 1)
+                    for state in WAITING)
+        _check_expected(True, count, expect)
+    return {"done": deed.store.purge(queue, name, deed.store.now(), deed.by)}
+
+
+def run_schedule_deed(deed: Deed, schedule: str) -> dict:
+    """Enqueue the task of a schedule now, beside its ticks."""
+    rows = [row for row in deed.store.schedules() if row.name == schedule]
+    if not rows:
+        raise TaskNotFound(f"no schedule {schedule}")
+    name = rows[0].task
+    options = {} if name in deed.app.tasks else deed.store.newest_options(name)
+    result = deed.app.send(name, **options)
+    deed.store.note_event(deed.by, "run", f"schedule {schedule}", f"task {result.id}",
+                          deed.store.now())
+    return {"id": result.id}
+
+
+class Route(NamedTuple):
+    """One row of ROUTES."""
+
+    method: str
+    pattern: str            # that the end of a path matches
+    act: Callable | None    # (View or Deed, what the brackets matched); None: a login
+    reads: bool = True
+
+
+_ACTIONS = "(retry|cancel|forget|run_now)"
+ROUTES = (
+    Route("GET", r"api/overview", overview_view),
+    Route("GET", r"api/tasks", tasks_view),
+    Route("POST", r"api/search", search_view),
+    Route("GET", r"api/tasks/(\d{1,18})", task_view),
+    Route("GET", r"api/tasks/(\d{1,18})/why", why_view),
+    Route("GET", r"api/tasks/(\d{1,18})/output", output_view),
+    Route("GET", r"api/failures", failures_view),
+    Route("GET", r"api/count", count_view),
+    Route("GET", r"api/queues", queues_view),
+    Route("GET", r"api/names", names_view),
+    Route("GET", r"api/workers", workers_view),
+    Route("GET", r"api/schedules", schedules_view),
+    Route("GET", r"api/events", events_view),
+    Route("POST", r"api/login", None, False),
+    Route("POST", rf"api/tasks/{_ACTIONS}", tasks_deed, False),
+    Route("POST", r"api/queues/(.+)/pause", pause_deed, False),
+    Route("POST", r"api/queues/(.+)/resume", resume_deed, False),
+    Route("POST", r"api/purge", purge_deed, False),
+    Route("POST", r"api/schedules/(.+)/run", run_schedule_deed, False),
+)
+
+
+def csv_text(rows: list) -> str:
+    """A list as a spreadsheet reads it: no cell of ours becomes a formula."""
+    import csv
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(columns)
+    writer.writerows([[_csv_cell(row.get(key)) for key in columns] for row in rows])
+    return out.getvalue()
+
+
+def _csv_cell(value):
+    if isinstance(value, (dict, list, tuple)):
+        value = json_text(value)
+    if isinstance(value, str):
+        return "'" + value if value[:1] in set("=+-@\t\r") else value.replace("\0", "")
+    return value
+
+
+# == Dashboard ================================================================
+# Owns what `web` and web_app() answer: who may ask, the JSON of the routes, and how
+# long an answer is kept.  `Dashboard.respond` takes a request and returns an answer;
+# it knows no sockets, and neither pages nor SQL.
+
+LONGEST_BODY = 64 << 10        # bytes of a request: 413 above it
+_LONGEST_TARGET = 8 << 10       # … and of its path and query: 414
+_QUERY_SECONDS = 1.0            # that the queries of an answer may take: else 503
+_PATIENT_SHARE = 20             # an answer lives so many times what it cost, and …
+_LEAST_LIFE = 1.0               # … so many seconds: queries take 5 % of a CPU at most
+_MOST_KEPT = 200                # answers
+_WRITE_SECONDS = 5.0            # that an action waits for a locked database
+_TOKEN_PAUSE = 0.5              # seconds before a wrong token is refused
+_HEADERS = (
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; "
+     "style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+     "form-action 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
+# What a browser loads, by the end of its path: (its type, its text).  Page fills it.
+PAGES: dict[str, tuple[str, str]] = {}
+
+
+class WebRequest(NamedTuple):
+    """A request as a server has read it."""
+
+    method: str
+    path: str                       # decoded, as far as it is below a mount
+    query: str = ""
+    headers: dict = {}              # names in lower case
+    body: bytes = b""
+    peer: str = ""                  # the address it came from
+    who: str | None = None          # whom the application has let in, where mounted
+
+
+class Answer(NamedTuple):
+    """What is sent back: status, headers, body."""
+
+    status: int
+    headers: tuple
+    body: bytes
+    pause: float = 0.0              # seconds to wait before it is sent
+
+    @staticmethod
+    def of(report: Any, status: int = 200, *more: tuple, pause: float = 0.0) -> Answer:
+        """JSON."""
+        kind = ("Content-Type", "application/json"), ("Cache-Control", "no-store")
+        return Answer(status, (*kind, *more, *_HEADERS), json_text(report).encode(),
+                      pause)
+
+
+def refused(status: int, why: str, *more: tuple, pause: float = 0.0) -> Answer:
+    """The answer to what cannot be done, with a sentence that says why."""
+    return Answer.of({"error": why}, status, *more, pause=pause)
+
+
+class Gate:
+    """Who may ask.  `token` None: all may; `hosts` None: whatever they call us."""
+
+    def __init__(self, token: str | None, hosts: Container[str] | None,
+                 read_only: bool):
+        self.token, self.hosts, self.read_only = token, hosts, read_only
+
+    def refusal(self, request: WebRequest) -> Answer | None:
+        """The answer for whoever may not; None: go on."""
+        h, is_api = request.headers, is_api_path(request.path)
+        is_login = bool(re.search(r"(\A|/)api/login\Z", request.path))
+        if self.hosts is not None and host_name(h.get("host", "")) not in self.hosts:
+            name = host_name(h.get("host", ""))
+            return refused(421, f"this is not {name or 'a host without a name'}: if it "
+                           f"shall be, start web with --allow-host {name or 'NAME'}")
+        if request.method not in ("GET", "HEAD", "POST"):
+            return refused(405, "only GET, HEAD and POST", ("Allow", "GET, HEAD, POST"))
+        if request.method == "POST":
+            found = self._forgery(h)
+            if found is not None:
+                return found
+            if self.read_only and not is_login \
+                    and not re.search(r"(\A|/)api/search\Z", request.path):
+                return refused(403, "this dashboard is read-only: nothing was changed")
+        elif is_api and h.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return refused(403, "asked by a page of another site")
+        return self._stranger(request) if is_api and not is_login else None
+
+    def _forgery(self, h):
+        """A page of another site may not act with the cookie of whoever looks at it."""
+        if h.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return refused(415, "send Content-Type: application/json")
+        site, origin = h.get("sec-fetch-site"), h.get("origin")
+        if site is not None:
+            is_ours = site == "same-origin"
+        elif origin is not None:
+            hosts = {h.get("host", ""), h.get("x-forwarded-host", h.get("host", ""))}
+            is_ours = origin.partition("://")[2].lower() in map(str.lower, hosts)
+        else:
+            is_ours = bearer(h) is not None     # no page can send that unasked
+        return None if is_ours else refused(403, "asked by a page of another site")
+
+    def _stranger(self, request):
+        if self.token is None:
+            return None
+        given = bearer(request.headers)
+        if given is not None:
+            return None if self.is_token(given) else self.wrong_token()
+        name, worth = self.cookie(request)
+        for part in request.headers.get("cookie", "").split(";"):
+            key, _, value = part.strip().partition("=")
+            if key == name and same_text(value, worth):
+                return None
+        return refused(401, "open the link that web has printed, or give its token",
+                       ("WWW-Authenticate", "Bearer"))
+
+    def wrong_token(self) -> Answer:
+        """Guessing takes its time."""
+        return refused(401, "wrong token", ("WWW-Authenticate", "Bearer"),
+                       pause=_TOKEN_PAUSE)
+
+    def is_token(self, text: str) -> bool:
+        """True for ours, in the same time for every other."""
+        return self.token is None or same_text(text, self.token)
+
+    def cookie(self, request: WebRequest) -> tuple[str, str]:
+        """(name, value) of what a browser has in place of the token.
+
+        Cookies know no ports: the name has it, so that two dashboards get along.
+        """
+        import hmac
+
+        port = re.search(r":(\d+)\Z", request.headers.get("host", ""))
+        key = (self.token or "").encode()
+        value = hmac.new(key, b"pybgworker web", "sha256").hexdigest()
+        return f"pybgworker-{port[1] if port else 'web'}", value
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equal; in a time that does not tell where they differ."""
+    import hmac
+
+    return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode("utf-8"))
+
+
+def bearer(headers: dict) -> str | None:
+    """The token that a script sends; None: what browsers send by themselves, if any."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else None
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    return re.sub(r":\d*\Z", "", host).lower()
+
+
+def is_api_path(path: str) -> bool:
+    """True for what wants a token."""
+    return bool(re.search(r"(\A|/)api/", path))
+
+
+class Shared:
+    """Answers that are shared until they are too old: by all, whatever they cost."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.lock = threading.Lock()    # one answer is made at a time
+        self._clock = clock
+        self._answers: dict = {}        # (answer, until when it may be given)
+
+    def get(self, key: Any, make: Callable[[], Answer]) -> Answer:
+        """The answer of this key; made by make(), if there is none or it is old."""
+        found = self._fresh(key)
+        if found is not None:
+            return found
+        with self.lock:
+            found = self._fresh(key)    # of whoever made it while we waited
+            if found is not None:
+                return found
+            began = self._clock()
+            answer, ended = make(), self._clock()
+            life = max(_LEAST_LIFE, _PATIENT_SHARE * (ended - began))
+            if answer.status == 200:
+                while len(self._answers) >= _MOST_KEPT:
+                    self._answers.pop(next(iter(self._answers)), None)
+                self._answers[key] = answer, ended + life
+            return answer
+
+    def _fresh(self, key):
+        answer, until = self._answers.get(key, (None, 0.0))
+        return answer if answer is not None and self._clock() < until else None
+
+    def forget(self) -> None:
+        """Something was changed: nobody shall see what was before."""
+        self._answers.clear()
+
+
+class Dashboard:
+    """All that `web` and web_app() answer.  Only respond() is called from outside."""
+
+    def __init__(self, app: App, gate: Gate, redact: str | None = None):
+        self.app, self.gate, self._redact = app, gate, redact
+        self.kept = Shared()
+        self._opened: dict = {}         # path: (Store, Redaction), made when first used
+        self._files: dict = {}          # name: (etag, type, text, gzipped text)
+        self._beats = Beats()
+        self.probes: Callable | None = None     # what answers healthz and the like
+        self._about = {"read_only": gate.read_only, "version": __version__}
+
+    def respond(self, request: WebRequest) -> Answer:
+        """Answer one request.  Never raises: what goes wrong is a status and why."""
+        try:
+            return self.gate.refusal(request) or self._routed(request)
+        except TaskNotFound as exc:
+            return refused(404, str(exc))
+        except TaskStateError as exc:
+            return refused(409, str(exc))
+        except DatabaseUnavailable as exc:
+            return refused(503, str(exc), ("Retry-After", "2"))
+        except (PyBgWorkerError, ValueError) as exc:
+            return refused(400, str(exc))
+        except Exception as exc:
+            return refused(500, f"please report: {type(exc).__name__}: {exc}")
+
+    def _routed(self, request):
+        if len(request.path) + len(request.query) > _LONGEST_TARGET:
+            return refused(414, f"at most {_LONGEST_TARGET:,} characters of address")
+        if len(request.body) > LONGEST_BODY:
+            return refused(413, f"at most {LONGEST_BODY:,} bytes")
+        path, is_known = request.path, False
+        for route in ROUTES:
+            found = re.fullmatch("(?s:.*?/)??" + route.pattern, path)
+            if found:
+                is_known = True
+                if route.method == request.method.replace("HEAD", "GET"):
+                    return self._answer(route, request, found.groups())
+        name = path.rpartition("/")[2]
+        if self.probes is not None and name in ("healthz", "readyz", "metrics"):
+            status, kind, text = self.probes(f"/{name}",
+                                             request.headers.get("authorization", ""))
+            return Answer(status, (("Content-Type", kind), *_HEADERS), text.encode())
+        if is_known:
+            return refused(405, "not with this method")
+        return refused(404, "no such address") if is_api_path(path) \
+            else self._file(request)
+
+    def _answer(self, route, request, parts):
+        if not route.reads:
+            return self._acted(route, request, parts)
+        query = query_of(request.query)
+        wants_csv = query.pop("format", "") == "csv" \
+            or "text/csv" in request.headers.get("accept", "")
+        body = read_json(request.body) if route.method == "POST" else {}
+
+        def make():
+            store, redaction = self.opened()
+            with store.glance(_QUERY_SECONDS):
+                report = route.act(View(self.app, store, redaction, store.now(), query,
+                                        body, self._beats, self._about), *parts)
+            return _csv(report) if wants_csv else Answer.of(report)
+
+        key = (route.act, parts, tuple(sorted(query.items())), request.body, wants_csv)
+        return self.kept.get(key, make)
+
+    def _acted(self, route, request, parts):
+        if route.act is None:
+            return self._login(request)
+        store, redaction = self.opened()
+        by = By(request.who or request.peer or "somebody", "web")
+        deed = Deed(self.app, store, redaction, by, read_json(request.body))
+        try:
+            return Answer.of(route.act(deed, *parts))
+        except Conflict as exc:
+            return refused(409, str(exc))
+        finally:
+            self.kept.forget()
+
+    def _login(self, request):
+        given = read_json(request.body).get("token")
+        if not self.gate.is_token(str(given)):
+            return self.gate.wrong_token()
+        is_secure = request.headers.get("x-forwarded-proto", "") == "https"
+        # Without Path it is for the folder of api/login, as the browser knows it,
+        # whatever a proxy calls that.
+        cookie = "{}={}; HttpOnly; SameSite=Strict".format(*self.gate.cookie(request))
+        return Answer.of({"ok": True}, 200,
+                         ("Set-Cookie", cookie + "; Secure" * is_secure))
+
+    def opened(self) -> tuple:
+        """(a Store of our own, what is hidden): nobody waits long for a lock here."""
+        settings = self.app.settings
+        key = settings.db, settings.redact
+        if key not in self._opened:
+            mine = types.SimpleNamespace(**vars(settings))
+            mine.busy_timeout = min(_WRITE_SECONDS, settings.busy_timeout)
+            pattern = settings.redact if self._redact is None else self._redact
+            self._opened[key] = open_store(mine), Redaction(pattern)
+        return self._opened[key]
+
+    def check(self) -> None:
+        """Raise DatabaseUnavailable where there is nothing to show."""
+        self.opened()[0].data_version()
+
+    def close(self) -> None:
+        """Close this thread's connections to the database."""
+        for store, _ in list(self._opened.values()):
+            store.close()
+
+    def _file(self, request):
+        """The shell, or what it loads; gzipped once."""
+        name = request.path.rpartition("/")[2]
+        if name not in PAGES:
+            return refused(404, "no such address") if "." in name else to_folder(name)
+        if name not in self._files:
+            self._files[name] = _packed(*PAGES[name])
+        etag, kind, plain, small = self._files[name]
+        h, headers = request.headers, (
+            ("Content-Type", kind), ("ETag", etag), ("Cache-Control", "no-cache"),
+            ("Vary", "Accept-Encoding"), *_HEADERS)
+        if etag in h.get("if-none-match", ""):
+            return Answer(304, headers, b"")
+        if "gzip" in h.get("accept-encoding", ""):
+            return Answer(200, (("Content-Encoding", "gzip"), *headers), small)
+        return Answer(200, headers, plain)
+
+
+def to_folder(name: str) -> Answer:
+    """All addresses of the page are relative to a slash: go there."""
+    from urllib.parse import quote
+
+    return refused(302, "this address needs a / at its end",
+                   ("Location", f"{quote(name)}/"))
+
+
+def packed(text: str) -> str:
+    """A script or a style as it is sent: without indentation, comments on lines of
+    their own, and the ends of lines that mean nothing.
+    """
+    text = re.sub(r"(?ms)^ *(?:--)?/\*.*?\*/\n", "", text)
+    text = "".join(line.strip() + "\n" for line in text.splitlines() if line.strip())
+    text = re.sub(r"(?<=[\[{(,;+?:&|=>])\n|\n(?=[\])}:?&|.+,])", "", text)
+    return re.sub(r"\bconst\b", "let", text)
+
+
+def _packed(kind, text):
+    import gzip
+
+    plain = (text if "html" in kind else packed(text)).encode()
+    etag = f'"{zlib.crc32(plain):08x}{len(plain):x}"'
+    return etag, kind, plain, gzip.compress(plain, 9, mtime=0)
+
+
+def _csv(report):
+    rows = report if isinstance(report, list) else report.get("rows")
+    if rows is None:
+        return refused(406, "only lists come as text/csv")
+    return Answer(200, (("Content-Type", "text/csv; charset=utf-8"),
+                        ("Cache-Control", "no-store"), *_HEADERS),
+                  csv_text(rows).encode("utf-8", "replace"))
+
+
+def query_of(text: str) -> dict:
+    """The last value of each parameter that has one."""
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(text, max_num_fields=50, errors="replace"))
+
+
+def read_json(body: bytes) -> dict:
+    """The object that a request has sent.  Raises ValueError."""
+    try:
+        found = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("send one JSON object")
+    return found
+
+
+# == Web server ===============================================================
+# Owns the doors to the dashboard: `web`, which serves it by HTTP, and web_app(), which
+# mounts it in somebody's WSGI application.  Both read requests and write answers;
+# what they mean is the Dashboard's.  A server stands slow clients: they cost a thread
+# each, at most _MOST_CLIENTS, and none for long.
+
+_MOST_CLIENTS = 32
+_CLIENT_PATIENCE = 10.0                # seconds that a client may take over one request
+_BACKLOG = 64                   # connections that wait to be accepted
+_OUR_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Connections:
+    """The sockets that a server has open, each with a thread of its own."""
+
+    def __init__(self, most: int = _MOST_CLIENTS,
+                 patience: float = _CLIENT_PATIENCE,
+                 clock: Callable[[], float] = time.monotonic):
+        self._most, self._patience, self._clock = most, patience, clock
+        self._lock = threading.Lock()
+        self._waiting: dict = {}        # socket: since when for a whole request
+        self._served: set = set()       # sockets whose request is being answered
+
+    def admit(self, connection: socket.socket) -> bool:
+        """Take one on; if need be in place of the one that has waited longest."""
+        with self._lock:
+            if len(self._waiting) + len(self._served) >= self._most:
+                if not self._waiting:
+                    return False
+                self._shut(min(self._waiting, key=self._waiting.__getitem__))
+            self._waiting[connection] = self._clock()
+            return True
+
+    def asks(self, connection: socket.socket) -> None:
+        """A whole request has come."""
+        with self._lock:
+            if self._waiting.pop(connection, None) is not None:
+                self._served.add(connection)
+
+    def waits(self, connection: socket.socket) -> None:
+        """It is answered, and the next request awaited."""
+        with self._lock:
+            if connection in self._served:
+                self._served.discard(connection)
+                self._waiting[connection] = self._clock()
+
+    def gone(self, connection: socket.socket) -> None:
+        """It is closed."""
+        with self._lock:
+            self._waiting.pop(connection, None)
+            self._served.discard(connection)
+
+    def sweep(self) -> None:
+        """Shut those that have sent no whole request for too long."""
+        before = self._clock() - self._patience
+        with self._lock:
+            for connection in [c for c, at in self._waiting.items() if at < before]:
+                self._shut(connection)
+
+    def _shut(self, connection):
+        """Its thread reads the end, and closes it."""
+        self._waiting.pop(connection, None)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def http_bytes(answer: Answer, has_body: bool, is_last: bool) -> bytes:
+    """The whole answer: written at once, it does not wait for an acknowledgement."""
+    import http
+
+    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
+             *(f"{name}: {value}" for name, value in answer.headers),
+             f"Content-Length: {len(answer.body)}"]
+    lines += ["Connection: close"] if is_last else []
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+    return head + answer.body if has_body else head
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """(decoded path, query) of what stands in a request's first line."""
+    from urllib.parse import unquote
+
+    target = re.sub(r"\Ahttps?://[^/?]*", "", target)      # as to a proxy
+    path, _, query = target.partition("?")
+    return unquote(path, errors="replace"), query
+
+
+def body_length(lengths: Sequence[str], encodings: Sequence[str]) -> int | Answer:
+    """The bytes of a request's body, or why it is not read."""
+    if encodings:
+        return refused(411, "send a Content-Length: no chunks")
+    if len(lengths) > 1 or lengths and not re.fullmatch(r"\d{1,15}", lengths[0]):
+        return refused(400, "one Content-Length, and a number")
+    length = int(lengths[0]) if lengths else 0
+    if length > LONGEST_BODY:
+        return refused(413, f"at most {LONGEST_BODY:,} bytes")
+    return length
+
+
+def _handler(dashboard, connections):
+    """The class that reads the requests of one connection."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version, timeout = "HTTP/1.1", 3 * _CLIENT_PATIENCE
+        close_connection = True
+
+        def _answer(self):
+            found = read_request(self, self.headers)
+            if isinstance(found, Answer):
+                self.close_connection = True
+            else:
+                connections.asks(self.connection)
+                found = dashboard.respond(found)
+                time.sleep(found.pause)
+            self._send(found)
+            connections.waits(self.connection)
+
+        do_GET = do_HEAD = do_POST = _answer
+
+        def _send(self, answer):
+            is_head = self.command == "HEAD"
+            self.wfile.write(http_bytes(answer, not is_head, self.close_connection))
+
+        def send_error(self, code, message=None, explain=None):
+            self.close_connection = True
+            code = 405 if code == 501 else code
+            self._send(refused(code, message or "this is no request"))
+
+        def finish(self):
+            super().finish()
+            dashboard.close()
+
+        def log_message(self, *args):
+            """Neither queries nor bodies are logged."""
+
+    return Handler
+
+
+def read_request(handler: Any, headers: Any) -> WebRequest | Answer:
+    """A request whose head was read; or why it is none, with its body left unread."""
+    for name in ("host", "origin", "authorization"):
+        if len(headers.get_all(name, ())) > 1:
+            return refused(400, f"one {name}")
+    length = body_length(headers.get_all("content-length", ()),
+                         headers.get_all("transfer-encoding", ()))
+    if isinstance(length, Answer):
+        return length
+    body = handler.rfile.read(length)
+    if len(body) < length:
+        return refused(400, "the body ends too soon")
+    path, query = split_target(handler.path)
+    return WebRequest(handler.command, path, query,
+                      {key.lower(): value for key, value in headers.items()}, body,
+                      handler.client_address[0])
+
+
+def make_server(dashboard: Dashboard, host: str, port: int,
+                connections: Connections | None = None) -> Any:
+    """A server that listens; serve_forever() serves.  Raises OSError."""
+    import http.server
+    import socketserver
+
+    known = Connections() if connections is None else connections
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, _BACKLOG
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def server_bind(self):
+            socketserver.TCPServer.server_bind(self)    # asks no name server
+
+        def process_request(self, request, client_address):
+            if known.admit(request):
+                super().process_request(request, client_address)
+                return
+            answer = refused(503, "too many connections", ("Retry-After", "1"))
+            request.settimeout(0)
+            with contextlib.suppress(OSError):
+                request.sendall(http_bytes(answer, True, True))
+            self.shutdown_request(request)
+
+        def shutdown_request(self, request):
+            known.gone(request)
+            super().shutdown_request(request)
+
+        def service_actions(self):
+            known.sweep()
+
+        def handle_error(self, request, client_address):
+            error = sys.exc_info()[1]
+            if not isinstance(error, OSError):          # it has only hung up
+                print(f"pybgworker: {type(error).__name__}: {error}", file=sys.stderr)
+
+    return Server((host.strip("[]"), port), _handler(dashboard, known))
+
+
+def web_app(app: App | None = None, read_only: bool = False,
+            user: Callable[[dict], str | None] | None = None,
+            redact: str | None = None) -> Callable:
+    """The dashboard as a WSGI callable, to be mounted in an application of yours.
+
+    Who may see it is for that to say: `user(environ)` returns the name of whoever
+    asks, which the events keep, or None to refuse; without it all who get there may
+    do all.  `redact` is used in place of the setting.  Requests of other sites are
+    refused in any case.
+    """
+    redact = None if redact is None else check_setting("redact", redact, "redact")
+    dashboard = Dashboard(app or default_app, Gate(None, None, read_only), redact)
+
+    def serve(environ, start_response):
+        answer = _mounted(dashboard, environ, user)
+        start_response(f"{answer.status} {_phrase(answer.status)}", [
+            *answer.headers, ("Content-Length", str(len(answer.body)))])
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else answer.body]
+
+    return serve
+
+
+def _phrase(status):
+    import http
+
+    return http.HTTPStatus(status).phrase
+
+
+def _mounted(dashboard, environ, user):
+    """The answer to a WSGI request."""
+    who = None
+    if user is not None:
+        who = user(environ)
+        if who is None:
+            return refused(403, "this is not for you")
+    path = environ.get("PATH_INFO", "").encode("latin-1", "replace").decode(
+        "utf-8", "replace")
+    if not path:
+        return to_folder(environ.get("SCRIPT_NAME", "").rpartition("/")[2])
+    length = environ.get("CONTENT_LENGTH") or ""
+    found = body_length([length] if length else [], [
+        value for value in [environ.get("HTTP_TRANSFER_ENCODING")] if value])
+    if isinstance(found, Answer):
+        return found
+    headers = {key[5:].replace("_", "-").lower(): value
+               for key, value in environ.items() if key.startswith("HTTP_")}
+    headers["content-type"] = environ.get("CONTENT_TYPE", "")
+    body = environ["wsgi.input"].read(found) if found else b""
+    return dashboard.respond(WebRequest(
+        environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, body,
+        environ.get("REMOTE_ADDR", ""), None if who is None else str(who)))
+
+
+def _gate(args, settings, host):
+    """Who may ask, by the flags and settings."""
+    import secrets
+
+    if args.no_token and args.token:
+        raise UsageError("--token, or --no-token")
+    if args.no_token and not is_loopback(host.strip("[]")):
+        raise UsageError(f"--no-token is for this machine alone, not for {host}")
+    token = args.token or settings.web_token or secrets.token_urlsafe(18)
+    hosts = {*_OUR_NAMES, host.lower(), *(name.lower() for name in args.allow_host)}
+    return Gate(None if args.no_token else token, hosts, args.read_only)
+
+
+class _WebProbes(Probes):
+    """What is asked of this process, which is no worker."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def health(self):
+        return 200, "ok"
+
+    def readiness(self):
+        try:
+            with self._store.glance(1.0):
+                self._store.data_version()
+            return 200, "ok"
+        except DatabaseUnavailable as exc:
+            return 503, str(exc)
+
+
+@command("web", "serve the dashboard to browsers", "web --listen 127.0.0.1:8787",
+         flag("--listen", metavar="[HOST:]PORT", type=typed(parse_listen),
+              default="127.0.0.1:8787",
+              help="where; 0 takes any free port (default: 127.0.0.1:8787)"),
+         flag("--read-only", action="store_true", help="only for looking"),
+         flag("--token", metavar="T", type=typed(parse_token), default=None,
+              help="what one needs to get in (default: PYBGWORKER_WEB_TOKEN, else a "
+              "new one at each start)"),
+         flag("--no-token", action="store_true",
+              help="let in every user of this machine"),
+         flag("--allow-host", metavar="NAME", action="append", default=[],
+              help="a name by which browsers may ask for it, as through a proxy"),
+         flag("--redact", metavar="REGEX", type=typed(parse_pattern), default=None,
+              help="names of parameters and keys whose values are hidden (default: "
+              "PYBGWORKER_REDACT, else passwords, tokens and the like)"))
+def _web(args, app):
+    host, _, port = args.listen.rpartition(":")
+    gate = _gate(args, app.settings, host)
+    dashboard = Dashboard(app, gate, args.redact)
+    dashboard.check()
+    store, _ = dashboard.opened()
+    dashboard.probes = probe_answers(
+        _WebProbes(store), Scrapes(store, app.settings), gate.token is None, gate.token)
+    try:
+        server = make_server(dashboard, host, int(port))
+    except OSError as exc:
+        raise Problem(f"cannot listen on {args.listen}: {exc.strerror or exc}: "
+                      "choose another with --listen") from None
+    link = f"http://{host}:{server.server_address[1]}/"
+    print_text(f"{visible(app.store.path)}, until Ctrl-C:\n"
+               + link + (f"#token={gate.token}" if gate.token else ""))
+    if not is_loopback(host.strip("[]")):
+        print("pybgworker: this is plain HTTP, which others on the way can read: put a "
+              "proxy with TLS before it", file=sys.stderr)
+    with server:
+        server.serve_forever()
+
+
 # == Bench ====================================================================
 # Owns `bench`: what this machine does, measured beside raw SQLite on the same file
 # system in the same run.  Raw means the same table, columns and durability, by the
@@ -23080,3 +24475,613 @@ if __name__ == "__main__":
     sys.exit(_own.main())
 
 _keep_old_import_paths()
+
+
+# == Page =====================================================================
+# Owns what a browser loads of the dashboard: three texts, of which no other section
+# knows more than their names; the third is below.  All addresses in them are
+# relative, all routes behind a #.  Together they are 30 KB at most as they are sent,
+# see packed().  No inline script or style, no style= and no innerHTML; nothing is said
+# by colour alone.
+
+_SHELL = r'''
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>pybgworker</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="app.css">
+<a class="vh" href="#main">Skip to content</a>
+<header><b>pybgworker</b><span class="m" id="db"></span><nav></nav><div class="live">
+<form id="search" role="search"><input id="find"
+placeholder="Find id, name, text   /"
+aria-label="Find a task by id, name or text"></form>
+<span id="clock"></span><button id="pause" aria-pressed="false">Pause</button></div>
+</header>
+<main id="main" tabindex="-1">If nothing else appears: the address needs a / at its end,
+or the browser runs no scripts.</main>
+<p id="say" aria-live="polite"></p><dialog></dialog>
+<script src="app.js"></script>
+'''
+
+_STYLE = r'''
+:root{--bg:#f6f6f4;--pane:#fff;--ink:#1b1d20;--dim:#5a6068;--line:#e3e3df;
+--soft:#f0f0ed;
+--link:#1d55a8;--ok:#1b7045;--bad:#b3261e;--warn:#865300;--run:#1d5fb8;--okf:#6b9b84;
+--badf:#cf6a62;--badbg:#fcf1f0;--warnbg:#fbf5e8;--edge:1px solid var(--line)}
+@media(prefers-color-scheme:dark){:root{--bg:#121315;--pane:#191b1e;--ink:#e4e6e9;
+--dim:#9aa2ab;--line:#2b2e33;--soft:#222529;--link:#8ab6f5;--ok:#6cc596;--bad:#ff9288;
+--warn:#e2b45c;--run:#86b5f7;--okf:#3f7259;--badf:#b5564e;--badbg:#261a1a;
+--warnbg:#242017}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:13px/1.5 system-ui,"Segoe UI",
+Roboto,sans-serif;font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
+a{color:var(--link);text-decoration:none}a:hover{text-decoration:underline}
+:focus-visible{outline:2px solid var(--link);outline-offset:2px;border-radius:2px}
+main:focus{outline:0}
+code,pre,.m{font:12px/1.5 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.vh:not(:focus){position:absolute;width:1px;height:1px;overflow:hidden;
+clip-path:inset(50%)}
+header,nav,nav a,.live,.seg,h2,.r,.key,.top,.acts,.end{display:flex;align-items:center}
+header{gap:4px 20px;padding:0 20px;height:46px;background:var(--pane);
+border-bottom:var(--edge);position:sticky;top:0;z-index:2}
+header b{font-size:14px}#db,#clock{color:var(--dim)}
+nav{gap:2px;height:100%;overflow-x:auto;scrollbar-width:none}
+nav a{color:var(--dim);padding:0 10px;height:100%;gap:6px;border:solid transparent;
+border-width:2px 0}
+nav a:hover,nav a[aria-current]{color:var(--ink);text-decoration:none}
+nav a[aria-current]{border-bottom-color:var(--ink)}
+nav i{font:11px sans-serif;color:var(--bad)}
+.live{margin-left:auto;gap:12px}.live button{border:0;background:none;padding:4px}
+#clock{font-size:13px}
+.dot{display:inline-block;width:7px;height:7px;border-radius:50%;background:var(--ok);
+margin:0 6px 1px 0}.off .dot{background:none;box-shadow:inset 0 0 0 1.5px var(--dim)}
+input,select{font:inherit;color:inherit;background:var(--soft);border:var(--edge);
+border-radius:5px;padding:4px 9px;width:190px}.top input,select{width:150px}
+[type=checkbox]{width:auto;margin:3px 0 0}
+::placeholder{color:var(--dim);opacity:1}
+main{max-width:1320px;margin:0 auto;padding:16px 20px 40px;display:grid;gap:14px;
+grid-template-columns:repeat(12,minmax(0,1fr))}
+main>*{grid-column:span 12;min-width:0}
+section{background:var(--pane);border:var(--edge);border-radius:7px;overflow:hidden}
+.sc{overflow-x:auto}.sc:first-child{padding-top:7px}.s4{grid-column:span 4}.s5{
+grid-column:span 5}.s6{
+grid-column:span 6}
+.s7{grid-column:span 7}.s8{grid-column:span 8}.stale section{opacity:.55}
+h1{font-size:19px;line-height:1.3;margin:0;font-weight:600}
+h2{font-size:13px;margin:0;padding:0 14px;min-height:40px;gap:4px 10px}
+h2,.do,.key b,[aria-pressed=true]{font-weight:600}
+small,h2 .r{font-size:12px;font-weight:400}.r{margin-left:auto;gap:12px}
+button,.btn{font:inherit;font-size:12px;color:var(--ink);background:var(--pane);
+border:var(--edge);border-radius:5px;padding:3px 10px;cursor:pointer}
+.do{border-color:var(--dim)}button:hover,.btn:hover,[aria-pressed=true],tr:hover td,
+.cur td{background:var(--soft)}
+.seg button{border-radius:0;margin-left:-1px}.seg :first-child{
+border-radius:5px 0 0 5px}
+.seg :last-child{border-radius:0 5px 5px 0}
+table{border-collapse:collapse;width:100%}
+th{font-weight:400;color:var(--dim);text-align:left;font-size:12px;padding:2px 10px 4px}
+td{padding:5px 10px;border-top:var(--edge);vertical-align:top}
+td,th,button,.btn,nav,h2 .r,.live{white-space:nowrap}
+td.w{white-space:normal;width:99%;overflow-wrap:anywhere}
+th:first-child,td:first-child{padding-left:14px}
+.n{text-align:right}.dim,small,.key{color:var(--dim)}.bad,.failed{color:var(--bad)}
+.cur td:first-child{box-shadow:inset 3px 0 var(--link)}
+td button{padding:0 8px;line-height:18px}
+.tag::before{content:"";display:inline-block;width:8px;height:8px;border-radius:2px;
+margin-right:6px;background:currentColor}
+.retrying::before,.scheduled::before,.queued::before{background:none!important;
+box-shadow:inset 0 0 0 2px currentColor}.running::before{border-radius:50%!important}
+.success{color:var(--ok)}.retrying{color:var(--warn)}.running{color:var(--run)}
+.queued,.scheduled,.cancelled{color:var(--dim)}
+ul,ol{list-style:none;margin:0;padding:0}
+.att li{display:flex;gap:12px;padding:8px 14px;align-items:baseline;color:var(--ink);
+background:var(--badbg)}
+.att .warn{background:var(--warnbg)}.att li+li{border-top:var(--edge)}
+.mark{font-weight:700;width:1em;color:var(--bad)}.warn .mark{color:var(--warn)}
+.att p{margin:0;flex:1;overflow-wrap:anywhere}.pad{margin:0;padding:8px 14px}
+.col{display:flex;flex-direction:column;gap:14px}
+.figs{margin:0;display:grid;grid-template-columns:repeat(6,1fr);gap:1px;
+background:var(--line)}.figs div{padding:10px 14px 11px;background:var(--pane)}
+dt{color:var(--dim);font-size:12px}dd{margin:0;overflow-wrap:anywhere}
+.figs dd{font-size:20px;line-height:1.25}
+.chart{padding:0 14px 10px}.chart svg{display:block;width:100%;height:150px;
+overflow:visible}.tall{max-height:200px;overflow:auto}
+svg text{font-size:11px;fill:var(--dim)}.grid{stroke:var(--line)}
+.cross{stroke:var(--dim);stroke-dasharray:2 2}.key{gap:14px}.key b{color:var(--ink)}
+.key span::before{content:"";display:inline-block;width:9px;height:9px;
+border-radius:2px;
+background:var(--c);margin-right:5px}.key .ln::before{width:12px;height:2px;
+margin-bottom:3px}
+.c0{--c:var(--dim)}.c1{--c:var(--okf)}.c2{--c:var(--badf)}.c3{--c:var(--run)}
+.c4{--c:var(--warn)}
+.bar{display:inline-block;width:84px;height:6px;border-radius:3px;
+background:var(--soft);
+border:var(--edge);overflow:hidden;margin:0 8px 1px 0}.bar svg{display:block}
+svg{width:100%;height:100%}
+.top{flex-wrap:wrap;gap:6px 14px}.acts{margin-left:auto;gap:8px;flex-wrap:wrap}
+.why{padding:12px 14px 13px;border-left:3px solid}.why p{margin:0;font-size:15px;
+max-width:76ch;color:var(--ink)}.why ul{margin-top:7px;color:var(--dim)}
+.f{margin:0;padding:2px 14px 12px;display:grid;grid-template-columns:max-content 1fr;
+gap:4px 18px}
+pre{margin:0;padding:10px 14px 12px;border-top:var(--edge);overflow:auto;
+max-height:330px;
+white-space:pre-wrap;overflow-wrap:anywhere}
+.tl{padding:2px 14px 10px}.tl li{display:grid;gap:12px;padding:3px 0;align-items:center;
+grid-template-columns:40px 1fr 70px minmax(0,220px)}.tl svg{height:18px}
+.ax{font-size:11px;color:var(--dim);display:flex;justify-content:space-between}
+dialog{border:var(--edge);border-radius:9px;background:var(--pane);color:inherit;
+width:min(460px,92vw);padding:18px 20px}::backdrop{background:#0007}
+dialog input:not([type]){width:100%;display:block}
+.end{justify-content:end;gap:8px;margin:16px 0 0}
+#say{position:fixed;bottom:14px;left:50%;transform:translateX(-50%);margin:0;z-index:3;
+border-radius:7px;background:var(--ink);color:var(--bg);max-width:92vw}
+#say:not(:empty){padding:7px 16px}#say.bad{background:var(--bad)}
+@media(max-width:1000px){.s4,.s5,.s6,.s7,.s8{grid-column:span 12}
+.figs{grid-template-columns:repeat(3,1fr)}}
+@media(max-width:640px){header{flex-wrap:wrap;height:auto;padding:8px 14px 0;
+position:static}#db{flex:1;overflow:hidden}nav{order:9;width:100%;height:38px}
+.live{margin:0}form[role]{display:none}main{padding:10px 10px 30px;gap:10px}.col{
+gap:10px}
+.p{display:none}.figs{grid-template-columns:1fr 1fr}
+.stack thead{display:none}.stack tr{display:grid;grid-template-columns:auto 1fr auto;
+border-top:var(--edge);padding:6px 0}.stack td{border:0;padding:2px 8px}
+.stack td:first-child{padding-left:14px;font-weight:600}
+.stack .w{grid-area:2/1/3/3;width:auto;padding-left:14px}
+.stack td:last-child{grid-area:1/3/3/4;align-self:center}
+.att li{flex-wrap:wrap}.top .acts{width:100%}.acts>*{flex:1;padding:7px;
+text-align:center}
+.tl li{grid-template-columns:40px 1fr 64px;gap:0 10px}
+.tl li>:last-child:not(.ax){grid-column:2/4}
+td{padding:7px 8px}button,.btn{min-height:30px}td button{line-height:26px}
+h2{flex-wrap:wrap;padding:6px 14px}.key{gap:10px}}
+'''
+
+
+PAGES.update({
+    "": ("text/html; charset=utf-8", _SHELL),
+    "app.css": ("text/css; charset=utf-8", _STYLE),
+})
+
+
+# == Page script ==============================================================
+# Owns the third of these texts: what a browser does with the API.  Views are
+# functions of an answer, and updates are morphed in place.  Lines end where they
+# would be too long; packed() joins them.
+
+_SCRIPT = r'''
+"use strict"
+/* -- 1. h() builds, morph() updates in place: a refresh keeps focus, scroll, selection.
+   Text becomes text nodes only, and what would hide or turn it is written out. */
+const $=s=>document.querySelector(s),plain=s=>String(s).replace(
+/[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+c=>"\\u"+c.charCodeAt().toString(16).padStart(4,0))
+function h(what,...kids){
+ const[tag,...css]=what.split("."),e=/^(svg|rect|path|line|text)$/.test(tag)?
+document.createElementNS("http://www.w3.org/2000/svg",tag):document.createElement(tag||
+"span")
+ if(css[0])e.setAttribute("class",css.join(" "))
+ for(const k of kids.flat(9))if(k!=null&&k!==false){
+  if(k.nodeType)e.append(k)
+  else if(typeof k!="object")e.append(plain(k))
+  else for(const a in k){
+   const v=a=="on"?""+!!k[a]:k[a]
+   if(v==null||v===false);
+   else if(/^on.|checked|value/.test(a))e[a]=v
+   else e.setAttribute({on:"aria-pressed",label:"aria-label"}[a]||a,plain(v))}}
+ return e}
+function morph(a,b){
+ if(a.nodeName!=b.nodeName||a.id!=b.id)return a.replaceWith(b)
+ if(a.nodeType==3){if(a.data!=b.data)a.data=b.data;return}
+ for(const t of[...a.attributes])b.hasAttribute(t.name)||a.removeAttribute(t.name)
+ for(const t of b.attributes)a.getAttribute(t.name)==t.value||a.setAttribute(t.name,
+t.value)
+ for(const k of["click","change","submit","pointermove","pointerleave"])a["on"+k]=b[
+"on"+k]
+ a.checked=b.checked
+ const x=[...a.childNodes],y=[...b.childNodes]
+ y.forEach((n,i)=>x[i]?morph(x[i],n):a.append(n))
+ x.slice(y.length).forEach(n=>n.remove())}
+
+/* -- 2. words for eyes */
+let utc=false,now=Date.now()
+const num=n=>n==null?"–":n.toLocaleString("en"),many=(n,w)=>num(n)+" "+w+(n==1?"":"s")
+const tasks=n=>many(n,"task"),pct=(x,d=0)=>x==null?"–":(100*x).toFixed(d)+" %"
+function span(s){
+ if(s==null)return"–"
+ for(const[most,by,unit,d]of[[.9995,.001,"ms"],[9.95,1,"s",1],[99.5,1,"s"],[5400,60,
+"min"],
+[172800,3600,"h",1],[1/0,86400,"d"]])
+  if(s<most)return(Math.max(0,s)/by).toFixed(s&&s<.001?2:d)+" "+unit}
+const bytes=n=>n==null?"–":n<2**30?Math.round(n/2**20)+" MiB":(n/2**30).toFixed(1)+
+" GiB"
+const T=t=>typeof t=="string"?Date.parse(t):t
+const part=(t,o)=>new Date(t).toLocaleString("en-GB",{timeZone:utc?"UTC":undefined,
+...o})
+const hm=t=>part(t,{timeStyle:"short"}),hms=t=>part(t,{timeStyle:"medium"})
+const day=t=>part(t,{weekday:"short",day:"numeric",month:"short"})
+const moment=t=>day(t)==day(now)?hms(t):day(t)+" "+hm(t)
+const time=(t,s)=>t==null?"–":h("time",{title:new Date(T(t)).toISOString()},s||moment(T(
+t)))
+const ago=t=>time(t,span((now-T(t))/1e3)+" ago")
+const q=o=>{const s=""+new URLSearchParams(Object.entries(o).filter(e=>e[1]));return s&&
+"?"+s}
+const link=(to,t,c="a")=>h(c,{href:"#/"+to},t),mono=(to,t)=>link(to,t,"a.m")
+const btn=(t,f,o)=>h("button",{type:"button",onclick:f,...o},t)
+const may=(t,f)=>!info.read_only&&btn(t,f),dim=(...s)=>h(".dim",s)
+const code=s=>s.split("`").map((x,i)=>i%2?h("code",x):x)
+const red=(is,s)=>h(is?".bad":"",s)
+const progress=p=>p?[p[0]!=null&&[h(".bar",{role:"img",label:p[0]+" percent"},
+h("svg",{viewBox:"0 0 100 1",preserveAspectRatio:"none"},h("rect",{width:p[0],height:1,
+fill:"var(--run)"}))),Math.round(p[0])+" % "],dim(p[1])]:dim("–")
+const box=(title,right,...body)=>h("section",title&&h("h2",title,h(".r",right)),
+h("div.sc",body))
+const seg=(label,all,is,f)=>h(".seg",{role:"group",label},all.map(([v,t])=>btn(t,()=>f(
+v),
+{on:v==is})))
+
+/* Lists come with their columns: "label:field:form:class; …".  What a form is: */
+const FORM={"#":num,s:span,b:bytes,"%":v=>pct(v),t:v=>time(v),a:ago,m:v=>h(".m",v),
+x:v=>v,w:v=>link("workers",v),i:v=>mono("tasks/"+v,v),I:v=>v.map(i=>[FORM.i(i)," "]),
+progress,
+n:v=>mono("tasks"+q({name:v}),v),q:v=>mono("tasks"+q({queue:v}),v),
+state:v=>h(".tag."+v,v),clip:v=>h(".clip",{title:v||""},v),
+bad:v=>red(v,v>0?num(v):v),old:v=>red(v>300,span(v)),
+failed:v=>mono("tasks"+q({state:"failed",name:v}),v),
+group:(v,r)=>may("Retry…",()=>sure("retry",tasks(r.count),r.name+": "+r.error+".",
+ {like:r.ids[0],hours:+(route.q.hours||1),expect:r.count})),
+empty:(v,r)=>r.paused?red(1,["paused ",time(r.paused.since)]):v>=0&&v!=null?span(v):v||
+"–",
+why:v=>v&&[v.by&&"by "+v.by,v.reason&&`: “${v.reason}”`],
+pause:(v,r)=>r.paused?may("Resume…",()=>resume(v)):may("Pause…",()=>dialog(
+ `Pause queue ${v}?`,"Nothing is claimed from it until it goes on.","Pause",
+ on(v,"pause","is paused"),["reason","Why, for others to read"])),
+purge:(v,r)=>{const n=r.waiting+r.later;return n>0&&may("Cancel all…",()=>dialog(
+ `Cancel ${tasks(n)} of queue ${v}?`,"All that waits there.","Cancel",()=>ask("purge",
+ {queue:v,expect:n}).then(a=>say("Cancelled: "+tasks(a.done)))))},
+busy:(v,r)=>v+"/"+r.children,
+beat:(v,r)=>red(/dead|stale/.test(r.state),[r.state!="ready"&&r.state," ",span(v)]),
+list:v=>v?v.join(", "):"all",next:v=>time(v,"in "+span((T(v)-now)/1e3)),
+last:v=>v?link("tasks/"+v.id,v.status=="success"?span(v.duration):v.status=="failed"?
+ "failed "+hm(T(v.at)):v.status,"a."+v.status):"–",
+run:v=>may("Run now…",()=>dialog(`Run ${v} now?`,
+"Beside its ticks, as a task of its own.",
+ "Run now",()=>ask(`schedules/${encodeURIComponent(v)}/run`,{}).then(a=>
+ say("Queued: task "+a.id)))),
+pick:v=>h("input",{type:"checkbox",label:"Choose "+v,checked:picked.has(v),onchange:e=>{
+ picked[e.target.checked?"add":"delete"](v);draw()}})}
+function table(name,spec,rows,css=""){
+ const cols=spec.split(";").map(c=>{const[label,field,form,k=""]=c.split(":")
+  return[label,field||label,FORM[form]||(v=>v),k+(
+/^([#sb%at]|old|empty|busy|beat|next|last)$/
+.test(form)?" n":"")]})
+ return h("table"+css,h("caption.vh",name),
+h("thead",h("tr",cols.map(c=>h("th",{scope:"col",class:c[3]},c[0])))),
+h("tbody",rows.map(r=>h("tr",{"data-id":r.status&&r.id},cols.map(c=>h("td",{class:c[3]},
+c[2](r[c[1]],r))))),!rows[0]&&h("tr",h("td.dim",{colspan:cols.length},"none"))))}
+
+/* -- 3. charts: a log axis for waiting; successes up, failures down,
+ whatever colours */
+let hover=null,range="hour"
+const tabled={},nice=v=>{const p=10**Math.floor(Math.log10(v));return Math.ceil(
+v/p/2)*2*p}
+function hours(d,x){
+ const a=T(d[0].t),z=T(d[d.length-1].t),g=[],step=z-a>4e6?144e5:6e5
+ const off=utc?0:new Date(z).getTimezoneOffset()*6e4
+ for(let t=Math.ceil((a-off)/step)*step+off;t<=z-step/4;t+=step)
+  g.push(h("text",{x:x((t-a)/(z-a)),y:147,"text-anchor":"middle"},hm(t)))
+ return g}
+const rule=(W,y,s)=>[h("line.grid",{x1:44,x2:W,y1:y,y2:y}),h("text",{x:36,y:y+4,
+"text-anchor":"end"},s)]
+function bars(d,W){
+ const U=nice(Math.max(...d.map(p=>p.ok),1)),D=Math.max(...d.map(p=>p.bad))
+ const s=126/(U+Math.max(D&&nice(D),U*.18)),z=6+U*s,w=(W-44)/d.length
+ return{at:x=>Math.floor((x-44)/w),cx:i=>44+(i+.5)*w,g:[[U,U/2,0].map(v=>rule(W,
+Math.round(z-v*s)+.5,num(v))),hours(d,k=>44+(W-44-w)*k),d.map((p,i)=>[[z-p.ok*s,p.ok*s,
+"okf"],
+[z+1,p.bad&&Math.max(1,p.bad*s),"badf"]].map(([y,height,c])=>h("rect",{x:44+i*w+.5,y,
+height,
+width:Math.max(1,w-1.5),fill:`var(--${c})`,opacity:i>d.length-2&&.5})))]}}
+function lines(d,W){
+ const lg=v=>Math.log10(Math.max(v,.01)*100),n=d.length-1,x=i=>44+(W-44)*i/n
+ const top=Math.min(8,Math.max(2,Math.ceil(lg(Math.max(...d.map(p=>p.p95))))))
+ const y=v=>132-126*Math.min(v,top)/top,path=(k,at)=>h("path",{fill:"none",...at,
+d:d.map((p,i)=>p[k]==null?"":(i&&d[i-1][k]!=null?"L":"M")+x(i)+" "+y(lg(p[k]))+
+(i<n&&d[i+1][k]==null?"h2":"")).join("")})
+ return{at:p=>Math.round((p-44)/(W-44)*n),cx:x,g:[["10 ms","100 ms","1 s","10 s",
+"100 s",
+"17 min","2.8 h","28 h","12 d"].slice(0,top+1).map((s,i)=>rule(W,Math.round(y(i))+.5,
+s)),
+hours(d,k=>44+(W-44)*k),path("p95",{stroke:"var(--warn)","stroke-width":1.5,
+"stroke-dasharray":"4 2"}),path("p50",{stroke:"var(--run)","stroke-width":1.75})]}}
+function chart(id,name,note,keys,draws,d,label,spec){
+ const W=Math.max(280,(($("#"+id)||$("main")).clientWidth||600)-28),c=draws(d,W)
+ const at=i=>{if(i!=hover){hover=i;draw()}}
+ return h("section.s6",h("h2",name,h("small",note),h(".r",h(".key",
+d[hover]&&h("b",hm(T(d[hover].t))),keys[0]),btn("table",()=>{tabled[id]^=1;draw()},
+{on:tabled[id]}),keys[1])),h("div.chart"+(tabled[id]?".tall":""),{id},tabled[id]?table(
+label,
+"time:t:t;"+spec,d.slice().reverse()):h("svg",{viewBox:`0 0 ${W} 150`,role:"img",label,
+preserveAspectRatio:"none",onpointerleave:()=>at(null),onpointermove:e=>{
+ const r=e.currentTarget.getBoundingClientRect()
+ at(Math.max(0,Math.min(d.length-1,c.at((e.clientX-r.left)*W/r.width))))}},c.g,
+d[hover]&&h("line.cross",{x1:c.cx(hover),x2:c.cx(hover),y1:4,y2:132}))))}
+
+/* -- 4. asking the server */
+let info={},data,route={},live=true,fails=0,timer,asked=0,stale="",answered=now,met=0
+async function ask(path,body){
+ const r=await fetch("api/"+path,body&&{method:"POST",body:JSON.stringify(body),
+headers:{"Content-Type":"application/json"}}),a=await r.json().catch(()=>({}))
+ if(!r.ok)throw Object.assign(Error(a.error||r.statusText),{status:r.status})
+ return a}
+function say(s,bad){
+ const e=$("#say")
+ e.textContent=plain(s);e.className=bad?"bad":""
+ clearTimeout(say.t);say.t=setTimeout(()=>e.textContent="",9e3)}
+const login=token=>ask("login",{token}).then(go,e=>{say(e.message,1);strange()})
+function strange(){
+ route={};$("main").replaceChildren(h("form.pad",h("h1","This dashboard wants a token"),
+h("p","Open the link that “pybgworker web” has printed, or give its token."),
+h("input",{type:"password",label:"Token"})," ",h("button","Go on"),
+{onsubmit:e=>{e.preventDefault();login(e.target[0].value.trim())}}))}
+async function meta(){
+ const a=await ask("overview?span="+range)
+ met=Date.now();info={...a.web,name:a.database.split("/").pop(),failed:a.failures_total,
+alerts:a.attention.length}
+ return a}
+async function poll(){
+ clearTimeout(timer)
+ if(document.hidden||!route.view)return
+ const mine=++asked
+ try{
+  if(route.view!="overview"&&Date.now()-met>1e4)await meta()
+  const a=await VIEWS[route.view].get(route)
+  if(mine!=asked)return
+  data=a;now=T(a.at)||now;answered=Date.now();fails=0;stale=""}
+ catch(e){
+  if(mine!=asked)return
+  if(e.status==401)return strange()
+  if(e.status<500)data={error:e.message}
+  else{fails++;stale=e.status?e.message:"No answer since "+hms(answered)}}
+ draw()
+ if(live)timer=setTimeout(poll,Math.min(3e4,1e3*2**(fails+1)))}
+
+/* -- 5. what can be done: asked for first, then counted */
+function dialog(title,text,word,go,...fields){
+ const d=$("dialog"),last=document.activeElement
+ d.replaceChildren(h("form",{onsubmit:async e=>{
+  e.preventDefault();d.close()
+  try{await go(Object.fromEntries([...e.target].map(x=>[x.name,x.value])))}
+  catch(x){say(x.message,1)}
+  poll()}},h("h1",title),h("p",text),fields.map(f=>h("label",f[1],h("input",{name:f[
+0]}))),
+h("p.end",word&&btn("Keep as it is",()=>d.close()),h("button.do",word||"Close"))))
+ d.onclose=()=>(last.isConnected?last:$("main")).focus()
+ d.showModal();d.querySelector("input,.do").focus()}
+const sure=(verb,count,text,body)=>dialog(`${info.verbs[verb][0]} ${count}?`,text+" "+
+info.verbs[verb][2],
+info.verbs[verb][0],async v=>{
+ let n=0,left=0,r={left:1}
+ while(r.left){
+  r=await ask("tasks/"+verb,{...body,spread:+v.spread||0,after:r.after})
+  n+=r.done;left+=r.skipped
+  say(`${info.verbs[verb][1]}: ${tasks(n)}`+(left?`; ${num(left)} left as they are`:"")+
+(r.left?`; ${num(r.left)} to go`:""),left)}
+ picked.clear()},...verb=="retry"&&!(body.ids&&!body.ids[1])?[["spread",
+"Spread over so many seconds"]]:[])
+const some=(verb,ids)=>sure(verb,ids[1]?tasks(ids.length):"task "+ids,"",{ids})
+const all=(verb,filter)=>ask("count"+q(filter)).then(c=>sure(verb,(c.capped?
+"more than ":"")+
+tasks(c.count),Object.entries(filter).map(e=>e.join(" ")).join(", ")+".",{filter,
+max_id:c.max_id,expect:c.capped?null:c.count}),e=>say(e.message,1))
+const on=(queue,verb,done)=>v=>ask(`queues/${encodeURIComponent(queue)}/${verb}`,
+v).then(()=>
+say(`Queue ${queue} ${done}`))
+const resume=n=>dialog(`Resume queue ${n}?`,"","Resume",on(n,"resume","goes on"))
+const copy=s=>navigator.clipboard.writeText(s).then(()=>say("Copied"),()=>say(s))
+
+/* -- 6. what is where: get() asks, show() builds */
+const picked=new Set()
+let list={},out={}
+const csv=r=>h(".acts",h("a.btn",{download:route.view+".csv",href:"api/"+route.view+q({
+...r.q,format:"csv"})},"CSV")),head=(title,...more)=>h("div.top",h("h1",title),more)
+const page={get:r=>ask(r.view+q(r.q)),show:(a,r)=>[head(a.title,r.view=="failures"&&seg(
+"Span",
+[[1,"hour"],[24,"day"],[168,"week"]],r.q.hours||1,n=>location.hash="#/failures?hours="+
+n),
+dim(a.note),csv(r)),box(null,null,table(a.title,a.columns,a.rows,a.css)),a.next&&h(
+"p.pad",
+link(r.view+"?before="+a.next,"older"))]}
+const key=(c,t,v)=>h("."+c,t,v!=null&&h("b"," "+v)),pre=(s,o)=>h("pre",{tabindex:0,
+...o},s)
+const remedy=({action,target,page})=>action=="resume"?may("Resume…",()=>resume(target)):
+action=="cancel"?may("Cancel…",()=>some("cancel",[target])):btn("Look",(
+)=>location.hash=page)
+const VIEWS={
+overview:{get:meta,show(a){
+ const s=a.series,f=a.figures,c=s[hover]||s[s.length-1],is=hover!=null||null
+ return[h("section",h("h2.vh","Needs attention"),a.attention[0]?h("ul.att",
+a.attention.map(x=>
+h("li."+x.level,h(".mark",{"aria-hidden":true},x.level=="warn"?"!":"×"),h("p",code(
+x.say)),
+remedy(x)))):h("p.pad","Nothing needs you.")),
+h("section",h("dl.figs",a.shown.map(([t,v,note,css])=>h("div",h("dt",t),h("dd",{class:
+css},v,
+" ",h("small",note)))))),
+chart("runs","Runs","per "+(a.step==60?"minute":"15 min"),[[key("c1","ended well",
+is&&num(c.ok)),key("c2","failed",is&&num(c.bad))],seg("Span",[["hour","hour"],["day",
+"day"]],
+range,r=>{range=r;hover=null;poll()})],bars,s,num(f.runs_per_minute)+" runs a minute, "+
+pct(f.failed_share,1)+" failed in 10 minutes","ended well:ok:#;failed:bad:#"),
+chart("wait","Waiting time","≈ from due to start",[[key("ln.c3","half",span(c.p50)),
+key("ln.c4","95 %",span(c.p95))]],lines,s,
+`Waiting time: half ${span(f.wait_p50)}, 95 percent `
++span(f.wait_p95),"half:p50:s;95 %:p95:s"),
+h("div.col.s7",box("Queues",link("queues","all"),table("Queues",a.columns.queues,
+a.queues)),
+box(["Failures",h("small","last hour, by what went wrong")],link("failures","all"),
+table("Failures",a.columns.failures,a.failures,".stack"))),
+h("div.col.s5",box(["Running",h("small",num(a.running_total))],link(
+"tasks?state=running",
+"all"),table("Running",a.columns.running,a.running)),
+box("Workers",link("workers","all"),table("Workers",a.columns.workers,a.workers)),
+box("Next schedules",link("schedules","all"),table("Schedules",a.columns.next,
+a.next)))]}},
+tasks:{async get(r){
+ const fresh=a=>list={key:location.hash,rows:[],...a},again=list.key==location.hash
+ if(r.q.text){if(!again)search(r,fresh());return list}
+ const a=await ask("tasks"+q(r.q))
+ if(!again||!list.rows[0])return fresh(a)
+ const by=new Map(a.rows.map(t=>[t.id,t])),has=new Set(list.rows.map(t=>t.id))
+ list.newer=r.q.before?0:a.rows.filter(t=>!has.has(t.id)).length
+ list.rows=list.rows.map(t=>by.get(t.id)||t);list.at=a.at
+ return list},
+show(a,r){
+ const{before,...f}=r.q,to=v=>location.hash="#/tasks"+q({...f,...v})
+ const set=k=>({onchange:e=>to({[k]:e.target.value.trim()}),label:k})
+ return[head("Tasks",h("select",set("state"),["",...STATES].map(s=>h("option",{value:s,
+selected:s==(f.state||"")},s||"any state"))),["name","queue","error"].map(k=>h("input",{
+...set(k),placeholder:k,value:f[k]||""})),f.text&&btn("× "+f.text,()=>to({text:""})),
+h(".acts",["retry","cancel","forget"].map(k=>picked.size?may(
+`${info.verbs[k][0]} ${picked.size}…`,
+()=>some(k,[...picked])):FITS[k].includes(f.state)&&!f.text&&may(info.verbs[k][0]+
+" all…",
+()=>all(k,f))),!f.text&&csv(r))),
+a.newer>0&&h("div.top",btn(a.newer+(a.newer>49?" or more":"")+" newer",()=>{list={};
+poll()})),
+box(null,null,table("Tasks",a.columns,a.rows)),
+h("p.pad.dim",a.searched_to&&["Searched back to ",time(a.searched_to.at)," · "],
+a.busy?btn("stop",()=>{a.busy=0;draw()}):a.next?link("tasks"+q({...r.q,before:a.next}),
+"older"):"no older ones")]}},
+task:{async get(r){
+ const p="tasks/"+r.id,[t,why]=await Promise.all([ask(p),ask(p+"/why")])
+ if(out.id!=r.id)out={id:r.id,text:"",follow:true}
+ const n=out.pick||t.attempt,same=out.shown==n
+ if(n){
+  const o=await ask(p+`/output?attempt=${n}&from=`+(same&&out.next||""))
+  out={...out,text:(same&&o.more?out.text:"")+o.text,next:o.next,shown:n}}
+ return{...t,why}},
+show(t){
+ const e=t.error,ran=t.runs.filter(x=>x.started_at).slice(-6)
+ const verb=(k,...s)=>s.includes(t.status)&&may(info.verbs[k][0]+"…",()=>some(k,[t.id]))
+ return[h("div.top",h("h1",dim("Task ",t.id," "),t.name),FORM.state(t.status),
+h(".acts",verb("run_now","scheduled","retrying"),Object.keys(FITS).map(k=>verb(k,
+...FITS[k])),
+btn("Copy command",()=>copy(t.command),{title:t.command}))),
+h("section.why."+t.status,h("h2.vh","Why"),h("p",code(t.why.say)),h("ul",t.why.also.map(
+x=>
+h("li",code(x.say))))),
+h("div.col.s8",box(["Attempts",h("small",`${t.attempt} of ${t.allowed}`)],h(".key",
+key("c0","waited"),key("c1","ran well"),key("c2","failed")),attempts(t)),
+e&&box("Error",link("tasks"+q({state:"failed",name:t.name,error:e.type}),
+"others like it"),
+pre(t.error_text)),
+box(["Output",out.shown&&h("small","run ",out.shown)],[ran[1]&&seg("Run",ran.map(x=>[
+x.attempt,
+"run "+x.attempt]),out.shown,n=>{out.pick=n;poll()}),btn("Follow",()=>{
+ out.follow=!out.follow;draw()},{on:out.follow})],pre(out.text||dim("none"),{id:
+"out"}))),
+h("div.col.s4",box("Call",btn("Copy",()=>copy(t.call)),pre(t.call)),
+t.result!=null&&box("Result",null,pre(JSON.stringify(t.result,null,2))),
+box("Facts",null,h("dl.f",t.facts.map(([k,f,v])=>[h("dt",k),h("dd",FORM[f](v))]))))]}},
+failures:page,queues:page,names:page,workers:page,schedules:page,events:page}
+const STATES="scheduled queued running retrying success failed cancelled".split(" ")
+const FITS={retry:STATES.slice(4),cancel:STATES.slice(0,4),forget:[...STATES.slice(4),
+"queued","scheduled","retrying"]}
+async function search(r,mine){
+ mine.busy=1;let before=r.q.before
+ try{
+  while(mine.busy&&list==mine){
+   const a=await ask("search",{...r.q,before}),rows=mine.rows.concat(a.rows)
+   before=a.next;Object.assign(mine,a,{rows,busy:mine.busy&&a.next&&rows.length<50})
+   if(list==mine)draw()}}
+ catch(e){mine.busy=0;say(e.message,1)}}
+function attempts(t){
+ const x0=T(t.from_at),d=1.02*(Math.max(now,T(t.until_at))-x0||1e3),x=v=>100*(T(v)-x0)/d
+ const r=(a,b,y,height,c)=>h("rect",{x:x(a),y,height,fill:`var(--${c})`,
+width:Math.max(.5,x(b)-x(a))})
+ return h("ol.tl",t.runs.map(a=>h("li",h("","run ",a.attempt),h("svg",{viewBox:
+"0 0 100 18",
+role:"img",preserveAspectRatio:"none",label:a.say},r(x0,x0+d,8.5,1,"line"),
+a.started_at?[r(a.due_at,a.started_at,7,4,"dim"),r(a.started_at,a.ended_at,2,14,
+{success:"okf",running:"run"}[a.outcome]||"badf")]:r(a.due_at,a.due_at,2,14,"warn"),
+r(now,now,0,18,"run")),h(".n",span(a.ran)),h("",a.started_at?a.say:dim("due at "+
+moment(T(a.due_at)))))),h("li",{"aria-hidden":true},h(""),h(".ax",h("",moment(x0)),
+h("","now is the blue line"),h("",moment(x0+d)))))}
+
+/* -- 7. the frame: routes, keys, the clock */
+let cur=-1,rows=[]
+const NAV="Overview Tasks Failures Queues Names Workers Schedules Events".split(" ")
+const path=n=>n=="Overview"?"":n.toLowerCase()
+function draw(){
+ if(!route.view)return
+ if(data)morph($("main"),h("main",{id:"main",tabindex:-1,class:stale&&"stale"},
+stale&&h("p.pad.bad",stale),data.error&&!data.id?h("p.pad.bad",data.error)
+:VIEWS[route.view].show(data,route)))
+ morph($("nav"),h("nav",{label:"Views"},NAV.map(n=>h("a",{href:"#/"+path(n),
+"aria-current":n.toLowerCase().startsWith(route.view)&&"page"},n,
+n=="Failures"&&info.failed>0&&h("i",num(info.failed))))))
+ const zone=Intl.DateTimeFormat().resolvedOptions().timeZone
+ morph($("#clock"),btn([h(".dot"),hms(now)+" "+part(now,{timeZoneName:"short"}).split(
+" ")
+.pop()],()=>{utc=!utc;draw()},{id:"clock",class:(!live||stale)&&"off",
+title:(utc?"UTC":zone)+": click for "+(utc?zone:"UTC")}))
+ $("#db").textContent=plain(info.name||"")
+ document.title=plain((route.id?route.id+" · ":"")+(info.alerts?`(${info.alerts}) `:"")+
+"pybgworker · "+(info.name||""))
+ rows=[...document.querySelectorAll("main tbody tr")]
+ rows.forEach((r,i)=>r.classList.toggle("cur",i==cur))
+ if(out.follow&&$("#out"))$("#out").scrollTop=1e9}
+function go(){
+ const s=location.hash,[p,search]=s.slice(2).split("?"),[view,id]=p.split("/")
+ if(s.startsWith("#token=")){
+  history.replaceState(0,"",location.pathname+location.search+"#/")
+  return login(decodeURIComponent(s.slice(7)))}
+ route={view:view=="tasks"&&id?"task":VIEWS[view]?view:"overview",id,
+q:Object.fromEntries(new URLSearchParams(search))}
+ hover=data=null;cur=-1;picked.clear();list={}
+ const m=$("main")
+ m.replaceChildren(h("p.pad.dim","…"));m.focus({preventScroll:true});scrollTo(0,0);draw(
+);poll()}
+function hold(){
+ live=!live
+ const b=$("#pause")
+ b.textContent=live?"Pause":"Resume";b.setAttribute("aria-pressed",!live)
+ say(live?"Updates go on":"Updates are paused");draw();live?poll():clearTimeout(timer)}
+const help=()=>dialog("Keys",h("dl.f",["/ find","o…e views: o t f q n w s e",
+"j,k down, up",
+"⏎ open","x choose","r retry","c cancel","p pause updates","? this"].map(k=>[h("dt.m",
+k.split(" ")[0]),h("dd",k.slice(k.indexOf(" ")))]),h("dt","letters"),h("dd",h("label",
+h("input",{type:"checkbox",checked:!localStorage.keysOff,onchange:e=>
+ localStorage.keysOff=e.target.checked?"":1})," single letters work"))),"",()=>0)
+function keys(e){
+ const k=e.key,at=e.target.tagName,row=rows[cur],id=route.id||row&&row.dataset.id
+ if(e.ctrlKey||e.metaKey||e.altKey||$("dialog").open||/INPUT|SELECT/.test(at))return
+ if(k=="?")return help()
+ if(localStorage.keysOff||!route.view)return
+ const ids=picked.size?[...picked]:id?[+id]:[],n=NAV.find(n=>n[0].toLowerCase()==k)
+ if(k=="/"){e.preventDefault();$("#find").focus()}
+ else if(n)location.hash="#/"+path(n)
+ else if(k=="p")hold()
+ else if(k=="j"||k=="k"){
+  cur=Math.max(0,Math.min(rows.length-1,cur+(k=="j"?1:-1)));draw()
+  rows[cur]?.scrollIntoView({block:"nearest"})}
+ else if(k=="Enter"&&row&&!/^(A|BUTTON)$/.test(at))row.querySelector("a")?.click()
+ else if(k=="x")row?.querySelector("[type=checkbox]")?.click()
+ else if(/^[rc]$/.test(k)&&ids[0]&&!info.read_only)some(k=="r"?"retry":"cancel",ids)}
+$("#pause").onclick=hold
+$("#search").onsubmit=e=>{
+ const f=$("#find"),s=f.value.trim()
+ e.preventDefault();f.blur();location.hash="#/tasks"+(/^\d+$/.test(s)?"/"+s:q({text:
+s}))}
+addEventListener("hashchange",go)
+addEventListener("keydown",keys)
+addEventListener("resize",draw)
+document.addEventListener("visibilitychange",()=>live&&poll())
+go()
+'''
+
+
+PAGES["app.js"] = "text/javascript; charset=utf-8", _SCRIPT

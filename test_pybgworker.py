@@ -22,6 +22,7 @@ import datetime as dt
 import importlib.util
 import errno
 import functools
+import base64
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ import os
 import pickle
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -21600,6 +21602,947 @@ class Unheard(QueueCase):
         self.assertEqual([json.loads(line)["runs"] for line in out], [3, 9])
 
 
+# == Redaction ================================================================
+
+
+class Redactions(unittest.TestCase):
+
+    def setUp(self):
+        self.redaction = pybgworker.Redaction(App().settings.redact)
+
+    def call(self, params, *args, **kwargs):
+        return self.redaction.call(pybgworker.encode_call(args, kwargs), params)
+
+    def test_values_are_hidden_by_the_name_of_their_key_at_any_depth(self):
+        deep = {"user": [{"Password": "hunter2", "age": 7}], "API_KEY": {"a": 1},
+                ("my token", 2): "t", "n": ({"ssn": 1},)}
+        self.assertEqual(self.redaction.hidden(deep), {
+            "user": [{"Password": pybgworker.HIDDEN, "age": 7}],
+            "API_KEY": pybgworker.HIDDEN, ("my token", 2): pybgworker.HIDDEN,
+            "n": ({"ssn": pybgworker.HIDDEN},)})
+
+    def test_arguments_are_hidden_by_the_name_of_their_parameter(self):
+        names, args, kwargs = self.call(("to", "secret"), "a", "b", card="c", x={"iban": 1})
+        self.assertEqual((names, args), (["to", "secret"], ["a", pybgworker.HIDDEN]))
+        self.assertEqual(kwargs, {"card": pybgworker.HIDDEN,
+                                  "x": {"iban": pybgworker.HIDDEN}})
+        _, args, _ = self.call(("to", "*tokens"), "a", "b", "c")
+        self.assertEqual(args, ["a", pybgworker.HIDDEN, pybgworker.HIDDEN])
+        names, args, _ = self.call(("a", "*args", "b", "**kwargs"), 1, 2)
+        self.assertEqual((names, args), (["a", "*args"], [1, 2]))
+
+    def test_a_positional_argument_without_a_name_is_hidden(self):
+        for params in (None, (), ("a", "**kwargs")):
+            _, args, kwargs = self.call(params, "x", "y", b=1)
+            self.assertNotIn("y", args)
+            self.assertEqual(kwargs, {"b": 1})
+        self.redaction = pybgworker.Redaction("")
+        self.assertEqual(self.call(None, "x")[1], ["x"])
+
+    def test_an_empty_pattern_hides_nothing(self):
+        self.assertFalse(pybgworker.Redaction("").is_on)
+        self.assertEqual(pybgworker.Redaction("").hidden({"password": 1}), {"password": 1})
+
+    def test_what_cannot_be_read_is_not_shown(self):
+        for text in ("", "nonsense", "[1]", '[[], []]', '[[{"$time": "never"}], {}]',
+                     "[" * 100_000):
+            found = self.redaction.call(text, ())
+            self.assertNotIn("nonsense", pybgworker.call_text("t", found))
+        deep = [1]
+        for _ in range(5000):
+            deep = [deep]
+        self.assertIn("too deeply", str(self.redaction.hidden(deep)))
+        self.assertIn("too deeply", pybgworker.json_text(deep))
+
+    def test_a_search_finds_only_what_is_shown(self):
+        call = self.call(("to", "token"), "anna", "hunter2", body={"text": "café"})
+        finds = functools.partial(self.redaction.finds, name="mail.send", call=call)
+        error = {"kind": "exception", "type": "KeyError", "message": "Zebra"}
+        for words in ("ANNA", "mail.s", "café", "zebra"):
+            self.assertTrue(finds(words, error=error), words)
+        for words in ("hunter2", "nobody"):
+            self.assertFalse(finds(words, error=None), words)
+
+    def test_a_call_is_shown_as_one_would_write_it(self):
+        call = self.call(("event", "url"), "order.paid", "https://api.example.org/hook",
+                         body={"order": 1, "total": Decimal("41.90"), "at": (1,)},
+                         token="t", tags={"a"}, none=set())
+        self.assertEqual(pybgworker.call_text("webhooks.deliver", call), textwrap.dedent('''\
+            deliver(
+              event="order.paid",
+              url="https://api.example.org/hook",
+              body={"order": 1, "total": Decimal('41.90'), "at": (1,)},
+              token="•••••• (redacted)",
+              tags={"a"},
+              none=set(),
+            )'''))
+        self.assertEqual(pybgworker.call_text("t", self.call(())), "t()")
+
+    def test_json_is_such_that_a_browser_reads_it(self):
+        odd = {"a": math.inf, 7: b"x", "s": {1}, "u": "\ud800"}
+        self.assertEqual(json.loads(pybgworker.json_text(odd)),
+                         {"a": "inf", "7": "b'x'", "s": [1], "u": "\ud800"})
+
+
+# == Web reports ==============================================================
+
+
+class WebCase(QueueCase):
+    """A dashboard on our queue, asked without a server."""
+
+    TOKEN = "a-token-of-ours"
+
+    def setUp(self):
+        super().setUp()
+        self.web = self.dashboard()
+
+    def dashboard(self, token=TOKEN, hosts=("localhost",), read_only=False, redact=None):
+        gate = pybgworker.Gate(token, hosts, read_only)
+        web = pybgworker.Dashboard(self.app, gate, redact)
+        web.kept.get = lambda key, make: make()         # keeps nothing
+        self.addCleanup(web.close)
+        return web
+
+    def respond(self, method, path, body=None, web=None, **headers):
+        """The answer; `headers` None leaves one out."""
+        path, _, query = path.partition("?")
+        found = {"host": "localhost:8787", "authorization": f"Bearer {self.TOKEN}",
+                 "content-type": "application/json"}
+        found.update({k.replace("_", "-"): v for k, v in headers.items()})
+        found = {k: v for k, v in found.items() if v is not None}
+        body = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        request = pybgworker.WebRequest(method, path, query, found,
+                                        body if method == "POST" else b"", "10.0.0.9")
+        return (web or self.web).respond(request)
+
+    def get(self, path, status=200, **headers):
+        answer = self.respond("GET", path, **headers)
+        self.assertEqual(answer.status, status, answer.body[:500])
+        return json.loads(answer.body)
+
+    def post(self, path, body=None, status=200, **headers):
+        answer = self.respond("POST", path, body, **headers)
+        self.assertEqual(answer.status, status, answer.body[:500])
+        return json.loads(answer.body)
+
+    def failed_task(self, name="t", message="m", kind="exception", type="KeyError", **more):
+        """A task that has failed; return its id."""
+        self.enqueue(name=name, retries=0, **more)
+        run, = self.claim(names={name})
+        self.finish(run, pybgworker.FAILED, error={
+            "kind": kind, "type": type, "message": message, "traceback": "T\n" + message})
+        return run.id
+
+    def events(self):
+        return [(e.who, e.how, e.action, e.target, e.detail)
+                for e in reversed(self.store.events())]
+
+
+class WebReports(WebCase):
+
+    def setUp(self):
+        super().setUp()
+        self.now = self.store.now()
+
+    def test_the_overview_is_that_of_top_and_says_what_the_page_may(self):
+        self.enqueue()
+        report = self.get("/api/overview?span=day")
+        self.assertEqual(report["figures"]["waiting"], 1)
+        self.assertEqual(report["step"], 900)
+        self.assertEqual(report["web"]["version"], pybgworker.__version__)
+        self.assertIs(report["web"]["read_only"], False)
+        self.assertIn("hour or day", self.get("/api/overview?span=year", 400)["error"])
+
+    def test_tasks_by_state_name_queue_and_error_page_by_page(self):
+        for number in range(5):
+            self.enqueue(name="tu"[number % 2], queue="ab"[number > 2])
+        self.failed_task("v")
+        def ids(query):
+            return [row["id"] for row in self.get("/api/tasks" + query)["rows"]]
+        self.assertEqual(ids(""), [6, 5, 4, 3, 2, 1])
+        self.assertEqual(ids("?name=u"), [4, 2])
+        self.assertEqual(ids("?queue=b&state=queued"), [4, 5])
+        self.assertEqual(ids("?state=failed&error=KeyError"), [6])
+        self.assertEqual(ids("?state=failed&error=OSError"), [])
+        page = self.get("/api/tasks?limit=4")
+        rest = self.get(f"/api/tasks?limit=4&before={page['next']}")
+        self.assertEqual([row["id"] for row in rest["rows"]], [2, 1])
+        self.assertIsNone(rest["next"])
+        self.assertEqual(page["rows"][0]["error"], "KeyError: m")
+        for bad in ("state=done", "limit=many", "limit=-1", "before=xyz"):
+            self.get("/api/tasks?" + bad, 400)
+
+    def test_a_search_finds_text_but_none_that_is_hidden(self):
+        self.module("""
+            @task(name="mail")
+            def mail(to, token): pass
+        """)
+        self.app.tasks.update(pybgworker.default_app.tasks)
+        self.enqueue("mail", args=pybgworker.encode_call(("anna", "hunter2"), {}))
+        def found(text):
+            rows = self.post("/api/search", {"text": text})["rows"]
+            return [row["id"] for row in rows]
+
+        self.assertEqual((found("anna"), found("hunter2")), ([1], []))
+        self.web = self.dashboard(redact="")
+        self.assertEqual((found("anna"), found("hunter2")), ([1], [1]))
+        self.post("/api/search", {"text": ["a"]}, 400)
+
+    def test_a_search_goes_on_where_it_ended(self):
+        self.enqueue(name="rare")
+        self.fill(60_000)
+        with mock.patch.object(pybgworker, "_FIND_SECONDS", 0.0):
+            seen, before = [], None
+            while True:
+                page = self.post("/api/search", {"text": "rare", "before": before})
+                seen += [row["id"] for row in page["rows"]]
+                before = page["next"]
+                if before is None:
+                    break
+                self.assertRegex(page["searched_to"]["at"], "^[0-9T:.-]+Z$")
+        self.assertEqual(seen, [1])
+
+    def test_a_task_is_shown_whole_but_for_what_is_hidden(self):
+        self.enqueue(args=pybgworker.encode_call((), {"to": "anna", "token": "hunter2"}),
+                     retries=0)
+        run, = self.claim()
+        self.finish(run, started_at=self.now, duration=0.5, output="said",
+                    result=pybgworker.encode({"ok": 1, "secret": "hunter3"}, "result"))
+        report = self.get("/api/tasks/1")
+        self.assertEqual(report["kwargs"], {"to": "anna", "token": pybgworker.HIDDEN})
+        self.assertEqual(report["result"], {"ok": 1, "secret": pybgworker.HIDDEN})
+        self.assertEqual(report["status"], "success")
+        self.assertEqual(report["runs"][0]["outcome"], "success")
+        self.assertIn("why 1 --db ", report["command"])
+        self.assertNotIn("hunter", json.dumps(report))
+        self.assertEqual(self.get("/api/tasks/1/output")["text"], "said")
+        self.assertIn("no task 7", self.get("/api/tasks/7", 404)["error"])
+
+    def test_only_new_output_is_sent(self):
+        self.enqueue(retries=0)
+        run, = self.claim()
+        add = """insert into bg_output (task, attempt, seq, at, body) values (1, 1, ?, 0, ?)"""
+        self.sql(add, 0, "one\n")
+        first = self.get("/api/tasks/1/output?attempt=1")
+        self.assertEqual((first["text"], first["running"]), ("one\n", True))
+        self.sql(add, 1, "two\n")
+        second = self.get(f"/api/tasks/1/output?attempt=1&from={first['next']}")
+        self.assertEqual((second["text"], second["more"]), ("two\n", True))
+        third = self.get(f"/api/tasks/1/output?attempt=1&from={second['next']}")
+        self.assertEqual((third["text"], third["next"]), ("", second["next"]))
+        self.finish(run, output="one\ntwo\nthree\n")
+        whole = self.get(f"/api/tasks/1/output?attempt=1&from={second['next']}")
+        self.assertEqual((whole["text"], whole["more"]), ("one\ntwo\nthree\n", False))
+        after = self.get(f"/api/tasks/1/output?from={whole['next']}")
+        self.assertEqual((after["text"], after["more"]), ("", True))
+
+    def test_what_is_too_long_for_a_page_is_not_sent(self):
+        self.enqueue(args=pybgworker.encode_call(("x" * 300_000,), {}))
+        report = self.get("/api/tasks/1")
+        self.assertIsNone(report["args"])
+        self.assertRegex(report["call"], r"300,\d+ characters: show 1 prints them")
+
+    def test_why_is_that_of_the_command(self):
+        self.enqueue()
+        self.sql("delete from bg_worker")
+        report = self.get("/api/tasks/1/why")
+        self.assertEqual((report["code"], report["id"]), ("no_worker", 1))
+        self.get("/api/tasks/2/why")
+
+    def test_failures_come_in_groups(self):
+        for number in range(3):
+            self.failed_task(message=f"user {number}")
+        self.failed_task("u", "other")
+        report = self.get("/api/failures?hours=1")
+        self.assertEqual([(g["name"], g["count"]) for g in report["rows"]],
+                         [("t", 3), ("u", 1)])
+        self.assertEqual((report["total"], report["capped"]), (4, False))
+        one, = self.get("/api/failures?name=u")["rows"]
+        self.assertEqual(one["ids"], [4])
+
+    def test_a_count_comes_with_the_highest_id_of_any(self):
+        self.failed_task()
+        self.enqueue()
+        self.assertEqual(self.get("/api/count?state=failed"),
+                         {"count": 1, "capped": False, "max_id": 2})
+
+    def test_the_tables(self):
+        self.store.pause("mail", self.now, pybgworker.By("anna", "cli"), "SMTP is down")
+        report, = self.get("/api/queues")["rows"]
+        self.assertEqual((report["queue"], report["paused"]["by"],
+                          report["paused"]["reason"]), ("mail", "anna", "SMTP is down"))
+        self.assertEqual(self.get("/api/names")["rows"], [])
+        self.assertEqual(len(self.get("/api/workers")["rows"]), 2)
+        self.assertEqual(self.get("/api/schedules")["rows"], [])
+        event, = self.get("/api/events")["rows"]
+        self.assertEqual((event["who"], event["action"], event["target"]),
+                         ("anna", "pause", "queue mail") if "queue" in event["target"]
+                         else ("anna", "pause", "mail"))
+
+    def test_lists_come_as_csv_and_no_cell_is_a_formula(self):
+        for name in ("=cmd()", "+1", "-1", "@x", "\tx", "fine, thank \"you\""):
+            self.enqueue(name)
+        answer = self.respond("GET", "/api/tasks", accept="text/csv")
+        self.assertIn(("Content-Type", "text/csv; charset=utf-8"), answer.headers)
+        csv = pybgworker.importlib.import_module("csv")
+        rows = list(csv.DictReader(io.StringIO(answer.body.decode())))
+        self.assertEqual([row["name"] for row in rows][::-1],
+                         ["'=cmd()", "'+1", "'-1", "'@x", "'\tx", "fine, thank \"you\""])
+        for path in ("failures", "queues", "names", "workers", "schedules", "events"):
+            answer = self.respond("GET", f"/api/{path}?format=csv")
+            self.assertEqual(answer.status, 200, path)
+        self.get("/api/overview?format=csv", 406)
+
+
+# == Web actions ==============================================================
+
+
+class WebActions(WebCase):
+
+    def setUp(self):
+        super().setUp()
+        self.now = self.store.now()
+
+    def test_tasks_are_retried_cancelled_forgotten_by_ids(self):
+        failed, waiting = self.failed_task(), self.enqueue()
+        self.assertEqual(self.post("/api/tasks/retry", {"ids": [failed, waiting]})["done"], 1)
+        self.assertEqual(self.status(failed), "queued")
+        report = self.post("/api/tasks/cancel", {"ids": [failed, waiting, 99]})
+        self.assertEqual((report["done"], report["skipped"], report["left"]), (2, 1, 0))
+        self.post("/api/tasks/forget", {"ids": [failed]})
+        self.assertRaises(pybgworker.TaskNotFound, self.store.task, failed)
+        self.assertEqual({event[:3] for event in self.events()}, {
+            ("10.0.0.9", "web", "retry"), ("10.0.0.9", "web", "cancel"),
+            ("10.0.0.9", "web", "forget")})
+
+    def test_what_waits_for_its_time_can_run_now(self):
+        later = self.enqueue(at=self.now + 3_600_000)
+        self.post("/api/tasks/run_now", {"ids": [later]})
+        self.assertEqual(self.status(later), "queued")
+
+    def test_a_filter_means_what_was_counted_and_nothing_newer(self):
+        for _ in range(3):
+            self.failed_task()
+        count = self.get("/api/count?state=failed")
+        self.failed_task()
+        asked = {"filter": {"state": "failed"}, "expect": 3}
+        self.assertIn("more than 3", self.post("/api/tasks/retry", asked, 409)["error"])
+        report = self.post("/api/tasks/retry", {**asked, "max_id": count["max_id"]})
+        self.assertEqual((report["done"], report["left"]), (3, 0))
+        self.assertEqual(self.status(4), "failed")
+
+    def test_many_are_done_in_parts_and_are_one_event(self):
+        self.fill(1200)
+        body, done = {"filter": {"state": "queued"}, "expect": 1200}, []
+        while True:
+            report = self.post("/api/tasks/cancel", body)
+            done.append(report["done"])
+            if not report["left"]:
+                break
+            body["after"] = report["after"]
+        self.assertEqual((sum(done), max(done)), (1200, 500))
+        self.assertEqual(len(self.events()), 1)
+
+    def test_a_group_of_failures_is_retried_over_a_time(self):
+        for number in range(3):
+            self.failed_task(message=f"user {number}")
+        other = self.failed_task("t", "else")
+        group = self.get("/api/failures")["rows"][0]
+        asked = {"like": group["ids"][0], "hours": 1, "expect": 2, "spread": 60}
+        self.post("/api/tasks/retry", asked, 409)
+        self.assertEqual(self.post("/api/tasks/retry", {**asked, "expect": 3})["done"], 3)
+        self.assertEqual(self.status(other), "failed")
+        due = self.sql("select max(run_at) - min(run_at) from bg_task where id < 4")[0][0]
+        self.assertGreater(due, 1000)
+
+    def test_a_text_that_may_be_hidden_is_no_filter_to_act_on(self):
+        body = {"filter": {"state": "queued", "text": "hunter"}, "expect": 0}
+        self.assertIn("no text", self.post("/api/tasks/cancel", body, 400)["error"])
+        self.web = self.dashboard(redact="")
+        self.post("/api/tasks/cancel", body)
+
+    def test_queues_are_paused_with_a_reason_resumed_and_purged(self):
+        self.enqueue(queue="a/b c")
+        self.post("/api/queues/a/b c/pause", {"reason": "broken"})
+        row, = self.store.queues(self.now)
+        self.assertEqual((row.reason, row.paused_by), ("broken", "10.0.0.9"))
+        self.post("/api/queues/a/b c/resume")
+        self.assertIn("not paused", self.post("/api/queues/a/b c/resume", {}, 409)["error"])
+        self.post("/api/purge", {"queue": "a/b c", "expect": 0}, 409)
+        self.assertEqual(self.post("/api/purge", {"queue": "a/b c", "expect": 1})["done"], 1)
+        self.assertEqual([event[2] for event in self.events()], ["pause", "resume", "cancel"])
+
+    def test_a_schedule_runs_now_as_its_task_ran_the_last_time(self):
+        self.enqueue("tick", queue="slow", priority=2)
+        row = pybgworker.ScheduleRow("tick", "* * * * *", "UTC", 0, "latest", "allow", 0.0,
+                                     None, None, "[]", self.now, self.now)
+        self.store.put_schedules([row])
+        task_id = self.post("/api/schedules/tick/run")["id"]
+        found = self.store.task(task_id)
+        self.assertEqual((found.name, found.queue, found.priority), ("tick", "slow", 2))
+        self.assertEqual(self.events()[-1][2:4], ("run", "schedule tick"))
+        self.post("/api/schedules/tock/run", {}, 404)
+
+    def test_bodies_that_mean_nothing_are_refused_with_what_is_wrong(self):
+        for path, body, words in (
+                ("tasks/retry", {}, "ids, filter or like"),
+                ("tasks/retry", {"ids": ["1"]}, "whole numbers"),
+                ("tasks/retry", {"ids": [1], "spread": -1}, "spread"),
+                ("tasks/retry", {"ids": [1], "max_id": "x"}, "max_id"),
+                ("tasks/retry", {"like": 1, "hours": "x"}, "hours"),
+                ("tasks/retry", {"filter": {"state": 7}}, "state"),
+                ("queues/a,b/pause", {}, "comma"),
+                ("queues/a/pause", {"reason": 1}, "reason"),
+                ("purge", {"queue": 7}, "queue"),
+                ("purge", b"[]", "one JSON object"), ("purge", b"{", "one JSON object")):
+            with self.subTest(path, body=body):
+                self.assertIn(words, self.post(f"/api/{path}", body, 400)["error"])
+
+
+# == Dashboard ================================================================
+
+
+def example_of(route):
+    """A path that a row of ROUTES matches, and a body for it."""
+    path = "/" + route.pattern
+    for pattern, text in ((r"(\d{1,18})", "1"), ("(retry|cancel|forget|run_now)", "retry"),
+                          ("queues/(.+)", "queues/mail"), ("(.+)", "tick")):
+        path = path.replace(pattern, text)
+    return path, {"ids": []} if "tasks/" in path else {"token": WebCase.TOKEN}
+
+
+class Gates(WebCase):
+    """Who may ask, on every route that there is."""
+
+    def walk(self, method=None):
+        for route in pybgworker.ROUTES:
+            if method in (None, route.method):
+                path, body = example_of(route)
+                with self.subTest(f"{route.method} {path}"):
+                    yield route, path, body
+
+    def test_only_a_name_that_is_ours_is_answered(self):
+        """Lest a page of another site reach us by a name that leads here."""
+        for _, path, body in self.walk():
+            for host in ("evil.example", "evil.example:8787", "", "localhost.evil.example"):
+                for method in ("GET", "POST"):
+                    answer = self.respond(method, path, body, host=host)
+                    self.assertEqual(answer.status, 421, host)
+        answer = self.respond("GET", "/", host="jobs.example")
+        self.assertIn(b"--allow-host jobs.example", answer.body)
+        for host in ("localhost", "LOCALHOST:99"):
+            self.assertEqual(self.respond("GET", "/", host=host).status, 200)
+
+    def test_without_the_token_there_is_no_answer(self):
+        for route, path, body in self.walk():
+            for given in (None, "Bearer wrong-token", "Basic abc", self.TOKEN):
+                answer = self.respond(route.method, path, body, authorization=given,
+                                      sec_fetch_site="same-origin")
+                is_login = path == "/api/login"
+                self.assertEqual(answer.status, 200 if is_login else 401, given)
+                if given and given.startswith("Bearer"):
+                    self.assertEqual(answer.pause, 0 if is_login else 0.5)
+
+    def test_what_holds_no_secret_needs_no_token(self):
+        for path in ("/", "/app.js", "/app.css", "/jobs/", "/jobs/app.css"):
+            answer = self.respond("GET", path, authorization=None)
+            self.assertEqual(answer.status, 200, path)
+        self.assertEqual(self.respond("GET", "/etc/passwd.txt").status, 404)
+        answer = self.respond("GET", "/jobs", authorization=None)
+        self.assertEqual((answer.status, dict(answer.headers)["Location"]), (302, "jobs/"))
+
+    def test_a_login_gives_a_cookie_that_will_do(self):
+        answer = self.respond("POST", "/api/login", {"token": self.TOKEN},
+                              authorization=None, sec_fetch_site="same-origin")
+        cookie = dict(answer.headers)["Set-Cookie"]
+        pair, *flags = cookie.split("; ")
+        self.assertEqual(flags, ["HttpOnly", "SameSite=Strict"])
+        self.assertTrue(pair.startswith("pybgworker-8787="))
+        self.assertNotIn(self.TOKEN, cookie)
+        for route, path, body in self.walk():
+            answer = self.respond(route.method, path, body, authorization=None,
+                                  cookie=f"a=b; {pair}", sec_fetch_site="same-origin")
+            self.assertNotIn(answer.status, (401, 403))
+        answer = self.respond("POST", "/api/login", {"token": self.TOKEN},
+                              x_forwarded_proto="https")
+        self.assertIn("; Secure", dict(answer.headers)["Set-Cookie"])
+        answer = self.respond("POST", "/api/login", {"token": "guess-of-mine"})
+        self.assertEqual((answer.status, answer.pause), (401, 0.5))
+        self.get("/api/tasks", 401, authorization=None, cookie=pair + "0")
+
+    def test_a_page_of_another_site_can_neither_read_nor_act(self):
+        cookie = "{}={}".format(*self.web.gate.cookie(pybgworker.WebRequest(
+            "GET", "/", "", {"host": "localhost:8787"})))
+        for route, path, body in self.walk():
+            def ask(**headers):
+                return self.respond(route.method, path, body, authorization=None,
+                                    cookie=cookie, **headers).status
+            for site in ("cross-site", "same-site"):
+                self.assertEqual(ask(sec_fetch_site=site), 403, site)
+                self.assertEqual(ask(sec_fetch_site=site, origin="http://localhost:8787"),
+                                 403, site)
+            if route.method == "GET":
+                self.assertNotIn(ask(sec_fetch_site="none"), (401, 403))
+                self.assertNotIn(ask(), (401, 403))
+                continue
+            self.assertEqual(ask(sec_fetch_site="none"), 403)
+            for origin in ("http://evil.example", "null", "", "http://localhost",
+                           "http://localhost:1"):
+                self.assertEqual(ask(origin=origin), 403, origin)
+            for origin in ("http://localhost:8787", "https://localhost:8787"):
+                self.assertNotIn(ask(origin=origin), (401, 403), origin)
+            self.assertNotIn(ask(origin="https://jobs.example",
+                                 x_forwarded_host="jobs.example"), (401, 403))
+            self.assertEqual(ask(), 403)            # a cookie alone says nothing
+            self.assertEqual(self.respond("POST", path, body, cookie=cookie,
+                                          authorization="Basic YTpi").status, 403)
+            self.assertEqual(ask(sec_fetch_site="same-origin", content_type="text/plain"),
+                             415)
+
+    def test_a_script_needs_nothing_but_the_token(self):
+        for route, path, body in self.walk():
+            answer = self.respond(route.method, path, body)
+            self.assertNotIn(answer.status, (401, 403, 415))
+
+    def test_a_read_only_one_changes_nothing(self):
+        self.web = self.dashboard(read_only=True)
+        self.enqueue()
+        for route, path, body in self.walk("POST"):
+            status = self.respond("POST", path, body).status
+            self.assertEqual(status == 403, not (
+                path.endswith(("/api/login", "/api/search"))))
+        for path in ("/x/api/login/../purge", "/api/login/api/purge", "/api/nosuch"):
+            self.assertEqual(self.respond("POST", path, {}).status, 403)
+        self.assertTrue(self.get("/api/overview")["web"]["read_only"])
+        self.assertEqual(self.status(1), "queued")
+
+    def test_without_a_token_to_ask_for_all_get_in(self):
+        self.web = self.dashboard(token=None)
+        self.get("/api/tasks", authorization=None)
+        self.post("/api/tasks/retry", {"ids": []}, authorization=None,
+                  sec_fetch_site="same-origin")
+        self.post("/api/tasks/retry", {"ids": []}, 403, authorization=None)
+
+    def test_every_answer_says_what_a_browser_may_not_do_with_it(self):
+        for path in ("/", "/app.js", "/api/tasks", "/api/nosuch", "/nosuch"):
+            headers = dict(self.respond("GET", path).headers)
+            self.assertIn("default-src 'none'", headers["Content-Security-Policy"])
+            self.assertIn("frame-ancestors 'none'", headers["Content-Security-Policy"])
+            self.assertNotIn("unsafe", headers["Content-Security-Policy"])
+            self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(headers["X-Frame-Options"], "DENY")
+            self.assertEqual(headers["Referrer-Policy"], "no-referrer")
+            self.assertEqual(headers["Cross-Origin-Resource-Policy"], "same-origin")
+            if "/api/" in path:
+                self.assertEqual(headers["Cache-Control"], "no-store")
+
+
+class Dashboards(WebCase):
+
+    def test_other_methods_and_addresses_are_refused(self):
+        self.assertEqual(self.respond("PUT", "/api/tasks").status, 405)
+        self.assertEqual(self.respond("DELETE", "/").status, 405)
+        self.assertEqual(self.respond("POST", "/api/tasks", {}).status, 405)
+        self.assertEqual(self.respond("GET", "/api/purge").status, 405)
+        self.get("/api/tasks/x", 404)
+        self.get("/api/tasks?name=" + "x" * 9000, 414)
+        self.post("/api/search", b"x" * 70_000, 413)
+
+    def test_any_folder_may_be_before_an_address(self):
+        for folder in ("", "/jobs", "/a/b"):
+            self.get(folder + "/api/tasks")
+            self.assertEqual(self.respond("GET", folder + "/app.js").status, 200)
+
+    def test_an_answer_is_shared_for_twenty_times_what_it_cost(self):
+        now, made = [0.0], []
+        kept = pybgworker.Shared(lambda: now[0])
+
+        def make(cost):
+            def run():
+                now[0] += cost
+                made.append(cost)
+                return pybgworker.Answer.of(len(made))
+            return run
+
+        kept.get("a", make(0.5))
+        now[0] = 10.4
+        self.assertEqual(kept.get("a", make(0.5)).body, b"1")
+        self.assertEqual(kept.get("b", make(0.001)).body, b"2")
+        now[0] = 10.6
+        self.assertEqual(kept.get("a", make(0.5)).body, b"3")
+        now[0] = 11.5
+        self.assertEqual(kept.get("b", make(0.001)).body, b"4")      # a second at least
+        kept.forget()
+        self.assertEqual(kept.get("a", make(0.5)).body, b"5")
+
+    def test_what_went_wrong_is_asked_again(self):
+        kept = pybgworker.Shared()
+        kept.get("a", lambda: pybgworker.refused(503, "not now"))
+        self.assertEqual(kept.get("a", lambda: pybgworker.Answer.of(1)).status, 200)
+
+    def test_so_many_answers_are_kept_and_no_more(self):
+        kept = pybgworker.Shared()
+        for number in range(300):
+            kept.get(number, lambda: pybgworker.Answer.of(1))
+        self.assertEqual(len(kept._answers), 200)
+
+    def test_what_was_done_is_seen_at_once(self):
+        self.web.kept = pybgworker.Shared(lambda: 0.0)          # keeps for ever
+        self.enqueue()
+        self.get("/api/tasks")
+        self.post("/api/tasks/cancel", {"ids": [1]})
+        self.assertEqual(self.get("/api/tasks")["rows"][0]["status"], "cancelled")
+
+    def test_a_query_that_takes_too_long_is_a_503(self):
+        self.enqueue(count=2000)
+        with mock.patch.object(pybgworker, "_QUERY_SECONDS", -1.0), \
+                mock.patch.object(pybgworker, "_STEPS_BETWEEN_LOOKS", 1):
+            self.assertIn("takes too long", self.get("/api/tasks", 503)["error"])
+        self.get("/api/tasks")
+
+    def test_reading_never_writes(self):
+        self.enqueue()
+        before = self.sql("select * from bg_task"), self.sql("pragma data_version")
+        for route in pybgworker.ROUTES:
+            if route.reads:
+                self.respond(route.method, example_of(route)[0], {"text": "x"})
+        self.assertEqual(self.sql("select * from bg_task"), before[0])
+        self.assertEqual(self.events(), [])
+
+    def test_a_database_that_is_gone_is_a_503_and_no_new_file(self):
+        self.enqueue()
+        self.get("/api/tasks")
+        for path in self.folder.glob("queue.db*"):
+            path.unlink()
+        self.assertIn("queue.db", self.get("/api/tasks", 503)["error"])
+        self.post("/api/tasks/retry", {"ids": [1]}, 503)
+        self.assertEqual(list(self.folder.glob("queue.db")), [])
+
+    def test_no_row_edited_by_hand_is_a_traceback(self):
+        self.enqueue(retries=0, args="nonsense")
+        run, = self.claim()
+        self.finish(run, pybgworker.FAILED, error={"kind": "exception", "type": "E"})
+        self.sql("""update bg_task set meta = '{', created_at = 9e15, duration = 1e999,
+            result = '{"$time": "never"}', state = 9""")
+        self.sql("update bg_payload set body = 'no json' where id = 1 * 8 + 2")
+        self.sql("update bg_worker set queues = '{', beat_at = 0")
+        for route in pybgworker.ROUTES:
+            if route.reads:
+                path = example_of(route)[0]
+                answer = self.respond(route.method, path, {"text": "x"})
+                self.assertIn(answer.status, (200, 404), (path, answer.body))
+
+    def test_files_are_sent_gzipped_and_not_again_when_they_are_the_same(self):
+        gzip = pybgworker.importlib.import_module("gzip")
+        for path in ("/", "/app.js", "/app.css"):
+            plain = self.respond("GET", path)
+            packed = self.respond("GET", path, accept_encoding="gzip, br")
+            self.assertEqual(gzip.decompress(packed.body), plain.body)
+            self.assertEqual(dict(packed.headers)["Content-Encoding"], "gzip")
+            etag = dict(plain.headers)["ETag"]
+            again = self.respond("GET", path, if_none_match=etag)
+            self.assertEqual((again.status, again.body), (304, b""))
+
+
+# == Web server ===============================================================
+
+
+class Serving(WebCase):
+    """A dashboard that is served in a thread."""
+
+    def serve(self, connections=None, host="127.0.0.1", **options):
+        """Serve in a thread; return the port."""
+        web = self.dashboard(hosts=("127.0.0.1", "localhost"), **options)
+        server = pybgworker.make_server(web, host, 0, connections)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return server.server_address[1]
+
+
+class WebServers(Serving):
+    """By plain sockets."""
+
+    def connect(self, port):
+        found = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.addCleanup(found.close)
+        return found
+
+    def answer(self, connection):
+        """(status, headers, body) of the next answer; None when it was hung up."""
+        data = b""
+        while b"\r\n\r\n" not in data:
+            part = connection.recv(1 << 16)
+            if not part:
+                return None
+            data += part
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        while len(body) < int(headers["content-length"]):
+            body += connection.recv(1 << 16)
+        return int(first.split()[1]), headers, body
+
+    def say(self, port, text, connection=None):
+        connection = connection or self.connect(port)
+        connection.sendall(text.replace("\n", "\r\n").encode("latin-1"))
+        return self.answer(connection)
+
+    def request(self, path="/api/tasks", method="GET", body="", more=""):
+        return (f"{method} {path} HTTP/1.1\nHost: 127.0.0.1\nAuthorization: Bearer "
+                f"{self.TOKEN}\n{more}" + (f"Content-Type: application/json\n"
+                f"Content-Length: {len(body)}\n" if method == "POST" else "") + "\n" + body)
+
+    def test_requests_of_one_connection_are_answered_one_after_the_other(self):
+        port = self.serve()
+        connection = self.connect(port)
+        for _ in range(3):
+            status, headers, body = self.say(port, self.request(), connection)
+            self.assertEqual((status, json.loads(body)["rows"]), (200, []))
+        status, _, body = self.say(port, self.request("/api/search", "POST",
+                                                      '{"text": "x"}'), connection)
+        self.assertEqual(status, 200)
+        connection.sendall(self.request(method="HEAD").replace("\n", "\r\n").encode())
+        head = connection.recv(1 << 16)
+        self.assertTrue(head.startswith(b"HTTP/1.1 200 OK") and head.endswith(b"\r\n\r\n"))
+
+    def test_an_answer_is_written_at_once(self):
+        """In two parts, the second would wait for the acknowledgement of the first."""
+        answer = pybgworker.Answer.of({"a": 1})
+        text = pybgworker.http_bytes(answer, True, False)
+        self.assertTrue(text.startswith(b"HTTP/1.1 200 OK\r\n"))
+        self.assertTrue(text.endswith(b'\r\n\r\n{"a": 1}'))
+        self.assertIn(b"Content-Length: 8\r\n", text)
+
+    def test_what_is_no_request_is_refused_and_the_connection_closed(self):
+        port = self.serve()
+        for text, status in (
+                ("nonsense\n\n", 400), ("GET /\x00 / HTTP/1.1\n\n", 400),
+                ("PUT / HTTP/1.1\nHost: localhost\n\n", 405),
+                ("GET / HTTP/1.1\n\n", 421),
+                (self.request(more="Host: localhost\n"), 400),
+                (self.request(method="GET", more="Content-Length: x\n"), 400),
+                (self.request(more="Content-Length: 1\nContent-Length: 2\n"), 400),
+                (self.request("/api/purge", "POST", more="Transfer-Encoding: chunked\n"),
+                 411),
+                (self.request(more="Content-Length: 70000\n"), 413),
+                (self.request("/api/tasks?name=" + "x" * 9000), 414),
+                ("GET /" + "x" * 70000 + " HTTP/1.1\n\n", 414)):
+            with self.subTest(text[:60]):
+                connection = self.connect(port)
+                found = self.say(port, text, connection)
+                self.assertEqual(found[0], status)
+                self.assertIn("error", json.loads(found[2]))
+                self.assertIn("content-security-policy", found[1])
+
+    def test_every_route_asks_for_host_and_token_by_the_wire_too(self):
+        port = self.serve()
+        for route in pybgworker.ROUTES:
+            path, body = example_of(route)
+            text = self.request(path, route.method, json.dumps(body))
+            with self.subTest(path):
+                bad = text.replace("127.0.0.1", "evil.example")
+                self.assertEqual(self.say(port, bad)[0], 421)
+                self.assertNotIn(self.say(port, text)[0], (401, 403, 421))
+                if route.act is not None:
+                    with mock.patch.object(pybgworker, "_TOKEN_PAUSE", 0.0):
+                        bad = text.replace(self.TOKEN, "another-one", 1)
+                        self.assertEqual(self.say(port, bad)[0], 401)
+                bad = text.replace("\n\n", "\nSec-Fetch-Site: cross-site\n\n", 1)
+                self.assertEqual(self.say(port, bad)[0], 403)
+
+    def test_slow_clients_keep_nobody_from_an_answer(self):
+        """Forty that never end a request: those that wait the longest make room."""
+        port = self.serve()
+        slow = [self.connect(port) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost:")
+        self.assertEqual(self.say(port, self.request())[0], 200)
+        ends = [self.answer(connection) for connection in slow[:8]]
+        self.assertEqual(ends, [None] * 8)
+        self.assertLessEqual(threading.active_count(), 60)
+
+    def test_whoever_sends_no_whole_request_for_ten_seconds_is_shut_out(self):
+        now = [0.0]
+        connections = pybgworker.Connections(clock=lambda: now[0])
+        a, b, c = (mock.Mock() for _ in range(3))
+        for connection in (a, b):
+            connections.admit(connection)
+        now[0] = 9.0
+        connections.asks(b)
+        connections.admit(c)
+        now[0] = 11.0
+        connections.sweep()
+        self.assertEqual([x.shutdown.call_count for x in (a, b, c)], [1, 0, 0])
+        connections.waits(b)
+        now[0] = 20.5
+        connections.sweep()
+        self.assertEqual([x.shutdown.call_count for x in (a, b, c)], [1, 0, 1])
+
+    def test_while_all_are_being_served_another_gets_a_503(self):
+        connections = pybgworker.Connections(most=1)
+        a, b = mock.Mock(), mock.Mock()
+        self.assertTrue(connections.admit(a))
+        connections.asks(a)
+        self.assertFalse(connections.admit(b))
+        connections.waits(a)
+        self.assertTrue(connections.admit(b))
+        self.assertEqual(a.shutdown.call_count, 1)
+        port = self.serve(mock.Mock(admit=lambda connection: False))
+        status, headers, _ = self.answer(self.connect(port))
+        self.assertEqual((status, headers["connection"]), (503, "close"))
+
+    def command(self, *argv, **environment):
+        """`web` in a process of its own; (the process, the link that it printed)."""
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "pybgworker.py"), "web", "--listen", "0", *argv],
+            env=clean_environment(PYBGWORKER_DB=str(self.db), **environment),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        lines = [process.stdout.readline() for _ in range(2)]
+        return process, lines[1].strip()
+
+    def test_the_command_prints_a_link_that_lets_in(self):
+        process, link = self.command()
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/#token=([\w-]{20,})", link)
+        self.assertTrue(found, link)
+        port, self.TOKEN = int(found[1]), found[2]
+        self.assertEqual(self.say(port, self.request())[0], 200)
+        self.assertEqual(self.say(port, "GET /api/tasks HTTP/1.1\nHost: localhost\n\n")[0],
+                         401)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(20), 130)
+
+    def test_the_token_may_be_given(self):
+        _, link = self.command(PYBGWORKER_WEB_TOKEN="from-the-environment")
+        self.assertTrue(link.endswith("#token=from-the-environment"))
+        _, link = self.command("--token", "from-the-flag",
+                               PYBGWORKER_WEB_TOKEN="from-the-environment")
+        self.assertTrue(link.endswith("#token=from-the-flag"))
+        _, link = self.command("--no-token")
+        self.assertTrue(link.endswith("/"), link)
+
+    def test_probes_are_answered_as_those_of_a_worker(self):
+        _, link = self.command("--token", self.TOKEN)
+        port = int(re.search(r":(\d+)/", link)[1])
+        text = self.request("/healthz").replace("Authorization", "X")
+        self.assertEqual(self.say(port, text)[::2], (200, b"ok\n"))
+        self.assertEqual(self.say(port, text.replace("healthz", "readyz"))[0], 200)
+        self.assertEqual(self.say(port, text.replace("healthz", "metrics"))[0], 401)
+        status, headers, body = self.say(port, self.request("/metrics"))
+        self.assertEqual(status, 200)
+        self.assertIn(b"pybgworker_last_task_id", body)
+        for path in self.folder.glob("queue.db*"):
+            path.unlink()
+        self.assertEqual(self.say(port, text.replace("healthz", "readyz"))[0], 503)
+        self.assertEqual(self.say(port, text)[0], 200)
+
+    def test_bad_flags_are_refused_in_a_line(self):
+        taken = socket.socket()
+        self.addCleanup(taken.close)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for argv, status, words in (
+                (["--listen", "x:y"], 2, "PORT or HOST:PORT"),
+                (["--listen", "99999"], 2, "PORT or HOST:PORT"),
+                (["--listen", str(port)], 1, "choose another with --listen"),
+                (["--listen", "0.0.0.0:0", "--no-token"], 2, "this machine alone"),
+                (["--token", "short"], 2, "8 to 200"),
+                (["--token", "long-enough", "--no-token"], 2, "--token, or --no-token"),
+                (["--redact", "("], 2, "a regular expression"),
+                (["--db", str(self.folder / "none.db")], 1, "none.db")):
+            done = self.cli("web", *argv)
+            with self.subTest(argv):
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+
+class Mounted(WebCase):
+    """web_app(), as a WSGI server calls it."""
+
+    def ask(self, app, path, method="GET", body=b"", script="/jobs", **more):
+        """(status, headers, body); checked by the standard library's validator."""
+        import wsgiref.util
+        import wsgiref.validate
+
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": script,
+                   "HTTP_HOST": "shop.example", "CONTENT_LENGTH": str(len(body)),
+                   "wsgi.input": io.BytesIO(body), "REMOTE_ADDR": "10.0.0.7",
+                   "QUERY_STRING": "", **more}
+        if method == "POST":
+            environ.setdefault("CONTENT_TYPE", "application/json")
+            environ.setdefault("HTTP_SEC_FETCH_SITE", "same-origin")
+        environ = {k: v for k, v in environ.items() if v is not None}
+        wsgiref.util.setup_testing_defaults(environ)
+        found = []
+        parts = wsgiref.validate.validator(app)(
+            environ, lambda status, headers, exc=None: found.append((status, headers)))
+        text = b"".join(parts)
+        parts.close()
+        return int(found[0][0].split()[0]), dict(found[0][1]), text
+
+    def test_it_serves_page_and_api_to_whoever_the_application_lets_in(self):
+        app = pybgworker.web_app(self.app)
+        self.assertEqual(self.ask(app, "/")[0], 200)
+        status, headers, body = self.ask(app, "/api/tasks")
+        self.assertEqual((status, json.loads(body)["rows"]), (200, []))
+        self.assertEqual(self.ask(app, "/api/tasks", "HEAD")[2], b"")
+
+    def test_without_the_final_slash_it_redirects(self):
+        app = pybgworker.web_app(self.app)
+        for script, location in (("/jobs", "jobs/"), ("/a/b", "b/")):
+            status, headers, _ = self.ask(app, "", script=script)
+            self.assertEqual((status, headers["Location"]), (302, location))
+
+    def test_user_names_who_does_something_or_refuses(self):
+        who = ["anna"]
+        app = pybgworker.web_app(self.app, user=lambda environ: who[0])
+        body = json.dumps({"reason": "x"}).encode()
+        self.assertEqual(self.ask(app, "/api/queues/mail/pause", "POST", body)[0], 200)
+        self.assertEqual(self.events()[0][:3], ("anna", "web", "pause"))
+        who[0] = None
+        for path in ("/", "/api/tasks", "/app.js", ""):
+            self.assertEqual(self.ask(app, path)[0], 403, path)
+
+    def test_requests_of_other_sites_and_too_long_ones_are_refused(self):
+        app = pybgworker.web_app(self.app)
+        for more, status in (({"HTTP_SEC_FETCH_SITE": "cross-site"}, 403),
+                             ({"HTTP_SEC_FETCH_SITE": "same-origin"}, 200),
+                             ({"HTTP_ORIGIN": "https://shop.example",
+                               "HTTP_SEC_FETCH_SITE": None}, 200),
+                             ({"HTTP_AUTHORIZATION": "Basic YTpi",
+                               "HTTP_SEC_FETCH_SITE": None}, 403),
+                             ({"CONTENT_TYPE": "text/plain"}, 415),
+                             ({"CONTENT_LENGTH": "70000"}, 413),
+                             ({"HTTP_TRANSFER_ENCODING": "chunked"}, 411)):
+            with self.subTest(more):
+                self.assertEqual(self.ask(app, "/api/tasks/retry", "POST",
+                                          b'{"ids": []}', **more)[0], status)
+
+    def test_it_may_be_read_only_and_hide_by_a_pattern_of_its_own(self):
+        app = pybgworker.web_app(self.app, read_only=True, redact="^to$")
+        self.assertEqual(self.ask(app, "/api/purge", "POST", b"{}")[0], 403)
+        self.enqueue(args=pybgworker.encode_call((), {"to": "anna", "token": "t"}))
+        report = json.loads(self.ask(app, "/api/tasks/1")[2])
+        self.assertEqual(report["kwargs"], {"to": pybgworker.HIDDEN, "token": "t"})
+        with self.assertRaisesRegex(pybgworker.SettingError, "regular expression"):
+            pybgworker.web_app(redact="(")
+
+    def test_it_opens_nothing_before_the_first_request(self):
+        app = App(db=str(self.folder / "later.db"))
+        served = pybgworker.web_app(app)
+        self.assertEqual(self.ask(served, "/")[0], 200)
+        self.assertEqual(self.ask(served, "/api/tasks")[0], 503)
+        app.send("t")
+        self.addCleanup(app.store.close)
+        self.assertEqual(self.ask(served, "/api/tasks")[0], 200)
+
+
 # == Bench ====================================================================
 
 
@@ -21730,6 +22673,606 @@ class OldImportPaths(Case):
             print(os.listdir("."))
         """
         self.assertEqual(self.python(code).stdout, "[]\n")
+
+
+# == Page =====================================================================
+
+
+class Browser:
+    """A headless Chromium, driven over its DevTools protocol through two pipes."""
+
+    NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+    @classmethod
+    def path(cls):
+        """Where it is; None: there is none."""
+        return next(filter(None, map(shutil.which, cls.NAMES)), None)
+
+    def __init__(self, folder):
+        reads, self._out = os.pipe()
+        self._in, writes = os.pipe()
+        argv = [self.path(), "--headless=new", "--remote-debugging-pipe", "--no-sandbox",
+                "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                "--hide-scrollbars", "--force-color-profile=srgb", "--disable-background-networking",
+                "--disable-component-update", "--disable-extensions",
+                f"--user-data-dir={folder}/profile", "about:blank"]
+
+        def place():
+            for fd, wanted in ((os.dup(reads), 3), (os.dup(writes), 4)):
+                os.dup2(fd, wanted)
+
+        self.process = subprocess.Popen(
+            argv, close_fds=True, pass_fds=(3, 4, reads, writes), preexec_fn=place,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "TZ": "Europe/Paris", "HOME": str(folder)})
+        os.close(reads)
+        os.close(writes)
+        self._buffer, self._number = b"", 0
+        self.events, self.session = [], None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target,
+                                 flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, timeout=30, **params):
+        """Send a command; return its result."""
+        self._number += 1
+        number = self._number
+        message = {"id": number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            found = self._next(timeout)
+            if found.get("id") == number:
+                if "error" in found:
+                    raise AssertionError(f"{method}: {found['error']}")
+                return found["result"]
+
+    def _next(self, timeout):
+        deadline = time.monotonic() + timeout
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], deadline - time.monotonic())
+            part = os.read(self._in, 1 << 20) if ready else b""
+            if not part:
+                raise AssertionError(f"no answer of the browser for {timeout} s")
+            self._buffer += part
+        text, _, self._buffer = self._buffer.partition(b"\0")
+        found = json.loads(text)
+        if "method" in found:
+            self.events.append(found)
+        return found
+
+    def js(self, code):
+        """The value of an expression in the page; a promise is waited for."""
+        found = self.call("Runtime.evaluate", expression=code, awaitPromise=True,
+                          returnByValue=True)
+        if "exceptionDetails" in found:
+            raise AssertionError(json.dumps(found["exceptionDetails"])[:2000])
+        return found["result"].get("value")
+
+    def until(self, code, timeout=20):
+        """Wait until an expression is true."""
+        return until(lambda: self.js(code), timeout, code)
+
+    def text(self):
+        return self.js("document.body ? document.body.innerText : ''")
+
+    def shows(self, words, timeout=20):
+        """Wait until the page has these words."""
+        try:
+            return until(lambda: words in self.text(), timeout, words)
+        except AssertionError:
+            raise AssertionError(f"{words!r} is not in:\n{self.text()}\n"
+                                 f"{self.problems()}") from None
+
+    def go(self, url):
+        self.call("Page.navigate", url=url)
+
+    def click(self, selector, text=None):
+        """Click the first element like this, with this text in it, when it is there."""
+        code = (f"[...document.querySelectorAll({json.dumps(selector)})].find(e => "
+                f"e.textContent.includes({json.dumps(text or '')}))")
+        self.until(f"!!({code})")
+        self.js(f"({code}).click()")
+
+    def key(self, key, **more):
+        code = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key,
+                      **({"text": code} if code and kind == "keyDown" else {}), **more)
+
+    def size(self, width, height, scheme="light"):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme}])
+
+    def problems(self):
+        """What the page's console has complained about."""
+        found = []
+        for event in self.events:
+            if event["method"] == "Runtime.exceptionThrown":
+                found.append(json.dumps(event["params"]["exceptionDetails"])[:600])
+            elif event["method"] == "Log.entryAdded" \
+                    and event["params"]["entry"]["level"] == "error":
+                found.append(event["params"]["entry"]["text"] + " "
+                             + event["params"]["entry"].get("url", ""))
+        return found
+
+    def picture(self, path):
+        height = self.js("document.documentElement.scrollHeight")
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip={
+            "x": 0, "y": 0, "width": self.js("innerWidth"), "height": height, "scale": 1})
+        Path(path).write_bytes(base64.b64decode(shot["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+
+class Proxy:
+    """A reverse proxy at /jobs; `strips` that folder or passes it on."""
+
+    def __init__(self, case, port, strips):
+        http = pybgworker.importlib.import_module("http.server")
+        client = pybgworker.importlib.import_module("http.client")
+
+        class Handler(http.BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = self.path
+                if not path.startswith("/jobs"):
+                    self.send_error(404)
+                    return
+                path = (path[5:] or "/") if strips else path
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                there = client.HTTPConnection("127.0.0.1", port, timeout=20)
+                there.request(self.command, path, body or None, dict(self.headers))
+                answer = there.getresponse()
+                text = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("connection", "date", "server"):
+                        self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+                there.close()
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        server = http.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        case.addCleanup(server.server_close)
+        case.addCleanup(server.shutdown)
+        self.port = server.server_address[1]
+
+
+@unittest.skipUnless(Browser.path(), "no chromium here: apt-get install chromium")
+class Pages(Serving):
+    """In a real browser.  PYBGWORKER_SCREENSHOTS=FOLDER keeps pictures of all pages."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.home = tempfile.mkdtemp(prefix="pybgworker-browser-")
+        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+        cls.browser = Browser(cls.home)
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        self.now = self.store.now()
+        self.browser.go("about:blank")
+        self.browser.until("location.href == 'about:blank'")
+        self.browser.events.clear()
+        self.browser.call("Network.clearBrowserCookies")
+        self.browser.size(1280, 900)
+
+    def open(self, fragment="#/", port=None, **options):
+        """Open the dashboard with its link, then a page of it."""
+        self.port = port or self.serve(**options)
+        self.browser.go("about:blank")
+        self.browser.go(f"http://127.0.0.1:{self.port}/#token={self.TOKEN}")
+        self.browser.until("location.hash == '#/' && document.title.includes('queue.db')")
+        if fragment != "#/":
+            self.browser.js(f"location.hash = {json.dumps(fragment)}")
+        self.settled()
+        return self.browser
+
+    def settled(self):
+        """Wait until the page has what it asked for."""
+        self.browser.until("data && !document.querySelector('main').innerText"
+                           ".startsWith('…')")
+
+    def confirm(self, title, **fields):
+        """Fill the dialog that is open, and agree to it."""
+        self.browser.until("document.querySelector('dialog').open")
+        self.assertIn(title, self.browser.js("document.querySelector('dialog').innerText"))
+        for name, value in fields.items():
+            self.browser.js(f"document.querySelector('dialog [name={name}]').value = "
+                            f"{json.dumps(value)}")
+        self.browser.click("dialog .do")
+
+    def said(self, words):
+        return self.browser.until(
+            f"document.querySelector('#say').textContent.includes({json.dumps(words)})")
+
+    def press(self, key, words):
+        """A busy browser may lose a key."""
+        def shown():
+            self.browser.key(key)
+            return words in self.browser.text()
+        until(shown, 20, words)
+
+    # -- getting in
+
+    def test_the_link_lets_in_and_leaves_the_address_bar(self):
+        browser = self.open()
+        self.assertNotIn("token", browser.js("location.href"))
+        browser.go("about:blank")
+        browser.go(f"http://127.0.0.1:{self.port}/#/tasks")     # the cookie will do
+        browser.shows("any state")
+        browser.call("Network.clearBrowserCookies")
+        browser.go("about:blank")
+        browser.go(f"http://127.0.0.1:{self.port}/#/tasks")
+        browser.shows("wants a token")
+        browser.js("document.querySelector('main input').value = 'not-the-token'")
+        browser.click("main button")
+        self.said("wrong token")
+        browser.js(f"document.querySelector('main input').value = '{self.TOKEN}'")
+        browser.click("main button")
+        browser.shows("any state")
+
+    def test_it_works_below_a_folder_by_any_proxy_with_and_without_the_slash(self):
+        port = self.serve()
+        for strips in (True, False):
+            proxy = Proxy(self, port, strips)
+            with self.subTest(strips=strips):
+                self.browser.go("about:blank")
+                self.browser.go(
+                    f"http://127.0.0.1:{proxy.port}/jobs/#token={self.TOKEN}")
+                self.browser.shows("Runs a minute")
+                self.store.pause("mail", self.now)
+                self.browser.js("location.hash = '#/queues'")
+                self.browser.click("main button", "Resume…")
+                self.confirm("Resume queue mail?")
+                self.said("Queue mail goes on")
+                self.browser.go("about:blank")
+                self.browser.go(f"http://127.0.0.1:{proxy.port}/jobs")
+                self.browser.shows("the address needs a / at its end" if strips
+                                   else "Runs a minute")
+
+    # -- what is shown
+
+    def fill_all(self):
+        """One of everything."""
+        for number in range(3):
+            self.failed_task("webhooks.deliver", f"user {number}")
+        self.enqueue("mail.send", queue="mail", count=60)
+        self.enqueue("later", at=self.now + 3_600_000)
+        self.store.pause("mail", self.now, pybgworker.By("anna", "cli"), "SMTP is down")
+        row = pybgworker.ScheduleRow("tick", "* * * * *", "UTC", 0, "latest", "allow", 0.0,
+                                     self.now // 1000 + 60, None, "[]", self.now, self.now)
+        self.store.put_schedules([row])
+        self.enqueue("billing.charge", retries=2, args=pybgworker.encode_call(
+            (), {"amount": Decimal("41.90"), "token": "hunter2"}))
+        run, = self.claim(names={"billing.charge"})
+        self.finish(run, pybgworker.RETRYING, run_at=self.now + 60_000, duration=1.5,
+                    started_at=self.now - 2000, output="said\n",
+                    error={"kind": "exception", "type": "KeyError", "message": "x",
+                           "traceback": "Traceback\nKeyError: x"})
+        return run.id
+
+    PAGES = ("", "tasks", "failures", "queues", "names", "workers", "schedules", "events")
+
+    def test_every_page_fits_on_desktop_and_phone_in_light_and_dark(self):
+        task_id, folder = self.fill_all(), os.environ.get("PYBGWORKER_SCREENSHOTS")
+        browser = self.open()
+        for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+            browser.size(width, 900, scheme)
+            for page in (*self.PAGES, f"tasks/{task_id}"):
+                with self.subTest(page, width=width, scheme=scheme):
+                    browser.js(f"location.hash = '#/{page}'")
+                    browser.until(f"route.view == '{'task' if '/' in page else page or 'overview'}'")
+                    self.settled()
+                    self.assertLessEqual(
+                        browser.js("document.documentElement.scrollWidth"), width)
+                    self.assertEqual(browser.js(
+                        "document.querySelectorAll('[style]').length"), 0)
+                    if folder:
+                        name = page.replace("/", "-") or "overview"
+                        browser.picture(Path(folder, f"{name}-{width}-{scheme}.png"))
+        self.assertEqual(browser.problems(), [])
+
+    def test_the_overview_says_what_needs_somebody_and_what_to_do(self):
+        self.fill_all()
+        browser = self.open()
+        browser.shows("Queue mail has been paused")
+        browser.click(".att button", "Resume…")
+        self.confirm("Resume queue mail?")
+        self.said("goes on")
+        self.assertEqual(self.store.paused_queues(), [])
+        browser.until("!document.body.innerText.includes('has been paused')")
+        self.assertIn("webhooks.deliver", browser.text())
+        self.assertRegex(browser.js("document.title"), r"pybgworker · queue\.db$")
+        browser.click("main button", "table")
+        browser.shows("ended well")
+        self.assertEqual(browser.js("document.querySelectorAll('#runs tr').length"), 62)
+
+    def test_a_task_is_told_whole(self):
+        task_id = self.fill_all()
+        browser = self.open(f"#/tasks/{task_id}")
+        for words in ("billing.charge", "retrying", "Attempts", "1 of 3", "KeyError: x",
+                      "said", "amount=Decimal('41.90')", 'token="•••••• (redacted)"',
+                      "2 after the first", "now is the blue line"):
+            browser.shows(words)
+        self.assertNotIn("hunter2", browser.js("document.documentElement.outerHTML"))
+        why = pybgworker.why(self.store, task_id, self.store.now(), self.app.settings)
+        self.assertIn(why.say[:20], browser.text())
+
+    def test_hostile_texts_are_texts(self):
+        """In names, queues, arguments, errors, output, reasons and keys."""
+        bad = "<img src=x onerror=window.hacked=1>\x1b[31m\u202e&amp;\"'`"
+        self.enqueue(bad, queue=bad.replace(",", ""), key=bad, retries=0,
+                     args=pybgworker.encode_call((), {"k": {bad: bad}}))
+        run, = self.claim(names={bad})
+        self.finish(run, pybgworker.FAILED, output=bad, error={
+            "kind": "exception", "type": bad, "message": bad, "traceback": bad})
+        self.enqueue(bad, queue=bad)
+        self.store.pause(bad, self.now, pybgworker.By(bad, "cli"), bad)
+        browser = self.open()
+        for page in (*self.PAGES, f"tasks/{run.id}", "nosuch", f"tasks?name={bad}"):
+            browser.js(f"location.hash = {json.dumps('#/' + page)}")
+            self.settled()
+            self.assertFalse(browser.js("!!window.hacked"))
+            self.assertEqual(browser.js("document.querySelectorAll('img').length"), 0)
+            self.assertNotIn("\x1b", browser.text())
+        browser.js(f"location.hash = '#/tasks/{run.id}'")
+        browser.shows("<img src=x onerror=window.hacked=1>\\u001b[31m\\u202e&amp;")
+        self.assertEqual(browser.problems(), [])
+
+    def test_a_list_never_moves_by_itself(self):
+        self.enqueue(count=3)
+        browser = self.open("#/tasks")
+        browser.shows("no older ones")
+        self.enqueue(count=2)
+        browser.shows("2 newer")
+        self.assertEqual(browser.js("document.querySelectorAll('[data-id]').length"), 3)
+        self.store.cancel(3, self.now)
+        browser.shows("cancelled")              # what is there is kept up to date
+        browser.click("main button", "newer")
+        browser.until("document.querySelectorAll('[data-id]').length == 5")
+
+    def test_a_search_says_how_far_it_came(self):
+        self.enqueue(args=pybgworker.encode_call((), {"to": "anna"}))
+        self.fill(60_000)
+        browser = self.open()
+        with mock.patch.object(pybgworker, "_FIND_SECONDS", 0.001):
+            browser.js("document.querySelector('#find').value = 'anna'")
+            browser.js("document.querySelector('#search').requestSubmit()")
+            browser.shows("Searched back to")
+            browser.shows("no older ones", timeout=60)
+        self.assertEqual(browser.js("document.querySelectorAll('[data-id]').length"), 1)
+        browser.js("document.querySelector('#find').value = '7'")
+        browser.js("document.querySelector('#search').requestSubmit()")
+        browser.shows("Task 7 t")
+
+    def test_output_is_shown_as_it_comes(self):
+        self.enqueue(retries=0)
+        run, = self.claim()
+        add = """insert into bg_output (task, attempt, seq, at, body) values (1, 1, ?, 0, ?)"""
+        self.sql(add, 0, "first words\n")
+        browser = self.open("#/tasks/1")
+        browser.shows("first words")
+        self.sql(add, 1, "second words\n")
+        browser.shows("first words\nsecond words")
+        self.finish(run, output="first words\nsecond words\nlast words\n")
+        browser.shows("last words")
+        browser.shows("success")
+
+    def test_without_an_answer_the_last_one_stays_and_it_says_since_when(self):
+        self.enqueue()
+        browser = self.open("#/tasks")
+        with mock.patch.object(pybgworker.Dashboard, "respond",
+                               side_effect=OSError("hung up")):
+            browser.until("document.querySelector('main').className == 'stale'")
+            self.assertIn("No answer since", browser.text())
+            self.assertIn("queued", browser.text())
+        browser.until("document.querySelector('main').className == ''")
+
+    def test_updates_can_be_paused(self):
+        browser = self.open("#/tasks")
+        browser.click("#pause")
+        self.said("Updates are paused")
+        self.enqueue("unseen")
+        asked = browser.js("asked")
+        browser.click("#pause")
+        self.said("Updates go on")
+        browser.until(f"asked > {asked}")
+        browser.shows("unseen")
+
+    # -- what can be done
+
+    def test_queues_are_paused_resumed_and_emptied(self):
+        self.enqueue(queue="a/b")
+        browser = self.open("#/queues")
+        browser.click("main button", "Pause…")
+        self.confirm("Pause queue a/b?", reason="SMTP is down")
+        self.said("Queue a/b is paused")
+        browser.shows("“SMTP is down”")
+        browser.click("main button", "Resume…")
+        self.confirm("Resume queue a/b?")
+        self.said("Queue a/b goes on")
+        browser.click("main button", "Cancel all…")
+        self.confirm("Cancel 1 task of queue a/b?")
+        self.said("Cancelled: 1 task")
+        self.assertEqual(self.status(1), "cancelled")
+        self.assertEqual([event[2] for event in self.events()], ["pause", "resume", "cancel"])
+        browser.js("location.hash = '#/events'")
+        browser.shows("127.0.0.1")
+
+    def test_a_task_is_run_now_cancelled_retried_and_forgotten(self):
+        self.enqueue(at=self.now + 3_600_000)
+        browser = self.open("#/tasks/1")
+        for word, after, status in (("Run now…", "Due now: 1 task", "queued"),
+                                    ("Cancel…", "Cancelled: 1 task", "cancelled"),
+                                    ("Retry…", "Queued again: 1 task", "queued"),
+                                    ("Forget…", "Deleted: 1 task", None)):
+            browser.click(".acts button", word)
+            self.confirm("task 1?")
+            self.said(after)
+            if status:
+                browser.until(f"document.querySelector('.tag').textContent == '{status}'")
+                self.assertEqual(self.status(1), status)
+        browser.shows("no task 1")
+
+    def test_a_dialog_can_be_left_and_the_focus_returns(self):
+        self.enqueue()
+        browser = self.open("#/tasks/1")
+        browser.js("[...document.querySelectorAll('.acts button')].find(b => "
+                   "b.textContent == 'Cancel…').focus()")
+        browser.click(".acts button", "Cancel…")
+        browser.until("document.querySelector('dialog').open")
+        browser.click("dialog button", "Keep as it is")
+        browser.until("document.activeElement.textContent == 'Cancel…'")
+        self.assertEqual(self.status(1), "queued")
+
+    def test_failures_are_retried_by_group_and_by_filter(self):
+        for number in range(3):
+            self.failed_task("a", f"user {number}")
+        self.failed_task("b", "else")
+        browser = self.open("#/failures")
+        browser.click("main button", "Retry…")
+        self.confirm("Retry 3 tasks?", spread="60")
+        self.said("Queued again: 3 tasks")
+        self.assertEqual(["failed" == self.status(n) for n in (1, 2, 3, 4)],
+                         [False, False, False, True])
+        browser.js("location.hash = '#/tasks?state=failed'")
+        browser.click(".acts button", "Retry all…")
+        self.confirm("Retry 1 task?")
+        self.said("Queued again: 1 task")
+
+    def test_more_than_was_counted_is_not_done(self):
+        self.failed_task()
+        browser = self.open("#/tasks?state=failed")
+        browser.click(".acts button", "Forget all…")
+        browser.until("document.querySelector('dialog').open")
+        self.failed_task()
+        self.confirm("Forget 1 task?")
+        self.said("Deleted: 1 task")
+        self.assertEqual(self.status(2), "failed")
+
+    def test_many_are_done_in_parts_and_counted(self):
+        self.fill(1200)
+        browser = self.open("#/tasks?state=queued")
+        browser.click(".acts button", "Cancel all…")
+        self.confirm("Cancel 1,200 tasks?")
+        self.said("Cancelled: 1,200 tasks")
+        self.assertEqual(self.sql("select count(*) from bg_task where state = 6"), [(1200,)])
+
+    def test_a_schedule_is_run_now(self):
+        self.fill_all()
+        browser = self.open("#/schedules")
+        browser.click("main button", "Run now…")
+        self.confirm("Run tick now?")
+        self.said("Queued: task ")
+        self.assertEqual(self.store.tasks(limit=1)[0].name, "tick")
+
+    def test_keys_lead_everywhere(self):
+        self.enqueue(count=3)
+        browser = self.open()
+        for key, view in zip("tfqnwseo", ("tasks", "failures", "queues", "names", "workers",
+                                          "schedules", "events", "overview")):
+            browser.key(key)
+            browser.until(f"route.view == '{view}'")
+        browser.key("t")
+        browser.shows("no older ones")
+        for key in "jxjx":
+            browser.key(key)
+        browser.shows("Cancel 2…")
+        browser.key("c")
+        self.confirm("Cancel 2 tasks?")
+        self.said("Cancelled: 2 tasks")
+        self.assertEqual([self.status(n) for n in (3, 2, 1)],
+                         ["cancelled", "cancelled", "queued"])
+        browser.key("Enter")
+        browser.until("route.view == 'task'")
+        browser.key("/")
+        browser.until("document.activeElement.id == 'find'")
+        browser.js("document.activeElement.blur()")
+        self.press("?", "single letters work")
+        browser.click("dialog [type=checkbox]")
+        browser.click("dialog .do")
+        browser.key("q")
+        self.press("?", "single letters work")
+        self.assertEqual(browser.js("route.view"), "task")
+        browser.js("localStorage.clear()")
+
+    def test_what_is_read_only_offers_nothing(self):
+        task_id = self.fill_all()
+        browser = self.open(read_only=True)
+        for page in ("", "queues", "failures", "schedules", "tasks?state=failed",
+                     f"tasks/{task_id}"):
+            browser.js(f"location.hash = '#/{page}'")
+            self.settled()
+            words = browser.js("[...document.querySelectorAll('main button')]"
+                               ".map(b => b.textContent).join()")
+            for verb in ("Retry", "Cancel", "Pause", "Resume", "Forget", "Run now"):
+                self.assertNotIn(verb, words)
+
+    # -- the texts
+
+    def texts(self):
+        return {path: self.respond("GET", path).body.decode()
+                for path in ("/", "/app.css", "/app.js")}
+
+    def test_they_are_thirty_kilobytes_at_most(self):
+        sizes = {path: len(text.encode()) for path, text in self.texts().items()}
+        self.assertLessEqual(sum(sizes.values()), 30 * 1024, sizes)
+
+    def test_nothing_in_them_is_inline_or_from_elsewhere(self):
+        texts = self.texts()
+        for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(",
+                     "Function(", "http://", "https://", "//cdn"):
+            for path, text in texts.items():
+                self.assertNotIn(word, text.replace("http://www.w3.org/2000/svg", ""), path)
+        self.assertNotRegex(texts["/"], r"style=|<style|<script>| on[a-z]+=")
+        self.assertNotRegex(texts["/"], r'(src|href)="/')
+
+    def test_colours_can_be_read_in_both_schemes(self):
+        """Contrast as in WCAG, of each colour of text on each ground it stands on."""
+        def light(colour):
+            if len(colour) == 4:
+                colour = "#" + "".join(c * 2 for c in colour[1:])
+            parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            red, green, blue = (p / 12.92 if p <= .03928 else ((p + .055) / 1.055) ** 2.4
+                                for p in parts)
+            return .2126 * red + .7152 * green + .0722 * blue
+
+        def contrast(a, b):
+            high, low = sorted((light(a), light(b)), reverse=True)
+            return (high + .05) / (low + .05)
+
+        css = self.texts()["/app.css"]
+        schemes = [dict(re.findall(r"--(\w+):(#[0-9a-f]+)", block))
+                   for block in re.findall(r":root\{(.*?)\}", css)]
+        self.assertEqual(len(schemes), 2)
+        for scheme in schemes:
+            for text in ("ink", "dim", "link", "ok", "bad", "warn", "run"):
+                for ground in ("bg", "pane", "soft"):
+                    self.assertGreaterEqual(
+                        contrast(scheme[text], scheme[ground]), 4.5, (text, ground))
+            for text, ground in (("ink", "badbg"), ("bad", "badbg"), ("ink", "warnbg"),
+                                 ("warn", "warnbg"), ("bg", "ink"), ("bg", "bad")):
+                self.assertGreaterEqual(contrast(scheme[text], scheme[ground]), 4.5,
+                                        (text, ground))
+            for fill in ("okf", "badf", "run", "warn"):
+                self.assertGreaterEqual(contrast(scheme[fill], scheme["pane"]), 3.0, fill)
 
 
 # == Any sequence =============================================================
@@ -22557,8 +24100,52 @@ class Readme(Case):
             with self.subTest(command):
                 self.assertRegex(done.stdout, f"(?s)\\A{pattern}\\Z")
 
+    # What is not installed: modules of a web framework, in their stead.
+    STAND_INS = {
+        "flask": """
+            class Flask:
+                def __init__(self, name): self.session, self.wsgi_app = {}, None
+                def request_context(self, environ):
+                    session.clear(); session.update(environ.get("test.session", {}))
+                    import contextlib; return contextlib.nullcontext()
+            session = {}""",
+        "werkzeug.middleware.dispatcher": """
+            class DispatcherMiddleware:
+                def __init__(self, app, mounts): self.mounts = mounts
+                def __call__(self, environ, start_response):
+                    (script, app), = self.mounts.items()
+                    path = environ["PATH_INFO"]
+                    assert path.startswith(script)
+                    return app({**environ, "SCRIPT_NAME": script,
+                                "PATH_INFO": path[len(script):]}, start_response)""",
+        "django.contrib.admin.views.decorators": "def staff_member_required(f): return f",
+        "django.views.decorators.csrf": "def csrf_exempt(f): return f",
+        "django.http": """
+            class HttpResponse:
+                def __init__(self, content, status, headers):
+                    self.content, self.status_code, self.headers = content, status, headers
+            """,
+        "django.urls": "def re_path(pattern, view): return pattern, view",
+    }
+
+    def stand_in(self):
+        """Make modules of those that cannot be imported."""
+        for name, source in self.STAND_INS.items():
+            try:
+                importlib.import_module(name.partition(".")[0])
+            except ImportError:
+                path = self.folder.joinpath(*name.split("."))
+                path.mkdir(parents=True, exist_ok=True)
+                for folder in [path, *path.parents][:name.count(".") + 1]:
+                    (folder / "__init__.py").touch()
+                (path / "__init__.py").write_text(textwrap.dedent(source))
+
     def test_every_python_block_runs(self):
+        self.stand_in()
         for number, block in enumerate(self.blocks("python")):
+            if "django" in block and importlib.util.find_spec("django"):
+                block = "from django.conf import settings\nsettings.configure()\n" \
+                    "import django\ndjango.setup()\n" + block
             (self.folder / f"block{number}.py").write_text(block)
             done = subprocess.run(
                 [sys.executable, f"block{number}.py"], cwd=self.folder, text=True,
@@ -22566,6 +24153,83 @@ class Readme(Case):
                 stderr=subprocess.STDOUT, timeout=60)
             with self.subTest(block[:50]):
                 self.assertEqual(done.returncode, 0, done.stdout)
+
+    def snippet(self, words, tail):
+        """Run a block of the README with `tail` after it; return what that prints."""
+        self.stand_in()
+        block = next(b for b in self.blocks("python") if words in b)
+        (self.folder / "snippet.py").write_text(block + textwrap.dedent(tail))
+        done = subprocess.run(
+            [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=60,
+            env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout.splitlines()
+
+    ASK = """
+        import io, json
+        from wsgiref.util import setup_testing_defaults
+
+        def environ(path, **more):
+            found = {"PATH_INFO": path, "wsgi.input": io.BytesIO(b"{}"), **more}
+            setup_testing_defaults(found)
+            if "body" in more:
+                found.update(REQUEST_METHOD="POST", CONTENT_TYPE="application/json",
+                             CONTENT_LENGTH="2", HTTP_SEC_FETCH_SITE="same-origin")
+            return found
+        """
+
+    def test_the_dashboard_is_mounted_in_flask(self):
+        self.store.pause("mail", self.now)
+        lines = self.snippet("DispatcherMiddleware", textwrap.dedent(self.ASK) + """
+def get(path, **more):
+    found = []
+    body = b"".join(app.wsgi_app(environ(path, **more), lambda *a: found.extend(a)))
+    print(found[0][:3], dict(found[1]).get("Location"))
+
+try:
+    from flask.sessions import SecureCookieSessionInterface
+    signer = SecureCookieSessionInterface().get_signing_serializer(app)
+    anna = {"HTTP_COOKIE": "session=" + signer.dumps({"user": "anna"})}
+except ImportError:
+    anna = {"test.session": {"user": "anna"}}
+get("/jobs/")
+get("/jobs/", **anna)
+get("/jobs", **anna)
+get("/jobs/api/tasks", **anna)
+get("/jobs/api/queues/mail/resume", body=1, **anna)
+""")
+        self.assertEqual(lines, ["403 None", "200 None", "302 jobs/", "200 None",
+                                 "200 None"])
+        self.assertEqual([e.who for e in self.store.events()][0], "anna")
+
+    def test_the_dashboard_is_a_view_of_django(self):
+        self.store.pause("mail", self.now)
+        try:
+            importlib.import_module("django")
+        except ImportError:
+            setup, call = "", "dashboard(request(path, **more), path[5:])"
+        else:
+            setup, call = "", "dashboard.__wrapped__(request(path, **more), path[5:])"
+        lines = self.snippet("staff_member_required", textwrap.dedent(self.ASK) + setup + f"""
+import types
+
+def request(path, **more):
+    user = types.SimpleNamespace(get_username=lambda: "anna")
+    return types.SimpleNamespace(META=environ(path, **more), body=b"{{}}", user=user,
+                                 is_active=True, is_staff=True)
+
+def get(path, **more):
+    answer = {call}
+    print(answer.status_code, answer.headers.get("Location"))
+
+get("/jobs/")
+get("/jobs")
+get("/jobs/api/tasks")
+get("/jobs/api/queues/mail/resume", body=1)
+""")
+        self.assertEqual(lines, ["200 None", "302 jobs/", "200 None", "200 None"])
+        self.assertEqual([e.who for e in self.store.events()][0], "anna")
 
     def test_every_command_line_runs(self):
         """In the README's order, on its first example; endless ones with an end."""
@@ -22579,6 +24243,9 @@ class Readme(Case):
             argv = shlex.split(line.split("  #")[0])
             argv += ["--burst"] if "run" in argv and "--burst" not in argv else []
             argv += ["--tasks", "100"] if "bench" in argv else []
+            if argv[1:2] == ["web"]:
+                self.check_link(argv, environ)
+                continue
             done = subprocess.run(
                 [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
@@ -22587,6 +24254,18 @@ class Readme(Case):
             with self.subTest(line):
                 self.assertIn(done.returncode, (0, 1) if absent else (0,), done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
+
+    def check_link(self, argv, environ):
+        """`web` prints what the README shows, and serves."""
+        shown = next(b for b in self.blocks("console") if "#token=" in b)
+        pattern = re.sub(r"(?m)^/\S*?,", r"\\S+?,", re.escape(shown).replace(r"\/", "/"))
+        pattern = re.sub("token=.*", r"token=[\\w-]+", pattern)
+        process = subprocess.Popen([sys.executable, *argv, "--listen", "0"], text=True,
+                                   cwd=self.folder, env=environ, stdout=subprocess.PIPE)
+        lines = "".join(process.stdout.readline() for _ in range(2))
+        process.kill()
+        process.communicate()
+        self.assertRegex(lines, pattern.replace("8787", r"\d+").strip())
 
     def test_the_example_prints_its_table(self):
         shutil.copy(HERE / "example.py", self.folder)
