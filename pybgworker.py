@@ -47,7 +47,7 @@ Map
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
-        Endings · Records · Lists · Desk · Timetable · Facts · Register
+        Endings · Records · Lists · Desk · Timetable · Facts · Checkup · Register
     Book Three: the worker
         Importing · Registry · Processes · Memory · Channels · Fork safety · Wire ·
         Begun · Output · Log lines · Surroundings · Interrupts · Runs · Main thread ·
@@ -58,8 +58,8 @@ Map
     Rooms
         Cron · Scheduler · Reports · Reading · Acts · Wording · Reasons · Why ·
         Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
-        Listeners · Redaction · Web reports · Web actions · Dashboard ·
-        Web server · Bench · Old import paths · Page · Page script
+        Doctor · Remedies · Listeners · Redaction · Web reports · Web actions ·
+        Dashboard · Web server · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1496,6 +1496,13 @@ class ScheduleStep(NamedTuple):
     runs: list[NewTask]         # one for each tick; of those with a key the first
 
 
+class TasksKept(NamedTuple):
+    """The tasks of a database, of whatever state."""
+
+    number: int             # about: some ids may be missing
+    oldest: int | None      # unix ms: the end of the oldest that succeeded, or so
+
+
 class Sizes(NamedTuple):
     """What a database takes on its disk, in bytes."""
 
@@ -2273,6 +2280,9 @@ class QueueVerbs(Protocol):
 
     def last_id(self) -> int:
         """The highest id that was ever given; 0: none."""
+
+    def kept(self) -> TasksKept:
+        """How many tasks there are, about, and how old the first of them are."""
 
     def glance(self, seconds: float) -> contextlib.AbstractContextManager:
         """Within it this thread only reads, for so many seconds of CPU, or five times
@@ -3901,13 +3911,13 @@ def check_exists(path):
         raise explained(exc, path) from exc
 
 
-def connect_to(path: str, **options: Any) -> sqlite3.Connection:
+def connect_to(path: str, mode: str = "rw", **options: Any) -> sqlite3.Connection:
     """Connect to a file that exists; sqlite3.connect(path) would make one."""
     name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     if os.sep != "/":
         name = "/" + name.replace(os.sep, "/")
     return sqlite3.connect(
-        f"file://{name}?mode=rw", uri=True, timeout=0.005, isolation_level=None,
+        f"file://{name}?mode={mode}", uri=True, timeout=0.005, isolation_level=None,
         **options,
     )
 
@@ -8721,6 +8731,156 @@ class Facts(TaskLook, SystemLook):
     """The verbs that tell why."""
 
 
+# == Checkup ==================================================================
+# Owns looks at a database that change nothing in it, not even to bring old tables up
+# to date: for one that may be damaged, locked, or no queue at all.  And, on a file of
+# its own beside it, a look at whether this is a place for SQLite.
+
+_OTHER_PROCESS = """
+import sqlite3, sys
+other = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+other.execute("begin immediate")
+other.execute("pragma user_version = 7")
+print("begun", flush=True)
+sys.stdin.readline()
+other.execute("commit")
+print("done", flush=True)
+sys.stdin.readline()
+"""
+_READ_LOCKS = range(123, 128)       # bytes of the -shm; who reads from the -wal has one
+_WRITE_LOCK = 120
+
+
+class Checkup:
+    """The file `path`, by connections that only read.  Raises DatabaseUnavailable."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @contextlib.contextmanager
+    def _asked(self, seconds: float = 2.0) -> Iterator[Callable]:
+        """A function that runs a query; it raises DatabaseBusy after so long."""
+        check_exists(self.path)
+        deadline = time.monotonic() + seconds
+        try:
+            # A connection that may write would move the log over when it closes.
+            with contextlib.closing(connect_to(self.path, mode="ro")) as connection:
+                connection.text_factory = functools.partial(
+                    str, encoding="utf-8", errors="replace")
+                connection.set_progress_handler(
+                    lambda: time.monotonic() > deadline, 20_000)
+                yield lambda query: connection.execute(query).fetchall()
+        except sqlite3.Error as exc:
+            raise explained(exc, self.path) from exc
+
+    def version(self) -> int:
+        """That of our tables; 0: there are none."""
+        with self._asked() as ask:
+            return Tables(self.path, lambda query: (ask(query) or [(None,)])[0][0]
+                          ).version()
+
+    def journal_mode(self) -> str:
+        """wal, if it is a queue that was used."""
+        with self._asked() as ask:
+            return ask("pragma journal_mode")[0][0]
+
+    def faults(self) -> list[str]:
+        """Tables, columns and indexes of this version that are missing."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+            def ask_ours(query):
+                return ours.execute(query).fetchall()
+
+            Tables(":memory:", lambda query: (ask_ours(query) or [(None,)])[0][0]
+                   ).migrate()
+            wanted = _parts(ask_ours)
+        with self._asked() as ask:
+            return sorted(wanted - _parts(ask))
+
+    def damage(self, deep: bool, seconds: float) -> list[str]:
+        """What SQLite finds wrong in the file; DatabaseBusy: it takes longer."""
+        with self._asked(seconds) as ask:
+            check = "integrity_check" if deep else "quick_check"
+            found = [row[0] for row in ask(f"pragma {check}(10)")]
+        return [] if found == ["ok"] else found
+
+    def payload_share(self, seconds: float) -> float:
+        """The part of the file that long texts take; DatabaseBusy: it takes longer."""
+        with self._asked(seconds) as ask:
+            (payload, whole), = ask(
+                """select total(case when name = 'bg_payload' then pgsize end),
+                    total(pgsize) from dbstat where aggregate = true""")
+        return payload / whole if whole else 0.0
+
+    def holders(self) -> tuple[list[int], list[int]]:
+        """Pids of those that write now, and that read from the log; Linux."""
+        shm = file_identity(self.path + "-shm")
+        writers, readers = set(), set()
+        with contextlib.suppress(OSError, ValueError, IndexError), \
+                open("/proc/locks", encoding="ascii") as f:
+            for line in f:
+                kind, _, _, pid, place, start, end = line.split()[1:8]
+                major, minor, inode = place.split(":")
+                device = os.makedev(int(major, 16), int(minor, 16))
+                if kind != "POSIX" or (device, int(inode)) != shm:
+                    continue
+                held = range(int(start), int(end.replace("EOF", "0")) + 1)
+                if _WRITE_LOCK in held:
+                    writers.add(int(pid))
+                elif any(byte in held for byte in _READ_LOCKS):
+                    readers.add(int(pid))
+        return sorted(writers - {os.getpid()}), sorted(readers - {os.getpid()})
+
+
+def _parts(ask):
+    found = {f"{kind} {name}" for kind, name in ask(
+        """select type, name from sqlite_master
+            where name like 'bg!_%' escape '!' or name like 'v!_%' escape '!'""")}
+    for part in [part for part in found if part.startswith("table ")]:
+        table = part.partition(" ")[2]
+        found |= {f"column {table}.{row[1]}" for row in ask(
+            f"pragma table_info({table})")}
+    return found
+
+
+def place_faults(path: str, python: list[str]) -> list[str]:
+    """What two processes that use a new database `path` find wrong with its place.
+
+    `python` is the command that starts the second one.
+    """
+    import subprocess
+
+    own = sqlite3.connect(path, timeout=0, isolation_level=None)
+    other: Any = None
+    try:
+        if own.execute("pragma journal_mode = wal").fetchone()[0] != "wal":
+            return ["no write-ahead log can be had there"]
+        own.execute("pragma user_version = 1").fetchall()
+        other = subprocess.Popen([*python, "-c", _OTHER_PROCESS, path],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL)
+        if other.stdout.readline() != b"begun\n":
+            return ["a second process cannot write"]
+        faults = []
+        try:
+            own.execute("begin immediate").fetchall()
+            own.execute("rollback").fetchall()
+            faults.append("two processes write at the same time: locks do not work")
+        except sqlite3.OperationalError as exc:
+            faults += [] if is_busy(exc) else [str(exc)]
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+        other.stdout.readline()
+        if own.execute("pragma user_version").fetchone()[0] != 7:
+            faults.append("a process does not see what another one has committed")
+        return faults
+    except sqlite3.Error as exc:
+        return [str(exc)]
+    finally:
+        own.close()
+        if other:
+            other.communicate()
+
+
 # == Register =================================================================
 # Owns the SQL of workers about each other: who there is, and who is dead.  All verbs
 # meet here, in SqliteStore.
@@ -8869,6 +9029,14 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
             """select max(value, ifnull((select max(id) from bg_task), 0))
                 from bg_meta where name = 'last_id'"""
         )[0][0]
+
+    def kept(self) -> TasksKept:
+        (last, first, oldest), = self.db.read(
+            f"""select (select max(id) from bg_task), (select min(id) from bg_task),
+                (select min(finished_at) from (select state, finished_at from bg_task
+                    order by id limit 1000) where state in ({SUCCESS}, {CANCELLED}))"""
+        )
+        return TasksKept(0 if last is None else last - first + 1, oldest)
 
     def sizes(self) -> Sizes:
         page, pages, free = (
@@ -22482,6 +22650,675 @@ def _health(args, app):
         app.store, app.store.now(), app.settings.worker_timeout, args.worker,
         args.max_age, args.max_failed)
     print_text(json.dumps(report, indent=2) if args.json else visible(report["say"]))
+    return 0 if report["ok"] else 1
+
+
+# == Doctor ===================================================================
+# Owns `doctor`: what may be wrong with a machine, a file and what is in it, each with
+# what to type against it.  Made for a database that is missing, damaged, locked or
+# another program's: it changes nothing but files of its own beside it, and each look
+# stands alone, so that what one cannot see hides nothing of the others.
+
+_CHECK_SECONDS = 10.0       # that SQLite may look for damage, without --deep
+_EXAM_SECONDS = 2.0         # … and any other look may take
+_MIB, _GIB = 1 << 20, 1 << 30
+_SLOW_SYNC, _FAST_SYNC = 0.020, 0.000_030       # seconds
+_CLOCK_AHEAD = 60
+_SAFE_SQLITE = (3, 51, 3)   # from it on no checkpoint of others can do harm
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    level: str              # ok, info, warn or error
+    say: str
+    do: str = ""            # what to type, or to do
+    check: str = ""
+
+
+class Patient:
+    """A database, and what is to be known before anything is asked of it."""
+
+    def __init__(self, app: App, args: Any):
+        self.app, self.args = app, args
+        self.path = os.path.realpath(
+            args.db or os.environ.get("PYBGWORKER_DB") or app.configured().get("db")
+            or SETTING_BY_NAME["db"].default)
+        self.folder = os.path.dirname(self.path)
+        self.is_there = os.path.exists(self.path)
+        self.file = Checkup(self.path)
+        self.settings: Any = None           # None: they cannot be read
+        self.store: Any = None              # None: it is no queue of this version
+        with contextlib.suppress(PyBgWorkerError):
+            self.settings = types.SimpleNamespace(**vars(app.settings))
+            self.settings.db, self.settings.busy_timeout = self.path, _EXAM_SECONDS
+            if self.file.version() == SCHEMA_VERSION \
+                    and self.file.journal_mode() == "wal":
+                store = open_store(self.settings)
+                store.last_id()
+                self.store = store
+
+
+# Each takes a Patient, and yields what it finds.
+EXAMINATIONS: list[tuple[str, Callable]] = []
+
+
+def examination(name: str) -> Callable:
+    """Decorate a function that is to be one of EXAMINATIONS."""
+    def add(look):
+        EXAMINATIONS.append((name, look))
+        return look
+
+    return add
+
+
+@examination("python")
+def _look_at_python(patient):
+    system = f"{sys.platform}, CPython {sys.version.split()[0]}"
+    if fcntl is None:
+        yield Finding("error", f"{system}: workers cannot run here",
+                      "run workers on Linux or macOS")
+    else:
+        yield Finding("ok", f"pybgworker {__version__}, {system}")
+
+
+@examination("sqlite")
+def _look_at_sqlite(patient, found=sqlite3.sqlite_version_info,
+                    options: Sequence | None = None):
+    version = ".".join(map(str, found))
+    if options is None:
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            options = [row[0] for row in connection.execute("pragma compile_options")]
+    if found < (3, 34, 1):
+        yield Finding("error", f"SQLite {version} is too old",
+                      "update Python, or its sqlite3, to SQLite 3.34.1 or later")
+    elif "THREADSAFE=0" in options:
+        yield Finding("error", f"SQLite {version} is built without threads",
+                      "use another build of it")
+    elif found < _SAFE_SQLITE:
+        yield Finding("info", f"SQLite {version}: pybgworker avoids its WAL-reset bug, "
+                      "mended in 3.51.3; other programs on this file may damage it",
+                      "let no other program checkpoint this file")
+    else:
+        yield Finding("ok", f"SQLite {version}")
+
+
+@examination("settings")
+def _look_at_settings(patient):
+    for name in sorted(os.environ):
+        known = {"PYBGWORKER_" + setting.name.upper() for setting in SETTINGS}
+        if name.startswith("PYBGWORKER_") and name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, 1)
+            yield Finding("warn", f"{name} is no setting",
+                          f"did you mean {near[0]}?" if near else f"unset {name}")
+    try:
+        settings = patient.app.settings
+    except PyBgWorkerError as exc:
+        yield Finding("error", str(exc), "set it right, or unset it")
+        return
+    for setting in SETTINGS:
+        source = _source_of(setting.name, patient)
+        value = getattr(settings, setting.name)
+        if setting.name == "web_token" and value:
+            value = "***"
+        yield Finding("info", f"{setting.name} = {value} ({source})")
+
+
+def _source_of(name, patient):
+    if getattr(patient.args, name, None) is not None:
+        return "flag"
+    if os.environ.get("PYBGWORKER_" + name.upper()):
+        return "environment"
+    return "code" if name in patient.app.configured() else "default"
+
+
+@examination("files")
+def _look_at_files(patient):
+    path = patient.path
+    if not patient.is_there:
+        yield Finding("error", f"there is no database {path}",
+                      "name one with --db or PYBGWORKER_DB; the first delay() or run "
+                      "makes one")
+    if not os.access(patient.folder, os.W_OK | os.X_OK):
+        yield Finding("error", f"this user cannot write into {patient.folder}",
+                      f"chown {os.geteuid()} {patient.folder}")
+    owner = None
+    for name in (path, *(path + end for end in ("-wal", "-shm", "-live"))):
+        try:
+            found = os.stat(name)
+        except OSError:
+            continue
+        owner = found.st_uid if owner is None else owner
+        if not os.access(name, os.R_OK | os.W_OK):
+            yield Finding("error", f"this user cannot write {name}",
+                          f"chown {os.geteuid()} {name}")
+        elif found.st_uid != owner:
+            yield Finding("warn", f"{name} belongs to another user than the database",
+                          f"chown --reference={path} {name}")
+    if owner is not None:
+        yield Finding("ok", f"{path}: {os.path.getsize(path) / _MIB:,.1f} MiB")
+
+
+@examination("place")
+def _look_at_place(patient):
+    kind = file_system(patient.folder) or "unknown"
+    try:
+        check_place(patient.path, mount_table(), False)
+    except DatabaseUnusable as exc:
+        is_allowed = patient.settings and patient.settings.allow_network_fs
+        yield Finding("warn" if is_allowed else "error", str(exc))
+        return
+    with beside(patient) as folder:
+        faults = place_faults(os.path.join(folder, "place.db"), interpreter())
+        for fault in faults:
+            yield Finding("error", f"{patient.folder} ({kind}): {fault}",
+                          "no file system for SQLite: choose a local disk")
+        if not faults:
+            yield Finding("ok", f"file system {kind}: two processes exclude each "
+                          "other, and see what the other commits")
+        yield from _sync_findings(_sync_seconds(folder), kind)
+
+
+@contextlib.contextmanager
+def beside(patient: Patient) -> Iterator[str]:
+    """A folder of ours beside the database, which is gone after the block."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=patient.folder) as folder:
+        yield folder
+
+
+def _sync_seconds(folder):
+    times = []
+    with open(os.path.join(folder, "sync"), "wb", buffering=0) as f:
+        for _ in range(20):
+            f.write(b"x" * 4096)
+            began = time.perf_counter()
+            os.fsync(f.fileno())
+            times.append(time.perf_counter() - began)
+    return sorted(times)[10]
+
+
+def _sync_findings(seconds, kind):
+    text = f"fsync takes {seconds * 1000:.2f} ms"
+    if seconds > _SLOW_SYNC:
+        yield Finding("warn", f"{text}: {1 / seconds:.0f} durable delay() a second, "
+                      "one after the other", "use delay_many(), a faster disk, or "
+                      "PYBGWORKER_DURABILITY=normal")
+    elif seconds < _FAST_SYNC and kind not in ("tmpfs", "ramfs"):
+        yield Finding("warn", f"{text}: too fast for a disk; it may lie, and a power "
+                      "cut lose what was committed", "ask who runs the machine")
+    else:
+        yield Finding("info", text)
+
+
+@examination("space")
+def _look_at_space(patient):
+    disk = disk_of(patient.path if patient.is_there else patient.folder)
+    part = disk.free / disk.total if disk.total else 1.0
+    free = f"{disk.free / _GIB:,.1f} GiB ({part:.0%}) are free"
+    if disk.total and disk.free < 100 * _MIB:
+        yield Finding("error", free, f"free some space on the disk of {patient.folder}")
+    elif disk.total and (disk.free < _GIB or part < 0.05):
+        yield Finding("warn", free, f"free some space on the disk of {patient.folder}")
+    else:
+        yield Finding("ok", free)
+    writers, readers = patient.file.holders()
+    if disk.wal > 256 * _MIB:
+        who = " and ".join(f"pid {pid}" for pid in readers) or "somebody"
+        yield Finding("warn", f"the -wal has {disk.wal / _MIB:,.0f} MiB: {who} reads "
+                      "from it for long", "end that transaction, or its program")
+    for pid in writers:
+        yield Finding("info", f"pid {pid} is writing just now")
+
+
+@examination("content")
+def _look_at_content(patient):
+    if not patient.is_there:
+        return
+    try:
+        faults = patient.file.damage(patient.args.deep, 86400.0 if patient.args.deep
+                                     else _CHECK_SECONDS)
+    except DatabaseBusy:
+        yield Finding("info", "it is too large to be looked through in "
+                      f"{_CHECK_SECONDS:.0f} s", "doctor --deep")
+    except DatabaseUnavailable as exc:
+        yield Finding("error", str(exc))
+        return
+    else:
+        for fault in faults:
+            yield Finding("error", f"it is damaged: {fault}", f"stop all workers; "
+                          f"sqlite3 {patient.path} .recover | sqlite3 NEW.db")
+        if not faults:
+            yield Finding("ok", "SQLite finds no damage")
+    version = patient.file.version()
+    if not version:
+        yield Finding("error", "there is no queue in this file",
+                      "name another with --db; the first delay() or run makes one")
+    elif version < SCHEMA_VERSION:
+        yield Finding("warn", f"its tables are of version {version}, this is "
+                      f"{SCHEMA_VERSION}", "run any other command: it migrates them")
+    else:
+        missing = patient.file.faults()
+        if missing:
+            yield Finding("error", f"missing: {', '.join(missing[:9])}",
+                          "restore a backup; somebody has changed the tables")
+        else:
+            yield Finding("ok", f"tables and indexes of version {version}")
+
+
+@examination("clock")
+def _look_at_clock(patient):
+    if patient.store:
+        now = patient.store.now()
+        newest = [row.beat_at for row in patient.store.workers()]
+        newest += [row.created_at for row in patient.store.tasks(limit=1)]
+        ahead = (max(newest, default=0) - now) / 1000
+        if ahead > _CLOCK_AHEAD:
+            yield Finding("warn", f"there are rows from {span(ahead)} ahead: this "
+                          "clock is behind, or another was ahead",
+                          "set the clock: date")
+    answer = _said_by("timedatectl", "show", "--property=NTPSynchronized", "--value")
+    if answer == "no":
+        yield Finding("warn", "the clock is not synchronised",
+                      "timedatectl set-ntp true")
+    else:
+        yield Finding("ok", "the clock is " + (
+            "synchronised" if answer == "yes" else "as it is: nobody tells"))
+
+
+def _said_by(*argv):
+    """What a program prints; "" where there is none."""
+    import subprocess
+
+    try:
+        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              stdin=subprocess.DEVNULL, timeout=_EXAM_SECONDS)
+        return done.stdout.decode("utf-8", "replace").strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@examination("workers")
+def _look_at_workers(patient):
+    if not patient.store:
+        return
+    rows, judge = patient.store.workers(), judge_of(patient.store)
+    now, timeout = patient.store.now(), patient.settings.worker_timeout
+    live = []
+    for row in rows:
+        state = worker_state(row, judge(row), now, timeout)
+        if state == "dead":
+            is_sure = judge(row)
+            word = "is dead" if is_sure else \
+                f"was not heard of for {span((now - row.beat_at) / 1000)}"
+            yield Finding("error", f"worker {row.name} (pid {row.pid}) {word}",
+                          "start one: python -m pybgworker run --app MODULE")
+        else:
+            live.append(row)
+            if row.note:
+                yield Finding("error", f"worker {row.name} {row.note}")
+    if not rows:
+        yield Finding("warn", "no worker runs",
+                      "python -m pybgworker run --app MODULE")
+    for what, values in (("versions", {row.version for row in live}),
+                         ("rate limits over all tasks", {row.rate for row in live})):
+        if len(values) > 1:
+            yield Finding("warn", f"live workers have different {what}: "
+                          f"{', '.join(sorted(map(str, values)))}",
+                          "start all of them with the same program and settings")
+    yield from _differing_rates(patient.store, {row.id for row in live})
+    if live:
+        yield Finding("ok", f"live: {', '.join(row.name for row in live[:9])}")
+
+
+def _differing_rates(store, ids):
+    rates: dict[str, set] = {}
+    for task in store.known_tasks():
+        if task.worker in ids:
+            rates.setdefault(task.name, set()).add(task.rate)
+    for name, found in rates.items():
+        if len(found) > 1:
+            yield Finding("warn", f"workers have different rate limits for {name}",
+                          "start all of them with the same program")
+
+
+# What the list of `why` says, here: by its code.
+_OF_TASKS = {"unknown_name", "not_served", "paused", "late", "failing", "crashing",
+            "long_run", "memory", "schedule_late", "schedule_failed", "schedule_silent"}
+
+
+@examination("tasks")
+def _look_at_tasks(patient):
+    if not patient.store:
+        return
+    store, now = patient.store, patient.store.now()
+    found = [alert for alert in attention(store, now, patient.settings)
+             if alert.code in _OF_TASKS]
+    for alert in found:
+        yield Finding("warn", alert.say, "pybgworker why")
+    for row in store.queues(now):
+        age = now - (row.paused_at or now)
+        if age > DAY_MS:
+            yield Finding("warn", f"queue {row.name} is paused for {span(age / 1000)}",
+                          f"pybgworker resume {row.name}")
+    if not found:
+        yield Finding("ok", "nothing waits that no worker takes")
+
+
+@examination("schedules")
+def _look_at_schedules(patient):
+    if not patient.store:
+        return
+    store, timeout = patient.store, patient.settings.worker_timeout
+    live = live_workers(store, store.now(), timeout)
+    for row in patient.store.schedules():
+        if live and all(row.seen_at < worker.started_at for worker in live):
+            yield Finding("warn", f"schedule {row.name} ({row.expr}) is known to no "
+                          "live worker", f"pybgworker forget-schedule {row.name}")
+        if row.next_tick is None:
+            yield Finding("warn", f"schedule {row.name} ({row.expr}) never comes again",
+                          f"pybgworker forget-schedule {row.name}")
+        try:
+            Cron(row.expr, row.tz)
+        except CronError as exc:
+            yield Finding("warn", f"schedule {row.name}: {exc}",
+                          "is it the time zone? pip install tzdata")
+    yield Finding("ok", f"schedules: {len(patient.store.schedules())}")
+
+
+# == Remedies =================================================================
+# Owns the rest of `doctor`: what is kept for too long, what a machine lets a process
+# have, the app, a trial of a whole worker; and the command itself.
+
+_TEST_SECONDS = 30.0       # that a trial may take on a slow machine
+_MANY_ROWS = 5_000_000
+_LARGE_BYTES, _LARGE_SHARE = 1 << 30, 0.8
+_SHARE_SECONDS = 2.0        # that a look at all pages may take
+_MARKS = {"ok": "ok", "info": "", "warn": "!", "error": "×"}
+_TRIAL_APP = """
+import os, signal, time
+from {module} import App, current_task
+
+app = App()
+
+@app.task(name="good")
+def good(): return "good"
+
+@app.task(name="flaky", retries=1, retry_delay=0.01)
+def flaky(): return current_task().attempt if current_task().attempt > 1 else 1 // 0
+
+@app.task(name="crash", retries=0)
+def crash(): os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task(name="slow", retries=0, timeout=0.2)
+def slow(): time.sleep(60)
+
+@app.task(name="held", retries=1)
+def held():
+    if current_task().attempt > 1:
+        return "again"
+    open("held", "w").close()
+    time.sleep(60)
+"""
+
+
+@examination("retention")
+def _look_at_retention(patient):
+    if not patient.store:
+        return
+    store, keep = patient.store, patient.settings.retention
+    rows = store.kept()
+    if rows.number > _MANY_ROWS:
+        yield Finding("warn", f"about {rows.number:,} tasks are kept",
+                      "pybgworker prune --older-than 1d; --retention 1d")
+    limit = finished_before(keep, store.now())
+    if limit is not None and rows.oldest is not None and rows.oldest < limit - DAY_MS:
+        yield Finding("warn", "tasks are kept that finished at "
+                      f"{local_time(iso_time(rows.oldest))}, longer ago than the "
+                      f"retention of {span(keep)}",
+                      "start a worker, or: pybgworker prune")
+    try:
+        share = patient.file.payload_share(_SHARE_SECONDS)
+    except DatabaseUnavailable:         # too large; or SQLite was built without dbstat
+        return
+    level, do = ("warn", "keep less of it: --retention 1d; smaller arguments") \
+        if share > _LARGE_SHARE and store.sizes().main > _LARGE_BYTES else ("info", "")
+    yield Finding(level, f"long arguments, results and output take {share:.0%} of the "
+                  "file", do)
+
+
+@examination("limits")
+def _look_at_limits(patient):
+    if resource is None or patient.settings is None:
+        return
+    children = patient.settings.concurrency
+    try:
+        ensure_descriptors(children)
+        yield Finding("ok", f"descriptors for {children} children")
+    except AppError as exc:
+        yield Finding("error", str(exc), "ulimit -n 4096; LimitNOFILE= in systemd")
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        yield Finding("warn", f"a process may have {most >> 20:,} MiB of address "
+                      "space: an allocation beyond it fails", "ulimit -v unlimited")
+    yield from _memory_findings(patient, children)
+    if _limit_in("/proc/sys/vm/overcommit_memory") == 2:
+        yield Finding("warn", "vm.overcommit_memory is 2: a fork of a large app may "
+                      "fail", "sysctl vm.overcommit_memory=0")
+
+
+def _memory_findings(patient, children):
+    limit = _limit_in("/sys/fs/cgroup/memory.max") \
+        or _limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    used = sorted(child.memory for child in patient.store.children()) \
+        if patient.store else []
+    if limit and used:
+        needed = children * used[int(0.95 * (len(used) - 1))]
+        if needed > limit:
+            yield Finding("warn", f"{children} children of "
+                          f"{needed // children >> 20:,} MiB do not fit into the "
+                          f"cgroup's {limit >> 20:,} MiB",
+                          "--concurrency, --max-memory, or more memory")
+    swap = _swap_of(_text_of("/proc/meminfo"))
+    if swap:
+        yield Finding("warn", swap, "--concurrency, --max-memory, or more memory")
+
+
+def _swap_of(meminfo):
+    """What is wrong, where memory is short and swap is in use; else nothing."""
+    found = {name: int(kib) for name, kib in re.findall(r"(\w+): +(\d+) kB", meminfo)}
+    total, swap = found.get("MemTotal", 0), found.get("SwapTotal", 0)
+    short = total and found.get("MemAvailable", total) < total * 0.05
+    if short and swap and found.get("SwapFree", swap) < swap * 0.5:
+        return "memory is used up, and most of the swap"
+    return ""
+
+
+def _text_of(path):
+    try:
+        with open(path, encoding="ascii", errors="replace") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+def _limit_in(path):
+    text = _text_of(path).strip()
+    return int(text) if text.isdigit() else 0
+
+
+_NAMES_OF_APP = """
+app = ours.import_app(sys.argv[1])
+print(json.dumps(sorted(app.tasks)))
+"""
+_IN_ANOTHER_PROCESS = """
+import importlib, json, sys
+sys.path[:] = {path!r}
+ours = importlib.import_module({module!r})
+"""
+
+
+@examination("app")
+def _look_at_app(patient):
+    if not patient.args.app:
+        return
+    first, again = (_import_apart(patient.args.app) for _ in range(2))
+    if isinstance(first, str):
+        yield Finding("error", first, "mend the app: workers import it as well")
+        return
+    if first != again:
+        yield Finding("warn", "the app has other tasks each time it is imported",
+                      "let the names of tasks depend on nothing")
+    yield Finding("ok", f"--app {patient.args.app} has {len(first)} tasks: "
+                  f"{', '.join(first[:9])}{', …' * (len(first) > 9)}")
+
+
+def _ours_apart(*folders):
+    """The first lines of a program that has this module as `ours`, by its own name."""
+    path = [folder for folder in sys.path if isinstance(folder, str)]
+    return _IN_ANOTHER_PROCESS.format(path=[*folders, *path], module=__name__)
+
+
+def _import_apart(spec):
+    """The names of the tasks of an app, imported in another process; or its error."""
+    import subprocess
+
+    code = _ours_apart() + _NAMES_OF_APP
+    done = subprocess.run([*interpreter(), "-c", code, spec], stdin=subprocess.DEVNULL,
+                          capture_output=True)
+    try:
+        return json.loads(done.stdout.decode().splitlines()[-1])
+    except (ValueError, IndexError):
+        said = done.stderr.decode("utf-8", "replace").strip()
+        return said.rpartition("Problem: ")[2] or f"cannot import --app {spec}"
+
+
+@examination("selftest")
+def _look_at_selftest(patient):
+    if not patient.args.selftest:
+        return
+    with beside(patient) as folder:
+        began = time.monotonic()
+        try:
+            _Trial(folder).run()
+            took = time.monotonic() - began
+            yield Finding("ok", "tasks were enqueued, run, retried, crashed, ended at "
+                          "their limit, and outlived the death of their worker, in "
+                          f"{took:.1f} s")
+        except PyBgWorkerError as exc:
+            yield Finding("error", f"the trial of a worker failed: {exc}",
+                          "please report it, with doctor --selftest --json")
+
+
+class _Trial:
+    """A worker in a folder of its own, and what becomes of tasks in it."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.app = App(db=os.path.join(folder, "trial.db"))
+        self._until = time.monotonic() + _TEST_SECONDS
+        self._said = os.path.join(folder, "said")       # on standard error
+        with open(os.path.join(folder, "trial_app.py"), "w", encoding="utf-8") as f:
+            f.write(_TRIAL_APP.format(module=__name__))
+
+    def run(self):
+        names = ("good", "flaky", "crash", "slow", "held")
+        options: dict[str, dict] = {
+            "flaky": {"retries": 1}, "held": {"retries": 1, "priority": 9},
+            "crash": {"retries": 0}, "slow": {"retries": 0, "timeout": 0.2}}
+        try:
+            tasks = {name: self.app.send(name, **options.get(name, {}))
+                     for name in names}
+            worker = self._start()
+            try:
+                held = os.path.join(self.folder, "held")
+                self._await("run", lambda: os.path.exists(held), worker)
+                worker.kill()
+            finally:
+                worker.kill()
+                worker.wait()
+            worker = self._start("--burst")
+            try:
+                for name, task in tasks.items():
+                    self._await(name, task.ready, worker)
+            finally:
+                worker.terminate()
+                worker.wait()
+            for name, wanted in (("good", "success"), ("flaky", "success"),
+                                 ("crash", "failed"), ("slow", "failed"),
+                                 ("held", "success")):
+                if tasks[name].status != wanted:
+                    raise Problem(f"{name}: it ended as {tasks[name].status}")
+        finally:
+            self.app.store.close()
+
+    def _start(self, *flags):
+        import subprocess
+
+        code = _ours_apart(self.folder) + "sys.exit(ours.main())"
+        environ = {k: v for k, v in os.environ.items()
+                   if not k.startswith(("PYBGWORKER_", "NOTIFY_", "WATCHDOG_"))}
+        return subprocess.Popen(
+            [*interpreter(), "-c", code, "run", "--app", "trial_app:app",
+             "--concurrency", "2", *flags], cwd=self.folder, stdin=subprocess.DEVNULL,
+            env={**environ, "PYBGWORKER_DB": self.app.settings.db},
+            stdout=subprocess.DEVNULL, stderr=open(self._said, "ab"))
+
+    def _await(self, step, is_done, worker):
+        while not is_done():
+            if time.monotonic() > self._until:
+                raise Problem(f"{step}: it takes over {_TEST_SECONDS:.0f} s")
+            if worker.poll() is not None and not is_done():
+                said = _text_of(self._said).strip().splitlines()[-1:]
+                raise Problem(f"{step}: the worker has ended: {' '.join(said)}")
+            own_sleep(0.01)
+
+
+def doctor_report(app: App, args: Any) -> dict:
+    """What all examinations have found.  Raises nothing."""
+    patient, findings = Patient(app, args), []
+    for name, look in EXAMINATIONS:
+        try:
+            findings += [finding._replace(check=name) for finding in look(patient)]
+        except (PyBgWorkerError, OSError) as exc:
+            findings.append(Finding("error", str(exc), "", name))
+        except Exception as exc:        # a look that fails must hide no other
+            findings.append(Finding("error", f"{type(exc).__name__}: {exc}",
+                                    "please report it", name))
+    if patient.store:
+        patient.store.close()
+    return {"ok": all(finding.level != "error" for finding in findings),
+            "database": patient.path,
+            "findings": [finding._asdict() for finding in findings]}
+
+
+def doctor_text(report: dict, colour: bool = False) -> str:
+    """A line for each finding, and one below it for what to type."""
+    lines = []
+    for finding in report["findings"]:
+        mark = _MARKS[finding["level"]]
+        lines.append(f"{mark:<3}{finding['check']:<10} {finding['say']}")
+        if finding["do"]:
+            lines.append(f"{'':<14}→ {finding['do']}")
+    levels = [finding["level"] for finding in report["findings"]]
+    lines.append(f"{levels.count('error')} errors, {levels.count('warn')} warnings")
+    return visible("\n".join(lines))
+
+
+@command("doctor", "look for what is wrong with the machine, the file and the workers",
+         "doctor --selftest",
+         flag("--selftest", action="store_true",
+              help="try a worker of its own beside the database, in some seconds"),
+         flag("--app", metavar="MODULE[:APP]",
+              help="look at the app as well, imported in a process of its own"),
+         flag("--deep", action="store_true",
+              help="look through all of the file, however long it takes"), reads=True)
+def _doctor(args, app):
+    report = doctor_report(app, args)
+    print_text(json.dumps(report, indent=2) if args.json else doctor_text(report))
     return 0 if report["ok"] else 1
 
 

@@ -21395,6 +21395,399 @@ class Healths(Served):
         self.assertEqual((done.returncode, done.stdout), (1, "w1 is dead\n"))
 
 
+# == Doctor ===================================================================
+
+
+class Doctored(QueueCase):
+    """Each examination is seen to find what it is for."""
+
+    def setUp(self):
+        super().setUp()
+        patched = mock.patch.dict(os.environ, {
+            "PYBGWORKER_DB": str(self.db), "PYBGWORKER_WORKER_TIMEOUT": "600"})
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def args(self, **given):
+        return types.SimpleNamespace(**{"db": None, "deep": False, "selftest": False,
+                                        "app": None, **given})
+
+    def findings(self, *checks, **given):
+        """[(level, check, say, do)] of some examinations, or of all."""
+        report = pybgworker.doctor_report(self.app, self.args(**given))
+        return [(f["level"], f["check"], f["say"], f["do"]) for f in report["findings"]
+                if not checks or f["check"] in checks]
+
+    def assertFinds(self, level, check, say, do="", **given):
+        found = self.findings(check, **given)
+        self.assertTrue([f for f in found if f[0] == level and re.search(say, f[2])
+                         and re.search(do, f[3])], found)
+
+    def live(self, worker=1, **columns):
+        now = pybgworker.now_ms()
+        for column, value in {"beat_at": now, "started_at": now - 10_000, "name": "w1",
+                              "concurrency": 2, "state": "ready", **columns}.items():
+            self.sql(f"update bg_worker set {column} = ? where id = ?", value, worker)
+
+    def only_one(self):
+        self.sql("delete from bg_worker where id > 1")
+        self.live()
+
+    def test_all_is_well_where_all_is_well(self):
+        self.only_one()
+        found = self.findings()
+        self.assertEqual([f for f in found if f[0] == "error"], [])
+        silent = {"settings", "app", "selftest", "retention", "sqlite"}    # or facts
+        self.assertEqual({f[1] for f in found if f[0] == "ok"} - silent,
+                         {name for name, _ in pybgworker.EXAMINATIONS} - silent)
+
+    def test_it_leaves_no_file_and_changes_nothing(self):
+        self.enqueue(count=5)
+        self.store.close()
+        def kept():
+            return sorted(path.name for path in self.folder.iterdir()
+                          if not path.name.endswith(("-wal", "-shm")))
+        before, rows = kept(), self.sql("select * from bg_task")
+        self.findings()
+        self.assertEqual(kept(), before)
+        self.assertEqual(self.sql("select * from bg_task"), rows)
+
+    def test_an_old_schema_is_told_and_not_migrated(self):
+        self.store.close()
+        self.sql("update bg_meta set value = 2 where name = 'schema'")
+        self.assertFinds("warn", "content", "version 2, this is 3", "migrates")
+        self.assertEqual(self.sql("select value from bg_meta where name = 'schema'"),
+                         [(2,)])
+        self.sql("update bg_meta set value = 99 where name = 'schema'")
+        self.assertFinds("error", "content", "made by a newer pybgworker")
+
+    def test_python_and_sqlite(self):
+        with mock.patch.object(pybgworker, "fcntl", None):
+            self.assertFinds("error", "python", "workers cannot run here", "Linux or macOS")
+        look = pybgworker._look_at_sqlite
+        for version, options, level in (
+                ((3, 34, 0), [], "error"), ((3, 45, 0), ["THREADSAFE=0"], "error"),
+                ((3, 45, 0), ["THREADSAFE=1"], "info"), ((3, 51, 3), [], "ok")):
+            finding, = look(None, version, options)
+            self.assertEqual(finding.level, level, version)
+
+    def test_settings_tell_where_they_come_from_and_what_is_none(self):
+        with mock.patch.dict(os.environ, {"PYBGWORKER_TIMEOUT": "7",
+                                          "PYBGWORKER_CONCURENCY": "3",
+                                          "PYBGWORKER_WEB_TOKEN": "s3cret-s3cret"}):
+            app, self.app = self.app, App(db=str(self.db), threads=3)
+            self.assertFinds("info", "settings", r"timeout = 7.0 \(environment\)")
+            self.assertFinds("info", "settings", r"threads = 3 \(code\)")
+            self.assertFinds("info", "settings", r"coroutines = 100 \(default\)")
+            self.assertFinds("warn", "settings", "PYBGWORKER_CONCURENCY is no setting",
+                             "did you mean PYBGWORKER_CONCURRENCY")
+            self.assertNotIn("s3cret", str(self.findings()))
+        with mock.patch.dict(os.environ, {"PYBGWORKER_TIMEOUT": "soon"}):
+            self.app = App(db=str(self.db))
+            self.assertFinds("error", "settings", "PYBGWORKER_TIMEOUT='soon': must be")
+        self.app = app
+
+    def test_a_missing_file_and_a_missing_folder(self):
+        with mock.patch.dict(os.environ, {"PYBGWORKER_DB": str(self.folder / "none.db")}):
+            self.assertFinds("error", "files", "there is no database", "--db")
+            self.assertFinds("ok", "place", "two processes exclude each other")
+        with mock.patch.dict(os.environ, {"PYBGWORKER_DB": "/no/such/folder/x.db"}):
+            self.assertFinds("error", "files", "cannot write into /no/such/folder")
+            self.assertFinds("error", "place", "No such file")
+
+    def test_files_that_this_user_cannot_write(self):
+        self.enqueue()
+        if os.geteuid() == 0:
+            pybgworker.LiveFile.of(f"{self.db}-live")
+            os.chown(f"{self.db}-live", 12345, -1)
+            self.assertFinds("warn", "files", "-live belongs to another user",
+                             "chown --reference")
+            os.chown(f"{self.db}-live", 0, -1)
+        with mock.patch.object(pybgworker.os, "access", lambda path, _: False):
+            self.assertFinds("error", "files", "cannot write into", "chown")
+            self.assertFinds("error", "files", "cannot write .*queue.db", "chown")
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs root to be somebody else")
+    def test_another_user_is_told_so(self):
+        self.store.close()
+        os.chmod(self.folder, 0o755)
+        os.chmod(self.db, 0o644)
+        shutil.copy(HERE / "pybgworker.py", self.folder)
+        python = "/usr/bin/python3"
+        version = "import sys; sys.exit(sys.version_info < (3, 9))"
+        if subprocess.call([python, "-c", version]) if os.path.exists(python) else True:
+            self.skipTest("no Python that everybody can run")
+        done = subprocess.run(
+            [python, "pybgworker.py", "doctor", "--json"], cwd=self.folder,
+            env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: os.setuid(65534))
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        said = [f["say"] for f in json.loads(done.stdout)["findings"]
+                if f["level"] == "error"]
+        self.assertIn(f"this user cannot write into {self.folder}", said)
+        self.assertIn(f"this user cannot write {self.db}", said)
+
+    def test_a_network_file_system(self):
+        mounts = f"1 1 0:1 / {self.folder} rw - nfs4 server:/x rw\n"
+        with mock.patch.object(pybgworker, "mount_table", lambda: mounts):
+            self.assertFinds("error", "place", "on a network file system")
+            self.app = App(db=str(self.db), allow_network_fs=True)
+            self.assertFinds("warn", "place", "on a network file system")
+
+    def test_locks_that_do_not_work_are_noticed(self):
+        place = str(self.folder / "place.db")
+        self.assertEqual(pybgworker.place_faults(place, [sys.executable]), [])
+        idle = pybgworker._OTHER_PROCESS.replace("begin immediate", "begin") \
+            .replace('other.execute("pragma user_version = 7")', "")
+        with mock.patch.object(pybgworker, "_OTHER_PROCESS", idle):
+            os.unlink(place)
+            self.assertEqual(pybgworker.place_faults(place, [sys.executable]), [
+                "two processes write at the same time: locks do not work",
+                "a process does not see what another one has committed"])
+        os.unlink(place)
+        with mock.patch.object(pybgworker, "_OTHER_PROCESS", "1 / 0"), \
+                mock.patch.object(pybgworker.sys, "stderr"):
+            self.assertEqual(pybgworker.place_faults(place, [sys.executable, "-S"]),
+                             ["a second process cannot write"])
+
+    def test_a_disk_that_is_slow_lies_or_is_full(self):
+        for seconds, kind, level, say in (
+                (0.05, "ext4", "warn", "20 durable"), (0.00001, "ext4", "warn", "may lie"),
+                (0.00001, "tmpfs", "info", "fsync"), (0.002, "ext4", "info", "2.00 ms")):
+            finding, = pybgworker._sync_findings(seconds, kind)
+            self.assertEqual(finding.level, level)
+            self.assertIn(say, finding.say)
+        gib = 1 << 30
+        for free, level in ((99 << 20, "error"), (gib // 2, "warn"), (4 * gib, "warn"),
+                            (50 * gib, "ok")):
+            with mock.patch.object(pybgworker, "disk_of",
+                                   lambda _: pybgworker.Disk(free, 100 * gib, 0)):
+                self.assertFinds(level, "space", "are free")
+
+    @unittest.skipUnless(Path("/proc/locks").exists(), "needs /proc")
+    def test_who_holds_a_long_log_and_who_writes_is_named(self):
+        self.enqueue()
+        code = """
+            import os, sqlite3, sys
+            c = sqlite3.connect(os.environ["PYBGWORKER_DB"], isolation_level=None)
+            c.execute(sys.argv[1])
+            c.execute("select * from bg_task").fetchone()
+            print("open", flush=True)
+            sys.stdin.read()
+        """
+        for begin, level, say in (
+                ("begin", "warn", "the -wal has 300 MiB: pid {} reads from it for long"),
+                ("begin immediate", "info", "pid {} is writing just now")):
+            other = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(code), begin], text=True,
+                env=clean_environment(PYBGWORKER_DB=str(self.db)),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            try:
+                other.stdout.readline()
+                disk = pybgworker.Disk(1 << 40, 1 << 41, 300 << 20)
+                with mock.patch.object(pybgworker, "disk_of", lambda _: disk):
+                    self.assertFinds(level, "space", say.format(other.pid))
+            finally:
+                other.communicate()
+
+    def test_damage_is_found(self):
+        self.fill(5000)
+        self.store.db.checkpoint()
+        self.store.close()
+        for path in self.folder.glob("queue.db-*"):
+            path.unlink()
+        with open(self.db, "r+b") as f:
+            for page in range(20, 60):
+                f.seek(page * 4096 + 100)
+                f.write(b"\xff" * 200)
+        self.assertFinds("error", "content", "it is damaged|malformed", "recover|")
+        self.assertFinds("error", "content", "it is damaged|malformed", "recover|", deep=True)
+        self.assertEqual(self.cli("doctor").returncode, 1)
+        self.db.write_bytes(b"no database " * 999)
+        self.assertFinds("error", "content", "not a database")
+        self.db.write_bytes(b"")
+        self.assertFinds("error", "content", "there is no queue in this file")
+
+    def test_a_check_that_takes_too_long_is_given_up(self):
+        self.fill(20_000)
+        with mock.patch.object(pybgworker, "_CHECK_SECONDS", -1.0):
+            self.assertFinds("info", "content", "too large", "--deep")
+
+    def test_tables_that_somebody_has_changed(self):
+        self.sql("drop index bg_key")
+        self.sql("drop table bg_output")
+        self.assertFinds("error", "content", "missing: .*column bg_output.at.*index bg_key")
+
+    def test_another_programs_file(self):
+        path = self.folder / "other.db"
+        connection = sqlite3.connect(path)
+        connection.execute("create table t (x)")
+        connection.close()
+        self.app = App()
+        with mock.patch.dict(os.environ, {"PYBGWORKER_DB": str(path)}):
+            before = path.read_bytes()
+            self.assertFinds("error", "content", "there is no queue in this file")
+            self.assertEqual(path.read_bytes(), before)
+
+    def test_a_locked_database_keeps_no_look_from_its_end(self):
+        self.only_one()
+        lock = sqlite3.connect(self.db)
+        self.addCleanup(lock.close)
+        lock.execute("begin immediate")
+        self.assertEqual([f for f in self.findings() if f[0] == "error"], [])
+
+    def test_a_clock_that_is_behind(self):
+        self.only_one()
+        self.enqueue()
+        ahead = pybgworker.now_ms() + 3_700_000
+        self.sql("update bg_task set created_at = ?", ahead)
+        self.assertFinds("warn", "clock", "rows from 1.0 h ahead")
+        with mock.patch.object(pybgworker, "_said_by", lambda *_: "no"):
+            self.assertFinds("warn", "clock", "not synchronised", "timedatectl")
+
+    def test_workers_that_are_not_as_they_should_be(self):
+        self.sql("delete from bg_worker")
+        self.assertFinds("warn", "workers", "no worker runs", "run --app")
+        add_workers(self.store, 1, 2, 3)
+        self.live(1, version="1", rate=5.0)
+        self.live(2, version="2", note="cannot start children: no module named x")
+        self.live(3, beat_at=pybgworker.now_ms() - 720_000, name="w3")
+        self.assertFinds("error", "workers",
+                         r"w3 \(pid 1\) was not heard of for 12.\d min")
+        self.assertFinds("error", "workers", "cannot start children: no module")
+        self.assertFinds("warn", "workers", "different versions: 1, 2")
+        self.assertFinds("warn", "workers", "different rate limits over all")
+        self.sql("insert into bg_worker_task (worker, name, rate) values (1, 't', 5), "
+                 "(2, 't', 6)")
+        self.assertFinds("warn", "workers", "different rate limits for t")
+
+    def test_a_worker_that_was_killed(self):
+        self.module("@task\ndef t(): pass")
+        worker = self.worker("--concurrency", 1)
+        worker.wait_for("worker_ready")
+        worker.kill()
+        self.assertFinds("error", "workers", rf"\(pid {worker.pid}\) is dead")
+
+    def test_tasks_that_nobody_takes(self):
+        self.only_one()
+        self.sql("insert into bg_worker_task (worker, name) values (1, 't')")
+        self.live(1, queues='["default"]')
+        self.app.send("sned")
+        self.app.send("t", queue="mail")
+        self.assertFinds("warn", "tasks", "sned", "why")
+        self.assertFinds("warn", "tasks", "mail", "why")
+        self.store.pause("old", pybgworker.now_ms() - 2 * 86_400_000)
+        self.assertFinds("warn", "tasks", "queue old is paused for 2.0 d", "resume old")
+
+    def schedule(self, task, **values):
+        now = pybgworker.now_ms()
+        row = pybgworker.ScheduleRow(task, "0 3 * * *", "UTC", 0, "latest", "allow", 0.0,
+                                     now // 1000 + 99, None, "[]", now, now)
+        self.store.put_schedules([row._replace(**values)])
+
+    def test_schedules_that_nobody_knows_or_that_never_come(self):
+        self.only_one()
+        self.schedule("known")
+        self.schedule("gone", seen_at=1)
+        self.schedule("never", next_tick=None)
+        self.schedule("nowhere", tz="Mars/Olympus")
+        found = self.findings("schedules")
+        self.assertEqual([f for f in found if "known (" in f[2]], [])
+        self.assertFinds("warn", "schedules", r"gone \(.*known to no live worker",
+                         "forget-schedule gone")
+        self.assertFinds("warn", "schedules", "never comes again", "forget-schedule never")
+        self.assertFinds("warn", "schedules", "nowhere: ", "tzdata")
+
+    def test_what_is_kept_for_too_long_or_is_too_much(self):
+        self.enqueue()
+        self.sql("update bg_task set state = 4, finished_at = 1")
+        self.assertFinds("warn", "retention", "longer ago than the retention of 7.0 d",
+                         "prune")
+        self.sql("update bg_task set id = 1e7")
+        self.enqueue()
+        self.sql("update bg_task set id = 1 where state = 2")
+        self.assertFinds("warn", "retention", "about 10,000,000 tasks are kept", "prune")
+
+    def test_limits_of_the_machine(self):
+        self.only_one()
+        self.app = App(db=str(self.db), concurrency=900)
+        resource = pybgworker.resource
+        with mock.patch.object(resource, "getrlimit", lambda _: (256, 256)), \
+                mock.patch.object(resource, "setrlimit", side_effect=ValueError):
+            self.assertFinds("error", "limits", "needs .* descriptors", "ulimit -n")
+        self.sql("insert into bg_child values (1, 11, 0, 1000000000, 0)")
+        texts = {"/sys/fs/cgroup/memory.max": "2000000000\n",
+                 "/proc/sys/vm/overcommit_memory": "2\n",
+                 "/proc/meminfo": "MemTotal: 100 kB\nMemAvailable: 2 kB\n"
+                                  "SwapTotal: 100 kB\nSwapFree: 3 kB\n"}
+        with mock.patch.object(pybgworker, "_text_of", lambda path: texts.get(path, "")):
+            self.assertFinds("warn", "limits", "do not fit into the cgroup's 1,907 MiB")
+            self.assertFinds("warn", "limits", "overcommit_memory is 2", "sysctl")
+            self.assertFinds("warn", "limits", "memory is used up")
+        done = self.python("""
+            import resource, pybgworker
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))
+            print(pybgworker.main(["doctor"]))
+            """)
+        self.assertIn("a process may have 4,096 MiB of address space", done.stdout)
+        self.assertIn("descriptors, and this process may have 70", done.stdout)
+        self.assertEqual(done.stdout.split()[-1], "1")
+
+    def test_an_app_is_imported_twice_in_a_process_of_its_own(self):
+        for name, source, level, say in (
+                ("fine", "@task\ndef t(): pass", "ok", "fine has 1 tasks: fine.t"),
+                ("broken", "1 / 0", "error", "(?s)cannot import.*1 / 0.*ZeroDivision"),
+                ("moody", "import os\n@task(name=f't{os.getpid()}')\ndef t(): pass",
+                 "warn", "other tasks each time")):
+            (self.folder / f"{name}.py").write_text("from pybgworker import *\n" + source)
+            done = self.cli("doctor", "--app", name, "--json")
+            found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "app"]
+            with self.subTest(name):
+                self.assertTrue([f for f in found if f["level"] == level
+                                 and re.search(say, f["say"])], found)
+
+    def test_the_trial_of_a_worker(self):
+        self.only_one()
+        done = self.cli("doctor", "--selftest", PYBGWORKER_WORKER_TIMEOUT="600")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertRegex(done.stdout, "ok selftest +tasks were enqueued, run, retried, ")
+        self.assertEqual([p.name for p in self.folder.glob("doctor-*")], [])
+        broken = pybgworker._TRIAL_APP.replace("time.sleep(60)", "pass")
+        with mock.patch.object(pybgworker, "_TRIAL_APP", broken):
+            self.assertFinds("error", "selftest", "slow: it ended as success",
+                             selftest=True)
+        with mock.patch.object(pybgworker, "_TRIAL_APP", "1 / 0"):
+            self.assertFinds("error", "selftest", "run: the worker has ended: .*Zero",
+                             selftest=True)
+
+    def test_a_look_that_fails_hides_no_other(self):
+        def broken(patient):
+            raise KeyError("x")
+            yield
+        with mock.patch.object(pybgworker, "EXAMINATIONS",
+                               [("a", broken), *pybgworker.EXAMINATIONS]):
+            found = self.findings()
+        self.assertEqual(found[0], ("error", "a", "KeyError: 'x'", "please report it"))
+        self.assertIn("python", [f[1] for f in found])
+
+    def test_it_is_told_as_text_and_as_json(self):
+        self.only_one()
+        done = self.cli("doctor", PYBGWORKER_WORKER_TIMEOUT="600")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertRegex(done.stdout, r"\Aok python     pybgworker 2")
+        self.assertRegex(done.stdout, r"0 errors, \d+ warnings\n\Z")
+        self.sql("delete from bg_worker")
+        self.assertIn("!  workers    no worker runs\n              "
+                      "→ python -m pybgworker run --app MODULE\n",
+                      self.cli("doctor").stdout)
+        with mock.patch.dict(os.environ, {"PYBGWORKER_DB": "/no/such/x.db"}):
+            done = self.cli("doctor", "--json", "--db", "/no/such/x.db")
+        report = json.loads(done.stdout)
+        self.assertEqual((done.returncode, report["ok"]), (1, False))
+
+
 # == Listeners ================================================================
 
 class Listeners(Case):
@@ -24250,7 +24643,7 @@ get("/jobs/api/queues/mail/resume", body=1)
                 [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
             absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] in (
-                ["resume"], ["health"])         # no worker runs
+                ["resume"], ["health"], ["doctor"])
             with self.subTest(line):
                 self.assertIn(done.returncode, (0, 1) if absent else (0,), done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
@@ -24496,7 +24889,7 @@ class TheFile(unittest.TestCase):
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
                    "History", "Endings", "Records", "Lists", "Desk", "Facts",
-                   "Timetable", "Register", "Bench"}
+                   "Timetable", "Checkup", "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
