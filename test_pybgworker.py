@@ -20178,7 +20178,7 @@ class Tops(Served):
         until(lambda: self.state_of(top.pid) == "T", what="a stop")
         top.screen.cells[:] = top.screen.blank()        # the shell has been there
         os.kill(top.pid, signal.SIGCONT)
-        top.see("/min")
+        top.see("(?m)^q quit")              # of the lines that are always the same
 
     def state_of(self, pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -20393,6 +20393,24 @@ class Tops(Served):
         top.see("(?m)^database .*queue.db")
         away.rename(self.db)
         top.see(r"(?m)^queue.db  \d\d:\d\d:\d\d UTC")
+        top.type("q")
+        self.assertEqual(top.wait(), 0)
+
+    def test_who_holds_the_write_lock_delays_no_look_and_no_key_for_long(self):
+        """A look needs no lock; what a key changes is not done, and that is said."""
+        self.enqueued()
+        top = self.top()
+        top.see("(?m)^mail +1")
+        other = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        top.type("p")
+        top.see(r"pause mail\? y/N")
+        top.type("y")
+        top.see("(?m)^database .*queue.db")
+        self.assertNotIn("no answer", top.screen.text)
+        other.execute("rollback")
+        self.assertEqual(self.store.paused_queues(), [])
         top.type("q")
         self.assertEqual(top.wait(), 0)
 
