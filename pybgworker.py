@@ -20425,10 +20425,10 @@ class Follower:
     def look(self) -> TaskRow:
         """Show what is new; return the task.  Raises TaskNotFound."""
         row = self._store.task(self._id)
-        if self.attempt > row.attempt:          # it was taken back: it had not begun
-            self.attempt = self._seen = 0
         if not self.attempt and row.attempt:
             self.attempt = self._first or row.attempt
+        # One that is above the row's was taken back, for it had not begun, and comes
+        # again.
         while 0 < self.attempt <= row.attempt:
             self._show_parts(self._parts(row))
             if self.attempt == row.attempt:

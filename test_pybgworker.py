@@ -2128,6 +2128,9 @@ class Printing(unittest.TestCase):
         self.assertEqual(kept.text(), "a" * 32_000 + pybgworker.cut_mark(1_038_000)
                          + "z" * 32_000)
         self.assertEqual(kept.untold()[-1], (1_086_000, "z" * 16_000))
+        kept.skip(10)
+        kept.add("end")
+        self.assertEqual(kept.text(), "a" * 32_000 + pybgworker.cut_mark(1_070_010) + "end")
 
     def test_many_small_pieces_take_little_memory(self):
         kept = pybgworker.Kept()
@@ -19091,6 +19094,17 @@ class Following(QueueCase):
             task, lambda: runs.extend(self.claim()), lambda: self.turn(unbegun=runs),
             lambda: runs.extend(self.claim()), lambda: self.finish(runs[1], output="x"))
         self.assertEqual((shown, state), ([(1, "x")], pybgworker.SUCCESS))
+
+        task, runs = self.enqueue(), []
+        retry = {"kind": "exception", "message": "no"}
+        shown, *_ = self.follow(
+            task, lambda: runs.extend(self.claim()),
+            lambda: self.finish(runs[0], pybgworker.RETRYING, run_at=self.now,
+                                output="x", error=retry),
+            lambda: self.sql("update bg_task set state = 2 where state = 1"),
+            lambda: runs.extend(self.claim()), lambda: self.turn(unbegun=runs[1:]),
+            lambda: runs.extend(self.claim()), lambda: self.finish(runs[2], output="y"))
+        self.assertEqual(shown, [(1, "x"), (2, "y")])
 
     def test_a_task_that_fails_or_is_deleted_meanwhile_ends_it_with_one(self):
         task = self.ran("x", "y", state=pybgworker.FAILED)
