@@ -18612,6 +18612,8 @@ class WhyOfWorkers(Case):
         store.pause("default", store.now())
         comes(ids[5], "paused", "Queue default has been paused since .*")
         worker.kill()
+        # At once: the kernel tells, not the heartbeat.
+        self.assertEqual([said(ids[0])[0], said(ids[5])[0]], ["worker_dead", "no_worker"])
         comes(ids[0], "worker_dead", rf"Its worker w1 \(pid {worker.pid}\) is dead, and no "
               "other worker runs. Start one: .*")
         comes(ids[5], "no_worker", r"No worker runs on this database; the last one, w1 "
