@@ -21788,9 +21788,10 @@ class Doctored(QueueCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
         self.assertRegex(done.stdout, "ok selftest +tasks were enqueued, run, retried, ")
         self.assertEqual([p.name for p in self.folder.glob("doctor-*")], [])
-        broken = pybgworker._TRIAL_APP.replace("time.sleep(60)", "pass")
+        broken = pybgworker._TRIAL_APP.replace(
+            "os.kill(os.getpid(), signal.SIGKILL)", "pass")
         with mock.patch.object(pybgworker, "_TRIAL_APP", broken):
-            self.assertFinds("error", "selftest", "slow: it ended as success",
+            self.assertFinds("error", "selftest", "crash: it ended as success",
                              selftest=True)
         with mock.patch.object(pybgworker, "_TRIAL_APP", "1 / 0"):
             self.assertFinds("error", "selftest", "run: the worker has ended: .*Zero",
