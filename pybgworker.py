@@ -906,6 +906,15 @@ def decode(text: str) -> Any:
     return value if end == len(text) else json.loads(text)
 
 
+def meta_of(text: str | None) -> dict:
+    """What options(meta=) gave a task; {} for nothing, or what was edited by hand."""
+    try:
+        found = json.loads(text or "{}")
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 # == Retry and rate ===========================================================
 # Owns the arithmetic of retry delays, and of limits of starts and of runs.  Pure: the
 # clock and randomness are arguments, nothing is stored here.
@@ -1110,6 +1119,7 @@ class NewTask(NamedTuple):
     created_at: int
     tick: int | None = None
     counted: bool = False       # run_at was counted from created_at
+    meta: str | None = None     # JSON of options(meta=); None: none
 
 
 class Attempt:
@@ -1323,6 +1333,7 @@ class TaskRow(NamedTuple):
     finished_at: int | None
     duration: float | None
     tick: int | None
+    meta: str | None = None     # JSON of options(meta=): see meta_of()
 
     @property
     def status(self) -> str:
@@ -3056,14 +3067,16 @@ def _in_program():
 class CurrentTask:
     """The run that is going on in this process; see current_task()."""
 
+    _meta: dict | None = None       # as long as nobody has asked
+
     def __init__(self, id: int, name: str, attempt: int, due: float | None,
-                 scheduled_for: datetime | None, report: Callable):
+                 scheduled_for: datetime | None, report: Callable, app: App):
         self.id = id
         self.name = name
         self.attempt = attempt              # 1 for the first run
         self._due = due                     # monotonic: its time limit; None: none
         self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
-        self._report = report
+        self._report, self._app = report, app
 
     @property
     def deadline(self) -> float | None:
@@ -3072,6 +3085,17 @@ class CurrentTask:
         By the wall clock of now: who sets that does not change how long it may take.
         """
         return None if self._due is None else unix_time_of(self._due)
+
+    @property
+    def meta(self) -> dict:
+        """What options(meta=) gave the task; {} for nothing.
+
+        It is read from the database when it is asked for, so that it costs nobody else
+        anything.  That of a callback is that of the task it is about.
+        """
+        if self._meta is None:
+            self._meta = meta_of(self._app.store.task(self.id).meta)
+        return self._meta
 
     def set_progress(self, percent: float, message: str | None = None) -> None:
         """Show how far the task has come, in AsyncResult.progress and `show`."""
@@ -3232,7 +3256,9 @@ class Task(Generic[P, R, V]):
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
         key: while a task with it is unfinished, that one is returned; conn: an
-        sqlite3 connection to the same file, in whose transaction to insert.
+        sqlite3 connection to the same file, in whose transaction to insert; meta: a
+        dict of at most 1,000 characters as JSON, which its runs have by
+        current_task().meta, and its callbacks.
         """
         return Call(self, options)
 
@@ -3328,7 +3354,8 @@ TASK_OPTIONS = frozenset(_checked_options.__kwdefaults__ or ())
 
 
 def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
-             queue=None, retries=None, timeout=None, key=None, conn=None) -> NewTask:
+             queue=None, retries=None, timeout=None, key=None, conn=None,
+             meta=None) -> NewTask:
     """The row of a call, by the options of the call before those of the task."""
     run_at = _due_at(now, countdown, eta)
     return NewTask(
@@ -3340,7 +3367,7 @@ def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
          else check_number("retries", retries, kind=int)),
         task.timeout if timeout is None else _check_timeout(timeout),
         SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
-        counted=countdown is not None,
+        counted=countdown is not None, meta=_check_meta(meta),
     )
 
 
@@ -3358,6 +3385,35 @@ def _check_priority(value):
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 31:
         raise OptionError(f"priority={value!r}: must be a whole number")
     return value
+
+
+_MOST_META = 1000           # characters of its JSON
+
+
+def _check_meta(meta):
+    """What is kept of options(meta=); None for nothing.  Raises OptionError."""
+    if meta is None:
+        return None
+    try:
+        text = json.dumps(meta, ensure_ascii=False, allow_nan=False,
+                          separators=(",", ":"))
+        is_same = isinstance(meta, dict) and json.loads(text) == meta
+        text.encode()                       # no lone surrogate
+    except (TypeError, ValueError, RecursionError):
+        is_same, text = False, ""
+    if not is_same:
+        shown = repr(meta) if isinstance(meta, (str, int, float, list, tuple)) else \
+            type(meta).__name__
+        raise OptionError(
+            f"meta={shown[:100]}: must be a dict that is a JSON object: its keys are "
+            "texts, its values texts, numbers, True, False, None, lists and such dicts"
+        )
+    if len(text) > _MOST_META:
+        raise OptionError(
+            f"meta= of {len(text):,} characters as JSON: {_MOST_META:,} are allowed; "
+            "what is larger should be an argument"
+        )
+    return text if meta else None
 
 
 def _check_callback(name, value):
@@ -5659,8 +5715,8 @@ def insert_all(link, requests):
 
 _INSERT = """
     insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
-        state, run_at, created_at, tick, counted, args)
-    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        state, run_at, created_at, tick, counted, meta, args)
+    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
 def _insert(connection, requests, first, place):
@@ -6978,6 +7034,13 @@ def callback_rows(run: Run, state: int, error: dict | None, now: int,
         for name, args, limit in calls)
 
 
+def with_meta(connection: sqlite3.Connection, run: Run, rows: Sequence) -> list:
+    """What follows the end of a run, with what options(meta=) gave its task."""
+    meta, = connection.execute(
+        """select meta from bg_task where id = :id""", {"id": run.id}).fetchone()
+    return [(row._replace(meta=meta), text) for row, text in rows]
+
+
 _HEARD = {SUCCESS: "success", FAILED: "failure", RETRYING: "retry", QUEUED: "retry"}
 
 
@@ -7207,7 +7270,8 @@ class Endings(Claims):
         if outcome.output:
             put_payload(connection, outcome.run.id, OUTPUT, outcome.output)
         if outcome.then:
-            insert_all(link, [Request(row, [text]) for row, text in outcome.then])
+            rows = with_meta(connection, outcome.run, outcome.then)
+            insert_all(link, [Request(row, [text]) for row, text in rows])
         if outcome.run.tick is not None and outcome.state == SUCCESS:
             note_success(connection, outcome.run, now)
         return True
@@ -7278,7 +7342,7 @@ class Endings(Claims):
 
 TASK_COLUMNS = """id, state, queue, name, priority, key, attempt, retries, forgiven,
         timeout, worker, cancel_asked, run_at, created_at, started_at, finished_at,
-        duration, tick"""
+        duration, tick, meta"""
 _TASK = f"""
     select {TASK_COLUMNS}
     from bg_task """
@@ -8926,7 +8990,8 @@ class Register:
                     drop_old(link.connection, run, state)
                     put_payload(link.connection, run.id, ERROR, to_json(error))
                     keep_printed(link.connection, run, worker)
-                    then += callback_rows(run, state, error, now, name)
+                    rows = callback_rows(run, state, error, now, name)
+                    then += with_meta(link.connection, run, rows) if rows else ()
                     counts.add_lost(run, state)
             add_history(link.connection, counts, now)
             if then:
@@ -11374,7 +11439,7 @@ class Running:
         due = time.monotonic() + timeout if timeout else None
         if tick is not None:
             tick = datetime.fromtimestamp(tick, timezone.utc)
-        self.current = CurrentTask(run_id, name, attempt, due, tick, report)
+        self.current = CurrentTask(run_id, name, attempt, due, tick, report, app)
         in_flight[self.current] = self
         if self.task is not None:
             mark(cell, run_id, attempt)
@@ -23343,8 +23408,12 @@ class TaskEvent:
         self.error = TaskError(error) if error else None
         self.worker = about["worker"]
         self.at = datetime.fromtimestamp(about["at"] / 1000, timezone.utc)
-        self.meta = about.get("meta") or {}
-        self._store = store
+        self._store, self._own = store, current_task()
+
+    @property
+    def meta(self) -> dict:
+        """That of the task which hears of it, for it has that from the other one."""
+        return self._own.meta if self._own else {}
 
     def __repr__(self) -> str:
         error = f" {self.error}" if self.error else ""

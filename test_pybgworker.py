@@ -2907,6 +2907,129 @@ class Types(Case):
         self.assertEqual(sorted(said), wrong, found.stdout + found.stderr)
 
 
+class Meta(Served):
+    """options(meta=): what a call carries that is no argument."""
+
+    TASKS = """
+        @task(retries=1, retry_delay=0, on_success=lambda task_id: print(current_task().meta),
+              on_failure=lambda task_id, error: print(current_task().meta))
+        def told(fails=False):
+            found = current_task()
+            if fails: raise KeyError(str(found.meta))
+            return [found.meta, found.meta is found.meta]
+
+        @task(retries=0)
+        async def beside():
+            return current_task().meta
+
+        @on("failure")
+        def hear(event):
+            print("heard", event.meta)
+
+        @task(retries=0)
+        def stay():
+            import time
+            open("stays", "w").close()
+            time.sleep(60)
+    """
+    META = {"traceparent": "00-é\0-01", "n": 7, "deep": [{"x": None}, 1.5, True]}
+
+    def printed_by(self, name):
+        """What the newest task of a name has printed, once it is over."""
+        def find():
+            rows = self.sql("select id from bg_task where name = ? and state > 3 "
+                            "order by id desc", name)
+            return rows and self.store.output(rows[0][0])
+
+        return until(find, what=f"output of {name}")
+
+    def test_runs_callbacks_and_listeners_have_it(self):
+        self.worker("--concurrency", 1)
+        result = self.tasks.told.options(meta=self.META).delay()
+        self.assertEqual(self.get(result), [self.META, True])
+        self.assertEqual(json.loads(self.store.task(result.id).meta), self.META)
+        self.assertEqual(self.printed_by("tasks.told:on_success"), f"{self.META}\n")
+        failed = self.tasks.told.options(meta={"a": 1}).delay(fails=True)
+        self.assertEqual(self.failure(failed).error.message, repr(repr({"a": 1})))
+        self.assertEqual(self.store.task(failed.id).attempt, 2)
+        self.assertEqual(self.printed_by("tasks.told:on_failure"), "{'a': 1}\n")
+        self.assertEqual(self.printed_by("on:failure"), "heard {'a': 1}\n")
+        shown = json.loads(self.cli("show", failed.id, "--json").stdout)
+        self.assertEqual(shown["meta"], {"a": 1})
+        self.assertIn('{"a": 1}', self.cli("show", failed.id).stdout)
+
+    def test_what_follows_a_lost_run_has_it_too(self):
+        worker = self.worker("--concurrency", 1)
+        self.tasks.stay.options(meta={"b": 2}).delay()
+        self.wait_lines("stays", 0)
+        until((self.folder / "stays").exists)
+        worker.kill()
+        self.worker("--concurrency", 1)
+        self.assertEqual(self.printed_by("on:failure"), "heard {'b': 2}\n")
+
+    def test_every_way_to_enqueue_takes_it(self):
+        self.worker("--concurrency", 1)
+        told, meta = self.tasks.told, {"way": 1}
+        connection = sqlite3.connect(self.db, timeout=10)
+        self.addCleanup(connection.close)
+        with connection:
+            shared = told.options(meta=meta, conn=connection).delay()
+        results = [told.apply_async(meta=meta), shared, *told.options(meta=meta).delay_many(
+            [(), {}]), self.tasks.beside.options(meta=meta).delay(),
+            pybgworker.default_app.send("tasks.told", meta=meta)]
+        self.assertEqual([self.get(result) for result in results],
+                         [[meta, True]] * 4 + [meta, [meta, True]])
+        self.store.retry(results[0].id, self.store.now())
+        self.assertEqual(self.get(results[0]), [meta, True])
+
+    def test_there_is_none_where_none_was_given_or_somebody_has_edited_it(self):
+        self.worker("--concurrency", 1)
+        results = [self.tasks.told.delay(), self.tasks.told.options(meta={}).delay(),
+                   self.tasks.told.options(meta=None).delay()]
+        self.assertEqual([self.get(result) for result in results], [[{}, True]] * 3)
+        self.assertEqual(self.sql("select distinct meta from bg_task"), [(None,)])
+        for text in ("", "nonsense", "[1]", "7", "[" * 100_000, b"\xff"):
+            self.assertEqual(pybgworker.meta_of(text), {})
+            self.sql("update bg_task set meta = ? where id = 1", text)
+            done = self.cli("show", 1)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.store.retry(1, self.store.now())
+            self.assertEqual(self.get(results[0]), [{}, True])
+
+    def test_what_cannot_be_kept_is_refused_where_it_is_set(self):
+        loop: dict = {}
+        loop["x"] = loop
+        for meta in (7, "x", [1], {1: 2}, {"x": (1, 2)}, {"x": {3}}, {"x": b"x"},
+                     {"x": float("nan")}, {"x": float("inf")}, {"\ud800": 1}, loop,
+                     {"x": object()}, {None: 1}, dt.date(2026, 1, 1)):
+            with self.subTest(type(meta)):
+                self.assertRaisesRegex(
+                    pybgworker.OptionError, "^meta=.*must be a dict that is a JSON object",
+                    self.tasks.told.options(meta=meta).delay)
+        self.tasks.told.options(meta={"x": "é" * 992}).delay()      # 1,000 with {"x":""}
+        self.assertRaisesRegex(
+            pybgworker.OptionError, "meta= of 1,001 characters as JSON: 1,000 are allowed",
+            self.tasks.told.options(meta={"x": "é" * 993}).delay)
+        self.assertEqual(self.sql("select count(*), max(length(meta)) from bg_task"),
+                         [(1, 1000)])
+
+
+class MetaCosts(QueueCase):
+
+    def test_calls_without_it_pay_nothing_for_it(self):
+        task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
+        self.store.enqueue(task, ["[[],{}]"])
+        plain = self.traced(lambda: self.store.enqueue(task, ["[[],{}]"]))
+        with_meta = task._replace(meta='{"a":1}')
+        self.assertEqual(
+            len(self.traced(lambda: self.store.enqueue(with_meta, ["[[],{}]"]))), len(plain))
+        claimed = self.traced(lambda: self.claim())
+        self.assertFalse([each for each in claimed if re.search(r"\bmeta\b", each)])
+        run = self.claimed.runs[0]
+        ended = self.traced(lambda: self.finish(run, result="1"))
+        self.assertFalse([each for each in ended if re.search(r"\bmeta\b", each)])
+
+
 # == Wake-up ==================================================================
 
 
@@ -24568,8 +24691,88 @@ class Readme(Case):
                     (folder / "__init__.py").touch()
                 (path / "__init__.py").write_text(textwrap.dedent(source))
 
+    # What two of its examples use of packages that are not ours.
+    TRACERS = {
+        "opentelemetry/__init__.py": "",
+        "opentelemetry/propagate.py": """
+            from opentelemetry import trace
+
+            def inject(headers):
+                headers["traceparent"] = trace.current[-1]
+
+            def extract(headers):
+                return headers.get("traceparent")
+        """,
+        "opentelemetry/trace.py": """
+            import contextlib
+
+            current = []
+
+            class Tracer:
+                @contextlib.contextmanager
+                def start_as_current_span(self, name, context=None):
+                    current.append(f"00-{name}-01")
+                    with open("spans", "a") as f:
+                        print(name, "in", context, file=f)
+                    yield
+                    current.pop()
+
+            def get_tracer(name):
+                return Tracer()
+        """,
+        "sentry_sdk.py": """
+            import contextlib
+
+            class Scope:
+                def set_tag(self, *tag):
+                    note("tag", *tag)
+
+                def set_context(self, *context):
+                    note("context", *context)
+
+            def note(*what):
+                with open("sentry", "a") as f:
+                    print(*what, file=f)
+
+            def init(dsn):
+                pass
+
+            @contextlib.contextmanager
+            def new_scope():
+                yield Scope()
+
+            def capture_message(text, level):
+                note(level, text)
+        """,
+    }
+
+    def stand_in_tracers(self):
+        for name, text in self.TRACERS.items():
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+
+    def test_its_tracing_examples_do_what_they_say(self):
+        self.stand_in_tracers()
+        for block in self.blocks("python"):
+            name = re.match(r"# (\w+)\.py\n", block)
+            if name and name[1] in ("traced", "reported"):
+                (self.folder / f"{name[1]}.py").write_text(block)
+                for argv in ([f"{name[1]}.py"],
+                             ["pybgworker.py", "run", "--app", name[1], "--burst"]):
+                    subprocess.run(
+                        [sys.executable, *argv], cwd=self.folder, check=True, timeout=60,
+                        env=clean_environment(PYTHONPATH=""), stdout=subprocess.PIPE)
+        self.assertEqual((self.folder / "spans").read_text().splitlines(),
+                         ["checkout in None", "charge in 00-checkout-01"])
+        self.assertEqual((self.folder / "sentry").read_text().splitlines(), [
+            "tag task reported.refund",
+            "context task {'id': 2, 'attempt': 1, 'request': 'a1b2'}",
+            "error KeyError: 7"])
+
     def test_every_python_block_runs(self):
         self.stand_in()
+        self.stand_in_tracers()
         for number, block in enumerate(self.blocks("python")):
             if "django" in block and importlib.util.find_spec("django"):
                 block = "from django.conf import settings\nsettings.configure()\n" \
