@@ -18525,7 +18525,10 @@ def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict
 
 
 def show_report(store: Store, task_id: int) -> dict:
-    """One task with all that is kept of it.  Raises TaskNotFound."""
+    """One task with all that is kept of it.  Raises TaskNotFound.
+
+    `params` are the names that its function's parameters have, if a worker knows it.
+    """
     row = store.task(task_id)
     _, result, error = store.outcome(task_id)
     call = _readable(store.args(task_id))
@@ -18533,10 +18536,35 @@ def show_report(store: Store, task_id: int) -> dict:
     args, kwargs = call if is_call else (call, None)
     return {
         **task_report(store, row), "args": args, "kwargs": kwargs,
+        "params": _params_of(store, row.name), "meta": meta_of(row.meta) or None,
         "result": _readable(result), "error": error,
+        "attempts": [attempt_report(record) for record in store.attempts(task_id)],
         "output": store.output(task_id), "progress": store.progress(task_id),
         "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
     }
+
+
+def _params_of(store, name):
+    known = [task for task in store.known_tasks() if task.name == name]
+    return list(known[-1].params) if known else None
+
+
+def attempt_report(record: dict) -> dict:
+    """A run that is over, as `show` has it."""
+    return {**record, "started_at": _when(record["started_at"])}
+
+
+def output_report(store: Store, task_id: int, attempt: int) -> dict:
+    """One run of a task, with what it has printed.  Raises Problem for none."""
+    records = {record["attempt"]: record for record in store.attempts(task_id)}
+    output = store.attempt_output(task_id, attempt)
+    record = records.get(attempt)
+    if record is None and output is None:
+        kept = ", ".join(map(str, records)) or "none"
+        raise Problem(f"task {task_id}: nothing is kept of a run {attempt}; of these "
+                      f"that are over it is: {kept}")
+    found = attempt_report(record) if record else {"attempt": attempt}
+    return {"id": task_id, **found, "output": output}
 
 
 def page_report(store: Store, filter: Filter, limit: int = 50,
@@ -18789,11 +18817,15 @@ def events_text(rows: list[dict], colour: bool = False) -> str:
 
 def show_text(report: dict, colour: bool = False) -> str:
     """Every field on a line of its own, long texts below."""
-    long = ("error", "output")
     lines = [
         f"{key:<14} {_plain(key, value)}" for key, value in report.items()
-        if key not in long and value not in (None, False)
+        if key not in _LONG and value not in (None, False)
     ]
+    if isinstance(report["kwargs"], dict):      # else somebody has edited the call
+        lines = [line for line in lines if not line.startswith(("args ", "kwargs "))]
+        lines.insert(2, f"{'call':<14} {call_text(report)}")
+    if len(report["attempts"]) > 1:
+        lines += ["attempts:", _attempts_text(report["attempts"])]
     error = report["error"]
     if error:
         lines += [f"{'error':<14} {TaskError(error)}", error.get("traceback", "")]
@@ -18801,6 +18833,48 @@ def show_text(report: dict, colour: bool = False) -> str:
         lines += ["output:", report["output"]]
     text = visible("\n".join(line.rstrip() for line in lines if line))
     return _coloured(text) if colour else text
+
+
+_LONG = ("error", "output", "attempts", "params")
+_VALUE_CHARS = 100              # of one argument
+
+
+def output_text(report: dict) -> str:
+    """One run, and below what it has printed."""
+    lines = [f"{key:<14} {_plain(key, value)}" for key, value in report.items()
+             if key != "output" and value is not None]
+    lines += ["output:", report["output"] or "nothing is kept"]
+    return visible("\n".join(lines))
+
+
+def call_text(report: dict) -> str:
+    """The call as Python has it, with the names of parameters as far as known."""
+    args, params = report["args"], report["params"] or []
+    plain = list(itertools.takewhile(lambda name: not name.startswith("*"), params))
+    names = plain if isinstance(args, list) and len(args) <= len(plain) else []
+    args = args if isinstance(args, list) else [args]
+    parts = [f"{name}={_argument(value)}" for name, value in zip(names, args)] \
+        or [_argument(value) for value in args]
+    parts += [f"{name}={_argument(value)}" for name, value in report["kwargs"].items()]
+    return f"{report['name'].rpartition('.')[2]}({', '.join(parts)})"
+
+
+def _argument(value):
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) \
+        else repr(value)
+    return text if len(text) <= _VALUE_CHARS else text[:_VALUE_CHARS] + "…"
+
+
+def _attempts_text(records):
+    """A line for each run that is over."""
+    rows = [{
+        **record, "run": record["attempt"], "began": local_time(record["started_at"]),
+        "waited": span(record["waited"]), "took": span(record["duration"]),
+        "error": record["kind"] and str(TaskError(
+            {"kind": record["kind"], "type": record["type"] or "",
+             "message": record["error"] or ""})),
+    } for record in records]
+    return table(rows, ("run", "outcome", "began", "waited", "took", "worker", "error"))
 
 
 def _plain(key, value):
@@ -20454,9 +20528,15 @@ def _why(args, app):
 
 
 @command("show", "show why a task is as it is, and all that is known of it", "show 42",
-         flag("id", metavar="ID"), reads=True)
+         flag("id", metavar="ID"),
+         flag("--attempt", metavar="N", type=typed(parse_count),
+              help="only this run, with what it has printed (default: all runs)"),
+         reads=True)
 def _show(args, app):
     task_id = parse_id(args.id)
+    if args.attempt is not None:
+        found = output_report(app.store, task_id, args.attempt)
+        return _as_json(found) if args.json else output_text(found)
     report = show_report(app.store, task_id)
     reason = why(app.store, task_id, app.store.now(), app.settings)
     if args.json:

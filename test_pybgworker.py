@@ -18020,6 +18020,83 @@ class Reports(QueueCase):
         self.assertIn("E: m", text)
         self.assertRegex(text, r"(?m)^duration +500 ms$")
 
+    def shown(self, *argv, code=0):
+        """What `show` prints of our task."""
+        out, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            self.assertEqual(pybgworker.main(
+                ["show", "1", *argv, "--db", str(self.db)]), code)
+        return errors.getvalue() if code else out.getvalue()
+
+    def test_show_has_a_table_of_the_runs_that_are_over(self):
+        bad = "\x1b[2J\ud800\n"
+        self.sql("update bg_worker set name = ? where id = 1", "w\x1b[1m")
+        self.enqueue(retries=9)
+        error = {"kind": "exception", "type": "KeyError", "message": f"x{bad}" * 1000}
+        said = "first \x1b[2J\n"             # a child sends no lone surrogate
+        for state, output in ((pybgworker.RETRYING, said), (pybgworker.FAILED, "")):
+            run, = self.claim()
+            self.now += 1000
+            self.finish(run, state, error=error, output=output, duration=0.5,
+                        started_at=self.now, run_at=self.now)
+            self.sql("update bg_task set state = 2 where state = 1")
+        text = self.shown()
+        table = text.partition("attempts:\n")[2].splitlines()[:3]
+        self.assertRegex(table[0], "^RUN +OUTCOME +BEGAN +WAITED +TOOK +WORKER +ERROR$")
+        self.assertRegex(table[1], r"^ +1 +retried +\S+ \S+ +1.0 s +500 ms +w\\x1b\[1m +"
+                         r"KeyError: x\\x1b\[2J\\ud800 .*\\u2026$")
+        self.assertRegex(table[2], "^ +2 +failed ")
+        found = json.loads(self.shown("--json"))
+        self.assertEqual([each["attempt"] for each in found["attempts"]], [1, 2])
+        self.assertRegex(found["attempts"][0]["started_at"], "^2027-.*Z$")
+        self.assertEqual(found["attempts"][0].keys(), pybgworker.ATTEMPT_FIELDS.keys())
+
+        text = self.shown("--attempt", "1")
+        self.assertRegex(text, r"(?s)^id +1\nattempt +1\n.*\nworker +w\\x1b.*output:\n"
+                         r"first \\x1b\[2J\n")
+        self.assertNotRegex(text, "[\x1b\ud800]")
+        found = json.loads(self.shown("--attempt", "1", "--json"))
+        self.assertEqual((found["outcome"], found["output"]), ("retried", said))
+        self.assertIn("output:\nnothing is kept", self.shown("--attempt", "2"))
+        self.assertIn("task 1: nothing is kept of a run 3; of these that are over it is: 1, 2",
+                      self.shown("--attempt", "3", code=1))
+
+    def test_a_task_that_ran_once_has_no_table(self):
+        self.enqueue()
+        self.finish(self.claim()[0], result="1")
+        self.assertNotIn("attempts:", self.shown())
+        self.assertEqual(len(json.loads(self.shown("--json"))["attempts"]), 1)
+        self.assertIn("of these that are over it is: 1", self.shown("--attempt", "2", code=1))
+
+    def test_a_call_is_shown_as_python_has_it(self):
+        """With the names of parameters, where a worker knows them."""
+        long = "x" * 1000
+        for params, args, kwargs, text in (
+            (None, ["order.paid", 1, None], {"url": "u"}, 't("order.paid", 1, None, url="u")'),
+            (("event", "url"), ["order.paid"], {"url": "ü\x1b"},
+             't(event="order.paid", url="ü\\u001b")'),
+            (("a", "*rest"), [1, 2, 3], {}, "t(1, 2, 3)"),
+            (("a", "*rest", "k"), [1], {"k": True}, "t(a=1, k=True)"),
+            ((), [], {}, "t()"), (("a",), [[1, {"x": None}]], {}, "t(a=[1, {'x': None}])"),
+            (("a",), [long], {}, f't(a="{long[:99]}…)'),
+        ):
+            self.sql("delete from bg_task")
+            self.sql("delete from bg_worker_task")
+            if params is not None:
+                self.sql("insert into bg_worker_task (worker, name, params) values (1, 't', ?)",
+                         json.dumps(params))
+            self.enqueue(args=json.dumps([args, kwargs]))
+            self.sql("update bg_task set id = 1")
+            with self.subTest(text):
+                text = text.encode("ascii", "backslashreplace").decode()   # no terminal
+                self.assertIn(f"{'call':<14} {text}\n", self.shown())
+                found = json.loads(self.shown("--json"))
+                self.assertEqual(found["params"], params and list(params) or
+                                 (None if params is None else []))
+                self.assertEqual((found["args"], found["kwargs"]), (args, kwargs))
+            self.sql("update bg_task set args = 'nonsense'")
+            self.assertRegex(self.shown(), "(?m)^args +nonsense$")
+
     def test_a_terminal_obeys_nothing_that_a_task_left_behind(self):
         """Controls, marks of direction and lone surrogates: in names, errors, output."""
         bad = "\x1b]0;owned\x07 \x9b2J \u202egnp.exe"
