@@ -56,8 +56,8 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · Reading · Acts · Wording · Reasons · Why ·
-        Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
+        Cron · Scheduler · Reports · One task · Reading · Acts · Wording · Reasons ·
+        Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
         Doctor · Remedies · Listeners · Redaction · Web reports · Web actions ·
         Dashboard · Web server · Bench · Old import paths · Page · Page script
 
@@ -18493,20 +18493,6 @@ def _when(at):
     return None if at is None else iso_time(at)
 
 
-def _readable(text):
-    """An encoded value as JSON can show it: other types as their repr()."""
-    if text is None:
-        return None
-    try:
-        value = decode(text)
-    except Exception:               # edited by hand: whatever its types may raise
-        return str(text)
-    try:
-        return json.loads(json.dumps(value, default=repr))
-    except (TypeError, ValueError, RecursionError):
-        return str(text)
-
-
 def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict:
     """One task as `list` shows it; `workers` are the names of those that are there."""
     error = store.error(row.id)
@@ -18522,49 +18508,6 @@ def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict
         "scheduled_for": _when(row.tick and row.tick * 1000),
         "error": str(TaskError(error)) if error else None,
     }
-
-
-def show_report(store: Store, task_id: int) -> dict:
-    """One task with all that is kept of it.  Raises TaskNotFound.
-
-    `params` are the names that its function's parameters have, if a worker knows it.
-    """
-    row = store.task(task_id)
-    _, result, error = store.outcome(task_id)
-    call = _readable(store.args(task_id))
-    is_call = isinstance(call, list) and len(call) == 2
-    args, kwargs = call if is_call else (call, None)
-    return {
-        **task_report(store, row), "args": args, "kwargs": kwargs,
-        "params": _params_of(store, row.name), "meta": meta_of(row.meta) or None,
-        "result": _readable(result), "error": error,
-        "attempts": [attempt_report(record) for record in store.attempts(task_id)],
-        "output": store.output(task_id), "progress": store.progress(task_id),
-        "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
-    }
-
-
-def _params_of(store, name):
-    known = [task for task in store.known_tasks() if task.name == name]
-    return list(known[-1].params) if known else None
-
-
-def attempt_report(record: dict) -> dict:
-    """A run that is over, as `show` has it."""
-    return {**record, "started_at": _when(record["started_at"])}
-
-
-def output_report(store: Store, task_id: int, attempt: int) -> dict:
-    """One run of a task, with what it has printed.  Raises Problem for none."""
-    records = {record["attempt"]: record for record in store.attempts(task_id)}
-    output = store.attempt_output(task_id, attempt)
-    record = records.get(attempt)
-    if record is None and output is None:
-        kept = ", ".join(map(str, records)) or "none"
-        raise Problem(f"task {task_id}: nothing is kept of a run {attempt}; of these "
-                      f"that are over it is: {kept}")
-    found = attempt_report(record) if record else {"attempt": attempt}
-    return {"id": task_id, **found, "output": output}
 
 
 def page_report(store: Store, filter: Filter, limit: int = 50,
@@ -18755,10 +18698,11 @@ def table(rows: list[dict], columns: Sequence[str], colour: bool = False) -> str
             for text, width, numeric in zip(found, widths, right)
         ]
         lines.append("  ".join(parts).rstrip())
-    return "\n".join(_coloured(line) if colour else line for line in lines)
+    return "\n".join(coloured(line) if colour else line for line in lines)
 
 
-def _coloured(line):
+def coloured(line: str) -> str:
+    """A line with the word for a state in the colour of that state."""
     for word, code in _STATE_COLOURS.items():
         line = re.sub(rf"\b{word}\b", f"\033[{code}m{word}\033[0m", line, count=1)
     return line
@@ -18815,78 +18759,6 @@ def events_text(rows: list[dict], colour: bool = False) -> str:
     return f"{table(shown, columns)}\n{_clock_note()}"
 
 
-def show_text(report: dict, colour: bool = False) -> str:
-    """Every field on a line of its own, long texts below."""
-    lines = [
-        f"{key:<14} {_plain(key, value)}" for key, value in report.items()
-        if key not in _LONG and value not in (None, False)
-    ]
-    if isinstance(report["kwargs"], dict):      # else somebody has edited the call
-        lines = [line for line in lines if not line.startswith(("args ", "kwargs "))]
-        lines.insert(2, f"{'call':<14} {call_text(report)}")
-    if len(report["attempts"]) > 1:
-        lines += ["attempts:", _attempts_text(report["attempts"])]
-    error = report["error"]
-    if error:
-        lines += [f"{'error':<14} {TaskError(error)}", error.get("traceback", "")]
-    if report["output"]:
-        lines += ["output:", report["output"]]
-    text = visible("\n".join(line.rstrip() for line in lines if line))
-    return _coloured(text) if colour else text
-
-
-_LONG = ("error", "output", "attempts", "params")
-_VALUE_CHARS = 100              # of one argument
-
-
-def output_text(report: dict) -> str:
-    """One run, and below what it has printed."""
-    lines = [f"{key:<14} {_plain(key, value)}" for key, value in report.items()
-             if key != "output" and value is not None]
-    lines += ["output:", report["output"] or "nothing is kept"]
-    return visible("\n".join(lines))
-
-
-def call_text(report: dict) -> str:
-    """The call as Python has it, with the names of parameters as far as known."""
-    args, params = report["args"], report["params"] or []
-    plain = list(itertools.takewhile(lambda name: not name.startswith("*"), params))
-    names = plain if isinstance(args, list) and len(args) <= len(plain) else []
-    args = args if isinstance(args, list) else [args]
-    parts = [f"{name}={_argument(value)}" for name, value in zip(names, args)] \
-        or [_argument(value) for value in args]
-    parts += [f"{name}={_argument(value)}" for name, value in report["kwargs"].items()]
-    return f"{report['name'].rpartition('.')[2]}({', '.join(parts)})"
-
-
-def _argument(value):
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) \
-        else repr(value)
-    return text if len(text) <= _VALUE_CHARS else text[:_VALUE_CHARS] + "…"
-
-
-def _attempts_text(records):
-    """A line for each run that is over."""
-    rows = [{
-        **record, "run": record["attempt"], "began": local_time(record["started_at"]),
-        "waited": span(record["waited"]), "took": span(record["duration"]),
-        "error": record["kind"] and str(TaskError(
-            {"kind": record["kind"], "type": record["type"] or "",
-             "message": record["error"] or ""})),
-    } for record in records]
-    return table(rows, ("run", "outcome", "began", "waited", "took", "worker", "error"))
-
-
-def _plain(key, value):
-    if key in ("duration", "waited", "timeout"):
-        return span(value)
-    if key.endswith("_at") or key == "scheduled_for":
-        return local_time(value, "%Y-%m-%d %H:%M:%S %z")
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=repr)
-
-
 def inspect_text(report: dict, colour: bool = False) -> str:
     """The overview: states, tasks, workers, schedules."""
     states = "  ".join(f"{name} {n:,}" for name, n in report["states"].items() if n)
@@ -18903,7 +18775,7 @@ def inspect_text(report: dict, colour: bool = False) -> str:
     if report["schedules"]:
         parts += ["", cron_text(report["schedules"])]
     text = visible("\n".join(parts))
-    return _coloured(text) if colour else text
+    return coloured(text) if colour else text
 
 
 def _workers_text(workers):
@@ -18948,6 +18820,140 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     shown = [{**row, **{key: local_time(row[key]) for key in times}} for row in rows]
     columns = ["schedule", "expr", "tz", *times, "misfire", "overlap"]
     return f"{table(shown, columns)}\n{_clock_note()}"
+
+
+# == One task =================================================================
+# Owns what `show` tells of one task: its call as Python has it, what has become of it,
+# and the runs that are over, with what each has printed.  Changes nothing.
+
+def _readable(text):
+    """An encoded value as JSON can show it: other types as their repr()."""
+    if text is None:
+        return None
+    try:
+        value = decode(text)
+    except Exception:               # edited by hand: whatever its types may raise
+        return str(text)
+    try:
+        return json.loads(json.dumps(value, default=repr))
+    except (TypeError, ValueError, RecursionError):
+        return str(text)
+
+
+def show_report(store: Store, task_id: int) -> dict:
+    """One task with all that is kept of it.  Raises TaskNotFound.
+
+    `params` are the names that its function's parameters have, if a worker knows it.
+    """
+    row = store.task(task_id)
+    _, result, error = store.outcome(task_id)
+    call = _readable(store.args(task_id))
+    is_call = isinstance(call, list) and len(call) == 2
+    args, kwargs = call if is_call else (call, None)
+    return {
+        **task_report(store, row), "args": args, "kwargs": kwargs,
+        "params": _params_of(store, row.name), "meta": meta_of(row.meta) or None,
+        "result": _readable(result), "error": error,
+        "attempts": [attempt_report(record) for record in store.attempts(task_id)],
+        "output": store.output(task_id), "progress": store.progress(task_id),
+        "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
+    }
+
+
+def _params_of(store, name):
+    known = [task for task in store.known_tasks() if task.name == name]
+    return list(known[-1].params) if known else None
+
+
+def attempt_report(record: dict) -> dict:
+    """A run that is over, as `show` has it."""
+    began = record["started_at"]
+    return {**record, "started_at": None if began is None else iso_time(began)}
+
+
+def output_report(store: Store, task_id: int, attempt: int) -> dict:
+    """One run of a task, with what it has printed.  Raises Problem for none."""
+    records = {record["attempt"]: record for record in store.attempts(task_id)}
+    output = store.attempt_output(task_id, attempt)
+    record = records.get(attempt)
+    if record is None and output is None:
+        kept = ", ".join(map(str, records)) or "none"
+        raise Problem(f"task {task_id}: nothing is kept of a run {attempt}; of these "
+                      f"that are over it is: {kept}")
+    found = attempt_report(record) if record else {"attempt": attempt}
+    return {"id": task_id, **found, "output": output}
+
+
+def show_text(report: dict, colour: bool = False) -> str:
+    """Every field on a line of its own, long texts below."""
+    lines = [
+        f"{key:<14} {_plain(key, value)}" for key, value in report.items()
+        if key not in _LONG and value not in (None, False)
+    ]
+    if isinstance(report["kwargs"], dict):      # else somebody has edited the call
+        lines = [line for line in lines if not line.startswith(("args ", "kwargs "))]
+        lines.insert(2, f"{'call':<14} {python_call(report)}")
+    if len(report["attempts"]) > 1:
+        lines += ["attempts:", _attempts_text(report["attempts"])]
+    error = report["error"]
+    if error:
+        lines += [f"{'error':<14} {TaskError(error)}", error.get("traceback", "")]
+    if report["output"]:
+        lines += ["output:", report["output"]]
+    text = visible("\n".join(line.rstrip() for line in lines if line))
+    return coloured(text) if colour else text
+
+
+_LONG = ("error", "output", "attempts", "params")
+_VALUE_CHARS = 100              # of one argument
+
+
+def output_text(report: dict) -> str:
+    """One run, and below what it has printed."""
+    lines = [f"{key:<14} {_plain(key, value)}" for key, value in report.items()
+             if key != "output" and value is not None]
+    lines += ["output:", report["output"] or "nothing is kept"]
+    return visible("\n".join(lines))
+
+
+def python_call(report: dict) -> str:
+    """The call as Python has it, with the names of parameters as far as known."""
+    args, params = report["args"], report["params"] or []
+    plain = list(itertools.takewhile(lambda name: not name.startswith("*"), params))
+    names = plain if isinstance(args, list) and len(args) <= len(plain) else []
+    args = args if isinstance(args, list) else [args]
+    parts = [f"{name}={_argument(value)}" for name, value in zip(names, args)] \
+        or [_argument(value) for value in args]
+    parts += [f"{name}={_argument(value)}" for name, value in report["kwargs"].items()]
+    return f"{report['name'].rpartition('.')[2]}({', '.join(parts)})"
+
+
+def _argument(value):
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) \
+        else repr(value)
+    return text if len(text) <= _VALUE_CHARS else text[:_VALUE_CHARS] + "…"
+
+
+def _attempts_text(records):
+    """A line for each run that is over."""
+    rows = [{
+        **record, "run": record["attempt"], "began": local_time(record["started_at"]),
+        "waited": span(record["waited"]), "took": span(record["duration"]),
+        "error": record["kind"] and str(TaskError(
+            {"kind": record["kind"], "type": record["type"] or "",
+             "message": record["error"] or ""})),
+    } for record in records]
+    return table(rows, ("run", "outcome", "began", "waited", "took", "worker", "error"))
+
+
+def _plain(key, value):
+    if key in ("duration", "waited", "timeout"):
+        return span(value)
+    if key.endswith("_at") or key == "scheduled_for":
+        return local_time(value, "%Y-%m-%d %H:%M:%S %z")
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=repr)
 
 
 # == Reading ==================================================================
