@@ -3067,7 +3067,7 @@ def _in_program():
 class CurrentTask:
     """The run that is going on in this process; see current_task()."""
 
-    _meta: dict | None = None       # as long as nobody has asked
+    _found_meta: dict | None = None       # as long as nobody has asked
 
     def __init__(self, id: int, name: str, attempt: int, due: float | None,
                  scheduled_for: datetime | None, report: Callable, app: App):
@@ -3093,9 +3093,9 @@ class CurrentTask:
         It is read from the database when it is asked for, so that it costs nobody else
         anything.  That of a callback is that of the task it is about.
         """
-        if self._meta is None:
-            self._meta = meta_of(self._app.store.task(self.id).meta)
-        return self._meta
+        if self._found_meta is None:
+            self._found_meta = meta_of(self._app.store.task(self.id).meta)
+        return self._found_meta
 
     def set_progress(self, percent: float, message: str | None = None) -> None:
         """Show how far the task has come, in AsyncResult.progress and `show`."""
