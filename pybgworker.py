@@ -25999,7 +25999,8 @@ width:Math.max(.5,x(b)-x(a))})
 role:"img",preserveAspectRatio:"none",label:a.say},r(x0,x0+d,8.5,1,"line"),
 a.started_at?[r(a.due_at,a.started_at,7,4,"dim"),r(a.started_at,a.ended_at,2,14,
 {success:"okf",running:"run"}[a.outcome]||"badf")]:r(a.due_at,a.due_at,2,14,"warn"),
-r(now,now,0,18,"run")),h(".n",span(a.ran)),h("",a.started_at?a.say:dim("due at "+
+r(now,now,0,18,"run")),h(".n",a.started_at?span(a.ran):T(a.due_at)>now&&"in "+span((T(
+a.due_at)-now)/1e3)),h("",a.started_at?a.say:dim("due at "+
 moment(T(a.due_at)))))),h("li",{"aria-hidden":true},h(""),h(".ax",h("",moment(x0)),
 h("","now is the blue line"),h("",moment(x0+d)))))}
 
