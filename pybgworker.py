@@ -24496,13 +24496,19 @@ class Dashboard:
                     return self._answer(route, request, found.groups())
         name = path.rpartition("/")[2]
         if self.probes is not None and name in ("healthz", "readyz", "metrics"):
-            status, kind, text = self.probes(f"/{name}",
-                                             request.headers.get("authorization", ""))
-            return Answer(status, (("Content-Type", kind), *_HEADERS), text.encode())
+            return self._probed(self.probes, name, request)
         if is_known:
             return refused(405, "not with this method")
         return refused(404, "no such address") if is_api_path(path) \
             else self._file(request)
+
+    def _probed(self, probes, name, request):
+        given = bearer(request.headers)
+        if given is not None and not self.gate.is_token(given):
+            return self.gate.wrong_token()
+        known = "" if given is None else f"Bearer {given}"
+        status, kind, text = probes(f"/{name}", known)
+        return Answer(status, (("Content-Type", kind), *_HEADERS), text.encode())
 
     def _answer(self, route, request, parts):
         if not route.reads:
@@ -24656,9 +24662,11 @@ class Connections:
                  patience: float = _CLIENT_PATIENCE,
                  clock: Callable[[], float] = time.monotonic):
         self._most, self._patience, self._clock = most, patience, clock
-        self._lock = threading.Lock()
-        self._waiting: dict = {}        # socket: since when for a whole request
-        self._served: set = set()       # sockets whose request is being answered
+        self._lock = threading.Condition()      # told when one is shut
+        # Socket: since when it keeps us waiting: for a whole request, or to read its
+        # answer.  One of these makes room for another.
+        self._waiting: dict = {}
+        self._served: set = set()       # sockets whose answer is being made
 
     def admit(self, connection: socket.socket) -> bool:
         """Take one on; if need be in place of the one that has waited longest."""
@@ -24676,11 +24684,22 @@ class Connections:
             if self._waiting.pop(connection, None) is not None:
                 self._served.add(connection)
 
-    def waits(self, connection: socket.socket) -> None:
-        """It is answered, and the next request awaited."""
+    def reads(self, connection: socket.socket, pause: float = 0.0) -> None:
+        """Its answer is made, and is the client's to read; after a pause, if any.
+
+        That may take thrice as long as a request, unless its place is wanted.
+        """
         with self._lock:
             if connection in self._served:
                 self._served.discard(connection)
+                self._waiting[connection] = self._clock() + 2 * self._patience
+            if pause:
+                self._lock.wait_for(lambda: connection not in self._waiting, pause)
+
+    def waits(self, connection: socket.socket) -> None:
+        """It is answered, and the next request awaited."""
+        with self._lock:
+            if connection in self._waiting:
                 self._waiting[connection] = self._clock()
 
     def gone(self, connection: socket.socket) -> None:
@@ -24699,6 +24718,7 @@ class Connections:
     def _shut(self, connection):
         """Its thread reads the end, and closes it."""
         self._waiting.pop(connection, None)
+        self._lock.notify_all()
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
 
@@ -24751,7 +24771,7 @@ def _handler(dashboard, connections):
             else:
                 connections.asks(self.connection)
                 found = dashboard.respond(found)
-                time.sleep(found.pause)
+                connections.reads(self.connection, found.pause)
             self._send(found)
             connections.waits(self.connection)
 

@@ -23004,10 +23004,60 @@ class WebServers(Serving):
         now[0] = 11.0
         connections.sweep()
         self.assertEqual([x.shutdown.call_count for x in (a, b, c)], [1, 0, 0])
+        connections.reads(b)
         connections.waits(b)
         now[0] = 20.5
         connections.sweep()
         self.assertEqual([x.shutdown.call_count for x in (a, b, c)], [1, 0, 1])
+
+    def test_whoever_does_not_read_an_answer_keeps_nobody_from_theirs(self):
+        """Nor may they go on reading for ever; but as long as there is room."""
+        now = [0.0]
+        connections = pybgworker.Connections(most=2, clock=lambda: now[0])
+        reading, idle, third = (mock.Mock() for _ in range(3))
+        for connection in (reading, idle):
+            connections.admit(connection)
+            connections.asks(connection)
+            connections.reads(connection)
+        connections.waits(idle)
+        now[0] = 9.0
+        connections.admit(third)
+        self.assertEqual([x.shutdown.call_count for x in (reading, idle)], [0, 1])
+        for at, count in ((29.0, 0), (31.0, 1)):
+            now[0] = at
+            connections.sweep()
+            self.assertEqual(reading.shutdown.call_count, count)
+        connections.waits(reading)              # too late: it stays shut
+        port = self.serve()
+        stuck = [self.connect(port) for _ in range(40)]
+        for connection in stuck:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                connection.send(self.request("/app.js").replace("\n", "\r\n").encode() * 400)
+        self.assertEqual(self.say(port, self.request())[0], 200)
+
+    def test_guessing_the_token_keeps_nobody_from_an_answer(self):
+        """Those who wait for a no make room, and wait no longer then."""
+        port = self.serve()
+        with mock.patch.object(pybgworker, "_TOKEN_PAUSE", 3600.0):
+            for _ in range(40):
+                connection = self.connect(port)
+                text = self.request("/api/queues").replace(self.TOKEN, "a-guess")
+                connection.sendall(text.replace("\n", "\r\n").encode())
+            self.assertEqual(self.say(port, self.request())[0], 200)
+            self.assertLessEqual(threading.active_count(), 60)
+
+    def test_a_wrong_token_is_as_slow_to_be_refused_by_the_probes(self):
+        web = self.dashboard()
+        web.probes = lambda path, authorization: (200, "text/plain", authorization)
+        for path in ("/healthz", "/readyz", "/metrics", "/jobs/metrics"):
+            answer = self.respond("GET", path, web=web, authorization="bearer guess")
+            self.assertEqual((answer.status, answer.pause), (401, 0.5), path)
+            answer = self.respond("GET", path, web=web, authorization=None)
+            self.assertEqual((answer.status, answer.body), (200, b""))
+            answer = self.respond("GET", path, web=web, authorization=f"bearer {self.TOKEN}")
+            self.assertEqual(answer.body.decode(), f"Bearer {self.TOKEN}")
 
     def test_while_all_are_being_served_another_gets_a_503(self):
         connections = pybgworker.Connections(most=1)
@@ -23015,6 +23065,7 @@ class WebServers(Serving):
         self.assertTrue(connections.admit(a))
         connections.asks(a)
         self.assertFalse(connections.admit(b))
+        connections.reads(a)
         connections.waits(a)
         self.assertTrue(connections.admit(b))
         self.assertEqual(a.shutdown.call_count, 1)
