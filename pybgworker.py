@@ -23932,7 +23932,7 @@ def task_view(view: View, task_id: str) -> dict:
         "error_text": error and _error_text(error), "progress": store.progress(row.id),
         "forgiven": row.forgiven, "allowed": row.retries + row.forgiven + 1,
         "cancel_asked": bool(row.cancel_asked and row.state == RUNNING),
-        "meta": _meta(redaction, row),
+        "meta": json_value(redaction.hidden(meta_of(row.meta))) or None,
         "command": f"python -m pybgworker why {row.id} --db {_quoted_path(store.path)}",
     }
     return {**report, **_runs_shown(row, runs, view.now),
@@ -24000,14 +24000,6 @@ def _quoted_path(path):
 
 def _error_text(error):
     return error.get("traceback") or str(TaskError(error))
-
-
-def _meta(redaction, row):
-    try:
-        text = getattr(row, "meta", None)
-        return json_value(redaction.hidden(json.loads(text))) if text else None
-    except (ValueError, RecursionError):        # edited by hand
-        return None
 
 
 def _result(redaction, text, task_id):

@@ -22400,6 +22400,14 @@ class WebReports(WebCase):
         for bad in ("state=done", "limit=many", "limit=-1", "before=xyz"):
             self.get("/api/tasks?" + bad, 400)
 
+    def test_what_a_call_carries_is_shown_and_hidden_as_its_arguments_are(self):
+        task_id = self.enqueue()
+        for text, shown in (('{"trace": "ab", "token": "x"}',
+                             {"trace": "ab", "token": "•••••• (redacted)"}),
+                            ("by hand", None), (None, None)):
+            self.sql("update bg_task set meta = ?", text)
+            self.assertEqual(self.get(f"/api/tasks/{task_id}")["meta"], shown)
+
     def test_a_search_finds_text_but_none_that_is_hidden(self):
         self.module("""
             @task(name="mail")
