@@ -461,8 +461,8 @@ SETTINGS = (
     Setting("web_token", None, parse_token, False,
             "what one needs to get into the dashboard, and from elsewhere to metrics "
             "(default: a new one at each start; no metrics)"),
-    Setting("redact", "(?i)pass|secret|token|api_?key|auth|cookie|credential|private|"
-            "card|iban|ssn", parse_pattern, False,
+    Setting("redact", "(?i)pass|secret|token|api[-_ .]?key|auth|cookie|credential|"
+            "private|card|iban|ssn", parse_pattern, False,
             "regular expression for the names of parameters and keys whose values the "
             "dashboard hides; empty: none (default: passwords, tokens and the like)",
             may_be_empty=True),
@@ -22279,7 +22279,8 @@ _QUEUE_STATES = ("scheduled", "retrying", "queued", "running")
 def _add_queues(page, rows, now):
     if len(rows) > _MOST_PAIRS:
         rows = sorted(rows, key=lambda row: (
-            row.paused_at is None, row.oldest_at is None, row.oldest_at or 0))
+            row.name == _OTHER, row.paused_at is None, row.oldest_at is None,
+            row.oldest_at or 0))
         rows = [*rows[:_MOST_PAIRS - 1], _joined_queue(rows[_MOST_PAIRS - 1:])]
     page.family(
         "pybgworker_queue_tasks", "gauge", "Unfinished tasks.",
@@ -23746,8 +23747,10 @@ def is_long(text: str | None) -> bool:
 # Owns the JSON of the dashboard: what each of its routes shows of a queue, with what
 # is secret hidden.  Knows neither HTTP nor who asks.
 
+LONGEST_BODY = 64 << 10         # bytes of a request: 413 above it
 _MOST_MEANT = 100_000         # tasks that a question before an action counts
 _MOST_LISTED = 500                # of one answer
+_NOT_STORED = re.compile("[\0\ud800-\udfff]")
 _FIND_SECONDS = 0.15            # that one answer looks for tasks; the page goes on
 
 
@@ -23812,19 +23815,29 @@ class View(NamedTuple):
 
 def wanted_filter(wanted: dict) -> Filter:
     """The filter that a query, or a body, describes.  Raises ValueError."""
-    values: dict = {name: wanted.get(name) or None
-                    for name in ("state", "name", "queue", "text", "since", "error")}
+    values: dict = {name: wanted.get(name) or None for name in Filter._fields}
+    if type(values["since"]) is int:
+        values["since"] = str(values["since"])
     for name, value in values.items():
-        if not (value is None or isinstance(value, str)
-                or isinstance(value, int) and name == "since"):
-            raise ValueError(f"{name}: must be a text")
+        check_words(name, value)
     if values["state"] is not None:
         if values["state"] not in STATE_NAMES:
             raise ValueError(f"state: one of {', '.join(STATE_NAMES)}")
         values["state"] = STATE_NAMES.index(values["state"])
     if values["since"] is not None:
+        if not re.fullmatch("[0-9]{1,15}", values["since"]):
+            raise ValueError("since: milliseconds since 1970")
         values["since"] = int(values["since"])
     return Filter(**values)
+
+
+def check_words(name: str, value: Any, most: int = LONGEST_BODY) -> None:
+    """Raise ValueError unless it is None, or a text that a database can hold."""
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f"{name}: must be a text")
+    if value is not None and (len(value) > most or _NOT_STORED.search(value)):
+        raise ValueError(
+            f"{name}: at most {most:,} characters, no NUL or lone surrogate")
 
 
 def overview_view(view: View) -> dict:
@@ -24109,6 +24122,10 @@ def events_view(view: View) -> dict:
 # Owns what can be done by the dashboard, and the table of all its routes.  What is
 # done is written down with who did it by the verbs of the store.
 
+_LONGEST_WORDS = 1000           # characters of a name or a reason: alerts repeat it
+_LONGEST_ACTION_MS = 24 * HOUR_MS       # from its first part to its last
+
+
 class Conflict(PyBgWorkerError):
     """More would be done than was asked for."""
 
@@ -24125,8 +24142,7 @@ class Deed(NamedTuple):
     def text(self, name: str) -> str | None:
         """A text of the body, or None.  Raises ValueError."""
         value = self.body.get(name)
-        if not isinstance(value, (str, type(None))):
-            raise ValueError(f"{name}: must be a text")
+        check_words(name, value, _LONGEST_WORDS)
         return (value or "").strip() or None
 
     def number(self, name: str) -> int | None:
@@ -24146,13 +24162,30 @@ def tasks_deed(deed: Deed, action: str) -> dict:
     spread = deed.body.get("spread") or 0
     if type(spread) not in (int, float) or not 0 <= spread <= LONGEST_SECONDS:
         raise ValueError("spread: must be seconds")
-    began, _, after = (deed.text("after") or "").partition(" ")
-    now = int(began) if began.isdecimal() and len(began) < 16 else deed.store.now()
-    what, max_id = _meant(deed, is_first=not began), deed.number("max_id")
+    began, after = _begun(deed)
+    what, max_id = _meant(deed, began is None), deed.number("max_id")
+    if after and isinstance(what, list) and not re.fullmatch("[0-9]{1,9}", after):
+        raise ValueError(_WRONG_AFTER)
+    now = deed.store.now() if began is None else began
     done = deed.store.act(action, what, now, deed.by, max_id, float(spread),
                           after=after or None)
     return {"done": done.done, "skipped": done.skipped, "left": done.left,
             "reasons": done.reasons, "after": f"{now} {done.next or ''}"}
+
+
+_WRONG_AFTER = "after: what the answer before gave, within a day"
+
+
+def _begun(deed):
+    """(when the action began, where it goes on): what the part before has answered."""
+    text = deed.text("after")
+    if text is None:
+        return None, None
+    began, _, after = text.partition(" ")
+    if not re.fullmatch("[0-9]{1,15}", began) \
+            or abs(deed.store.now() - int(began)) > _LONGEST_ACTION_MS:
+        raise ValueError(_WRONG_AFTER)
+    return int(began), after
 
 
 def _meant(deed, is_first):
@@ -24165,13 +24198,18 @@ def _meant(deed, is_first):
         return ids
     if like is not None:
         hours = deed.body.get("hours") or 1
-        if type(like) is not int or type(hours) is not int or not 0 < hours < 10_000:
+        if type(like) is not int or not 0 < like <= MOST_ID \
+                or type(hours) is not int or not 0 < hours < 10_000:
             raise ValueError("like: the id of a task; hours: a whole number")
         ids = failure_ids(deed.store, deed.store.now(), hours, like)
         _check_expected(is_first, len(ids), expect)
         return ids
     if not isinstance(wanted, dict):
         raise ValueError("name tasks by ids, filter or like")
+    unknown = sorted(set(wanted) - set(Filter._fields))
+    if unknown:                     # left out, it would mean more than was meant
+        raise ValueError(f"filter: {unknown[0]!r} is none of "
+                         f"{', '.join(Filter._fields)}")
     found = wanted_filter(wanted)
     if found.text is not None and deed.redaction.is_on:
         raise ValueError("filter: no text, for its count would tell of what is hidden; "
@@ -24202,6 +24240,8 @@ def resume_deed(deed: Deed, queue: str) -> dict:
 def purge_deed(deed: Deed) -> dict:
     """Cancel all waiting tasks of {queue}, {name}, or both."""
     queue, name, expect = deed.text("queue"), deed.text("name"), deed.number("expect")
+    if queue is None and name is None:
+        raise ValueError("name a queue, a name, or both")
     if expect is not None:
         count = sum(deed.store.count(Filter(state, name, queue), None, expect + 1)
                     for state in WAITING)
@@ -24271,7 +24311,8 @@ def _csv_cell(value):
     if isinstance(value, (dict, list, tuple)):
         value = json_text(value)
     if isinstance(value, str):
-        return "'" + value if value[:1] in set("=+-@\t\r") else value.replace("\0", "")
+        value = value.replace("\0", "")         # which would hide what follows
+        return "'" + value if value[:1] in set("=+-@\t\r\n") else value
     return value
 
 
@@ -24280,7 +24321,6 @@ def _csv_cell(value):
 # long an answer is kept.  `Dashboard.respond` takes a request and returns an answer;
 # it knows no sockets, and neither pages nor SQL.
 
-LONGEST_BODY = 64 << 10        # bytes of a request: 413 above it
 _LONGEST_TARGET = 8 << 10       # … and of its path and query: 414
 _QUERY_SECONDS = 1.0            # that the queries of an answer may take: else 503
 _PATIENT_SHARE = 20             # an answer lives so many times what it cost, and …
@@ -24363,7 +24403,8 @@ class Gate:
 
     def _forgery(self, h):
         """A page of another site may not act with the cookie of whoever looks at it."""
-        if h.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = h.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             return refused(415, "send Content-Type: application/json")
         site, origin = h.get("sec-fetch-site"), h.get("origin")
         if site is not None:
@@ -24812,7 +24853,7 @@ def _handler(dashboard, connections):
 
 def read_request(handler: Any, headers: Any) -> WebRequest | Answer:
     """A request whose head was read; or why it is none, with its body left unread."""
-    for name in ("host", "origin", "authorization"):
+    for name in ("host", "origin", "authorization", "content-type", "sec-fetch-site"):
         if len(headers.get_all(name, ())) > 1:
             return refused(400, f"one {name}")
     length = body_length(headers.get_all("content-length", ()),

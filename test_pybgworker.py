@@ -21172,6 +21172,17 @@ class MetricsPages(QueueCase):
         self.assertEqual(found["queue_paused"][("queue", "q999"),], 1)
         self.assertEqual(tasks[("queue", "other"), ("state", "queued")], 801)
 
+    def test_a_queue_that_is_called_other_is_among_the_others(self):
+        """One series, whatever stands before the others."""
+        self.fill(300, queue="'q' || i")
+        self.store.pause("other", self.now)
+        self.enqueue("a", "other", count=5)
+        text = self.page()
+        found = [line for line in text.splitlines() if 'queue="other"' in line]
+        self.assertEqual(len({line.rpartition(" ")[0] for line in found}), len(found))
+        self.assertEqual(self.parsed()["queue_tasks"][("queue", "other"),
+                                                      ("state", "queued")], 106)
+
     def test_workers_are_live_dead_starting_or_stopping(self):
         add_workers(self.store, *range(3, 8))
         pybgworker.LiveFile.of(f"{self.store.path}-live")
@@ -22259,6 +22270,11 @@ class Redactions(unittest.TestCase):
         names, args, _ = self.call(("a", "*args", "b", "**kwargs"), 1, 2)
         self.assertEqual((names, args), (["a", "*args"], [1, 2]))
 
+    def test_words_of_a_name_may_be_parted_as_people_do(self):
+        for name in ("api_key", "X-Api-Key", "apiKey", "api key", "API.KEY"):
+            self.assertEqual(self.redaction.hidden({name: 1}), {name: pybgworker.HIDDEN})
+        self.assertFalse(self.redaction.hides("apish-keys"))
+
     def test_a_positional_argument_without_a_name_is_hidden(self):
         for params in (None, (), ("a", "**kwargs")):
             _, args, kwargs = self.call(params, "x", "y", b=1)
@@ -22528,6 +22544,10 @@ class WebReports(WebCase):
             answer = self.respond("GET", f"/api/{path}?format=csv")
             self.assertEqual(answer.status, 200, path)
         self.get("/api/overview?format=csv", 406)
+        for cell in ("=1+1", "\0=1+1", "\0\0@x", "\n=1", "\t+1", "-\0"):
+            text = pybgworker.csv_text([{"a": cell}])
+            self.assertRegex(text.partition("\r\n")[2], r"\A\"?'")
+            self.assertNotIn("\0", text)
 
 
 # == Web actions ==============================================================
@@ -22591,6 +22611,28 @@ class WebActions(WebCase):
         due = self.sql("select max(run_at) - min(run_at) from bg_task where id < 4")[0][0]
         self.assertGreater(due, 1000)
 
+    def test_what_is_left_out_by_mistake_does_not_mean_all(self):
+        failed, waiting = self.failed_task(), self.enqueue()
+        for path, body, words in (
+                ("tasks/forget", {"filter": {"nmae": "other"}}, "'nmae'"),
+                ("tasks/cancel", {"filter": {"state": "queued", "queues": "x"}}, "'queues'"),
+                ("purge", {}, "name a queue"), ("purge", {"Name": "other"}, "name a queue")):
+            with self.subTest(path, body=body):
+                self.assertIn(words, self.post(f"/api/{path}", body, 400)["error"])
+        self.assertEqual([self.status(failed), self.status(waiting)], ["failed", "queued"])
+
+    def test_an_action_goes_on_from_where_it_was_and_when_it_began_only(self):
+        """Else an event could be written down at any time, and a retry go first."""
+        failed, day = self.failed_task(), 86_400_000
+        for after in ("x", "1 0!", "999999999999999 ", "-5 0", f"{self.now + day * 2} 0!",
+                      f"{self.now - day * 2} 0!", "\u0661 0!"):
+            for body in ({"ids": [failed]}, {"filter": {"state": "failed"}}):
+                with self.subTest(after, **body):
+                    found = self.post("/api/tasks/retry", {**body, "after": after}, 400)
+                    self.assertIn("after", found["error"])
+        self.post("/api/tasks/retry", {"ids": [failed], "after": f"{self.now} -1"}, 400)
+        self.assertEqual((self.status(failed), self.events()), ("failed", []))
+
     def test_a_text_that_may_be_hidden_is_no_filter_to_act_on(self):
         body = {"filter": {"state": "queued", "text": "hunter"}, "expect": 0}
         self.assertIn("no text", self.post("/api/tasks/cancel", body, 400)["error"])
@@ -22629,6 +22671,12 @@ class WebActions(WebCase):
                 ("tasks/retry", {"filter": {"state": 7}}, "state"),
                 ("queues/a,b/pause", {}, "comma"),
                 ("queues/a/pause", {"reason": 1}, "reason"),
+                ("tasks/retry", {"like": 10**20}, "like"),
+                ("tasks/retry", {"filter": {"since": 10**20}}, "since"),
+                ("tasks/retry", {"filter": {"since": True}}, "since"),
+                ("tasks/retry", {"filter": {"name": "\ud800"}}, "lone surrogate"),
+                ("queues/a/pause", {"reason": "\udc00"}, "lone surrogate"),
+                ("queues/a/pause", {"reason": "x" * 1001}, "1,000 characters"),
                 ("purge", {"queue": 7}, "queue"),
                 ("purge", b"[]", "one JSON object"), ("purge", b"{", "one JSON object")):
             with self.subTest(path, body=body):
@@ -22739,6 +22787,7 @@ class Gates(WebCase):
         for route, path, body in self.walk():
             answer = self.respond(route.method, path, body)
             self.assertNotIn(answer.status, (401, 403, 415))
+        self.post("/api/search", {}, content_type="Application/JSON ; charset=utf-8")
 
     def test_a_read_only_one_changes_nothing(self):
         self.web = self.dashboard(read_only=True)
@@ -22959,6 +23008,8 @@ class WebServers(Serving):
                 ("PUT / HTTP/1.1\nHost: localhost\n\n", 405),
                 ("GET / HTTP/1.1\n\n", 421),
                 (self.request(more="Host: localhost\n"), 400),
+                (self.request(more="Sec-Fetch-Site: cross-site\n"
+                              "Sec-Fetch-Site: same-origin\n"), 400),
                 (self.request(method="GET", more="Content-Length: x\n"), 400),
                 (self.request(more="Content-Length: 1\nContent-Length: 2\n"), 400),
                 (self.request("/api/purge", "POST", more="Transfer-Encoding: chunked\n"),
