@@ -6669,6 +6669,21 @@ def take_off(connection, worker):
     connection.execute("""delete from bg_run where worker = :id""", {"id": worker})
 
 
+def sweep(connection):
+    """Delete what was told of by workers who are gone, and left: one of an older version
+    reaps what it knows of."""
+    for statement in (
+        """delete from bg_worker_task where worker not in (select id from bg_worker)""",
+        """delete from bg_child where worker not in (select id from bg_worker)""",
+        f"""delete from bg_run where not exists (select 1 from bg_task as t
+            where t.id = task and t.state = {RUNNING} and t.worker = bg_run.worker)""",
+        f"""delete from bg_output where not exists (select 1 from bg_task as t
+            where t.id = task and t.state = {RUNNING}
+                and t.attempt = bg_output.attempt)""",
+    ):
+        connection.execute(statement)
+
+
 _PRINTED = """
     select seq, at, body from bg_output
     where task = ? and attempt = ? and seq > ? order by seq"""
@@ -6719,6 +6734,7 @@ class LiveRows:
                   "max_memory": None, "timeout": None, **values}
         values.pop("tasks", None)
         with self.db.write(durable=False) as link:
+            sweep(link.connection)
             worker = link.connection.execute(
                 """insert into bg_worker (name, pid, host, boot, port, token, queues,
                         concurrency, started_at, beat_at, live, start_method, state,
@@ -8213,7 +8229,9 @@ class Desk(Lists):
                 """insert into bg_queue (name, paused_at, paused_by, reason)
                     values (:name, :now, :who, :reason)
                     on conflict (name) do update set
-                        reason = ifnull(excluded.reason, reason)""",
+                        reason = ifnull(excluded.reason, reason),
+                        paused_by = case when excluded.reason is null then paused_by
+                            else excluded.paused_by end""",
                 {"name": queue, "now": now, "who": by and by.who, "reason": reason},
             )
             note(link.connection, by, "pause", queue, reason, now)
@@ -8495,6 +8513,17 @@ class Looks(Records, Attempts):
                     from head join bg_task as h on h.id = head.id""")
         return [Head(*row) for row in rows]
 
+    def _lonely_heads(self):
+        """The same of those that need a child to themselves, as far as it was looked."""
+        rows = self.db.read(
+            f"""select min(id), queue, name, priority, min(run_at) from (
+                    select id, queue, name, priority, run_at
+                        from bg_task indexed by bg_alone
+                        where state = {QUEUED} and alone <> 0
+                        order by priority, place limit {_MOST_HEADS})
+                group by queue, name, priority""")
+        return [Head(*row) for row in rows]
+
     def _slots(self, now):
         """[(span, its starts)] that make up the last day."""
         rolled = self.db.read("""select value from bg_meta where name = 'rolled_to'""")
@@ -8527,19 +8556,19 @@ class TaskLook(Looks):
             try:
                 task = self.task(task_id)
             except TaskNotFound:
-                return facts._replace(act=self._act_on(task_id, "forget"))
+                return facts._replace(act=self._forgotten(task_id))
             facts = facts._replace(
                 task=task, error=read_error(self._text(task_id, ERROR)),
                 attempts=tuple(self.attempts(task_id)),
                 workers=self._workers(task.name))
             if task.state in FINISHED:
-                return facts._replace(act=self._act_on(task_id, "cancel", task),
+                return facts._replace(act=self._cancel_of(task),
                                       holder=self._holder(task))
             facts = facts._replace(left=self._left(facts.workers),
                                    ran=self._counts("r", task.name, now))
             if task.state == RUNNING:
                 return facts._replace(
-                    act=self._act_on(task_id, "cancel"), run=self._in_hand(task_id),
+                    act=self._cancel_of(task), run=self._in_hand(task_id),
                     progress=self._list(task_id, PROGRESS) or None)
             return self._waiting_facts(facts)
 
@@ -8583,15 +8612,27 @@ class TaskLook(Looks):
             found = json.loads(self._text(task_id, kind) or "null")
         return found if isinstance(found, list) else []
 
-    def _act_on(self, task_id, action, task=None):
-        """What somebody did: to the task, or to many at the moment of its end."""
+    def _forgotten(self, task_id):
+        """Who deleted it, if somebody did."""
         rows = self.db.read(
             """select at, who, how, action, detail from bg_event
-                where target = :target and action = :action
-                    or at = :at and action in ('cancel', 'purge')
+                where target = :target and action = 'forget' order by id desc limit 1""",
+            {"target": str(task_id)})
+        return Act(*rows[0]) if rows else None
+
+    def _cancel_of(self, task):
+        """Who cancelled it: by its id, or with many at the moment of its end.
+
+        What was done before this run was due is about another one: it was retried.
+        """
+        rows = self.db.read(
+            """select at, who, how, action, detail from bg_event
+                where target = :target and action = 'cancel'
+                        and (at >= :run_at or at = :end)
+                    or at = :end and action in ('cancel', 'purge')
                 order by id desc limit 1""",
-            {"target": str(task_id), "action": action,
-             "at": task.finished_at if task and task.state == CANCELLED else None})
+            {"target": str(task.id), "run_at": task.run_at,
+             "end": task.finished_at if task.state == CANCELLED else None})
         return Act(*rows[0]) if rows else None
 
     def _holder(self, task):
@@ -8702,6 +8743,8 @@ class SystemLook(Looks):
         with one_moment(self.db):
             workers = self._workers()
             heads = self._heads()
+            is_more = len(heads) == _MOST_HEADS
+            heads += self._lonely_heads()
             schedules = self._schedules()
             clock = dict(self.db.read(
                 """select name, value from bg_meta
@@ -8712,7 +8755,7 @@ class SystemLook(Looks):
                 now, bool(schedules) or self._is_work(), workers,
                 tuple((n, count) for n, count, _ in self._held() if n not in ids),
                 self._left(workers), tuple(map(self._with_waiting, self._pauses())),
-                tuple(heads), len(heads) == _MOST_HEADS,
+                tuple(heads), is_more,
                 self._waits(late, now) if late else {}, self._recent(now), schedules,
                 self._children(), self._long(now),
                 ClockView(clock["clock"], clock.get("clock_doubted"))
@@ -8727,8 +8770,13 @@ class SystemLook(Looks):
 
     def _with_waiting(self, pause):
         count = self.db.read(
-            f"""select count(*) from (select 1 from bg_task indexed by bg_group
-                where state = {QUEUED} and alone = 0 and queue = :queue
+            f"""select count(*) from (
+                select 1 from bg_task indexed by bg_group
+                    where state = {QUEUED} and alone = 0 and queue = :queue
+                union all
+                select 1 from (select queue from bg_task indexed by bg_alone
+                        where state = {QUEUED} and alone <> 0 limit {_MOST_DUE})
+                    where queue = :queue
                 limit {_MOST_DUE})""", {"queue": pause.queue})[0][0]
         return pause._replace(waiting=count)
 
@@ -19767,11 +19815,13 @@ def _used_up(story, end):
     task, runs = story.task, story.used
     if runs < 2:
         return f"its only run {end}{', and it has no retries' * (not task.retries)}."
-    kinds = collections.Counter(
-        brief(run["type"] or run["kind"]) for run in story.facts.attempts
-        if run["attempt"] > task.forgiven and (run["type"] or run["kind"]))
-    kind, number = kinds.most_common(1)[0] if kinds else ("", 0)
-    same = f", {number:,} with {kind}" if 1 < number < runs else ""
+    # Those that count, since it was last retried.  Of long ones not all are kept, nor
+    # of those that a worker of an older version has had.
+    kept = [brief(run["type"] or run["kind"] or "") for run in story.facts.attempts
+            if run["outcome"] != "forgiven"][-runs:]
+    kind, number = collections.Counter(kept).most_common(1)[0] if kept else ("", 0)
+    is_known = kind and len(kept) == runs
+    same = f", {number:,} with {kind}" if is_known and 1 < number < runs else ""
     every = "both" if runs == 2 else f"all {runs:,}"
     return f"{every} runs failed{same}; the last one {end}."
 
@@ -19848,10 +19898,18 @@ def _began(story):
     return whole(run and run.began_at) or whole(story.task.started_at)
 
 
+def _is_told_of(story):
+    """False for a run of a worker that does not say what has begun: an older one."""
+    return bool(story.facts.run) or story.worker().row.state is not None
+
+
 def _over_limit(story):
     began, limit = _began(story), story.task.timeout
     if not limit:
-        limit = whole(story.worker().row.timeout)
+        limit = story.worker().row.timeout
+        limit = None if whole(limit) is None else limit
+    if not _is_told_of(story):
+        return
     over = (story.now - began) / 1000 - limit if began and limit else 0
     if over > 0:
         yield Found("over_limit", f"It is {lasting(over)} past its limit of "
@@ -19860,7 +19918,8 @@ def _over_limit(story):
 
 def _runs(story):
     began, facts = _began(story), story.facts
-    say = f"It has been running on {named(story.worker())}"
+    has = "It has been running on {}" if _is_told_of(story) else "{} has had it in hand"
+    say = has.format(named(story.worker()))
     say += f" for {story.clock.since(began)}" if began else ""
     half, most = quantile(facts.ran, 0.5), quantile(facts.ran, 0.95)
     if half is not None and most is not None:

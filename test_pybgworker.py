@@ -6418,6 +6418,29 @@ class LiveRows(QueueCase):
     def row(self, worker):
         return next(row for row in self.store.workers() if row.id == worker)
 
+    def test_what_an_older_version_leaves_of_a_worker_goes_when_the_next_one_starts(self):
+        """It reaps a worker, and does not know of the tables beside bg_worker."""
+        dead = self.add(tasks=[pybgworker.KnownTask(0, "t", None, ())])
+        self.enqueue(count=2)
+        held, lost = self.claim(dead, free=2)
+        self.store.beat(dead, 2, 0, 9, pybgworker.Vitals(children=(self.child(11),)))
+        for run in (held, lost):
+            self.store.note_runs(
+                dead, [pybgworker.RunRow(run.id, dead, 1, 11, 5, None)], [],
+                [(run, [(0, "begun")], 5)], 9)
+        self.sql("update bg_task set state = 2 where id = ?", lost.id)
+        self.sql("delete from bg_worker where id = ?", dead)
+        new = self.add(tasks=[pybgworker.KnownTask(0, "u", None, ())])
+        self.assertEqual(self.sql("select worker, name from bg_worker_task"), [(new, "u")])
+        self.assertEqual(self.sql("select * from bg_child"), [])
+        # What nobody has taken over yet is still there for who does.
+        self.assertEqual(self.sql("select task from bg_run"), [(held.id,)])
+        self.assertEqual(self.sql("select task from bg_output"), [(held.id,)])
+        self.store.reap(dead, "w", self.now)
+        self.assertEqual(self.store.output(held.id), "begun")
+        self.assertEqual(self.sql("select * from bg_run union select 1, 1, 1, 1, 1, 1 "
+                                  "from bg_output"), [])
+
     def child(self, pid, **values):
         return pybgworker.ChildRow(0, pid, 1, 1000, 0.5)._replace(**values)
 
@@ -7539,7 +7562,7 @@ class Operating(QueueCase):
         self.assertEqual((row.paused_at, row.paused_by, row.reason), (1, "ann", "down"))
         self.store.pause("q", 3, By("bob", "cli"), "still down")
         row, = self.store.queues(self.now)
-        self.assertEqual((row.paused_at, row.paused_by, row.reason), (1, "ann", "still down"))
+        self.assertEqual((row.paused_at, row.paused_by, row.reason), (1, "bob", "still down"))
 
     def test_cancel_ends_what_waits_and_leaves_what_is_finished(self):
         self.enqueue()
@@ -18247,11 +18270,17 @@ class WhyCase(QueueCase):
 
     def let_fail(self, message="timed out", kind="exception", type="ConnectionError",
              state=pybgworker.FAILED, worker=1, **error):
-        """Let the next run fail; None for `message`: nothing is kept of it."""
+        """Let the next run fail, and be ready again if the state is queued.
+
+        None for `message`: nothing is kept of it.
+        """
         run, = self.claim(worker, free=1)
         found = {"kind": kind, "type": type, "message": message, **error}
-        self.finish(run, state, worker=worker, error=found if message else None,
-                    duration=0.5, started_at=self.now)
+        is_again = state == pybgworker.QUEUED
+        self.finish(run, pybgworker.RETRYING if is_again else state, worker=worker,
+                    error=found if message else None, duration=0.5, started_at=self.now)
+        if is_again:
+            self.sql("update bg_task set state = 2 where id = ?", run.id)
 
     def why(self, task_id=1):
         return pybgworker.why(self.store, task_id, self.now, self.settings)
@@ -18352,6 +18381,30 @@ class Why(WhyCase):
         self.says("failed_used_up", "It failed .*: both runs failed.*; the last one was "
                   r"lost with its worker\.", 3)
 
+    def test_of_runs_that_failed_only_what_is_known_is_counted(self):
+        """Not those before a retry, no stopped ones; nothing where some are not kept."""
+        def fail(runs, retries, **error):
+            for n in range(runs):
+                self.let_fail(state=pybgworker.QUEUED if n < retries else
+                              pybgworker.FAILED, **error)
+
+        self.serve()
+        self.enqueue(retries=2)
+        fail(3, 2)
+        self.store.retry(1, self.now)
+        self.sql("update bg_task set state = 2")
+        fail(1, 2, type="KeyError")
+        run, = self.claim(free=1)
+        self.turn(stopped=[run])
+        self.let_fail(state=pybgworker.QUEUED, type="KeyError")
+        self.let_fail(type="OSError")
+        self.says("failed_used_up", "It failed for good .*: all 3 runs failed, 2 with "
+                  r"KeyError; the last one raised OSError: timed out\.")
+        self.enqueue(retries=24)
+        fail(25, 24)
+        self.says("failed_used_up", "It failed for good .*: all 25 runs failed; the last "
+                  r"one raised ConnectionError: timed out\.", 2)
+
     def test_a_failure_that_nobody_can_read(self):
         self.serve()
         self.enqueue()
@@ -18374,6 +18427,21 @@ class Why(WhyCase):
         self.let_fail(state=pybgworker.QUEUED)
         self.store.purge("default", None, self.now + 5, by=pybgworker.By("al", "cli"))
         self.says("cancelled", r"It was cancelled at .*, by al \(cli\)\.", 2)
+
+    def test_who_cancelled_it_before_it_was_retried_is_not_named(self):
+        self.serve()
+        self.enqueue()
+        self.store.cancel(1, self.now, by=pybgworker.By("al", "cli"))
+        self.now += 5_000
+        self.store.act("retry", [1], self.now)
+        self.sql("update bg_task set state = 2")
+        run, = self.claim()
+        self.store.act("cancel", pybgworker.Filter(state=pybgworker.RUNNING), self.now,
+                       by=pybgworker.By("bo", "web"))
+        self.says("ending", ".*: somebody has cancelled it.")
+        self.now += 10
+        self.finish(run, pybgworker.CANCELLED, duration=0.01)
+        self.says("cancelled", "It was cancelled at .*, just now.")
 
     def test_a_key_that_another_task_holds(self):
         self.serve()
@@ -18453,6 +18521,15 @@ class Why(WhyCase):
         self.says("running", ".*")
         self.serve(timeout=3.0)
         self.says("over_limit", r"It is 60 s past its limit of 3 s, and is being ended\.")
+        self.serve(timeout=63.9)
+        self.says("running", ".*")
+
+    def test_a_run_of_a_worker_that_does_not_say_what_has_begun(self):
+        self.run_it()
+        self.sql("update bg_task set timeout = 60")
+        self.now += 63_000
+        self.serve(names=None)
+        self.says("running", "w1 has had it in hand for 63 s.")
 
     def test_a_run_with_progress(self):
         run = self.run_it()
@@ -18901,6 +18978,22 @@ class Attention(WhyCase):
         self.serve()
         self.needs("paused", r"Queue mail has been paused since \S+ \S+ by ops \(“SMTP is "
                    r"down”\): 2,311 tasks wait, the oldest for 21 min\.", "queue/mail",
+                   "resume")
+
+    def test_what_needs_a_child_to_itself_waits_as_well(self):
+        self.enqueue(queue="mail")
+        self.sql("update bg_task set alone = 1")
+        self.now += 90_000
+        self.serve(queues='["default"]')
+        self.needs("not_served", "No live worker serves queue mail: its oldest task has "
+                   r"waited for 90 s\.", "queue/mail", "start")
+        self.serve(names=("u",))
+        self.needs("unknown_name", ".* knows t: .* has waited for 90 s.",
+                   "tasks?state=queued&name=t", "look")
+        self.serve()
+        self.needs("late", ".* queue mail has waited for 90 s.", "queue/mail", "look")
+        self.store.pause("mail", self.now)
+        self.needs("paused", ".*: 1 task waits, the oldest for 90 s.", "queue/mail",
                    "resume")
 
     def test_what_nobody_knows_and_nobody_serves(self):
