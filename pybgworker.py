@@ -5117,7 +5117,8 @@ class Tables:
         version = None
         with missing_is_none():
             version = self._ask(
-                """select value + 0 from bg_meta where name = 'schema'""")
+                """select cast(value as integer) from bg_meta
+                    where name = 'schema'""")
         if version is None:
             raise sqlite3.OperationalError("table bg_task already exists")
         if version > SCHEMA_VERSION:
@@ -6670,8 +6671,8 @@ def take_off(connection, worker):
 
 
 def sweep(connection):
-    """Delete what was told of by workers who are gone, and left: one of an older version
-    reaps what it knows of."""
+    """Delete what workers have told of who are gone: one of an older version, that
+    reaps them, does not know of it."""
     for statement in (
         """delete from bg_worker_task where worker not in (select id from bg_worker)""",
         """delete from bg_child where worker not in (select id from bg_worker)""",
@@ -8514,7 +8515,7 @@ class Looks(Records, Attempts):
         return [Head(*row) for row in rows]
 
     def _lonely_heads(self):
-        """The same of those that need a child to themselves, as far as it was looked."""
+        """The same of those that need a child to themselves, as far as is looked."""
         rows = self.db.read(
             f"""select min(id), queue, name, priority, min(run_at) from (
                     select id, queue, name, priority, run_at
@@ -8616,8 +8617,8 @@ class TaskLook(Looks):
         """Who deleted it, if somebody did."""
         rows = self.db.read(
             """select at, who, how, action, detail from bg_event
-                where target = :target and action = 'forget' order by id desc limit 1""",
-            {"target": str(task_id)})
+                where target = :target and action = 'forget'
+                order by id desc limit 1""", {"target": str(task_id)})
         return Act(*rows[0]) if rows else None
 
     def _cancel_of(self, task):
