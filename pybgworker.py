@@ -7336,13 +7336,21 @@ class Endings(Claims):
                 if run.is_noted:
                     forget_live(connection, run, worker)
             return self._return_tokens(connection, runs)
+        counts = RunCounts()
         for run, row in zip(runs, values):
             if connection.execute(self._FINISH, row).rowcount:      # it is ours, still
-                lost = {"kind": "lost", "message": run.pardoned or _STOPPED}
+                state, = connection.execute(
+                    """select state from bg_task where id = ?""", (run.id,)).fetchone()
+                why = run.pardoned or _STOPPED
+                if state == CANCELLED:      # somebody had asked for that: it is over
+                    counts.add_lost(run, state)
+                    why = why.partition(": it runs again")[0]
+                lost = {"kind": "lost", "message": why}
                 keep_attempt(connection, run, worker, error_head(lost))
-                drop_old(connection, run, QUEUED)
+                drop_old(connection, run, state)
                 if run.is_noted:
                     keep_printed(connection, run, worker)
+        add_history(connection, counts, now)
 
     def _set_progress(self, connection, run, worker, progress):
         """Store what a running task last said of its progress."""
@@ -8433,7 +8441,9 @@ class Looks(Records, Attempts):
         rows = self.db.read(
             f"{WORKER_ROW} order by beat_at desc limit {_MOST_WORKERS}")
         holding = {worker: rest for worker, *rest in self._held()}
-        known = self._known()
+        known = self.db.read(
+            f"""select worker, name, rate, max_running from bg_worker_task
+                order by worker desc limit {_MOST_KNOWN}""")
         names: dict[int, dict] = collections.defaultdict(dict)
         for worker, task, *limits in known:
             names[worker][task] = limits
@@ -8459,22 +8469,21 @@ class Looks(Records, Attempts):
                     where state = {RUNNING} limit {_MOST_RUNNING})
                 group by worker""")
 
-    def _known(self):
-        return self.db.read(
-            f"""select worker, name, rate, max_running from bg_worker_task
-                order by worker desc limit {_MOST_KNOWN}""")
-
     def _pauses(self):
         rows = self.db.read(
             f"""select name, paused_at, paused_by, reason from bg_queue
                 order by name limit {_MOST_FEW}""")
         return tuple(Pause(*row) for row in rows)
+
+    def _act(self, where, **values):
+        """The newest event of those."""
+        rows = self.db.read(f"""select at, who, how, action, detail from bg_event
+            where {where} order by id desc limit 1""", values)
+        return Act(*rows[0]) if rows else None
+
     def _left(self, workers):
         """The end of the last worker, if there is no other."""
-        rows = [] if workers else self.db.read(
-            """select at, who, how, action, detail from bg_event
-                where action = 'worker_stop' order by id desc limit 1""")
-        return Act(*rows[0]) if rows else None
+        return None if workers else self._act("""action = 'worker_stop'""")
 
     def _heads(self):
         """The first ready task of each queue, name and priority, by a leap for each.
@@ -8557,9 +8566,10 @@ class TaskLook(Looks):
             try:
                 task = self.task(task_id)
             except TaskNotFound:
-                return facts._replace(act=self._forgotten(task_id))
+                return facts._replace(act=self._act(
+                    """target = :id and action = 'forget'""", id=str(task_id)))
             facts = facts._replace(
-                task=task, error=read_error(self._text(task_id, ERROR)),
+                task=task, error=read_error(payload_of(self.db, task_id, ERROR)),
                 attempts=tuple(self.attempts(task_id)),
                 workers=self._workers(task.name))
             if task.state in FINISHED:
@@ -8603,38 +8613,23 @@ class TaskLook(Looks):
             """select max(ifnull((select value from bg_meta where name = 'last_id'), 0),
                 ifnull((select max(id) from bg_task), 0))""")[0][0]
 
-    def _text(self, task_id, kind):
-        return payload_of(self.db, task_id, kind)
-
     def _list(self, task_id, kind):
         """A list that is kept as JSON; empty where it is no list any more."""
         found = None
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(self._text(task_id, kind) or "null")
+            found = json.loads(payload_of(self.db, task_id, kind) or "null")
         return found if isinstance(found, list) else []
-
-    def _forgotten(self, task_id):
-        """Who deleted it, if somebody did."""
-        rows = self.db.read(
-            """select at, who, how, action, detail from bg_event
-                where target = :target and action = 'forget'
-                order by id desc limit 1""", {"target": str(task_id)})
-        return Act(*rows[0]) if rows else None
 
     def _cancel_of(self, task):
         """Who cancelled it: by its id, or with many at the moment of its end.
 
         What was done before this run was due is about another one: it was retried.
         """
-        rows = self.db.read(
-            """select at, who, how, action, detail from bg_event
-                where target = :target and action = 'cancel'
-                        and (at >= :run_at or at = :end)
-                    or at = :end and action in ('cancel', 'purge')
-                order by id desc limit 1""",
-            {"target": str(task.id), "run_at": task.run_at,
-             "end": task.finished_at if task.state == CANCELLED else None})
-        return Act(*rows[0]) if rows else None
+        return self._act("""target = :target and action = 'cancel'
+                and (at >= :run_at or at = :end)
+            or at = :end and action in ('cancel', 'purge')""",
+            target=str(task.id), run_at=task.run_at,
+            end=task.finished_at if task.state == CANCELLED else None)
 
     def _holder(self, task):
         rows = self.db.read(
@@ -8744,8 +8739,6 @@ class SystemLook(Looks):
         with one_moment(self.db):
             workers = self._workers()
             heads = self._heads()
-            is_more = len(heads) == _MOST_HEADS
-            heads += self._lonely_heads()
             schedules = self._schedules()
             clock = dict(self.db.read(
                 """select name, value from bg_meta
@@ -8756,7 +8749,7 @@ class SystemLook(Looks):
                 now, bool(schedules) or self._is_work(), workers,
                 tuple((n, count) for n, count, _ in self._held() if n not in ids),
                 self._left(workers), tuple(map(self._with_waiting, self._pauses())),
-                tuple(heads), is_more,
+                (*heads, *self._lonely_heads()), len(heads) == _MOST_HEADS,
                 self._waits(late, now) if late else {}, self._recent(now), schedules,
                 self._children(), self._long(now),
                 ClockView(clock["clock"], clock.get("clock_doubted"))
@@ -8774,10 +8767,8 @@ class SystemLook(Looks):
             f"""select count(*) from (
                 select 1 from bg_task indexed by bg_group
                     where state = {QUEUED} and alone = 0 and queue = :queue
-                union all
-                select 1 from (select queue from bg_task indexed by bg_alone
-                        where state = {QUEUED} and alone <> 0 limit {_MOST_DUE})
-                    where queue = :queue
+                union all select 1 from bg_task indexed by bg_alone
+                    where state = {QUEUED} and alone <> 0 and queue = :queue
                 limit {_MOST_DUE})""", {"queue": pause.queue})[0][0]
         return pause._replace(waiting=count)
 

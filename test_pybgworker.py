@@ -7121,6 +7121,23 @@ class Finishing(QueueCase):
         again, = self.claim()
         self.assertEqual((again.attempt, again.used, again.is_last), (2, 1, True))
 
+    def test_a_run_that_was_cancelled_when_its_child_was_lost_is_over_and_counted(self):
+        self.enqueue(count=3)
+        shot, never, other = self.claim(free=3)
+        shot.pardoned = pybgworker.LOST_WITH[True, False]
+        for run in (shot, never):
+            self.store.cancel(run.id, self.now)
+        self.turn(unbegun=[never], stopped=[shot, other])
+        self.assertEqual([self.status(run.id) for run in (shot, never, other)],
+                         ["cancelled", "cancelled", "queued"])
+        record, = self.store.attempts(shot.id)
+        self.assertEqual((record["outcome"], record["error"]),
+                         ("cancelled", "its child was killed because of another run"))
+        self.assertEqual(self.store.attempts(never.id), [])
+        total, = self.store.totals()
+        self.assertEqual((total.runs, total.cancelled, total.lost, total.retried),
+                         (1, 1, 1, 0))
+
     def test_a_cancelled_run_is_not_run_again(self):
         self.enqueue()
         run, = self.claim()
