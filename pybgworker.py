@@ -5095,7 +5095,7 @@ class Tables:
                 "--db or PYBGWORKER_DB; the first delay() or run makes one"
             )
         self._use_wal()
-        if version == SCHEMA_VERSION:
+        if version == len(_MIGRATIONS):
             return None
         began = time.monotonic()
         self._ask("begin immediate")
@@ -5121,10 +5121,10 @@ class Tables:
                     where name = 'schema'""")
         if version is None:
             raise sqlite3.OperationalError("table bg_task already exists")
-        if version > SCHEMA_VERSION:
+        if version > len(_MIGRATIONS):
             raise DatabaseUnusable(
                 f"database {self._path}: made by a newer pybgworker (schema {version}, "
-                f"this one knows {SCHEMA_VERSION}): update this file"
+                f"this one knows {len(_MIGRATIONS)}): update this file"
             )
         return version
 

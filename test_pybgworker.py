@@ -4024,6 +4024,12 @@ class Databases(Case):
         pybgworker._MIGRATIONS = (*old, statements)
         self.addCleanup(setattr, pybgworker, "_MIGRATIONS", old)
 
+    def test_a_version_of_the_schema_that_is_no_whole_number_is_its_whole_part(self):
+        self.app.send("t")
+        self.store.close()
+        self.sql("update bg_meta set value = 3.25 where name = 'schema'")
+        self.assertEqual(App(db=str(self.db)).send("t").id, 2)
+
     def test_an_older_schema_is_brought_up_to_date_with_its_rows(self):
         self.app.send("t")
         self.store.close()
