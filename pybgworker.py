@@ -19549,6 +19549,14 @@ class Clock:
         return "just now" if is_now else f"{self.since(at)} ago"
 
 
+class StampClock(Clock):
+    """Times as ISO 8601 in UTC, for a reader that shows them on its own clock."""
+
+    def at(self, at: int) -> str:
+        """2026-11-25T14:02:31Z."""
+        return f"{iso_time(whole(at, 0))[:19]}Z"
+
+
 def lasting(seconds: float) -> str:
     """A span for eyes, without decimals that are none: 12 s."""
     return span(seconds).replace(".0 ", " ") if seconds > 0 else "0 s"
@@ -19708,8 +19716,8 @@ class Found(NamedTuple):
 class Story:
     """What the facts about a task come to."""
 
-    def __init__(self, facts: TaskFacts):
-        self.facts, self.now = facts, facts.now
+    def __init__(self, facts: TaskFacts, clock: Callable[[int], Clock] = Clock):
+        self.facts, self.now, self._clock = facts, facts.now, clock
         self.task: Any = facts.task     # None: there is none
         self.live = [w for w in facts.workers if self.silence(w) < facts.worker_timeout]
         self.live = [w for w in self.live if w.row.id not in facts.dead]
@@ -19725,7 +19733,7 @@ class Story:
     @property
     def clock(self):
         """A new one for each sentence: each says its zone."""
-        return Clock(self.now)
+        return self._clock(self.now)
 
     @property
     def used(self):
@@ -20191,9 +20199,9 @@ def _worker_numbers(story, worker):
     }
 
 
-def explain(facts: TaskFacts) -> Reason:
+def explain(facts: TaskFacts, clock: Callable[[int], Clock] = Clock) -> Reason:
     """Why a task is as it is.  Pure, and it always finds a reason."""
-    story = Story(facts)
+    story = Story(facts, clock)
     if facts.task is None:
         found = [absent(story)]
     elif facts.task.state in FINISHED:
@@ -20217,7 +20225,8 @@ def dead_of(store: Store, workers: Sequence[WorkerFacts]) -> frozenset:
 
 
 def why(store: Store, task_id: int, now: int,
-        settings: types.SimpleNamespace | None = None) -> Reason:
+        settings: types.SimpleNamespace | None = None,
+        clock: Callable[[int], Clock] = Clock) -> Reason:
     """Why a task is as it is just now.  Raises DatabaseUnavailable.
 
     `settings` tell how long a worker may be silent, and how long tasks are kept.
@@ -20227,7 +20236,7 @@ def why(store: Store, task_id: int, now: int,
     if settings is not None:
         facts = facts._replace(worker_timeout=settings.worker_timeout,
                                retention=settings.retention)
-    return explain(facts)
+    return explain(facts, clock)
 
 
 # == Attention ================================================================
@@ -20290,8 +20299,10 @@ class Disk(NamedTuple):
 class _System:
     """What the facts about all come to."""
 
-    def __init__(self, facts: SystemFacts, disk: Disk, worker_timeout: float):
+    def __init__(self, facts: SystemFacts, disk: Disk, worker_timeout: float,
+                 clock: Callable[[int], Clock]):
         self.facts, self.disk, self.now = facts, disk, facts.now
+        self._clock = clock
         self.timeout = worker_timeout
         self.dead = facts.dead
         self.live = [w for w in facts.workers if w.row.id not in facts.dead
@@ -20301,7 +20312,7 @@ class _System:
     @property
     def clock(self):
         """A new one for each sentence: each says its zone."""
-        return Clock(self.now)
+        return self._clock(self.now)
 
     def name_of(self, worker):
         """The name of a worker's row, or its number."""
@@ -20319,9 +20330,10 @@ class _System:
         return max(0, *waits, 0) / 1000
 
 
-def alerts(facts: SystemFacts, disk: Disk, worker_timeout: float = 15.0) -> list[Alert]:
+def alerts(facts: SystemFacts, disk: Disk, worker_timeout: float = 15.0,
+           clock: Callable[[int], Clock] = Clock) -> list[Alert]:
     """What needs somebody, the worst first; at most 8, and then 3 of a kind."""
-    system = _System(facts, disk, worker_timeout)
+    system = _System(facts, disk, worker_timeout, clock)
     found = [alert for look in _LOOKS for alert in look(system)]
     if len(found) > _MOST_ALERTS:
         count: collections.Counter = collections.Counter()
@@ -20540,11 +20552,12 @@ def disk_of(path: str) -> Disk:
     return Disk(free, total, wal)
 
 
-def attention(store: Store, now: int, settings: types.SimpleNamespace) -> list[Alert]:
+def attention(store: Store, now: int, settings: types.SimpleNamespace,
+              clock: Callable[[int], Clock] = Clock) -> list[Alert]:
     """What needs somebody just now.  Raises DatabaseUnavailable, and nothing else."""
     facts = store.system_facts(now)
     facts = facts._replace(dead=dead_of(store, facts.workers))
-    return alerts(facts, disk_of(store.path), settings.worker_timeout)
+    return alerts(facts, disk_of(store.path), settings.worker_timeout, clock)
 
 
 def _plain_value(value):
@@ -20873,7 +20886,8 @@ def _rate(by_minute, now):
 
 
 def overview(store: Store, settings: types.SimpleNamespace, now: int,
-             span: str = "hour", beats: Beats | None = None) -> dict:
+             span: str = "hour", beats: Beats | None = None,
+             clock: Callable[[int], Clock] = Clock) -> dict:
     """All at a glance: what needs somebody, figures, queues, what runs, what failed.
 
     `span` is that of the series, hour or day.  With the same `beats` at each look
@@ -20889,7 +20903,8 @@ def overview(store: Store, settings: types.SimpleNamespace, now: int,
         del row["processes"]
     return {
         "at": iso_time(now), "database": store.path, "span": span, "step": step,
-        "attention": [alert._asdict() for alert in attention(store, now, settings)],
+        "attention": [
+            alert._asdict() for alert in attention(store, now, settings, clock)],
         "figures": _figures(store, now, minutes, queues, workers),
         "series": _series(store, now, span, minutes),
         "queues": queues, "running": running, "running_total": running_total,
@@ -23895,7 +23910,8 @@ def overview_view(view: View) -> dict:
     span = view.query.get("span") or "hour"
     if span not in ("hour", "day"):
         raise ValueError("span: hour or day")
-    report = overview(view.store, view.app.settings, view.now, span, view.beats)
+    report = overview(view.store, view.app.settings, view.now, span, view.beats,
+                      StampClock)
     alerts = [{**alert, **_remedy(alert)} for alert in report["attention"]]
     return {**report, "attention": alerts, "shown": _figures_shown(report["figures"]),
             "columns": _SHOWN_AS, "web": {**view.about, "verbs": _VERBS}}
@@ -24098,7 +24114,7 @@ def _result(redaction, text, task_id):
 
 
 def why_view(view: View, task_id: str) -> dict:
-    reason = why(view.store, parse_id(task_id), view.now, view.app.settings)
+    reason = why(view.store, parse_id(task_id), view.now, view.app.settings, StampClock)
     return {**reason_report(reason), "at": iso_time(view.now)}
 
 
@@ -25829,7 +25845,8 @@ const q=o=>{const s=""+new URLSearchParams(Object.entries(o).filter(e=>e[1]));re
 const link=(to,t,c="a")=>h(c,{href:"#/"+to},t),mono=(to,t)=>link(to,t,"a.m")
 const btn=(t,f,o)=>h("button",{type:"button",onclick:f,...o},t)
 const may=(t,f)=>!info.read_only&&btn(t,f),dim=(...s)=>h(".dim",s)
-const code=s=>s.split("`").map((x,i)=>i%2?h("code",x):x)
+const code=s=>s.replace(/\d{4}(-\d\d){2}T[\d:]+Z/g,t=>moment(T(t))).split("`").map(
+(x,i)=>i%2?h("code",x):x)
 const red=(is,s)=>h(is?".bad":"",s)
 const progress=p=>p?[p[0]!=null&&[h(".bar",{role:"img",label:p[0]+" percent"},
 h("svg",{viewBox:"0 0 100 1",preserveAspectRatio:"none"},h("rect",{width:p[0],height:1,

@@ -23763,6 +23763,22 @@ class Pages(Serving):
             return words in self.browser.text()
         until(shown, 20, words)
 
+    def test_a_time_in_a_sentence_is_of_the_browsers_clock(self):
+        """Which is Europe/Paris here, and the server's is not."""
+        self.enqueue(queue="mail")
+        at = 1_764_369_000_000                  # 2025-11-28 22:30:00 UTC
+        self.store.pause("mail", at, by=pybgworker.By("anna", "cli"))
+        self.sql("update bg_queue set paused_at = ?", at)
+        alert, = (a for a in pybgworker.attention(
+            self.store, self.now, self.app.settings, pybgworker.StampClock)
+            if a.code == "paused")
+        self.assertIn("2025-11-28T22:30:00Z", alert.say)
+        browser = self.open()
+        shown = browser.js("document.querySelector('.att').innerText")
+        self.assertIn("28 Nov", shown)
+        self.assertIn("23:30", shown)
+        self.assertNotIn("T22:30:00Z", shown)
+
     # -- getting in
 
     def test_the_link_lets_in_and_leaves_the_address_bar(self):
