@@ -200,6 +200,7 @@ _NOT_IN_NAMES = re.compile("[\0\ud800-\udfff]")    # SQLite cuts there, or refus
 
 
 def parse_path(value):
+    """The path of a file, as text."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) \
             or "\0" in str(value) or str(value) == ":memory:" \
             or str(value).startswith("file:"):
@@ -208,6 +209,7 @@ def parse_path(value):
 
 
 def parse_name(value):
+    """A name, as it is."""
     if not isinstance(value, str) or not 0 < len(value) <= 200 \
             or _NOT_IN_NAMES.search(value):
         raise ValueError("a text of 1 to 200 characters, no NUL or lone surrogate")
@@ -215,12 +217,14 @@ def parse_name(value):
 
 
 def parse_queue_name(value):
+    """The name of a queue, as it is."""
     if "," in parse_name(value) or value != value.strip():
         raise ValueError("a name without a comma, or spaces around it")
     return value
 
 
 def parse_count(value, most=10**9, what="a whole number from 1 up"):
+    """A whole number from 1 to `most`."""
     if not re.fullmatch(r"\d{1,9}", str(value)) or not 1 <= int(value) <= most:
         raise ValueError(what)
     return int(value)
@@ -254,6 +258,7 @@ def _seconds(value):
 
 
 def parse_grace(value):
+    """Seconds, of which there may be none: `0`."""
     return 0.0 if _amount(value, _UNIT_SECONDS) == 0 else _seconds(value)
 
 
@@ -330,6 +335,7 @@ def parse_pattern(value):
 
 
 def parse_token(value):
+    """A token, as it is: it has to be sent in a header."""
     if not re.fullmatch("[!-~]{8,200}", str(value)):
         raise ValueError("8 to 200 ASCII characters without spaces")
     return str(value)
@@ -1767,6 +1773,8 @@ def _summed(values, bounds, ms):
         counts[n], seen = up_to - seen, up_to
     counts[last] = len(values) - seen
     return round(min(sum(values) * ms, MOST_ID)), tuple(counts)
+
+
 # == People ===================================================================
 # Owns what people read of many tasks, and what they do to them: the rows, and the
 # verbs, which every Store has as well.  One that reads takes a bounded time, or says
@@ -2126,6 +2134,30 @@ class WorkerFacts(NamedTuple):
     names: frozenset | None = None  # of the tasks it knows; None: not said
     name_rate: float | None = None  # starts a second of the task that is asked about
     max_running: int | None = None  # … and its runs at a time, over all workers
+
+
+def queues_of(row: WorkerRow) -> list[str] | None:
+    """The queues that a worker serves; None: all, or somebody has edited them."""
+    queues = None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        queues = json.loads(row.queues or "null")
+    return [str(queue) for queue in queues] if isinstance(queues, list) else None
+
+
+def serves(row: WorkerRow, queue: str) -> bool:
+    """True for a worker that claims from this queue."""
+    queues = queues_of(row)
+    return queues is None or queue in queues
+
+
+def silence(row: WorkerRow, now: int) -> float:
+    """Seconds since a worker's last heartbeat."""
+    return max(0, now - row.beat_at) / 1000
+
+
+def is_silent(row: WorkerRow, now: int, worker_timeout: float) -> bool:
+    """True for a worker that is dead as far as heartbeats can tell."""
+    return silence(row, now) > worker_timeout
 
 
 class Pace(NamedTuple):
@@ -6575,8 +6607,7 @@ def _put_attempt(connection, task_id, text, record):
 def _put_output(connection, task_id, text, attempt, output):
     if len(output) > _OUTPUT_CHARS:
         half = _OUTPUT_CHARS // 2
-        output = f"{output[:half]}\n[{len(output) - 2 * half:,} characters are not " \
-            f"kept]\n{output[-half:]}"
+        output = output[:half] + cut_mark(len(output) - 2 * half) + output[-half:]
     kept = {**_outputs(text), attempt: output}
     newest = sorted(kept.items())[-_MOST_OUTPUTS:]
     put_payload(connection, task_id, OUTPUTS, to_json(dict(newest)))
@@ -16971,14 +17002,15 @@ def live_workers(store: Store, now: int, timeout: float) -> list[WorkerRow]:
     """Those that have beaten in so many seconds, unless the kernel knows better."""
     is_dead = judge_of(store)
     return [row for row in store.workers()
-            if now - row.beat_at <= timeout * 1000 and not is_dead(row)]
+            if not is_silent(row, now, timeout) and not is_dead(row)]
 
 
-def _serves(row, queue):
-    queues = None
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        queues = json.loads(row.queues or "null")
-    return not isinstance(queues, list) or queue in queues
+def near_name(name: str, names: Iterable) -> str | None:
+    """The one of these names that was meant, perhaps."""
+    import difflib
+
+    near = difflib.get_close_matches(name, sorted(map(str, names)), 1)
+    return near[0] if near else None
 
 
 def why_nobody(queue: str, name: str, live: Sequence[WorkerRow],
@@ -16990,18 +17022,15 @@ def why_nobody(queue: str, name: str, live: Sequence[WorkerRow],
     """
     if queue in paused:
         return "queue_paused", {"queue": queue}
-    serving = {row.id for row in live if _serves(row, queue)}
+    serving = {row.id for row in live if serves(row, queue)}
     if not serving:
         return "unserved", {"queue": queue}
     knowing = {task.worker for task in known if task.name == name}
     if knowing & serving or serving - {task.worker for task in known}:
         return ()
-    import difflib
-
     names = {task.name for task in known if not callback_kind(task.name)}
-    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
-    return "unknown_task", {"name": name, "queue": queue, "near": near[0] if near else
-                            None}
+    return "unknown_task", {
+        "name": name, "queue": queue, "near": near_name(name, names)}
 
 
 class Unserved:
@@ -18341,13 +18370,13 @@ def late_tick(row: ScheduleRow, now: int) -> int | None:
     """
     if row.alert_after is None:
         return None
-    before = (row.last_tick or 1) * 1000 - 1
-    base = max(row.success_at or 0, row.since or 0) or before
     try:
+        before = (row.last_tick or 1) * 1000 - 1
+        base = max(row.success_at or 0, row.since or 0) or before
         tick = Cron(row.expr, row.tz).tick_after(base / 1000)
-    except (CronError, ValueError, OverflowError, OSError):     # written by hand
-        return None
-    return tick if tick and now / 1000 > tick + row.alert_after else None
+        return tick if tick and now / 1000 > tick + row.alert_after else None
+    except (CronError, TypeError, ValueError, OverflowError, OSError):
+        return None                                             # written by hand
 
 
 class Scheduler:
@@ -18531,7 +18560,8 @@ def cron_chore(worker: Worker) -> Chore:
 # prints as they are, then aligned text.  Times are ISO 8601 in UTC, durations and
 # ages are seconds.  Knows no SQL, and changes nothing.
 
-_STATS_HOURS = 24.0             # that stats looks back, if nobody says how many
+START_COMMAND = "python -m pybgworker run --app MODULE"
+STATS_HOURS = 24.0              # that stats looks back, if nobody says how many
 _TEXT_WIDTH = 60                # characters of a long value in a table
 _STATE_COLOURS = {
     "running": 36, "success": 32, "failed": 31, "retrying": 33, "cancelled": 90,
@@ -18547,11 +18577,36 @@ def local_time(stamp: str | None, shape: str = "%Y-%m-%d %H:%M:%S") -> str:
         return stamp or "-"
 
 
+def as_json(report: Any) -> str:
+    """A report as --json prints it."""
+    return json.dumps(report, indent=2, default=repr)
+
+
+def json_value(value: Any) -> Any:
+    """The same as JSON can hold it: what it has no word for as its repr()."""
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else repr(k): json_value(v)
+                for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_value(part) for part in value]
+    if value is None or isinstance(value, (str, int)) \
+            or isinstance(value, float) and math.isfinite(value):
+        return value
+    return repr(value)
+
+
+def wants_colour() -> bool:
+    """True where standard output is a terminal, and nobody has said that he hates it.
+    """
+    return is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
+
+
 def _clock_note():
     return time.strftime("times are local: %Z, UTC%z")
 
 
-def _when(at):
+def stamp(at: int | None) -> str | None:
+    """A time as reports have it; None: there is none."""
     return None if at is None else iso_time(at)
 
 
@@ -18564,10 +18619,10 @@ def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict
         "priority": row.priority, "key": row.key, "attempt": row.attempt,
         "retries": row.retries, "worker": row.worker,
         "worker_name": (workers or {}).get(row.worker), "timeout": row.timeout,
-        "created_at": _when(row.created_at), "run_at": _when(row.run_at),
-        "started_at": _when(row.started_at), "finished_at": _when(row.finished_at),
+        "created_at": stamp(row.created_at), "run_at": stamp(row.run_at),
+        "started_at": stamp(row.started_at), "finished_at": stamp(row.finished_at),
         "duration": row.duration, "waited": waited,
-        "scheduled_for": _when(row.tick and row.tick * 1000),
+        "scheduled_for": stamp(row.tick and row.tick * 1000),
         "error": str(TaskError(error)) if error else None,
     }
 
@@ -18578,7 +18633,7 @@ def page_report(store: Store, filter: Filter, limit: int = 50,
     page = store.page(filter, before, limit, seconds)
     names = {row.id: row.name for row in store.workers()}
     found = None if page.searched_to is None else {
-        "id": page.searched_to, "at": _when(page.searched_at)}
+        "id": page.searched_to, "at": stamp(page.searched_at)}
     tasks = []
     for row in page.rows:
         with contextlib.suppress(TaskNotFound):         # deleted a moment ago
@@ -18618,8 +18673,8 @@ def _failure_group(key, rows, now):
         "count": len(rows), "name": newest.name, "queue": newest.queue,
         "kind": newest.kind, "type": newest.type, "pattern": key[3],
         "error": str(TaskError(error))[:_LONGEST_ERROR],
-        "first_at": _when(min(row.finished_at for row in rows)),
-        "last_at": _when(newest.finished_at),
+        "first_at": stamp(min(row.finished_at for row in rows)),
+        "last_at": stamp(newest.finished_at),
         "last_age": max(0, now - newest.finished_at) / 1000,
         "ids": sorted((row.id for row in rows), reverse=True)[:3],
     }
@@ -18636,7 +18691,7 @@ def inspect_report(store: Store, now: int, worker_timeout: float,
     tasks: dict[tuple, dict] = {}
     counts = store.counts() if is_exact else store.indexed_counts()
     if not is_exact:
-        counts += [(row.queue, row.name, SUCCESS, _successes(row)) for row in
+        counts += [(row.queue, row.name, SUCCESS, row.succeeded) for row in
                    store.history(QUARTER, now - DAY_MS, now + 1, by="name")]
     for queue, name, state, count in sorted(counts):
         word = state_name(state)
@@ -18653,19 +18708,16 @@ def inspect_report(store: Store, now: int, worker_timeout: float,
     }
 
 
-def _successes(row):
-    return row.runs - row.failed - row.retried - row.cancelled
-
-
 def _worker_reports(store, now, worker_timeout):
     running, is_dead = store.running_counts(), judge_of(store)
-    ages = ((row, max(0, now - row.beat_at) / 1000) for row in store.workers())
+    ages = ((row, silence(row, now)) for row in store.workers())
     return [{
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
-        "queues": json.loads(row.queues) if row.queues else None,
+        "queues": queues_of(row),
         "concurrency": row.concurrency, "start_method": row.start_method or None,
-        "started_at": _when(row.started_at),
-        "heartbeat_age": age, "stale": age > worker_timeout, "dead": is_dead(row),
+        "started_at": stamp(row.started_at),
+        "heartbeat_age": age,
+        "stale": is_silent(row, now, worker_timeout), "dead": is_dead(row),
         "running": running.get(row.id, 0),
     } for row, age in ages]
 
@@ -18676,9 +18728,9 @@ def cron_report(store: Store) -> list[dict]:
         {
             "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
             "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
-            "last": _when(row.last_tick and row.last_tick * 1000),
-            "next": _when(row.next_tick and row.next_tick * 1000),
-            "seen_at": _when(row.seen_at),
+            "last": stamp(row.last_tick and row.last_tick * 1000),
+            "next": stamp(row.next_tick and row.next_tick * 1000),
+            "seen_at": stamp(row.seen_at),
         }
         for row in store.schedules()
     ]
@@ -18691,7 +18743,7 @@ def percentile(values: Sequence[float], part: float) -> float | None:
     return values[min(len(values) - 1, int(part * len(values)))]
 
 
-def stats_report(store: Store, now: int, hours: float = _STATS_HOURS) -> list[dict]:
+def stats_report(store: Store, now: int, hours: float = STATS_HOURS) -> list[dict]:
     """Per task: its runs that ended in the last `hours`, whatever became of the task.
 
     About: from the minute, the quarter of an hour or the day in which they begin, as
@@ -18842,7 +18894,7 @@ def inspect_text(report: dict, colour: bool = False) -> str:
 
 def _workers_text(workers):
     if not workers:
-        return "no worker is running: python pybgworker.py run --app MODULE"
+        return f"no worker is running: {START_COMMAND}"
     columns = ("worker", "pid", "host", "queues", "concurrency", "start_method",
                "running", "heartbeat")
     rows = [
@@ -19055,16 +19107,11 @@ def queue_hint(store: Store, queue: str | None) -> str:
     known = {row.name for row in store.queues(store.now())}
     known.update(row.queue for row in store.totals())
     for worker in store.workers():
-        with contextlib.suppress(ValueError, TypeError):        # edited by hand
-            known.update(json.loads(worker.queues or "[]"))
-    if queue is None or queue in known:
+        known.update(queues_of(worker) or ())
+    if queue is None or queue in known or not known:
         return ""
-    import difflib
-
-    near = difflib.get_close_matches(queue, sorted(map(str, known)), 1)
-    if known and not near:
-        near = [f"one of {', '.join(sorted(map(str, known))[:5])}"]
-    return "".join(f"no queue {queue} has tasks; did you mean {n}?" for n in near)
+    near = near_name(queue, known) or f"one of {', '.join(sorted(known)[:5])}"
+    return f"no queue {queue} has tasks; did you mean {near}?"
 
 
 def say_aside(text: str) -> None:
@@ -19076,9 +19123,8 @@ def say_aside(text: str) -> None:
 def _printed(args, report, text):
     """The report as JSON or as text, as the flags and the terminal want it."""
     if args.json:
-        return json.dumps(report, indent=2, default=repr)
-    colour = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
-    return text(report, colour)
+        return as_json(report)
+    return text(report, wants_colour())
 
 
 @command("inspect", "show tasks by state, workers, schedules", "inspect --json",
@@ -19147,7 +19193,7 @@ def _hours(text):
 
 
 @command("stats", "show runs, durations and waiting times of each task", "stats",
-         flag("--hours", metavar="N", type=typed(_hours), default=24.0,
+         flag("--hours", metavar="N", type=typed(_hours), default=STATS_HOURS,
               help="runs that ended in the last N hours (default: 24)"), reads=True)
 def _stats(args, app):
     report = stats_report(app.store, app.store.now(), args.hours)
@@ -19401,7 +19447,7 @@ def _enqueue(args, app):
         options = {**_newest_options(app, args.name, given), **options}
     result = app.send(args.name, *values, kwargs=kwargs, **options)
     if is_new:
-        print(f"pybgworker: made the database {app.store.path}", file=sys.stderr)
+        say_aside(f"made the database {app.store.path}")
     _warn(app, result.id)
     return str(result.id)
 
@@ -19424,8 +19470,7 @@ def _warn(app, task_id):
                         f"{near and f' (did you mean {near}?)' or ''}: the task waits "
                         "for one that does",
     }.get(event)
-    if say:
-        print(f"pybgworker: {visible(say)}", file=sys.stderr)
+    say_aside(say or "")
 
 
 def _check_task(app, args):
@@ -19470,11 +19515,8 @@ def _newest_options(app, name, given):
     app.store.create()
     found = app.store.newest_options(name)
     if not found and given["queue"] is None:
-        print(
-            f"pybgworker: no task {name!r} was here before, so it goes to the queue "
-            "default, with the options of a bare @task; --app takes its own",
-            file=sys.stderr,
-        )
+        say_aside(f"no task {name!r} was here before, so it goes to the queue default, "
+                  "with the options of a bare @task; --app takes its own")
     return found
 
 
@@ -19618,28 +19660,22 @@ def whole(value: Any, default: Any = None) -> Any:
     return int(value) if is_number else default
 
 
-def queues_of(worker: WorkerFacts) -> list[str] | None:
-    """The queues that a worker serves; None: all."""
-    queues = None
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        queues = json.loads(worker.row.queues or "null")
-    return [str(queue) for queue in queues] if isinstance(queues, list) else None
-
-
-def serves(worker: WorkerFacts, queue: str) -> bool:
-    """True for a worker that claims from this queue."""
-    queues = queues_of(worker)
-    return queues is None or queue in queues
-
-
 def knows(worker: WorkerFacts, name: str) -> bool:
     """False for a worker that has said what it knows, and this is not of it."""
     return worker.names is None or name in worker.names
 
 
-def silence(worker: WorkerFacts, now: int) -> float:
-    """Seconds since its last heartbeat."""
-    return max(0, now - worker.row.beat_at) / 1000
+def in_url(text: Any) -> str:
+    """A text as a part of an address."""
+    from urllib.parse import quote
+
+    return quote(str(text), safe="")
+
+
+def live_of(facts: TaskFacts | SystemFacts, worker_timeout: float) -> list[WorkerFacts]:
+    """The workers that are heard of, and not known to be dead."""
+    return [worker for worker in facts.workers if worker.row.id not in facts.dead
+            and not is_silent(worker.row, facts.now, worker_timeout)]
 
 
 def named(worker: WorkerFacts) -> str:
@@ -19693,9 +19729,6 @@ REASONS = {
     "next": "nothing holds it: it is about to start",
     "unknown_state": "its row was edited to a state that there is not",
 }
-START_COMMAND = "python -m pybgworker run --app MODULE"
-
-
 
 class Reason(NamedTuple):
     """Why a task is as it is."""
@@ -19708,6 +19741,8 @@ class Reason(NamedTuple):
 
 
 class Found(NamedTuple):
+    """A part of a Reason: the sentence of one code."""
+
     code: str
     say: str
     until: int | None = None
@@ -19719,16 +19754,12 @@ class Story:
     def __init__(self, facts: TaskFacts, clock: Callable[[int], Clock] = Clock):
         self.facts, self.now, self._clock = facts, facts.now, clock
         self.task: Any = facts.task     # None: there is none
-        self.live = [w for w in facts.workers if self.silence(w) < facts.worker_timeout]
-        self.live = [w for w in self.live if w.row.id not in facts.dead]
+        self.live = live_of(facts, facts.worker_timeout)
         queue, name = facts.task[2:4] if facts.task else ("", "")
-        self.serving = [w for w in self.live if serves(w, queue)]
+        self.serving = [w for w in self.live if serves(w.row, queue)]
         self.knowing = [w for w in self.serving if knows(w, name)]
         self.able = [w for w in self.knowing
                      if w.row.state not in ("starting", "stopping") and not w.row.note]
-
-    def silence(self, worker):
-        return silence(worker, self.now)
 
     @property
     def clock(self):
@@ -19749,7 +19780,8 @@ class Story:
 # What is over, or is not there.
 
 
-def absent(story):
+def absent(story: Story) -> Found:
+    """Why there is no such task."""
     facts, clock = story.facts, story.clock
     act = facts.act
     if facts.id > facts.last_id:
@@ -19838,7 +19870,8 @@ def _cancelled(story):
 ENDS = {SUCCESS: _succeeded, FAILED: _failed_why, CANCELLED: _cancelled}
 
 
-def held_key(story):
+def held_key(story: Story) -> Iterator[Found]:
+    """What a finished task cannot do while another one holds its key."""
     holder = story.facts.holder
     if holder:
         yield Found("key_held", f"It cannot be retried while task {holder} holds its "
@@ -19848,7 +19881,8 @@ def held_key(story):
 # What runs.  Of several that are true, the first is the sentence.
 
 
-def at_work(story):
+def at_work(story: Story) -> list[Found]:
+    """What a running task does, or what ails its worker."""
     found = [*_lost_worker(story)]
     if story.task.cancel_asked:
         act = story.facts.act
@@ -19873,7 +19907,7 @@ def _lost_worker(story):
         after = f"; {others[0]} takes it over within 2 s." if others else nobody
         yield Found("worker_dead", who + after)
         return
-    timeout, silent = story.facts.worker_timeout, story.silence(worker)
+    timeout, silent = story.facts.worker_timeout, silence(worker.row, story.now)
     if silent >= timeout * 2 / 3:
         after = "; another worker takes it over now." if others and silent >= timeout \
             else f"; after {lasting(timeout)} its tasks go to others." if others \
@@ -20004,19 +20038,18 @@ def _no_worker(story):
         is_dead = worker.row.id in story.facts.dead
         last = f"; the last one, {named(worker)} (pid {worker.row.pid}), " + (
             "is dead" if is_dead else
-            f"has not been heard of for {lasting(story.silence(worker))}")
+            f"has not been heard of for {lasting(silence(worker.row, story.now))}")
     elif left:
         last = f"; the last one, {brief(left.who)}, left at {clock.at(left.at)}"
     return f"No worker runs on this database{last}. Start one: `{START_COMMAND}`"
 
 
 def _serving(worker):
-    return f"{named(worker)} serves {listed(list(map(brief, queues_of(worker) or ())))}"
+    queues = queues_of(worker.row) or ()
+    return f"{named(worker)} serves {listed(list(map(brief, queues)))}"
 
 
 def _unknown_name(story):
-    import difflib
-
     name, facts = story.task.name, story.facts
     where = "" if len(story.serving) == len(story.live) else \
         f" that serves queue {brief(story.task.queue)}"
@@ -20024,9 +20057,9 @@ def _unknown_name(story):
     elsewhere = [w for w in story.live if w.names and name in w.names]
     if elsewhere:
         return f"{say}: {_serving(elsewhere[0])}, and knows it."
-    near = difflib.get_close_matches(name, list(map(str, facts.names)), n=1, cutoff=0.6)
+    near = near_name(name, facts.names)
     if near:
-        return f"{say} (did you mean {brief(near[0])}?)."
+        return f"{say} (did you mean {brief(near)}?)."
     if whole(facts.last_run):
         return f"{say}: it last ran at {story.clock.at(facts.last_run)}, on a worker " \
             "that is gone; was the program deployed without it?"
@@ -20105,12 +20138,12 @@ def _ahead(story):
     """Others, full children; or nothing at all."""
     facts, task, workers = story.facts, story.task, story.able
     ahead = [group for group in facts.ahead if any(
-        serves(w, group.queue) and knows(w, group.name) for w in workers)]
+        serves(w.row, group.queue) and knows(w, group.name) for w in workers)]
     count = sum(group.tasks for group in ahead)
     children = sum(whole(w.row.concurrency, 0) for w in workers)
     is_full = sum(w.running for w in workers) >= children
     ended = sum(p.runs for p in facts.pace if any(
-        serves(w, p.queue) for w in workers))
+        serves(w.row, p.queue) for w in workers))
     since = min((p.since for p in facts.pace), default=story.now)
     pace = ended / max(1.0, (story.now - since) / 1000)
     waited = (story.now - max(task.run_at, task.created_at)) / 1000
@@ -20191,9 +20224,10 @@ def _numbers(story):
 def _worker_numbers(story, worker):
     return {
         "id": worker.row.id, "name": worker.row.name, "pid": worker.row.pid,
-        "live": worker in story.live, "silent": story.silence(worker),
+        "live": worker in story.live, "silent": silence(worker.row, story.now),
         "running": worker.running, "children": worker.row.concurrency,
-        "queues": queues_of(worker), "state": worker.row.state, "note": worker.row.note,
+        "queues": queues_of(worker.row), "state": worker.row.state,
+        "note": worker.row.note,
         "knows": None if worker.names is None or not story.task
         else story.task.name in worker.names,
     }
@@ -20305,8 +20339,7 @@ class _System:
         self._clock = clock
         self.timeout = worker_timeout
         self.dead = facts.dead
-        self.live = [w for w in facts.workers if w.row.id not in facts.dead
-                     and silence(w, facts.now) < worker_timeout]
+        self.live = live_of(facts, worker_timeout)
         self.paused = {pause.queue for pause in facts.pauses}
 
     @property
@@ -20377,7 +20410,7 @@ def _lost(system):
                     f"{counted(count, 'task')}{helper}.", "workers",
                     "look" if system.live else "start")
     for worker in facts.workers:
-        silent = silence(worker, system.now)
+        silent = silence(worker.row, system.now)
         if worker.row.id not in system.dead and worker.running \
                 and silent >= system.timeout * 2 / 3:
             yield Alert("worker_silent", level, f"{named(worker)} has not been heard "
@@ -20403,7 +20436,7 @@ def _unserved(system):
     """Names that nobody knows, and queues that nobody serves."""
     said = set()
     for head in system.heads() if system.live else ():
-        serving = [w for w in system.live if serves(w, head.queue)]
+        serving = [w for w in system.live if serves(w.row, head.queue)]
         if not serving and head.queue not in said:
             said.add(head.queue)
             yield Alert("not_served", "bad", f"No live worker serves queue "
@@ -20417,19 +20450,13 @@ def _unserved(system):
             yield Alert("unknown_name", "bad", f"No live worker that serves queue "
                         f"{brief(head.queue)} knows {brief(head.name)}: the oldest "
                         f"such task has waited for {waited}.",
-                        f"tasks?state=queued&name={_quoted(head.name)}", "look")
-
-
-def _quoted(text):
-    from urllib.parse import quote
-
-    return quote(str(text), safe="")
+                        f"tasks?state=queued&name={in_url(head.name)}", "look")
 
 
 def _late(system):
     known = collections.defaultdict(list)
     for head in system.heads():
-        if any(serves(w, head.queue) and knows(w, head.name) for w in system.live):
+        if any(serves(w.row, head.queue) and knows(w, head.name) for w in system.live):
             known[head.queue].append((system.now - head.run_at) / 1000)
     for queue, waits in sorted(known.items()):
         usual = quantile(system.facts.waits.get(queue, ()), 0.95) or 0.0
@@ -20448,7 +20475,7 @@ def _failing(system):
             mostly = f"; most often it {end_of(error)}" if error else ""
             yield Alert("failing", "bad", f"{brief(name)} fails: {percent(bad / runs)} "
                         f"of {counted(runs, 'run')} in the last 10 min{mostly}.",
-                        f"failures?name={_quoted(name)}", "look")
+                        f"failures?name={in_url(name)}", "look")
 
 
 def _crashing(system):
@@ -20458,7 +20485,7 @@ def _crashing(system):
             how = f": {brief(error['message'])}" if is_crash else ""
             times = "once" if crashed == 1 else f"{crashed:,} times"
             yield Alert("crashing", "bad", f"{brief(name)} crashed {times} in the last "
-                        f"hour{how}.", f"failures?name={_quoted(name)}", "look")
+                        f"hour{how}.", f"failures?name={in_url(name)}", "look")
 
 
 def _schedules(system):
@@ -20560,17 +20587,6 @@ def attention(store: Store, now: int, settings: types.SimpleNamespace,
     return alerts(facts, disk_of(store.path), settings.worker_timeout, clock)
 
 
-def _plain_value(value):
-    """What JSON can have, of what a row holds."""
-    if isinstance(value, dict):
-        return {str(key): _plain_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
-
-
 def reason_report(reason: Reason) -> dict:
     """A reason as --json prints it."""
     until = None if reason.until is None else iso_time(reason.until)
@@ -20578,7 +20594,7 @@ def reason_report(reason: Reason) -> dict:
         "id": reason.facts["id"], "status": reason.facts["status"],
         "code": reason.code, "say": reason.say,
         "also": [{"code": code, "say": say} for code, say in reason.also],
-        "until": until, "facts": _plain_value(reason.facts),
+        "until": until, "facts": json_value(reason.facts),
     }
 
 
@@ -20596,10 +20612,6 @@ def attention_text(found: Sequence[Alert]) -> str:
     return visible("\n".join(lines)) or "Nothing needs you."
 
 
-def _as_json(report):
-    return json.dumps(report, indent=2, default=repr)
-
-
 @command("why", "say why a task is as it is, or what needs you", "why 42",
          flag("id", metavar="ID", nargs="?",
               help="a task (default: what needs you, of all there is)"), reads=True)
@@ -20607,11 +20619,11 @@ def _why(args, app):
     store, now = app.store, app.store.now()
     if args.id is None:
         found = attention(store, now, app.settings)
-        return _as_json([alert._asdict() for alert in found]) if args.json \
+        return as_json([alert._asdict() for alert in found]) if args.json \
             else attention_text(found)
     reason = why(store, parse_id(args.id), now, app.settings)
     if args.json:
-        print_text(_as_json(reason_report(reason)))
+        print_text(as_json(reason_report(reason)))
     elif reason.code == "unknown_id":
         raise TaskNotFound(reason.say)
     else:
@@ -20628,13 +20640,12 @@ def _show(args, app):
     task_id = parse_id(args.id)
     if args.attempt is not None:
         found = output_report(app.store, task_id, args.attempt)
-        return _as_json(found) if args.json else output_text(found)
+        return as_json(found) if args.json else output_text(found)
     report = show_report(app.store, task_id)
     reason = why(app.store, task_id, app.store.now(), app.settings)
     if args.json:
-        return _as_json({**report, "why": reason_report(reason)})
-    colour = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
-    return f"{reason_text(reason)}\n{show_text(report, colour)}"
+        return as_json({**report, "why": reason_report(reason)})
+    return f"{reason_text(reason)}\n{show_text(report, wants_colour())}"
 
 
 # == Logs =====================================================================
@@ -20722,10 +20733,6 @@ def _write(text, is_raw):
     sys.stdout.flush()
 
 
-def _say(text):
-    print(f"pybgworker: {visible(text)}", file=sys.stderr, flush=True)
-
-
 class _Screen:
     """Where the parts go: text, or with `is_json` an object a line."""
 
@@ -20748,7 +20755,7 @@ class _Screen:
     def note(self, text: str) -> None:
         """Say something beside it."""
         self.end()
-        _say(text)
+        say_aside(text)
 
     def end(self) -> None:
         """End a line that has not ended; but nothing is added to what is raw."""
@@ -20800,7 +20807,7 @@ def _show_one(store, row, args, reason):
             "id": row.id, "status": row.status, "attempt": attempt, "output": text,
             "running": is_running and attempt == row.attempt}, indent=2)
     if not text:
-        _say(f"nothing is kept of what run {attempt} of task {row.id} has printed")
+        say_aside(f"nothing is kept of what run {attempt} of task {row.id} has printed")
     screen = _Screen(args.raw, False)
     screen.show(attempt, text)
     screen.end()
@@ -20844,10 +20851,6 @@ class Beats:
     def keep(self, keys: Iterable) -> None:
         """Forget all others: they have ended."""
         self._last = {key: self._last[key] for key in keys if key in self._last}
-
-
-def _iso_of(at):
-    return None if at is None else iso_time(at)
 
 
 def _second(at):
@@ -21012,7 +21015,7 @@ def _queue_row(row, now, arrived, pace):
         "out_per_minute": round(out), "empty_in": _empty_in(row, arrived, out, bars),
         "bars": bars, "busiest": max([*pace.values(), bars[-1]]),
         "paused": None if row.paused_at is None else {
-            "since": _iso_of(row.paused_at), "by": row.paused_by, "reason": row.reason},
+            "since": stamp(row.paused_at), "by": row.paused_by, "reason": row.reason},
     }
 
 
@@ -21048,7 +21051,7 @@ def workers_report(store: Store, settings: types.SimpleNamespace, now: int,
     for row, report in zip(rows, reports):
         if is_dead(row):
             report["state"] = "dead"
-        elif report["beat_age"] > settings.worker_timeout:
+        elif is_silent(row, now, settings.worker_timeout):
             report["state"] = "stale"
     beats.keep([(row["id"], process["pid"]) for row in reports
                 for process in [{"pid": 0}, *row["processes"]]])
@@ -21070,21 +21073,13 @@ def _worker_row(row, now, claimed, children, beats):
         row.memory + sum(child.memory for child in children)
     return {
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
-        "version": row.version, "queues": _names_in(row.queues),
+        "version": row.version, "queues": queues_of(row),
         "state": row.state, "note": row.note, "start_method": row.start_method or None,
         "busy": busy, "children": row.concurrency, "running": claimed,
-        "memory": memory, "up": up, "beat_age": _age(row.beat_at, now),
+        "memory": memory, "up": up, "beat_age": silence(row, now),
         "cpu": used / up if cpu is None and used is not None and up else cpu,
         "processes": processes,
     }
-
-
-def _names_in(text):
-    """The queues of a worker's row; None: all."""
-    try:
-        return json.loads(text) if text else None
-    except ValueError:                  # edited by hand
-        return [text]
 
 
 def _running(store, now, workers):
@@ -21184,10 +21179,10 @@ def _schedule_row(store, row, now):
     return {
         "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
         "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
-        "next_at": _iso_of(next_at),
+        "next_at": stamp(next_at),
         "next_in": None if next_at is None else max(0, next_at - now) / 1000,
         "last_at": None if row.last_tick is None else _second(row.last_tick),
-        "seen_at": _iso_of(row.seen_at), "last": _last_run(store, row),
+        "seen_at": stamp(row.seen_at), "last": _last_run(store, row),
     }
 
 
@@ -21198,7 +21193,7 @@ def _last_run(store, row):
             task = store.task(row.last_id)
             return {
                 "id": task.id, "status": task.status, "duration": task.duration,
-                "at": _iso_of(task.finished_at or task.started_at or task.run_at),
+                "at": stamp(task.finished_at or task.started_at or task.run_at),
             }
     return None
 
@@ -21207,7 +21202,7 @@ def events_report(store: Store, before: int | None = None, limit: int = 50) -> d
     """What people have done, the newest first; `next` continues, None at the end."""
     rows = store.events(before, limit)
     return {
-        "events": [{**row._asdict(), "at": _iso_of(row.at)} for row in rows],
+        "events": [{**row._asdict(), "at": stamp(row.at)} for row in rows],
         "next": rows[-1].id if len(rows) == limit else None,
     }
 
@@ -22194,7 +22189,7 @@ def _top(args, app):
     if args.json or args.once or not is_seen or not is_terminal(sys.stdin) \
             or os.environ.get("TERM") == "dumb" or not Terminal.is_possible():
         view = overview(app.store, app.settings, app.store.now())
-        return json.dumps(view, indent=2, default=repr) if args.json else \
+        return as_json(view) if args.json else \
             _printed_frame(view, is_seen)
     encoding = sys.stdout.encoding or "ascii"
     try:
@@ -22231,7 +22226,6 @@ _OTHER = "other"            # task, or queue, of all that are more
 _METRIC_BOUNDS = (.005, .025, .1, .25, .5, 1, 2.5, 5, 10, 25, 100, 250, 1000)
 _BOUND_PLACES = tuple(
     (bound, HISTORY_BOUNDS.index(bound) + 1) for bound in _METRIC_BOUNDS)
-_HISTORY_LOOK_MS = 3 * HOUR_MS      # how long minutes of history are kept
 
 
 def _label_value(text):
@@ -22374,7 +22368,7 @@ def _joined_queue(rows):
 def worker_state(row: WorkerRow, is_dead: bool, now: int, worker_timeout: float) -> str:
     """live, dead, starting or stopping.  One that is silent for so long is dead for
     the others, which take over its tasks."""
-    if is_dead or now - row.beat_at > worker_timeout * 1000:
+    if is_dead or is_silent(row, now, worker_timeout):
         return "dead"
     return row.state if row.state in ("starting", "stopping") else "live"
 
@@ -22398,7 +22392,7 @@ def _add_workers(page, store, settings, now):
     page.family(
         "pybgworker_worker_heartbeat_age_seconds", "gauge",
         "Age of the oldest heartbeat of a registered worker.",
-        [("", max(0, now - min(row.beat_at for row in rows)) / 1000)] if rows else [])
+        [("", max(silence(row, now) for row in rows))] if rows else [])
     page.family(
         "pybgworker_worker_memory_bytes", "gauge",
         "Resident memory of live workers and of their children, summed.",
@@ -22451,7 +22445,7 @@ def _add_database(page, store, now):
 def _history_age(store, now):
     """[seconds since the last minute ended in which a run did], if it is not too long.
     """
-    for ms in (120_000, _HISTORY_LOOK_MS):
+    for ms in (120_000, HISTORY_KEPT[MINUTE] * 1000):
         rows = store.history(MINUTE, now - ms, until=now + 1, by="at")
         if rows:
             return [max(0, now / 1000 - rows[-1].at - MINUTE)]
@@ -22817,6 +22811,8 @@ def health_report(store: Store, now: int, worker_timeout: float,
     report: dict = {"ok": False, "say": "", "problems": [], "workers": 0}
     try:
         problems = _worker_problems(store, now, worker_timeout, worker, report)
+        if worker is None:
+            problems += _schedule_problems(store, now)
         if max_ages:
             problems += _age_problems(store, now, max_ages, report)
         if max_failed:
@@ -22848,6 +22844,14 @@ def _worker_problems(store, now, worker_timeout, name, report):
     if rows:
         return [f"{row.name} is {state}" for row, state in zip(rows, states)][-3:]
     return ["no worker runs" if name is None else f"no worker named {name} runs"]
+
+
+def _schedule_problems(store, now):
+    """Those that have had no success for longer than their alert_after."""
+    late = ((row, late_tick(row, now)) for row in store.schedules())
+    return [f"schedule {row.name} has had no success since its tick of "
+            f"{local_time(iso_time(tick * 1000))}"
+            for row, tick in late if tick is not None]
 
 
 def _age_problems(store, now, max_ages, report):
@@ -22889,7 +22893,7 @@ def _health(args, app):
     report = health_report(
         app.store, app.store.now(), app.settings.worker_timeout, args.worker,
         args.max_age, args.max_failed)
-    print_text(json.dumps(report, indent=2) if args.json else visible(report["say"]))
+    print_text(as_json(report) if args.json else visible(report["say"]))
     return 0 if report["ok"] else 1
 
 
@@ -22988,11 +22992,9 @@ def _look_at_settings(patient):
     for name in sorted(os.environ):
         known = {"PYBGWORKER_" + setting.name.upper() for setting in SETTINGS}
         if name.startswith("PYBGWORKER_") and name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, 1)
+            near = near_name(name, known)
             yield Finding("warn", f"{name} is no setting",
-                          f"did you mean {near[0]}?" if near else f"unset {name}")
+                          f"did you mean {near}?" if near else f"unset {name}")
     try:
         settings = patient.app.settings
     except PyBgWorkerError as exc:
@@ -23098,7 +23100,7 @@ def _sync_findings(seconds, kind):
 def _look_at_space(patient):
     disk = disk_of(patient.path if patient.is_there else patient.folder)
     part = disk.free / disk.total if disk.total else 1.0
-    free = f"{disk.free / _GIB:,.1f} GiB ({part:.0%}) are free"
+    free = f"{disk.free / _GIB:,.1f} GiB ({percent(part)}) are free"
     if disk.total and disk.free < 100 * _MIB:
         yield Finding("error", free, f"free some space on the disk of {patient.folder}")
     elif disk.total and (disk.free < _GIB or part < 0.05):
@@ -23193,16 +23195,15 @@ def _look_at_workers(patient):
         if state == "dead":
             is_sure = judge(row)
             word = "is dead" if is_sure else \
-                f"was not heard of for {span((now - row.beat_at) / 1000)}"
+                f"was not heard of for {span(silence(row, now))}"
             yield Finding("error", f"worker {row.name} (pid {row.pid}) {word}",
-                          "start one: python -m pybgworker run --app MODULE")
+                          f"start one: {START_COMMAND}")
         else:
             live.append(row)
             if row.note:
                 yield Finding("error", f"worker {row.name} {row.note}")
     if not rows:
-        yield Finding("warn", "no worker runs",
-                      "python -m pybgworker run --app MODULE")
+        yield Finding("warn", "no worker runs", START_COMMAND)
     for what, values in (("versions", {row.version for row in live}),
                          ("rate limits over all tasks", {row.rate for row in live})):
         if len(values) > 1:
@@ -23326,8 +23327,8 @@ def _look_at_retention(patient):
         return
     level, do = ("warn", "keep less of it: --retention 1d; smaller arguments") \
         if share > _LARGE_SHARE and store.sizes().main > _LARGE_BYTES else ("info", "")
-    yield Finding(level, f"long arguments, results and output take {share:.0%} of the "
-                  "file", do)
+    yield Finding(level, "long arguments, results and output take "
+                  f"{percent(share)} of the file", do)
 
 
 @examination("limits")
@@ -23558,7 +23559,7 @@ def doctor_text(report: dict, colour: bool = False) -> str:
               help="look through all of the file, however long it takes"), reads=True)
 def _doctor(args, app):
     report = doctor_report(app, args)
-    print_text(json.dumps(report, indent=2) if args.json else doctor_text(report))
+    print_text(as_json(report) if args.json else doctor_text(report))
     return 0 if report["ok"] else 1
 
 
@@ -23737,19 +23738,6 @@ def _name_of(params, number):
     return "" if rest.startswith("**") else rest
 
 
-def json_value(value: Any) -> Any:
-    """The same as JSON can hold it: what it has no word for as its repr()."""
-    if isinstance(value, dict):
-        return {k if isinstance(k, str) else repr(k): json_value(v)
-                for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [json_value(part) for part in value]
-    if value is None or isinstance(value, (str, int)) \
-            or isinstance(value, float) and math.isfinite(value):
-        return value
-    return repr(value)
-
-
 def json_text(value: Any) -> str:
     """JSON that every browser reads, whatever was written into a database by hand."""
     try:
@@ -23907,6 +23895,7 @@ def check_words(name: str, value: Any, most: int = LONGEST_BODY) -> None:
 
 
 def overview_view(view: View) -> dict:
+    """All at a glance, and what the page itself wants to know."""
     span = view.query.get("span") or "hour"
     if span not in ("hour", "day"):
         raise ValueError("span: hour or day")
@@ -23921,19 +23910,13 @@ def _remedy(alert):
     """Where the page leads from an alert, and what it can do there."""
     kind, slash, it = alert["target"].partition("/")
     if kind == "queue":
-        page = f"tasks?queue={_in_url(it)}"
+        page = f"tasks?queue={in_url(it)}"
     elif kind == "task":
         page = f"tasks/{it}"
     else:
         page = "workers" if slash or not kind else alert["target"]
     action = alert["action"] if kind in ("queue", "task") else "look"
     return {"target": it if slash else kind, "action": action, "page": f"#/{page}"}
-
-
-def _in_url(text):
-    from urllib.parse import quote
-
-    return quote(text, safe="")
 
 
 def _figures_shown(f):
@@ -23964,6 +23947,7 @@ def tasks_view(view: View) -> dict:
 
 
 def search_view(view: View) -> dict:
+    """Tasks in which a text is; it comes in the body."""
     return _page(view, wanted_filter(view.body), view.body, 50)
 
 
@@ -23976,12 +23960,8 @@ def _page(view, filter, wanted, limit):
     names: dict = {worker.id: worker.name for worker in view.store.workers()}
     rows = [_task_row(view.store, row, names) for row in page.rows]
     seen = None if page.searched_to is None else {
-        "id": page.searched_to, "at": _stamp(page.searched_at)}
+        "id": page.searched_to, "at": stamp(page.searched_at)}
     return {**view.listed("tasks", rows), "next": page.next, "searched_to": seen}
-
-
-def _stamp(at):
-    return None if at is None else iso_time(at)
 
 
 def _task_row(store, row, names):
@@ -24082,8 +24062,8 @@ def _runs_shown(row, runs, now):
                       "started_at": None, "ended_at": None, "ran": None,
                       "outcome": None, "say": f"due {iso_time(row.run_at)}"})
     times = ("due_at", "started_at", "ended_at")
-    return {"runs": [{**run, **{k: _stamp(run[k]) for k in times}} for run in shown],
-            "from_at": _stamp(min(starts)), "until_at": _stamp(max(ends))}
+    return {"runs": [{**run, **{k: stamp(run[k]) for k in times}} for run in shown],
+            "from_at": stamp(min(starts)), "until_at": stamp(max(ends))}
 
 
 def _run_shown(attempt, began, waited, ran, outcome, error, worker):
@@ -24114,6 +24094,7 @@ def _result(redaction, text, task_id):
 
 
 def why_view(view: View, task_id: str) -> dict:
+    """Why a task is as it is."""
     reason = why(view.store, parse_id(task_id), view.now, view.app.settings, StampClock)
     return {**reason_report(reason), "at": iso_time(view.now)}
 
@@ -24139,6 +24120,7 @@ def output_view(view: View, task_id: str) -> dict:
 
 
 def failures_view(view: View) -> dict:
+    """What failed for good in so many `hours`, by what went wrong."""
     report = failures_report(view.store, view.now, view.number("hours", 1, 24 * 400))
     name = view.query.get("name")
     rows = [row for row in report["groups"] if name in (None, row["name"])]
@@ -24160,24 +24142,29 @@ def count_view(view: View) -> dict:
 
 
 def queues_view(view: View) -> dict:
+    """Each queue."""
     return view.listed("queues", queues_report(view.store, view.now))
 
 
 def names_view(view: View) -> dict:
+    """Each task that ran in the last day."""
     return view.listed("names", names_report(view.store, view.now),
                        "in 24 hours; times are ≈")
 
 
 def workers_view(view: View) -> dict:
+    """Each worker, with its children."""
     return view.listed("workers", workers_report(
         view.store, view.app.settings, view.now, view.beats))
 
 
 def schedules_view(view: View) -> dict:
+    """Each schedule."""
     return view.listed("schedules", schedules_report(view.store, view.now))
 
 
 def events_view(view: View) -> dict:
+    """What people have done."""
     before = view.number("before", 0) or None
     limit = min(view.number("limit", 50), _MOST_LISTED)
     report = events_report(view.store, before, limit)
@@ -24293,12 +24280,14 @@ def _check_expected(is_first, count, expect):
 
 
 def pause_deed(deed: Deed, queue: str) -> dict:
+    """Pause a queue, perhaps for a {reason}."""
     deed.store.pause(parse_queue_name(queue), deed.store.now(), deed.by,
                      deed.text("reason"))
     return {"done": 1}
 
 
 def resume_deed(deed: Deed, queue: str) -> dict:
+    """Resume a queue.  Raises Conflict: it is not paused."""
     if not deed.store.resume(queue, deed.by):
         raise Conflict(f"queue {queue} is not paused")
     return {"done": 1}
@@ -25541,7 +25530,7 @@ def bench_text(report: dict) -> str:
 def _bench(args, app):
     folder = os.path.dirname(app.store.path)
     report = bench_report(args.tasks, args.concurrency, args.payload, folder)
-    return json.dumps(report, indent=2) if args.json else bench_text(report)
+    return as_json(report) if args.json else bench_text(report)
 
 
 # == Old import paths =========================================================
