@@ -470,8 +470,8 @@ SETTINGS = (
     Setting("redact", "(?i)pass|secret|token|api[-_ .]?key|auth|cookie|credential|"
             "private|card|iban|ssn", parse_pattern, False,
             "regular expression for the names of parameters and keys whose values the "
-            "dashboard hides; empty: none (default: passwords, tokens and the like)",
-            may_be_empty=True),
+            "dashboard hides; empty: none (default: (?i)pass|secret|token|api_?key|"
+            "auth|cookie|credential|private|card|iban|ssn)", may_be_empty=True),
 )
 SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -23554,7 +23554,8 @@ def doctor_text(report: dict, colour: bool = False) -> str:
          flag("--selftest", action="store_true",
               help="try a worker of its own beside the database, in some seconds"),
          flag("--app", metavar="MODULE[:APP]",
-              help="look at the app as well, imported in a process of its own"),
+              help="look at this app as well, imported in a process of its own "
+              "(default: at none)"),
          flag("--deep", action="store_true",
               help="look through all of the file, however long it takes"), reads=True)
 def _doctor(args, app):

@@ -49,6 +49,11 @@ from pathlib import Path
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
+OURS = {"PYBGWORKER_" + name for name in ("TORTURE", "SEED", "SCREENSHOTS")}
+for name in [*os.environ]:          # no test is to meet the queue of who runs it
+    if name.startswith("PYBGWORKER_") and name not in OURS:
+        del os.environ[name]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # each start would compile us anew
 sys.dont_write_bytecode = True      # tests write a module anew within a second
 sys.path.insert(0, str(HERE))
 
@@ -62,8 +67,12 @@ from pybgworker import (  # noqa: E402
 # == Tools ====================================================================
 
 
-def until(predicate, timeout=15.0, what="it"):
-    """Wait until `predicate()` is true; return its value, or fail."""
+def until(predicate, timeout=25.0, what="it"):
+    """Wait until `predicate()` is true; return its value, or fail.
+
+    The time limit is for what hangs, since a busy machine needs many times what an idle
+    one does; yet what must be ended here would sleep for longer if it were not.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         found = predicate()
@@ -103,7 +112,16 @@ class Case(unittest.TestCase):
         self.db = self.folder / "queue.db"
         self.app = App(db=str(self.db))
         self.addCleanup(lambda: self.app.store.close())
+        self.keep_default_app()
         self.now = 1_800_000_000_000        # a clock the test owns, unix ms
+
+    def keep_default_app(self):
+        """What a test does to the app of this process, as with --db, ends with it."""
+        app = pybgworker.default_app
+        self.addCleanup(app.configure)      # reads the settings anew; closes its store
+        for kept in (app.tasks, app.listeners, app._code, app._flags):
+            self.addCleanup(kept.update, dict(kept))
+            self.addCleanup(kept.clear)
 
     @property
     def store(self):
@@ -155,14 +173,10 @@ class Case(unittest.TestCase):
         path.write_text("from pybgworker import *\n" + textwrap.dedent(source))
         spec = pybgworker.importlib.util.spec_from_file_location(name, path)
         found = pybgworker.importlib.util.module_from_spec(spec)
-        old = dict(pybgworker.default_app.tasks)
         pybgworker.default_app.tasks.clear()
         pybgworker.default_app.listeners.clear()
         pybgworker.configure(db=str(self.db))
         spec.loader.exec_module(found)
-        self.addCleanup(pybgworker.default_app.tasks.update, old)
-        self.addCleanup(pybgworker.default_app.tasks.clear)
-        self.addCleanup(pybgworker.default_app.listeners.clear)
         return found
 
     def worker_here(self, log_to=None, **options):
@@ -221,7 +235,7 @@ class RealWorker:
         for line in self.process.stderr:
             self.errors.append(line)
 
-    def wait_for(self, event, timeout=20, **fields):
+    def wait_for(self, event, timeout=60, **fields):
         """Wait for an event with these fields; return it."""
         return until(lambda: self.find(event, **fields), timeout, f"{event} {fields}")
 
@@ -335,7 +349,7 @@ class OneChild:
         self.hear()
         return [v for k, i, v in self.heard if k is kind and run_id in (None, i)]
 
-    def answer(self, run_id, timeout=15):
+    def answer(self, run_id, timeout=60):
         """The result of a run, or the error as a dict."""
         def find():
             if not self.alive():
@@ -358,7 +372,7 @@ class OneChild:
         self.exit = self.exit or pybgworker.poll_exit(self.pid)
         return self.exit is None
 
-    def stop(self, timeout=15):
+    def stop(self, timeout=25):
         """Hang up; return how it ended."""
         self.wire.hang_up()
         until(lambda: not self.alive(), timeout, what="the end of the child")
@@ -728,7 +742,7 @@ class Served(Case):
         until(lambda: len(self.lines(name)) >= count, what=f"{count} lines in {name}")
         return self.lines(name)
 
-    def get(self, result, timeout=20):
+    def get(self, result, timeout=60):
         return result.get(timeout=timeout)
 
     def need_cells(self):
@@ -741,7 +755,7 @@ class Served(Case):
 
     def failure(self, result):
         with self.assertRaises(pybgworker.TaskFailed) as caught:
-            result.get(timeout=20)
+            result.get(timeout=60)
         return caught.exception
 
 
@@ -940,13 +954,13 @@ class Promises(Served):
         self.wait_lines("risky")
         first.kill()
 
-        until(lambda: not self.sql("select 1 from bg_task where state = 3"), 2.5)
+        until(lambda: not self.sql("select 1 from bg_task where state = 3"))
         rows = self.sql("select id, state, attempt from bg_task where name like '%.risky'")
         begun = {int(line.split()[0]) for line in self.lines("risky")}
         failed = {number for number, state, _ in rows if state == 5}
         self.assertLessEqual(len(failed - begun), 1)    # it was about to write its line
         self.assertEqual({attempt for _, state, attempt in rows if state == 2}, {0})
-        until(lambda: len(other.all("task_lost")) == len(failed), 5)
+        until(lambda: len(other.all("task_lost")) == len(failed))
         self.worker("--concurrency", 2, "--burst").wait()
         starts = self.lines("risky")
         self.assertEqual(len(starts), len(set(starts)))
@@ -959,7 +973,7 @@ class Promises(Served):
         self.assertEqual(failed.kind, "timeout")
         self.assertIn("in stuck_in_c", failed.traceback)
         for pid in map(int, self.lines("stuck")[0].split()):
-            until(lambda pid=pid: not is_alive(pid), 1)
+            until(lambda pid=pid: not is_alive(pid))
 
     def test_a_running_task_is_cancelled_within_a_second(self):
         self.worker()
@@ -1404,7 +1418,7 @@ class Promises(Served):
         first.signal(signal.SIGCONT)
 
         first.wait_for("task_lost", reason="this worker was given up")
-        until(lambda: not is_alive(pid), 2)
+        until(lambda: not is_alive(pid))
         self.assertEqual((result.status, result.attempt), ("running", 2))
 
     def test_no_process_outlives_a_killed_worker(self):
@@ -1415,7 +1429,7 @@ class Promises(Served):
             pids += [worker.nursery(), *worker.children()]
         worker.kill()
 
-        until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
+        until(lambda: not any(map(is_alive, pids)), what="the end of all processes")
 
     def test_a_thousand_tasks_leave_no_descriptor_open(self):
         worker = self.worker("--concurrency", 2)
@@ -2438,7 +2452,7 @@ class Results(QueueCase):
             @task
             def double(n): return 2 * n
             def outcome(result):
-                return result.get(timeout=20)
+                return result.get(timeout=60)
             if __name__ == "__main__":
                 context = multiprocessing.get_context("spawn")
                 failed = AsyncResult(int(sys.argv[1]))
@@ -4446,8 +4460,6 @@ class Databases(Case):
                     status = pybgworker.main([*command, "--db", str(path)])
                     self.assertEqual(status, 1)
                     self.assertIn(words, errors.getvalue())
-        pybgworker.configure(db=str(self.db))
-        pybgworker.default_app._flags.clear()
         self.assertEqual(other.read_bytes(), before)
         self.assertEqual(os.listdir(self.folder), ["other.db"])
 
@@ -8602,7 +8614,7 @@ class Beginning(Case):
         child.send_signal(signal.SIGSTOP)
         self.assertEqual(self.read(), (False, None))
         child.kill()
-        is_over, begun = until(lambda: self.read() if self.read()[0] else None, 2)
+        is_over, begun = until(lambda: self.read() if self.read()[0] else None)
         self.assertIn((4, 1), begun)
         self.assertNotIn((5, 1), begun)
 
@@ -10130,7 +10142,7 @@ class OnTheLoop(Case):
         innocent = child.beside("wait", 60)
         for way in ("itself", "task", "get"):
             number = child.beside("block", way)
-            until(lambda: child.said(pybgworker.LAGGED, number), timeout=5)
+            until(lambda: child.said(pybgworker.LAGGED, number))
             (seconds, stack), = child.said(pybgworker.LAGGED)[-1:]
             self.assertLess(1, seconds)
             self.assertLess(seconds, 2.5)
@@ -11158,7 +11170,7 @@ class Nurseries(Served):
         pids += [worker.nursery(), *worker.children()]
         os.kill(worker.nursery(), signal.SIGSTOP)
         worker.kill()
-        until(lambda: not any(map(is_alive, pids)), 1, "the end of all processes")
+        until(lambda: not any(map(is_alive, pids)), what="the end of all processes")
 
     def test_who_kills_the_nursery_is_charged_and_its_neighbours_are_not(self):
         """Each runs again, with nothing else in flight in its child: also beside it."""
@@ -11207,7 +11219,7 @@ class Nurseries(Served):
                 worker.process.kill()
             else:
                 self.assertEqual(worker.stop(), 0)
-            until(lambda: not is_alive(pid), 2)
+            until(lambda: not is_alive(pid))
             self.assertLess(time.monotonic() - began, 2)
             (self.folder / "here").unlink()
 
@@ -11290,7 +11302,7 @@ class Nurseries(Served):
                 if not seconds:
                     worker.wait_for("worker_ready")
                 worker.process.kill()
-                until(lambda pids=pids: not any(map(is_alive, pids)), 1)
+                until(lambda pids=pids: not any(map(is_alive, pids)))
                 (self.folder / "here").unlink()
         self.assertEqual(len(os.listdir(self.folder / "made")), 1)      # of the first
 
@@ -13650,7 +13662,7 @@ class Neighbours(Served):
         for n in range(5):
             long.append(self.tasks.block_for.delay("go"))
             self.wait_lines("begun", 2 * n + 1)
-            self.get(self.tasks.block.delay(0), timeout=10)
+            self.get(self.tasks.block.delay(0))
         self.assertEqual({result.status for result in long}, {"running"})
         (self.folder / "go").touch()
         for result in long:
@@ -13687,7 +13699,7 @@ class Neighbours(Served):
             wait_for.delay_many([("go",)] * 10)
             pids = {int(pid) for pid in self.wait_lines("begun", 10)}
             worker.kill()
-            until(lambda pids=pids: not any(map(is_alive, pids)), 3)
+            until(lambda pids=pids: not any(map(is_alive, pids)))
             self.sql("delete from bg_task")
 
     def test_two_hundred_that_wait_take_little_longer_than_one(self):
@@ -15686,7 +15698,7 @@ class Workers(Served):
         for hours in (1, -1):
             self.set_the_clock(hours)
             self.assertFalse(worker._is_done())
-        until(lambda: worker.step(pybgworker.now_ms()) or worker._is_done(), 5)
+        until(lambda: worker.step(pybgworker.now_ms()) or worker._is_done())
         self.assertLess(0.4, time.monotonic() - began)
 
     def test_a_turn_that_can_do_nothing_is_not_due(self):
@@ -16282,7 +16294,7 @@ class Workers(Served):
         pids = {int(pid) for pid in self.lines("begun")}
         self.store.reap(worker.liveness.id, "w", pybgworker.now_ms())
         worker.house._beat(pybgworker.now_ms())
-        until(lambda: not any(map(is_alive, pids)), 5)
+        until(lambda: not any(map(is_alive, pids)))
         self.assertEqual(worker.pool.in_hand(), 0)
 
     def test_what_a_task_enqueues_at_its_end_starts_at_once(self):
@@ -16583,7 +16595,8 @@ class CommandLine(Served):
         task_id = int(self.ok("enqueue", "tasks.echo", "b=2", '"a=1"', 'c={"d": "e=f"}'))
         self.assertEqual(self.get(self.app.result(task_id)),
                          [("a=1",), {"b": 2, "c": {"d": "e=f"}}])
-        self.ok("enqueue", "t", "--queue", "q", "--key", "k", "--countdown", "60")
+        self.ok("enqueue", "tasks.add", "--queue", "q", "--key", "k",
+                "--countdown", "60")
         row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
         self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
 
@@ -16907,7 +16920,6 @@ class CommandLine(Served):
                 "%s", "' or 1", "--yes", "--failed", "9" * 40, "--status", "queued"]
         main, out = pybgworker.main, open(os.devnull, "w", errors="replace")
         self.addCleanup(out.close)
-        self.addCleanup(pybgworker.default_app._flags.clear)
         for _ in range(300):
             argv = [chance.choice(words)] + chance.choices(more, k=chance.randrange(4))
             os.chdir(self.folder)
@@ -18223,7 +18235,6 @@ class Reports(QueueCase):
         self.assertEqual(pybgworker.stats_text([]), "no run has ended in this time")
 
     def test_the_hours_of_stats_are_a_number_of_which_something_is_known(self):
-        self.addCleanup(pybgworker.default_app._flags.clear)     # of --db
         for hours in ("0", "-1", "nan", "inf", "9601", "a", ""):
             with self.subTest(hours), self.assertRaises(SystemExit) as caught, \
                     contextlib.redirect_stderr(io.StringIO()) as errors:
@@ -19287,7 +19298,6 @@ class Following(QueueCase):
                 contextlib.redirect_stderr(io.StringIO()) as err:
             status = pybgworker.main(["logs", *map(str, argv), "--db", str(self.db)])
         out.seek(0)
-        self.addCleanup(pybgworker.default_app.override, db=None)
         return status, out.read(), err.getvalue()
 
     def ran(self, *outputs, state=pybgworker.SUCCESS):
@@ -20050,7 +20060,7 @@ class InTerminal:
         until(lambda: not re.search(pattern, self.screen.text), timeout,
               f"the end of {pattern!r}")
 
-    def wait(self, timeout=20):
+    def wait(self, timeout=60):
         """Wait for its end; return its status."""
         return self.process.wait(timeout)
 
@@ -23592,7 +23602,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method, timeout=30, **params):
+    def call(self, method, timeout=60, **params):
         """Send a command; return its result."""
         self._number += 1
         number = self._number
@@ -23629,14 +23639,14 @@ class Browser:
             raise AssertionError(json.dumps(found["exceptionDetails"])[:2000])
         return found["result"].get("value")
 
-    def until(self, code, timeout=20):
+    def until(self, code, timeout=60):
         """Wait until an expression is true."""
         return until(lambda: self.js(code), timeout, code)
 
     def text(self):
         return self.js("document.body ? document.body.innerText : ''")
 
-    def shows(self, words, timeout=20):
+    def shows(self, words, timeout=60):
         """Wait until the page has these words."""
         try:
             return until(lambda: words in self.text(), timeout, words)
@@ -24632,11 +24642,11 @@ class Torture(Served):
         with self.subTest(f"PYBGWORKER_SEED={seed}"):
             self.ended = {}
             self.torment(random.Random(seed), TORTURE or 4)
-            until(lambda: not self.of_this_folder(), 2)                     # I9
+            until(lambda: not self.of_this_folder())                     # I9
             worker = self.worker("--concurrency", 2, "--burst")
             code = worker.wait(300)
             self.assertEqual(code, 0, worker.said())
-            until(lambda: not self.of_this_folder(), 2)
+            until(lambda: not self.of_this_folder())
             self.watch()
 
             promised = {int(line) for line in self.lines("journal") if line}
@@ -24925,7 +24935,7 @@ class Torture(Served):
             where name != 'tasks.tick' group by state"""))      # a minute may begin
         self.assertEqual(states, {pybgworker.SUCCESS: 10_000 - 2 * (bad + 4),
                                   pybgworker.FAILED: 2 * (bad + 4)})
-        self.tasks.add.delay(1, 2).get(timeout=10)          # a new log begins
+        self.tasks.add.delay(1, 2).get(timeout=60)          # a new log begins
         until(lambda: self.store.db.wal_bytes() <= pybgworker.CALLER_CHECKPOINT_BYTES + (4 << 20))
 
 
@@ -25514,43 +25524,90 @@ class TheFile(unittest.TestCase):
     def test_every_name_in_all_exists_and_is_sorted(self):
         self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
 
+    def test_what_a_test_does_to_the_app_of_the_process_ends_with_it(self):
+        """Whatever runs after it, there or elsewhere, finds the same."""
+        class Meddling(Case):
+            def runTest(self):
+                pybgworker.configure(threads=3, db=str(self.db))
+                self.module("@on('failure')\ndef told(event): pass")
+                pybgworker.task(name="left")(print)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    pybgworker.main(["list", "--db", str(self.folder / "other.db")])
+                self.store.create()
+                self.assertTrue(all(state()[:4]))
+
+        def state():
+            app = pybgworker.default_app
+            return copy.deepcopy([app.tasks, app.listeners, app._code, app._flags,
+                                  app.settings])
+
+        before, result = state(), unittest.TestResult()
+        Meddling().run(result)
+        self.assertEqual(result.failures + result.errors, [])
+        self.assertEqual(state(), before)
+
+    def test_the_tests_do_not_touch_the_queue_of_who_runs_them(self):
+        name = "Enqueueing.test_an_id_is_never_used_twice"
+        with tempfile.TemporaryDirectory() as folder:
+            mine = Path(folder, "mine.db")
+            done = subprocess.run(
+                [sys.executable, __file__, name], text=True, stdout=subprocess.PIPE,
+                env={**os.environ, "PYBGWORKER_DB": str(mine)})
+            self.assertIn("1 passed, 0 failed", done.stdout)
+            self.assertEqual(os.listdir(folder), [])
+
 
 # == Running ==================================================================
 # Many tests wait for something, so several run at a time, each in one of a few
 # processes that live as long as the run: -j N, and -j 1 for a debugger.
 
+LONG = re.compile("Torture|.*torture|Pages|AnySequence")
+
+
+def each_test(suite):
+    """(class, name) of the tests in it, in their order."""
+    for part in suite:
+        if isinstance(part, unittest.TestSuite):
+            yield from each_test(part)
+        else:
+            yield type(part), part.id().partition("__main__.")[2] or part.id()
+
 
 def units(names):
     """What is run as one: a test, or a class that prepares something for all of its."""
-    loader = unittest.defaultTestLoader
-    suite = loader.loadTestsFromNames(names or ["__main__"])
-    found = []
-
-    def collect(part):
-        if isinstance(part, unittest.TestSuite):
-            for inner in part:
-                collect(inner)
-        elif type(part).setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__:
-            found.append(type(part).__qualname__)
-        else:
-            found.append(part.id().partition("__main__.")[2] or part.id())
-
-    collect(suite)
+    suite = unittest.defaultTestLoader.loadTestsFromNames(names or ["__main__"])
+    plain = unittest.TestCase.setUpClass.__func__
+    found = [name if one.setUpClass.__func__ is plain else one.__qualname__
+             for one, name in each_test(suite)]
     # The longest first, lest one be left alone at the end.
-    return sorted(dict.fromkeys(found), key=lambda name: "Torture" not in name)
+    return sorted(dict.fromkeys(found), key=lambda name: not LONG.match(name))
+
+
+class Tally(unittest.TestResult):
+    """Counts those that have passed, too."""
+
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
 
 
 def run_unit(name):
-    """Run one unit; return (number of tests, [text of each failure], [skipped])."""
-    result = unittest.TestResult()
-    unittest.defaultTestLoader.loadTestsFromName(f"__main__.{name}").run(result)
-    failed = {}
+    """Run one unit; return (how many passed, {test: why it failed}, {test: why not})."""
+    result = Tally()
+    suite = unittest.defaultTestLoader.loadTestsFromName(f"__main__.{name}")
+    names = [name for _, name in each_test(suite)]
+    suite.run(result)
+    failed, skipped = {}, {}
     for test, text in result.failures + result.errors:
         failed.setdefault(test.id().split(" ")[0], f"FAIL: {test}\n{text}")
     failed.update((test.id(), f"FAIL: {test}: it should fail, and does not")
                   for test in result.unexpectedSuccesses)
-    skipped = [f"{test}: {why}" for test, why in result.skipped]
-    return result.testsRun, list(failed.values()), skipped
+    for test, why in result.skipped:        # of a class that was not prepared: all
+        found = [test.id().split(" ")[0].partition("__main__.")[2]]
+        skipped.update(dict.fromkeys([*filter(None, found)] or names, why))
+    return result.passed, failed, skipped
 
 
 def serve_units():
@@ -25579,7 +25636,7 @@ class TestProcess:
         if answer:
             return json.loads(answer)
         code, self.process = self.process.wait(), None
-        return 1, [f"FAIL: {name}: its process ended with status {code}"], []
+        return 0, {name: f"FAIL: {name}: its process ended with status {code}"}, {}
 
     def close(self):
         if self.process is not None:
@@ -25608,14 +25665,15 @@ def run_all(argv):
     if argv[:1] == ["-j"]:
         jobs, argv = int(argv[1]), argv[2:]
     queue = collections.deque(units([f"__main__.{name}" for name in argv]))
-    total, failed, skipped = 0, [], []
+    passed, failed, skipped = 0, {}, {}
 
     def report(result):
-        nonlocal total
-        total += result[0]
-        failed.extend(result[1])
-        skipped.extend(result[2])
-        print("\n" + "\n".join(result[1]) if result[1] else ".", end="", flush=True)
+        nonlocal passed
+        passed += result[0]
+        failed.update(result[1])
+        skipped.update(result[2])
+        print("\n" + "\n".join(result[1].values()) if result[1] else ".", end="",
+              flush=True)
 
     began = time.monotonic()
     if jobs > 1 and len(queue) > 1:
@@ -25623,12 +25681,22 @@ def run_all(argv):
     else:
         for name in queue:
             report(run_unit(name))
+    total = passed + len(failed) + len(skipped)
     print(f"\nRan {total} tests in {time.monotonic() - began:.1f} s")
-    for text in skipped:
-        print(f"skipped: {text}")
-    passed = total - len(failed) - len(skipped)
+    for line in skips_said(skipped):
+        print(f"skipped: {line}")
     print(f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped")
     return 1 if failed or not passed else 0
+
+
+def skips_said(skipped):
+    """A line for each test, or for those of a class that have one reason."""
+    alike = collections.defaultdict(list)
+    for name, why in skipped.items():
+        alike[name.partition(".")[0], why].append(name)
+    for (group, why), names in alike.items():
+        what = names[0] if len(names) == 1 else f"{group}, {len(names)} tests"
+        yield f"{what}: {why}"
 
 
 if __name__ == "__main__":
