@@ -405,6 +405,9 @@ class Setting(NamedTuple):
     may_be_empty: bool = False  # an empty variable is a value, and not that it is unset
 
 
+_REDACTED = ("(?i)pass|secret|token|api[-_ .]?key|auth|cookie|credential|private|card|"
+             "iban|ssn")
+
 SETTINGS = (
     Setting("db", "pybgworker.db", parse_path, True,
             "path of the SQLite file (default: pybgworker.db)"),
@@ -467,11 +470,9 @@ SETTINGS = (
     Setting("web_token", None, parse_token, False,
             "what one needs to get into the dashboard, and from elsewhere to metrics "
             "(default: a new one at each start; no metrics)"),
-    Setting("redact", "(?i)pass|secret|token|api[-_ .]?key|auth|cookie|credential|"
-            "private|card|iban|ssn", parse_pattern, False,
+    Setting("redact", _REDACTED, parse_pattern, False,
             "regular expression for the names of parameters and keys whose values the "
-            "dashboard hides; empty: none (default: (?i)pass|secret|token|api_?key|"
-            "auth|cookie|credential|private|card|iban|ssn)", may_be_empty=True),
+            f"dashboard hides; empty: none (default: {_REDACTED})", may_be_empty=True),
 )
 SETTING_BY_NAME = {setting.name: setting for setting in SETTINGS}
 

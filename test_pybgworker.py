@@ -9612,10 +9612,16 @@ class InThreads(Case):
             @task(name="raw")
             def raw():
                 os.write(1, b"raw\\n")
+
+            @task(name="stay")
+            def stay():
+                open("stays", "w").close()
+                wait_for("go")
             """)
         alone = child.run("raw")
         child.answer(alone)
-        held = child.run("hold")
+        held = child.run("stay")
+        until(lambda: (self.folder / "stays").exists())
         child.answer(child.run("raw"))
         self.assertEqual(
             [(number, value) for kind, number, value in child.heard
@@ -24962,6 +24968,8 @@ class Readme(Case):
         names += [f"`{option}`" for option in
                   (*pybgworker.TASK_OPTIONS, *pybgworker.CALL_OPTIONS)]
         names += pybgworker.__all__
+        hidden = pybgworker.SETTING_BY_NAME["redact"].default.replace("|", "\\|")
+        names.append(f"| `{hidden}` |")
         for name in names:
             with self.subTest(name):
                 self.assertTrue(name in self.text, "not in README.md")
