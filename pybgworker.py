@@ -2132,7 +2132,8 @@ class WorkerFacts(NamedTuple):
     row: WorkerRow
     running: int = 0                # tasks it has claimed and not finished
     claimed_at: int | None = None   # … when it claimed the last of them
-    names: frozenset | None = None  # of the tasks it knows; None: not said
+    names: dict | None = None       # the tasks it knows: (rate, max_running) of each;
+                                    # None: not said
     name_rate: float | None = None  # starts a second of the task that is asked about
     max_running: int | None = None  # … and its runs at a time, over all workers
 
@@ -2241,6 +2242,7 @@ class TaskFacts(NamedTuple):
     pace: tuple[Pace, ...] = ()
     tats: dict = {}                 # of limits of starts, see rate_tokens()
     running: int = 0                # runs of its name
+    running_of: dict = {}           # … and of each name
     # What the caller knows beside that.
     dead: frozenset = frozenset()   # ids of workers known to be dead, by the kernel
     worker_timeout: float = 15.0    # seconds that one may be silent
@@ -8488,9 +8490,8 @@ class Looks(Records, Attempts):
             if told is None and worker.state is not None and is_whole:
                 told = {}
             rate, most = (told or {}).get(name, (None, None))
-            known_names = None if told is None else frozenset(told)
             held = holding.get(worker.id, (0, None))
-            found.append(WorkerFacts(*(worker, *held, known_names, rate, most)))
+            found.append(WorkerFacts(*(worker, *held, told, rate, most)))
         return tuple(found)
 
     def _held(self):
@@ -8621,10 +8622,12 @@ class TaskLook(Looks):
         pause = self.db.read(
             """select name, paused_at, paused_by, reason from bg_queue
                 where name = :queue""", {"queue": task.queue})
+        running = self._running_of_names()
         facts = facts._replace(
             pause=Pause(*pause[0]) if pause else None, pace=self._pace(now),
-            tats={n: at for n in (task.name, "") for at in self._tat(n)},
-            running=self._running_of(task.name),
+            tats=dict(self.db.read(
+                f"""select name, tat from bg_rate limit {_MOST_KNOWN}""")),
+            running=running.get(task.name, 0), running_of=running,
             due=self._due(now) if task.state < QUEUED and task.run_at <= now else 0)
         if not any(knows):
             facts = facts._replace(names=self._names(), last_run=self._last_run(task))
@@ -8680,15 +8683,11 @@ class TaskLook(Looks):
             {"id": task_id})
         return InHand(*rows[0]) if rows else None
 
-    def _tat(self, limit):
-        return [tat for tat, in self.db.read(
-            """select tat from bg_rate where name = :name""", {"name": limit})]
-
-    def _running_of(self, name):
-        return self.db.read(
-            f"""select count(*) from (select name from bg_task indexed by bg_running
-                    where state = {RUNNING} limit {_MOST_RUNNING})
-                where name = :name""", {"name": name})[0][0]
+    def _running_of_names(self):
+        return dict(self.db.read(
+            f"""select name, count(*) from (select name from bg_task indexed by
+                    bg_running where state = {RUNNING} limit {_MOST_RUNNING})
+                group by name"""))
 
     def _due(self, now):
         return self.db.read(
@@ -19909,10 +19908,13 @@ def _lost_worker(story):
         yield Found("worker_dead", who + after)
         return
     timeout, silent = story.facts.worker_timeout, silence(worker.row, story.now)
+    began = [w.row.started_at for w in story.live if w.row.id != task.worker]
     if silent >= timeout * 2 / 3:
-        after = "; another worker takes it over now." if others and silent >= timeout \
-            else f"; after {lasting(timeout)} its tasks go to others." if others \
-            else nobody
+        # Each of them waits for so long itself, so that no stall looks like a death.
+        heard = max(worker.row.beat_at, min(began, default=0))
+        left = timeout - (story.now - heard) / 1000
+        after = nobody if not others else "; another worker takes it over now." \
+            if left <= 0 else f"; another worker takes it over in {lasting(left)}."
         yield Found("worker_silent", f"Its worker {named(worker)} has not been heard "
                      f"of for {lasting(silent)}{after}")
 
@@ -20111,7 +20113,8 @@ def _limited(story):
     rates = (
         (name, f"{brief(name)} may", [w.name_rate for w in story.knowing], before),
         ("", "All tasks together may", [w.row.rate for w in story.knowing],
-         sum(group.tasks for group in facts.ahead)),
+         sum(group.tasks for group in facts.ahead
+             if group.name == name or not _is_at_limit(story, group.name))),
     )
     for limit, who, found, ahead in rates:
         rate, tat = max(filter(_is_rate, found), default=0), facts.tats.get(limit)
@@ -20131,6 +20134,18 @@ def _limited(story):
                      f"{'is' if facts.running == 1 else 'are'} running{others}.")
 
 
+def _is_at_limit(story, name):
+    """True for tasks that a limit of their own holds: they delay no other."""
+    facts = story.facts
+    limits = [w.names[name] for w in story.able if w.names and name in w.names]
+    rate, tat = max(filter(_is_rate, (r for r, _ in limits)), default=0), \
+        facts.tats.get(name)
+    if rate and _is_rate(tat) and rate_tokens(tat, story.now, rate) <= 0:
+        return True
+    most = max((whole(most, 0) for _, most in limits), default=0)
+    return 0 < most <= facts.running_of.get(name, 0)
+
+
 def _is_rate(value):
     return isinstance(value, (int, float)) and 1e-9 <= value < 1e16
 
@@ -20138,8 +20153,9 @@ def _is_rate(value):
 def _ahead(story):
     """Others, full children; or nothing at all."""
     facts, task, workers = story.facts, story.task, story.able
-    ahead = [group for group in facts.ahead if any(
-        serves(w.row, group.queue) and knows(w, group.name) for w in workers)]
+    ahead = [group for group in facts.ahead
+             if any(serves(w.row, group.queue) and knows(w, group.name) for w in workers)
+             and not _is_at_limit(story, group.name)]
     count = sum(group.tasks for group in ahead)
     children = sum(whole(w.row.concurrency, 0) for w in workers)
     is_full = sum(w.running for w in workers) >= children
@@ -20213,7 +20229,7 @@ def _numbers(story):
         found.update(
             ahead=sum(group.tasks for group in facts.ahead), is_more=facts.is_more,
             due=facts.due, running=facts.running, alone=facts.alone,
-            recent=facts.recent, tats=dict(facts.tats),
+            recent=facts.recent, tats={n: facts.tats[n] for n in ("", task.name) if n in facts.tats},
             pace=[dict(p._asdict()) for p in facts.pace[:20]],
             paused=facts.pause is not None)
     elif task.state == RUNNING:

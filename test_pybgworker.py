@@ -18521,11 +18521,14 @@ class Why(WhyCase):
         self.now += 3_000
         self.says("worker_silent", "Its worker w1 has not been heard of for 12 s, and no "
                   "other worker runs. Start one: .*")
-        self.serve(2)
-        self.says("worker_silent", "Its worker w1 has not been heard of for 12 s; after "
-                  r"15 s its tasks go to others\.")
+        self.serve(2, started_at=1)
+        self.says("worker_silent", "Its worker w1 has not been heard of for 12 s; another "
+                  r"worker takes it over in 3 s\.")
         self.now += 5_000
-        self.serve(2)
+        self.serve(2, started_at=self.now - 4_000)
+        self.says("worker_silent", "Its worker w1 has not been heard of for 17 s; another "
+                  r"worker takes it over in 11 s\.")
+        self.serve(3, started_at=1)
         self.says("worker_silent", "Its worker w1 has not been heard of for 17 s; another "
                   r"worker takes it over now\.")
 
@@ -18755,6 +18758,26 @@ class Why(WhyCase):
         self.enqueue(queue="mail", priority=1, count=100)
         self.assertRegex(self.why(2_316).say, r"^2,311 tasks are ahead of it: about ")
 
+    def test_what_is_held_by_a_limit_of_its_own_is_ahead_of_nothing(self):
+        self.serve(names=("a",), name_rate=1 / 300)
+        self.sql("insert into bg_worker_task (worker, name, max_running) values "
+                 "(1, 'b', 1), (1, 't', null)")
+        self.enqueue(name="b", count=3)
+        self.enqueue(name="a", count=4)
+        self.enqueue()
+        self.claim(free=1, names=("b",))
+        self.history(300)
+        self.sql("insert into bg_rate values ('a', ?)", self.now + 100_000)
+        self.says("busy", "The only child of w1 is busy and it is the next one.", 8)
+        self.sql("delete from bg_rate")
+        self.says("busy", "The only child of w1 is busy and 4 tasks are ahead.*", 8)
+        self.sql("update bg_worker_task set max_running = 2")
+        self.says("busy", "The only child of w1 is busy and 6 tasks are ahead.*", 8)
+        self.sql("update bg_worker_task set max_running = 1 where name = 'b'")
+        self.sql("insert into bg_rate values ('', ?)", self.now + 900)
+        self.sql("update bg_worker set rate = 1")
+        self.says("rate", "All tasks together may start 1 a second; 4 are before it.*", 8)
+
     def test_one_child_is_busy(self):
         self.serve(concurrency=1)
         self.enqueue(count=2)
@@ -18922,7 +18945,7 @@ class WhyOfWorkers(Case):
         comes(ids[2], "rate", r"tasks.rated may start 2 a minute, so its turn .*")
         comes(ids[4], "max_running", "tasks.single may run 1 at a time over all workers, "
               r"and 1 is running\.")
-        comes(ids[5], "busy", "All 2 children of w1 are busy and .* ahead of it.*")
+        comes(ids[5], "busy", r"All 2 children of w1 are busy and it is the next one\.")
         comes(ids[6], "unknown_name", r"No live worker knows tasks.slwo \(did you mean "
               r"tasks.slow\?\)\.")
         comes(ids[7], "not_served", "No live worker serves queue mail: w1 serves default.")
