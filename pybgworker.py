@@ -14549,15 +14549,15 @@ SIGNAL_WORDS = {
     "SIGSYS": "forbidden system call",
     "SIGXCPU": "its CPU time is used up (RLIMIT_CPU)",
     "SIGXFSZ": "it wrote a larger file than it may (RLIMIT_FSIZE)",
-    "SIGTERM": "asked to end from outside, as by kill",
-    "SIGINT": "interrupted from outside, as by Ctrl-C",
-    "SIGQUIT": "asked to end from outside, as by Ctrl-\\",
-    "SIGHUP": "its terminal has gone, or kill -HUP from outside",
+    "SIGTERM": "asked to end, as by kill",
+    "SIGINT": "interrupted, as by Ctrl-C",
+    "SIGQUIT": "asked to end, as by Ctrl-\\",
+    "SIGHUP": "its terminal has gone, or kill -HUP",
     "SIGALRM": "an alarm that it had set, and did not handle",
     "SIGVTALRM": "a timer that it had set, and did not handle",
     "SIGPROF": "a profiling timer that it had set, and did not handle",
 }
-_FROM_OUTSIDE = "killed from outside, as by kill -9"
+_KILLED = "killed, as by kill -9"
 
 # The last words of a C library, or of a runtime, that aborts.
 _ABORT_LINES = re.compile(
@@ -14635,10 +14635,10 @@ def _kill_words(found, scarcity):
     if kills:
         return "out of memory", evidence
     if counter:
-        return _FROM_OUTSIDE, [f"{counter} oom_kill +0"]
+        return _KILLED, [f"{counter} oom_kill +0"]
     if limit and found.peak_bytes >= NEAR * limit:
         return "out of memory, it seems", evidence
-    return f"{_FROM_OUTSIDE}, or by the system for want of memory", []
+    return f"{_KILLED}, or by the system for want of memory", []
 
 
 def _signal_words(name, stack, printed):
@@ -20153,9 +20153,9 @@ def _is_rate(value):
 def _ahead(story):
     """Others, full children; or nothing at all."""
     facts, task, workers = story.facts, story.task, story.able
-    ahead = [group for group in facts.ahead
-             if any(serves(w.row, group.queue) and knows(w, group.name) for w in workers)
-             and not _is_at_limit(story, group.name)]
+    ahead = [group for group in facts.ahead if not _is_at_limit(story, group.name)
+             and any(serves(w.row, group.queue) and knows(w, group.name)
+                     for w in workers)]
     count = sum(group.tasks for group in ahead)
     children = sum(whole(w.row.concurrency, 0) for w in workers)
     is_full = sum(w.running for w in workers) >= children
@@ -20229,7 +20229,8 @@ def _numbers(story):
         found.update(
             ahead=sum(group.tasks for group in facts.ahead), is_more=facts.is_more,
             due=facts.due, running=facts.running, alone=facts.alone,
-            recent=facts.recent, tats={n: facts.tats[n] for n in ("", task.name) if n in facts.tats},
+            recent=facts.recent,
+            tats={n: facts.tats[n] for n in ("", task.name) if n in facts.tats},
             pace=[dict(p._asdict()) for p in facts.pace[:20]],
             paused=facts.pause is not None)
     elif task.state == RUNNING:

@@ -11898,11 +11898,18 @@ class Crashes(Served):
         error = self.failure(self.tasks.exit.delay(3)).error
         self.assertEqual((error.kind, str(error)), ("exception", "SystemExit: 3"))
 
-    def test_a_kill_from_outside_is_called_so(self):
+    def test_who_sent_a_signal_is_not_known_and_not_said(self):
+        """It may have been the task itself, or the kernel for a limit."""
+        for name in ("SIGKILL", *pybgworker.SIGNAL_WORDS):
+            found = mock.Mock(signal=name, code=None, peak_bytes=1 << 20, cpu=0.1)
+            said = pybgworker.crash_of(None, found, None)["message"]
+            self.assertNotIn("outside", said)
+
+    def test_a_kill_is_called_so(self):
         self.worker()
         result = self.tasks.hold.delay()
         for number, name, text in (
-            (signal.SIGKILL, "SIGKILL", "killed from outside, as by kill -9"),
+            (signal.SIGKILL, "SIGKILL", "killed, as by kill -9"),
             (signal.SIGXCPU, "SIGXCPU", r"its CPU time is used up \(RLIMIT_CPU\)"),
         ):
             os.kill(int(self.wait_lines("pid")[0]), number)
@@ -11963,7 +11970,7 @@ class Crashes(Served):
         held = self.tasks.hold.delay()      # and a kill after that is no such thing
         os.kill(int(self.wait_lines("pid")[0]), signal.SIGKILL)
         said = str(self.failure(held))
-        self.assertRegex(said, "killed from outside, as by kill -9 .*oom_kill \\+0")
+        self.assertRegex(said, "killed, as by kill -9 .*oom_kill \\+0")
         self.assertEqual(worker.stop(), 0)
 
     def words(self, *end, scarcity=None, stack="", printed="", verdict=None, limit=None):
@@ -11981,12 +11988,12 @@ class Crashes(Served):
             (("SIGKILL", None, big), {"scarcity": scarce("machine", 2, None)},
              "SIGKILL: out of memory (peak 3.0 GiB, machine oom_kill +2, CPU 0.0 s)"),
             (("SIGKILL", None, big), {"scarcity": scarce("cgroup", 0, big)},
-             "SIGKILL: killed from outside, as by kill -9 (peak 3.0 GiB, cgroup oom_kill +0, "
+             "SIGKILL: killed, as by kill -9 (peak 3.0 GiB, cgroup oom_kill +0, "
              "CPU 0.0 s)"),
             (("SIGKILL", None, big), {"scarcity": scarce("", 0, big + 1)},
              "SIGKILL: out of memory, it seems (peak 3.0 GiB, cgroup limit 3.0 GiB, CPU 0.0 s)"),
             (("SIGKILL", None, big), {},
-             "SIGKILL: killed from outside, as by kill -9, or by the system for want of memory "
+             "SIGKILL: killed, as by kill -9, or by the system for want of memory "
              "(peak 3.0 GiB, CPU 0.0 s)"),
             (("SIGKILL", None, 0), {},
              "SIGKILL: its nursery, the process that starts children, has ended, and this "
