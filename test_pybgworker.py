@@ -23776,12 +23776,17 @@ class Proxy:
         self.port = server.server_address[1]
 
 
-@unittest.skipUnless(Browser.path(), "no chromium here: apt-get install chromium")
 class Pages(Serving):
     """In a real browser.  PYBGWORKER_SCREENSHOTS=FOLDER keeps pictures of all pages."""
 
     @classmethod
     def setUpClass(cls):
+        path = Browser.path()
+        if path is None:
+            raise unittest.SkipTest("no chromium here: apt-get install chromium")
+        if subprocess.call([path, "--version"], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL):
+            raise unittest.SkipTest(f"{path} is no browser, but tells how to get one")
         cls.home = tempfile.mkdtemp(prefix="pybgworker-browser-")
         cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
         cls.browser = Browser(cls.home)
@@ -25612,13 +25617,14 @@ def each_test(suite):
 
 
 def units(names):
-    """What is run as one: a test, or a class that prepares something for all of its."""
+    """What is run as one: a test, or those of a class that prepares something for all."""
     suite = unittest.defaultTestLoader.loadTestsFromNames(names or ["__main__"])
     plain = unittest.TestCase.setUpClass.__func__
-    found = [name if one.setUpClass.__func__ is plain else one.__qualname__
-             for one, name in each_test(suite)]
+    found = collections.defaultdict(dict)       # the names of each, once
+    for one, name in each_test(suite):
+        found[name if one.setUpClass.__func__ is plain else one][name] = True
     # The longest first, lest one be left alone at the end.
-    return sorted(dict.fromkeys(found), key=lambda name: not LONG.match(name))
+    return sorted(map(" ".join, found.values()), key=lambda name: not LONG.match(name))
 
 
 class Tally(unittest.TestResult):
@@ -25634,8 +25640,8 @@ class Tally(unittest.TestResult):
 def run_unit(name):
     """Run one unit; return (how many passed, {test: why it failed}, {test: why not})."""
     result = Tally()
-    suite = unittest.defaultTestLoader.loadTestsFromName(f"__main__.{name}")
-    names = [name for _, name in each_test(suite)]
+    names = name.split()
+    suite = unittest.defaultTestLoader.loadTestsFromNames(f"__main__.{n}" for n in names)
     suite.run(result)
     failed, skipped = {}, {}
     for test, text in result.failures + result.errors:
