@@ -25,8 +25,8 @@ Life of a task
     `Worker.step`: it hears its children, and `settle` decides what follows each
     run: success, failure, or another run after `retry_delay`.  `Store.turn`
     writes that, where the run is still ours, with the rows of what follows, such
-    as a call of on_failure, and claims what comes next, in one transaction.
-    `Pool.dispatch` hands the claimed runs to children that are warm.
+    as a call of on_failure, counts it in history, and claims what comes next, in
+    one transaction.  `Pool.dispatch` hands the claimed runs to children that are warm.
 
     The worker never imports the app.  One other process does, the nursery
     (`run_nursery`), and forks the children; where that is not safe it executes
@@ -38,6 +38,10 @@ Life of a task
     Who ends a child costs itself a run, and no other: of several in flight each
     runs again by itself, see `judge`.  The tasks of a killed worker are found by
     `Store.reap`; what had begun, by the cells of `Begun`, has cost an attempt.
+
+    Workers tell the database how they are with each heartbeat, and what has run for a
+    second.  Of that, of history and of what waits, `why`, `overview` and all that
+    shows them are made: in rooms, which ask the Store and never a worker.
 
 Map
     Book One: the program's side
@@ -2305,8 +2309,8 @@ class SystemFacts(NamedTuple):
 
 
 # == Store ====================================================================
-# Owns what can be done to a queue.  Each verb is one atomic step, but for two that
-# say so; it is durable when it returns, if it has to be, and leaves nothing open.
+# Owns what can be done to a queue.  Each verb is one atomic step, but for one that
+# says so; it is durable when it returns, if it has to be, and leaves nothing open.
 # STORES says who keeps a queue; read this section, and you know what one does.
 
 class QueueVerbs(Protocol):
@@ -7537,7 +7541,7 @@ class Records:
 BATCH = 500                 # tasks that one transaction of a command changes
 _WINDOW = 20_000            # tasks that one statement looks through
 _MOST_GROUPS = 200          # (queue, name) that are merged in the order of claims
-_HEAD_ROWS = 8              # of a group and priority: one of them is about the oldest
+HEAD_ROWS = 8              # of a group and priority: one of them is about the oldest
 _FAR = 10**17               # beyond what a row can have in the first column of an order
 _LONGEST_TEXT = 1000        # characters that can be searched for
 _NO_PAGE = "no page goes on from {!r}: give what the one before said was next"
@@ -7594,9 +7598,8 @@ _COUNTS = f"""
     select queue, name, state, count(*) from bg_task indexed by bg_bad
         where state > {SUCCESS} group by queue, name, state
     order by 1, 2, 3"""
-# The first of each group and priority by a seek, and the eldest of the few that stand
-# there: what was put off came in earlier than it became due.
-_HEADS = f"""
+# The first of each group and priority by a seek, up to :groups; fewer than none: all.
+LEAPS = f"""
     with recursive head (id) as (
         select (select id from bg_task indexed by bg_group
             where state = {QUEUED} and alone = 0
@@ -7614,12 +7617,16 @@ _HEADS = f"""
             (select t.id from bg_task as t indexed by bg_group
                 where t.state = {QUEUED} and t.alone = 0 and t.queue > h.queue
                 order by t.queue, t.name, t.priority, t.place, t.id limit 1))
-            from head join bg_task as h on h.id = head.id)
+            from head join bg_task as h on h.id = head.id
+        limit :groups)"""
+# The eldest of the few that stand there: what was put off came in earlier than it
+# became due.
+_HEADS = LEAPS + f"""
     select h.queue, min((select min(run_at) from (
             select t.run_at from bg_task as t indexed by bg_group
                 where t.state = {QUEUED} and t.alone = 0 and t.queue = h.queue
                     and t.name = h.name and t.priority = h.priority
-                order by t.place, t.id limit {_HEAD_ROWS})))
+                order by t.place, t.id limit {HEAD_ROWS})))
         from head join bg_task as h on h.id = head.id group by h.queue"""
 _READY_GROUPS = f"""
     with recursive head (id) as (
@@ -7944,7 +7951,7 @@ class Lists(Records):
                 row["next_at"] = earliest(row.get("next_at"), later)
             if first is not None and (state == QUEUED or first <= now):
                 row["oldest_at"] = earliest(row.get("oldest_at"), first)
-        for queue, first in self.db.read(_HEADS):
+        for queue, first in self.db.read(_HEADS, {"groups": -1}):
             row = found[queue]
             row["oldest_at"] = earliest(row.get("oldest_at"), first)
         return [QueueRow(name, **found[name]) for name in sorted(found)]
@@ -8525,35 +8532,15 @@ class Looks(Records, Attempts):
         in earlier than it became due.
         """
         rows = self.db.read(
-            f"""with recursive head (id) as (
-                    select (select id from bg_task indexed by bg_group
-                        where state = {QUEUED} and alone = 0
-                        order by queue, name, priority, place, id limit 1)
-                    union all
-                    select coalesce(
-                        (select id from bg_task as t indexed by bg_group
-                            where t.state = {QUEUED} and t.alone = 0
-                                and t.queue = h.queue and t.name = h.name
-                                and t.priority > h.priority
-                            order by t.priority, t.place, t.id limit 1),
-                        (select id from bg_task as t indexed by bg_group
-                            where t.state = {QUEUED} and t.alone = 0
-                                and t.queue = h.queue and t.name > h.name
-                            order by t.name, t.priority, t.place, t.id limit 1),
-                        (select id from bg_task as t indexed by bg_group
-                            where t.state = {QUEUED} and t.alone = 0
-                                and t.queue > h.queue
-                            order by t.queue, t.name, t.priority, t.place, t.id
-                            limit 1))
-                        from head join bg_task as h on h.id = head.id
-                    limit {_MOST_HEADS})
+            LEAPS + f"""
                 select h.id, h.queue, h.name, h.priority, (select min(run_at) from (
                         select t.run_at from bg_task as t indexed by bg_group
                             where t.state = {QUEUED} and t.alone = 0
                                 and t.queue = h.queue and t.name = h.name
                                 and t.priority = h.priority
-                            order by t.place, t.id limit 8))
-                    from head join bg_task as h on h.id = head.id""")
+                            order by t.place, t.id limit {HEAD_ROWS}))
+                    from head join bg_task as h on h.id = head.id""",
+            {"groups": _MOST_HEADS})
         return [Head(*row) for row in rows]
 
     def _lonely_heads(self):
@@ -8572,9 +8559,11 @@ class Looks(Records, Attempts):
         rolled = self.db.read("""select value from bg_meta where name = 'rolled_to'""")
         now_s = now // 1000
         rolled_to = int(rolled[0][0]) if rolled else 0
-        newest = min(now_s, max(now_s - 10_800, rolled_to)) // 60 * 60
-        quarters = range((now_s - 86_400) // 900 * 900, newest, 900)
-        return (900, [*quarters]), (60, [*range(newest, now_s + 1, 60)])
+        newest = min(now_s, max(now_s - HISTORY_KEPT[MINUTE], rolled_to))
+        newest = newest // MINUTE * MINUTE
+        quarters = range((now_s - DAY) // QUARTER * QUARTER, newest, QUARTER)
+        minutes = range(newest, now_s + 1, MINUTE)
+        return (QUARTER, [*quarters]), (MINUTE, [*minutes])
 
     def _counts(self, kind, name, now):
         """Counts, by HISTORY_BOUNDS, of the runs of a task in the last day."""
@@ -8758,7 +8747,7 @@ class TaskLook(Looks):
         since = (now - _PACE_MS) // 60_000 * 60
         rows = self.db.read(
             f"""select queue, name, sum(runs), min(at) * 1000 from bg_history
-                where span = 60 and at >= :since group by queue, name
+                where span = {MINUTE} and at >= :since group by queue, name
                 limit {_MOST_FEW}""", {"since": since})
         return tuple(Pace(*row) for row in rows)
 
@@ -8824,7 +8813,7 @@ class SystemLook(Looks):
         rows = self.db.read(
             f"""select name, sum(runs * (at >= :lately)),
                     sum((failed + retried) * (at >= :lately)), sum(crashed)
-                from bg_history where span = 60 and at >= :hour
+                from bg_history where span = {MINUTE} and at >= :hour
                 group by name having sum(failed + retried + crashed) > 0
                 order by 3 desc, 4 desc limit {_MOST_FEW}""",
             {"lately": (now - _LATELY_MS) // 60_000 * 60,
@@ -16924,7 +16913,6 @@ class Signs:
         return Vitals(self.state, self.note, own and own.memory, cpu,
                       self._children_cpu, children)
 
-
     def note_runs(self, worker: int, now: int, at: float) -> None:
         """Tell of the runs that last, and of what they have printed since."""
         found = dict(itertools.islice(self._lasting(now, at), _MOST_NOTED))
@@ -23409,9 +23397,10 @@ def _limit_in(path):
     return int(text) if text.isdigit() else 0
 
 
-_NAMES_OF_APP = """
+_TASKS_OF_APP = """
 app = ours.import_app(sys.argv[1])
-print(json.dumps(sorted(app.tasks)))
+print(json.dumps({name: [[s.cron.expr, s.cron.tz] for s in app.tasks[name].schedules]
+                  for name in sorted(app.tasks)}))
 """
 _IN_ANOTHER_PROCESS = """
 import importlib, json, sys
@@ -23431,8 +23420,14 @@ def _look_at_app(patient):
     if first != again:
         yield Finding("warn", "the app has other tasks each time it is imported",
                       "let the names of tasks depend on nothing")
-    yield Finding("ok", f"--app {patient.args.app} has {len(first)} tasks: "
-                  f"{', '.join(first[:9])}{', …' * (len(first) > 9)}")
+    yield Finding("ok", f"--app {patient.args.app} has {counted(len(first), 'task')}: "
+                  f"{', '.join([*first][:9])}{', …' * (len(first) > 9)}")
+    for name, schedules in first.items():
+        for expr, tz in schedules:
+            tick = Cron(expr, tz).next(datetime.now(timezone.utc))
+            comes = local_time(tick.isoformat()) if tick else "never"
+            yield Finding("info" if tick else "warn",
+                          f"{name}, {expr} ({tz}): next {comes}")
 
 
 def _ours_apart(*folders):
@@ -23442,10 +23437,12 @@ def _ours_apart(*folders):
 
 
 def _import_apart(spec):
-    """The names of the tasks of an app, imported in another process; or its error."""
+    """{name: [(expr, tz)]} of the tasks of an app, imported in another process; or its
+    error.
+    """
     import subprocess
 
-    code = _ours_apart() + _NAMES_OF_APP
+    code = _ours_apart() + _TASKS_OF_APP
     done = subprocess.run([*interpreter(), "-c", code, spec], stdin=subprocess.DEVNULL,
                           capture_output=True)
     try:
@@ -23563,7 +23560,8 @@ def doctor_text(report: dict, colour: bool = False) -> str:
         if finding["do"]:
             lines.append(f"{'':<14}→ {finding['do']}")
     levels = [finding["level"] for finding in report["findings"]]
-    lines.append(f"{levels.count('error')} errors, {levels.count('warn')} warnings")
+    lines.append(f"{counted(levels.count('error'), 'error')}, "
+                 f"{counted(levels.count('warn'), 'warning')}")
     return visible("\n".join(lines))
 
 
