@@ -18548,7 +18548,8 @@ def cron_chore(worker: Worker) -> Chore:
 # prints as they are, then aligned text.  Times are ISO 8601 in UTC, durations and
 # ages are seconds.  Knows no SQL, and changes nothing.
 
-START_COMMAND = "python -m pybgworker run --app MODULE"
+PROGRAM = "python -m pybgworker"
+START_COMMAND = f"{PROGRAM} run --app MODULE"
 STATS_HOURS = 24.0              # that stats looks back, if nobody says how many
 _TEXT_WIDTH = 60                # characters of a long value in a table
 _STATE_COLOURS = {
@@ -18718,10 +18719,19 @@ def cron_report(store: Store) -> list[dict]:
             "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
             "last": stamp(row.last_tick and row.last_tick * 1000),
             "next": stamp(row.next_tick and row.next_tick * 1000),
-            "seen_at": stamp(row.seen_at),
+            "seen_at": stamp(row.seen_at), "success_at": stamp(row.success_at),
+            "alert_after": row.alert_after, **_last_of(store, row.last_id),
         }
         for row in store.schedules()
     ]
+
+
+def _last_of(store, task_id):
+    """The last task of a schedule, and what has become of it; None: it is gone."""
+    with contextlib.suppress(TaskNotFound):
+        if task_id is not None:
+            return {"last_id": task_id, "last_status": store.task(task_id).status}
+    return {"last_id": task_id, "last_status": None}
 
 
 def percentile(values: Sequence[float], part: float) -> float | None:
@@ -18920,7 +18930,10 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
         return "no schedules: a worker registers them when it starts"
     times = ("last", "next")
     shown = [{**row, **{key: local_time(row[key]) for key in times}} for row in rows]
-    columns = ["schedule", "expr", "tz", *times, "misfire", "overlap"]
+    for row in shown:
+        row["task"], row["ended"] = row["last_id"], row["last_status"]
+    columns = ["schedule", "expr", "tz", "last", "task", "ended", "next", "misfire",
+               "overlap"]
     return f"{table(shown, columns)}\n{_clock_note()}"
 
 
@@ -19338,7 +19351,8 @@ def _cancel(args, app):
         before = app.store.cancel(task_id, app.store.now(), by_me())
         if before in FINISHED:
             raise TaskStateError(
-                f"task {task_id} is {state_name(before)} already: nothing to cancel"
+                f"task {task_id} has ended already ({state_name(before)}): "
+                "nothing to cancel"
             )
         if before == RUNNING:
             reap_surely_dead(app.store, app.store.now())
@@ -19362,7 +19376,7 @@ def _purge(args, app):
     bulk.run()
     if not bulk.done:
         say_aside(queue_hint(app.store, args.queue))
-    return f"{bulk.done:,} tasks cancelled"
+    return f"{bulk.done:,} task{'s' * (bulk.done != 1)} cancelled"
 
 
 @command("prune", "delete finished tasks past their retention",
@@ -19504,7 +19518,8 @@ def _newest_options(app, name, given):
     found = app.store.newest_options(name)
     if not found and given["queue"] is None:
         say_aside(f"no task {name!r} was here before, so it goes to the queue default, "
-                  "with the options of a bare @task; --app takes its own")
+                  "with the options of a bare @task; with --app MODULE it gets those "
+                  "that the module gives it")
     return found
 
 
@@ -20371,23 +20386,33 @@ class _System:
 
 def alerts(facts: SystemFacts, disk: Disk, worker_timeout: float = 15.0,
            clock: Callable[[int], Clock] = Clock) -> list[Alert]:
-    """What needs somebody, the worst first; at most 8, and then 3 of a kind."""
+    """What needs somebody, in the order of ALERTS; at most 8, and then 3 of a kind.
+
+    No kind keeps another one out by its number: there is one of each before any has
+    two.  What is bad comes before what may become so.
+    """
     system = _System(facts, disk, worker_timeout, clock)
     found = [alert for look in _LOOKS for alert in look(system)]
+    count: collections.Counter = collections.Counter()
+    turns = []
+    for place, alert in enumerate(found):
+        count[alert.code] += 1
+        turns.append((count[alert.code], alert.level != "bad", place))
     if len(found) > _MOST_ALERTS:
-        count: collections.Counter = collections.Counter()
-        for alert in found[:]:
-            count[alert.code] += 1
-            if count[alert.code] > _MOST_OF_ONE:
-                found.remove(alert)
-    return found[:_MOST_ALERTS]
+        turns = sorted(t for t in turns if t[0] <= _MOST_OF_ONE)[:_MOST_ALERTS]
+    return [found[place] for _, _, place in sorted(turns, key=lambda turn: turn[2])]
 
 
 def _nobody(system):
     facts = system.facts
     if facts.has_work and not system.live:
-        last = ""
-        if facts.left and not facts.workers:
+        last, silent = "", [w for w in facts.workers if w.row.id not in system.dead]
+        if silent:
+            worker = max(silent, key=lambda w: w.row.beat_at)
+            last = f" that is heard of; the last one, {named(worker)} (pid " \
+                f"{worker.row.pid}), has been silent for " \
+                f"{lasting(silence(worker.row, system.now))}"
+        elif facts.left and not facts.workers:
             last = f"; the last one, {brief(facts.left.who)}, left at " \
                 f"{system.clock.at(facts.left.at)}"
         yield Alert("no_worker", "bad", f"No worker runs on this database{last}.",
@@ -20419,8 +20444,9 @@ def _lost(system):
         silent = silence(worker.row, system.now)
         if worker.row.id not in system.dead and worker.running \
                 and silent >= system.timeout * 2 / 3:
-            yield Alert("worker_silent", level, f"{named(worker)} has not been heard "
-                        f"of for {lasting(silent)}, and holds "
+            yield Alert("worker_silent", level, f"{named(worker)} (pid "
+                        f"{worker.row.pid}) has not been heard of for "
+                        f"{lasting(silent)}, and holds "
                         f"{counted(worker.running, 'task')}.",
                         f"worker/{worker.row.name}", "look")
 
@@ -20497,8 +20523,10 @@ def _crashing(system):
 def _schedules(system):
     for known in system.facts.schedules:
         for code, say, action in _about(system, known):
+            target = f"task/{known.row.last_id}" if code == "schedule_failed" \
+                else "schedules"
             yield Alert(code, "bad", f"Schedule {brief(known.row.name)} {say}.",
-                        "schedules", action)
+                        target, action)
 
 
 def _about(system, known):
@@ -20520,7 +20548,8 @@ def _about(system, known):
         success_at=success, since=whole(row.since))
     if late_tick(plain, now) is not None:
         last = f"since {clock.at(success)}" if success else "yet"
-        yield "schedule_silent", f"has had no success {last}", "look"
+        yield ("schedule_silent", f"has had no success {last}; its alert_after is "
+               f"{lasting(plain.alert_after)}", "look")
 
 
 def _large_children(system):
@@ -20611,10 +20640,39 @@ def reason_text(reason: Reason) -> str:
     return visible("\n".join(lines))
 
 
+# What to type against an alert, or to learn more of it: by the beginning of its target.
+_REMEDIES = {
+    "queue": "list --queue {}", "tasks": "list --status queued --name {}",
+    "failures": "failed --name {}", "task": "why {}", "worker": "inspect",
+    "workers": "inspect", "schedules": "cron",
+}
+
+
+def remedy(alert: Alert) -> str:
+    """What helps against it, as one types it; "": nothing that could be typed."""
+    import shlex
+    from urllib.parse import unquote
+
+    kind, mark, about = re.split("([/?])", f"{alert.target}/", maxsplit=1)
+    about = shlex.quote(about[:-1] if mark == "/" else
+                        unquote(about[:-1].rpartition("name=")[2]))
+    if alert.action == "start":
+        return START_COMMAND
+    if alert.action == "free":
+        return "free some space on the disk of the database"
+    if alert.action in ("resume", "cancel"):
+        return f"{PROGRAM} {alert.action} {about}"
+    return f"{PROGRAM} {_REMEDIES[kind].format(about)}" if kind in _REMEDIES else ""
+
+
 def attention_text(found: Sequence[Alert]) -> str:
-    """A line for each, or that there is none."""
+    """Each, and below it what to type; or that there is none."""
     marks = {"bad": "×", "warn": "!"}
-    lines = [f"{marks[alert.level]} {alert.say}" for alert in found]
+    lines = []
+    for alert in found:
+        lines.append(f"{marks[alert.level]} {alert.say}")
+        if remedy(alert):
+            lines.append(f"  → {remedy(alert)}")
     return visible("\n".join(lines)) or "Nothing needs you."
 
 
@@ -20813,7 +20871,8 @@ def _show_one(store, row, args, reason):
             "id": row.id, "status": row.status, "attempt": attempt, "output": text,
             "running": is_running and attempt == row.attempt}, indent=2)
     if not text:
-        say_aside(f"nothing is kept of what run {attempt} of task {row.id} has printed")
+        say_aside(f"run {attempt} of task {row.id} has printed nothing, or nothing is "
+                  "kept of it")
     screen = _Screen(args.raw, False)
     screen.show(attempt, text)
     screen.end()
@@ -22101,12 +22160,14 @@ def _cancel_it(top):
     store, task = top.app.store, top.task()
     row = store.task(task)
     if row.state in FINISHED:
-        raise Problem(f"task {task} is {row.status} already: nothing to cancel")
+        raise Problem(f"task {task} has ended already ({row.status}): nothing "
+                      "to cancel")
 
     def act():
         before = store.cancel(task, store.now(), by=by_me())
         if before in FINISHED:
-            return f"task {task} is {state_name(before)} already: nothing to cancel"
+            return f"task {task} has ended already ({state_name(before)}): " \
+                "nothing to cancel"
         return f"task {task} is {'being ended' if before == RUNNING else 'cancelled'}"
 
     top.ask(f"cancel {task} {row.name}", act)
@@ -22848,7 +22909,9 @@ def _worker_problems(store, now, worker_timeout, name, report):
     if live:
         return [f"{row.name} {row.note}" for row in live if row.note]
     if rows:
-        return [f"{row.name} is {state}" for row, state in zip(rows, states)][-3:]
+        return [f"{row.name} is {state}" if state != "dead" or judge(row) else
+                f"{row.name} has not been heard of for {lasting(silence(row, now))}"
+                for row, state in zip(rows, states)][-3:]
     return ["no worker runs" if name is None else f"no worker named {name} runs"]
 
 
@@ -23174,7 +23237,8 @@ def _look_at_clock(patient):
                       "timedatectl set-ntp true")
     else:
         yield Finding("ok", "the clock is " + (
-            "synchronised" if answer == "yes" else "as it is: nobody tells"))
+            "synchronised" if answer == "yes" else
+            "set, but whether it is synchronised is not known"))
 
 
 def _said_by(*argv):
@@ -23201,9 +23265,11 @@ def _look_at_workers(patient):
         if state == "dead":
             is_sure = judge(row)
             word = "is dead" if is_sure else \
-                f"was not heard of for {span(silence(row, now))}"
+                f"has not been heard of for {span(silence(row, now))}"
             yield Finding("error", f"worker {row.name} (pid {row.pid}) {word}",
-                          f"start one: {START_COMMAND}")
+                          f"start one: {START_COMMAND}" if is_sure else
+                          f"ps {row.pid}: a T there means that it was stopped, and "
+                          f"kill -CONT {row.pid} lets it go on")
         else:
             live.append(row)
             if row.note:
@@ -23245,12 +23311,12 @@ def _look_at_tasks(patient):
     found = [alert for alert in attention(store, now, patient.settings)
              if alert.code in _OF_TASKS]
     for alert in found:
-        yield Finding("warn", alert.say, "pybgworker why")
+        yield Finding("warn", alert.say, remedy(alert))
     for row in store.queues(now):
         age = now - (row.paused_at or now)
         if age > DAY_MS:
             yield Finding("warn", f"queue {row.name} is paused for {span(age / 1000)}",
-                          f"pybgworker resume {row.name}")
+                          f"{PROGRAM} resume {row.name}")
     if not found:
         yield Finding("ok", "nothing waits that no worker takes")
 

@@ -16659,7 +16659,7 @@ class CommandLine(Served):
         done = self.cli("cancel", 1, 2, 99, "abc")
         self.assertEqual(done.returncode, 1)
         self.assertEqual(done.stdout, "task 2 is cancelled\n")
-        for words in ("task 1 is cancelled already", "no task 99 in", "no task 'abc'"):
+        for words in ("task 1 has ended already (cancelled)", "no task 99 in", "no task 'abc'"):
             self.assertIn(words, done.stderr)
         self.assertEqual(self.ok("retry", 1), "task 1 is queued again\n")
         self.assertIn("task 1 is queued: only", self.refused("retry", 1))
@@ -16714,7 +16714,7 @@ class CommandLine(Served):
                          "1 tasks are queued again\n")
         self.assertIn("--failed, or --cancelled", self.refused("retry", code=2))
         self.assertEqual(self.ok("purge", "--error", "KeyError"), "0 tasks cancelled\n")
-        self.assertEqual(self.ok("purge", "--name", "c"), "1 tasks cancelled\n")
+        self.assertEqual(self.ok("purge", "--name", "c"), "1 task cancelled\n")
 
     def test_a_question_says_how_many_tasks_it_is_about(self):
         self.failures(a="E", b="E")
@@ -19006,7 +19006,9 @@ class Attention(WhyCase):
         self.enqueue()
         self.needs("no_worker", r"No worker runs on this database\.", "workers", "start")
         status, out, _ = self.main_here("why")
-        self.assertEqual((status, out), (0, "× No worker runs on this database.\n"))
+        self.assertEqual((status, out), (
+            0, "× No worker runs on this database.\n"
+               "  → python -m pybgworker run --app MODULE\n"))
         alert, = json.loads(self.main_here("why", "--json")[1])
         self.assertEqual(set(alert), {"code", "level", "say", "target", "action"})
         self.serve(2)
@@ -19035,8 +19037,8 @@ class Attention(WhyCase):
         self.claim()
         self.now += 12_000
         self.serve(2)
-        self.needs("worker_silent", r"w1 has not been heard of for 12 s, and holds 1 "
-                   r"task\.", "worker/w1", "look", "warn")
+        self.needs("worker_silent", r"w1 \(pid 4001\) has not been heard of for 12 s, and "
+                   r"holds 1 task\.", "worker/w1", "look", "warn")
 
     def test_a_queue_that_is_paused(self):
         self.serve()
@@ -19150,20 +19152,34 @@ class Attention(WhyCase):
         self.let_fail(final="abort")
         self.schedule(last_id=1)
         self.needs("schedule_failed", r"Schedule t failed: its last run was task 1\.",
-                   "schedules", "look")
+                   "task/1", "look")
+
+    def test_the_list_of_schedules_shows_how_the_last_run_ended(self):
+        self.serve()
+        self.enqueue()
+        self.let_fail(final="abort")
+        self.schedule(last_id=1, alert_after=60.0)
+        row, = json.loads(self.main_here("cron", "--json")[1])
+        self.assertEqual(
+            [row[key] for key in ("last_id", "last_status", "success_at", "alert_after")],
+            [1, "failed", None, 60.0])
+        self.assertRegex(self.main_here("cron")[1], r"TASK +ENDED[^\n]*\n[^\n]* 1 +failed ")
+        self.store.forget(1)
+        row, = json.loads(self.main_here("cron", "--json")[1])
+        self.assertEqual((row["last_id"], row["last_status"]), (1, None))
 
     def test_a_schedule_without_success(self):
         self.serve()
         hour = 3_600_000
         self.schedule(alert_after=7200.0, success_at=self.now - 20 * hour,
                       expr="0 * * * *")
-        self.needs("schedule_silent", r"Schedule t has had no success since .*\.",
-                   "schedules", "look")
+        self.needs("schedule_silent", r"Schedule t has had no success since .*; its "
+                   r"alert_after is 2 h\.", "schedules", "look")
         self.schedule(alert_after=7200.0, success_at=self.now - hour, expr="0 * * * *")
         self.assertEqual(self.found(), [])
         self.schedule(alert_after=7200.0, last_tick=self.now // 1000 - 18_000)
-        self.needs("schedule_silent", r"Schedule t has had no success yet\.", "schedules",
-                   "look")
+        self.needs("schedule_silent", r"Schedule t has had no success yet; its "
+                   r"alert_after is 2 h\.", "schedules", "look")
         self.schedule(alert_after=7200.0, success_at=self.now - 20 * hour, expr="nonsense")
         self.assertEqual(self.found(), [])
 
@@ -19231,8 +19247,48 @@ class Attention(WhyCase):
         self.history(9, name="a", crashed=5, failed=5)
         self.history(9, name="b", crashed=5, failed=5)
         found = [a.code for a in self.found()]
-        self.assertEqual(found, ["paused"] * 3 + ["failing"] * 2 + ["crashing"] * 2
-                         + ["schedule_late"])
+        self.assertEqual(found, ["paused"] * 2 + ["failing"] * 2 + [
+            "crashing", "schedule_late", "disk", "wal"])
+
+    def test_no_kind_keeps_another_one_out(self):
+        self.serve()
+        for n in range(9):
+            self.store.pause(f"q{n}", self.now)
+            self.enqueue(queue=f"q{n}")
+            self.history(9, name=f"n{n}", crashed=5, failed=5)
+        self.disk = pybgworker.Disk(1, 200 << 30, 0)
+        self.schedule(-61)
+        found = [a.code for a in self.found()]
+        self.assertEqual(len(found), 8)
+        self.assertEqual(list(dict.fromkeys(found)), [
+            "paused", "failing", "crashing", "schedule_late", "disk"])
+
+    def test_each_says_what_to_type(self):
+        self.serve()
+        self.enqueue(name="it's", queue="a/b?c")
+        self.store.pause("a/b?c", self.now)
+        alert, = self.found()
+        run = "python -m pybgworker"
+        self.assertEqual(pybgworker.remedy(alert), f"{run} resume 'a/b?c'")
+        self.assertIn(f"\n  → {run} resume 'a/b?c'\n", self.main_here("why")[1])
+        for target, action, text in (
+                ("tasks?state=queued&name=it%27s", "look",
+                 f"{run} list --status queued --name 'it'\"'\"'s'"),
+                ("failures?name=a%2Fb", "look", f"{run} failed --name a/b"),
+                ("task/7", "look", f"{run} why 7"), ("task/7", "cancel", f"{run} cancel 7"),
+                ("worker/w 1", "look", f"{run} inspect"),
+                ("workers", "start", f"{run} run --app MODULE"),
+                ("schedules", "look", f"{run} cron"), ("", "look", "")):
+            alert = pybgworker.Alert("x", "bad", "It is so.", target, action)
+            self.assertEqual(pybgworker.remedy(alert), text)
+
+    def test_a_silent_worker_is_not_called_dead_nor_gone(self):
+        self.serve()
+        self.enqueue()
+        self.now += 60_000
+        self.needs("no_worker", r"No worker runs on this database that is heard of; the "
+                   r"last one, w1 \(pid 4001\), has been silent for 60 s\.", "workers",
+                   "start")
 
     # Hostile rows.
 
@@ -19380,7 +19436,8 @@ class Following(QueueCase):
                          "\u20ac \x1b[31m\r end".encode())
         self.assertEqual(self.logs(done, "--attempt", 1), (0, "first\n", ""))
         self.assertEqual(self.logs(done, "--attempt", 2), (
-            0, "", "pybgworker: nothing is kept of what run 2 of task 1 has printed\n"))
+            0, "", "pybgworker: run 2 of task 1 has printed nothing, or nothing is kept "
+                   "of it\n"))
         report = json.loads(self.logs(done, "--json")[1])
         self.assertEqual(report, {
             "id": 1, "status": "success", "attempt": 3, "running": False,
@@ -21742,13 +21799,15 @@ class Healths(Served):
         self.assertEqual(self.health("--worker", "w2"),
                          (1, "no worker named w2 runs"))
         for columns, say in (
-                ({"beat_at": 1}, "w1 is dead"), ({"state": "starting"}, "w1 is starting"),
+                ({"state": "starting"}, "w1 is starting"),
                 ({"state": "stopping"}, "w1 is stopping"),
                 ({"note": "cannot write since 14:00:12 UTC: disk full"},
                  "w1 cannot write since 14:00:12 UTC: disk full")):
             self.live(**columns)
             self.assertEqual(self.health(), (1, say))
             self.live(note=None)
+        self.live(beat_at=pybgworker.now_ms() - 7_200_000)     # it may be stopped
+        self.assertEqual(self.health(), (1, "w1 has not been heard of for 2 h"))
 
     def test_health_knows_how_old_tasks_may_be(self):
         self.live()
@@ -22084,7 +22143,8 @@ class Doctored(QueueCase):
         self.live(2, version="2", note="cannot start children: no module named x")
         self.live(3, beat_at=pybgworker.now_ms() - 720_000, name="w3")
         self.assertFinds("error", "workers",
-                         r"w3 \(pid 1\) was not heard of for 12.\d min")
+                         r"w3 \(pid 1\) has not been heard of for 12.\d min",
+                         "ps 1: ")
         self.assertFinds("error", "workers", "cannot start children: no module")
         self.assertFinds("warn", "workers", "different versions: 1, 2")
         self.assertFinds("warn", "workers", "different rate limits over all")
@@ -22105,8 +22165,8 @@ class Doctored(QueueCase):
         self.live(1, queues='["default"]')
         self.app.send("sned")
         self.app.send("t", queue="mail")
-        self.assertFinds("warn", "tasks", "sned", "why")
-        self.assertFinds("warn", "tasks", "mail", "why")
+        self.assertFinds("warn", "tasks", "sned", "list --status queued --name sned")
+        self.assertFinds("warn", "tasks", "mail", "run --app")
         self.store.pause("old", pybgworker.now_ms() - 2 * 86_400_000)
         self.assertFinds("warn", "tasks", "queue old is paused for 2.0 d", "resume old")
 
