@@ -15903,10 +15903,20 @@ _SCALARS = {
 }
 
 
+_STACKS = ("stack", "traceback")     # fields of several lines
+
+
 def _text_part(fields):
+    """Fields for people: a stack, which has lines, stands below the others."""
+    stacks = [fields[key] for key in _STACKS if "\n" in (fields.get(key) or "")]
+    if stacks:
+        fields = {k: v for k, v in fields.items() if k not in _STACKS}
+    below = [to_json(line)[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+             for stack in stacks for line in stack.rstrip("\n").split("\n")]
     return "".join([
-        f" {key}={_SCALARS.get(type(value), to_json)(value)}"
-        for key, value in fields.items() if value is not None
+        *(f" {key}={_SCALARS.get(type(value), to_json)(value)}"
+          for key, value in fields.items() if value is not None),
+        *(f"\n    {line}" for line in below),
     ])
 
 

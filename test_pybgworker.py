@@ -14243,6 +14243,19 @@ class Logs(unittest.TestCase):
     def log(self, style="json"):
         return Log(self.writer, style, clock=lambda: 1_800_000_000_007)
 
+    def test_a_stack_in_a_text_is_on_lines_of_its_own(self):
+        log = self.log("text")
+        stack = 'File "a\\b.py"\n\x1b[2J \u20ac\n'
+        log.event("task_failure", error="E: x\ny", traceback=stack, worker="w")
+        log.event("task_crash", stack="one line", worker="w")
+        log.flush()
+        lines = os.read(self.reader, 4096).decode().splitlines()
+        self.assertEqual([line[25:] for line in lines[:1] + lines[3:]], [
+            'task_failure     error="E: x\\ny" worker="w"',
+            'task_crash       stack="one line" worker="w"'])
+        self.assertEqual(lines[1:3], [
+            '    File "a\\b.py"', "    \\u001b[2J \\u20ac"])
+
     def test_a_room_hears_what_is_logged(self):
         out, heard = tempfile.TemporaryFile(), []
         self.addCleanup(out.close)
