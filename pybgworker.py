@@ -24855,6 +24855,7 @@ def read_json(body: bytes) -> dict:
 
 _MOST_CLIENTS = 32
 _CLIENT_PATIENCE = 10.0                # seconds that a client may take over one request
+_LONGEST_NAME = 200             # characters of who has done something
 _BACKLOG = 64                   # connections that wait to be accepted
 _OUR_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -25064,9 +25065,9 @@ def web_app(app: App | None = None, read_only: bool = False,
     """The dashboard as a WSGI callable, to be mounted in an application of yours.
 
     Who may see it is for that to say: `user(environ)` returns the name of whoever
-    asks, which the events keep, or None to refuse; without it all who get there may
-    do all.  `redact` is used in place of the setting.  Requests of other sites are
-    refused in any case.
+    asks, which the events keep, or None, "" or False to refuse; without it all who
+    get there may do all.  `redact` is used in place of the setting.  Requests of
+    other sites are refused in any case.
     """
     redact = None if redact is None else check_setting("redact", redact, "redact")
     dashboard = Dashboard(app or default_app, Gate(None, None, read_only), redact)
@@ -25091,8 +25092,9 @@ def _mounted(dashboard, environ, user):
     who = None
     if user is not None:
         who = user(environ)
-        if who is None:
+        if not who:             # as `is_authenticated and name` says it, or "" does
             return refused(403, "this is not for you")
+        who = str(who)[:_LONGEST_NAME].encode("utf-8", "backslashreplace").decode()
     path = environ.get("PATH_INFO", "").encode("latin-1", "replace").decode(
         "utf-8", "replace")
     if not path:
@@ -25108,7 +25110,7 @@ def _mounted(dashboard, environ, user):
     body = environ["wsgi.input"].read(found) if found else b""
     return dashboard.respond(WebRequest(
         environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, body,
-        environ.get("REMOTE_ADDR", ""), None if who is None else str(who)))
+        environ.get("REMOTE_ADDR", ""), who))
 
 
 def _gate(args, settings, host):
@@ -25172,7 +25174,7 @@ def _web(args, app):
                       "choose another with --listen") from None
     link = f"http://{host}:{server.server_address[1]}/"
     print_text(f"{visible(app.store.path)}, until Ctrl-C:\n"
-               + link + (f"#token={gate.token}" if gate.token else ""))
+               + link + (f"#token={in_url(gate.token)}" if gate.token else ""))
     if not is_loopback(host.strip("[]")):
         print("pybgworker: this is plain HTTP, which others on the way can read: put a "
               "proxy with TLS before it", file=sys.stderr)
@@ -26116,7 +26118,7 @@ const key=(c,t,v)=>h("."+c,t,v!=null&&h("b"," "+v)),pre=(s,o)=>h("pre",{tabindex
 const remedy=({action,target,page})=>action=="resume"?may("Resume…",()=>resume(target)):
 action=="cancel"?may("Cancel…",()=>some("cancel",[target])):btn("Look",(
 )=>location.hash=page)
-const VIEWS={
+const VIEWS={__proto__:null,
 overview:{get:meta,show(a){
  const s=a.series,f=a.figures,c=s[hover]||s[s.length-1],is=hover!=null||null
  return[h("section",h("h2.vh","Needs attention"),a.attention[0]?h("ul.att",
@@ -26147,7 +26149,8 @@ box("Workers",link("workers","all"),table("Workers",a.columns.workers,a.workers)
 box("Next schedules",link("schedules","all"),table("Schedules",a.columns.next,
 a.next)))]}},
 tasks:{async get(r){
- const fresh=a=>list={key:location.hash,rows:[],...a},again=list.key==location.hash
+ const fresh=a=>list={key:location.hash,rows:[],columns:"",...a}
+ const again=list.key==location.hash
  if(r.q.text){if(!again)search(r,fresh());return list}
  const a=await ask("tasks"+q(r.q))
  if(!again||!list.rows[0])return fresh(a)
@@ -26256,7 +26259,7 @@ function go(){
  const s=location.hash,[p,search]=s.slice(2).split("?"),[view,id]=p.split("/")
  if(s.startsWith("#token=")){
   history.replaceState(0,"",location.pathname+location.search+"#/")
-  return login(decodeURIComponent(s.slice(7)))}
+  return login(unescape(s.slice(7)))}
  route={view:view=="tasks"&&id?"task":VIEWS[view]?view:"overview",id,
 q:Object.fromEntries(new URLSearchParams(search))}
  hover=data=null;cur=-1;picked.clear();list={}
@@ -26276,7 +26279,8 @@ h("input",{type:"checkbox",checked:!localStorage.keysOff,onchange:e=>
  localStorage.keysOff=e.target.checked?"":1})," single letters work"))),"",()=>0)
 function keys(e){
  const k=e.key,at=e.target.tagName,row=rows[cur],id=route.id||row&&row.dataset.id
- if(e.ctrlKey||e.metaKey||e.altKey||$("dialog").open||/INPUT|SELECT/.test(at))return
+ if(e.ctrlKey||e.metaKey||e.altKey||$("dialog").open||/INPUT|SELECT/.test(at)&&e.target.
+type!="checkbox")return
  if(k=="?")return help()
  if(localStorage.keysOff||!route.view)return
  const ids=picked.size?[...picked]:id?[+id]:[],n=NAV.find(n=>n[0].toLowerCase()==k)

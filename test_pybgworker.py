@@ -23420,6 +23420,8 @@ class WebServers(Serving):
         _, link = self.command("--token", "from-the-flag",
                                PYBGWORKER_WEB_TOKEN="from-the-environment")
         self.assertTrue(link.endswith("#token=from-the-flag"))
+        _, link = self.command("--token", "50%25-of#a/b")
+        self.assertTrue(link.endswith("#token=50%2525-of%23a%2Fb"), link)
         _, link = self.command("--no-token")
         self.assertTrue(link.endswith("/"), link)
 
@@ -23503,9 +23505,12 @@ class Mounted(WebCase):
         body = json.dumps({"reason": "x"}).encode()
         self.assertEqual(self.ask(app, "/api/queues/mail/pause", "POST", body)[0], 200)
         self.assertEqual(self.events()[0][:3], ("anna", "web", "pause"))
-        who[0] = None
-        for path in ("/", "/api/tasks", "/app.js", ""):
-            self.assertEqual(self.ask(app, path)[0], 403, path)
+        for who[0] in (None, "", False, 0, ()):     # `is_authenticated and name`, say
+            for path in ("/", "/api/tasks", "/app.js", ""):
+                self.assertEqual(self.ask(app, path)[0], 403, (path, who))
+        for who[0], named in ((7, "7"), ("u" * 9999, "u" * 200), ("\ud800", "\\ud800")):
+            self.assertEqual(self.ask(app, "/api/queues/mail/pause", "POST", body)[0], 200)
+            self.assertEqual(self.events()[-1][0], named)
 
     def test_requests_of_other_sites_and_too_long_ones_are_refused(self):
         app = pybgworker.web_app(self.app)
@@ -23876,11 +23881,11 @@ class Pages(Serving):
         self.browser.call("Network.clearBrowserCookies")
         self.browser.size(1280, 900)
 
-    def open(self, fragment="#/", port=None, **options):
+    def open(self, fragment="#/", port=None, token=WebCase.TOKEN, **options):
         """Open the dashboard with its link, then a page of it."""
         self.port = port or self.serve(**options)
         self.browser.go("about:blank")
-        self.browser.go(f"http://127.0.0.1:{self.port}/#token={self.TOKEN}")
+        self.browser.go(f"http://127.0.0.1:{self.port}/#token={token}")
         self.browser.until("location.hash == '#/' && document.title.includes('queue.db')")
         if fragment != "#/":
             self.browser.js(f"location.hash = {json.dumps(fragment)}")
@@ -24066,6 +24071,40 @@ class Pages(Serving):
         browser.shows("cancelled")              # what is there is kept up to date
         browser.click("main button", "newer")
         browser.until("document.querySelectorAll('[data-id]').length == 5")
+
+    def test_updates_go_on_beside_a_search(self):
+        self.failed_task()
+        browser = self.open("#/tasks?text=KeyError")
+        browser.until("!!document.querySelector('[data-id]')")
+        browser.events.clear()
+        asked = browser.js("asked")
+        browser.until(f"asked > {asked}")
+        self.assertEqual(browser.problems(), [])
+
+    def test_what_is_no_page_is_the_overview(self):
+        browser = self.open()
+        for fragment in ("#/constructor", "#/toString", "#/__proto__", "#/nosuch"):
+            browser.js(f"location.hash = '{fragment}'")
+            browser.shows("Nothing needs you" if self.store.workers() else "Runs a minute")
+            browser.until("document.querySelectorAll('nav [aria-current]').length == 1")
+
+    def test_any_token_fits_into_the_link(self):
+        token = """50%25-"of'#?&<b>%zz"""
+        browser = self.open(port=self.serve(token=token), token=pybgworker.in_url(token))
+        self.assertNotIn("token", browser.js("location.href"))
+        browser.go("about:blank")
+        browser.call("Network.clearBrowserCookies")
+        browser.go(f"http://127.0.0.1:{self.port}/#token=%E0%A4%A")     # cut off
+        browser.shows("wants a token")
+
+    def test_keys_work_with_the_focus_on_what_was_chosen(self):
+        self.failed_task()
+        browser = self.open("#/tasks")
+        browser.until("!!document.querySelector('tbody [type=checkbox]')")
+        browser.js("document.querySelector('tbody [type=checkbox]').focus()")
+        browser.js("document.activeElement.click()")
+        browser.key("r")
+        self.confirm("Retry task 1?")
 
     def test_a_search_says_how_far_it_came(self):
         self.enqueue(args=pybgworker.encode_call((), {"to": "anna"}))
