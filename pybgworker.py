@@ -8809,10 +8809,14 @@ class SystemLook(Looks):
         return found
 
     def _recent(self, now):
-        """Names that had bad ends of late; of some of them what it was."""
+        """Names that had bad ends of late; of some of them what it was.
+
+        Runs that were lost with a worker, and come again, say nothing of their task.
+        """
         rows = self.db.read(
             f"""select name, sum(runs * (at >= :lately)),
-                    sum((failed + retried) * (at >= :lately)), sum(crashed)
+                    sum((failed + max(0, retried - lost)) * (at >= :lately)),
+                    sum(crashed)
                 from bg_history where span = {MINUTE} and at >= :hour
                 group by name having sum(failed + retried + crashed) > 0
                 order by 3 desc, 4 desc limit {_MOST_FEW}""",
@@ -20321,7 +20325,7 @@ ALERTS = {
     "late": "the oldest task of a queue has waited for over a minute, and ten times as "
             "long as 95 % did in the last day",
     "failing": "of the runs of a task in the last ten minutes over 20 % failed, 5 at "
-               "least",
+               "least; not those that are run again because their worker died",
     "crashing": "runs of a task crashed in the last hour, or ran out of memory",
     "schedule_late": "a tick is over a minute late",
     "schedule_unseen": "no worker that runs knows a schedule any more",

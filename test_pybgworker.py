@@ -19120,6 +19120,21 @@ class Attention(WhyCase):
         self.serve()
         self.assertEqual(self.found(), [])
 
+    def test_what_is_run_again_because_its_worker_died_is_no_failure_of_the_task(self):
+        self.serve()
+        self.serve(2)
+        self.enqueue(count=7, retries=3)
+        self.claim(free=7)
+        self.assertEqual(len(self.store.reap(1, "w1", self.now)), 7)
+        self.assertEqual(self.store.totals()[0].lost, 7)
+        self.assertEqual(self.found(), [])
+        self.enqueue(name="u", count=5, retries=0)
+        self.claim(2, free=5, names=("u",))
+        self.store.reap(2, "w2", self.now)
+        self.serve(3, names=("t", "u"))
+        self.needs("failing", "u fails: 100 % of 5 runs in the last 10 min; most often it "
+                   "was lost with its worker.", "failures?name=u", "look")
+
     def test_what_it_fails_with_is_known_while_it_is_retried(self):
         self.serve()
         self.history(10, ago=120, retried=10)
