@@ -19120,6 +19120,15 @@ class Attention(WhyCase):
         self.serve()
         self.assertEqual(self.found(), [])
 
+    def test_an_empty_name_leaves_a_sentence(self):
+        self.serve()
+        self.history(10, ago=120, name="", failed=9)
+        self.needs("failing", "What has no name fails: 90 % of 10 runs in the last 10 min.",
+                   "failures?name=", "look")
+        self.history(10, ago=120, name="", crashed=2)
+        self.needs("crashing", "What has no name crashed 2 times in the last hour.",
+                   "failures?name=", "look")
+
     def test_what_is_run_again_because_its_worker_died_is_no_failure_of_the_task(self):
         self.serve()
         self.serve(2)
