@@ -20345,7 +20345,7 @@ _FAILED_PART, _FAILED_RUNS = 0.2, 5
 _MEMORY_PART = 0.9
 _DISK_BYTES, _DISK_PART = 1 << 30, 0.05
 _WAL_BYTES = 256 << 20
-_NAMELESS = "What has no name"      # as an edit by hand may leave it
+_NO_NAME = "What has no name"      # as an edit by hand may leave it
 
 
 class Alert(NamedTuple):
@@ -20520,8 +20520,9 @@ def _failing(system):
         runs = max(runs, bad)
         if bad >= _FAILED_RUNS and bad > _FAILED_PART * runs:
             mostly = f"; most often it {end_of(error)}" if error else ""
-            yield Alert("failing", "bad", f"{brief(name) or _NAMELESS} fails: {percent(bad / runs)} "
-                        f"of {counted(runs, 'run')} in the last 10 min{mostly}.",
+            yield Alert("failing", "bad", f"{brief(name) or _NO_NAME} fails: "
+                        f"{percent(bad / runs)} of {counted(runs, 'run')} in the last "
+                        f"10 min{mostly}.",
                         f"failures?name={in_url(name)}", "look")
 
 
@@ -20531,7 +20532,7 @@ def _crashing(system):
             is_crash = error and error["kind"] == "crash" and error.get("message")
             how = f": {brief(error['message'])}" if is_crash else ""
             times = "once" if crashed == 1 else f"{crashed:,} times"
-            yield Alert("crashing", "bad", f"{brief(name) or _NAMELESS} crashed {times} "
+            yield Alert("crashing", "bad", f"{brief(name) or _NO_NAME} crashed {times} "
                         f"in the last hour{how}.", f"failures?name={in_url(name)}", "look")
 
 
