@@ -20533,7 +20533,8 @@ def _crashing(system):
             how = f": {brief(error['message'])}" if is_crash else ""
             times = "once" if crashed == 1 else f"{crashed:,} times"
             yield Alert("crashing", "bad", f"{brief(name) or _NO_NAME} crashed {times} "
-                        f"in the last hour{how}.", f"failures?name={in_url(name)}", "look")
+                        f"in the last hour{how}.",
+                        f"failures?name={in_url(name)}", "look")
 
 
 def _schedules(system):
