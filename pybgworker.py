@@ -8911,6 +8911,9 @@ class Checkup:
     def _asked(self, seconds: float = 2.0) -> Iterator[Callable]:
         """A function that runs a query; it raises DatabaseBusy after so long."""
         check_exists(self.path)
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise DatabaseUnavailable(      # to open a pipe waits for its other end
+                f"{self.path}: it is no file: name another")
         deadline = time.monotonic() + seconds
         try:
             # A connection that may write would move the log over when it closes.

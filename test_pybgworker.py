@@ -21959,6 +21959,15 @@ class Doctored(QueueCase):
         self.sql("delete from bg_worker where id > 1")
         self.live()
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "there are no pipes with a name here")
+    def test_what_is_no_file_is_said_and_not_waited_for(self):
+        path = self.folder / "pipe"
+        os.mkfifo(path)
+        for found in (path, self.folder):
+            check = pybgworker.Checkup(str(found))
+            self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "no file",
+                                   check.version)
+
     def test_all_is_well_where_all_is_well(self):
         self.only_one()
         found = self.findings()
