@@ -1413,6 +1413,8 @@ class WorkerRow(NamedTuple):
     version: str | None = None  # of its program
     max_memory: int | None = None   # bytes a child may use; None: no limit, too
     timeout: float | None = None    # of a run whose task has none; None: no limit, too
+    threads: int | None = None      # tasks at a time in each child
+    coroutines: int | None = None   # … that are async, beside these
 
 
 class ChildRow(NamedTuple):
@@ -1444,6 +1446,7 @@ class KnownTask(NamedTuple):
     rate: float | None          # starts per second; None: no limit
     params: tuple               # names of parameters, as in `def`; of C code none
     max_running: int = 0        # runs at a time, over all workers; 0: any number
+    is_async: bool = False      # its runs are coroutines
 
 
 class RunRow(NamedTuple):
@@ -2136,8 +2139,8 @@ class WorkerFacts(NamedTuple):
     row: WorkerRow
     running: int = 0                # tasks it has claimed and not finished
     claimed_at: int | None = None   # … when it claimed the last of them
-    names: dict | None = None       # the tasks it knows: (rate, max_running) of each;
-                                    # None: not said
+    names: dict | None = None       # the tasks it knows: (rate, max_running, is_async)
+                                    # of each; None: not said
     name_rate: float | None = None  # starts a second of the task that is asked about
     max_running: int | None = None  # … and its runs at a time, over all workers
 
@@ -4997,6 +5000,7 @@ create table bg_worker_task (         -- what a worker knows
     rate        real,                 -- starts per second; null: no limit
     max_running integer,              -- runs at a time, over all workers; null: any
     params      text,                 -- JSON array of its function's parameters
+    is_async    integer not null default 0,  -- 1: its runs are coroutines
     primary key (worker, name)
 ) without rowid""",
     """
@@ -5060,6 +5064,10 @@ create table bg_event (               -- what people have done, and what they mi
     max_memory  integer""",
     """alter table bg_worker add column  -- limit of a run whose task has none, in
     timeout     real""",                # seconds; null: none
+    """alter table bg_worker add column  -- tasks at a time in each child
+    threads     integer""",
+    """alter table bg_worker add column  -- async tasks at a time in each child
+    coroutines  integer""",
     """alter table bg_schedule add column  -- the last task that it enqueued
     last_id     integer""",
     """alter table bg_schedule add column  -- unix ms one of its last succeeded
@@ -6750,7 +6758,7 @@ def keep_printed(connection, run, worker):
 WORKER_ROW = """
     select id, name, pid, host, boot, port, token, queues, concurrency, started_at,
         beat_at, running, live, start_method, state, note, memory, cpu, children_cpu,
-        rate, version, max_memory, timeout
+        rate, version, max_memory, timeout, threads, coroutines
     from bg_worker """
 
 
@@ -6770,23 +6778,26 @@ class LiveRows:
     def add_worker(self, values: dict, lock: Callable[[int], Any]) -> int:
         known: Sequence[KnownTask] = values.get("tasks", ())
         values = {"start_method": "", "rate": None, "version": None,
-                  "max_memory": None, "timeout": None, **values}
+                  "max_memory": None, "timeout": None, "threads": None,
+                  "coroutines": None, **values}
         values.pop("tasks", None)
         with self.db.write(durable=False) as link:
             sweep(link.connection)
             worker = link.connection.execute(
                 """insert into bg_worker (name, pid, host, boot, port, token, queues,
                         concurrency, started_at, beat_at, live, start_method, state,
-                        rate, version, max_memory, timeout)
+                        rate, version, max_memory, timeout, threads, coroutines)
                     values (:name, :pid, :host, :boot, :port, :token, :queues,
                         :concurrency, :now, :now, :live, :start_method, 'starting',
-                        :rate, :version, :max_memory, :timeout)""", values,
+                        :rate, :version, :max_memory, :timeout, :threads,
+                        :coroutines)""", values,
             ).lastrowid
             link.connection.executemany(
-                """insert into bg_worker_task (worker, name, rate, max_running, params)
-                    values (?, ?, ?, ?, ?)""",
+                """insert into bg_worker_task (worker, name, rate, max_running, params,
+                        is_async)
+                    values (?, ?, ?, ?, ?, ?)""",
                 [(worker, task.name, task.rate, task.max_running or None,
-                  to_json(list(task.params))) for task in known])
+                  to_json(list(task.params)), task.is_async) for task in known])
             lock(worker)
             return worker
 
@@ -6818,11 +6829,11 @@ class LiveRows:
 
     def known_tasks(self) -> list[KnownTask]:
         rows = self.db.read(
-            """select worker, name, rate, params, ifnull(max_running, 0)
+            """select worker, name, rate, params, ifnull(max_running, 0), is_async
                 from bg_worker_task
                 where worker in (select id from bg_worker) order by name, worker""")
-        return [KnownTask(worker, name, rate, _read_names(params), most)
-                for worker, name, rate, params, most in rows]
+        return [KnownTask(worker, name, rate, _read_names(params), most, bool(is_async))
+                for worker, name, rate, params, most, is_async in rows]
 
     _IS_OURS = f"""
         where exists (select 1 from bg_task
@@ -8483,7 +8494,7 @@ class Looks(Records, Attempts):
             f"{WORKER_ROW} order by beat_at desc limit {_MOST_WORKERS}")
         holding = {worker: rest for worker, *rest in self._held()}
         known = self.db.read(
-            f"""select worker, name, rate, max_running from bg_worker_task
+            f"""select worker, name, rate, max_running, is_async from bg_worker_task
                 order by worker desc limit {_MOST_KNOWN}""")
         names: dict[int, dict] = collections.defaultdict(dict)
         for worker, task, *limits in known:
@@ -8496,7 +8507,7 @@ class Looks(Records, Attempts):
             worker, told = WorkerRow(*row), names.get(row[0])
             if told is None and worker.state is not None and is_whole:
                 told = {}
-            rate, most = (told or {}).get(name, (None, None))
+            rate, most, _ = (told or {}).get(name, (None, None, 0))
             held = holding.get(worker.id, (0, None))
             found.append(WorkerFacts(*(worker, *held, told, rate, most)))
         return tuple(found)
@@ -15722,8 +15733,9 @@ class Liveness:
             "concurrency": s.concurrency, "now": now, "live": self._locks.number,
             "start_method": self._start_method, "max_memory": s.max_memory,
             "timeout": s.timeout, "rate": s.rate_limit, "version": __version__,
-            "tasks": [KnownTask(0, t.name, t.rate_limit, t.parameters, t.max_running)
-                      for t in self._tasks.values()],
+            "threads": s.threads, "coroutines": s.coroutines,
+            "tasks": [KnownTask(0, t.name, t.rate_limit, t.parameters, t.max_running,
+                                t.is_async) for t in self._tasks.values()],
         }
         self.id = self.store.add_worker(row, self._locks.hold)
         self.begun.open(self.store.path, self.id, most_in_flight(s))
@@ -20158,11 +20170,11 @@ def _is_at_limit(story, name):
     """True for tasks that a limit of their own holds: they delay no other."""
     facts = story.facts
     limits = [w.names[name] for w in story.able if w.names and name in w.names]
-    rate, tat = max(filter(_is_rate, (r for r, _ in limits)), default=0), \
+    rate, tat = max(filter(_is_rate, (r for r, *_ in limits)), default=0), \
         facts.tats.get(name)
     if rate and _is_rate(tat) and rate_tokens(tat, story.now, rate) <= 0:
         return True
-    most = max((whole(most, 0) for _, most in limits), default=0)
+    most = max((whole(most, 0) for _, most, _ in limits), default=0)
     return 0 < most <= facts.running_of.get(name, 0)
 
 
@@ -20173,12 +20185,14 @@ def _is_rate(value):
 def _ahead(story):
     """Others, full children; or nothing at all."""
     facts, task, workers = story.facts, story.task, story.able
+    asyncs = _asyncs(workers)
     ahead = [group for group in facts.ahead if not _is_at_limit(story, group.name)
+             and (group.name in asyncs) == (task.name in asyncs)
              and any(serves(w.row, group.queue) and knows(w, group.name)
                      for w in workers)]
     count = sum(group.tasks for group in ahead)
-    children = sum(whole(w.row.concurrency, 0) for w in workers)
-    is_full = sum(w.running for w in workers) >= children
+    places = _places(story, workers, asyncs)
+    is_full = places.taken >= places.most
     ended = sum(p.runs for p in facts.pace if any(
         serves(w.row, p.queue) for w in workers))
     since = min((p.since for p in facts.pace), default=story.now)
@@ -20192,7 +20206,35 @@ def _ahead(story):
         which = " to ".join(map(str, sorted({min(lowest), max(lowest)})))
         return Found("starved", f"Tasks of priority {which} come as fast as they are "
                       "done: at this pace it never runs.")
-    return _busy(story, workers, count, children if is_full else 0, pace)
+    return _busy(story, workers, count, places if is_full else None, pace)
+
+
+class _Places(NamedTuple):
+    """Where a task of this kind could run."""
+
+    most: int
+    taken: int
+    what: str           # child, thread or coroutine
+
+
+def _asyncs(workers):
+    """The names of tasks whose runs are coroutines: these have places of their own."""
+    return {name for w in workers for name, (*_, is_async) in (w.names or {}).items()
+            if is_async}
+
+
+def _places(story, workers, asyncs):
+    """Those of the workers, for the kind that the task is of."""
+    is_async = story.task.name in asyncs
+    each = [whole(w.row.coroutines if is_async else w.row.threads, 0) or 1
+            for w in workers]
+    taken = sum(n for name, n in story.facts.running_of.items()
+                if (name in asyncs) == is_async)
+    what = "child" if max(each, default=1) == 1 else \
+        "coroutine" if is_async else "thread"
+    return _Places(
+        sum(whole(w.row.concurrency, 0) * n for w, n in zip(workers, each)),
+        min(taken, sum(w.running for w in workers)), what)
 
 
 def _comes(story):
@@ -20203,10 +20245,15 @@ def _comes(story):
     return story.facts.recent / max(1.0, (story.now - since) / 1000)
 
 
-def _busy(story, workers, count, children, pace):
+_PLURALS = {"child": "children", "thread": "threads",
+            "coroutine": "places for coroutines"}
+
+
+def _busy(story, workers, count, places, pace):
     who = f"{named(workers[0])}" if len(workers) == 1 else f"{len(workers):,} workers"
-    full = "" if not children else f"The only child of {who} is busy" \
-        if children == 1 else f"All {children:,} children of {who} are busy"
+    full = "" if not places else f"The only child of {who} is busy" \
+        if places.most == 1 else \
+        f"All {places.most:,} {_PLURALS[places.what]} of {who} are busy"
     more = "more than " * story.facts.is_more
     are = "is" if count == 1 else "are"
     tasks = f"{more}{counted(count, 'task')} {are} ahead of it" if count \

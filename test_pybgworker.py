@@ -1102,10 +1102,15 @@ class Promises(Served):
         self.assertEqual(self.failure(self.app.send(f"{name}.leave")).kind, "crash")
         self.assertEqual(worker.wait_for("task_crash")["exit_code"], 7)
         self.assertEqual(self.get(self.app.send(f"{name}.sum_of", 2, 2)), 4)
-        began = time.monotonic()
-        self.assertEqual(worker.stop(), 0)
-        # Nothing of it had to be killed.
-        self.assertLess(time.monotonic() - began, pybgworker.EXIT_GRACE)
+        for tried in range(3):      # a machine may stall for as long
+            began = time.monotonic()
+            self.assertEqual(worker.stop(), 0)
+            took = time.monotonic() - began
+            if took < pybgworker.EXIT_GRACE:        # nothing of it had to be killed
+                return
+            worker = self.worker("--concurrency", 1, app=name)
+            self.assertEqual(self.get(self.app.send(f"{name}.sum_of", 3, 3)), 6)
+        self.fail(f"its end took {took} s")
 
     def test_an_app_may_replace_the_standard_library(self):
         """As gevent does, but worse."""
@@ -6465,13 +6470,15 @@ class LiveRows(QueueCase):
 
     def test_a_worker_says_what_it_is_and_knows_when_it_registers(self):
         known = [pybgworker.KnownTask(0, "b", None, ()),
-                 pybgworker.KnownTask(0, "a\x1b\"", 2.5, ("x", "*rest"), 3)]
-        worker = self.add(rate=3.5, version="9", tasks=known)
+                 pybgworker.KnownTask(0, "a\x1b\"", 2.5, ("x", "*rest"), 3, True)]
+        worker = self.add(threads=4, coroutines=5, rate=3.5, version="9", tasks=known)
         row = self.row(worker)
-        self.assertEqual((row.state, row.rate, row.version, row.note),
-                         ("starting", 3.5, "9", None))
+        self.assertEqual(
+            (row.state, row.rate, row.version, row.note, row.threads, row.coroutines),
+            ("starting", 3.5, "9", None, 4, 5))
         self.assertEqual(self.store.known_tasks(), [
-            (worker, "a\x1b\"", 2.5, ("x", "*rest"), 3), (worker, "b", None, (), 0)])
+            (worker, "a\x1b\"", 2.5, ("x", "*rest"), 3, True),
+            (worker, "b", None, (), 0, False)])
 
     def test_a_heartbeat_says_how_a_worker_and_its_children_do(self):
         worker = self.add()
@@ -6650,7 +6657,7 @@ class LiveRows(QueueCase):
             self.sql(f"update bg_worker set cpu = {cpu}, children_cpu = {cpu}, note = 5,"
                      f" state = x'00', memory = 'large' where id = {worker}")
             self.sql("update bg_worker_task set params = '{' where worker = ?", worker)
-            self.assertEqual(self.store.known_tasks(), [(worker, "a", None, (), 0)])
+            self.assertEqual(self.store.known_tasks(), [(worker, "a", None, (), 0, False)])
             self.row(worker)
             self.store.remove_dead([self.row(worker)])
             self.assertEqual(self.sql("select count(*) from bg_worker"), [(2,)])
@@ -18815,6 +18822,21 @@ class Why(WhyCase):
         self.enqueue(count=2)
         self.claim(free=1)
         self.says("busy", r"The only child of w1 is busy and it is the next one\.", 2)
+
+    def test_as_many_are_busy_as_there_are_places_of_its_kind(self):
+        self.serve(concurrency=2, threads=3, coroutines=4, names=("t", "u"))
+        self.sql("update bg_worker_task set is_async = 1 where name = 'u'")
+        self.enqueue(count=7)
+        self.enqueue(name="u", count=9)
+        self.claim(free=2, names=("t",))
+        self.says("next", r"It is about to start\.", 8)         # t is not ahead of u
+        self.claim(free=4, names=("t",))
+        self.says("busy", r"All 6 threads of w1 are busy and it is the next one\.", 7)
+        self.claim(free=0, beside=8, beside_names={"u"}, names=("u",))
+        self.says("busy", r"All 8 places for coroutines of w1 are busy and it is the next "
+                  r"one\.", 16)
+        self.sql("update bg_task set state = 4 where name = 't' and state = 3")
+        self.says("next", r"It is about to start\.", 7)         # 8 others run beside it
 
     def test_a_task_that_is_starved(self):
         self.serve()
