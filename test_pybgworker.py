@@ -88,6 +88,14 @@ def clean_environment(**extra):
     return {**kept, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", **extra}
 
 
+def started(main):
+    """The start of a command line: what `python pybgworker.py` comes to, for `run` by
+    an exec; but nobody has to compile all of the file for it, each time anew.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[0] = {str(HERE)!r}; "
+            f"import pybgworker; sys.exit(pybgworker.{main}())"]
+
+
 def is_alive(pid):
     """True while a process exists and is no zombie."""
     try:
@@ -161,7 +169,7 @@ class Case(unittest.TestCase):
     def cli(self, *argv, timeout=60, stdin=subprocess.DEVNULL, **environment):
         """Run a command of pybgworker.py in the folder."""
         return subprocess.run(
-            [sys.executable, str(HERE / "pybgworker.py"), *map(str, argv)],
+            [*started("main"), *map(str, argv)],
             cwd=self.folder, stdin=stdin,
             env=clean_environment(PYBGWORKER_DB=str(self.db), **environment),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
@@ -204,8 +212,7 @@ class RealWorker:
     def __init__(self, case, app, flags, environment, before=None):
         self.events = []
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "pybgworker.py"), "run", "--app", app,
-             *map(str, flags)],
+            [*started("_main_of_worker"), "run", "--app", app, *map(str, flags)],
             cwd=case.folder, stdin=subprocess.DEVNULL, text=True,
             env=clean_environment(PYBGWORKER_DB=str(case.db), **environment),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before,
