@@ -23781,7 +23781,8 @@ class Browser:
         self.process = subprocess.Popen(
             argv, close_fds=True, pass_fds=(3, 4, reads, writes), preexec_fn=place,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "TZ": "Europe/Paris", "HOME": str(folder)})
+            env={**os.environ, "TZ": "Europe/Paris", "HOME": str(folder),
+                 "TMPDIR": str(folder)})
         os.close(reads)
         os.close(writes)
         self._buffer, self._number = b"", 0
@@ -25368,8 +25369,8 @@ class Readme(Case):
             (self.folder / f"block{number}.py").write_text(block)
             done = subprocess.run(
                 [sys.executable, f"block{number}.py"], cwd=self.folder, text=True,
-                env=clean_environment(PYTHONPATH=""), stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, timeout=60)
+                env=clean_environment(PYTHONPATH="", TMPDIR=str(self.folder)),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
             with self.subTest(block[:50]):
                 self.assertEqual(done.returncode, 0, done.stdout)
 
