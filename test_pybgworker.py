@@ -15310,7 +15310,7 @@ class Signs(Served):
         self.wait_row(state="ready")
         known, callback = self.store.known_tasks()
         self.assertEqual(known, (
-            self.row().id, "tasks.send", 2, ("to", "*cc", "body", "**more"), 4))
+            self.row().id, "tasks.send", 2, ("to", "*cc", "body", "**more"), 4, False))
         self.assertEqual(callback.name, "tasks.send:on_failure")
 
     @unittest.skipUnless(sys.platform == "linux", "by /proc")
