@@ -12899,6 +12899,9 @@ class Child:
         dump_crashes(spec.crash)
         for number, handler in self.interrupts.handlers.items():
             set_signal(number, handler)
+        if spec.threads > 1:
+            # Its hooks at a fork take a lock: in the shelter of ours, which come later.
+            import logging      # noqa: F401
         # Not by Python code, into which an exception could fall.
         os.register_at_fork(
             after_in_child=functools.partial(setattr, self.runs, "is_fork", True))
