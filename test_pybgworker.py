@@ -57,6 +57,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # each start would compile u
 sys.dont_write_bytecode = True      # tests write a module anew within a second
 sys.path.insert(0, str(HERE))
 
+# A shell starts what it puts in the background with Ctrl-C ignored, and each program
+# that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pybgworker  # noqa: E402
 from pybgworker import (  # noqa: E402
     App, AsyncResult, By, Cron, CronError, Filter, Log, NewTask, Outcome, Phase,
