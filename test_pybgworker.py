@@ -57,10 +57,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # each start would compile u
 sys.dont_write_bytecode = True      # tests write a module anew within a second
 sys.path.insert(0, str(HERE))
 
-# A shell starts what it puts in the background with Ctrl-C ignored, and each program
-# that a test starts would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what it puts in the background with the keys that end it ignored, and
+# each program that a test starts would inherit that.
+for key, end in ("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL):
+    if hasattr(signal, key) and signal.getsignal(
+            getattr(signal, key)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, key), end)
 
 import pybgworker  # noqa: E402
 from pybgworker import (  # noqa: E402
