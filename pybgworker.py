@@ -25196,12 +25196,7 @@ class _WebProbes(Probes):
         return 200, "ok"
 
     def readiness(self):
-        try:
-            with self._store.glance(1.0):
-                self._store.data_version()
-            return 200, "ok"
-        except DatabaseUnavailable as exc:
-            return 503, str(exc)
+        return readiness_of(self._store)
 
 
 @command("web", "serve the dashboard to browsers", "web --listen 127.0.0.1:8787",
