@@ -3513,7 +3513,7 @@ class App:
     serving = ""        # the module that a nursery or child imports just now
 
     def __init__(self, **settings: Any):
-        self.tasks: dict[str, Task] = {}
+        self.registered: dict[str, Task] = {}
         self._code: dict = {}
         self._flags: dict = {}
         # Settings and store, each as the first thread has made it.  No lock, for a
@@ -3605,7 +3605,7 @@ class App:
         schedules = []
         if isinstance(fn, Task):            # @task above @cron
             schedules = fn.schedules
-            if self.tasks.get(fn.name) is fn:
+            if self.registered.get(fn.name) is fn:
                 self._unregister(fn.name)
             fn = fn.fn
         check_function(fn)
@@ -3618,7 +3618,7 @@ class App:
         return self._register(task)
 
     def _register(self, task):
-        other = self.tasks.get(task.name)
+        other = self.registered.get(task.name)
         if other is not None and not is_reload(other, task):
             raise AppError(
                 f"two tasks are named {task.name!r}: {line_of(other.fn)} and "
@@ -3631,14 +3631,14 @@ class App:
                 "are for the callbacks of tasks, and on:failure for who listens to them"
             )
         self._unregister(task.name)
-        self.tasks[task.name] = task
+        self.registered[task.name] = task
         for companion in task.companions():
-            self.tasks[companion.name] = companion
+            self.registered[companion.name] = companion
         return task
 
     def _unregister(self, name):
         for of in (name, name + ":on_success", name + ":on_failure"):
-            self.tasks.pop(of, None)
+            self.registered.pop(of, None)
 
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
              overlap: str = "allow", jitter: float = 0.0,
@@ -3688,7 +3688,7 @@ class App:
         `kwargs` are its keyword arguments.
         """
         check_known(options, CALL_OPTIONS)
-        task = self.tasks.get(checked("name", parse_name, name))
+        task = self.registered.get(checked("name", parse_name, name))
         task = task or Task(self, do_nothing, name, {})
         return task.apply_async(args, kwargs, **options)
 
@@ -4924,11 +4924,11 @@ create table bg_meta (
     """insert into bg_meta values ('last_id', 0), ('schema', 0), ('place', 0)""",
 )
 _SCHEMA_2 = (
-    """alter table bg_task add column
-    alone       integer not null default 0  -- 1: its last run died among others, so
-                                      -- that the next has a child to itself.  No
-                                      -- check: it would read the whole table here
-    """,
+    # Comments stand before a column: behind it they would hide what SQLite leaves
+    # there, which may be a check.  No check of it: that would read the whole table.
+    """alter table bg_task add column  -- 1: its last run died among others, so that
+                                      -- the next has a child to itself
+    alone       integer not null default 0""",
     """alter table bg_worker add column
     start_method text not null default ''  -- of its children, and why; '' unknown
         check (typeof(start_method) = 'text')""",
@@ -4968,9 +4968,8 @@ _SCHEMA_3 = (
     # Of those that ended badly, so that the newest, and those of a name, are found.
     f"""create index bg_bad on bg_task (state, finished_at, name, queue)
         where state > {SUCCESS}""",
-    """alter table bg_task add column
-    meta        text                  -- JSON of options(meta=); null: none
-    """,
+    """alter table bg_task add column  -- JSON of options(meta=); null: none
+    meta        text""",
     f"""
 create table bg_history (             -- runs that ended
     span        integer not null,     -- 60, 900 or 86400 s; 0: since ever
@@ -5041,7 +5040,6 @@ create table bg_event (               -- what people have done, and what they mi
     target      text not null,        -- a task id, a queue, a schedule, a filter
     detail      text                  -- a reason, a count; null: none
 )""",
-    # A comment after a column would hide from SQLite what it appends there.
     """alter table bg_queue add column   -- who paused it; null: unknown
     paused_by   text""",
     """alter table bg_queue add column   -- why; null: not said
@@ -5108,9 +5106,25 @@ create table bg_event (               -- what people have done, and what they mi
         left join bg_queue as q on q.name = w.queue
     group by w.queue""",
 )
+# What has to begin in time, or not at all.
+_SCHEMA_4 = (
+    """alter table bg_task add column  -- unix ms; no run begins after it; null: never
+    expires_at  integer""",
+    # Of those that wait and expire, which are few; the others are not in it.
+    f"""create index bg_expiring on bg_task (expires_at)
+        where expires_at is not null and state < {RUNNING}""",
+    """alter table bg_worker_task add column  -- JSON object of its @task: queue,
+    options     text""",                # priority …; null: an older worker
+    """drop view v_tasks""",
+    f"""create view v_tasks as select id, {_WORDS} as status, name, queue, priority,
+        key, attempt, retries, timeout, {_iso("created_at")}, {_iso("run_at")},
+        {_iso("expires_at")}, {_iso("started_at")}, {_iso("finished_at")}, duration,
+        meta
+    from bg_task""",
+)
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
-_MIGRATIONS = (_SCHEMA, _SCHEMA_2, _SCHEMA_3)
+_MIGRATIONS = (_SCHEMA, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4)
 SCHEMA_VERSION = len(_MIGRATIONS)
 
 
@@ -9266,7 +9280,7 @@ def load_app(spec: str) -> App:
     else:
         apps = {id(v): v for v in vars(module).values() if isinstance(v, App)}
         app = default_app
-        if not app.tasks and len(apps) == 1:
+        if not app.registered and len(apps) == 1:
             app, = apps.values()
     limit = getattr(module, "RATE_LIMIT", None)
     if limit is not None:
@@ -9287,7 +9301,7 @@ def import_app(spec: str) -> App:
         trace = describe_exception(exc)["traceback"]
         raise Problem(f"cannot import --app {spec}:\n{trace.rstrip()}") from None
     _hand_over()
-    if not app.tasks:
+    if not app.registered:
         raise Problem(f"--app {spec}: it has no task: decorate a function with @task")
     return app
 
@@ -9319,7 +9333,7 @@ def _hand_over():
         path = getattr(module, "__file__", None)
         if path and name != "__main__" and hasattr(module, "main") \
                 and module is not sys.modules.get(__name__) \
-                and os.path.realpath(path) == own and not default_app.tasks:
+                and os.path.realpath(path) == own and not default_app.registered:
             raise OtherCopy(name)
 
 
@@ -9400,7 +9414,7 @@ class Registry(NamedTuple):
     @classmethod
     def of(cls, app: App, app_spec: str) -> Registry:
         """What there is to know of an app of this process."""
-        tasks = {name: _entry_of(task) for name, task in app.tasks.items()}
+        tasks = {name: _entry_of(task) for name, task in app.registered.items()}
         environ = {name: value for name, value in os.environ.items()
                    if name.startswith("PYBGWORKER_")}
         return cls(app_spec, tasks, app.configured(), environ)
@@ -11530,7 +11544,7 @@ class Running:
     def __init__(self, frame: bytes, app: App, report: Callable, mark: Callable):
         run_id, attempt, timeout, tick, cell, name, self.text = read_frame(frame)
         self.of = run_id, attempt
-        self.task = app.tasks.get(name)
+        self.task = app.registered.get(name)
         self.timeout = timeout          # seconds; 0: none
         self.chars = 0                  # that it has printed
         self.raised: BaseException | None = None    # that we have put into it
@@ -12819,7 +12833,7 @@ class Stage:
         """
         for app in (self.app, default_app):
             if app is not None:
-                app.tasks.clear()
+                app.registered.clear()
         self.at_last()
 
 
@@ -12860,7 +12874,7 @@ class Child:
 
         with self._telling_what_fails():
             coroutines = self._get_ready()
-        self.runs.say(READY, list(self.runs.app.tasks))
+        self.runs.say(READY, list(self.runs.app.registered))
         self._work(coroutines)
         gc.unfreeze()               # or open files would not be flushed at the exit
         self.interrupts.run = None  # the same: it holds the task
@@ -13100,7 +13114,7 @@ class _Nursery:
         for app in {self._stage.app, default_app}:
             app.configure()         # closes its database: that is for the children
         self._stage.printer.end_run()
-        functions = [task.fn for task in self._stage.app.tasks.values()]
+        functions = [task.fn for task in self._stage.app.registered.values()]
         if any(map(is_coroutine_function, functions)):
             import asyncio      # noqa: F401 - once, not in each child
         import logging          # noqa: F401 - the same; not before an app may patch it
@@ -19477,7 +19491,7 @@ def _enqueue(args, app):
     given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
     options = {k: v for k, v in given.items() if v is not None}
     is_new = not os.path.exists(app.store.path)
-    if args.name not in app.tasks:
+    if args.name not in app.registered:
         options = {**_newest_options(app, args.name, given), **options}
     result = app.send(args.name, *values, kwargs=kwargs, **options)
     if is_new:
@@ -19509,11 +19523,11 @@ def _warn(app, task_id):
 
 def _check_task(app, args):
     """Raise Problem that names what is near, for a task that the app has not."""
-    if args.name in app.tasks:
+    if args.name in app.registered:
         return
     import difflib
 
-    names = sorted(name for name in app.tasks if not callback_kind(name))
+    names = sorted(name for name in app.registered if not callback_kind(name))
     near = difflib.get_close_matches(args.name, names, cutoff=0.5) or names[:5]
     raise Problem(
         f"--app {args.app} has no task {args.name!r}; it has {', '.join(near)}"
@@ -23535,8 +23549,8 @@ def _limit_in(path):
 
 _TASKS_OF_APP = """
 app = ours.import_app(sys.argv[1])
-print(json.dumps({name: [[s.cron.expr, s.cron.tz] for s in app.tasks[name].schedules]
-                  for name in sorted(app.tasks)}))
+print(json.dumps({name: [[s.cron.expr, s.cron.tz] for s in task.schedules]
+                  for name, task in sorted(app.registered.items())}))
 """
 _IN_ANOTHER_PROCESS = """
 import importlib, json, sys
@@ -23776,7 +23790,7 @@ def listening(app: App, kind: str) -> Callable[[Callable], Callable]:
         app.listeners[kind] = [*others, fn]
         task: Task = Task(app, _teller(app, kind), "on", {})
         task.name = f"on:{kind}"
-        app.tasks[task.name] = task
+        app.registered[task.name] = task
         return fn
 
     return listen
@@ -23793,7 +23807,7 @@ def _teller(app, kind):
     def tell(about, only=None):
         listeners = {default_name(fn): fn for fn in app.listeners[kind]}
         if only is None and len(listeners) > 1:
-            each = app.tasks[f"on:{kind}"].options(queue=about["queue"])
+            each = app.registered[f"on:{kind}"].options(queue=about["queue"])
             each.delay_many([(about, name) for name in listeners])
             return None
         if only is not None and only not in listeners:      # of an older program
@@ -24139,7 +24153,7 @@ class Params:
     """
 
     def __init__(self, view: View):
-        self._tasks = view.app.tasks
+        self._tasks = view.app.registered
         self._known = {task.name: task.params for task in view.store.known_tasks()}
 
     def of(self, name: str) -> Sequence[str] | None:
@@ -24464,7 +24478,7 @@ def run_schedule_deed(deed: Deed, schedule: str) -> dict:
     if not rows:
         raise TaskNotFound(f"no schedule {schedule}")
     name = rows[0].task
-    options = {} if name in deed.app.tasks else deed.store.newest_options(name)
+    options = {} if name in deed.app.registered else deed.store.newest_options(name)
     result = deed.app.send(name, **options)
     deed.store.note_event(deed.by, "run", f"schedule {schedule}", f"task {result.id}",
                           deed.store.now())
