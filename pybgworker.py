@@ -7691,10 +7691,10 @@ class Walk:
         self.first, self.last = ((end, *[""] * (size - 1)) for end in ends)
 
 
-def _bad(state, is_down):
+def _bad(state, is_down, bound=""):
     """Two: those that somebody has made finished by hand have no time."""
     source = f"indexed by bg_bad where state = {state} and state > {SUCCESS}"
-    return [Walk(source, ("finished_at", "name", "queue", "id"), is_down),
+    return [Walk(source + bound, ("finished_at", "name", "queue", "id"), is_down),
             Walk(source + " and finished_at is null", ("abs(0)", "name", "queue", "id"),
                  is_down)]
 
@@ -7719,6 +7719,10 @@ _WALKS: dict[int | None, list[Walk]] = {
 }
 _OLDEST_FIRST: dict[int | None, list[Walk]] = {
     FAILED: _bad(FAILED, False), CANCELLED: _bad(CANCELLED, False),
+}
+_SINCE: dict[tuple, list[Walk]] = {
+    (state, is_down): _bad(state, is_down, " and finished_at >= :since")
+    for state in (FAILED, CANCELLED) for is_down in (True, False)
 }
 
 
@@ -7761,10 +7765,13 @@ class Search:
         walks = is_oldest_first and _OLDEST_FIRST.get(filter.state)
         walks = walks or _WALKS.get(filter.state, _ALL)
         values = _values(filter, max_id)
-        self._walks = [(walk, values) for walk in walks]
         self.is_down = walks[0].is_down
         self.place = place or walks[0].first    # what is not seen yet; None: nothing
         looks = filter._replace(state=None)
+        if filter.since is not None and filter.state in _OLDEST_FIRST:
+            walks = _SINCE[filter.state, walks[0].is_down]
+            looks = looks._replace(since=None)
+        self._walks = [(walk, values) for walk in walks]
         if filter.state == QUEUED and (filter.name, filter.queue) != (None, None):
             groups = self._groups()
             if len(groups) <= _MOST_GROUPS:
@@ -18679,6 +18686,7 @@ def page_report(store: Store, filter: Filter, limit: int = 50,
 # What stands for what differs from one failure to another of the same kind.
 _VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
 _LONGEST_ERROR = 300            # characters of an error's message
+MOST_FAILURES = 1000            # the newest, that are grouped
 
 
 def failure_key(row: FailureRow) -> tuple:
@@ -18712,6 +18720,36 @@ def _failure_group(key, rows, now):
         "last_at": stamp(newest.finished_at),
         "last_age": max(0, now - newest.finished_at) / 1000,
         "ids": sorted((row.id for row in rows), reverse=True)[:3],
+    }
+
+
+def failures_report(store: Store, now: int, of: Filter = Filter()) -> dict:
+    """What failed for good, by what went wrong: `groups`, the largest first.
+
+    See failure_groups().  Only the newest 1,000 since then are looked at, whatever
+    their name, queue and error: `capped` says that there are more.
+    """
+    rows = store.failures(of.since or 0, limit=MOST_FAILURES)
+    fits = [row for row in rows if of.name in (None, row.name)
+            and of.queue in (None, row.queue)
+            and of.error in (None, row.type, row.kind)]
+    return {"groups": failure_groups(fits, now), "total": len(rows),
+            "capped": len(rows) == MOST_FAILURES}
+
+
+def failure_ids(store: Store, since: int, like: int) -> list[int]:
+    """The ids of all that failed as this task did, among the newest 1,000."""
+    rows = store.failures(since, limit=MOST_FAILURES)
+    keys = {failure_key(row) for row in rows if row.id == like}
+    return [row.id for row in rows if failure_key(row) in keys]
+
+
+def events_report(store: Store, before: int | None = None, limit: int = 50) -> dict:
+    """What people have done, the newest first; `next` continues, None at the end."""
+    rows = store.events(before, limit)
+    return {
+        "events": [{**row._asdict(), "at": stamp(row.at)} for row in rows],
+        "next": rows[-1].id if len(rows) == limit else None,
     }
 
 
@@ -18987,6 +19025,91 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
 # Owns what `show` tells of one task: its call as Python has it, what has become of it,
 # and the runs that are over, with what each has printed.  Changes nothing.
 
+TOO_DEEP = "•••••• (nested too deeply)"
+_LINE = 60                      # characters of a value on one line of a call
+_BRACKETS: dict[Any, Sequence[str]] = {
+    list: "[]", tuple: "()", set: "{}", frozenset: ("frozenset({", "})"),
+}
+
+
+class Hidden(str):
+    """What stands for a value, without quotes around it."""
+
+
+def decoded_call(text: str | None, params: Sequence[str] | None) -> tuple | None:
+    """(names, args, kwargs) of encoded arguments; None where nobody can read them.
+
+    A positional argument has the name of its parameter: those of `*args` share one,
+    with its star; "" where that is unknown.
+    """
+    try:
+        args, kwargs = decode(text or "")
+        return [_name_of(params, n) for n in range(len(args))], list(args), \
+            dict(kwargs)
+    except Exception:               # edited by hand: whatever its types may raise
+        return None
+
+
+def _name_of(params, number):
+    names = list(itertools.takewhile(lambda name: name[:1] != "*", params or ()))
+    if number < len(names):
+        return names[number]
+    rest = "".join((params or ())[len(names) : len(names) + 1])
+    return "" if rest.startswith("**") else rest
+
+
+def python_text(value: Any, indent: str | None = None) -> str:
+    """Python for a value: on one line, or with an indent on several, if it is long."""
+    if isinstance(value, Hidden):
+        return value
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    inner = None if indent is None else indent + "  "
+    if isinstance(value, dict):
+        parts = [f"{python_text(k)}: {python_text(v, inner)}" for k, v in value.items()]
+        return _bracketed(parts, "{", "}", indent)
+    if type(value) in _BRACKETS and (value or type(value) in (list, tuple)):
+        parts = [python_text(part, inner) for part in value]
+        if len(parts) == 1 and type(value) is tuple:
+            parts = [parts[0] + ","]
+        opened, closed = _BRACKETS[type(value)]
+        return _bracketed(parts, opened, closed, indent)
+    return repr(value)
+
+
+def _bracketed(parts, opened, closed, indent):
+    line = f"{opened}{', '.join(parts)}{closed}"
+    if indent is None or len(line) <= _LINE and "\n" not in line:
+        return line
+    inner = "".join(f"{indent}  {part.rstrip(',')},\n" for part in parts)
+    return f"{opened}\n{inner}{indent}{closed}"
+
+
+def call_text(name: str, call: tuple | None, longest: int | None = None) -> str:
+    """A call as one would write it; `call` is what decoded_call() returned.
+
+    With `longest` it is one line, of whose values each is cut there.
+    """
+    if call is None:
+        return f"{name}(…)  # arguments that cannot be read, so they are not shown"
+    names, args, kwargs = call
+    if not all(name and name[0] != "*" for name in names):      # then none can be used
+        names = [""] * len(args)
+    try:
+        values = [_value_text(value, longest) for value in (*args, *kwargs.values())]
+    except RecursionError:
+        return f"{name}({TOO_DEEP})"
+    parts = [f"{n}={text}" if n else text
+             for n, text in zip((*names, *kwargs), values)]
+    return _bracketed(parts, name.rpartition(".")[2] + "(", ")",
+                      "" if longest is None else None)
+
+
+def _value_text(value, longest):
+    text = python_text(value, "  " if longest is None else None)
+    return text if longest is None or len(text) <= longest else text[:longest] + "…"
+
+
 def _readable(text):
     """An encoded value as JSON can show it: other types as their repr()."""
     if text is None:
@@ -19008,12 +19131,13 @@ def show_report(store: Store, task_id: int) -> dict:
     """
     row = store.task(task_id)
     _, result, error = store.outcome(task_id)
-    call = _readable(store.args(task_id))
-    is_call = isinstance(call, list) and len(call) == 2
-    args, kwargs = call if is_call else (call, None)
+    text, params = store.args(task_id), _params_of(store, row.name)
+    call, read = decoded_call(text, params), _readable(text)
+    args, kwargs = (read, None) if call is None else read
     return {
         **task_report(store, row), "args": args, "kwargs": kwargs,
-        "params": _params_of(store, row.name), "meta": meta_of(row.meta) or None,
+        "call": call and call_text(row.name, call, _VALUE_CHARS),
+        "params": params, "meta": meta_of(row.meta) or None,
         "result": _readable(result), "error": error,
         "attempts": [attempt_report(record) for record in store.attempts(task_id)],
         "output": store.output(task_id), "progress": store.progress(task_id),
@@ -19051,9 +19175,9 @@ def show_text(report: dict, colour: bool = False) -> str:
         f"{key:<14} {_plain(key, value)}" for key, value in report.items()
         if key not in _LONG and value not in (None, False)
     ]
-    if isinstance(report["kwargs"], dict):      # else somebody has edited the call
+    if report["call"] is not None:              # else somebody has edited it
         lines = [line for line in lines if not line.startswith(("args ", "kwargs "))]
-        lines.insert(2, f"{'call':<14} {python_call(report)}")
+        lines.insert(2, f"{'call':<14} {report['call']}")
     if len(report["attempts"]) > 1:
         lines += ["attempts:", _attempts_text(report["attempts"])]
     error = report["error"]
@@ -19065,7 +19189,7 @@ def show_text(report: dict, colour: bool = False) -> str:
     return coloured(text) if colour else text
 
 
-_LONG = ("error", "output", "attempts", "params")
+_LONG = ("error", "output", "attempts", "params", "call")
 _VALUE_CHARS = 100              # of one argument
 
 
@@ -19075,24 +19199,6 @@ def output_text(report: dict) -> str:
              if key != "output" and value is not None]
     lines += ["output:", report["output"] or "nothing is kept"]
     return visible("\n".join(lines))
-
-
-def python_call(report: dict) -> str:
-    """The call as Python has it, with the names of parameters as far as known."""
-    args, params = report["args"], report["params"] or []
-    plain = list(itertools.takewhile(lambda name: not name.startswith("*"), params))
-    names = plain if isinstance(args, list) and len(args) <= len(plain) else []
-    args = args if isinstance(args, list) else [args]
-    parts = [f"{name}={_argument(value)}" for name, value in zip(names, args)] \
-        or [_argument(value) for value in args]
-    parts += [f"{name}={_argument(value)}" for name, value in report["kwargs"].items()]
-    return f"{report['name'].rpartition('.')[2]}({', '.join(parts)})"
-
-
-def _argument(value):
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) \
-        else repr(value)
-    return text if len(text) <= _VALUE_CHARS else text[:_VALUE_CHARS] + "…"
 
 
 def _attempts_text(records):
@@ -19121,16 +19227,30 @@ def _plain(key, value):
 # Owns the commands with which people look at a queue; none of them changes it.
 
 _LIST_SECONDS = 1.0         # that `list` looks for tasks
-_MOST_GROUPED = 1000        # failures that `failed --by` looks at: the newest
+
+
+def _since(text):
+    """Seconds before now, or a datetime."""
+    with contextlib.suppress(ValueError):
+        return parse_grace(text)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+        if 0 <= moment.timestamp() < LONGEST_SECONDS * 10:
+            return moment
+    raise ValueError("how long ago, as 90s, 12h, 7d, or a time, as 2026-11-29 or "
+                     "2026-11-29T14:30")
+
 
 NAME_FLAG = flag("--name", metavar="N", help="only tasks of this name (default: all)")
 QUEUE_FLAG = flag("--queue", metavar="Q",
                   help="only tasks of this queue (default: all)")
 FILTER_FLAGS = (
     NAME_FLAG, QUEUE_FLAG,
-    flag("--since", metavar="T", type=typed(parse_grace),
+    flag("--since", metavar="T", type=typed(_since),
          help="only what ended, else began, else came in so long ago at most: 90s, "
-         "12h, 7d; a bare number is seconds (default: all)"),
+         "12h, 7d, a bare number is seconds; or at that time or later: 2026-11-29, "
+         "2026-11-29T14:30, local time unless it ends with Z or +01:00 "
+         "(default: all)"),
     flag("--error", metavar="TYPE",
          help="only those whose last run ended with this type of exception, or with a "
          "timeout, crash, lost or abort (default: all)"),
@@ -19145,7 +19265,10 @@ _ALL_FLAG = flag("--all", action="store_true",
 
 def filter_of(args: Any, now: int, state: int | None = None) -> Filter:
     """The tasks that the flags of a command mean."""
-    since = None if args.since is None else now - to_ms(args.since)
+    since = args.since
+    if since is not None:
+        since = to_ms(since.timestamp()) if isinstance(since, datetime) \
+            else now - to_ms(since)
     return Filter(state, args.name, args.queue, None, since, args.error)
 
 
@@ -19214,19 +19337,15 @@ def _listed(args, app, state):
          "failed --by error --since 1h", *FILTER_FLAGS, _LIMIT, _ALL_FLAG,
          flag("--by", choices=("error",),
               help="a line for each error, numbers and quoted texts aside, with the "
-              f"newest ids; of the newest {_MOST_GROUPED:,} (default: a line a task)"),
+              f"newest ids; of the newest {MOST_FAILURES:,} (default: a line a task)"),
          reads=True)
 def _failed(args, app):
     if args.by is None:
         return _listed(args, app, FAILED)
-    of, now = filter_of(args, app.store.now()), app.store.now()
-    rows = app.store.failures(of.since or 0, limit=_MOST_GROUPED)
-    fits = [row for row in rows if of.name in (None, row.name)
-            and of.queue in (None, row.queue)
-            and of.error in (None, row.type, row.kind)]
-    report = {"groups": failure_groups(fits, now)[:args.limit], "total": len(rows),
-              "capped": len(rows) == _MOST_GROUPED}
-    if not fits:
+    now = app.store.now()
+    report = failures_report(app.store, now, filter_of(args, now))
+    report["groups"] = report["groups"][:args.limit]
+    if not report["groups"]:
         say_aside(queue_hint(app.store, args.queue))
     return _printed(args, report, failure_groups_text)
 
@@ -19255,8 +19374,7 @@ def _cron(args, app):
 @command("events", "show what people have done, the newest first", "events", _LIMIT,
          reads=True)
 def _events(args, app):
-    rows = [{**row._asdict(), "at": iso_time(row.at)}
-            for row in app.store.events(limit=args.limit)]
+    rows = events_report(app.store, limit=args.limit)["events"]
     return _printed(args, rows, events_text)
 
 
@@ -20973,7 +21091,6 @@ _SHOWN = {"running": 20, "failures": 8, "next": 5}      # rows of an overview
 _BARS = 15                      # minutes for which a queue's pace is drawn
 _RECENT = 10                    # minutes that the figures look back
 _POINTS = {"hour": (MINUTE, 60), "day": (QUARTER, 96)}    # … and how many
-_MOST_FAILURES = 1000           # the newest, that are grouped
 _SLOW_PACE = 10                 # a minute; below it one minute says too little
 _GROWS = 1.1                    # as much comes in as goes out, and a tenth more
 
@@ -21050,7 +21167,7 @@ def overview(store: Store, settings: types.SimpleNamespace, now: int,
     workers = workers_report(store, settings, now, beats)
     step, _ = _POINTS[span]
     running, running_total = _running(store, now, workers)
-    failures = failures_report(store, now)
+    failures = failures_report(store, now, Filter(since=now - HOUR_MS))
     for row in workers:
         del row["processes"]
     return {
@@ -21267,27 +21384,7 @@ def _run_row(store, now, row, hand, owners):
     }
 
 
-# What failed.
-
-def failures_report(store: Store, now: int, hours: float = 1) -> dict:
-    """What failed for good since, by what went wrong: `groups`, the largest first.
-
-    See failure_groups().  Only the newest 1,000 are looked at: `capped` says that
-    there are more.
-    """
-    rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
-    return {"groups": failure_groups(rows, now), "total": len(rows),
-            "capped": len(rows) == _MOST_FAILURES}
-
-
-def failure_ids(store: Store, now: int, hours: float, like: int) -> list[int]:
-    """The ids of all that failed as this task did, among the newest 1,000."""
-    rows = store.failures(now - round(hours * HOUR_MS), limit=_MOST_FAILURES)
-    keys = {failure_key(row) for row in rows if row.id == like}
-    return [row.id for row in rows if failure_key(row) in keys]
-
-
-# What there is to run, and what people did.
+# What there is to run.
 
 def names_report(store: Store, now: int) -> list[dict]:
     """Each task that ran in the last 24 hours: runs, failures, how long, how late.
@@ -21345,15 +21442,6 @@ def _last_run(store, row):
                 "at": stamp(task.finished_at or task.started_at or task.run_at),
             }
     return None
-
-
-def events_report(store: Store, before: int | None = None, limit: int = 50) -> dict:
-    """What people have done, the newest first; `next` continues, None at the end."""
-    rows = store.events(before, limit)
-    return {
-        "events": [{**row._asdict(), "at": stamp(row.at)} for row in rows],
-        "next": rows[-1].id if len(rows) == limit else None,
-    }
 
 
 # == Screen ===================================================================
@@ -22276,7 +22364,7 @@ def _retry_it(top):
 def _retry_group(top, task, name):
     """All that failed as this task did; they are found before the question."""
     store = top.app.store
-    ids = failure_ids(store, store.now(), 1, task)
+    ids = failure_ids(store, store.now() - HOUR_MS, task)
     if not ids:
         raise Problem(f"task {task} is no longer among what failed")
 
@@ -22684,12 +22772,13 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def has_token(authorization: str, token: str | None) -> bool:
-    """True for the header `Authorization: Bearer TOKEN`, if there is a token."""
+def bearer(authorization: str, token: str | None) -> bool | None:
+    """Whether a script sends this token; None: it sends none, as browsers do not."""
     import hmac
 
-    given = authorization.encode("utf-8", "replace")
-    return bool(token) and hmac.compare_digest(given, f"Bearer {token}".encode())
+    scheme, _, given = authorization.partition(" ")
+    return None if scheme.lower() != "bearer" else bool(token) and hmac.compare_digest(
+        given.strip().encode("utf-8", "replace"), str(token).encode())
 
 
 def probe_answers(probes: Probes, scrapes: Scrapes, is_local: bool,
@@ -22701,7 +22790,7 @@ def probe_answers(probes: Probes, scrapes: Scrapes, is_local: bool,
     plain = "text/plain; charset=utf-8"
 
     def answer(path, authorization):
-        is_trusted = is_local or has_token(authorization, token)
+        is_trusted = is_local or bool(bearer(authorization, token))
         if path == "/metrics":
             if is_trusted:
                 status, text = scrapes.answer()
@@ -23826,12 +23915,7 @@ def _teller(app, kind):
 
 HIDDEN = "•••••• (redacted)"
 _NAMELESS = "•••••• (parameter unknown)"
-_TOO_DEEP = "•••••• (nested too deeply)"
 _LONGEST_VALUE = 200_000        # characters of encoded arguments, or a result
-_LINE = 60                      # characters of a value on one line of a call
-_BRACKETS: dict[Any, Sequence[str]] = {
-    list: "[]", tuple: "()", set: "{}", frozenset: ("frozenset({", "})"),
-}
 
 
 class Redaction:
@@ -23854,7 +23938,7 @@ class Redaction:
         try:
             return self._hidden(value)
         except RecursionError:
-            return _TOO_DEEP
+            return TOO_DEEP
 
     def _hidden(self, value):
         if isinstance(value, dict):
@@ -23870,15 +23954,14 @@ class Redaction:
         A positional argument has the name of its parameter, and "" where that is
         unknown; then it is hidden, for it might be anything.
         """
-        try:
-            args, kwargs = decode(text or "")
-            names = [_name_of(params, n) for n in range(len(args))]
-            values = [self._argument(*pair, params) for pair in zip(names, args)]
-            return names, values, dict(self.hidden(kwargs))
-        except Exception:       # edited by hand: whatever its types may raise
+        call = decoded_call(text, params)
+        if call is None:
             return None
+        names, args, kwargs = call
+        values = [self._argument(*pair) for pair in zip(names, args)]
+        return names, values, self.hidden(kwargs)
 
-    def _argument(self, name, value, params):
+    def _argument(self, name, value):
         if self.is_on and not name:
             return Hidden(_NAMELESS)
         return HIDDEN if self.hides(name) else self.hidden(value)
@@ -23892,19 +23975,6 @@ class Redaction:
         return any(words.lower() in part.lower() for part in parts)
 
 
-class Hidden(str):
-    """What stands for a value, without quotes around it."""
-
-
-def _name_of(params, number):
-    """The name of a positional argument: those of `*args` share one; "": unknown."""
-    names = list(itertools.takewhile(lambda name: name[:1] != "*", params or ()))
-    if number < len(names):
-        return names[number]
-    rest = "".join((params or ())[len(names) : len(names) + 1])
-    return "" if rest.startswith("**") else rest
-
-
 def json_text(value: Any) -> str:
     """JSON that every browser reads, whatever was written into a database by hand."""
     try:
@@ -23914,49 +23984,7 @@ def json_text(value: Any) -> str:
     try:
         return json.dumps(json_value(value))
     except RecursionError:
-        return json.dumps(_TOO_DEEP)
-
-
-def python_text(value: Any, indent: str = "") -> str:
-    """Python for a value; over several lines where one would be long."""
-    if isinstance(value, Hidden):
-        return value
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, dict):
-        parts = [f"{python_text(k)}: {python_text(v, indent + '  ')}"
-                 for k, v in value.items()]
-        return _bracketed(parts, "{", "}", indent)
-    if type(value) in _BRACKETS and (value or type(value) in (list, tuple)):
-        parts = [python_text(part, indent + "  ") for part in value]
-        if len(parts) == 1 and type(value) is tuple:
-            parts = [parts[0] + ","]
-        opened, closed = _BRACKETS[type(value)]
-        return _bracketed(parts, opened, closed, indent)
-    return repr(value)
-
-
-def _bracketed(parts, opened, closed, indent):
-    line = f"{opened}{', '.join(parts)}{closed}"
-    if len(line) <= _LINE and "\n" not in line:
-        return line
-    inner = "".join(f"{indent}  {part.rstrip(',')},\n" for part in parts)
-    return f"{opened}\n{inner}{indent}{closed}"
-
-
-def call_text(name: str, call: tuple | None) -> str:
-    """A call as one would write it; `call` is what Redaction.call() returned."""
-    if call is None:
-        return f"{name}(…)  # arguments that cannot be read, so they are not shown"
-    names, args, kwargs = call
-    shown = ["" if name.startswith("*") else name for name in names]
-    try:
-        parts = [f"{n}={python_text(v, '  ')}" if n else python_text(v, "  ")
-                 for n, v in zip(shown, args)]
-        parts += [f"{k}={python_text(v, '  ')}" for k, v in kwargs.items()]
-        return _bracketed(parts, name.rpartition(".")[2] + "(", ")", "")
-    except RecursionError:
-        return f"{name}({_TOO_DEEP})"
+        return json.dumps(TOO_DEEP)
 
 
 def is_long(text: str | None) -> bool:
@@ -24288,13 +24316,14 @@ def output_view(view: View, task_id: str) -> dict:
 
 def failures_view(view: View) -> dict:
     """What failed for good in so many `hours`, by what went wrong."""
-    report = failures_report(view.store, view.now, view.number("hours", 1, 24 * 400))
-    name = view.query.get("name")
-    rows = [row for row in report["groups"] if name in (None, row["name"])]
+    since = view.now - view.number("hours", 1, 24 * 400) * HOUR_MS
+    report = failures_report(
+        view.store, view.now, Filter(since=since, name=view.query.get("name")))
     total = report["total"]
     note = f"{total:,} task{'s' * (total != 1)} failed for good" + (
         "; only the newest 1,000 are here" if report["capped"] else "")
-    return {**view.listed("failures", rows, note + ". Numbers and quotes are masked."),
+    note += ". Numbers and quotes are masked."
+    return {**view.listed("failures", report["groups"], note),
             "total": total, "capped": report["capped"], "css": ".stack"}
 
 
@@ -24422,7 +24451,7 @@ def _meant(deed, is_first):
         if type(like) is not int or not 0 < like <= MOST_ID \
                 or type(hours) is not int or not 0 < hours < 10_000:
             raise ValueError("like: the id of a task; hours: a whole number")
-        ids = failure_ids(deed.store, deed.store.now(), hours, like)
+        ids = failure_ids(deed.store, deed.store.now() - hours * HOUR_MS, like)
         _check_expected(is_first, len(ids), expect)
         return ids
     if not isinstance(wanted, dict):
@@ -24636,15 +24665,16 @@ class Gate:
             hosts = {h.get("host", ""), h.get("x-forwarded-host", h.get("host", ""))}
             is_ours = origin.partition("://")[2].lower() in map(str.lower, hosts)
         else:
-            is_ours = bearer(h) is not None     # no page can send that unasked
+            # No page can send that unasked.
+            is_ours = bearer(h.get("authorization", ""), "") is not None
         return None if is_ours else refused(403, "asked by a page of another site")
 
     def _stranger(self, request):
         if self.token is None:
             return None
-        given = bearer(request.headers)
+        given = bearer(request.headers.get("authorization", ""), self.token)
         if given is not None:
-            return None if self.is_token(given) else self.wrong_token()
+            return None if given else self.wrong_token()
         name, worth = self.cookie(request)
         for part in request.headers.get("cookie", "").split(";"):
             key, _, value = part.strip().partition("=")
@@ -24680,12 +24710,6 @@ def same_text(a: str, b: str) -> bool:
     import hmac
 
     return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode("utf-8"))
-
-
-def bearer(headers: dict) -> str | None:
-    """The token that a script sends; None: what browsers send by themselves, if any."""
-    scheme, _, given = headers.get("authorization", "").partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else None
 
 
 def host_name(host: str) -> str:
@@ -24781,10 +24805,9 @@ class Dashboard:
             else self._file(request)
 
     def _probed(self, probes, name, request):
-        given = bearer(request.headers)
-        if given is not None and not self.gate.is_token(given):
+        known = request.headers.get("authorization", "")
+        if self.gate.token and bearer(known, self.gate.token) is False:
             return self.gate.wrong_token()
-        known = "" if given is None else f"Bearer {given}"
         status, kind, text = probes(f"/{name}", known)
         return Answer(status, (("Content-Type", kind), *_HEADERS), text.encode())
 

@@ -7350,6 +7350,24 @@ class Listing(QueueCase):
         self.fill(60_000)
         self.assertLess(self.steps(lambda: self.store.page(rare, seconds=0)), 2 * window)
 
+    def test_what_failed_since_then_is_found_without_a_look_at_what_failed_before(self):
+        self.fill(50_000)
+        self.sql("update bg_task set state = 5 + id % 2, finished_at = id")
+        for state, ids in ((pybgworker.FAILED, [50_000, 49_998]),
+                           (pybgworker.CANCELLED, [49_999])):
+            since = Filter(state, since=49_998)
+            for filter in (since, since._replace(queue="default", error=None)):
+                with self.subTest(filter):
+                    self.assertEqual(self.ids(filter), ids)
+                    self.assertEqual(self.every_page(filter, 1)[:len(ids)],
+                                     [[number] for number in ids])
+                    self.assertEqual(self.store.count(filter), len(ids))
+                    self.assertLess(self.steps(lambda: self.store.page(filter)), 1000)
+                    self.assertLess(self.steps(lambda: self.store.count(filter)), 1000)
+        self.assertEqual(self.store.act("retry", Filter(pybgworker.FAILED, since=49_998),
+                                        self.now).done, 2)
+        self.assertEqual(self.ids(Filter(pybgworker.FAILED, since=49_998)), [])
+
     def test_what_somebody_has_finished_by_hand_is_listed(self):
         """Without a time, and whatever the state."""
         self.enqueue(count=3)
@@ -16753,6 +16771,30 @@ class CommandLine(Served):
         self.assertEqual(self.ok("purge", "--error", "KeyError"), "0 tasks cancelled\n")
         self.assertEqual(self.ok("purge", "--name", "c"), "1 task cancelled\n")
 
+    def test_since_is_how_long_ago_or_a_time(self):
+        self.failures(a="E", b="E", c="E")
+        at = int(dt.datetime(2026, 5, 17, 14, 30, tzinfo=dt.timezone.utc).timestamp())
+        self.sql("update bg_task set finished_at = ? where id = 1", (at - 1) * 1000)
+        self.sql("update bg_task set finished_at = ? where id = 2", at * 1000)
+        for since, ids in (("2h", [3]), ("7200", [3]), ("2026-05-17T14:30Z", [3, 2]),
+                           ("2026-05-17 16:30:00+02:00", [3, 2]),
+                           ("2026-05-17T14:29:59z", [3, 2, 1]), ("2026-06-01", [3]),
+                           ("2026-05-17T14:30", [3, 2])):     # local, which is set below
+            for command in ("list", "failed"):
+                with self.subTest(f"{command} {since}"):
+                    rows = json.loads(self.ok(command, "--since", since, "--json", TZ="UTC"))
+                    self.assertEqual([row["id"] for row in rows], ids)
+        self.assertIn("E: b 7", self.ok("failed", "--since", "2026-05-17T14:30Z"))
+        groups = json.loads(self.ok("failed", "--by", "error", "--since",
+                                    "2026-05-17T14:30Z", "--json"))["groups"]
+        self.assertEqual([g["name"] for g in groups], ["b", "c"])
+        for bad in ("soon", "-5", "2026-13-01", "0001-01-01", "2h30", ""):
+            with self.subTest(bad):
+                self.assertRegex(self.refused("list", f"--since={bad}", code=2),
+                                 f"--since: '{bad}': must be how long ago, as 90s, 12h")
+        self.assertEqual(self.ok("retry", "--failed", "--since", "2026-05-17T14:30Z"),
+                         "2 tasks are queued again\n")
+
     def test_a_question_says_how_many_tasks_it_is_about(self):
         self.failures(a="E", b="E")
         self.app.send("c")
@@ -18197,7 +18239,7 @@ class Reports(QueueCase):
              't(event="order.paid", url="ü\\u001b")'),
             (("a", "*rest"), [1, 2, 3], {}, "t(1, 2, 3)"),
             (("a", "*rest", "k"), [1], {"k": True}, "t(a=1, k=True)"),
-            ((), [], {}, "t()"), (("a",), [[1, {"x": None}]], {}, "t(a=[1, {'x': None}])"),
+            ((), [], {}, "t()"), (("a",), [[1, {"x": None}]], {}, 't(a=[1, {"x": None}])'),
             (("a",), [long], {}, f't(a="{long[:99]}…)'),
         ):
             self.sql("delete from bg_task")
@@ -19948,7 +19990,8 @@ class Overviews(OverviewCase):
         self.failed("pay", "0x7f21ab3c is \"odd\"", ago=8, type="")
         self.failed("pay", "deadbeef01 is \"even\"", ago=7, type="")
         self.failed("pay", "old", ago=3601)
-        report = pybgworker.failures_report(self.store, self.now)
+        report = pybgworker.failures_report(
+            self.store, self.now, Filter(since=self.now - 3_600_000))
         self.assertEqual(
             [(row["count"], row["name"], row["error"], row["last_age"])
              for row in report["groups"]],
@@ -19958,9 +20001,9 @@ class Overviews(OverviewCase):
         self.assertEqual((report["total"], report["capped"]), (7, False))
         self.assertEqual(report["groups"][0]["ids"], [4, 3, 2])
         self.assertEqual(report["groups"][0]["first_at"], "2026-11-25T13:54:11.000Z")
-        self.assertEqual(sorted(pybgworker.failure_ids(self.store, self.now, 1, 2)),
+        self.assertEqual(sorted(pybgworker.failure_ids(self.store, self.now - 3_600_000, 2)),
                          [1, 2, 3, 4])
-        self.assertEqual(pybgworker.failure_ids(self.store, self.now, 1, 99), [])
+        self.assertEqual(pybgworker.failure_ids(self.store, 0, 99), [])
 
     def test_only_the_newest_thousand_failures_are_looked_at(self):
         self.failed("a", "m", ago=3, count=1100)
@@ -22653,6 +22696,8 @@ class Redactions(unittest.TestCase):
             self.assertFalse(finds(words, error=None), words)
 
     def test_a_call_is_shown_as_one_would_write_it(self):
+        self.assertEqual(pybgworker.call_text("t", self.call(("a", "*rest"), 1, 2)),
+                         "t(1, 2)")          # a=1 could not stand before it
         call = self.call(("event", "url"), "order.paid", "https://api.example.org/hook",
                          body={"order": 1, "total": Decimal("41.90"), "at": (1,)},
                          token="t", tags={"a"}, none=set())
