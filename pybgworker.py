@@ -60,10 +60,11 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Acts · Wording · Reasons ·
-        Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
-        Doctor · Remedies · Listeners · Redaction · Web reports · Web actions ·
-        Dashboard · Web server · Bench · Old import paths · Page · Page script
+        Cron · Scheduler · Reports · One task · Reading · Acts · Operating ·
+        Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
+        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
+        Redaction · Web reports · Web actions · Dashboard · Web server ·
+        Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -156,8 +157,8 @@ __all__ = [
     "DatabaseUnavailable", "DatabaseUnusable", "OptionError", "PayloadTooLarge",
     "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError", "TaskCancelled",
     "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout",
-    "WaitTimeout", "configure", "cron", "current_task", "main", "on", "task",
-    "web_app",
+    "WaitTimeout", "configure", "cron", "current_task", "default_app", "main", "on",
+    "task", "web_app",
 ]
 
 
@@ -696,6 +697,19 @@ def iso_time(at: int) -> str:
     except (OverflowError, ValueError, OSError):    # written by hand
         return f"{at} ms"
     return time.strftime("%Y-%m-%dT%H:%M:%S.", moment) + f"{at % 1000:03d}Z"
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def moment_of(at: int | None) -> Any:
+    """The datetime of unix ms, in UTC; None for None, or a time by hand of no calendar.
+    """
+    if at is None:
+        return None
+    with contextlib.suppress(OverflowError, TypeError):
+        return _EPOCH + timedelta(milliseconds=at)
+    return None
 
 
 def size_text(count: float) -> str:
@@ -3015,14 +3029,92 @@ class AsyncResult(Generic[V]):
         return hash(self.id)
 
     @property
+    def _row(self):
+        return self._store.task(self.id)
+
+    @property
     def status(self) -> str:
         """scheduled, queued, running, retrying, success, failed or cancelled."""
-        return self._store.task(self.id).status
+        return self._row.status
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return self._row.name
+
+    @property
+    def queue(self) -> str:
+        """The queue that it is in."""
+        return self._row.queue
+
+    @property
+    def priority(self) -> int:
+        """Its priority; a lower one runs first."""
+        return self._row.priority
+
+    @property
+    def key(self) -> str | None:
+        """What options(key=) gave it, or None."""
+        return self._row.key
+
+    @property
+    def meta(self) -> dict:
+        """What options(meta=) gave it; {} for nothing."""
+        return meta_of(self._row.meta)
+
+    @property
+    def args(self) -> tuple:
+        """The positional arguments of the call."""
+        return tuple(decode(self._store.args(self.id))[0])
+
+    @property
+    def kwargs(self) -> dict:
+        """The keyword arguments of the call."""
+        return decode(self._store.args(self.id))[1]
 
     @property
     def attempt(self) -> int:
         """The number of the last run; 0 before the first."""
-        return self._store.task(self.id).attempt
+        return self._row.attempt
+
+    @property
+    def created_at(self) -> datetime:
+        """When it was enqueued, in UTC, as all times here."""
+        return moment_of(self._row.created_at)
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When the last run began; None before the first."""
+        return moment_of(self._row.started_at)
+
+    @property
+    def finished_at(self) -> datetime | None:
+        """When it succeeded, failed or was cancelled; None until then."""
+        return moment_of(self._row.finished_at)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """After this no run begins; None for never."""
+        return moment_of(getattr(self._row, "expires_at", None))
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds that the last run took which is over; None before that."""
+        return self._row.duration
+
+    @property
+    def output(self) -> str:
+        """What the last run printed, as far as it is kept; of one that runs, up to now.
+
+        That of a short run is there when it is over.
+        """
+        store = self._store
+        row = store.task(self.id)
+        if row.state == RUNNING:
+            found = kept_of(store.live_output(self.id, row.attempt)).text()
+            if found or store.state(self.id) == RUNNING:
+                return found
+        return store.output(self.id) or ""
 
     @property
     def result(self) -> V | None:
@@ -3111,19 +3203,19 @@ class AsyncResult(Generic[V]):
         False when it has finished.
         """
         store = self._store
-        return store.cancel(self.id, store.now(), _in_program()) not in FINISHED
+        return store.cancel(self.id, store.now(), in_program()) not in FINISHED
 
     def retry(self) -> None:
         """Run a finished task again.  Raises TaskStateError when it is unfinished."""
         store = self._store
-        store.retry(self.id, store.now(), _in_program())
+        store.retry(self.id, store.now(), in_program())
 
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
         self._store.forget(self.id)
 
 
-def _in_program():
+def in_program():
     """Who has written what this program does."""
     return By(login_name(), "program")
 
@@ -3695,6 +3787,37 @@ class App:
     def result(self, task_id: int) -> AsyncResult[Any]:
         """Return the AsyncResult of an id of this app's database."""
         return AsyncResult(task_id, self)
+
+    # -- operating
+
+    def tasks(self, status: str | None = None, name: str | None = None,
+              queue: str | None = None, since: Any = None,
+              limit: int = 100) -> list[AsyncResult[Any]]:
+        """Return the tasks that fit, `limit` at most; the newest first.
+
+        since: they ended, else began, else came in then, or so long ago at most: a
+        datetime (naive: local time), seconds, or a timedelta.  Where more than `limit`
+        fit, they are those that `list` shows first.  Raises OptionError.
+        """
+        return find_tasks(self, status, name, queue, since, limit)
+
+    def pause(self, queue: str, reason: str | None = None) -> None:
+        """Have nothing claimed from a queue until resume(); `reason` is for people.
+
+        What runs goes on.  Of a queue that is paused, a new reason is kept.
+        """
+        pause_queue(self, queue, reason)
+
+    def resume(self, queue: str) -> bool:
+        """Have a paused queue claimed from again.  False when it was not paused."""
+        return resume_queue(self, queue)
+
+    def purge(self, queue: str | None = None, name: str | None = None) -> int:
+        """Cancel what waits, of all queues or one, of all tasks or one name.
+
+        Returns how many; what runs goes on, and so does what comes in meanwhile.
+        """
+        return purge_tasks(self, queue, name)
 
 
 class _Decorator(Protocol):
@@ -19414,11 +19537,11 @@ def _each(texts, act):
         raise Problem("\n".join(problems))
 
 
-class _Bulk:
+class Bulk:
     """Does something to all tasks of a filter that are there now, and to no others."""
 
-    def __init__(self, app: App, action: str, filter: Filter):
-        self.store, self.action, self.filter = app.store, action, filter
+    def __init__(self, app: App, action: str, filter: Filter, by: By):
+        self.store, self.action, self.filter, self.by = app.store, action, filter, by
         self.now = self.store.now()
         newest = self.store.page(Filter(), limit=1).rows
         self.max_id = newest[0].id if newest else 0
@@ -19435,7 +19558,7 @@ class _Bulk:
         """All of them, some at a time."""
         after = None
         while True:
-            acted = self.store.act(self.action, self.filter, self.now, by_me(),
+            acted = self.store.act(self.action, self.filter, self.now, self.by,
                                    self.max_id, spread, after=after)
             self.done += acted.done
             self.reasons.update(acted.reasons)
@@ -19490,8 +19613,8 @@ def _retry(args, app):
 
 def _retry_all(args, app):
     word = "failed" if args.failed else "cancelled"
-    bulk = _Bulk(app, "retry", filter_of(args, app.store.now(),
-                                         FAILED if args.failed else CANCELLED))
+    bulk = Bulk(app, "retry", filter_of(
+        args, app.store.now(), FAILED if args.failed else CANCELLED), by_me())
     words = _words(bulk.filter)
     over = f", over {span(args.spread)}" if args.spread else ""
     _confirm(args, lambda: f"Retry {bulk.count():,} {word} tasks{words}{over}?")
@@ -19534,7 +19657,7 @@ def _cancel(args, app):
 @command("purge", "cancel all waiting tasks", "purge --queue mail --yes",
          *FILTER_FLAGS, _YES)
 def _purge(args, app):
-    bulk = _Bulk(app, "cancel", filter_of(args, app.store.now()))
+    bulk = Bulk(app, "cancel", filter_of(args, app.store.now()), by_me())
     words = _words(bulk.filter) or " of all queues"
     _confirm(args, lambda: f"Cancel {bulk.count():,} waiting tasks{words}?")
     bulk.run()
@@ -19725,6 +19848,65 @@ def _forget_schedule(args, app):
     if not gone:
         raise Problem(f"a worker has just registered {args.schedule}")
     return f"schedule {args.schedule} is forgotten"
+
+
+# == Operating ================================================================
+# Owns what a program does to queues as a person would by a command: the doors of App
+# lead here.  It is written down as done by whoever runs the program.
+
+
+def pause_queue(app: App, queue: str, reason: str | None) -> None:
+    """What App.pause() does."""
+    checked("queue", parse_queue_name, queue)
+    if not isinstance(reason, (str, type(None))):
+        raise OptionError(f"reason={reason!r}: must be a text, or None")
+    app.store.pause(queue, app.store.now(), in_program(), reason)
+
+
+def resume_queue(app: App, queue: str) -> bool:
+    """What App.resume() does."""
+    return app.store.resume(checked("queue", parse_queue_name, queue), in_program())
+
+
+def _filter(name, queue, state=None, since=None):
+    return Filter(state, None if name is None else checked("name", parse_name, name),
+                  None if queue is None else checked("queue", parse_queue_name, queue),
+                  since=since)
+
+
+def purge_tasks(app: App, queue: str | None, name: str | None) -> int:
+    """What App.purge() does."""
+    bulk = Bulk(app, "cancel", _filter(name, queue), in_program())
+    bulk.run()
+    return bulk.done
+
+
+def find_tasks(app: App, status: str | None, name: str | None, queue: str | None,
+               since: Any, limit: int) -> list[AsyncResult[Any]]:
+    """What App.tasks() returns."""
+    check_number("limit", limit, 1, kind=int)
+    of = _filter(name, queue, None if status is None else _state_of(status),
+                 None if since is None else _since(since, app.store.now()))
+    rows = app.store.page(of, limit=limit, seconds=math.inf).rows
+    return [app.result(row.id) for row in sorted(rows, reverse=True)]
+
+
+def _state_of(status):
+    if status in STATE_NAMES:
+        return STATE_NAMES.index(status)
+    near = near_name(str(status), STATE_NAMES)
+    raise OptionError(
+        f"status={status!r}: must be one of {', '.join(STATE_NAMES)}"
+        + (f"; did you mean {near!r}?" if near else ""))
+
+
+def _since(since, now):
+    """Unix ms of a datetime, or of so long ago."""
+    if not isinstance(since, datetime):
+        return now - to_ms(check_span("since", since))
+    with contextlib.suppress(ValueError, OverflowError):    # of the year 1, or 9999
+        return int(since.timestamp() * 1000)
+    raise OptionError(f"since={since!r}: is no time of this clock")
 
 
 # == Wording ==================================================================

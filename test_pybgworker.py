@@ -2452,7 +2452,9 @@ class Results(QueueCase):
         result = self.task.delay()
         self.assertEqual((result.result, result.error, result.progress), (None,) * 3)
         result.forget()
-        for what in ("result", "error", "progress", "attempt", "status"):
+        for what in ("result", "error", "progress", "attempt", "status", "name", "queue",
+                     "priority", "key", "meta", "args", "kwargs", "created_at",
+                     "started_at", "finished_at", "expires_at", "duration", "output"):
             for gone in (result, *(AsyncResult(2**n, self.app) for n in (50, 60, 63))):
                 self.assertRaises(pybgworker.TaskNotFound, getattr, gone, what)
         self.assertRaises(pybgworker.TaskNotFound, self.store.output, result.id)
@@ -2567,6 +2569,54 @@ class Results(QueueCase):
                 again.retry()
                 self.assertEqual(self.store.task(again.id).run_at, now)
             self.assertEqual(result.status, status)
+
+    def test_it_tells_what_the_row_says(self):
+        meta, task = {"trace": "x"}, self.app.task(name="u", queue="mail", priority=3)(print)
+        result = task.options(key="k", meta=meta, countdown=-5).delay(
+            (1, 2), "é" * 2000, at=dt.date(2030, 1, 2))
+        self.assertEqual(
+            (result.name, result.queue, result.priority, result.key, result.meta),
+            ("u", "mail", 3, "k", meta))
+        self.assertEqual((result.args, result.kwargs),
+                         (((1, 2), "é" * 2000), {"at": dt.date(2030, 1, 2)}))
+        self.assertEqual((self.task.delay().args, self.task.delay().kwargs,
+                          self.task.delay().meta, self.task.delay().key),
+                         ((), {}, {}, None))
+        self.assertEqual((result.started_at, result.finished_at, result.expires_at,
+                          result.duration, result.output), (None,) * 4 + ("",))
+        row = self.store.task(result.id)
+        self.assertEqual(pybgworker.to_ms(result.created_at.timestamp()), row.created_at)
+        self.assertEqual(result.created_at.tzinfo, dt.timezone.utc)
+        self.now = row.created_at + 7
+        run, = self.claim(queues={"mail"})
+        self.finish(run, started_at=self.now + 1, duration=0.25, output="said\n")
+        self.assertEqual(result.started_at - result.created_at, dt.timedelta(milliseconds=8))
+        self.assertEqual(result.finished_at - result.created_at,
+                         dt.timedelta(milliseconds=7))
+        self.assertEqual((result.duration, result.output), (0.25, "said\n"))
+        self.sql("update bg_task set created_at = ?", 10**16)       # by hand
+        self.assertIsNone(result.created_at)
+
+    def test_what_a_running_one_has_printed_so_far(self):
+        result = self.task.delay()
+        self.now = pybgworker.now_ms()
+        run = self.claim()[0]
+        self.assertEqual(result.output, "")
+        self.store.note_runs(1, [], [], [pybgworker.PrintedRun(
+            run, [(0, "one "), (4, "two")], 7)], self.now)
+        self.assertEqual(result.output, "one two")
+        task, read = pybgworker.SqliteStore.task, []
+
+        def ends_meanwhile(store, task_id):
+            row = task(store, task_id)
+            if not read:
+                read.append(run)
+                run.is_noted = True
+                self.finish(run, output="one two three")
+            return row
+
+        with mock.patch.object(pybgworker.SqliteStore, "task", ends_meanwhile):
+            self.assertEqual(result.output, "one two three")
 
     def test_an_id_that_is_no_number_is_not_found(self):
         for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
@@ -18369,6 +18419,119 @@ class Reports(QueueCase):
                 self.assertEqual([row["runs"] for row in found], [wanted] * bool(wanted))
 
 
+# == Operating ================================================================
+
+
+class FromAProgram(QueueCase):
+    """pause, resume, purge and tasks of App."""
+
+    def setUp(self):
+        super().setUp()
+        self.task = self.app.task(name="t")(print)
+
+    def events(self):
+        """What is written down: who, how, what; the oldest first."""
+        login = pybgworker.login_name()
+        found = self.store.events()[::-1]
+        self.assertEqual({(event.who, event.how) for event in found}, {(login, "program")})
+        return [(event.action, event.target, event.detail) for event in found]
+
+    def test_pause_and_resume(self):
+        self.app.send("t", queue="mail")
+        self.app.pause("mail", reason="SMTP is down")
+        row, = self.store.queues(self.store.now())
+        self.assertEqual((row.name, row.paused_by, row.reason),
+                         ("mail", pybgworker.login_name(), "SMTP is down"))
+        self.now = pybgworker.now_ms()
+        self.assertEqual(self.claim(), [])
+        self.app.pause("mail")
+        self.assertEqual(self.store.queues(self.now)[0].reason, "SMTP is down")
+        self.assertIs(self.app.resume("mail"), True)
+        self.assertIs(self.app.resume("mail"), False)
+        self.assertEqual(len(self.claim()), 1)
+        self.assertEqual([event[:2] for event in self.events()],
+                         [("pause", "mail"), ("pause", "mail"), ("resume", "mail")])
+
+    def test_purge_cancels_what_waits(self):
+        for queue, name, at in itertools.product(("a", "b"), ("t", "u"), (0, 60)):
+            self.app.send(name, queue=queue, countdown=at)
+        self.now = pybgworker.now_ms()
+        self.claim(queues={"b"}, names=("u",), free=1)
+        self.assertEqual(self.app.purge(queue="a", name="t"), 2)
+        self.assertEqual(self.app.purge(name="t"), 2)
+        self.assertEqual(self.app.purge(), 3)
+        self.assertEqual(self.app.purge(queue="nobody's"), 0)
+        self.assertEqual(self.store.counts()[-1][2:], (pybgworker.CANCELLED, 1))
+        self.assertEqual([r.queue for r in self.app.tasks("running")], ["b"])
+        self.assertEqual({action for action, *_ in self.events()}, {"cancel"})
+
+    def test_purge_ends_though_more_comes_in_all_the_time(self):
+        self.task.delay()
+        act = pybgworker.SqliteStore.act
+
+        def comes(store, *args, **kwargs):
+            self.task.delay()
+            return act(store, *args, **kwargs)
+
+        with mock.patch.object(pybgworker.SqliteStore, "act", comes):
+            self.assertEqual(self.app.purge(), 1)
+        self.assertGreaterEqual(len(self.app.tasks("queued")), 1)
+
+    def test_tasks_are_found_the_newest_first(self):
+        results = [self.app.send(name, queue=queue, priority=n) for n, (name, queue) in
+                   enumerate(itertools.product(("t", "u"), ("a", "b")))]
+        found = self.app.tasks()
+        self.assertEqual(found, results[::-1])
+        self.assertIs(found[0]._app, self.app)
+        self.assertEqual(self.app.tasks("queued", "t"), results[1::-1])
+        self.assertEqual(self.app.tasks(queue="b", name="u"), results[3:])
+        self.assertEqual(self.app.tasks(limit=3), results[:0:-1])
+        results[2].cancel()
+        self.assertEqual(self.app.tasks(status="cancelled"), [results[2]])
+        self.assertEqual(self.app.tasks("failed"), [])
+
+    def test_since_is_so_long_ago_or_a_time(self):
+        old, new = self.task.delay(), self.task.delay()
+        now = self.store.now()
+        self.sql("update bg_task set created_at = ? where id = ?", now - 3_600_000, old.id)
+        ago = dt.datetime.now() - dt.timedelta(minutes=5)
+        for since in (300, 300.5, dt.timedelta(minutes=5), ago, ago.astimezone(),
+                      ago.astimezone(dt.timezone.utc)):
+            with self.subTest(since):
+                self.assertEqual(self.app.tasks(since=since), [new])
+        self.assertEqual(self.app.tasks(since=7200), [new, old])
+
+    def test_what_cannot_be_meant_is_refused(self):
+        for wrong, message in (
+            (lambda: self.app.tasks(status="que"),
+             "status='que': must be one of scheduled, .*, cancelled; did you mean 'queued'"),
+            (lambda: self.app.tasks(status=2), "status=2: must be one of"),
+            (lambda: self.app.tasks(status=["failed"]), "must be one of"),
+            (lambda: self.app.tasks(limit=0), "limit=0"),
+            (lambda: self.app.tasks(limit="9"), "limit='9'"),
+            (lambda: self.app.tasks(since="today"), "since='today'"),
+            (lambda: self.app.tasks(since=-1), "since=-1"),
+            (lambda: self.app.tasks(since=dt.datetime.min), "since=.*no time"),
+            (lambda: self.app.tasks(name=3), "name=3"),
+            (lambda: self.app.tasks(queue=""), "queue=''"),
+            (lambda: self.app.pause("a,b"), "queue='a,b'"),
+            (lambda: self.app.pause("a", reason=3), "reason=3: must be a text"),
+            (lambda: self.app.resume(None), "queue=None"),
+            (lambda: self.app.purge(queue=7), "queue=7"),
+        ):
+            with self.subTest(message):
+                self.assertRaisesRegex(pybgworker.OptionError, message, wrong)
+        nowhere = App(db=str(self.folder / "none.db"))
+        self.assertRaises(pybgworker.DatabaseUnavailable, nowhere.pause, "a")
+        self.assertFalse((self.folder / "none.db").exists())
+
+    def test_those_of_the_default_app_are_within_reach(self):
+        pybgworker.configure(db=str(self.db))
+        result = self.task.delay()
+        self.assertEqual(pybgworker.default_app.tasks(), [result])
+        self.assertEqual(pybgworker.default_app.purge(), 1)
+
+
 # == Why ======================================================================
 
 
@@ -25613,7 +25776,7 @@ class TheFile(unittest.TestCase):
             self.assertEqual(done.stdout, "3\n", done.stderr)
 
     # One-line methods of App that call a room.
-    DOORS = {"cron", "on"}
+    DOORS = {"cron", "on", "pause", "purge", "resume", "tasks"}
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
