@@ -19886,7 +19886,7 @@ def find_tasks(app: App, status: str | None, name: str | None, queue: str | None
     """What App.tasks() returns."""
     check_number("limit", limit, 1, kind=int)
     of = _filter(name, queue, None if status is None else _state_of(status),
-                 None if since is None else _since(since, app.store.now()))
+                 None if since is None else _since_ms(since, app.store.now()))
     rows = app.store.page(of, limit=limit, seconds=math.inf).rows
     return [app.result(row.id) for row in sorted(rows, reverse=True)]
 
@@ -19900,7 +19900,7 @@ def _state_of(status):
         + (f"; did you mean {near!r}?" if near else ""))
 
 
-def _since(since, now):
+def _since_ms(since, now):
     """Unix ms of a datetime, or of so long ago."""
     if not isinstance(since, datetime):
         return now - to_ms(check_span("since", since))
