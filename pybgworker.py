@@ -45,9 +45,9 @@ Life of a task
 
 Map
     Book One: the program's side
-        Settings · States and errors · Time and values · Retry and rate · Rows ·
-        Run counts · People · Printed · Evidence · Store · Functions · Waiting ·
-        Results · Tasks · App
+        Settings · Other words · States and errors · Time and values ·
+        Retry and rate · Rows · Run counts · People · Printed · Evidence · Store ·
+        Functions · Signatures · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
@@ -153,12 +153,12 @@ else:
 
 __version__ = "2.0.0"
 __all__ = [
-    "Abort", "App", "AppError", "AsyncResult", "Cron", "CronError", "DatabaseBusy",
-    "DatabaseUnavailable", "DatabaseUnusable", "OptionError", "PayloadTooLarge",
-    "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError", "TaskCancelled",
-    "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout",
-    "WaitTimeout", "configure", "cron", "current_task", "default_app", "main", "on",
-    "task", "web_app",
+    "Abort", "App", "AppError", "AsyncResult", "CallError", "Cron", "CronError",
+    "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable", "OptionError",
+    "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError",
+    "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError",
+    "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task", "default_app",
+    "main", "on", "task", "web_app",
 ]
 
 
@@ -390,15 +390,6 @@ def check_span(name, value, least=0, most=LONGEST_SECONDS):
                         what="seconds from {:,} to {:,}, or a timedelta")
 
 
-def check_known(options, known):
-    """Raise OptionError for an option that there is not."""
-    unknown = options.keys() - known
-    if unknown:
-        raise OptionError(
-            f"unknown option {min(unknown)!r}; there are {', '.join(sorted(known))}"
-        )
-
-
 class Setting(NamedTuple):
     """One row of SETTINGS.  `parse` raises ValueError saying what is allowed."""
 
@@ -520,6 +511,202 @@ def default_worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
+# == Other words ==============================================================
+# Owns what other task queues call things, Celery, Huey, RQ, Dramatiq, APScheduler,
+# Django and Procrastinate, and what that is here: for the messages to those who know
+# them.  It adds no name; a hint may name only what there is.
+
+
+def _table(*rows):
+    """From each of the words, which stand before the hint, to it."""
+    return {word: hint for words, hint in rows for word in words.split()}
+
+
+_NO_RESULT = "results go after PYBGWORKER_RETENTION; .forget() deletes one at once"
+_ALWAYS = "a run whose worker dies is always run again"
+_JSON = "arguments and results are JSON and the types that the README lists"
+_ONE_AT_A_TIME = "ids are given by the database; key= holds off a second call"
+
+# Options of @task, and of calls too where CALL_WORDS says nothing else.
+TASK_WORDS = _table(
+    ("max_retries max_tries retry_limit max_attempts retry", "it is retries=, the runs "
+     "after the first"),
+    ("default_retry_delay retries_delay min_backoff retry_wait wait retry_interval",
+     "it is retry_delay=, in seconds"),
+    ("retry_backoff_max max_backoff", "it is retry_max_delay=, in seconds"),
+    ("backoff exponential_backoff", "it is retry_backoff=, the factor"),
+    ("jitter", "it is retry_jitter=, a fraction; that of @cron is jitter="),
+    ("retry_kwargs retry_policy", "give retries=, retry_delay= and retry_max_delay="),
+    ("autoretry_for retry_when retry_on", "it is retry_for=, exception classes"),
+    ("throws dont_autoretry_for", "retry_for= has the exceptions that are retried; "
+     "raise Abort to fail at once"),
+    ("bind context takes_context pass_context", "current_task() gives .id, .attempt "
+     "and set_progress(); raise Retry instead of self.retry()"),
+    ("time_limit soft_time_limit job_timeout task_timeout hard_timeout",
+     "it is timeout=, in seconds: TaskTimeout is raised, and a second later the "
+     "process is killed"),
+    ("ignore_result result_ttl keep_result store_results result_expires", _NO_RESULT),
+    ("failure_ttl", "failed tasks are kept for PYBGWORKER_RETENTION_FAILED"),
+    ("ttl max_age expire expiry", "it is expires="),
+    ("acks_late reject_on_worker_lost acks_on_failure_or_timeout", _ALWAYS),
+    ("serializer compression accept", _JSON),
+    ("queue_name routing_key exchange", "it is queue="),
+    ("actor_name task_name id aliases", "it is name="),
+    ("base cls", "a task is a function; a decorator below @task can surround it"),
+    ("track_started send_events trail typing shared", "it is always so here"),
+    ("store_errors_even_if_ignored", "errors are always kept"),
+    ("max_instances concurrency_limit concurrency", "it is max_running=, over all "
+     "workers; a cron run alone: @cron(overlap='skip')"),
+    ("coalesce misfire_grace_time", "it is @cron(misfire='latest'), 'all' or 'skip'"),
+    ("trigger crontab cron schedule repeat", "put @cron('*/5 * * * *') above or below "
+     "@task"),
+    ("tz timezone", "it is @cron(tz=)"),
+    ("executor jobstore broker backend", "a task is kept in the database of its "
+     "App(db=)"),
+    ("lock", "max_running=1 lets one run at a time; key= of a call holds off a second"),
+    ("unique queueing_lock job_id task_id once", _ONE_AT_A_TIME),
+    ("link on_complete", "it is on_success= of @task"),
+    ("link_error on_retry_exhausted on_error", "it is on_failure= of @task"),
+    ("depends_on after", "on_success= of the other task may enqueue this one"),
+    ("at_front", "give a lower priority=: lower numbers run first"),
+    ("description headers tags shadow", "meta= of a call carries what is no argument"),
+    ("rate ratelimit", "it is rate_limit='100/m'"),
+    ("soft_limit memory_limit", "PYBGWORKER_MAX_MEMORY limits a child"),
+)
+CALL_WORDS = {**TASK_WORDS, **_table(
+    ("delay delay_seconds seconds schedule_in defer_by",
+     "it is countdown=, in seconds"),
+    ("at run_at run_date when schedule schedule_at run_after scheduled_at defer_until "
+     "start_time next_run_time", "it is eta=, a datetime"),
+    ("args kwargs", "delay(1, key=2) takes the arguments as they are"),
+    ("connection producer publisher transaction session using", "it is conn=, in whose "
+     "transaction to enqueue"),
+    ("replace_existing", "key= returns the task that is there"),
+    ("link on_complete", "give @task on_success="),
+    ("link_error on_retry_exhausted on_error", "give @task on_failure="),
+    ("bind context", "current_task() tells a run about itself"),
+    ("name", "send(name) enqueues a task of another name"),
+)}
+
+SETTING_WORDS = _table(
+    ("broker broker_url result_backend backend url database database_url path filename "
+     "uri redis_url", "it is db=, the path of a file"),
+    ("timezone tz enable_utc", "it is @cron(tz=), for each schedule"),
+    ("task_always_eager always_eager eager", "it is immediate=True"),
+    ("worker_concurrency workers processes max_workers", "it is concurrency="),
+    ("worker_max_tasks_per_child maxtasksperchild", "it is max_tasks_per_child="),
+    ("worker_max_memory_per_child max_memory_per_child", "it is max_memory=, in bytes, "
+     "or '512m'"),
+    ("task_time_limit task_soft_time_limit time_limit soft_time_limit job_timeout",
+     "it is timeout=, in seconds"),
+    ("result_expires result_ttl", "it is retention="),
+    ("failure_ttl", "it is retention_failed="),
+    ("task_default_rate_limit", "it is rate_limit=, over all tasks"),
+    ("task_default_queue default_queue queue task_routes", "it is queue= of @task; "
+     "queues= has those a worker serves"),
+    ("task_acks_late task_reject_on_worker_lost", _ALWAYS),
+    ("visibility_timeout", "it is worker_timeout="),
+    ("beat_schedule schedule", "use @cron"),
+    ("imports include", "run --app MODULE imports that module"),
+    ("task_serializer result_serializer accept_content serializer", _JSON),
+    ("worker_prefetch_multiplier prefetch", "nothing needs to be set for that"),
+    ("loglevel log", "it is log_level="),
+    ("retries max_retries", "it is retries= of @task"),
+    ("name", "an app is known by where it stands: run --app MODULE:APP"),
+)
+
+_LATER = "options(countdown=10).delay(...), or options(eta=...)"
+_NEXT = "on_success= of @task may enqueue what follows"
+# Attributes that hands reach for.
+NAMES_OF_TASK = _table(
+    ("send enqueue defer kiq kick", "delay(...) enqueues a call"),
+    ("schedule send_with_options enqueue_in enqueue_at defer_async enqueue_call",
+     "it is " + _LATER),
+    ("s si signature subtask message then pipe chain", "there are no signatures: "
+     + _NEXT),
+    ("map starmap chunks batch", "delay_many([(1,), (2,)]) enqueues many calls"),
+    ("apply call_local run call", "call the task itself: it is still a function"),
+    ("using configure set", "it is options(...)"),
+    ("delay_on_commit enqueue_on_commit", "it is options(conn=connection).delay(...)"),
+    ("request context", "current_task() describes the run"),
+    ("update_state update_progress", "it is current_task().set_progress(50)"),
+    ("retry", "raise Retry(countdown=30) in the task"),
+    ("AsyncResult get_result result", "it is AsyncResult(id)"),
+    ("max_retries retries", "it is .policy.retries"),
+    ("aenqueue adefer defer_many", "it is adelay(...)"),
+)
+NAMES_OF_RESULT = _table(
+    ("state get_status", "it is .status"),
+    ("info meta_info", "it is .result, .error or .progress"),
+    ("return_value get_result", "it is .result, or get()"),
+    ("traceback exc_info", "it is .error.traceback"),
+    ("errors exception", "it is .error"),
+    ("revoke abort stop terminate", "it is cancel()"),
+    ("is_revoked is_canceled is_cancelled", "it is cancelled()"),
+    ("is_finished is_done done", "it is ready()"),
+    ("is_failed", "it is failed()"),
+    ("is_successful", "it is successful()"),
+    ("wait join collect block blocking", "it is get(timeout=None)"),
+    ("requeue reschedule restart", "it is retry()"),
+    ("delete", "it is forget()"),
+    ("refresh reload arefresh", "each look at it is new"),
+    ("job_id message_id uuid", "it is .id"),
+    ("date_done ended_at", "it is .finished_at"),
+    ("enqueued_at", "it is .created_at"),
+    ("retries", "it is .attempt, the number of the run"),
+    ("aget aresult", "await the result itself"),
+    ("children parent then", "there are no signatures: " + _NEXT),
+)
+NAMES_OF_APP = _table(
+    ("periodic_task scheduled_job repeat_every every",
+     "it is @app.cron('*/5 * * * *')"),
+    ("actor job shared_task db_task register", "it is @app.task"),
+    ("send_task", "it is send(name, ...)"),
+    ("conf config", "it is configure(...), or .settings"),
+    ("autodiscover_tasks", "run --app MODULE imports the module that has the tasks, or "
+     "that imports those that have"),
+    ("AsyncResult", "it is result(id)"),
+    ("add_periodic_task add_job", "put @app.cron on the task"),
+    ("tasks_registered actors", "it is .registered"),
+    ("revoke", "it is result(id).cancel()"),
+    ("signature chain group chord", "there are no signatures: " + _NEXT),
+)
+
+
+class _OtherWord(PyBgWorkerError, AttributeError):
+    """There is no such attribute, and the message says what there is."""
+
+
+def no_attribute(holder: Any, name: str, words: dict) -> AttributeError:
+    """The error for an attribute that there is not."""
+    text = f"{type(holder).__name__!r} object has no attribute {name!r}"
+    return _OtherWord(f"{text}: {words[name]}") if name in words \
+        else AttributeError(text)
+
+
+def near_name(name: str, names: Iterable) -> str | None:
+    """The one of these names that was meant, perhaps."""
+    import difflib
+
+    near = difflib.get_close_matches(name, sorted(map(str, names)), 1)
+    return near[0] if near else None
+
+
+def unknown_name(name: str, known: Iterable[str], words: dict) -> str:
+    """What to say of an option, or a setting, that there is not."""
+    near = near_name(name, known)
+    hint = words.get(name) or (f"did you mean {near}" if near else "")
+    return f"{name!r}{hint and ': '}{hint}; there are {', '.join(sorted(known))}"
+
+
+def check_known(options, known, words):
+    """Raise OptionError for an option that there is not."""
+    unknown = options.keys() - known
+    if unknown:
+        text = unknown_name(min(unknown), known, words)
+        raise OptionError(f"unknown option {text}")
+
+
 # == States and errors ========================================================
 # Owns the states of a task, the moves between them, and the errors.  A state is
 # a small integer in the database and a word everywhere else.
@@ -637,6 +824,10 @@ class PayloadTooLarge(PyBgWorkerError, ValueError):
 
 class PayloadTypeError(PyBgWorkerError, TypeError):
     """A value that would not arrive as it was sent.  The message has its path."""
+
+
+class CallError(PyBgWorkerError, TypeError):
+    """The arguments do not fit the function: what a call of it would say."""
 
 
 class AppError(PyBgWorkerError):
@@ -2753,6 +2944,12 @@ def needs_arguments(fn):
 
 def check_function(fn):
     """Refuse what can be called here, and can never do its work in a worker."""
+    if isinstance(fn, (staticmethod, classmethod)):
+        raise OptionError(
+            f"@task of a {type(fn).__name__}: " + (
+                "write @staticmethod above @task" if isinstance(fn, staticmethod) else
+                "a worker has no class to give to it: make it a function")
+        )
     if not callable(fn) or isinstance(fn, type):
         raise OptionError(f"@task needs a function, not {fn!r}")
     path = getattr(fn, "__qualname__", "").split(".")
@@ -2838,6 +3035,169 @@ def _closure_of(fn):
         ]
         return cells, fn.__defaults__, fn.__kwdefaults__
     return fn
+
+
+# == Signatures ===============================================================
+# Owns whether a call fits a function, before a worker makes it.  That is found out by
+# making it here, of a function with the same parameters and nothing in it: so the
+# words are Python's own, of whichever Python this is, and it takes a fraction of a
+# microsecond.  What the code in C of a callable takes is not known, and not checked.
+
+
+def _no_body():
+    """What each of these functions does."""
+
+
+_STARS = 0x04 | 0x08            # of co_flags: *args, **kwargs
+
+
+class Parameters(NamedTuple):
+    """The parameters of a function, as JSON can hold them."""
+
+    names: tuple                # positional, keyword-only, *args and **kwargs
+    only_positional: int        # how many of them
+    positional: int             # … with those
+    only_named: int
+    stars: int                  # the flags of its code that say *args, **kwargs
+    optional: tuple             # the names of those that have a default
+
+    @classmethod
+    def of(cls, fn: Any) -> Parameters | None:
+        """Those that a call of `fn` gives; None where that is not known."""
+        plain = _plain_function(fn)
+        if plain is None or isinstance(fn, functools.partial):
+            return None
+        found = _as_defined(plain)
+        is_bound = isinstance(fn, types.MethodType) or not _is_plain_call(fn)
+        if not is_bound or not found.positional:
+            return found
+        return found._replace(
+            names=found.names[1:], only_positional=max(found.only_positional - 1, 0),
+            positional=found.positional - 1)
+
+    @classmethod
+    def read(cls, value: Any) -> Parameters | None:
+        """What such a row has become as JSON; None for what is none, by whoever."""
+        with contextlib.suppress(TypeError, ValueError):
+            names, first, positional, named, stars, optional = value
+            found = cls(tuple(names), first, positional, named, stars, tuple(optional))
+            count = positional + named + bool(stars & 0x04) + bool(stars & 0x08)
+            if all(isinstance(name, str) for name in (*names, *optional)) \
+                    and 0 <= first <= positional and named >= 0 \
+                    and not stars & ~_STARS and count == len(names):
+                return found
+        return None
+
+    def check(self, name: str, args: Sequence, kwargs: dict) -> None:
+        """Raise CallError unless a function of this name can be called like this."""
+        first = self.names[:self.positional]
+        empty = _empty_function(self, name, name)
+        empty.__defaults__ = tuple(None for n in first if n in self.optional)
+        empty.__kwdefaults__ = dict.fromkeys(self.optional)
+        _try_call(empty, args, kwargs)
+
+
+def _as_defined(fn):
+    code, defaults = fn.__code__, fn.__defaults__ or ()
+    stars = code.co_flags & _STARS
+    count = code.co_argcount + code.co_kwonlyargcount + (stars == _STARS) + bool(stars)
+    first = code.co_varnames[:code.co_argcount]
+    return Parameters(
+        code.co_varnames[:count], code.co_posonlyargcount, code.co_argcount,
+        code.co_kwonlyargcount, stars,
+        (*first[len(first) - len(defaults):], *(fn.__kwdefaults__ or ())),
+    )
+
+
+def _empty_function(parameters, name, qualname):
+    names = parameters.names
+    code = _no_body.__code__
+    code = code.replace(
+        co_name=name, co_varnames=names, co_nlocals=len(names),
+        co_argcount=parameters.positional, co_kwonlyargcount=parameters.only_named,
+        co_posonlyargcount=parameters.only_positional,
+        co_flags=code.co_flags | parameters.stars,
+    )
+    empty = types.FunctionType(code, {}, name)
+    empty.__qualname__ = qualname
+    return empty
+
+
+def _try_call(empty, args, kwargs):
+    try:
+        empty(*args, **kwargs)
+    except TypeError as exc:
+        raise CallError(str(exc)) from None
+
+
+def _call_method(fn):
+    """What its class says that a call of an object does, as it stands there."""
+    for cls in type(fn).__mro__:
+        if "__call__" in vars(cls):
+            return vars(cls)["__call__"]
+    return None
+
+
+def _is_plain_call(fn):
+    return isinstance(fn, types.FunctionType) \
+        or isinstance(_call_method(fn), staticmethod)
+
+
+def _plain_function(fn):
+    """The function in Python that a call of `fn` comes to; None: there is none.
+
+    Not that which it wraps: what is called is the wrapper.
+    """
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    if not isinstance(fn, types.FunctionType):
+        fn = _call_method(fn)
+        fn = fn.__func__ if isinstance(fn, staticmethod) else fn
+    return fn if isinstance(fn, types.FunctionType) else None
+
+
+def _called_like(fn, empty):
+    """`empty` with as much around it as `fn` has around its function."""
+    if isinstance(fn, functools.partial):
+        return functools.partial(_called_like(fn.func, empty), *fn.args, **fn.keywords)
+    if isinstance(fn, types.MethodType):
+        return types.MethodType(_called_like(fn.__func__, empty), fn.__self__)
+    return empty if _is_plain_call(fn) else types.MethodType(empty, fn)
+
+
+class Shape:
+    """Which calls a function takes."""
+
+    def __init__(self, fn: Callable):
+        self._fn, self._plain = fn, _plain_function(fn)
+        self._code: Any = None      # for which the next two were made
+        self._empty: Any = None
+        self._call: Any = None
+        if self._plain is not None:
+            self._renew()
+
+    def _renew(self):
+        plain = self._plain
+        self._code = plain.__code__
+        empty = _empty_function(
+            _as_defined(plain), plain.__code__.co_name, plain.__qualname__)
+        empty.__defaults__ = plain.__defaults__
+        empty.__kwdefaults__ = plain.__kwdefaults__
+        self._empty, self._call = empty, _called_like(self._fn, empty)
+
+    def check(self, args: Sequence, kwargs: dict) -> None:
+        """Raise CallError, in the words of Python, for a call that could not begin."""
+        plain, empty = self._plain, self._empty
+        if plain is None:
+            return
+        if plain.__code__ is not self._code \
+                or plain.__defaults__ is not empty.__defaults__ \
+                or plain.__kwdefaults__ is not empty.__kwdefaults__:
+            self._renew()                # somebody has changed it since
+        try:
+            self._call(*args, **kwargs)
+        except TypeError as exc:
+            raise CallError(str(exc)) from None
 
 
 # == Waiting ==================================================================
@@ -2998,6 +3358,10 @@ class AsyncResult(Generic[V]):
         self.id = id if type(id) is int else parse_id(str(id))
         self._app = app or AsyncResult.default_app
         self._mark = mark       # of our row, until it has been seen committed
+
+    if not TYPE_CHECKING:           # or no attribute would be an error to it
+        def __getattr__(self, name):
+            raise no_attribute(self, name, NAMES_OF_RESULT)
 
     @property
     def _store(self):
@@ -3360,7 +3724,8 @@ class Task(Generic[P, R, V]):
         self.name = checked("name", parse_name, name)
         self.schedules: list = []       # of Schedule
         self.origin = origin_of(fn)
-        check_known(options, TASK_OPTIONS)
+        self.shape = Shape(fn)
+        check_known(options, TASK_OPTIONS, _TASK_HINTS)
         (self.queue, self.priority, self.timeout, self.rate_limit, self.max_running,
          self.on_success, self.on_failure, self.policy) = _checked_options(**options)
         functools.update_wrapper(self, fn, updated=())
@@ -3370,6 +3735,10 @@ class Task(Generic[P, R, V]):
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.fn(*args, **kwargs)
+
+    if not TYPE_CHECKING:           # or no attribute would be an error to it
+        def __getattr__(self, name):
+            raise no_attribute(self, name, NAMES_OF_TASK)
 
     def __repr__(self) -> str:
         return f"<Task {self.name}>"
@@ -3402,8 +3771,9 @@ class Task(Generic[P, R, V]):
     def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
         """Enqueue a call; return its AsyncResult.
 
-        Durable once it returns.  Raises PayloadTypeError for an argument that would
-        not arrive as it was sent, PayloadTooLarge, and DatabaseUnavailable.
+        Durable once it returns.  Raises CallError, a TypeError, for arguments that do
+        not fit the function, PayloadTypeError for one that would not arrive as it was
+        sent, PayloadTooLarge, and DatabaseUnavailable.
         """
         return self.app.enqueue(self, [(args, kwargs)], {})[0]
 
@@ -3441,7 +3811,7 @@ class Call(Generic[P, V]):
     """A task with options, ready to be enqueued."""
 
     def __init__(self, task: Task[P, Any, V], options: dict):
-        check_known(options, CALL_OPTIONS)
+        check_known(options, CALL_OPTIONS, CALL_HINTS)
         self._task, self._options = task, options
 
     def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
@@ -3528,6 +3898,10 @@ def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
 
 
 CALL_OPTIONS = frozenset(new_task.__kwdefaults__ or ())
+_TASK_HINTS = {**TASK_WORDS, **dict.fromkeys(
+    CALL_OPTIONS - TASK_OPTIONS, "calls have it: options(...).delay()")}
+CALL_HINTS = {**CALL_WORDS, **dict.fromkeys(
+    TASK_OPTIONS - CALL_OPTIONS, "it is an option of @task")}
 
 
 def _check_timeout(value):
@@ -3615,6 +3989,10 @@ class App:
         self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
         self.configure(**settings)
 
+    if not TYPE_CHECKING:           # or no attribute would be an error to it
+        def __getattr__(self, name):
+            raise no_attribute(self, name, NAMES_OF_APP)
+
     def __copy__(self) -> App:
         """An app is one thing: its copies, and those of its results, share it."""
         return self
@@ -3652,8 +4030,8 @@ class App:
 
     def _merge(self, target, settings):
         for name in settings.keys() - SETTING_BY_NAME:
-            known = ", ".join(sorted(SETTING_BY_NAME))
-            raise SettingError(f"unknown setting {name!r}; there are {known}")
+            text = unknown_name(name, SETTING_BY_NAME, SETTING_WORDS)
+            raise SettingError(f"unknown setting {text}")
         target.update({
             name: check_setting(name, value, name)
             for name, value in settings.items() if value is not None
@@ -3763,8 +4141,7 @@ class App:
         row = new_task(task, self.store.now(), **options)
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
-        limit = self.settings.max_payload
-        texts = [_encode_call(args, kwargs, limit) for args, kwargs in calls]
+        texts = _encoded(task.shape, calls, self.settings.max_payload)
         if not texts:
             return []
         if options.get("conn") is None:
@@ -3779,7 +4156,7 @@ class App:
         Then it has the options of a bare @task, but for those that are given.
         `kwargs` are its keyword arguments.
         """
-        check_known(options, CALL_OPTIONS)
+        check_known(options, CALL_OPTIONS, CALL_HINTS)
         task = self.registered.get(checked("name", parse_name, name))
         task = task or Task(self, do_nothing, name, {})
         return task.apply_async(args, kwargs, **options)
@@ -3855,17 +4232,27 @@ def _app_on(path):
     return _apps_by_path[path]
 
 
-def _encode_call(args, kwargs, limit):
-    text = encode_call(args, kwargs)
-    if len(text) > limit:
-        raise PayloadTooLarge(
-            f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-            f"{limit:,}; pass the path of a file instead"
-        )
-    return text
+def _encoded(shape, calls, limit):
+    """The texts of calls that fit; of several, what is wrong is said with its place."""
+    texts, check = [], shape.check
+    try:
+        for args, kwargs in calls:
+            check(args, kwargs)
+            text = encode_call(args, kwargs)
+            if len(text) > limit:
+                raise PayloadTooLarge(
+                    f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                    f"{limit:,}; pass the path of a file instead"
+                )
+            texts.append(text)
+    except (CallError, PayloadTypeError, PayloadTooLarge) as exc:
+        if len(calls) == 1:
+            raise
+        raise type(exc)(f"calls[{len(texts)}]: {exc}") from None
+    return texts
 
 
-def do_nothing():
+def do_nothing(*args, **kwargs):
     """Stands for a function that only a worker knows."""
 
 
@@ -17167,14 +17554,6 @@ def live_workers(store: Store, now: int, timeout: float) -> list[WorkerRow]:
     is_dead = judge_of(store)
     return [row for row in store.workers()
             if not is_silent(row, now, timeout) and not is_dead(row)]
-
-
-def near_name(name: str, names: Iterable) -> str | None:
-    """The one of these names that was meant, perhaps."""
-    import difflib
-
-    near = difflib.get_close_matches(name, sorted(map(str, names)), 1)
-    return near[0] if near else None
 
 
 def why_nobody(queue: str, name: str, live: Sequence[WorkerRow],

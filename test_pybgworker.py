@@ -1647,6 +1647,114 @@ class Settings(unittest.TestCase):
                 App(db=path)
 
 
+# == Other words ==============================================================
+
+
+class OtherWords(Case):
+    """Who comes from another queue is told what a thing is called here."""
+
+    TABLES = ("TASK_WORDS", "CALL_WORDS", "SETTING_WORDS", "NAMES_OF_TASK",
+              "NAMES_OF_RESULT", "NAMES_OF_APP")
+
+    def test_options_of_others_are_refused_with_what_stands_for_them(self):
+        for name, hint in (
+                ("max_retries", "retries="), ("default_retry_delay", "retry_delay="),
+                ("bind", "current_task()"), ("context", "current_task()"),
+                ("time_limit", "timeout="), ("soft_time_limit", "timeout="),
+                ("ignore_result", "forget()"), ("acks_late", "always run again"),
+                ("autoretry_for", "retry_for="), ("serializer", "JSON"),
+                ("retry_backoff_max", "retry_max_delay="), ("job_timeout", "timeout="),
+                ("result_ttl", "RETENTION"), ("depends_on", "on_success="),
+                ("at_front", "priority="), ("queue_name", "queue="),
+                ("actor_name", "name="), ("max_backoff", "retry_max_delay="),
+                ("max_instances", "max_running="), ("coalesce", "misfire="),
+                ("countdown", "calls have it"), ("key", "calls have it"),
+                ("retires", "did you mean retries"), ("qqq", "there are")):
+            with self.subTest(name), self.assertRaises(pybgworker.OptionError) as caught:
+                self.app.task(print, name="t", **{name: True})
+            text = str(caught.exception)
+            self.assertIn(f"unknown option '{name}'", text)
+            self.assertIn(hint, text)
+            self.assertIn("; there are ", text)
+
+    def test_so_are_options_of_a_call(self):
+        task = self.app.task(print, name="t")
+        for name, hint in (
+                ("link", "@task on_success="), ("link_error", "@task on_failure="),
+                ("delay", "countdown="), ("run_at", "eta="), ("task_id", "key="),
+                ("routing_key", "queue="), ("time_limit", "timeout="),
+                ("retry_delay", "option of @task"), ("rate_limit", "option of @task"),
+                ("count_down", "did you mean countdown")):
+            for call in (task.options, functools.partial(task.apply_async, (1,)),
+                         functools.partial(self.app.send, "t", 1)):
+                with self.subTest(name), self.assertRaisesRegex(
+                        pybgworker.OptionError,
+                        f"unknown option '{name}': .*{re.escape(hint)}.*; there are "):
+                    call(**{name: 1})
+
+    def test_so_are_settings(self):
+        for name, hint in (
+                ("broker_url", "db="), ("timezone", "@cron(tz=)"),
+                ("worker_concurrency", "concurrency="), ("beat_schedule", "@cron"),
+                ("task_always_eager", "immediate=True"), ("result_expires", "retention="),
+                ("time_out", "did you mean timeout")):
+            for call in (pybgworker.configure, App):
+                with self.subTest(name), self.assertRaisesRegex(
+                        pybgworker.SettingError,
+                        f"unknown setting '{name}': .*{re.escape(hint)}.*; there are "):
+                    call(**{name: 1})
+
+    def test_so_are_attributes(self):
+        task = self.app.task(print, name="t")
+        result = AsyncResult(1, self.app)
+        for holder, name, hint in (
+                (task, "s", "on_success="), (task, "si", "on_success="),
+                (task, "schedule", "options(countdown=10).delay"),
+                (task, "send", "delay("), (task, "enqueue", "delay("),
+                (task, "apply", "call the task itself"), (task, "map", "delay_many"),
+                (task, "request", "current_task()"), (task, "retry", "raise Retry"),
+                (task, "max_retries", "policy.retries"),
+                (self.app, "periodic_task", "@app.cron"), (self.app, "actor", "@app.task"),
+                (self.app, "send_task", "send(name"), (self.app, "conf", "configure("),
+                (result, "state", ".status"), (result, "return_value", ".result"),
+                (result, "wait", "get(timeout=None)"), (result, "revoke", "cancel()"),
+                (result, "traceback", ".error.traceback")):
+            with self.subTest(name), self.assertRaises(AttributeError) as caught:
+                getattr(holder, name)
+            self.assertIsInstance(caught.exception, pybgworker.PyBgWorkerError)
+            self.assertIn(f"has no attribute '{name}': ", str(caught.exception))
+            self.assertIn(hint, str(caught.exception))
+        for holder in (task, self.app, result):
+            with self.assertRaisesRegex(AttributeError, "no attribute 'qqq'$"):
+                holder.qqq
+            self.assertFalse(hasattr(holder, "__len__"))
+
+    def test_no_hint_is_about_what_there_is_or_names_what_there_is_not(self):
+        task, result = self.app.task(print, name="t"), AsyncResult(1, self.app)
+        of_cron = set("tz misfire overlap jitter".split())
+        options = pybgworker.TASK_OPTIONS | pybgworker.CALL_OPTIONS | of_cron | {
+            "name", "expires"}
+        settings = set(pybgworker.SETTING_BY_NAME) | {"immediate"}
+        for table in self.TABLES:
+            words = getattr(pybgworker, table)
+            for word, hint in words.items():
+                with self.subTest(table=table, word=word):
+                    known = settings if table == "SETTING_WORDS" else set()
+                    self.assertLessEqual(
+                        set(re.findall(r"\b([a-z_]+)=", hint)),
+                        options | known | {"db", "timeout", "queue", "rate_limit"})
+                    self.assertLessEqual(
+                        set(re.findall("PYBGWORKER_([A-Z_]+)", hint)),
+                        {name.upper() for name in settings})
+                    if table.startswith("NAMES"):
+                        holder = {"NAMES_OF_TASK": task, "NAMES_OF_RESULT": result,
+                                  "NAMES_OF_APP": self.app}[table]
+                        self.assertFalse(word in dir(holder))
+        self.assertFalse(pybgworker.TASK_OPTIONS & set(pybgworker.TASK_WORDS))
+        self.assertFalse(pybgworker.CALL_OPTIONS & set(pybgworker.CALL_WORDS))
+        self.assertFalse(pybgworker.SETTING_BY_NAME.keys() & pybgworker.SETTING_WORDS)
+
+
 # == States and errors ========================================================
 
 
@@ -2219,6 +2327,10 @@ class Functions(Case):
 
         with self.assertRaisesRegex(pybgworker.OptionError, "on_failure=.*not yield"):
             self.app.task(print, name="y", on_failure=ticks)
+        for word, kind in (("above @task", staticmethod), ("no class", classmethod)):
+            with self.assertRaisesRegex(
+                    pybgworker.OptionError, f"@task of a {kind.__name__}.*{word}"):
+                self.app.task(name="x")(kind(print))
         for fn in (mailer, ticks, Mailer, Mailer.send, Mailer.__call__,
                    pybgworker.functools.partial(ticks)):
             self.assertRaises(pybgworker.OptionError, self.app.task(name="x"), fn)
@@ -2306,6 +2418,177 @@ class Functions(Case):
         with self.assertRaisesRegex(pybgworker.AppError, "two tasks are named 'same'"):
             self.module("@task(name='same')\ndef f(): pass\n"
                         "@task(name='same')\ndef g(): pass")
+
+
+# == Signatures ===============================================================
+
+
+class Signatures(Case):
+    """delay() says what the call would say, in the same words."""
+
+    KINDS = {
+        "function": "def fn({0}): pass",
+        "coroutine": "async def fn({0}): pass",
+        "method": "class C:\n def fn({1}): pass\nfn = C().fn",
+        "object": "class C:\n def __call__({1}): pass\nfn = C()",
+        "static": "class C:\n @staticmethod\n def __call__({0}): pass\nfn = C()",
+        "closure": "def make():\n def fn({0}): return lambda: ({2})\n return fn\n"
+                   "fn = make()",
+        "wrapper": "def g({0}): pass\n@functools.wraps(g)\ndef fn(x, *, y=1): pass",
+        "partial": "def g({0}): pass\nfn = functools.partial(g, *{3}, **{4})",
+    }
+
+    @staticmethod
+    def parameters(rng):
+        """As in `def`, at random."""
+        names = rng.sample("abcdefgh", rng.randrange(7))
+        named = rng.randrange(len(names) + 1) if rng.random() < 0.5 else 0
+        first, last = names[:len(names) - named], names[len(names) - named:]
+        with_default, parts = rng.randrange(len(first) + 1), []
+        only = rng.randrange(len(first) + 1) if rng.random() < 0.4 else 0
+        for i, name in enumerate(first):
+            parts.append(f"{name}=0" if i >= with_default else name)
+            if i + 1 == only:
+                parts.append("/")
+        if last or rng.random() < 0.3:
+            parts.append("*rest" if not last or rng.random() < 0.3 else "*")
+        parts += [name + rng.choice(["", "=0"]) for name in last]
+        return parts + ["**more"] * (rng.random() < 0.3)
+
+    @staticmethod
+    def call(rng):
+        named = rng.randrange(4) if rng.random() < 0.8 else 7
+        return tuple(range(rng.randrange(7))), dict.fromkeys(
+            rng.sample("abcdefghxy", named), 1)
+
+    def defined(self, rng, kind):
+        parts = self.parameters(rng)
+        used = [p.split("=")[0].lstrip("*") for p in parts if p.strip("*/")]
+        args, kwargs = self.call(rng)
+        space = {"functools": functools}
+        exec(self.KINDS[kind].format(
+            ", ".join(parts), ", ".join(["self", *parts]), "".join(
+                name + "," for name in used), args[:2],
+            dict(list(kwargs.items())[:1])), space)
+        return space["fn"]
+
+    def said(self, call, *args, **kwargs):
+        try:
+            found = call(*args, **kwargs)
+        except TypeError as exc:
+            return str(exc)
+        if hasattr(found, "close"):
+            found.close()           # a coroutine
+        return None
+
+    def test_any_call_of_any_function_is_refused_as_python_refuses_it(self):
+        rng = random.Random(int(os.environ.get("PYBGWORKER_SEED", 11)))
+        refused = 0
+        for kind in [*self.KINDS] * 60:
+            fn = self.defined(rng, kind)
+            shape, known = pybgworker.Shape(fn), pybgworker.Parameters.of(fn)
+            if known:
+                known = pybgworker.Parameters.read(json.loads(json.dumps(known)))
+            for args, kwargs in (self.call(rng) for _ in range(6)):
+                expected = self.said(fn, *args, **kwargs)
+                refused += expected is not None
+                with self.subTest(kind=kind, args=args, kwargs=kwargs, known=known):
+                    self.assertEqual(self.said(shape.check, args, kwargs), expected)
+                    if known:
+                        found = self.said(known.check, "fn", args, kwargs)
+                        self.assertEqual(found is None, expected is None)
+                        if kind == "function":
+                            self.assertEqual(found, expected)
+        self.assertGreater(refused, 500)
+
+    def test_delay_raises_what_the_call_would_and_writes_nothing(self):
+        @self.app.task(name="add")
+        def add(a, b, *, c=0):
+            return a + b + c
+
+        ways = (
+            add.delay, add.options(priority=1).delay,
+            lambda *args, **kwargs: add.apply_async(args, kwargs, countdown=1),
+            lambda *args, **kwargs: self.app.send("add", *args, kwargs=kwargs),
+        )
+        for args, kwargs in (((1,), {}), ((1, 2, 3), {}), ((1, 2), {"d": 4}),
+                             ((1, 2), {"a": 1})):
+            expected = self.said(add, *args, **kwargs)
+            for way in ways:
+                with self.assertRaises(pybgworker.CallError) as caught:
+                    way(*args, **kwargs)
+                self.assertEqual(str(caught.exception), expected)
+                self.assertIsInstance(caught.exception, TypeError)
+        self.assertFalse(self.db.exists())
+        self.assertEqual(add.delay(1, b=2, c=3).id, 1)
+
+    def test_delay_many_says_which_call_is_wrong(self):
+        add = self.app.task(name="add")(lambda a, b: a + b)
+        for bad, error, text in (
+                ((1,), pybgworker.CallError, "missing 1 required .*: 'b'"),
+                ((1, object()), pybgworker.PayloadTypeError, r"args\[1\]: <class object>"),
+                ((1, "x" * (65 << 20)), pybgworker.PayloadTooLarge, "arguments of")):
+            for each in (add, add.options(queue="q")):
+                with self.assertRaisesRegex(error, r"^calls\[2\]: .*" + text):
+                    each.delay_many([(1, 2), {"a": 1, "b": 2}, bad, ()])
+        self.assertFalse(self.db.exists())
+
+    def test_defaults_that_are_changed_later_count(self):
+        def add(a, b):
+            return a + b
+
+        task = self.app.task(name="add")(add)
+        self.assertRaises(TypeError, task.delay, 1)
+        add.__defaults__ = (2,)
+        task.delay(1)
+        add.__defaults__, add.__kwdefaults__ = None, {"c": 1}
+        self.assertRaises(TypeError, task.delay, 1)
+        add.__code__ = (lambda x, *, c: x).__code__
+        task.delay(1)
+        add.__kwdefaults__ = None
+        self.assertRaises(TypeError, task.delay, 1)
+
+    def test_what_is_called_is_checked_and_not_what_it_wraps(self):
+        def inner(a):
+            return a
+
+        @functools.wraps(inner)
+        def outer(a, b):
+            return inner(a + b)
+
+        task = self.app.task(name="outer")(outer)
+        self.assertRaises(TypeError, task.delay, 1)
+        task.delay(1, 2)
+        cached = self.app.task(name="cached")(functools.lru_cache(maxsize=None)(inner))
+        for fn in (cached, self.app.task(name="max")(max)):     # C, as far as one sees
+            fn.delay(1, 2, 3, key=4)
+        again = self.app.task(name="again")(functools.partial(outer, b=2))
+        again.delay(1)
+        self.assertRaises(TypeError, again.delay)
+
+    def test_a_call_costs_one_call_more(self):
+        """What could be a search for names costs one call of a function of ours."""
+        task, calls = self.app.task(name="t")(lambda a, b=1, *, c: 0), []
+        sys.setprofile(lambda frame, event, arg: calls.append(event))
+        try:
+            task.shape.check((1,), {"c": 2})
+        finally:
+            sys.setprofile(None)
+        self.assertEqual(calls.count("call"), 2)        # check(), and that one
+        self.assertLessEqual(calls.count("c_call"), 1)  # the end of the profile
+
+    def test_parameters_that_others_have_announced_are_checked_or_unknown(self):
+        def f(a, /, b, c=1, *rest, d, e=2, **more):
+            pass
+
+        self.assertEqual(pybgworker.Parameters.of(f), (
+            ("a", "b", "c", "d", "e", "rest", "more"), 1, 3, 2, 12, ("c", "e")))
+        self.assertIsNone(pybgworker.Parameters.of(print))
+        self.assertIsNone(pybgworker.Parameters.of(functools.partial(f, 1)))
+        for bad in (None, 3, [], {}, [["a"], 0, 2, 0, 0, []], [[1], 0, 1, 0, 0, []],
+                    [["a"], 2, 1, 0, 0, []], [["a"], 0, 1, 0, 16, []], [1] * 6,
+                    [["a"], 0, "1", 0, 0, []], [["a"], 0, 2, -1, 0, []]):
+            self.assertIsNone(pybgworker.Parameters.read(bad), bad)
 
 
 # == Waiting ==================================================================
@@ -2840,7 +3123,8 @@ class Tasks(Case):
             (lambda: task.apply_async(1, 2), r"apply_async\(\(1, 2\), .*delay\(1, 2"),
             (lambda: task.apply_async("ab"), "takes a tuple of positional"),
             (lambda: task.apply_async((), [1]), "a dict of keyword arguments"),
-            (lambda: self.app.send("t", countdwn=3), "unknown option 'countdwn'; there"),
+            (lambda: self.app.send("t", countdwn=3),
+             "unknown option 'countdwn': did you mean countdown; there"),
             (lambda: self.app.send("t", conn=3, fn=4), "unknown option 'fn'; there"),
             (lambda: self.app.send("t", kwargs=3), "a dict of keyword arguments"),
         ):
@@ -10816,7 +11100,7 @@ class Children(Served):
     def test_a_deadline_is_as_far_away_as_before_when_the_clock_is_set(self):
         frame = pybgworker.write_frame(
             Run(1, "t", "q", 0, 0, 0, 60.0, 0, None, "", 5))
-        run = pybgworker.Running(frame, mock.Mock(tasks={}), None, None)
+        run = pybgworker.Running(frame, mock.Mock(registered={}), None, None)
         self.addCleanup(pybgworker.in_flight.clear)
         real = time.time
         for hours in (0, 1, -30):
@@ -10825,7 +11109,7 @@ class Children(Served):
             with self.subTest(hours):
                 self.assertAlmostEqual(left, 60, delta=10)
         frame = pybgworker.write_frame(Run(2, "t", "q", 0, 0, 0, None, 0, None, "", 5))
-        run = pybgworker.Running(frame, mock.Mock(tasks={}), None, None)
+        run = pybgworker.Running(frame, mock.Mock(registered={}), None, None)
         self.assertIsNone(run.current.deadline)
 
     def test_a_thread_that_outlives_its_run_speaks_for_no_other(self):
