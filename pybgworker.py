@@ -60,11 +60,11 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Acts · Operating ·
-        Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
-        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
-        Redaction · Web reports · Web actions · Dashboard · Web server ·
-        Bench · Old import paths · Page · Page script
+        Cron · Scheduler · Reports · One task · Reading · Acts · Operating · Wording ·
+        Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics ·
+        Health · Doctor · Remedies · Listeners · Child starts · Redaction ·
+        Web reports · Web actions · Dashboard · Web server · Bench · Old import paths ·
+        Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -158,7 +158,7 @@ __all__ = [
     "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError",
     "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError",
     "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task", "default_app",
-    "main", "on", "task", "web_app",
+    "main", "on", "on_child_start", "task", "web_app",
 ]
 
 
@@ -3987,6 +3987,7 @@ class App:
         self._opened: dict[str, Any] = {}
         self.watches: dict = {}             # by event loop, see Watch
         self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
+        self.child_starts: list[Callable] = []      # to be called in each child
         self.configure(**settings)
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
@@ -4132,6 +4133,17 @@ class App:
         """
         return listening(self, kind)
 
+    def on_child_start(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Decorate a function that is to be called in each child before its first task.
+
+        After the import of the app, or the fork: for what processes cannot share, such
+        as connections, and what each needs, such as logging.  It takes no arguments;
+        what it returns is not used.  One that raises keeps the child from starting, and
+        another is tried: see child_error.  Not called anywhere else, so neither in the
+        program that enqueues nor in tests.  Raises OptionError.
+        """
+        return calling_at_start(self, fn)
+
     # -- enqueueing
 
     def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
@@ -4260,6 +4272,7 @@ AsyncResult.default_app = default_app = App()
 task = default_app.task
 cron = default_app.cron
 on = default_app.on
+on_child_start = default_app.on_child_start
 configure = default_app.configure
 
 
@@ -11675,17 +11688,43 @@ class OutputPipe:
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
-def take_log_lines(level: str) -> None:
+def take_log_lines(level: str) -> Callable[[], None]:
     """From now on log lines are printed, to what is sys.stderr then.
 
     Those from this level on, unless the app has set one for the root logger.  Does
-    nothing if that has a handler.
+    nothing if that has a handler.  Returns a function that takes it all back, once
+    the app has added a handler of its own.
     """
     import logging
 
     root, basic_config = logging.getLogger(), logging.basicConfig
     if root.handlers:
-        return
+        return nobody
+
+    @functools.wraps(basic_config)
+    def configure(**options):
+        """As if we had added nothing."""
+        root.removeHandler(handler)
+        basic_config(**options)
+
+    def step_back():
+        if root.handlers != [handler]:
+            root.removeHandler(handler)
+            root.setLevel(before if root.level == own_level else root.level)
+            if logging.basicConfig is configure:
+                logging.basicConfig = basic_config
+
+    handler, before = _task_handler(root), root.level
+    root.addHandler(handler)
+    if before == logging.WARNING:
+        root.setLevel(level)
+    own_level = root.level
+    logging.basicConfig = configure
+    return step_back
+
+
+def _task_handler(root):
+    import logging
 
     class TaskHandler(logging.StreamHandler):
         """The handler of a root logger that has no other."""
@@ -11704,18 +11743,9 @@ def take_log_lines(level: str) -> None:
             else:
                 sys.stderr.write(f"{text}\n")
 
-    @functools.wraps(basic_config)
-    def configure(**options):
-        """As if we had added nothing."""
-        root.removeHandler(handler)
-        basic_config(**options)
-
     handler = TaskHandler()
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))
-    root.addHandler(handler)
-    if root.level == logging.WARNING:
-        root.setLevel(level)
-    logging.basicConfig = configure
+    return handler
 
 
 # == Surroundings =============================================================
@@ -13400,10 +13430,10 @@ class Child:
     def _get_ready(self):
         """Do what precedes the first frame.  Returns the Coroutines, or None."""
         dump_crashes(self.spec.crash)
+        self._call_starts()
         self.runs.plain_streams = self.stage.streams
         self.runs.surroundings = Surroundings(self.interrupts.handlers)
         self.runs.surroundings.restore(standard_streams())
-        take_log_lines(self.runs.app.settings.log_level)
         own_threads(self.stage.printer.streams)
         common = self.runs, self.wire, self.interrupts
         if self.spec.threads > 1:       # from now on cancellations are heard
@@ -13413,6 +13443,16 @@ class Child:
         coroutines = Coroutines(*common, self.spec.coroutines)
         coroutines.start()
         return coroutines
+
+    def _call_starts(self):
+        """What the app wants done in each child.  It may set up logging, too."""
+        step_back = take_log_lines(self.runs.app.settings.log_level)
+        starts = self.runs.app.child_starts
+        if starts:
+            with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
+                for start in starts:
+                    start()
+            step_back()
 
     def _work(self, coroutines):
         """Run tasks, of each kind in its place, until the worker hangs up."""
@@ -15469,7 +15509,8 @@ class Starts:
             slow, stack = is_slow(member.began, at, member.read_stack)
             if slow:
                 self._say(f"a child is not ready after {SLOW_SECONDS:g} s: it still "
-                          "imports the app, and is waited for", pid=pid,
+                          "imports the app, or does what it has for on_child_start, "
+                          "and is waited for", pid=pid,
                           stack=stack or None)
                 self._slow.add(pid)
         self._slow.intersection_update(member.process.pid for member in starting)
@@ -24467,6 +24508,37 @@ def _teller(app, kind):
         return wait_for(value) if isinstance(value, types.CoroutineType) else None
 
     return tell
+
+
+# == Child starts =============================================================
+# Owns App.on_child_start(): which functions are called in each child, and which are
+# refused.  The Child calls them.
+
+
+def calling_at_start(app: App, fn: Callable) -> Callable:
+    """What App.on_child_start() does."""
+    if not callable(fn) or does_yield(fn) or is_coroutine_function(fn):
+        raise OptionError(
+            f"on_child_start of {fn!r}: must be a function that is neither async nor "
+            "yields; asyncio.run() in it runs a coroutine"
+        )
+    if needs_arguments(fn):
+        raise OptionError(f"on_child_start of {default_name(fn)}: it is called without "
+                          "arguments, and needs some")
+    starts = app.child_starts
+    for n, other in enumerate(starts):
+        if _is_the_same(other, fn):
+            starts[n] = fn
+            return fn
+    starts.append(fn)
+    return fn
+
+
+def _is_the_same(old, new):
+    """Registered twice, or defined again by a reload of its module."""
+    is_named = all(isinstance(fn, types.FunctionType) and "<" not in fn.__qualname__
+                   for fn in (old, new))
+    return old == new or is_named and default_name(old) == default_name(new)
 
 
 # == Redaction ================================================================

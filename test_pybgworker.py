@@ -137,6 +137,8 @@ class Case(unittest.TestCase):
         for kept in (app.registered, app.listeners, app._code, app._flags):
             self.addCleanup(kept.update, dict(kept))
             self.addCleanup(kept.clear)
+        self.addCleanup(app.child_starts.extend, list(app.child_starts))
+        self.addCleanup(app.child_starts.clear)
 
     @property
     def store(self):
@@ -23076,6 +23078,181 @@ class Unheard(QueueCase):
         self.assertEqual([json.loads(line)["runs"] for line in out], [3, 9])
 
 
+# == Child starts =============================================================
+
+
+class ChildStarts(Case):
+
+    def serve(self, source, *flags, **options):
+        (self.folder / "tasks.py").write_text(textwrap.dedent("""
+            import logging.config, os, sys, time
+            from pybgworker import *
+
+            def mark(name, text=""):
+                with open(name, "a") as f:
+                    f.write(f"{text}\\n")
+
+            @task(retries=0)
+            def where():
+                return [os.getpid(), os.getcwd(), os.environ.get("SET")]
+            """) + textwrap.dedent(source))
+        return self.worker("--concurrency", 1, *flags, **options)
+
+    def lines(self, name):
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def test_they_are_called_in_each_child_before_its_first_task_and_nowhere_else(self):
+        """In the order in which they stand; what they change is kept for all tasks."""
+        for method in ("fork", "spawn"):
+            (self.folder / "started").unlink(missing_ok=True)
+            worker = self.serve("""
+                @on_child_start
+                def first():
+                    mark("started", f"first {os.getpid()}")
+                    os.environ["SET"] = "by first"
+                    print("the first prints")
+
+                @on_child_start
+                def second():
+                    mark("started", f"second {os.getpid()}")
+                """, "--start-method", method, "--max-tasks-per-child", 1)
+            with self.subTest(method):
+                pids = set()
+                for _ in range(3):
+                    pid, folder, value = self.app.send("tasks.where", retries=0).get(60)
+                    self.assertEqual(value, "by first")
+                    lines = self.lines("started")
+                    self.assertLess(lines.index(f"first {pid}"),
+                                    lines.index(f"second {pid}"))
+                    pids.add(pid)
+                self.assertEqual(len(pids), 3)
+                self.assertEqual(worker.stop(), 0)
+                lines = self.lines("started")
+                self.assertEqual(len(lines), len(set(lines)), "each once in a process")
+                self.assertFalse(any(line.endswith(f" {self.pid_of(worker)}")
+                                     for line in lines))
+                self.assertTrue(worker.find("output", text="the first prints"))
+
+    def pid_of(self, worker):
+        return worker.find("worker_start")["pid"]
+
+    def test_the_nursery_and_the_program_do_not_call_them(self):
+        worker = self.serve("""
+            @on_child_start
+            def note():
+                mark("started", os.getpid())
+
+            if __name__ == "__main__":
+                where.delay()
+                where()
+            """)
+        done = self.python("import runpy; runpy.run_path('tasks.py', None, '__main__')")
+        self.assertEqual(done.stderr, "")
+        worker.wait_for("task_success")
+        nursery = worker.nursery() if Path("/proc/self/stat").exists() else None
+        self.assertEqual(worker.stop(), 0)
+        self.assertNotIn(str(nursery), self.lines("started"))
+        self.assertNotIn(str(worker.pid), self.lines("started"))
+
+    def test_one_that_fails_is_said_with_its_traceback_and_tried_again_later(self):
+        worker = self.serve("""
+            @on_child_start
+            def connect():
+                mark("tries", time.monotonic())
+                if not os.path.exists("up"):
+                    raise ConnectionError("the database is down")
+            """)
+        error = worker.wait_for("child_error")
+        self.assertIn("ConnectionError: the database is down", error["error"])
+        self.assertIn("in connect", error["stack"])
+        until(lambda: len(self.lines("tries")) >= 4)
+        at = [float(line) for line in self.lines("tries")]
+        self.assertGreater(at[-1] - at[0], 0.2, "each later than the one before")
+        (self.folder / "up").touch()
+        self.app.send("tasks.where", retries=0).get(60)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_a_worker_whose_children_never_start_gives_up_and_says_why(self):
+        worker = self.serve("""
+            @on_child_start
+            def stop():
+                sys.exit("no use")
+            """)
+        self.assertEqual(worker.wait(60), 1)
+        self.assertIn("SystemExit: no use", "".join(worker.errors))
+
+    def test_logging_that_one_sets_up_is_left_alone(self):
+        """And what it says before is output."""
+        for setup, text in (
+            ("logging.basicConfig(stream=sys.stdout, format='mine %(message)s')",
+             "mine warned\n"),
+            ("handler = logging.StreamHandler(sys.stdout)\n    "
+             "logging.getLogger().addHandler(handler)", "warned\n"),
+            ("logging.config.dictConfig({'version': 1, "
+             "'handlers': {'h': {'class': 'logging.StreamHandler', "
+             "'stream': 'ext://sys.stdout'}}, 'root': {'handlers': ['h']}})",
+             "warned\n"),
+        ):
+            worker = self.serve(f"""
+@on_child_start
+def set_up():
+    logging.info("in the child")
+    {setup}
+
+@task(retries=0)
+def say():
+    logging.info("informed")
+    logging.warning("warned")
+                """)
+            with self.subTest(setup):
+                result = self.app.send("tasks.say", retries=0)
+                result.get(60)
+                self.assertEqual(worker.stop(), 0)
+                self.assertEqual(self.store.output(result.id), text)
+                said = "".join(e["text"] + "\n" for e in worker.all("output")
+                               if "task_id" not in e)
+                self.assertIn("INFO root in the child", said)
+
+    def test_one_that_is_defined_again_is_called_once(self):
+        def defined(text):
+            space = {"__name__": "mine", "on": self.app.on_child_start}
+            exec(f"@on\ndef connect(): return {text!r}\n", space)
+            return space["connect"]
+
+        first, second = defined("old"), defined("new")
+        self.assertEqual(self.app.child_starts, [second])
+        self.assertEqual(first(), "old", "it is still a function")
+        self.app.on_child_start(second)
+        self.app.on_child_start(len and self.setUp)
+        self.app.on_child_start(self.setUp)
+        self.assertEqual(self.app.child_starts, [second, self.setUp])
+
+        def made(n):
+            return lambda: n
+
+        for n in range(2):
+            self.app.on_child_start(made(n))
+        self.assertEqual(len(self.app.child_starts), 4)
+
+    def test_what_could_not_be_called_is_refused(self):
+        async def later():
+            pass
+
+        def parts():
+            yield
+
+        def needy(connection):
+            pass
+
+        for fn, words in ((later, "neither async nor"), (parts, "neither async nor"),
+                          (needy, "needs some"), ("text", "'text'")):
+            with self.assertRaisesRegex(pybgworker.OptionError,
+                                        f"on_child_start of .*{words}"):
+                self.app.on_child_start(fn)
+        self.assertEqual(self.app.child_starts, [])
+
+
 # == Redaction ================================================================
 
 
@@ -26060,7 +26237,7 @@ class TheFile(unittest.TestCase):
             self.assertEqual(done.stdout, "3\n", done.stderr)
 
     # One-line methods of App that call a room.
-    DOORS = {"cron", "on", "pause", "purge", "resume", "tasks"}
+    DOORS = {"cron", "on", "on_child_start", "pause", "purge", "resume", "tasks"}
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
