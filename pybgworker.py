@@ -45,7 +45,7 @@ Life of a task
 
 Map
     Book One: the program's side
-        Settings · Other words · States and errors · Time and values ·
+        Settings · Other words · States and errors · Refused values · Time and values ·
         Retry and rate · Rows · Run counts · People · Printed · Evidence · Store ·
         Functions · Signatures · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
@@ -252,19 +252,25 @@ def _amount(value, units):
     return float(found[1]) * unit if found else math.nan
 
 
+def _duration(value):
+    """Seconds of `2.5`, `"90s"`, `"15m"`, `"12h"`, `"7d"` or a timedelta; else nan."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return _amount(value, _UNIT_SECONDS)
+
+
 def _seconds(value):
-    """Parse `2.5`, `"90s"`, `"15m"`, `"12h"` or `"7d"` into seconds above 0."""
-    number = _amount(value, _UNIT_SECONDS)
+    """Seconds above 0 of any duration."""
+    number = _duration(value)
     if not 0 < number <= LONGEST_SECONDS:
-        raise ValueError(
-            "seconds above 0, or a number with s, m, h, d or w; at most 31 years"
-        )
+        raise ValueError("seconds above 0, a number with s, m, h, d or w, or a "
+                         "timedelta; at most 31 years")
     return number
 
 
 def parse_grace(value):
     """Seconds, of which there may be none: `0`."""
-    return 0.0 if _amount(value, _UNIT_SECONDS) == 0 else _seconds(value)
+    return 0.0 if _duration(value) == 0 else _seconds(value)
 
 
 def _retention(value):
@@ -384,10 +390,18 @@ def check_number(name, value, least=0, most=LARGEST, kind=(int, float), what="")
 
 
 def check_span(name, value, least=0, most=LONGEST_SECONDS):
-    """Check a number of seconds, or a timedelta; return seconds."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    return check_number(name, seconds, least, most,
-                        what="seconds from {:,} to {:,}, or a timedelta")
+    """Return the seconds of a duration: a number of them, "90s", "5m" or a timedelta.
+
+    Raises OptionError for all else.
+    """
+    seconds = _duration(value) if isinstance(value, (str, timedelta)) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) \
+            or not least <= seconds <= most:
+        raise OptionError(
+            f"{name}={value!r}: must be seconds from {least:,} to {most:,}, a number "
+            'with s, m, h, d or w, such as "90s" or "5m", or a timedelta'
+        )
+    return seconds
 
 
 class Setting(NamedTuple):
@@ -738,7 +752,7 @@ def state_name(state: int) -> str:
 
 
 class Retry(PyBgWorkerError):
-    """Raise it in a task to run again, in `countdown` seconds (or a timedelta).
+    """Raise it in a task to run again, in `countdown` seconds (or a timedelta, "5m").
 
     It spends a retry; without a countdown the task's own delay holds.  `Retry(30)`
     is `Retry(countdown=30)`.  Raises OptionError for what is no time to wait.
@@ -852,6 +866,105 @@ class DatabaseUnusable(DatabaseUnavailable):
     """The file is not a queue, is damaged, was replaced, or is from the future."""
 
     fatal = True
+
+
+# == Refused values ===========================================================
+# Owns what to send instead of a value that has no text form.  It knows classes by
+# their names: nothing is imported for a message.
+
+# By the package of a class, or of one that it derives from, and its name.
+_INSTEAD = {
+    ("numpy", "generic"): ".item() of it",
+    ("numpy", "ndarray"): ".tolist() of it",
+    ("pandas", "DataFrame"): '.to_dict("records") of it',
+    ("pandas", "Series"): ".tolist() of it",
+    ("pandas", "Index"): ".tolist() of it",
+    ("pandas", "Timestamp"): ".to_pydatetime() of it",
+    ("pandas", "Timedelta"): ".to_pytimedelta() of it",
+    ("polars", "DataFrame"): ".to_dicts() of it",
+    ("polars", "Series"): ".to_list() of it",
+    ("pyarrow", "Table"): ".to_pylist() of it",
+    ("torch", "Tensor"): ".tolist() of it",
+    ("pydantic", "BaseModel"): ".model_dump() of it",
+    ("django", "Model"): "its .pk, and read it again in the task",
+    ("django", "QuerySet"): "a list of the .pk, and read them again in the task",
+    ("django", "HttpRequest"): "what the task needs of the request",
+    ("werkzeug", "Request"): "what the task needs of the request",
+    ("starlette", "Request"): "what the task needs of the request",
+    ("pybgworker", "AsyncResult"): "its .id; AsyncResult(id) makes it again",
+    ("pybgworker", "Task"): "its .name",
+    ("io", "IOBase"): "the path of the file, or what is in it",
+    ("_io", "_IOBase"): "the path of the file, or what is in it",
+    ("builtins", "generator"): "list() of it",
+    ("builtins", "coroutine"): "what awaiting it returns",
+    ("builtins", "range"): "list() of it",
+    ("builtins", "map"): "list() of it",
+    ("builtins", "filter"): "list() of it",
+    ("builtins", "zip"): "list() of it",
+    ("builtins", "dict_keys"): "list() of it",
+    ("builtins", "dict_values"): "list() of it",
+    ("builtins", "dict_items"): "list() of it",
+    ("builtins", "mappingproxy"): "dict() of it",
+    ("builtins", "memoryview"): "bytes() of it",
+    ("array", "array"): ".tolist() of it",
+    ("collections", "deque"): "list() of it",
+    ("fractions", "Fraction"): "str() of it",
+    ("re", "Pattern"): "its .pattern",
+    ("zoneinfo", "ZoneInfo"): "its .key",
+    ("ipaddress", "_IPAddressBase"): "str() of it",
+    ("pathlib", "PurePath"): "str() of it",
+    ("types", "SimpleNamespace"): "vars() of it",
+    ("builtins", "function"): "its name",
+    ("builtins", "type"): "its name",
+    ("builtins", "BaseException"): "str() of it",
+    # Classes made of those that can be sent.
+    ("builtins", "int"): "int() of it",
+    ("builtins", "float"): "float() of it",
+    ("builtins", "str"): "str() of it",
+    ("builtins", "bytes"): "bytes() of it",
+    ("builtins", "list"): "list() of it",
+    ("builtins", "dict"): "dict() of it",
+    ("builtins", "tuple"): "tuple() of it",
+    ("builtins", "set"): "set() of it",
+    ("builtins", "frozenset"): "frozenset() of it",
+    ("decimal", "Decimal"): "Decimal() of it",
+    ("datetime", "datetime"): "datetime.fromisoformat(it.isoformat())",
+    ("datetime", "date"): "date.fromisoformat(it.isoformat())",
+}
+
+
+def _is_zoned(value):
+    """True for a time that was refused for its zone."""
+    return type(value) in (datetime, time_of_day)
+
+
+# (what says so, what to send): these go before what the class derives from.
+_INSTEAD_OF_KINDS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (_is_zoned, ".astimezone(timezone.utc) of it, or give it a ZoneInfo, for its zone "
+                "has no name"),
+    (lambda value: isinstance(value, enum.Enum), "its .name or .value"),
+    (lambda value: isinstance(value, type), "its name"),
+    (lambda value: isinstance(value, tuple) and hasattr(value, "_asdict"),
+     "._asdict() or tuple() of it"),
+    (lambda value: hasattr(type(value), "__dataclass_fields__"),
+     "dataclasses.asdict() of it"),
+    (lambda value: hasattr(type(value), "__attrs_attrs__"), "attrs.asdict() of it"),
+    (lambda value: hasattr(type(value), "__mapper__"),
+     "its primary key, and read it again in the task"),
+)
+
+
+def sent_instead(value: Any) -> str | None:
+    """What of such a value can be sent, or returned, if that is known."""
+    for is_such, instead in _INSTEAD_OF_KINDS:
+        with contextlib.suppress(Exception):    # of who has written such a class
+            if is_such(value):
+                return instead
+    for cls in type(value).__mro__:
+        of = cls.__module__.partition(".")[0], cls.__name__
+        if of in _INSTEAD:
+            return _INSTEAD[of]
+    return None
 
 
 # == Time and values ==========================================================
@@ -1037,15 +1150,28 @@ _UNPACKERS: dict[str, Callable] = {
     "$date": date.fromisoformat,
     "$timedelta": lambda body: timedelta(*body),
     "$uuid": lambda body: importlib.import_module("uuid").UUID(body),
+    "$path": lambda body: _unpack_path(*body),
 }
+_PATHS = {"PosixPath": "PurePosixPath", "WindowsPath": "PureWindowsPath"}
 
 
 def _late_packer(kind):
-    """UUID, without importing uuid into every program that has none."""
-    if kind.__module__ == "uuid" and kind.__name__ == "UUID":
+    """UUID and paths, without importing their modules into programs that have none."""
+    module, name = kind.__module__.partition(".")[0], kind.__name__
+    if module == "uuid" and name == "UUID":
         packer = _PACKERS[kind] = lambda v: {"$uuid": str(v)}
         return packer
+    if module == "pathlib" and name in (*_PATHS, *_PATHS.values()):
+        packer = _PACKERS[kind] = lambda v: {"$path": [name, _pack(str(v))]}
+        return packer
     raise _Refused
+
+
+def _unpack_path(name, text):
+    """A path of the class it had; of a system that is not here, the pure one."""
+    pathlib = importlib.import_module("pathlib")
+    is_here = name == type(pathlib.Path()).__name__ or name in _PATHS.values()
+    return getattr(pathlib, name if is_here else _PATHS[name])(text)
 
 
 def _unpack(found):
@@ -1119,11 +1245,13 @@ def _blame(value, path):
         except _Refused:
             return _blame(part, name)
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return (
-        f"{path}: <class {kind.replace('builtins.', '')}> cannot be sent to a task; "
-        "send JSON values, date, datetime, time, timedelta, Decimal, UUID, bytes, "
-        "tuple or set"
-    )
+    send, what = ("return", "be the result of") if path.startswith("result") \
+        else ("send", "be sent to")
+    instead = sent_instead(value) or (
+        "JSON values, date, datetime, time, timedelta, Decimal, UUID, Path, bytes, "
+        "tuple or set")
+    return (f"{path}: <class {kind.replace('builtins.', '')}> cannot {what} a task; "
+            f"{send} {instead}")
 
 
 _scan = json.JSONDecoder().scan_once       # type: ignore[attr-defined]
@@ -3514,7 +3642,7 @@ class AsyncResult(Generic[V]):
         """True once it has been cancelled."""
         return self._store.state(self.id) == CANCELLED
 
-    def get(self, timeout: float | timedelta | None = None) -> V:
+    def get(self, timeout: float | str | timedelta | None = None) -> V:
         """Wait for the end and return the result; at most `timeout` seconds.
 
         Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
@@ -12302,10 +12430,10 @@ def _error_of(exc, run):
 
 def _countdown(value):
     """Seconds, within reason; None, for the task's own delay, when it is no number."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if not isinstance(seconds, (int, float)) or seconds != seconds:
-        return None
-    return float(min(max(seconds, 0), LONGEST_SECONDS))
+    with contextlib.suppress(OptionError):
+        seconds = check_span("countdown", value, -math.inf, math.inf)
+        return float(min(max(seconds, 0), LONGEST_SECONDS))
+    return None
 
 
 def run_coroutine(coroutine: types.CoroutineType) -> Any:
@@ -18939,8 +19067,6 @@ def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
 
 
 def _alert_seconds(value):
-    if isinstance(value, str):
-        value = checked("alert_after", parse_grace, value)
     seconds = check_span("alert_after", value)
     if not seconds:
         raise OptionError("alert_after=0: must be above 0, or None for never")
@@ -24453,7 +24579,7 @@ class TaskEvent:
         error = f" {self.error}" if self.error else ""
         return f"<{self.kind} of task {self.id} {self.name}, run {self.attempt}{error}>"
 
-    def first_in(self, seconds: float) -> bool:
+    def first_in(self, seconds: float | str | timedelta) -> bool:
         """True for the first of its kind, task name and error type in so long.
 
         On all workers of the database, so that a storm of failures is one message.
@@ -24463,8 +24589,8 @@ class TaskEvent:
         if run is not None and run.attempt > 1:
             return True
         error = self.error and (self.error.type or self.error.kind)
-        what = [self.kind, self.name, error]
-        return self._store.is_first(to_json(what), to_ms(seconds), self._store.now())
+        what, span = [self.kind, self.name, error], check_span("first_in", seconds)
+        return self._store.is_first(to_json(what), to_ms(span), self._store.now())
 
 
 def listening(app: App, kind: str) -> Callable[[Callable], Callable]:

@@ -1825,6 +1825,10 @@ class States(unittest.TestCase):
         self.assertRaises(ValueError, pybgworker.Retry, countdown="soon")
 
 
+# == Refused values ===========================================================
+# What to send instead is told by Values, with the path.
+
+
 # == Time and values ==========================================================
 
 
@@ -1924,6 +1928,79 @@ class Values(unittest.TestCase):
                 pybgworker.encode_call((value,), {})
             self.assertTrue(str(caught.exception).startswith(path), caught.exception)
             self.assertIn("<class ", str(caught.exception))
+
+    def test_what_is_refused_is_told_with_what_to_send_instead(self):
+        import dataclasses
+        import enum
+        from fractions import Fraction
+
+        def of(module, name, *bases, **body):
+            return type(name, bases, {"__module__": module, **body})()
+
+        Point = collections.namedtuple("Point", "x y")
+        with open(os.devnull) as file:
+            for value, instead in (
+                (of("numpy", "float64", type("generic", (float,), {
+                    "__module__": "numpy"})), ".item()"),
+                (of("numpy", "ndarray"), ".tolist()"),
+                (of("pandas.core.frame", "DataFrame"), '.to_dict("records")'),
+                (of("x.models", "User", type("Model", (), {
+                    "__module__": "django.db.models.base"})), ".pk"),
+                (of("x", "User", type("BaseModel", (), {
+                    "__module__": "pydantic.main"})), ".model_dump()"),
+                (of("x", "User", __mapper__=1), "primary key"),
+                (of("x", "User", __attrs_attrs__=1), "attrs.asdict()"),
+                (dataclasses.make_dataclass("D", ["a"])(1), "dataclasses.asdict()"),
+                (enum.Enum("E", "A").A, ".name or .value"),
+                (enum.IntEnum("E", "A").A, ".name or .value"),
+                (Point(1, 2), "._asdict() or tuple()"), (file, "path of the file"),
+                ((n for n in ()), "list()"), ({}.keys(), "list()"), (range(3), "list()"),
+                (map(str, ()), "list()"), (collections.deque(), "list()"),
+                (collections.OrderedDict(), "dict()"), (of("x", "S", str), "str()"),
+                (collections.Counter(), "dict()"), (of("x", "N", int), "int()"),
+                (Fraction(1), "str()"), (ValueError("x"), "str()"), (int, "its name"),
+                (of("x", "Odd", __getattr__=lambda self, name: 1 / 0), "JSON"),
+                (of("x", "T", dt.tzinfo), "JSON values"),
+                (dt.datetime(2026, 1, 1, tzinfo=of(
+                    "x", "T", dt.tzinfo, utcoffset=lambda *_: dt.timedelta(1 / 24))),
+                 ".astimezone(timezone.utc)"),
+                (AsyncResult(1), ".id"), (App().task(print), "its .name"),
+                (object(), "JSON values"),
+            ):
+                with self.subTest(value=type(value)), self.assertRaises(
+                        TypeError) as caught:
+                    pybgworker.encode_call((), {"a": [value]})
+                text = str(caught.exception)
+                self.assertIn('kwargs["a"][0]: <class ', text)
+                self.assertRegex(text, "cannot be sent to a task; send .*"
+                                 + re.escape(instead))
+
+    def test_a_refused_result_is_called_one(self):
+        for value, words in (
+                ({"a": object()}, r'^result\["a"\]: <class object> cannot be the result '
+                 "of a task; return JSON values"),
+                ({1}.__class__, "^result: <class type> .*; return its name")):
+            with self.assertRaisesRegex(pybgworker.PayloadTypeError, words):
+                pybgworker.encode(value, "result")
+
+    def test_a_path_arrives_as_what_it_was_where_there_is_such_a_class(self):
+        import pathlib
+        for text in ("", ".", "a", "/a/b.txt", "//a/b", "ü/€", "a\udcff\udc80", "a\\b",
+                     "C:\\x", "c:x", "\\\\host\\share\\x"):
+            for kind in (pathlib.Path, pathlib.PurePosixPath, pathlib.PureWindowsPath):
+                self.assert_arrives(kind(text))
+        self.assert_arrives({Path("a"): [Path("b")]})
+        sent = pybgworker.encode(Path("a/b"), "value")
+        there, pure = ("WindowsPath", pathlib.PureWindowsPath) if os.name != "nt" \
+            else ("PosixPath", pathlib.PurePosixPath)
+        found = pybgworker.decode(sent.replace(type(Path()).__name__, there))
+        self.assertEqual((type(found), found), (pure, pure("a/b")))
+
+        class Ours(type(Path())):
+            pass
+
+        with self.assertRaisesRegex(TypeError, r"send str\(\) of it"):
+            pybgworker.encode_call((Ours("a"),), {})
 
     def test_keyword_arguments_are_named_in_messages(self):
         with self.assertRaisesRegex(TypeError, r'^kwargs\["who"\]: <class object>'):
@@ -3099,14 +3176,36 @@ class Tasks(Case):
         past = self.store.task(task.options(eta=dt.datetime(2000, 1, 1)).delay().id)
         self.assertEqual(past.status, "queued")
 
-    def test_whoever_takes_seconds_takes_a_timedelta(self):
-        span = dt.timedelta(minutes=1)
-        task = self.app.cron("* * * * *", jitter=span)(self.app.task(
-            timeout=span, retry_delay=span, retry_max_delay=span)(print))
-        retry = pybgworker.Retry(countdown=span)
-        schedule, = task.schedules
-        self.assertEqual({task.timeout, task.policy.delay, task.policy.max_delay,
-                          schedule.jitter, retry.countdown}, {60.0})
+    def test_whoever_takes_seconds_takes_a_timedelta_or_a_number_with_a_unit(self):
+        for span in (dt.timedelta(minutes=1), "1m", "60s", "60", 60, 60.0):
+            task = self.app.cron("* * * * *", jitter=span, alert_after=span)(
+                self.app.task(timeout=span, retry_delay=span, retry_max_delay=span,
+                              name=f"t{span!r}")(print))
+            retry = pybgworker.Retry(countdown=span)
+            schedule, = task.schedules
+            result = task.options(countdown=span, timeout=span).delay()
+            row = self.store.task(result.id)
+            self.assertEqual(
+                {task.timeout, task.policy.delay, task.policy.max_delay, schedule.jitter,
+                 schedule.alert_after, retry.countdown, row.timeout,
+                 pybgworker._countdown(span), (row.run_at - row.created_at) / 1000},
+                {60.0})
+            settings = dict.fromkeys(
+                ("timeout", "worker_timeout", "shutdown_timeout", "retention",
+                 "retention_failed", "busy_timeout"), span)
+            found = App(db=str(self.db), **settings).settings
+            self.assertEqual({getattr(found, name) for name in settings}, {60.0})
+        with self.assertRaisesRegex(TimeoutError, "after 0.01 s"):
+            result.get(timeout="0.01s")
+        self.assertEqual(pybgworker._countdown("x"), None)
+
+    def test_what_is_no_duration_is_refused_with_its_name(self):
+        for name in ("timeout", "retry_delay", "retry_max_delay"):
+            for bad in ("5x", "m", "-1s", "", "1h30m", True, "5 m", [], math.nan, -1,
+                        dt.timedelta(-1), 10**10, "99999999w"):
+                with self.subTest(name, bad=bad), self.assertRaisesRegex(
+                        pybgworker.OptionError, re.escape(f"{name}={bad!r}: must be")):
+                    self.app.task(print, name="t", **{name: bad})
 
     def test_bad_options_of_a_call_are_refused(self):
         task = self.app.task(print)
@@ -3119,9 +3218,10 @@ class Tasks(Case):
             with self.subTest(options), self.assertRaises((TypeError, ValueError)):
                 task.options(**options).delay()
         for call, words in (
-            (lambda: task.options(countdown="x").delay(), "or a timedelta"),
+            (lambda: task.options(countdown="x").delay(),
+             "countdown='x': must be seconds from .* \"5m\", or a timedelta"),
             (lambda: task.options(retries=1.5).delay(), "a whole number from 0"),
-            (lambda: task.delay().get(timeout="x"), "or a timedelta"),
+            (lambda: task.delay().get(timeout="x"), "timeout='x': .*or a timedelta"),
             (lambda: task.apply_async(1, 2), r"apply_async\(\(1, 2\), .*delay\(1, 2"),
             (lambda: task.apply_async("ab"), "takes a tuple of positional"),
             (lambda: task.apply_async((), [1]), "a dict of keyword arguments"),
