@@ -60,11 +60,11 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Acts · Operating · Wording ·
-        Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics ·
-        Health · Doctor · Remedies · Listeners · Child starts · Redaction ·
-        Web reports · Web actions · Dashboard · Web server · Bench · Old import paths ·
-        Page · Page script
+        Cron · Scheduler · Reports · One task · Reading · Acts · Operating · Backup ·
+        Wording · Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top ·
+        Metrics · Health · Doctor · Remedies · Listeners · Child starts · Redaction ·
+        Web reports · Web actions · Dashboard · Web server · Bench ·
+        Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -153,12 +153,12 @@ else:
 
 __version__ = "2.0.0"
 __all__ = [
-    "Abort", "App", "AppError", "AsyncResult", "CallError", "Cron", "CronError",
-    "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable", "OptionError",
-    "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry", "SettingError",
-    "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError",
-    "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task", "default_app",
-    "main", "on", "on_child_start", "task", "web_app",
+    "Abort", "App", "AppError", "AsyncResult", "BackupFailed", "CallError", "Cron",
+    "CronError", "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable",
+    "OptionError", "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry",
+    "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound",
+    "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task",
+    "default_app", "main", "on", "on_child_start", "task", "web_app",
 ]
 
 
@@ -2220,6 +2220,15 @@ class Acted(NamedTuple):
     reasons: dict = {}              # why, and to how many of the skipped
 
 
+class Backup(NamedTuple):
+    """A copy of a whole queue."""
+
+    path: str
+    bytes: int
+    tasks: int
+    seconds: float                  # that it took, with its check
+
+
 class PeopleVerbs(Protocol):
     """For people."""
 
@@ -2685,6 +2694,14 @@ class QueueVerbs(Protocol):
 
     def sizes(self) -> Sizes:
         """What the queue takes on its disk."""
+
+    def copy_to(self, path: str) -> int:
+        """Write all of it, as it is at this moment, into an empty file that nobody else
+        uses; return the number of its tasks.  All others go on meanwhile.
+
+        Not durable when it returns.  Raises DatabaseUnavailable; then the file, and
+        perhaps others beside it, hold nothing of use.
+        """
 
     def last_id(self) -> int:
         """The highest id that was ever given; 0: none."""
@@ -4300,6 +4317,15 @@ class App:
         task = self.registered.get(checked("name", parse_name, name))
         task = task or Task(self, do_nothing, name, {})
         return task.apply_async(args, kwargs, **options)
+
+    def backup(self, path: Any, overwrite: bool = False) -> Backup:
+        """Copy the queue, which may be in use, into one plain file; check the copy.
+
+        Returns its path, bytes, tasks and the seconds it took.  Durable once it
+        returns.  Raises OptionError for a place it cannot have, BackupFailed, and
+        DatabaseUnavailable; then nothing is left of it.
+        """
+        return backed_up(self, path, overwrite)
 
     def result(self, task_id: int) -> AsyncResult[Any]:
         """Return the AsyncResult of an id of this app's database."""
@@ -9580,6 +9606,7 @@ other.execute("commit")
 print("done", flush=True)
 sys.stdin.readline()
 """
+_COPIED_PAGES = 1000                # in one step: 4 MB, a few milliseconds
 _READ_LOCKS = range(123, 128)       # bytes of the -shm; who reads from the -wal has one
 _WRITE_LOCK = 120
 
@@ -9634,10 +9661,22 @@ class Checkup:
 
     def damage(self, deep: bool, seconds: float) -> list[str]:
         """What SQLite finds wrong in the file; DatabaseBusy: it takes longer."""
+        check = "integrity_check" if deep else "quick_check"
         with self._asked(seconds) as ask:
-            check = "integrity_check" if deep else "quick_check"
-            found = [row[0] for row in ask(f"pragma {check}(10)")]
-        return [] if found == ["ok"] else found
+            try:
+                found = ask(f"pragma {check}(10)")
+            except sqlite3.OperationalError as exc:
+                if "no such" not in str(exc):
+                    raise
+                # A table of the program's needs something of its own, a collation say.
+                found = [row for table in sorted(_parts(ask)) if "table bg_" in table
+                         for row in ask(f"pragma {check}({table[6:]})")]
+        return [row[0] for row in found if row[0] != "ok"]
+
+    def tasks(self) -> int:
+        """The number of tasks in it."""
+        with self._asked(math.inf) as ask:
+            return ask("select count(*) from bg_task")[0][0]
 
     def payload_share(self, seconds: float) -> float:
         """The part of the file that long texts take; DatabaseBusy: it takes longer."""
@@ -9665,6 +9704,26 @@ class Checkup:
                 elif any(byte in held for byte in _READ_LOCKS):
                     readers.add(int(pid))
         return sorted(writers - {os.getpid()}), sorted(readers - {os.getpid()})
+
+
+def copy_whole(db: Database, path: str) -> int:
+    """What Store.copy_to() promises.
+
+    All of it is read in one transaction, which holds up nobody: a backup without one
+    would begin anew with each commit of another process, and never end.  Nothing of
+    the copy is left in a -wal.  Guarded by test_a_backup_is_made_while_others_write.
+    """
+    with one_moment(db):
+        tasks = db.read("select count(*) from bg_task")[0][0]
+        try:
+            with contextlib.closing(connect_to(path)) as copy:
+                copy.execute("pragma synchronous = off").fetchall()
+                db.link().connection.backup(        # a look at signals after each step
+                    copy, pages=_COPIED_PAGES, progress=lambda *_: None)
+                copy.execute("pragma journal_mode = delete").fetchall()
+        except sqlite3.Error as exc:
+            raise explained(exc, path) from exc
+    return tasks
 
 
 def _parts(ask):
@@ -9866,6 +9925,9 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
             """select max(value, ifnull((select max(id) from bg_task), 0))
                 from bg_meta where name = 'last_id'"""
         )[0][0]
+
+    def copy_to(self, path: str) -> int:
+        return copy_whole(self.db, path)
 
     def kept(self) -> TasksKept:
         (last, first, oldest), = self.db.read(
@@ -20453,6 +20515,117 @@ def _since_ms(since, now):
     with contextlib.suppress(ValueError, OverflowError):    # of the year 1, or 9999
         return int(since.timestamp() * 1000)
     raise OptionError(f"since={since!r}: is no time of this clock")
+
+
+# == Backup ===================================================================
+# Owns `backup` and App.backup(): a copy of a queue that is in use, as one plain file.
+# It has its name only when it is whole, checked and on the disk.
+
+_BESIDE = re.compile(r"-(wal|shm|journal|live|begun-\d+)")     # what lies by a queue
+
+
+class BackupFailed(PyBgWorkerError):
+    """No backup was made.  What stood there before is as it was."""
+
+
+def backed_up(app: App, path: Any, overwrite: bool = False) -> Backup:
+    """What App.backup() promises."""
+    began = time.monotonic()
+    path = _place(app.store.path, checked("backup", parse_path, path), overwrite)
+    needed = app.store.sizes().main
+    part = f"{path}.part-{os.getpid()}-{threading.get_ident()}"
+    try:
+        _check_room(path, needed)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        tasks = app.store.copy_to(part)
+        _check_copy(part, tasks)
+        size = _to_disk(part)
+        _name(part, path, overwrite)
+        _to_disk(os.path.dirname(path))
+    except (OSError, DatabaseUnavailable) as exc:
+        said = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise BackupFailed(f"no backup {path} was made: {said}") from exc
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.unlink(part + suffix)
+    return Backup(path, size, tasks, time.monotonic() - began)
+
+
+def _place(database, path, overwrite):
+    """The full path of the backup.  Raises OptionError where there must not be one."""
+    folder, name = os.path.split(absolute(path))
+    path = os.path.join(os.path.realpath(folder), name)
+    if path == database or file_identity(path) == (file_identity(database) or path):
+        raise OptionError(f"backup {path}: that is the database itself: name another "
+                          "file")
+    if path.startswith(database) and _BESIDE.fullmatch(path[len(database):]):
+        raise OptionError(f"backup {path}: a file of the database has that name: name "
+                          "another")
+    if os.path.isdir(path) or not name:
+        raise OptionError(f"backup {path}: that is a folder: name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise OptionError(f"backup {path}: it is there already: name another file, or "
+                          "say --force (overwrite=True)")
+    if any(os.path.lexists(path + suffix) for suffix in ("-wal", "-journal")):
+        raise OptionError(f"backup {path}: a -wal or -journal lies beside it, which "
+                          "would destroy it: name another file")
+    return path
+
+
+def _check_room(path, needed):
+    """Before a disk is full to which others want to write, too."""
+    found = os.statvfs(os.path.dirname(path))
+    free = found.f_bavail * found.f_frsize
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {size_text(needed)}, and "
+                      f"{size_text(free)} are free there")
+
+
+def _check_copy(path, tasks):
+    copy = Checkup(path)
+    wrong = copy.damage(True, math.inf)
+    found = copy.tasks() if not wrong else 0
+    if wrong or found != tasks:
+        raise DatabaseUnavailable(
+            f"the copy is damaged, as the database may be: see doctor: "
+            f"{wrong[0] if wrong else f'{found:,} of {tasks:,} tasks are in it'}")
+
+
+def _name(part, path, overwrite):
+    """Give it its name; never that of a file which has come there meanwhile."""
+    if not overwrite:
+        try:
+            return os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:             # a file system without links
+            pass
+    return os.rename(part, path)
+
+
+def _to_disk(path):
+    """Wait until a file, or the names in a folder, are on the disk; return its size."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+@command("backup", "copy the queue, in use or not, into one plain file, and check it",
+         "backup /backups/queue.db --force",
+         flag("file", metavar="FILE", help="the copy; its folder must be there"),
+         flag("--force", action="store_true",
+              help="take the place of a file of that name (default: refuse)"),
+         reads=True)
+def _backup(args, app):
+    made = app.backup(args.file, args.force)
+    if args.json:
+        return as_json(made._asdict())
+    return (f"{made.path}: {size_text(made.bytes)}, {made.tasks:,} "
+            f"task{'s' * (made.tasks != 1)}, in {span(made.seconds)}; whole, checked")
 
 
 # == Wording ==================================================================

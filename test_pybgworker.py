@@ -18918,6 +18918,224 @@ class FromAProgram(QueueCase):
         self.assertEqual(pybgworker.default_app.purge(), 1)
 
 
+# == Backup ===================================================================
+
+
+class Stepping:
+    """A connection that calls something at each step of a backup."""
+
+    def __init__(self, connection, act):
+        self._connection, self._act = connection, act
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def backup(self, target, *, pages, progress):
+        def step(*left):
+            self._act(*left)
+            progress(*left)
+        self._connection.backup(target, pages=pages, progress=step)
+
+
+class Backups(Served):
+
+    def setUp(self):
+        super().setUp()
+        self.copy = self.folder / "copies" / "copy.db"
+        self.copy.parent.mkdir()
+
+    def copied(self, statement):
+        with contextlib.closing(sqlite3.connect(self.copy)) as connection:
+            return connection.execute(statement).fetchall()
+
+    def left(self):
+        return sorted(path.name for path in self.copy.parent.iterdir())
+
+    def refused(self, error, *words, path=None, **options):
+        with self.assertRaises(error) as caught:
+            self.app.backup(self.copy if path is None else path, **options)
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+
+    def test_a_backup_is_one_plain_file_with_all_that_there_was(self):
+        """Also what is in the -wal alone, and the program's own tables."""
+        self.sql("create table own (a)")
+        self.sql("insert into own values (7)")
+        self.tasks.add.delay(1, 2)
+        found = self.app.backup(str(self.copy))
+        self.assertEqual((found.path, found.bytes, found.tasks),
+                         (str(self.copy), self.copy.stat().st_size, 1))
+        self.assertGreater(found.seconds, 0)
+        self.assertEqual(self.left(), ["copy.db"])
+        self.assertEqual(self.copy.stat().st_mode & 0o777, 0o600)
+        self.assertEqual(self.copied("pragma journal_mode"), [("delete",)])
+        self.assertEqual(self.copied("select a from own"), [(7,)])
+        self.assertEqual(self.left(), ["copy.db"])
+        self.assertEqual(self.worker("--burst", "--db", self.copy).wait(), 0)
+        self.assertEqual(App(db=str(self.copy)).result(1).result, 3)
+        self.assertEqual(self.app.result(1).status, "queued")
+
+    def test_a_backup_is_made_while_others_write(self):
+        """None of what they write meanwhile is in it, and nobody waits."""
+        self.store.create()
+        self.fill(20_000)
+        other, written = App(db=str(self.db), busy_timeout=0.01), []
+        self.addCleanup(lambda: other.store.close())
+        link = self.store.db.link()
+        connection = link.connection
+        link.connection = Stepping(connection, lambda *_: len(written) < 50 and
+                                   written.append(other.send("t").id))
+        with mock.patch.object(pybgworker, "_COPIED_PAGES", 5):
+            found = self.app.backup(self.copy)
+        link.connection = connection
+        self.assertEqual(len(written), 50)
+        self.assertEqual(found.tasks, 20_000)
+        self.assertEqual(self.copied("select max(id) from bg_task"), [(20_000,)])
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(20_050,)])
+
+    def test_a_program_that_makes_backups_loses_no_locks(self):
+        self.app.send("t")
+        self.app.backup(self.copy)
+        for number in (2, 3):           # the last that closes it deletes the -wal
+            self.assertEqual(self.cli("list").returncode, 0)
+            self.app.send("t")
+            self.assertEqual(self.sql("select count(*) from bg_task"), [(number,)])
+
+    def test_what_ran_when_the_backup_was_made_runs_again(self):
+        self.tasks.one_at_a_time.delay("gate")
+        worker = self.worker("--concurrency", 1)
+        self.wait_lines("began")
+        self.app.backup(self.copy)
+        (self.folder / "gate").touch()
+        worker.wait_for("task_success")
+        self.assertEqual(worker.stop(), 0)
+        again = self.worker("--db", self.copy, "--concurrency", 1)
+        again.wait_for("task_lost", task_id=1)
+        again.wait_for("task_success", task_id=1, attempt=2)
+        self.assertEqual(again.stop(), 0)
+        self.assertEqual(App(db=str(self.copy)).result(1).attempt, 2)
+
+    def test_a_file_that_is_there_stays_unless_it_may_be_overwritten(self):
+        self.app.send("t")
+        self.copy.write_text("mine")
+        self.refused(pybgworker.OptionError, "it is there already", "--force")
+        self.assertEqual(self.copy.read_text(), "mine")
+        self.assertEqual(self.app.backup(self.copy, overwrite=True).tasks, 1)
+        self.copy.unlink()
+        copy_to = type(self.store).copy_to
+
+        def late(store, path):
+            self.copy.write_text("mine")
+            return copy_to(store, path)
+
+        with mock.patch.object(type(self.store), "copy_to", late):
+            self.refused(pybgworker.BackupFailed, "File exists")
+        self.assertEqual((self.copy.read_text(), self.left()), ("mine", ["copy.db"]))
+
+    def test_a_backup_is_refused_where_it_would_do_harm(self):
+        self.app.send("t")
+        (self.folder / "link.db").symlink_to(self.db)
+        (self.folder / "live.db").touch()
+        (self.folder / "live.db-wal").touch()
+        for path, words in (
+            (self.db, "the database itself"), (self.folder / "link.db", "database itself"),
+            (f"{self.folder}/copies/../queue.db", "the database itself"),
+            (f"{self.db}-wal", "a file of the database"), (f"{self.db}-live", "has that name"),
+            (f"{self.db}-begun-12", "name another"), (self.copy.parent, "that is a folder"),
+            (self.folder / "live.db", "a -wal or -journal lies beside it"),
+            (f"{self.folder}/copies/", "that is a folder"),
+        ):
+            with self.subTest(path):
+                self.refused(pybgworker.OptionError, "backup ", words, path=path,
+                             overwrite=True)
+        self.refused(pybgworker.OptionError, "backup='': must be the path", path="")
+        self.refused(pybgworker.BackupFailed, "/no/such/x was made: No such file",
+                     path="/no/such/x")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(1,)])
+        self.db.unlink()
+        self.refused(pybgworker.DatabaseUnavailable, "it is gone")
+        self.assertEqual(self.left(), [])
+
+    def test_a_damaged_copy_gets_no_name(self):
+        self.fill(2000) if self.store else None
+        self.app.backup(self.copy)
+        before, copy_to = self.copy.read_bytes(), type(self.store).copy_to
+
+        def damaged(store, path):
+            number = copy_to(store, path)
+            with open(path, "r+b") as f:
+                f.seek(os.stat(path).st_size // 2)
+                f.write(b"x" * 9000)
+            return number
+
+        def fewer(store, path):
+            return copy_to(store, path) + 1
+
+        for broken, words in ((damaged, "the copy is damaged"),
+                              (fewer, "2,000 of 2,001 tasks")):
+            with self.subTest(words), \
+                    mock.patch.object(type(self.store), "copy_to", broken):
+                self.refused(pybgworker.BackupFailed, f"no backup {self.copy} was made",
+                             words, overwrite=True)
+            self.assertEqual((self.copy.read_bytes() == before, self.left()),
+                             (True, ["copy.db"]))
+
+    def test_a_full_disk_is_one_line_and_nothing_is_left(self):
+        self.fill(5000) if self.store else None
+        free = os.statvfs(self.folder)
+        with mock.patch.object(os, "statvfs", lambda path: types.SimpleNamespace(
+                f_bavail=free.f_bavail and 1, f_frsize=4096)):
+            self.refused(pybgworker.BackupFailed, "it takes ", "4.0 KiB are free")
+        self.assertEqual(self.left(), [])
+        done = self.python('''
+            import resource, sys
+            from pybgworker import main
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            sys.exit(main(["backup", "copies/copy.db"]))''', check=False)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Apybgworker: no backup \S+copy.db was made: .*\n\Z")
+        self.assertEqual(self.left(), [])
+
+    def test_an_interrupted_backup_leaves_nothing(self):
+        self.fill(2000) if self.store else None
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        link = self.store.db.link()
+        connection = link.connection
+        link.connection = Stepping(connection, interrupt)
+        with self.assertRaises(KeyboardInterrupt):
+            self.app.backup(self.copy)
+        link.connection = connection
+        self.assertEqual(self.left(), [])
+        self.app.send("t")
+
+    def test_a_table_with_a_collation_of_the_program_is_copied(self):
+        self.app.send("t")
+        with contextlib.closing(sqlite3.connect(self.db)) as own, own:
+            own.create_collation("ours", lambda a, b: (a > b) - (a < b))
+            own.execute("create table own (a text collate ours unique, b as (a || a))")
+            own.executemany("insert into own values (?)", ["a", "b"])
+        self.assertEqual(self.app.backup(self.copy).tasks, 1)
+        self.assertEqual(self.copied("select count(b) from own"), [(2,)])
+
+    def test_the_command_says_what_it_has_made(self):
+        self.app.send("t")
+        self.app.send("t")
+        done = self.cli("backup", "copies/copy.db")
+        self.assertRegex(done.stdout, rf"\A{self.copy}: \d+ KiB, 2 tasks, in \S+ m?s; "
+                         r"whole, checked\n\Z")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        done = self.cli("backup", "copies/copy.db")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("say --force", done.stderr)
+        found = json.loads(self.cli("backup", "--force", "--json", "copies/copy.db").stdout)
+        self.assertEqual((found["path"], found["tasks"], found["bytes"]),
+                         (str(self.copy), 2, self.copy.stat().st_size))
+        self.assertGreater(found["seconds"], 0)
+
+
 # == Why ======================================================================
 
 
@@ -26337,7 +26555,8 @@ class TheFile(unittest.TestCase):
             self.assertEqual(done.stdout, "3\n", done.stderr)
 
     # One-line methods of App that call a room.
-    DOORS = {"cron", "on", "on_child_start", "pause", "purge", "resume", "tasks"}
+    DOORS = {"backup", "cron", "on", "on_child_start", "pause", "purge", "resume",
+             "tasks"}
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
