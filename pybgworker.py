@@ -46,8 +46,8 @@ Life of a task
 Map
     Book One: the program's side
         Settings · Other words · States and errors · Refused values · Time and values ·
-        Retry and rate · Rows · Run counts · People · Printed · Evidence · Store ·
-        Functions · Signatures · Waiting · Results · Tasks · App
+        Retry and rate · Rows · Schedule rows · Run counts · People · Printed ·
+        Evidence · Store · Functions · Signatures · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
@@ -55,8 +55,8 @@ Map
     Book Three: the worker
         Importing · Registry · Processes · Memory · Channels · Fork safety · Wire ·
         Begun · Output · Log lines · Surroundings · Interrupts · Runs · Main thread ·
-        Threads · Carried runs · Coroutines · Child · Nursery · Births · Load · Member ·
-        Hearing · Placement · Crashes · Deaths · Crew · Dispatch · Pool ·
+        Threads · Carried runs · Coroutines · Child · Nursery · Births · Load ·
+        Member · Hearing · Placement · Crashes · Deaths · Crew · Dispatch · Pool ·
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
@@ -123,7 +123,7 @@ import types
 import weakref
 import zlib
 from collections.abc import (
-    Container, Coroutine, Generator, Iterable, Iterator, Sequence,
+    Collection, Container, Coroutine, Generator, Iterable, Iterator, Sequence,
 )
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
@@ -1836,46 +1836,6 @@ class LostRun(NamedTuple):
     begun: bool = True          # False: it had not, for sure, and is not counted
 
 
-AHEAD_MS = 60_000           # a row set so long after now was by a clock ahead of ours
-
-
-class ScheduleRow(NamedTuple):
-    """A schedule is known by its first four fields: by what it says."""
-
-    task: str
-    expr: str
-    tz: str
-    number: int
-    misfire: str
-    overlap: str
-    jitter: float
-    next_tick: int | None
-    last_tick: int | None
-    done: str
-    set_at: int
-    seen_at: int
-    last_id: int | None = None      # of the last task that it enqueued
-    success_at: int | None = None   # when one of them ended with success
-    alert_after: float | None = None    # seconds after a tick: see late_tick()
-    since: int | None = None        # unix ms of its first registration
-
-    @property
-    def name(self) -> str:
-        """For people: the task, and a number if several are equal."""
-        if not self.number:
-            return self.task
-        number = self.number + 1 if isinstance(self.number, int) else self.number
-        return f"{self.task}#{number}"
-
-
-class ScheduleStep(NamedTuple):
-    """A schedule as it was read and as it shall be, and the runs that it owes."""
-
-    row: ScheduleRow
-    new: ScheduleRow
-    runs: list[NewTask]         # one for each tick; of those with a key the first
-
-
 class TasksKept(NamedTuple):
     """The tasks of a database, of whatever state."""
 
@@ -1896,6 +1856,69 @@ class ClockView(NamedTuple):
 
     seen: int               # the last look at a clock that was believed
     doubted: int | None     # the first look after a leap forward that is not, yet
+
+
+# == Schedule rows ============================================================
+# Owns what a schedule is to whoever reads it, moves it on or shows it, and what it is
+# known by.  Knows nothing of when it is due.
+
+AHEAD_MS = 60_000           # a row set so long after now was by a clock ahead of ours
+NO_ARGUMENTS = "[[],{}]"    # the text of a call without any
+
+
+class ScheduleRow(NamedTuple):
+    """A schedule: of the code, known by its first four fields, by what it says; or
+    made by a program, and known by its label.
+    """
+
+    task: str
+    expr: str
+    tz: str
+    number: int                 # 0; 1, 2 … for others that are equal but for args;
+                                # below 0 where there is a label
+    misfire: str
+    overlap: str
+    jitter: float
+    next_tick: int | None
+    last_tick: int | None
+    done: str
+    set_at: int
+    seen_at: int
+    last_id: int | None = None      # of the last task that it enqueued
+    success_at: int | None = None   # when one of them ended with success
+    alert_after: float | None = None    # seconds after a tick: see late_tick()
+    since: int | None = None        # unix ms it was first known, or enabled again
+    label: str = ""                 # its name, if a program made it; "": the code
+    args: str = NO_ARGUMENTS        # the text of its call
+    options: str = "{}"             # JSON of the options of its call
+    disabled_at: int | None = None  # unix ms; None: it is not
+    disabled_by: str | None = None  # who disabled it
+
+    @property
+    def key(self) -> tuple:
+        """What makes it out in the database."""
+        return self[:4]
+
+    @property
+    def name(self) -> str:
+        """For people: the label, or the task, with a number if several are equal."""
+        if self.label or not self.number:
+            return self.label or self.task
+        number = self.number + 1 if isinstance(self.number, int) else self.number
+        return f"{self.task}#{number}"
+
+    @property
+    def full_name(self) -> str:
+        """The same with what it says, where a task has several schedules."""
+        return f"{self.name} {self.expr} {self.tz}"
+
+
+class ScheduleStep(NamedTuple):
+    """A schedule as it was read and as it shall be, and the runs that it owes."""
+
+    row: ScheduleRow
+    new: ScheduleRow
+    runs: list[NewTask]         # one for each tick; of those with a key the first
 
 
 # == Run counts ===============================================================
@@ -2299,6 +2322,25 @@ class PeopleVerbs(Protocol):
 
     def paused_queues(self) -> list[str]:
         """Names of the queues that are paused."""
+
+    def made_schedule(self, label: str) -> ScheduleRow | None:
+        """The schedule that a program has made by this name."""
+
+    def make_schedule(self, row: ScheduleRow) -> bool:
+        """Make the schedule of a label, or replace it; wake who may fire it.
+
+        It keeps its ticks where expression and zone are the same, and stays disabled
+        where it is.  False: there is one of the code by this name.
+        """
+
+    def unmake_schedule(self, label: str) -> bool:
+        """Delete what make_schedule() made.  False when there is no such label."""
+
+    def switch_schedule(self, row: ScheduleRow, new: ScheduleRow, by: By) -> bool:
+        """Disable a schedule, or enable it with `next_tick` and `done` of the new row.
+
+        False when that is done already, or it is gone.
+        """
 
     def forget_schedule(self, row: ScheduleRow, by: By | None = None) -> bool:
         """Delete a schedule.  False when it is gone, or a worker has registered it
@@ -2931,8 +2973,17 @@ class TimeVerbs(Protocol):
     def schedules(self) -> list[ScheduleRow]:
         """All schedules, whether a worker still knows them or not."""
 
-    def due_schedules(self, now: int) -> list[ScheduleRow]:
-        """Those whose time has come, or was set by a clock ahead of ours."""
+    def next_schedules(self, limit: int) -> list[ScheduleRow]:
+        """Those that have a tick to come, the first to come first."""
+
+    def alert_schedules(self) -> list[ScheduleRow]:
+        """Those with an alert_after."""
+
+    def due_schedules(self, now: int, names: Collection[str]) -> list[ScheduleRow]:
+        """Those of such tasks whose time has come, or was set by a clock ahead of ours.
+
+        What is due of other tasks costs nothing, however much it is.
+        """
 
     def next_tick(self, now: int) -> int | None:
         """Unix seconds of the first tick of any schedule after now."""
@@ -2942,7 +2993,8 @@ class TimeVerbs(Protocol):
         only if nobody has moved them on since `done` was read.
 
         With `drop`, those go that nobody has served or registered for a day, if their
-        task is registered here with others: what the program said before.
+        task is registered here with others: what the program said before.  Not what
+        was made at run time, nor what is disabled.
         """
 
     def fire(self, steps: Sequence[ScheduleStep],
@@ -4257,9 +4309,9 @@ class App:
             self.registered.pop(of, None)
 
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
-             overlap: str = "allow", jitter: float = 0.0,
-             alert_after: Any = None) -> _Decorator:
-        """Run a task without arguments whenever `expr` says so; see Cron.
+             overlap: str = "allow", jitter: float = 0.0, alert_after: Any = None,
+             args: Sequence = (), kwargs: dict | None = None) -> _Decorator:
+        """Run a task, with these arguments, whenever `expr` says so; see Cron.
 
         misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
         skip a tick while the run before is unfinished; jitter: put each run off by
@@ -4267,7 +4319,8 @@ class App:
         by which a run must have succeeded, else the schedule is late, and that is
         said.  Raises CronError, also for a date that never comes.
         """
-        return scheduled(self, expr, tz, misfire, overlap, jitter, alert_after)
+        return scheduled(
+            self, expr, tz, misfire, overlap, jitter, alert_after, args, kwargs)
 
     def on(self, kind: str) -> Callable[[Callable], Callable]:
         """Decorate a function that is to hear of runs that ended: `fn(event)`.
@@ -4458,15 +4511,20 @@ class WakeSocket:
         except OSError:                     # a sandbox without a network
             self.close()
 
-    def drain(self) -> bool:
-        """Take all datagrams in.  True if one of them was meant for us."""
-        heard = False
+    def drain(self) -> set[str]:
+        """Take all datagrams in; return the words of those that were meant for us.
+
+        The word is what follows the token; mostly "", for news of tasks.
+        """
+        words, token = set(), self.token.encode()
         while self.socket:
             try:
-                heard |= self.socket.recv(64) == self.token.encode()
+                found = self.socket.recv(64)
             except OSError:                 # nothing is left
                 break
-        return heard
+            if found.startswith(token):
+                words.add(found[len(token):].decode("ascii", "replace"))
+        return words
 
     def close(self) -> None:
         """Stop listening.  May be called twice."""
@@ -5798,6 +5856,25 @@ _SCHEMA_4 = (
         {_iso("expires_at")}, {_iso("started_at")}, {_iso("finished_at")}, duration,
         meta
     from bg_task""",
+    # Programs make schedules while they run: known by a label, their number below 0.
+    """alter table bg_schedule add column  -- name of what a program made; '': of code
+    label       text not null default '' check (typeof(label) = 'text')""",
+    """alter table bg_schedule add column  -- [args, kwargs] of its runs
+    args        text not null default '[[],{}]' check (typeof(args) = 'text')""",
+    """alter table bg_schedule add column  -- JSON object: options of its runs
+    options     text not null default '{}' check (typeof(options) = 'text')""",
+    """alter table bg_schedule add column  -- unix ms; null: it is not disabled
+    disabled_at integer check (disabled_at is null or next_tick is null)""",
+    """alter table bg_schedule add column  -- who disabled it; null: nobody
+    disabled_by text""",
+    """create unique index bg_schedule_label on bg_schedule (label)
+        where label <> ''""",
+    # What is due of the tasks that somebody knows, however much is of others.
+    """create index bg_schedule_task on bg_schedule (task, next_tick)
+        where next_tick is not null""",
+    """create index bg_schedule_last on bg_schedule (task, last_id)""",
+    """create index bg_schedule_alert on bg_schedule (task)
+        where alert_after is not null""",
 )
 # _MIGRATIONS[n] takes a database from schema n to n + 1.  Our version is kept in
 # bg_meta: user_version is for the program whose file it may be.
@@ -7913,12 +7990,15 @@ def note_success(connection, run, now):
     Of several schedules of one task only that one whose last run this is can be told;
     where there is but one, a run that ends after the next tick counts as well.
     """
-    connection.execute(
-        """update bg_schedule set success_at = :now
-            where task = :name and (last_id = :id or last_id > :id and 1 =
-                (select count(*) from bg_schedule where task = :name))""",
-        {"now": now, "name": run.name, "id": run.id},
-    )
+    names = {"now": now, "name": run.name, "id": run.id}
+    if not connection.execute(
+        """update bg_schedule indexed by bg_schedule_last set success_at = :now
+            where task = :name and last_id = :id""", names,
+    ).rowcount:
+        connection.execute(
+            """update bg_schedule indexed by bg_schedule_last set success_at = :now
+                where task = :name and last_id > :id and 1 = (select count(*) from (
+                    select 1 from bg_schedule where task = :name limit 2))""", names)
 
 
 class Endings(Claims):
@@ -9015,12 +9095,22 @@ class Desk(Lists):
 # Owns the SQL of schedules, of the clock, and of what shall happen once in a while.
 
 _FIRST = "on:first "        # begins a row of bg_rate that is no rate: see is_first()
+_NAMES_AT_ONCE = 10_000     # in one statement, which takes 32,766 values
+SCHEDULE_COLUMNS = ", ".join(f"s.{column}" for column in ScheduleRow._fields)
+RESCHEDULED = " schedules"  # the word of wake-ups for what may be due sooner now
+
+
+def _reschedulers(connection):
+    """The addresses of the workers that are to look at the schedules."""
+    return [(port, f"{token}{RESCHEDULED}")
+            for port, token in wake_addresses(connection)]
 
 
 class Timetable:
-    """The verbs of workers about time."""
+    """The verbs about time and schedules."""
 
     db: Database
+    now: Callable[[], int]
 
     def is_first(self, what: str, ms: int, now: int) -> bool:
         names = {"name": _FIRST + what, "first": _FIRST, "beyond": _FIRST[:-1] + "!",
@@ -9075,24 +9165,41 @@ class Timetable:
                 )
         return len(rows)
 
-    _SCHEDULES = """
-        select task, expr, tz, number, misfire, overlap, jitter, next_tick, last_tick,
-            done, set_at, seen_at, last_id, success_at, alert_after, since
-        from bg_schedule """
-
     def schedules(self) -> list[ScheduleRow]:
-        rows = self.db.read(self._SCHEDULES + "order by task, expr, tz, number")
-        return [ScheduleRow(*row) for row in rows]
+        return self._schedules_where("order by task, expr, tz, number", {})
 
-    def due_schedules(self, now: int) -> list[ScheduleRow]:
-        # Two looks, each by its index: of an `or` SQLite may read the whole table.
+    def next_schedules(self, limit: int) -> list[ScheduleRow]:
+        return self._schedules_where(
+            "where next_tick is not null order by next_tick limit :limit",
+            {"limit": limit})
+
+    def alert_schedules(self) -> list[ScheduleRow]:
+        return self._schedules_where("indexed by bg_schedule_alert "
+                               "where alert_after is not null", {})
+
+    def due_schedules(self, now: int, names: Collection[str]) -> list[ScheduleRow]:
+        # Looks of their own, each by its index: of an `or` SQLite may read all.
+        found = self._schedules_where(
+            "where set_at > :ahead", {"ahead": now + AHEAD_MS})
+        names = [*names]
+        for first in range(0, len(names), _NAMES_AT_ONCE):
+            part = names[first : first + _NAMES_AT_ONCE]
+            found += self._schedules_where(
+                f"""indexed by bg_schedule_task
+                    where task in ({', '.join('?' * len(part))}) and next_tick <= ?""",
+                [*part, now // 1000])
+        rows = {row.key: row for row in found}.values()
+        return sorted(rows, key=lambda row: (row.next_tick or 0, row.key))
+
+    def made_schedule(self, label: str) -> ScheduleRow | None:
+        rows = self._schedules_where("where label = :label and label <> ''",
+                               {"label": label})
+        return rows[0] if rows else None
+
+    def _schedules_where(self, where, names):
         rows = self.db.read(
-            f"""{self._SCHEDULES} where next_tick <= :tick
-                union {self._SCHEDULES} where set_at > :ahead""",
-            {"tick": now // 1000, "ahead": now + AHEAD_MS},
-        )
-        found = [ScheduleRow(*row) for row in rows]     # in SQL, order reads them all
-        return sorted(found, key=lambda row: (row.next_tick or 0, row))
+            f"select {SCHEDULE_COLUMNS} from bg_schedule as s {where}", names)
+        return [ScheduleRow(*row) for row in rows]
 
     def next_tick(self, now: int) -> int | None:
         return self.db.read(
@@ -9104,10 +9211,10 @@ class Timetable:
         with self.db.write() as link:
             link.connection.executemany(
                 self._PUT_SCHEDULE,
-                [(*row[:12], row.alert_after, row.seen_at) for row in rows])
+                [(*row[:12], row.alert_after, row.seen_at, row.args) for row in rows])
             link.connection.executemany(
-                """delete from bg_schedule where task = :task
-                    and seen_at < :before
+                """delete from bg_schedule where task = :task and label = ''
+                    and disabled_at is null and seen_at < :before
                     and (next_tick is null or next_tick < :before / 1000)""",
                 [{"task": row.task, "before": row.seen_at - DAY_MS}
                  for row in rows if drop],
@@ -9115,13 +9222,77 @@ class Timetable:
 
     _PUT_SCHEDULE = """
         insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
-            next_tick, last_tick, done, set_at, seen_at, alert_after, since)
-        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            next_tick, last_tick, done, set_at, seen_at, alert_after, since, args)
+        values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         on conflict (task, expr, tz, number) do update set misfire = excluded.misfire,
-            overlap = excluded.overlap, jitter = excluded.jitter,
+            overlap = excluded.overlap, jitter = excluded.jitter, args = excluded.args,
             alert_after = excluded.alert_after, since = ifnull(since, excluded.since),
-            seen_at = excluded.seen_at, next_tick = case done when excluded.done
-                then excluded.next_tick else next_tick end"""
+            seen_at = excluded.seen_at, next_tick = case
+                when disabled_at is not null then null
+                when done = excluded.done then excluded.next_tick else next_tick end"""
+
+    def make_schedule(self, row: ScheduleRow) -> bool:
+        base, _, number = row.label.rpartition("#")
+        with self.db.write() as link:
+            if link.connection.execute(
+                """select 1 from bg_schedule where label = ''
+                    and (task = :label and number = 0
+                        or task = :base and number = :number)""",
+                {"label": row.label, "base": base,
+                 "number": int(number) - 1 if number.isdecimal() else 0},
+            ).fetchone():
+                return False
+            link.wake = _reschedulers(link.connection)
+            link.connection.execute(self._MAKE_SCHEDULE, row._asdict())
+        return True
+
+    # The same expression and zone keep the number, and so the key that fire() has read.
+    _MAKE_SCHEDULE = """
+        insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
+            next_tick, done, set_at, seen_at, alert_after, since, label, args, options)
+        values (:task, :expr, :tz, (select min(0, ifnull(min(number), 0)) - 1
+                from bg_schedule where task = :task and expr = :expr and tz = :tz),
+            :misfire, :overlap, :jitter, :next_tick, :done, :set_at, :seen_at,
+            :alert_after, :since, :label, :args, :options)
+        on conflict (label) where label <> '' do update set task = excluded.task,
+            expr = excluded.expr, tz = excluded.tz,
+            number = case when (task, expr, tz) = (excluded.task, excluded.expr,
+                excluded.tz) then number else excluded.number end,
+            misfire = excluded.misfire, overlap = excluded.overlap,
+            jitter = excluded.jitter, alert_after = excluded.alert_after,
+            args = excluded.args, options = excluded.options,
+            seen_at = excluded.seen_at,
+            next_tick = case when disabled_at is not null then null
+                when (expr, tz) = (excluded.expr, excluded.tz) then next_tick
+                else excluded.next_tick end,
+            done = case when (expr, tz) = (excluded.expr, excluded.tz) then done
+                else excluded.done end,
+            since = case when (expr, tz) = (excluded.expr, excluded.tz) then since
+                else excluded.since end"""
+
+    def unmake_schedule(self, label: str) -> bool:
+        with self.db.write() as link:
+            return link.connection.execute(
+                """delete from bg_schedule where label = :label and label <> ''""",
+                {"label": label}).rowcount > 0
+
+    def switch_schedule(self, row: ScheduleRow, new: ScheduleRow, by: By) -> bool:
+        is_off = new.disabled_at is not None
+        with self.db.write() as link:
+            is_done = link.connection.execute(
+                """update bg_schedule set next_tick = :next_tick, done = case when :off
+                        then done else :done end, disabled_at = :disabled_at,
+                        disabled_by = :disabled_by, since = :since, set_at = :set_at
+                    where task = :task and expr = :expr and tz = :tz
+                        and number = :number and label = :label
+                        and (disabled_at is null) = :off""",
+                {**new._asdict(), "off": is_off},
+            ).rowcount > 0
+            if is_done:
+                link.wake = _reschedulers(link.connection)
+                note(link.connection, by, "disable" if is_off else "enable",
+                     f"schedule {row.name}", f"{row.expr} {row.tz}", self.now())
+            return is_done
 
     def fire(self, steps: Sequence[ScheduleStep],
              patience: float | None = None) -> list[list[int] | None]:
@@ -9147,7 +9318,8 @@ class Timetable:
             """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,
                     done = :done, set_at = :set_at
                 where task = :task and expr = :expr and tz = :tz and number = :number
-                    and done = :old_done and set_at = :old_set_at""",
+                    and done = :old_done and set_at = :old_set_at
+                    and disabled_at is null""",
             {
                 "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
                 "last_tick": runs[-1].tick if runs else old.last_tick,
@@ -9155,7 +9327,7 @@ class Timetable:
                 "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
             },
         ).rowcount
-        return [Request(run, ["[[],{}]"]) for run in runs] if moved else None
+        return [Request(run, [new.args]) for run in runs] if moved else None
 
 
 # == Facts ====================================================================
@@ -9475,7 +9647,8 @@ class SystemLook(Looks):
             late = {head.queue for head in heads if head.run_at < now - _LONG_MS}
             ids = {worker.row.id for worker in workers}
             return SystemFacts(
-                now, bool(schedules) or self._is_work(), workers,
+                now, any(known.row.disabled_at is None for known in schedules)
+                or self._is_work(), workers,
                 tuple((n, count) for n, count, _ in self._held() if n not in ids),
                 self._left(workers), tuple(map(self._with_waiting, self._pauses())),
                 (*heads, *self._lonely_heads()), len(heads) == _MOST_HEADS,
@@ -9561,12 +9734,12 @@ class SystemLook(Looks):
                      (e["kind"], str(e.get("type"))) == usual), None)
 
     def _schedules(self):
-        rows = self.db.read(
-            f"""select s.task, s.expr, s.tz, s.number, s.misfire, s.overlap, s.jitter,
-                    s.next_tick, s.last_tick, s.done, s.set_at, s.seen_at, s.last_id,
-                    s.success_at, s.alert_after, s.since, t.state
-                from bg_schedule as s left join bg_task as t on t.id = s.last_id
-                order by s.next_tick limit {_MOST_FEW}""")
+        """As many as are looked at of those with a tick to come, and of the others."""
+        rows = [row for some in ("not null order by s.next_tick", "null")
+                for row in self.db.read(
+                    f"""select {SCHEDULE_COLUMNS}, t.state
+                        from bg_schedule as s left join bg_task as t on t.id = s.last_id
+                        where s.next_tick is {some} limit {_MOST_FEW}""")]
         return tuple(ScheduleFacts(ScheduleRow(*row), state) for *row, state in rows)
 
     def _children(self):
@@ -10106,8 +10279,8 @@ class Entry(NamedTuple):
     timeout: float | None
     rate_limit: float | None    # starts per second
     callbacks: int              # that it has: as in bg_task
-    schedules: tuple            # (expr, tz, misfire, overlap, jitter, alert_after) of
-                                # each @cron
+    schedules: tuple            # (expr, tz, misfire, overlap, jitter, alert_after,
+                                # args) of each @cron
     is_async: bool              # a call makes a coroutine
     max_running: int            # at a time, over all workers; 0: any number
 
@@ -10117,8 +10290,8 @@ def _entry_of(task):
         task.name, parameters_of(task.fn), task.queue, task.priority,
         task.policy._replace(retry_for=()), task.timeout, task.rate_limit,
         task.callbacks,
-        tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter, s.alert_after)
-              for s in task.schedules),
+        tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter, s.alert_after,
+               s.args) for s in task.schedules),
         is_coroutine_function(task.fn), task.max_running or 0,
     )
 
@@ -17613,6 +17786,7 @@ class Heard(NamedTuple):
     children: Sequence[tuple] = ()      # (child, descriptor) with something to read
     news: bool = False                  # somebody says that they have committed
     signal: bool = False                # one has come, or a word of the nursery
+    words: Collection[str] = ()         # what else datagrams have said, see Chore
 
 
 class Senses:
@@ -17633,10 +17807,10 @@ class Senses:
 
     def hear(self, seconds: float) -> Heard:
         """Sleep until there is something, or so many seconds have passed."""
-        children, news, is_signal = [], False, False
+        children, words, is_signal = [], set(), False
         for key, _ in self.selector.select(seconds):
             if key.data == "ear":
-                news = self.ear.drain()
+                words = self.ear.drain()
             elif key.data == "signal":
                 self.stops.drain()
                 is_signal = True
@@ -17644,7 +17818,7 @@ class Senses:
                 is_signal = True
             else:
                 children.append((key.data, key.fd))
-        return Heard(children, news, is_signal)
+        return Heard(children, "" in words, is_signal, words - {""})
 
     def close(self) -> None:
         """Listen to nothing any more."""
@@ -17863,11 +18037,13 @@ class Chore:
     """Something to be done every so many seconds of the worker's own time."""
 
     def __init__(self, seconds: float, act: Callable[[int], float | None],
-                 is_punctual: bool = False, close: Callable[[], Any] = nobody):
+                 is_punctual: bool = False, close: Callable[[], Any] = nobody,
+                 word: str = ""):
         self.seconds = seconds
         self.act = act              # returns when it is due again, if not in `seconds`
         self.is_punctual = is_punctual      # worth waking for
         self.close = close          # called when the worker ends
+        self.word = word            # a wake-up that says it makes this due
         self.due = 0.0
 
     def act_now(self, now: int, at: float) -> None:
@@ -17988,8 +18164,11 @@ class Household:
         if self.signs.state != "stopping":
             self.signs.state, self._heart.due = state, 0.0
 
-    def keep(self, now: int, at: float) -> None:
-        """Do what is due."""
+    def keep(self, now: int, at: float, words: Collection[str] = ()) -> None:
+        """Do what is due; what `words` say that it is, too."""
+        for chore in self.chores if words else ():
+            if chore.word in words:
+                chore.due = 0.0
         self.trouble.do_chores(self.chores, now, at)
 
     def close(self) -> None:
@@ -18256,7 +18435,7 @@ class Worker:
         if not self.house.trouble.survives(at, self._transact, places, now, at):
             self.lookout.news = True    # what it saw, it may not have claimed
         self.outbox.returned += self.pool.dispatch(places, at)
-        self.house.keep(now, at)
+        self.house.keep(now, at, heard.words)
         # What is committed in this thread shows in no version of the data.
         self.lookout.news |= self.journal.was_heard
         self.journal.was_heard = False
@@ -18599,6 +18778,7 @@ def _carry_out(args):
 # and right after a gap that swallowed its time.
 #
 # A *wall minute* is a count of minutes since 1970-01-01 00:00 on the wall clock.
+# `@every` knows no wall clock: its ticks are the multiples of a span since 1970, UTC.
 
 _DAY_MINUTES = 1440
 _DAY_1970 = date(1970, 1, 1).toordinal()
@@ -18643,6 +18823,9 @@ _MACROS = {
     "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
     "@hourly": "0 * * * *",
 }
+_EVERY = "@every"
+_EVERY_UNITS = {"s": 1, "m": 60, "h": _HOUR, "d": 24 * _HOUR, "w": 168 * _HOUR}
+_EVERY_TICKS = range(-62_135_510_400, 253_402_214_400)    # in the years 1 to 9999
 # What people bring along from other crons, and what to write instead.
 _HINTS = (
     (r"\?", "use * instead of ?"),
@@ -18707,19 +18890,40 @@ class _WallTimes:
         return in_month or in_week if self.is_either else in_month and in_week
 
 
+class _Every:
+    """Instants so many seconds apart, wherever they are asked for the same ones."""
+
+    is_wildcard, is_empty = True, False
+
+    def __init__(self, expr: str):
+        self._seconds = _every_seconds(expr)
+
+    def after(self, instant: int) -> int:
+        """The first after it."""
+        return self._within((instant // self._seconds + 1) * self._seconds)
+
+    def before(self, instant: int) -> int:
+        """The last before it."""
+        return self._within((instant - 1) // self._seconds * self._seconds)
+
+    def _within(self, tick):
+        return _EVERY_TICKS[_EVERY_TICKS.index(tick)]       # or ValueError
+
+
 class Cron:
     """A cron expression in a time zone: `Cron("30 2 * * mon-fri", "Europe/Paris")`.
 
     Five fields (minute, hour, day-of-month, month, day-of-week) of `*`, values,
     names, ranges and steps, or @hourly, @daily and so on.  If neither day field
-    begins with `*`, a day that matches either of them matches.  Raises CronError.
+    begins with `*`, a day that matches either of them matches.  `@every 1h30m` is
+    each multiple of that span since 1970 UTC, whole seconds of it.  Raises CronError.
     """
 
     def __init__(self, expr: str, tz: str = "UTC"):
         if not isinstance(expr, str):
             raise OptionError(f"a cron expression is a str, not {type(expr).__name__}")
         self.expr, self.tz = expr, tz
-        self._wall = _WallTimes(expr)
+        self._wall: Any = _Every(expr) if _is_every(expr) else _WallTimes(expr)
         self._zone = _zone(expr, tz)
         self.never = self._wall.is_empty    # True when no date matches
 
@@ -18746,13 +18950,21 @@ class Cron:
 
     def tick_after(self, after: float) -> int | None:
         """next() in unix seconds."""
-        walk = self._wildcard_after if self._wall.is_wildcard else self._fixed_after
+        walk = self._walks()[0]
         return self._tick(walk, math.floor(after))
 
     def tick_before(self, before: float) -> int | None:
         """prev() in unix seconds."""
-        walk = self._wildcard_before if self._wall.is_wildcard else self._fixed_before
+        walk = self._walks()[1]
         return self._tick(walk, math.ceil(before))
+
+    def _walks(self):
+        """What finds the next and the last tick from an instant."""
+        if isinstance(self._wall, _Every):
+            return self._wall.after, self._wall.before
+        if self._wall.is_wildcard:
+            return self._wildcard_after, self._wildcard_before
+        return self._fixed_after, self._fixed_before
 
     def _tick(self, walk, instant):
         if self.never:
@@ -18908,10 +19120,32 @@ def _split(expr):
     return parts
 
 
+def _is_every(expr):
+    return re.match(rf"[ \t]*{_EVERY}(?![^ \t])", expr, re.I) is not None
+
+
+def _every_seconds(expr):
+    """The span of an @every: 10s, 1h30m10s, or a number of seconds."""
+    text = expr.strip(" \t")[len(_EVERY):].strip(" \t")
+    text = text if len(text) <= 40 else text[:40] + "…"
+    parts = re.findall(r"(\d{1,10}(?:\.\d{1,9})?)([smhdw])", text.lower(), re.ASCII)
+    if re.fullmatch(r"\d{1,10}", text, re.ASCII):
+        parts = [(text, "s")]
+    elif "".join(map("".join, parts)) != text.lower():
+        parts = []
+    seconds = sum(Decimal(n) * _EVERY_UNITS[unit] for n, unit in parts)
+    if 1 <= seconds <= LONGEST_SECONDS and seconds == int(seconds):
+        return int(seconds)
+    raise CronError(
+        expr, "macro", text, f"{text!r} is no span of whole seconds from 1 up, like "
+        "10s, 5m or 1h30m; its units are s, m, h, d and w, there is no ms"
+    )
+
+
 def _expand_macro(expr, text):
     if text.lower() in _MACROS:
         return _MACROS[text.lower()]
-    hint = f"{text!r} is not one of {', '.join(sorted(_MACROS))}"
+    hint = f"{text!r} is not one of {', '.join(sorted(_MACROS))}, or @every with a span"
     if text.lower() == "@reboot":
         hint = "@reboot is not supported: call .delay() when your program starts"
     raise CronError(expr, "macro", text, hint)
@@ -18991,10 +19225,11 @@ def _why_not(field, token):
 # them move a schedule's row on, in the transaction that enqueues the runs, so each
 # tick is enqueued once.
 #
-# A schedule is what it says: task, expression and zone, wherever it stands in the
-# program.  A worker fires those that its own program has, as that one has them; so
-# an old and a new version side by side share what they agree on and each serve the
-# rest, and neither undoes what the other wrote.
+# A schedule of the code is what it says: task, expression and zone, wherever it
+# stands in the program.  A worker fires those that its own program has, as that one
+# has them; so an old and a new version side by side share what they agree on and each
+# serve the rest, and neither undoes what the other wrote.  What a program made while
+# it ran is all in its row, and fired by whoever knows the task.
 #
 # The clock may leap and come back, so what a row remembers is no single last tick.
 # It is the ranges of ticks dealt with: a normal day extends the last range, and a
@@ -19004,7 +19239,7 @@ def _why_not(field, token):
 # moment leaves one tick of next year behind and silences nothing; and after a clock
 # that was behind, even in 1970, the range of before goes on where it was.
 
-_CRON_POLL = 30.0           # seconds; the clock may be set at any time
+_CRON_POLL = 5.0            # seconds; the clock may be set, a wake-up get lost
 _LATE_LOOK_SECONDS = 30.0   # between two looks for schedules that are late
 _LATE_MS = 30 * DAY_MS      # for so long it is known that a late tick was said
 _CRON_BATCH = 50            # schedules moved on by one transaction …
@@ -19090,19 +19325,24 @@ def jitter_offset(name: str, seconds: float) -> float:
     return zlib.crc32(name.encode()) / 2**32 * seconds
 
 
+cron_of = functools.lru_cache(maxsize=256)(Cron)
+
+
 class Schedule(NamedTuple):
-    """One @cron of a task."""
+    """One @cron of a task, or what a program made like it."""
 
     cron: Cron
     misfire: str = "latest"     # of missed ticks run: latest, skip (none), all
     overlap: str = "allow"      # skip: not while the run before is unfinished
     jitter: float = 0.0         # seconds a run may be put off, never the tick
     alert_after: float | None = None    # seconds from a tick to a success at most
+    args: str = NO_ARGUMENTS    # the text of its call
+    options: dict = {}          # instead of the task's: of NewTask, by name
 
 
-def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
-              jitter: Any, alert_after: Any = None) -> Callable:
-    """The decorator that App.cron() promises."""
+def checked_schedule(expr: str, tz: str, misfire: str, overlap: str, jitter: Any,
+                     alert_after: Any, args: Any, kwargs: Any) -> Schedule:
+    """The Schedule that these options make.  Raises CronError, OptionError."""
     parsed = Cron(expr, tz)
     if parsed.never:
         raise CronError(expr, "fields", expr, "no year has such a date")
@@ -19113,19 +19353,53 @@ def scheduled(app: App, expr: str, tz: str, misfire: str, overlap: str,
     jitter = check_span("jitter", jitter)
     if alert_after is not None:
         alert_after = _alert_seconds(alert_after)
-    schedule = Schedule(parsed, misfire, overlap, jitter, alert_after)
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(f"args={args!r}: must be a tuple or a list of arguments")
+    kwargs = {} if kwargs is None else kwargs
+    if not isinstance(kwargs, dict) or not all(isinstance(n, str) for n in kwargs):
+        raise OptionError(f"kwargs={kwargs!r}: must be a dict with names of arguments")
+    text = encode_call(tuple(args), kwargs)
+    return Schedule(parsed, misfire, overlap, jitter, alert_after, text)
+
+
+def check_scheduled_call(fn: Callable, schedule: Schedule, what: str) -> None:
+    """Raise OptionError where the function cannot be called as the schedule has it."""
+    if schedule.args == NO_ARGUMENTS and needs_arguments(fn):
+        raise OptionError(
+            f"{what} of {default_name(fn)}: it is run without arguments, and needs "
+            "some: give args= or kwargs="
+        )
+
+
+def scheduled(app: App, expr: str, *options: Any) -> Callable:
+    """The decorator that App.cron() promises."""
+    schedule = checked_schedule(expr, *options)
 
     def decorate(fn):
-        if needs_arguments(fn.fn if isinstance(fn, Task) else fn):
-            raise OptionError(
-                f"@cron of {default_name(fn)}: it is run without arguments, and "
-                "needs some"
-            )
+        check_scheduled_call(fn.fn if isinstance(fn, Task) else fn, schedule, "@cron")
         task = fn if isinstance(fn, Task) else app.task(fn)
         task.schedules.append(schedule)
         return task
 
     return decorate
+
+
+def _numbers_for(texts, rows):
+    """A number for each of some schedules that differ in their arguments at most.
+
+    It is that of the row with the same arguments; else of one that is left, whose
+    ticks it goes on with; else a new one.
+    """
+    left = {row.number: row.args for row in rows}
+    found = []
+    for text in texts:
+        same = next((number for number, args in left.items() if args == text), None)
+        left.pop(same, None)
+        found.append(same)
+    taken = {row.number for row in rows}
+    new = (number for number in itertools.count() if number not in taken)
+    others = itertools.chain(sorted(left), new)
+    return [next(others) if number is None else number for number in found]
 
 
 def _alert_seconds(value):
@@ -19140,7 +19414,7 @@ def late_tick(row: ScheduleRow, now: int) -> int | None:
 
     It is the first after the last success, or after the schedule was first known.
     """
-    if row.alert_after is None:
+    if row.alert_after is None or row.disabled_at is not None:
         return None
     try:
         before = (row.last_tick or 1) * 1000 - 1
@@ -19158,29 +19432,37 @@ class Scheduler:
         self.tasks, self.store, self._log = tasks, store, log
         self._own: dict = {}            # (task, schedule) by what makes it known
         self._due: list = []            # rows read before, left for the next batch
+        self._said: set = set()         # labels of what could not be read
 
     def count(self) -> int:
         """How many @cron there are in the app."""
         return sum(len(task.schedules) for task in self.tasks.values())
 
-    def _known_by(self):
+    def _known_by(self, rows):
+        """What there is of the code, by what makes it out among the rows."""
+        known: dict = collections.defaultdict(list)
+        for row in rows:
+            if not row.label:
+                known[row[:3]].append(row)
         own: dict = {}
         for task in self.tasks.values():
+            alike: dict = collections.defaultdict(list)
             for expr, tz, *about in task.schedules:
-                cron = Cron(expr, tz)
-                schedule = Schedule(cron, *about)
-                says = task.name, " ".join(cron.expr.split()), cron.tz, 0
-                while says in own:
-                    says = (*says[:3], says[3] + 1)
-                own[says] = task, schedule
+                says = task.name, " ".join(expr.split()), tz
+                alike[says].append(Schedule(Cron(expr, tz), *about))
+            for says, group in alike.items():
+                numbers = _numbers_for([one.args for one in group], known[says])
+                own.update({(*says, number): (task, one)
+                            for number, one in zip(numbers, group)})
         return own
 
     def register(self, now: int, drop: bool = True) -> None:
         """Make the rows of our schedules; one that is there keeps its ticks.  `drop`
         old ones, if the clock can be believed."""
-        self._own = self._known_by()
+        rows = self.store.schedules()
+        self._own = self._known_by(rows)
         if self._own:
-            known = {row[:4]: row for row in self.store.schedules()}
+            known = {row.key: row for row in rows}
             self.store.put_schedules([
                 self._registered(known.get(says), says, schedule, now)
                 for says, (_, schedule) in self._own.items()
@@ -19188,34 +19470,45 @@ class Scheduler:
 
     def _registered(self, row, says, schedule, now):
         """The row of a schedule; its next tick is that of our zone data."""
-        about = schedule.misfire, schedule.overlap, schedule.jitter
-        alert = schedule.alert_after
+        task, expr, tz, number = says
+        new = ScheduleRow(
+            task, expr, tz, number, schedule.misfire, schedule.overlap, schedule.jitter,
+            None, None, "[]", now, now, since=now, alert_after=schedule.alert_after,
+            args=schedule.args)
+        plan = self._plan(row or new, schedule, now)
         if row is None:
-            row = ScheduleRow._make(
-                [*says, *about, None, None, "[]", now, now, None, None, alert, None])
-            plan = self._plan(row, schedule, now)
-            return row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done))
-        plan = self._plan(row, schedule, now)
+            return new._replace(next_tick=plan.next_tick, done=json.dumps(plan.done))
         is_due = json.dumps(plan.done) != row.done      # fire() writes what follows
-        next_tick = now // 1000 if is_due else plan.next_tick
-        return ScheduleRow._make(
-            [*says, *about, next_tick, None, row.done, now, now, None, None, alert,
-             None])
+        return new._replace(done=row.done,
+                            next_tick=now // 1000 if is_due else plan.next_tick)
+
+    def _ours(self, row):
+        """(task, schedule) of a row that we may fire; None: it is not ours to."""
+        if row.disabled_at is not None:
+            return None
+        if not row.label:
+            return self._own.get(row.key)
+        try:
+            return row.task in self.tasks and (self.tasks[row.task], made_of(row))
+        except (ValueError, TypeError) as exc:      # by hand, or a zone we have not
+            if row.label not in self._said:
+                self._said.add(row.label)
+                self._log("cron_error", schedule=row.name, expr=row.expr,
+                          error=f"{type(exc).__name__}: {exc}")
+            return None
 
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until
         the next look)."""
-        if not self._own:
-            return False, _CRON_POLL
-        due = self._due or self.store.due_schedules(now)
-        due = [row for row in due if row[:4] in self._own]
-        batch = self._batch(due, now)
+        due = self._due or self.store.due_schedules(now, self.tasks)
+        ours = [(row, found) for row, found in zip(due, map(self._ours, due)) if found]
+        batch = self._batch(ours, now)
         if batch:
-            found = self.store.fire([step for step, _ in batch], BUSY_PATIENCE)
-            for (step, plan), ids in zip(batch, found):
-                self._report(step.row, plan, ids, now)
-        fired = any(step.runs for step, _ in batch)
-        self._due = due[len(batch):]
+            found = self.store.fire([step for step, *_ in batch], BUSY_PATIENCE)
+            for (step, plan, schedule), ids in zip(batch, found):
+                self._report(step.row, plan, schedule, ids, now)
+        fired = any(step.runs for step, *_ in batch)
+        self._due = [row for row, _ in ours[len(batch):]]
         if self._due:
             return fired, 0.0
         tick = self.store.next_tick(now)
@@ -19224,8 +19517,8 @@ class Scheduler:
 
     def say_late(self, now: int, worker: str) -> None:
         """Say which of our schedules are late: each tick once, by one worker."""
-        for row in self.store.schedules():
-            tick = row[:4] in self._own and late_tick(row, now)
+        for row in self.store.alert_schedules():
+            tick = self._ours(row) and late_tick(row, now)
             what = f"late {row.name} {row.expr} {row.tz} {tick}"
             if tick and self.store.is_first(what, _LATE_MS, now):
                 at, last = iso_time(tick * 1000), row.success_at
@@ -19234,19 +19527,13 @@ class Scheduler:
                 self.store.note_event(By(worker, "worker"), "late", row.name,
                                       f"no success since {at}", now)
 
-    @property
-    def has_alerts(self) -> bool:
-        """True when one of our schedules may be late."""
-        return any(s.alert_after is not None for _, s in self._own.values())
-
-    def _batch(self, due, now):
-        """(step, plan) of as many schedules as one transaction shall move on."""
+    def _batch(self, ours, now):
+        """(step, plan, schedule) of as many as one transaction shall move on."""
         batch: list = []
         ticks = 0
-        for row in due[:_CRON_BATCH]:
-            task, schedule = self._own[row[:4]]
+        for row, (task, schedule) in ours[:_CRON_BATCH]:
             plan = self._plan(row, schedule, now)
-            batch.append((_step_of(row, plan, task, schedule, now), plan))
+            batch.append((_step_of(row, plan, task, schedule, now), plan, schedule))
             ticks += len(plan.ticks) + plan.missed
             if ticks >= _CRON_BATCH_TICKS:
                 break
@@ -19262,10 +19549,9 @@ class Scheduler:
             self._log("cron_error", schedule=row.name, expr=row.expr, error=error)
             return plan_ticks(schedule.cron, [], now / 1000, schedule.misfire)
 
-    def _report(self, row, plan, ids, now):
+    def _report(self, row, plan, schedule, ids, now):
         if ids is None:                 # another worker was first, and says it
             return
-        _, schedule = self._own[row[:4]]
         about = {"schedule": row.name, "name": row.task, "expr": row.expr}
         for tick, task_id in zip(plan.ticks, ids):
             at = iso_time(tick * 1000)
@@ -19289,12 +19575,26 @@ def _ranges_of(text):
     return ranges
 
 
+def made_of(row: ScheduleRow) -> Schedule:
+    """What a program made, of its row.  Raises ValueError, TypeError."""
+    options = json.loads(row.options)
+    if not isinstance(options, dict) or options.keys() - RUN_OPTIONS:
+        raise ValueError(f"options are {row.options[:80]!r}")
+    return Schedule(cron_of(row.expr, row.tz), row.misfire, row.overlap, row.jitter,
+                    row.alert_after, row.args, options)
+
+
+# Options of a call that the runs of a schedule may have.
+RUN_OPTIONS = frozenset({"queue", "priority", "retries", "timeout", "meta"})
+
+
 def _step_of(row, plan, task, schedule, now):
     """What becomes of a schedule's row by a plan, with the runs of its ticks."""
-    says = " ".join(str(part) for part in row[:4])
+    says = " ".join(map(str, row.key)) if not row.label else f"of {row.label}"
     key = f"cron {says}" if schedule.overlap == "skip" else None
     late = to_ms(jitter_offset(says, schedule.jitter)) if schedule.jitter else 0
-    new = row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done), set_at=now)
+    new = row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done), set_at=now,
+                       args=schedule.args)
     runs = []
     for tick in plan.ticks:
         run_at = max(now, tick * 1000 + late)
@@ -19302,7 +19602,7 @@ def _step_of(row, plan, task, schedule, now):
             task.name, task.queue, task.priority, key, task.policy.retries,
             task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
             counted=True,
-        ))
+        )._replace(**schedule.options))
     return ScheduleStep(row, new, runs)
 
 
@@ -19320,11 +19620,11 @@ def cron_chore(worker: Worker) -> Chore:
         return wait
 
     def say_late(now):
-        if scheduler.has_alerts and not worker.house.upkeep.is_in_doubt:
+        if not worker.house.upkeep.is_in_doubt:
             scheduler.say_late(now, worker.settings.worker_name)
 
     worker.house.chores.append(Chore(_LATE_LOOK_SECONDS, say_late))
-    return Chore(_CRON_POLL, fire, is_punctual=True)
+    return Chore(_CRON_POLL, fire, is_punctual=True, word=RESCHEDULED)
 
 
 # == Reports ==================================================================
@@ -23991,7 +24291,7 @@ def _worker_problems(store, now, worker_timeout, name, report):
 
 def _schedule_problems(store, now):
     """Those that have had no success for longer than their alert_after."""
-    late = ((row, late_tick(row, now)) for row in store.schedules())
+    late = ((row, late_tick(row, now)) for row in store.alert_schedules())
     return [f"schedule {row.name} has had no success since its tick of "
             f"{local_time(iso_time(tick * 1000))}"
             for row, tick in late if tick is not None]

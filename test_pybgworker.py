@@ -4550,6 +4550,20 @@ class Databases(Case):
                  if event["event"] == "database_migrated"]
         self.assertEqual(said["now"], said["before"] + 1)
 
+    def test_schedules_of_schema_3_keep_their_ticks(self):
+        with mock.patch.object(pybgworker, "_MIGRATIONS", pybgworker._MIGRATIONS[:3]):
+            App(db=str(self.db)).store.create()
+        row = {"task": "t", "expr": "*/5 * * * *", "tz": "UTC", "number": 1,
+               "misfire": "all", "overlap": "skip", "jitter": 1.5, "next_tick": 300,
+               "last_tick": 240, "done": "[[1, 240]]", "set_at": 5, "seen_at": 6,
+               "last_id": 7, "success_at": 8, "alert_after": 9.5, "since": 10}
+        self.sql(f"insert into bg_schedule ({', '.join(row)}) values "
+                 f"({', '.join('?' * len(row))})", *row.values())
+        found, = self.store.schedules()
+        self.assertEqual(found, pybgworker.ScheduleRow(
+            **row, label="", args="[[],{}]", options="{}", disabled_at=None,
+            disabled_by=None))
+
     def test_a_migration_that_fails_half_way_changes_nothing(self):
         self.app.send("t")
         before = self.sql("select sql from sqlite_master order by name")
@@ -17768,7 +17782,15 @@ class Crons(unittest.TestCase):
         minute        ٣         ٣ * * * *           '٣'
         minute        ¹         ¹ * * * *           '¹'
         macro         @reboot   @reboot             when your program starts
-        macro         @every    @every              is not one of
+        macro         @evry     @evry               or @every with a span
+        macro         -         @every              '' is no span of whole seconds
+        macro         0s        @every 0s           '0s' is no span of whole seconds
+        macro         500ms     @every 500ms        there is no ms
+        macro         1.5s      @every 1.5s         of whole seconds from 1 up
+        macro         -5s       @every -5s          '-5s' is no span
+        macro         -         @every 1m 5s        like 10s, 5m or 1h30m
+        macro         10x       @every 10x          its units are s, m, h, d and w
+        macro         9999999999s  @every 9999999999s  '9999999999s' is no span
         fields        -         * * * *             5 fields expected, 4 found
         fields        -         0 * * * * *         seconds and years are not supported
     """
@@ -17789,6 +17811,39 @@ class Crons(unittest.TestCase):
                      cron._wall.weekdays][order.index(field)]
             with self.subTest(f"{field} {text}"):
                 self.assertEqual(sorted(found), [int(v) for v in values.split(",")])
+
+    def test_every_is_each_multiple_of_a_span_since_1970(self):
+        """Whoever asks, and whatever the zone: all workers have the same ticks."""
+        for expr, seconds in (
+            ("@every 10s", 10), ("@every 1s", 1), (" @EVERY\t5M ", 300), ("@every 90", 90),
+            ("@every 1h30m10s", 5410), ("@every 1.5h", 5400), ("@every 1d", 86_400),
+            ("@every 1w", 604_800), ("@every 0.5m", 30), ("@every 30m1h", 5400),
+        ):
+            for tz in ("UTC", "Europe/Paris"):
+                cron = Cron(expr, tz)
+                for after in (-7, 0, 1, 0.25, 86_399.9, 1_800_000_000, 1_800_003_599.5):
+                    with self.subTest(expr, after=after):
+                        tick = cron.tick_after(after)
+                        self.assertEqual(tick, (after // seconds + 1) * seconds)
+                        self.assertEqual(cron.tick_after(tick), tick + seconds)
+                        self.assertEqual(cron.tick_before(tick), tick - seconds)
+                        self.assertEqual(cron.tick_before(tick + 0.5), tick)
+                        self.assertEqual(cron.tick_beyond(cron.place(tick)),
+                                         tick + seconds)
+                self.assertFalse(cron.never)
+
+    def test_every_goes_on_over_new_year_and_ends_with_the_calendar(self):
+        cron = Cron("@every 7h", "America/New_York")
+        moment = cron.next(self.utc(2026, 12, 31, 23, 59, 59))
+        self.assertEqual(moment.timestamp() % (7 * 3600), 0)
+        self.assertEqual(cron.prev(moment) + dt.timedelta(hours=7), moment)
+        self.assertEqual(str(moment.tzinfo), "America/New_York")
+        for tz in ("UTC", "Asia/Tokyo", "America/New_York"):
+            cron = Cron("@every 10s", tz)
+            self.assertIsNone(cron.next(self.utc(9999, 12, 31, 23)))
+            self.assertIsNone(cron.prev(self.utc(1, 1, 1, 1)))
+            self.assertIsNotNone(cron.next(self.utc(9999, 12, 30)))
+            self.assertIsNotNone(cron.prev(self.utc(1, 1, 3)))
 
     def test_what_is_refused_and_how(self):
         for field, token, expr, says in self.rows(self.BAD):
@@ -18254,8 +18309,124 @@ class Scheduling(Case):
         self.sql(f"insert into bg_schedule (task, {columns}) "
                  f"select 'gone', {columns} from bg_schedule")
         scheduler.fire(self.seconds(5))
-        self.assertEqual(scheduler.fire(self.seconds(6)), (False, 30.0))
+        self.assertEqual(scheduler.fire(self.seconds(6)), (False, 5.0))
         self.assertEqual(len(self.ticks()), 1)
+
+    # -- every so many seconds
+
+    def test_a_schedule_of_each_second_is_enqueued_each_second(self):
+        scheduler = self.scheduler(expr="@every 1s")
+        scheduler.register(self.now)
+        for second in range(1, 6):
+            fired, wait = scheduler.fire(self.now + second * 1000 + 3)
+            self.assertTrue(fired)
+            self.assertAlmostEqual(wait, 0.997, 6)      # the next one, and no poll
+        self.assertEqual(self.ticks(), [self.now // 1000 + n for n in range(1, 6)])
+
+    def test_misfire_of_what_runs_every_few_seconds(self):
+        for misfire, ran, missed in (("latest", 1, 8), ("skip", 2, 7), ("all", 9, 0)):
+            with self.subTest(misfire):
+                self.setUp()
+                scheduler = self.scheduler(expr="@every 15s", misfire=misfire)
+                scheduler.register(self.seconds(0))
+                scheduler.fire(self.seconds(0) + 15 * 9_000)
+                self.assertEqual(len(self.ticks()), ran)
+                self.assertEqual(sum(f["ticks"] for e, f in self.events
+                                     if e == "cron_missed"), missed)
+
+    # -- the arguments of a schedule
+
+    def calls(self):
+        return [json.loads(row[0]) for row in self.sql("select args from bg_task "
+                                                       "order by tick, id")]
+
+    def test_the_arguments_of_a_schedule_are_those_of_its_runs(self):
+        found = []
+        app = App(db=str(self.db))
+
+        @app.task(name="t")
+        def t(size, *rest, when=None):
+            found.append((size, rest, when))
+
+        day = dt.date(2026, 1, 2)
+        app.cron("* * * * *", args=(1, {"a": (2,)}), kwargs={"when": day})(t)
+        self.app = app
+        app.store.create()
+        scheduler = pybgworker.Scheduler(
+            pybgworker.Registry.read(json.loads(json.dumps(
+                pybgworker.Registry.of(app, "tasks").catalog()))).tasks,
+            app.store, lambda *_, **__: None)
+        scheduler.register(self.seconds(1))
+        scheduler.fire(self.seconds(2))
+        args, kwargs = pybgworker.decode(self.sql("select args from bg_task")[0][0])
+        self.assertEqual((args, kwargs), ([1, {"a": (2,)}], {"when": day}))
+
+    def test_arguments_that_a_function_does_not_take_are_an_error_where_cron_stands(self):
+        def none(): pass
+        def one(a): pass
+        def named(*, a, b=1): pass
+        def any(*a, **k): pass
+        for fn, options, fits in (
+            (none, {}, True), (one, {}, False), (one, {"args": (1,)}, True),
+            (one, {"args": [1]}, True), (one, {"kwargs": {"a": 1}}, True),
+            (named, {}, False), (named, {"kwargs": {"a": 1}}, True),
+            (any, {"args": (1, 2), "kwargs": {"c": 3}}, True),
+        ):
+            for first in (True, False):     # in either order of the decorators
+                app = App(db=str(self.db))
+                cron = app.cron("* * * * *", **options)
+                with self.subTest(fn.__name__, **options), \
+                        contextlib.nullcontext() if fits else \
+                        self.assertRaisesRegex(pybgworker.OptionError,
+                                               f"@cron of .*{fn.__name__}: "):
+                    cron(fn) if first else cron(app.task(fn))
+        for options, says in (
+            ({"args": 1}, "args=1: must be a tuple"), ({"args": "ab"}, "args='ab': must"),
+            ({"kwargs": [1]}, r"kwargs=\[1\]: must be a dict"),
+            ({"kwargs": {1: 2}}, r"kwargs=\{1: 2\}: must be a dict"),
+            ({"args": (object(),)}, r"args\[0\]: <class object>"),
+        ):
+            with self.subTest(options), self.assertRaisesRegex(
+                    pybgworker.PyBgWorkerError, says):
+                self.app.cron("* * * * *", **options)
+
+    def scheduler_with(self, *calls):
+        """A program with one task, and @cron of each of these arguments."""
+        app = App(db=str(self.db))
+        app.store.create()
+        self.addCleanup(app.store.close)
+        made = app.task(lambda *args: None, name="t")
+        for args in calls:
+            made = app.cron("*/5 * * * *", args=args)(made)
+        return pybgworker.Scheduler(
+            pybgworker.Registry.of(app, "tasks").tasks, app.store, lambda *_, **__: None)
+
+    def fired(self, scheduler, minute):
+        self.sql("delete from bg_task")
+        scheduler.fire(self.seconds(minute))
+        return [call[0] for call in self.calls()]
+
+    def test_equal_expressions_with_other_arguments_are_schedules_of_their_own(self):
+        scheduler = self.scheduler_with((1,), (2,))
+        scheduler.register(self.seconds(1))
+        self.assertEqual(self.fired(scheduler, 5), [[1], [2]])
+        self.assertEqual([row.name for row in scheduler.store.schedules()], ["t", "t#2"])
+
+    def test_arguments_that_are_changed_go_on_with_the_ticks(self):
+        self.scheduler_with((1,), (2,)).register(self.seconds(1))
+        changed = self.scheduler_with((7,), (1,))       # and (2,) is (7,) now
+        changed.register(self.seconds(6))
+        self.assertEqual(self.fired(changed, 7), [[1], [7]])    # both owed that of 5
+        self.assertEqual([row.args for row in changed.store.schedules()],
+                         ["[[1],{}]", "[[7],{}]"])
+
+    def test_versions_with_other_arguments_side_by_side_share_what_is_equal(self):
+        old, new = self.scheduler_with((1,), (2,)), self.scheduler_with((2,), (3,), (1,))
+        for scheduler in (old, new, old, new):
+            scheduler.register(self.seconds(1))
+        for minute in (5, 10):
+            self.assertEqual(sorted(self.fired(old, minute)), [[1], [2]])
+            self.assertEqual(self.fired(new, minute), [[3]])
 
     # -- schedules without a success
 
@@ -18288,7 +18459,6 @@ class Scheduling(Case):
                 schedule.tasks[name] = entry._replace(schedules=(
                     (*entry.schedules[0][:5], 600.0),))
             schedule.register(self.seconds(1))
-            self.assertTrue(schedule.has_alerts)
         log = []
         for minutes in (14, 16, 17, 18):
             for scheduler in schedulers:
