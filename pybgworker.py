@@ -60,11 +60,12 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Acts · Operating · Backup ·
-        Wording · Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top ·
-        Metrics · Health · Doctor · Remedies · Listeners · Child starts · Redaction ·
-        Web reports · Web actions · Dashboard · Web server · Bench ·
-        Old import paths · Page · Page script
+        Cron · Scheduler · Reports · One task · Reading · Acts · Operating ·
+        Backup · Wording · Reasons · Why · Attention · Logs · Overview ·
+        Screen · Frame · Top · Metrics · Health · Doctor · Remedies ·
+        Listeners · Child starts · Redaction · Web reports · Web actions ·
+        Dashboard · Web server · Connections · Bench · Old import paths ·
+        Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -3978,8 +3979,9 @@ class Task(Generic[P, R, V]):
         """Return something with delay() and delay_many() that uses these options.
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
-        key: while a task with it is unfinished, that one is returned; conn: an
-        sqlite3 connection to the same file, in whose transaction to insert; meta: a
+        key: while a task with it is unfinished, that one is returned; conn: an open
+        connection to the same file, in whose transaction to insert: an sqlite3 one,
+        Django's, or an SQLAlchemy Session or Connection; meta: a
         dict of at most 1,000 characters as JSON, which its runs have by
         current_task().meta, and its callbacks.
         """
@@ -6619,6 +6621,27 @@ def payload_of(db, task_id, kind):
     return rows[0][0] if rows else None
 
 
+# For what callers have in hand as `conn=`, and is no sqlite3.Connection: each returns
+# the one behind such a thing; None: it does not know it.  A room adds its own.
+CONVERTERS: list[Callable[[Any], Any]] = []
+
+
+def _connection_of(value):
+    """The sqlite3.Connection that `conn=` stands for.  Raises OptionError."""
+    found = value
+    for convert in CONVERTERS:
+        if not isinstance(found, sqlite3.Connection):
+            found = convert(value)
+    if not isinstance(found, sqlite3.Connection):
+        kind = type(value)
+        raise OptionError(
+            f"conn= is of the class {kind.__module__}.{kind.__qualname__}: must be an "
+            "sqlite3.Connection on the queue's file, or what stands for one: "
+            "django.db.connection, or a Session or Connection of SQLAlchemy"
+        )
+    return found
+
+
 class CallersTransaction:
     """A transaction on the caller's own connection (`conn=`), for delay() to share.
 
@@ -6626,13 +6649,8 @@ class CallersTransaction:
     takes back all that was written inside the block, and nothing else.
     """
 
-    def __init__(self, db: Database, connection: sqlite3.Connection):
-        if not isinstance(connection, sqlite3.Connection):
-            raise OptionError(
-                f"conn= must be an sqlite3.Connection, not {type(connection)}: see "
-                "the attribute driver_connection in SQLAlchemy, connection in Django"
-            )
-        self.db, self.connection = db, connection
+    def __init__(self, db: Database, connection: Any):
+        self.db, self.connection = db, _connection_of(connection)
         self._cursor: Any = None    # of ours: no factory of the caller's
         self._began = False         # here
 
@@ -26504,6 +26522,120 @@ def _web(args, app):
               "proxy with TLS before it", file=sys.stderr)
     with server:
         server.serve_forever()
+
+
+# == Connections ==============================================================
+# Owns what `conn=` takes besides an sqlite3.Connection: what a program has in hand
+# that uses Django or SQLAlchemy.  Both are known by their classes and never imported;
+# whatever they do at the begin of a transaction is done by themselves.
+
+_ASYNC = (
+    "its connection works in a thread of its own, and no other may use its "
+    "transaction: commit first, then `await task.adelay(...)`"
+)
+# What a caller may have meant, by the name of its class, and what to pass in its place.
+_NOT_THESE = {
+    "sqlalchemy": {
+        "AsyncSession": _ASYNC, "async_scoped_session": _ASYNC,
+        "AsyncConnection": _ASYNC, "AsyncEngine": _ASYNC,
+        "Engine": "it has no transaction: pass the conn of "
+                  "`with engine.begin() as conn:`",
+        "sessionmaker": "it has no transaction: call it, and pass the Session",
+    },
+    "django": {
+        "ConnectionHandler": 'it is all of them: pass connections["default"], say',
+        "Atomic": "it is a block: pass django.db.connection",
+    },
+    "aiosqlite": {"Connection": _ASYNC},
+    "sqlite3": {"Cursor": "pass its attribute connection"},
+}
+
+
+def _classes_of(value, package):
+    """Names of those of its classes that are of this package."""
+    return [cls.__name__ for cls in type(value).__mro__
+            if cls.__module__.partition(".")[0] == package]
+
+
+def _refuse_relatives(value):
+    """Raise OptionError for what is near to a connection, and none."""
+    for package, hints in _NOT_THESE.items():
+        for name in _classes_of(value, package):
+            if name in hints:
+                raise OptionError(f"conn= is the {name} of {package}: {hints[name]}")
+
+
+def _asked(convert, value):
+    """What `convert` finds.  What the package raises becomes an error of ours."""
+    try:
+        return convert(value)
+    except PyBgWorkerError:
+        raise
+    except Exception as exc:
+        cause = getattr(exc, "orig", None) or exc.__cause__     # SQLAlchemy; Django
+        if isinstance(cause, sqlite3.Error) and is_busy(cause):
+            raise DatabaseBusy(f"conn=: {exc}") from exc
+        raise OptionError(f"conn=: {type(exc).__name__}: {exc}") from exc
+
+
+def _of_django(value):
+    if not _classes_of(value, "django"):
+        return None
+    return _asked(_driver_of_django, value)
+
+
+def _driver_of_django(wrapper):
+    """The connection of `connection`, or of connections["default"]."""
+    vendor = getattr(wrapper, "vendor", None)
+    if vendor != "sqlite":
+        if vendor is None:
+            return None
+        raise OptionError(
+            f"conn= is Django's connection {wrapper.alias!r} to {vendor}, and the "
+            "queue is an SQLite file: enqueue when it has committed, by "
+            "transaction.on_commit(lambda: task.delay(...))"
+        )
+    wrapper.validate_thread_sharing()       # as its cursor() does
+    wrapper.validate_no_broken_transaction()
+    wrapper.ensure_connection()
+    return wrapper.connection
+
+
+def _of_sqlalchemy(value):
+    if not _classes_of(value, "sqlalchemy"):
+        return None
+    return _asked(_driver_of_sqlalchemy, value)
+
+
+def _driver_of_sqlalchemy(value):
+    """The connection of a Session, scoped_session, Connection, or raw_connection()."""
+    classes = _classes_of(value, "sqlalchemy")
+    if "Session" in classes or "scoped_session" in classes:
+        value = value.connection()
+        classes = _classes_of(value, "sqlalchemy")
+    if "Connection" in classes:
+        # Begins where a statement would, so that its commit() has something to do.
+        value.exec_driver_sql("select 1")
+        if not value.in_transaction():      # of SQLAlchemy 1.4
+            raise OptionError(
+                "conn= is an SQLAlchemy Connection outside of a transaction: pass the "
+                "conn of `with engine.begin() as conn:`"
+            )
+        value = value.connection
+    driver = getattr(value, "driver_connection", None) \
+        or getattr(value, "dbapi_connection", None)         # before 1.4.24
+    if driver is not None and not isinstance(driver, sqlite3.Connection):
+        if _classes_of(driver, "aiosqlite"):
+            raise OptionError(f"conn= is of aiosqlite: {_ASYNC}")
+        raise OptionError(
+            f"conn= is SQLAlchemy's, to a database of the driver "
+            f"{type(driver).__module__}, and the queue is an SQLite file: enqueue when "
+            "it has committed"
+        )
+    return driver
+
+
+CONVERTERS.extend((_refuse_relatives, _of_django, _of_sqlalchemy))
 
 
 # == Bench ====================================================================

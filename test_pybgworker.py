@@ -116,6 +116,13 @@ def is_alive(pid):
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
+def needs(*packages):
+    """Skip a test, or a class of them, where one of these is not installed."""
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    return unittest.skipIf(missing, f"needs {' and '.join(missing)}, which is no part of "
+                                    "Python")
+
+
 class Case(unittest.TestCase):
     """A folder of its own, with a queue in it."""
 
@@ -24788,6 +24795,172 @@ class Mounted(WebCase):
         self.assertEqual(self.ask(served, "/api/tasks")[0], 200)
 
 
+# == Connections ==============================================================
+
+def made_of(path, **members):
+    """An object of a class that says it is this one."""
+    module, _, name = path.rpartition(".")
+    return type(name, (), {"__module__": module, **members})()
+
+
+class InHand(QueueCase):
+    """What conn= takes of a program that uses something else than sqlite3."""
+
+    def test_what_is_no_connection_is_told_what_to_pass(self):
+        wanted = "must be an sqlite3.Connection on the queue's file, or .*Django|django"
+        other = made_of("sqlalchemy.pool.base._ConnectionFairy",
+                        driver_connection=made_of("psycopg2.extensions.connection"))
+        lazy = made_of("sqlalchemy.pool.base._ConnectionFairy",
+                       driver_connection=made_of("aiosqlite.core.Connection"))
+        postgres = made_of("django.db.backends.postgresql.base.DatabaseWrapper",
+                           vendor="postgresql", alias="default")
+        cursor = sqlite3.connect(self.db).cursor()
+        self.addCleanup(cursor.connection.close)
+        for value, words in (
+            (3, "class builtins.int: " + wanted),
+            (made_of("shop.models.Order"), "class shop.models.Order: " + wanted),
+            (made_of("django.core.cache.backends.locmem.LocMemCache"), wanted),
+            (cursor, "Cursor of sqlite3: pass its attribute connection"),
+            (made_of("sqlalchemy.engine.base.Engine"), "with engine.begin"),
+            (made_of("sqlalchemy.orm.session.sessionmaker"), "call it, and pass the Session"),
+            (made_of("sqlalchemy.ext.asyncio.session.AsyncSession"), "adelay"),
+            (made_of("sqlalchemy.ext.asyncio.engine.AsyncConnection"), "adelay"),
+            (made_of("aiosqlite.core.Connection"), "adelay"),
+            (lazy, "adelay"),
+            (other, "driver psycopg2.extensions, and the queue is an SQLite file"),
+            (postgres, r"'default' to postgresql.*transaction.on_commit\("),
+            (made_of("django.db.utils.ConnectionHandler"), r'connections\["default"\]'),
+            (made_of("django.db.transaction.Atomic"), "pass django.db.connection"),
+        ):
+            with self.subTest(words), \
+                    self.assertRaisesRegex(pybgworker.OptionError, "conn= .*" + words):
+                self.app.send("t", conn=value)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
+    def test_what_another_package_raises_is_an_error_of_ours(self):
+        def fail(exc):
+            def validate_thread_sharing(self):
+                raise exc
+            return made_of("django.db.backends.sqlite3.base.DatabaseWrapper",
+                           vendor="sqlite",
+                           validate_thread_sharing=validate_thread_sharing)
+
+        locked = RuntimeError("it is locked")
+        locked.orig = sqlite3.OperationalError("database is locked")
+        with self.assertRaisesRegex(pybgworker.DatabaseBusy, "conn=: it is locked"):
+            self.app.send("t", conn=fail(locked))
+        with self.assertRaisesRegex(pybgworker.OptionError, "KeyError: 'thread'"):
+            self.app.send("t", conn=fail(KeyError("thread")))
+
+    # -- SQLAlchemy
+
+    def engine(self, db=None, **options):
+        import sqlalchemy
+
+        self.store.data_version()
+        if sqlalchemy.__version__ < "2":
+            options.setdefault("future", True)
+        engine = sqlalchemy.create_engine(f"sqlite:///{db or self.db}", **options)
+        self.addCleanup(engine.dispose)
+        return engine
+
+    def begins_itself(self, engine):
+        """The recipe of SQLAlchemy's manual for savepoints and isolation."""
+        from sqlalchemy import event
+
+        event.listen(engine, "connect",
+                     lambda raw, _: setattr(raw, "isolation_level", None))
+        event.listen(engine, "begin", lambda conn: conn.exec_driver_sql("begin"))
+        return engine
+
+    @needs("sqlalchemy")
+    def test_a_task_is_committed_with_what_sqlalchemy_has_in_hand(self):
+        from sqlalchemy import orm
+
+        plain, begun = self.engine(), self.begins_itself(self.engine())
+        for engine in (plain, begun):
+            for open_one in (lambda: orm.Session(engine), engine.connect,
+                             orm.scoped_session(orm.sessionmaker(engine)),
+                             plain.raw_connection):
+                is_raw = open_one == plain.raw_connection
+                for written in (False, not is_raw):
+                    for end in ("commit", "rollback"):
+                        mine = open_one()
+                        if written:
+                            mine.execute(self.text("create table if not exists o (n)"))
+                            mine.execute(self.text("insert into o values (1)"))
+                        result = self.app.send("t", conn=mine)
+                        with self.subTest(f"{mine} {written} {end}"):
+                            self.assertRaises(pybgworker.TaskNotFound, result.ready)
+                            getattr(mine, end)()
+                            if end == "commit":
+                                self.assertEqual(result.status, "queued")
+                            else:
+                                self.assertRaises(pybgworker.TaskNotFound, result.ready)
+                        mine.close()
+
+    def text(self, sql):
+        import sqlalchemy
+
+        return sqlalchemy.text(sql)
+
+    @needs("sqlalchemy")
+    def test_a_scoped_session_is_that_of_its_thread(self):
+        from sqlalchemy import orm
+
+        session = orm.scoped_session(orm.sessionmaker(self.engine()))   # db.session
+        result = self.app.send("t", conn=session)
+        session.rollback()
+        self.assertRaises(pybgworker.TaskNotFound, result.ready)
+        result = self.app.send("t", conn=session)
+        session.commit()
+        session.remove()
+        self.assertEqual(result.status, "queued")
+
+    @needs("sqlalchemy")
+    def test_a_savepoint_of_a_session_takes_back_its_tasks(self):
+        from sqlalchemy import orm
+
+        with orm.Session(self.engine()) as session:
+            kept = self.app.send("t", conn=session)
+            inner = session.begin_nested()
+            lost = self.app.send("t", conn=session)
+            inner.rollback()
+            session.commit()
+        self.assertEqual(kept.status, "queued")
+        self.assertRaises(pybgworker.TaskNotFound, lost.ready)
+
+    @needs("sqlalchemy")
+    def test_a_connection_that_commits_by_itself_does_so(self):
+        with self.engine(isolation_level="AUTOCOMMIT").connect() as mine:
+            self.assertEqual(self.app.send("t", conn=mine).status, "queued")
+
+    @needs("sqlalchemy")
+    def test_an_engine_and_another_database_are_refused(self):
+        for value, words in (
+            (self.engine(), "with engine.begin"),
+            (self.engine(self.folder / "other.db").connect(), "the queue is"),
+        ):
+            with self.subTest(words), \
+                    self.assertRaisesRegex(pybgworker.OptionError, words):
+                self.app.send("t", conn=value)
+            getattr(value, "close", lambda: None)()
+
+    @needs("sqlalchemy")
+    def test_what_sqlalchemy_1_4_has_not_begun_is_refused(self):
+        import sqlalchemy
+
+        if sqlalchemy.__version__ >= "2":
+            self.skipTest("SQLAlchemy 2 begins by itself")
+        engine = self.engine(future=False)
+        with engine.connect() as mine:
+            with self.assertRaisesRegex(pybgworker.OptionError, "with engine.begin"):
+                self.app.send("t", conn=mine)
+        with engine.begin() as mine:
+            result = self.app.send("t", conn=mine)
+        self.assertEqual(result.status, "queued")
+
+
 # == Bench ====================================================================
 
 
@@ -26403,52 +26576,26 @@ class Readme(Case):
             with self.subTest(command):
                 self.assertRegex(done.stdout, f"(?s)\\A{pattern}\\Z")
 
-    # What is not installed: modules of a web framework, in their stead.
-    STAND_INS = {
-        "flask": """
-            class Flask:
-                def __init__(self, name): self.session, self.wsgi_app = {}, None
-                def request_context(self, environ):
-                    session.clear(); session.update(environ.get("test.session", {}))
-                    import contextlib; return contextlib.nullcontext()
-            session = {}""",
-        "werkzeug.middleware.dispatcher": """
-            class DispatcherMiddleware:
-                def __init__(self, app, mounts): self.mounts = mounts
-                def __call__(self, environ, start_response):
-                    (script, app), = self.mounts.items()
-                    path = environ["PATH_INFO"]
-                    assert path.startswith(script)
-                    return app({**environ, "SCRIPT_NAME": script,
-                                "PATH_INFO": path[len(script):]}, start_response)""",
-        "django.contrib.admin.views.decorators": "def staff_member_required(f): return f",
-        "django.views.decorators.csrf": "def csrf_exempt(f): return f",
-        "django.http": """
-            class HttpResponse:
-                def __init__(self, content, status, headers):
-                    self.content, self.status_code, self.headers = content, status, headers
-            """,
-        "django.urls": "def re_path(pattern, view): return pattern, view",
-    }
+    def imported_by(self, block):
+        """The packages that a block imports, of those that are no part of Python."""
+        found = {name.partition(".")[0] for name in
+                 re.findall(r"(?m)^ *(?:from|import) ([\w.]+)", block)}
+        return sorted(found & {"django", "django_tasks", "fastapi", "flask", "pytest",
+                               "sqlalchemy", "werkzeug"})
+
+    def need(self, block):
+        """Skip the test where a block could only run on something made up."""
+        missing = [name for name in self.imported_by(block)
+                   if importlib.util.find_spec(name) is None]
+        if missing:
+            self.skipTest(f"needs {' and '.join(missing)}, which is no part of Python")
 
     def settled(self, block):
-        """A real Django wants settings before anything else."""
-        if "django" in block and importlib.util.find_spec("django"):
+        """Django wants settings before anything else."""
+        if re.search("(?m)^from django[. ]", block) and "settings" not in block:
             return "from django.conf import settings\nsettings.configure()\n" \
                 "import django\ndjango.setup()\n" + block
         return block
-
-    def stand_in(self):
-        """Make modules of those that cannot be imported."""
-        for name, source in self.STAND_INS.items():
-            try:
-                importlib.import_module(name.partition(".")[0])
-            except ImportError:
-                path = self.folder.joinpath(*name.split("."))
-                path.mkdir(parents=True, exist_ok=True)
-                for folder in [path, *path.parents][:name.count(".") + 1]:
-                    (folder / "__init__.py").touch()
-                (path / "__init__.py").write_text(textwrap.dedent(source))
 
     # What two of its examples use of packages that are not ours.
     TRACERS = {
@@ -26529,10 +26676,8 @@ class Readme(Case):
             "context task {'id': 2, 'attempt': 1, 'request': 'a1b2'}",
             "error KeyError: 7"])
 
-    def test_every_python_block_runs(self):
-        self.stand_in()
-        self.stand_in_tracers()
-        for number, block in enumerate(self.blocks("python")):
+    def run_blocks(self, chosen):
+        for number, block in enumerate(filter(chosen, self.blocks("python"))):
             block = self.settled(block)
             (self.folder / f"block{number}.py").write_text(block)
             done = subprocess.run(
@@ -26542,10 +26687,19 @@ class Readme(Case):
             with self.subTest(block[:50]):
                 self.assertEqual(done.returncode, 0, done.stdout)
 
+    def test_every_python_block_runs(self):
+        self.stand_in_tracers()
+        self.run_blocks(lambda block: not self.imported_by(block))
+
+    def test_every_python_block_of_other_packages_runs(self):
+        self.need("\n".join(self.blocks("python")))
+        self.run_blocks(self.imported_by)
+
     def snippet(self, words, tail):
         """Run a block of the README with `tail` after it; return what that prints."""
-        self.stand_in()
-        block = self.settled(next(b for b in self.blocks("python") if words in b))
+        block = next(b for b in self.blocks("python") if words in b)
+        self.need(block)
+        block = self.settled(block)
         (self.folder / "snippet.py").write_text(block + textwrap.dedent(tail))
         done = subprocess.run(
             [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=60,
@@ -26575,12 +26729,9 @@ def get(path, **more):
     body = b"".join(app.wsgi_app(environ(path, **more), lambda *a: found.extend(a)))
     print(found[0][:3], dict(found[1]).get("Location"))
 
-try:
-    from flask.sessions import SecureCookieSessionInterface
-    signer = SecureCookieSessionInterface().get_signing_serializer(app)
-    anna = {"HTTP_COOKIE": "session=" + signer.dumps({"user": "anna"})}
-except ImportError:
-    anna = {"test.session": {"user": "anna"}}
+from flask.sessions import SecureCookieSessionInterface
+signer = SecureCookieSessionInterface().get_signing_serializer(app)
+anna = {"HTTP_COOKIE": "session=" + signer.dumps({"user": "anna"})}
 get("/jobs/")
 get("/jobs/", **anna)
 get("/jobs", **anna)
