@@ -50,8 +50,9 @@ Map
         Evidence · Store · Functions · Signatures · Waiting · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
-        Group commit · Queue · Picking · Claiming · Attempts · Live rows · History ·
-        Endings · Records · Lists · Desk · Timetable · Facts · Checkup · Register
+        Group commit · Queue · Picking · Expiry · Claiming · Attempts · Live rows ·
+        History · Endings · Records · Lists · Desk · Timetable · Facts · Checkup ·
+        Register
     Book Three: the worker
         Importing · Registry · Processes · Memory · Channels · Fork safety · Wire ·
         Begun · Output · Log lines · Surroundings · Interrupts · Runs · Main thread ·
@@ -777,15 +778,20 @@ class TaskTimeout(PyBgWorkerError):
 
 
 class TaskCancelled(PyBgWorkerError):
-    """get(): the task was cancelled.  Inside a task: it is being cancelled now."""
+    """get(): the task was cancelled.  Inside a task: it is being cancelled now.
+
+    `.expired` is True where nobody has cancelled it: it had not begun in time.
+    """
+
+    expired = False
 
 
 class TaskError(str):
     """What went wrong in one line, `ValueError: no such user`, with its parts.
 
-    `.kind` is exception, timeout, crash, lost or abort; `.type` the name of the
-    exception class, `.message` its text, `.traceback` the Python stack; the last
-    three may be empty.
+    `.kind` is exception, timeout, crash, lost or abort, and expired of a cancelled
+    task that had not begun in time; `.type` the name of the exception class,
+    `.message` its text, `.traceback` the Python stack; the last three may be empty.
     """
 
     kind: str
@@ -1487,6 +1493,7 @@ class NewTask(NamedTuple):
     tick: int | None = None
     counted: bool = False       # run_at was counted from created_at
     meta: str | None = None     # JSON of options(meta=); None: none
+    expires_at: int | None = None   # unix ms; None: never
 
 
 class Attempt:
@@ -1494,11 +1501,13 @@ class Attempt:
 
     __slots__ = (
         "id", "name", "queue", "attempt", "retries", "forgiven", "timeout",
-        "run_at", "tick", "args", "priority", "callbacks", "alone",
+        "run_at", "tick", "args", "priority", "expires_at", "meta", "callbacks",
+        "alone",
     )
 
-    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout,
-                 run_at, tick, args, priority, callbacks=0, alone=0):
+    def __init__(self, id, name, queue, attempt, retries, forgiven, timeout, run_at,
+                 tick, args, priority, expires_at=None, meta=None, callbacks=0,
+                 alone=0):
         self.id = id
         self.name = name
         self.queue = queue
@@ -1510,6 +1519,8 @@ class Attempt:
         self.tick = tick
         self.args = args                # None: the child reads them itself
         self.priority = priority
+        self.expires_at = expires_at    # it does not begin from then on; None: never
+        self.meta = meta                # JSON of options(meta=)
         self.callbacks = callbacks      # as in the row
         self.alone = bool(alone)        # it is to have a child to itself
 
@@ -1617,6 +1628,7 @@ class Claimed(NamedTuple):
     round: Round
     is_registered: bool = True  # False: the worker has no row, so it gets nothing
     waits: int | None = None    # priority of the first that needs a free child
+    expired: Sequence[Attempt] = ()     # cancelled: they had not begun in time
 
 
 class Outcome(NamedTuple):
@@ -1701,6 +1713,7 @@ class TaskRow(NamedTuple):
     duration: float | None
     tick: int | None
     meta: str | None = None     # JSON of options(meta=): see meta_of()
+    expires_at: int | None = None   # unix ms: it does not begin from then on
 
     @property
     def status(self) -> str:
@@ -1835,6 +1848,7 @@ class LostRun(NamedTuple):
     state: int
     worker: str
     begun: bool = True          # False: it had not, for sure, and is not counted
+    meta: str | None = None     # JSON of options(meta=)
 
 
 class TasksKept(NamedTuple):
@@ -2822,7 +2836,7 @@ class ProgramVerbs(Protocol):
         """
 
     def retry(self, task_id: int, now: int, by: By | None = None) -> None:
-        """Queue a finished task again, with all its retries.
+        """Queue a finished task again, with all its retries; it expires no more.
 
         Raises TaskNotFound; TaskStateError when it is not finished, or when its
         key is held by another.
@@ -2874,6 +2888,15 @@ class WorkVerbs(Protocol):
         An outcome is stale when the row is no longer running, or runs for somebody
         else; it keeps what that one wrote.  Raises OutcomeRefused for the first that
         can never be written, and DatabaseBusy after `patience` seconds.
+
+        A claim first cancels what has expired by `now`, in whatever queue, so many at
+        most; what is more, it does not take, and asks to look again at once.
+        """
+
+    def expire(self, now: int) -> Sequence[Attempt]:
+        """Cancel waiting tasks that have expired, so many at most: see turn().
+
+        A claim does that by itself; this is for who has no room to claim anything.
         """
 
     def cancels_asked(self, worker: int) -> list[int]:
@@ -3657,7 +3680,7 @@ class AsyncResult(Generic[V]):
     @property
     def expires_at(self) -> datetime | None:
         """After this no run begins; None for never."""
-        return moment_of(getattr(self._row, "expires_at", None))
+        return moment_of(self._row.expires_at)
 
     @property
     def duration(self) -> float | None:
@@ -3756,7 +3779,7 @@ class AsyncResult(Generic[V]):
         if state == FAILED:
             raise TaskFailed(self.id, TaskError(error or {"kind": "exception"}))
         if state == CANCELLED:
-            raise TaskCancelled(f"task {self.id} was cancelled")
+            raise _cancellation(self.id, error or {})
         raise _Unfinished       # somebody has retried it a moment ago
 
     def cancel(self) -> bool:
@@ -3775,6 +3798,15 @@ class AsyncResult(Generic[V]):
     def forget(self) -> None:
         """Delete it with its result.  Raises TaskStateError while it runs."""
         self._store.forget(self.id)
+
+
+def _cancellation(task_id, error):
+    """What get() raises; an error of an earlier run is not why."""
+    if error.get("kind") != "expired":
+        return TaskCancelled(f"task {task_id} was cancelled")
+    found = TaskCancelled(f"task {task_id} was cancelled: {TaskError(error)}")
+    found.expired = True
+    return found
 
 
 def in_program():
@@ -3924,8 +3956,9 @@ class Task(Generic[P, R, V]):
         self.origin = origin_of(fn)
         self.shape = Shape(fn)
         check_known(options, TASK_OPTIONS, _TASK_HINTS)
-        (self.queue, self.priority, self.timeout, self.rate_limit, self.max_running,
-         self.on_success, self.on_failure, self.policy) = _checked_options(**options)
+        (self.queue, self.priority, self.timeout, self.expires, self.rate_limit,
+         self.max_running, self.on_success, self.on_failure, self.policy
+         ) = _checked_options(**options)
         functools.update_wrapper(self, fn, updated=())
         for attribute, value in getattr(fn, "__dict__", {}).items():
             if not hasattr(self, attribute):    # an option, or delay(), goes before
@@ -3979,11 +4012,12 @@ class Task(Generic[P, R, V]):
         """Return something with delay() and delay_many() that uses these options.
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
-        key: while a task with it is unfinished, that one is returned; conn: an open
-        connection to the same file, in whose transaction to insert: an sqlite3 one,
-        Django's, or an SQLAlchemy Session or Connection; meta: a
-        dict of at most 1,000 characters as JSON, which its runs have by
-        current_task().meta, and its callbacks.
+        expires: seconds, "5m" or a timedelta from now, or a datetime: if it has not
+        begun by then, it is cancelled; key: while a task with it is unfinished, that
+        one is returned; conn: an open connection to the same file, in whose
+        transaction to insert: an sqlite3 one, Django's, or an SQLAlchemy Session or
+        Connection; meta: a dict of at most 1,000 characters as JSON, which its runs
+        have by current_task().meta, and its callbacks.
         """
         return Call(self, options)
 
@@ -4049,8 +4083,9 @@ def _calling(fn):
 
 def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
                      retry_backoff=2.0, retry_max_delay=3600.0, retry_jitter=0.1,
-                     retry_for=(Exception,), timeout=None, rate_limit=None,
-                     max_running=None, on_success=None, on_failure=None):
+                     retry_for=(Exception,), timeout=None, expires=None,
+                     rate_limit=None, max_running=None, on_success=None,
+                     on_failure=None):
     """The options of @task as a Task keeps them."""
     classes = retry_for if isinstance(retry_for, (tuple, list)) else (retry_for,)
     if not all(isinstance(c, type) and issubclass(c, BaseException) for c in classes):
@@ -4067,7 +4102,7 @@ def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
     )
     return (
         checked("queue", parse_queue_name, queue), _check_priority(priority),
-        _check_timeout(timeout), rate_limit,
+        _check_timeout(timeout), _check_expires(expires), rate_limit,
         None if max_running is None
         else check_number("max_running", max_running, 1, kind=int),
         _check_callback("on_success", on_success),
@@ -4079,10 +4114,11 @@ TASK_OPTIONS = frozenset(_checked_options.__kwdefaults__ or ())
 
 
 def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
-             queue=None, retries=None, timeout=None, key=None, conn=None,
+             queue=None, retries=None, timeout=None, expires=None, key=None, conn=None,
              meta=None) -> NewTask:
     """The row of a call, by the options of the call before those of the task."""
     run_at = _due_at(now, countdown, eta)
+    expires = task.expires if expires is None else expires
     return NewTask(
         task.name,
         task.queue if queue is None else checked("queue", parse_queue_name, queue),
@@ -4093,6 +4129,7 @@ def new_task(task: Task, now: int, *, countdown=None, eta=None, priority=None,
         task.timeout if timeout is None else _check_timeout(timeout),
         SCHEDULED if run_at > now else QUEUED, max(run_at, 0), now,
         counted=countdown is not None, meta=_check_meta(meta),
+        expires_at=None if expires is None else _expires_at(now, expires, run_at),
     )
 
 
@@ -4108,6 +4145,40 @@ def _check_timeout(value):
     if seconds == 0:
         raise OptionError("timeout=0: must be seconds above 0, or None for no limit")
     return seconds
+
+
+def _check_expires(value):
+    """Seconds, or None.  Raises OptionError."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = checked("expires", parse_grace, value)
+    seconds = check_span("expires", value)
+    if seconds == 0:
+        raise OptionError("expires=0: must be seconds above 0, or None for never")
+    return seconds
+
+
+def _expires_at(now, expires, run_at):
+    """Unix ms from when on the call does not begin any more.
+
+    That may be over by now, as what is left of a deadline may be: it expires at once.
+    """
+    if isinstance(expires, datetime):
+        at = _ms_of("expires", expires)
+    else:
+        if isinstance(expires, str):
+            expires = checked("expires", parse_grace, expires)
+        if not isinstance(expires, (int, float, timedelta)):
+            raise OptionError(f"expires={expires!r}: must be seconds, a text such as "
+                              "'5m', a timedelta, or a datetime (naive: local time)")
+        at = now + to_ms(check_span("expires", expires, -LONGEST_SECONDS))
+    if now < run_at and at <= run_at:
+        raise OptionError(
+            f"expires= ends at {iso_time(at)}, and this call is not due before "
+            f"{iso_time(run_at)}: it would never run; expires= is counted from now, "
+            "not from countdown= or eta=")
+    return max(at, 0)
 
 
 def _check_priority(value):
@@ -4160,11 +4231,15 @@ def _due_at(now, countdown, eta):
     if eta is not None:
         if not isinstance(eta, datetime):
             raise OptionError(f"eta={eta!r}: must be a datetime (naive: local time)")
-        try:
-            return to_ms(eta.timestamp())
-        except (ValueError, OverflowError):     # the year 1 or 9999, in local time
-            raise OptionError(f"eta={eta!r}: is no time of this clock") from None
+        return _ms_of("eta", eta)
     return now
+
+
+def _ms_of(option, moment):
+    try:
+        return to_ms(moment.timestamp())
+    except (ValueError, OverflowError):     # the year 1 or 9999, in local time
+        raise OptionError(f"{option}={moment!r}: is no time of this clock") from None
 
 
 # == App ======================================================================
@@ -6555,8 +6630,8 @@ def insert_all(link, requests):
 
 _INSERT = """
     insert into bg_task (id, place, name, queue, priority, key, retries, timeout,
-        state, run_at, created_at, tick, counted, meta, args)
-    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        state, run_at, created_at, tick, counted, meta, expires_at, args)
+    values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
 def _insert(connection, requests, first, place):
@@ -6816,8 +6891,8 @@ class Queue:
 # needs another.  Reads and writes nothing.
 
 # Where in a row that is offered; what stands before the place is that of a Run.
-ROW_ID, ROW_NAME, ROW_QUEUE, ROW_PRIORITY, ROW_PLACE, ROW_PAUSED = \
-    0, 1, 2, 10, 11, 12
+ROW_ID, ROW_NAME, ROW_QUEUE, ROW_PRIORITY, ROW_EXPIRES, ROW_PLACE, ROW_PAUSED = \
+    0, 1, 2, 10, 11, 13, 14
 
 
 def order_of(row):
@@ -6840,7 +6915,7 @@ class Pick:
     """Is offered rows in order, and keeps those that the worker can take."""
 
     def __init__(self, order: ClaimOrder, limits: Limits | None, now: int):
-        self.order, self.limits = order, limits
+        self.order, self.limits, self._now = order, limits, now
         self.lanes = [Lane(order.free, order.ahead)]
         if order.beside_names:
             self.lanes.append(Lane(order.beside, is_beside=True))
@@ -6884,6 +6959,7 @@ class Pick:
         lane = self.lanes[name in order.beside_names]
         # As _is_wanted() says; but this is done for each run that there is.
         if lane.is_full or row[ROW_PAUSED] or name not in order.names \
+                or row[ROW_EXPIRES] is not None and row[ROW_EXPIRES] <= self._now \
                 or order.queues is not None and row[ROW_QUEUE] not in order.queues \
                 or self.limits and self.waits(name):
             self._range = []
@@ -6927,6 +7003,7 @@ class Pick:
     def _is_wanted(self, row):
         order, name = self.order, row[ROW_NAME]
         return not (row[ROW_PAUSED] or name not in order.names
+                    or row[ROW_EXPIRES] is not None and row[ROW_EXPIRES] <= self._now
                     or order.queues is not None and row[ROW_QUEUE] not in order.queues
                     or self.limits and self.waits(name))
 
@@ -6965,6 +7042,37 @@ class Pick:
         return until is not None
 
 
+# == Expiry ===================================================================
+# Owns the end of what has not begun in time, and so never does.  Whoever claims makes
+# it, for all queues, those that are paused or that nobody serves as well; what is not
+# to expire costs that one seek into an index that is empty.  It goes by the clock as it
+# is, also where Upkeep doubts that: after a night without workers nobody wants to wait
+# an hour for the end of what is stale, nor for what stands behind that.  A wrong clock
+# loses nothing: the rows stay, each with its error, and can be retried.
+
+_EXPIRE_BATCH = 500         # tasks that one transaction cancels
+OVERDUE = f"""
+    select id, name, queue, attempt - 1, retries, forgiven, timeout, run_at, tick, null,
+        priority, expires_at, meta
+    from bg_task
+    where expires_at is not null and state < {RUNNING} and expires_at <= :now
+    order by expires_at limit :most"""
+
+
+def cancel_expired(connection, now):
+    """Cancel what has expired, a batch at most.  The write lock is held."""
+    rows = connection.execute(OVERDUE, {"now": now, "most": _EXPIRE_BATCH}).fetchall()
+    found = [Attempt(*row) for row in rows]
+    connection.executemany(
+        f"""update bg_task set state = {CANCELLED}, finished_at = ? where id = ?""",
+        [(now, task.id) for task in found])
+    for task in found:
+        message = f"it had not begun by {iso_time(task.expires_at)}"
+        put_payload(connection, task.id, ERROR,
+                    to_json({"kind": "expired", "message": message}))
+    return found
+
+
 # == Claiming =================================================================
 # Owns what a look for work reads, and the mark that makes a run a worker's own.
 # The order is by priority, then by place, then by id.  A look reads what it takes
@@ -6979,7 +7087,7 @@ _PASS_ALONE = 100           # … of those that need a child to themselves: ther
 _LEAPS = 8                  # paused queues that one of these steps leaps over
 _ANY_ROW = f"""
     select id, name, queue, attempt, retries, forgiven, timeout, run_at, tick, args,
-        priority, place,
+        priority, expires_at, meta, place,
         exists (select 1 from bg_queue where bg_queue.name = bg_task.queue)
     from bg_task where state = {QUEUED}"""
 _TASK_ROW, _ALONE_ROW = _ANY_ROW + " and alone = 0", _ANY_ROW + " and alone <> 0"
@@ -7196,12 +7304,15 @@ class Look:
 
 
 def _standing(connection, worker):
-    """(the worker has its row, when the first task is due that waits for its time,
-    something ready needs a child to itself)."""
+    """(the worker has its row, when the first task is due that waits for its time, when
+    the first expires, something ready needs a child to itself)."""
     return connection.execute(
         f"""select exists (select 1 from bg_worker where id = :worker),
                 (select run_at from bg_task where state < {QUEUED}
                     order by run_at limit 1),
+                (select expires_at from bg_task
+                    where expires_at is not null and state < {RUNNING}
+                    order by expires_at limit 1),
                 exists (select 1 from bg_task where state = {QUEUED} and alone <> 0)""",
         {"worker": worker},
     ).fetchone()
@@ -7236,7 +7347,8 @@ class Claims(Queue):
         ahead = 0 if free else min(order.ahead, 1)
         order = order._replace(free=free, ahead=ahead, beside=min(order.beside, 1))
         try:
-            _, due, has_alone = _standing(connection, order.worker)
+            _, due, expiry, has_alone = _standing(connection, order.worker)
+            due = earliest(due, expiry)
             if due is not None and due <= now:
                 return True, Claimed([], now, order.round)
             look = Look(connection, order, now, has_alone)
@@ -7250,15 +7362,27 @@ class Claims(Queue):
         Stops at the first task that needs a free child when none is left, so that
         those behind it cannot pass it for ever.
         """
-        is_registered, due, has_alone = _standing(connection, order.worker)
+        is_registered, due, expiry, has_alone = _standing(connection, order.worker)
         if not is_registered:
             return Claimed([], None, Round(), is_registered=False)
+        expired: Sequence[Attempt] = ()
+        due = earliest(due, expiry)
         if due is not None and due <= now:
+            if expiry is not None and expiry <= now:
+                expired = cancel_expired(connection, now)
             self._promote(connection, now)
-            _, due, has_alone = _standing(connection, order.worker)
+            _, due, expiry, has_alone = _standing(connection, order.worker)
+            due = earliest(due, expiry)
         look = Look(connection, order, now, has_alone)
         self._take(connection, look, now)
-        return look.seen(due)
+        return look.seen(due)._replace(expired=expired)
+
+    def expire(self, now: int) -> Sequence[Attempt]:
+        rows = self.db.read(OVERDUE, {"now": now, "most": 1})
+        if not rows:
+            return ()
+        with self.db.write(durable=False, patience=0.5) as link:
+            return cancel_expired(link.connection, now)
 
     def _promote(self, connection, now):
         """Make ready what was waiting for its time.
@@ -8227,7 +8351,7 @@ class Endings(Claims):
 
 TASK_COLUMNS = """id, state, queue, name, priority, key, attempt, retries, forgiven,
         timeout, worker, cancel_asked, run_at, created_at, started_at, finished_at,
-        duration, tick, meta"""
+        duration, tick, meta, expires_at"""
 _TASK = f"""
     select {TASK_COLUMNS}
     from bg_task """
@@ -8812,8 +8936,8 @@ class Doing:
         self._by.execute(
             f"""update bg_task set state = {SCHEDULED}, forgiven = attempt,
                     alone = 0, cancel_asked = 0, run_at = :at, counted = 0,
-                    started_at = null, finished_at = null, duration = null,
-                    result = null,
+                    expires_at = null, started_at = null, finished_at = null,
+                    duration = null, result = null,
                     place = (select value from bg_meta where name = 'place')
                 where id = :id""",
             {"id": task_id, "at": self._due(task_id)},
@@ -9987,8 +10111,8 @@ class Register:
                 return []
             rows = self.db.read(
                 f"""select cancel_asked, id, name, queue, attempt - 1, retries,
-                        forgiven, timeout, run_at, tick, null, priority, callbacks,
-                        alone
+                        forgiven, timeout, run_at, tick, null, priority, expires_at,
+                        meta, callbacks, alone
                     from bg_task where state = {RUNNING} and worker = :worker""",
                 {"worker": worker},
             )
@@ -10001,8 +10125,8 @@ class Register:
                 is_over = had_begun and run.is_last
                 state = CANCELLED if cancel_asked else FAILED if is_over else QUEUED
                 self._lose(link.connection, run.id, state, now, int(not had_begun))
-                lost.append(
-                    LostRun(run.id, run.name, run.attempt, state, name, had_begun))
+                lost.append(LostRun(run.id, run.name, run.attempt, state, name,
+                                    had_begun, run.meta))
                 if had_begun:
                     error = {"kind": "lost", "message": f"worker {name} died"}
                     if state == FAILED:
@@ -10301,6 +10425,7 @@ class Entry(NamedTuple):
                                 # args) of each @cron
     is_async: bool              # a call makes a coroutine
     max_running: int            # at a time, over all workers; 0: any number
+    expires: float | None = None    # seconds in which a run must begin
 
 
 def _entry_of(task):
@@ -10310,7 +10435,7 @@ def _entry_of(task):
         task.callbacks,
         tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter, s.alert_after,
                s.args) for s in task.schedules),
-        is_coroutine_function(task.fn), task.max_running or 0,
+        is_coroutine_function(task.fn), task.max_running or 0, task.expires,
     )
 
 
@@ -11195,7 +11320,9 @@ def _address_of(fd):
 # back what the child has not taken: each frame is got by exactly one of the two.
 
 # A frame is this header, the name of the task, and its arguments as they are encoded.
-_FRAME = struct.Struct("!qqddII")   # id attempt timeout tick cell length-of-the-name
+# id attempt timeout tick cell length-of-the-name expires_at
+_FRAME = struct.Struct("!qqddIIq")
+_NEVER = (1 << 63) - 1          # it does not expire
 _NO_TICK = -1.0
 NO_CELL = 0xFFFFFFFF            # of a run whose beginning nobody notes: see Begun
 _FRAME_BYTES = 1 << 16          # the longest; longer arguments are fetched
@@ -11239,6 +11366,7 @@ READY = Kind(b"R", _write_json, json.loads)         # names of tasks: it has the
 BROKEN = Kind(b"B", _write_text, _read_text)        # traceback: it cannot import it
 LACKING = Kind(b"L", _write_text, _read_text)       # … for want of what may come later
 UNKNOWN = Kind(b"U", bytes, bytes)                  # nothing: no task has this name
+EXPIRED = Kind(b"D", bytes, bytes)                  # nothing: it was too late to begin
 SUCCEEDED = Kind(b"S", str.encode, _read_result)    # the encoded result
 ENDED_BADLY = Kind(b"F", _write_json, json.loads)   # the error, as settle() reads it
 PRINTED = Kind(b"O", _write_text, _read_text)       # text
@@ -11249,8 +11377,8 @@ STRAYS = Kind(b"X", _write_json, json.loads)        # whether others write there
 LAGGED = Kind(b"G", _write_json, json.loads)        # [seconds, stack]: see Coroutines
 SPENT = Kind(b"E", _write_text, _read_text)         # why it should be replaced
 _KINDS = {kind.code: kind for kind in (
-    READY, BROKEN, LACKING, UNKNOWN, SUCCEEDED, ENDED_BADLY, PRINTED, SKIPPED,
-    PROGRESSED, WRITTEN, STRAYS, LAGGED, SPENT,
+    READY, BROKEN, LACKING, UNKNOWN, EXPIRED, SUCCEEDED, ENDED_BADLY, PRINTED,
+    SKIPPED, PROGRESSED, WRITTEN, STRAYS, LAGGED, SPENT,
 )}
 
 
@@ -11258,16 +11386,18 @@ def write_frame(run: Run, cell: int = NO_CELL) -> bytes:
     """The bytes that make a child run this; a limit of 0 is none."""
     tick = _NO_TICK if run.tick is None else run.tick
     head = _FRAME.pack(
-        run.id, run.attempt, run.timeout or 0, tick, cell, len(run.name))
+        run.id, run.attempt, run.timeout or 0, tick, cell, len(run.name),
+        _NEVER if run.expires_at is None else min(max(run.expires_at, 0), _NEVER))
     return head + f"{run.name}{run.args or ''}".encode()
 
 
 def read_frame(frame: bytes) -> tuple:
-    """(id, attempt, timeout, tick or None, cell, name, text of the arguments)."""
-    run_id, attempt, timeout, tick, cell, size = _FRAME.unpack_from(frame)
+    """(id, attempt, timeout, tick or None, cell, name, text of the arguments, unix ms
+    from which on it does not begin)."""
+    run_id, attempt, timeout, tick, cell, size, expires_at = _FRAME.unpack_from(frame)
     text = frame[_FRAME.size:].decode()
     return (run_id, attempt, timeout, None if tick == _NO_TICK else tick, cell,
-            text[:size], text[size:])
+            text[:size], text[size:], expires_at)
 
 
 def write_message(kind: Kind, value: Any, of: tuple[int, int] = (0, 0),
@@ -12467,12 +12597,14 @@ class Running:
 
     __slots__ = ("of", "task", "text", "timeout", "current", "chars", "raised",
                  "started_at", "start",
+                 "refusal",     # the answer of one that is not to begin
                  "cpu")     # seconds of it, once it has failed, if that is known
 
     def __init__(self, frame: bytes, app: App, report: Callable, mark: Callable):
-        run_id, attempt, timeout, tick, cell, name, self.text = read_frame(frame)
+        run_id, attempt, timeout, tick, cell, name, self.text, expires_at = \
+            read_frame(frame)
         self.of = run_id, attempt
-        self.task = app.registered.get(name)
+        self.task: Any = app.registered.get(name)
         self.timeout = timeout          # seconds; 0: none
         self.chars = 0                  # that it has printed
         self.raised: BaseException | None = None    # that we have put into it
@@ -12483,7 +12615,9 @@ class Running:
             tick = datetime.fromtimestamp(tick, timezone.utc)
         self.current = CurrentTask(run_id, name, attempt, due, tick, report, app)
         in_flight[self.current] = self
-        if self.task is not None:
+        self.refusal: Kind | None = UNKNOWN if self.task is None else \
+            EXPIRED if expires_at <= self.started_at else None
+        if self.refusal is None:
             mark(cell, run_id, attempt)
 
 
@@ -12524,9 +12658,8 @@ class Runs:
             running.set(run.current)
         value: Any = b""
         try:
-            if run.task is None:
-                kind = UNKNOWN
-            else:
+            kind = run.refusal
+            if kind is None:
                 args, kwargs = decode(run.text or self.app.store.args(run.of[0]))
                 kind, value = SUCCEEDED, self.encoded(call(run, args, kwargs))
         except BaseException as exc:
@@ -13151,8 +13284,8 @@ class Carried:
         run, self.has_begun = self.run, True
         try:
             try:
-                if run.task is None:
-                    return UNKNOWN, b""
+                if run.refusal is not None:
+                    return run.refusal, b""
                 self.is_open = True
                 if run.raised is not None or self.fate is not None:
                     raise asyncio.CancelledError
@@ -15088,7 +15221,8 @@ class Ended(NamedTuple):
     """How a run ended, as far as the pool knows."""
 
     run: Run
-    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown: not run
+    kind: str   # success, exception, timeout, crash, abort, cancelled; unknown and
+                # expired: not run
     result: str | None = None
     error: dict | None = None       # also retryable, countdown; crash: exit data
     output: str = ""
@@ -15156,9 +15290,9 @@ def _understand(member, said, message, at):
     elif kind is PROGRESSED:
         percent, text = value
         said.progress[run.id] = run, to_json([percent, text])
-    elif kind is UNKNOWN:
+    elif kind in (UNKNOWN, EXPIRED):
         member.end(slot, at)
-        said.ended.append(Ended(run, "unknown"))
+        said.ended.append(Ended(run, "unknown" if kind is UNKNOWN else "expired"))
     else:
         error = _checked_error(value)
         said.ended.append(
@@ -16321,6 +16455,7 @@ class Pool(Dispatch):
         name = end.run.name
         if end.kind == "unknown":
             self.crew.unknown.add(name)
+        if end.kind in ("unknown", "expired"):
             return
         is_coroutine = name in self._kinds.is_async
         if not is_coroutine:        # nothing waits for one of those
@@ -17044,7 +17179,7 @@ class Event(NamedTuple):
 
 
 # Each but log_dropped, and output that is no child's, has `worker`; those of a run
-# have task_id, name and attempt as well.
+# have task_id, name and attempt as well, and the meta of options(meta=), if any.
 EVENTS = {
     "worker_start": Event(
         "pid db concurrency threads coroutines queues durability tasks schedules",
@@ -17084,6 +17219,8 @@ EVENTS = {
     "task_failure": Event(
         "duration kind error traceback", "the run failed, and the task for good"),
     "task_cancelled": Event("duration", "the run was cancelled"),
+    "task_expired": Event(
+        "expires_at", "the task had not begun by then, and is cancelled"),
     "task_timeout": Event(
         "duration timeout stack", "the run reached its time limit; its end follows"),
     "task_crash": Event(
@@ -17133,7 +17270,7 @@ class Journal:
     def __init__(self, log: Log, worker: str):
         self.log, self.worker = log, worker
         self._limited: dict[str, int] = {}      # names that wait for their rate
-        self._about: dict[Run, str] = {}        # what each line of a run says
+        self._about: dict[Attempt, str] = {}    # what each line of a run says
         self._names: dict[str, str] = {}        # … and of its name
         # The text that comes before the numbers, and the end.
         self._id, self._attempt = log.part({"task_id": 0, "attempt": 0}).split("0")[:2]
@@ -17199,7 +17336,7 @@ class Journal:
             tasks=[f"{run.id} {run.name}" for run in running],
         )
 
-    def run(self, event: str, run: Run | None, /, **fields: Any) -> None:
+    def run(self, event: str, run: Attempt | None, /, **fields: Any) -> None:
         """An event of a run; None: of no run in particular."""
         if run is None:
             self.say(event, **fields)
@@ -17212,7 +17349,8 @@ class Journal:
                 self._about.clear()
             name = self._names.get(run.name) or self._name_part(run.name)
             about = self._about[run] = \
-                f"{self._id}{run.id}{name}{self._attempt}{run.attempt}{self._us}"
+                f"{self._id}{run.id}{name}{self._attempt}{run.attempt}{self._us}" \
+                f"{self.log.part(_meta_field(run)) if run.meta else ''}"
         self.log.line(event, about + self.log.part(fields) if fields else about)
         if self._listeners:
             self._tell(event, {**self._fields_of(run), **fields})
@@ -17224,7 +17362,7 @@ class Journal:
 
     def _fields_of(self, run):
         return {"task_id": run.id, "name": run.name, "attempt": run.attempt,
-                "worker": self.worker}
+                "worker": self.worker, **_meta_field(run)}
 
     def death(self, end: Ended) -> None:
         """What a crash or a time limit left behind; its outcome comes after."""
@@ -17261,6 +17399,12 @@ class Journal:
         if kind:
             self.run("callback_error", run, callback=kind, error=about["error"])
 
+    def expired(self, tasks: Sequence[Attempt]) -> None:
+        """Tasks that had not begun in time; `attempt` is that of their last run."""
+        for task in tasks:
+            self.run("task_expired", task, expires_at=iso_time(task.expires_at))
+            self._about.pop(task, None)
+
     def limited(self, limited: dict, now: int) -> None:
         """Names that begin to wait for their rate, each until a time.
 
@@ -17282,16 +17426,22 @@ class Journal:
 
     def lost(self, lost: LostRun) -> None:
         """A run whose worker died."""
-        about, state = {"task_id": lost.id, "name": lost.name}, state_name(lost.state)
-        self._write("task_lost", {**about, "attempt": lost.attempt,
-                                  "worker": lost.worker, "state": state})
+        about: dict[str, Any] = {"task_id": lost.id, "name": lost.name}
+        state = state_name(lost.state)
+        about.update(attempt=lost.attempt, **_meta_field(lost))
+        self._write("task_lost", {**about, "worker": lost.worker, "state": state})
         if lost.state != FAILED:
             return
         error, kind = {"error": "lost: its worker died"}, callback_kind(lost.name)
-        self._write("task_failure", {**about, "attempt": lost.attempt, "kind": "lost",
-                                     **error})
+        self._write("task_failure", {**about, "kind": "lost", **error})
         if kind:
             self._write("callback_error", {**about, "callback": kind, **error})
+
+
+def _meta_field(of):
+    """What options(meta=) gave a task, in all lines about it; mostly nothing."""
+    meta = meta_of(of.meta)
+    return {"meta": meta} if meta else {}
 
 
 def _rounded(seconds):
@@ -17442,7 +17592,8 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float,
     """Decide what follows a run: the one place where that is decided.
 
     success → success · cancelled → cancelled · abort → failed · anything else is
-    retried while it may be and retries are left, and fails after that.
+    retried while it may be, retries are left, and the next run would begin before it
+    expires, and fails after that.
     """
     run, error = ended.run, ended.error
     started_at = ended.started_at
@@ -17465,6 +17616,9 @@ def settle(ended: Ended, policy: RetryPolicy, now: int, chance: float,
     if delay is None:
         delay = retry_delay(policy, run.used, chance)
     run_at = min(now + to_ms(max(0.0, delay)), LATEST_MS)
+    if run.expires_at is not None and run_at >= run.expires_at:
+        outcome = outcome._replace(error={**(outcome.error or {}), "final": "expired"})
+        return _followed(outcome, now, worker)
     # The delay is counted from the end of the run by this very clock, so that
     # shorten_waits() knows it when the clock was set during the run.
     began = now - to_ms(ended.duration or 0.0)
@@ -17559,6 +17713,9 @@ class Outbox:
                 self.returned.append(end.run)
                 self._journal.run("unknown_task", end.run)
                 continue
+            if end.kind == "expired":       # in a pipe: as if nobody had claimed it
+                self.returned.append(end.run)
+                continue
             task = self._tasks.get(end.run.name)
             policy = task.policy if task else RetryPolicy()
             self.outcomes.append(
@@ -17595,6 +17752,7 @@ class Outbox:
         for outcome in turned.written:
             self._journal.outcome(outcome)
         self._journal.unheard(turned.unheard, now)
+        self._journal.expired(turned.claimed.expired if turned.claimed else ())
         self.clear()
         return turned
 
@@ -18048,6 +18206,7 @@ _BUSY_SILENCE = 5.0         # … of "locked" before it is worth a log line
 _PRUNE_SECONDS = 60.0       # between two rounds of passes
 _UNSERVED_SECONDS = 3.0     # between two looks for what nobody takes
 _REAP_SECONDS = 0.5         # between two looks for dead workers
+_EXPIRE_SECONDS = 1.0       # between two looks for what expires while all are busy
 _REAP_PAUSE = 0.05          # … while there are more than one look is about
 
 
@@ -18159,6 +18318,7 @@ class Household:
             Chore(_REAP_SECONDS, self._reap),
             Chore(1.0, self._look_after_children),
             Chore(1.0, self._note_runs),
+            Chore(_EXPIRE_SECONDS, self._expire),
             Chore(_UNSERVED_SECONDS, self._say_unserved),
             Chore(1.0, lambda now: store.housekeep()),
             Chore(0.0, self.mind_clock),        # a turn may last as long as the leap
@@ -18243,6 +18403,12 @@ class Household:
 
     def _note_runs(self, now):
         self.signs.note_runs(self._liveness.id, now, time.monotonic())
+
+    def _expire(self, now):
+        """End what expires while there is no room to claim: else a claim does that."""
+        expired = () if self._lookout.has_room else self._store.expire(now)
+        self._journal.expired(expired)
+        return 0.0 if expired else None
 
     def _prune(self, now):
         """Delete what is old, add up history; by a clock that is looked at first."""
@@ -19620,6 +19786,7 @@ def _step_of(row, plan, task, schedule, now):
             task.name, task.queue, task.priority, key, task.policy.retries,
             task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
             counted=True,
+            expires_at=task.expires and run_at + to_ms(task.expires),
         )._replace(**schedule.options))
     return ScheduleStep(row, new, runs)
 
@@ -19711,7 +19878,8 @@ def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict
         "retries": row.retries, "worker": row.worker,
         "worker_name": (workers or {}).get(row.worker), "timeout": row.timeout,
         "created_at": stamp(row.created_at), "run_at": stamp(row.run_at),
-        "started_at": stamp(row.started_at), "finished_at": stamp(row.finished_at),
+        "expires_at": stamp(row.expires_at), "started_at": stamp(row.started_at),
+        "finished_at": stamp(row.finished_at),
         "duration": row.duration, "waited": waited,
         "scheduled_for": stamp(row.tick and row.tick * 1000),
         "error": str(TaskError(error)) if error else None,
@@ -21086,9 +21254,14 @@ REASONS = {
     "failed_abort": "it failed by `Abort`, which is not retried",
     "failed_class": "it failed by an exception that `retry_for` does not cover",
     "failed_used_up": "it failed, and no retries are left",
+    "failed_expired": "it failed, and its next run would not have begun before it "
+                      "expires",
     "failed": "it failed, and what its last run left does not say why it was not "
               "retried",
     "cancelled": "it was cancelled",
+    "expired": "it had not begun in time: it was cancelled, or will be as soon as a "
+               "worker looks",
+    "expires": "also: it is cancelled if it has not begun by then",
     "key_held": "also: it cannot be retried while another task holds its key",
     "worker_dead": "it was running, but its worker is dead or gone",
     "worker_silent": "it was running, but its worker is not heard of",
@@ -21218,6 +21391,10 @@ def _failed_why(story):
     if final == "retry_for":
         return Found("failed_class", f"{say}run {task.attempt} {end}, which retry_for"
                      f"{_classes(error.get('retry_for'))} does not cover.")
+    if final == "expired":
+        by = f" at {story.clock.at(at)}" if (at := whole(task.expires_at)) else ""
+        return Found("failed_expired", f"{say}run {task.attempt} {end}, and its next "
+                     f"one would have come too late: it expires{by}.")
     if final == "used_up" or story.used > task.retries:
         return Found("failed_used_up", say + _used_up(story, end))
     return Found("failed", f"{say}run {task.attempt} {end}.")
@@ -21246,11 +21423,21 @@ def _used_up(story, end):
 
 def _cancelled(story):
     task, act = story.task, story.facts.act
+    if (story.facts.error or {}).get("kind") == "expired":
+        return _expired(story)
     say = f"It was cancelled{_ended_at(story, story.clock)}"
     say += f", by {_who(act)}" if act else ""
     if not task.attempt:
         say += ", before it had begun"
     return Found("cancelled", say + ".")
+
+
+def _expired(story):
+    task, clock = story.task, story.clock
+    by = whole(task.expires_at) or whole(task.finished_at, 0)
+    which = f"run {task.attempt + 1}" if task.attempt else "it"
+    return Found("expired", f"It expired at {clock.at(by)}, {clock.ago(by)}, before "
+                 f"{which} had begun, and was cancelled.")
 
 
 ENDS = {SUCCESS: _succeeded, FAILED: _failed_why, CANCELLED: _cancelled}
@@ -21367,12 +21554,25 @@ _STARVED_AFTER = 300.0      # … and for which one waits before it is called st
 
 
 def _waiting(story):
-    task = story.task
+    task, expiry = story.task, [*_expiry(story)]
+    if expiry and expiry[0].code == "expired":
+        return [*expiry, *_lasting_blockers(story)]
     if task.state != QUEUED and task.run_at > story.now:
         later = _retry_later if task.state == RETRYING else _due_later
-        return [later(story), *_lasting_blockers(story)]
+        return [later(story), *_lasting_blockers(story), *expiry]
     found = [*_lasting_blockers(story), *_passing_blockers(story)]
-    return found or [_ahead(story)]
+    return [*(found or [_ahead(story)]), *expiry]
+
+
+def _expiry(story):
+    at, clock = whole(story.task.expires_at), story.clock
+    if at and at <= story.now:
+        yield Found("expired", f"It expired at {clock.at(at)}, {clock.ago(at)}: the "
+                    "next worker that looks cancels it.")
+    elif at:
+        left = lasting((at - story.now) / 1000)
+        yield Found("expires", "It is cancelled if it has not begun by "
+                    f"{clock.at(at)}, in {left}.", at)
 
 
 def _until(story):
@@ -21645,7 +21845,8 @@ def _numbers(story):
     found.update(
         name=task.name, queue=task.queue, priority=task.priority, attempt=task.attempt,
         forgiven=task.forgiven, retries=task.retries, timeout=task.timeout,
-        run_at=iso_time(whole(task.run_at, 0)), worker=task.worker)
+        run_at=iso_time(whole(task.run_at, 0)), worker=task.worker,
+        expires_at=stamp(whole(task.expires_at)))
     if task.state in WAITING:
         found.update(
             ahead=sum(group.tasks for group in facts.ahead), is_more=facts.is_more,

@@ -223,7 +223,7 @@ class RealWorker:
     """`pybgworker.py run` in another process, and the events it has logged."""
 
     FIELDS_OF_ALL = {"timestamp", "event", "worker"}
-    FIELDS = {*FIELDS_OF_ALL, "task_id", "name", "attempt"}     # of those of a run
+    FIELDS = {*FIELDS_OF_ALL, "task_id", "name", "attempt", "meta"}     # … of a run
 
     def __init__(self, case, app, flags, environment, before=None):
         self.events = []
@@ -3501,7 +3501,7 @@ class MetaCosts(QueueCase):
         self.assertEqual(
             len(self.traced(lambda: self.store.enqueue(with_meta, ["[[],{}]"]))), len(plain))
         claimed = self.traced(lambda: self.claim())
-        self.assertFalse([each for each in claimed if re.search(r"\bmeta\b", each)])
+        self.assertEqual(len(claimed), 6)       # pragma, begin, stands, rows, mark, commit
         run = self.claimed.runs[0]
         ended = self.traced(lambda: self.finish(run, result="1"))
         self.assertFalse([each for each in ended if re.search(r"\bmeta\b", each)])
@@ -5930,6 +5930,338 @@ class Enqueueing(QueueCase):
             run = Run(1, "t", "q", before, retries, forgiven, None, 0, None, "", 5)
             with self.subTest(before=before, retries=retries, forgiven=forgiven):
                 self.assertEqual(run.is_last, is_last)
+
+
+# == Expiry ===================================================================
+
+
+class Expiring(QueueCase):
+
+    def expiring(self, ms, **options):
+        """Tasks that expire in so many ms from now."""
+        count, at = options.pop("count", 1), options.pop("at", self.now)
+        state = pybgworker.SCHEDULED if at > self.now else pybgworker.QUEUED
+        task = NewTask("t", options.pop("queue", "default"), 5, None, 3, None, state, at,
+                       self.now, expires_at=self.now + ms)._replace(**options)
+        return self.store.enqueue(task, ["[[],{}]"] * count)
+
+    def test_what_has_not_begun_by_then_is_cancelled_and_never_runs(self):
+        mine, = self.expiring(1000, key="k")
+        self.now += 999
+        self.assertEqual(self.store.peek(self.order(free=0), self.now)[1].next_at,
+                         self.now + 1)
+        self.now += 1                   # nothing begins from this moment on
+        self.assertTrue(self.store.peek(self.order(), self.now)[0])
+        self.assertEqual(self.claim(), [])
+        gone, = self.claimed.expired
+        self.assertEqual((gone.id, gone.name, gone.attempt, gone.expires_at),
+                         (mine, "t", 0, self.now))
+        row = self.store.task(mine)
+        self.assertEqual((row.status, row.finished_at, row.attempt, row.expires_at),
+                         ("cancelled", self.now, 0, self.now))
+        self.assertEqual(self.store.error(mine), {
+            "kind": "expired", "message":
+            f"it had not begun by {pybgworker.iso_time(self.now)}"})
+        self.assertNotEqual(self.enqueue(key="k"), mine, "its key is free")
+        self.assertEqual((self.claim() and self.claimed.expired), ())
+
+    def test_what_begins_in_time_goes_on_after_it(self):
+        mine, = self.expiring(1000)
+        self.now += 999
+        run, = self.claim()
+        self.now += 10_000
+        self.claim()
+        self.assertEqual(self.status(mine), "running")
+        self.finish(run, result="1")
+        self.assertEqual(self.status(mine), "success")
+
+    def test_it_ends_whatever_it_waits_for(self):
+        """Its time, a worker that serves or knows it, a paused queue, a child alone."""
+        ids = [*self.expiring(5000, at=self.now + 9000), *self.expiring(5000, queue="p"),
+               *self.expiring(5000, queue="nobody"), *self.expiring(5000, name="unknown"),
+               *self.expiring(5000)]
+        self.sql("update bg_task set alone = 1 where id = ?", ids[-1])
+        self.store.pause("p", self.now)
+        self.assertEqual(self.claim(queues=("x",)), [])
+        self.assertEqual(self.claimed.next_at, self.now + 5000)
+        self.now += 5000
+        self.claim(queues=("x",))
+        self.assertEqual(sorted(task.id for task in self.claimed.expired), ids)
+        self.assertEqual({self.status(n) for n in ids}, {"cancelled"})
+
+    def test_a_crowd_ends_in_batches_and_what_is_over_one_is_not_claimed(self):
+        ids = self.expiring(1000, count=1200)
+        alone, = self.expiring(1000)
+        self.sql("update bg_task set alone = 1 where id = ?", alone)
+        other = self.enqueue("u", priority=9)
+        self.now += 1000
+        ended, runs = [], []
+        for _ in range(3):
+            runs += self.claim(alone=3)
+            ended += [task.id for task in self.claimed.expired]
+            if len(ended) < len(ids) + 1:
+                self.assertLessEqual(self.claimed.next_at, self.now, "there is more")
+        self.assertEqual(sorted(ended), [*ids, alone])
+        self.assertEqual([run.id for run in runs], [other])
+        self.assertIsNone(self.claimed.next_at)
+
+    def test_a_run_that_was_given_back_too_late_expires_in_the_same_turn(self):
+        mine, = self.expiring(1000)
+        run, = self.claim(ahead=3)
+        self.now += 1000
+        turned = self.turn(unbegun=[run], order=self.order())
+        self.assertEqual([(t.id, t.attempt) for t in turned.claimed.expired], [(mine, 0)])
+        self.assertEqual(self.status(mine), "cancelled")
+
+    def test_a_retry_that_waits_expires_and_what_its_runs_left_stays(self):
+        mine, = self.expiring(1000)
+        run, = self.claim()
+        self.assertEqual(run.expires_at, self.now + 1000)
+        self.finish(run, pybgworker.RETRYING, run_at=self.now + 500, duration=0.1,
+                    error={"kind": "exception", "type": "E", "message": "m"})
+        self.now += 1000
+        self.claim()
+        self.assertEqual([task.attempt for task in self.claimed.expired], [1])
+        self.assertEqual(self.store.error(mine)["kind"], "expired")
+        record, = self.store.attempts(mine)
+        self.assertEqual((record["outcome"], record["type"]), ("retried", "E"))
+
+    def test_who_has_no_room_to_claim_can_end_them_too(self):
+        mine, = self.expiring(1000)
+        self.assertEqual(self.store.expire(self.now), ())
+        self.now += 1000
+        self.assertEqual([task.id for task in self.store.expire(self.now)], [mine])
+        self.assertEqual(self.store.expire(self.now), ())
+        self.assertEqual(self.status(mine), "cancelled")
+
+    def test_an_explicit_retry_runs_it_after_all(self):
+        mine, = self.expiring(1000)
+        self.now += 1000
+        self.claim()
+        self.store.retry(mine, self.now)
+        self.assertIsNone(self.store.task(mine).expires_at)
+        self.assertIsNone(self.store.error(mine))
+        self.now += 10**9
+        self.assertEqual([run.id for run in self.claim()], [mine])
+
+    def test_it_is_no_run_in_history_and_goes_by_the_clock_that_is_passed(self):
+        self.expiring(1000)
+        self.now -= 10**12              # the machine's clock says something else
+        self.assertEqual(len(self.claim()), 1)
+        self.turn(unbegun=self.claimed.runs)
+        self.now += 10**12 + 1000
+        self.turn(history=pybgworker.RunCounts(), order=self.order())
+        self.assertEqual(self.store.totals(), [])
+
+    def test_others_pay_a_seek_into_an_empty_index(self):
+        self.enqueue(count=100)
+        few = self.steps(lambda: self.claim(free=1))
+        self.expiring(1000, count=5000)
+        self.now += 2000
+        while self.claim(free=1) and self.claimed.expired:
+            pass
+        self.assertLess(self.steps(lambda: self.claim(free=1)), few + 20)
+        plan = self.sql("explain query plan select expires_at from bg_task where "
+                        "expires_at is not null and state < 3 order by expires_at limit 1")
+        self.assertIn("INDEX bg_expiring", plan[0][-1])
+
+    def test_it_costs_an_enqueue_no_statement_and_a_claim_no_page(self):
+        task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
+        self.store.enqueue(task, ["[[],{}]"])
+        later = task._replace(expires_at=self.now + 9)
+        plain, with_it = (len(self.traced(lambda: self.store.enqueue(t, ["[[],{}]"])))
+                          for t in (task, later))
+        self.assertEqual(plain, with_it)
+
+
+class ExpiryOfCalls(Case):
+    """What `expires=` may be, and what callers see of it."""
+
+    def expires_at(self, *options, **call):
+        task = self.app.task(lambda: None, name="t", **dict(*options))
+        with mock.patch.object(type(self.store), "now", lambda _: self.now):
+            result = task.options(**call).delay()
+        self.app.registered.clear()
+        return self.store.task(result.id).expires_at
+
+    def test_seconds_texts_spans_and_datetimes(self):
+        later = dt.datetime.fromtimestamp(self.now / 1000 + 90)     # naive: local
+        for given, ms in (
+            (30, 30_000), (0.5, 500), ("5m", 300_000), (dt.timedelta(hours=1), 3_600_000),
+            (later, 90_000), (later.astimezone(dt.timezone.utc), 90_000), (0, 0),
+            (-5, -5000), (dt.datetime(1970, 1, 1, 12, tzinfo=dt.timezone.utc),
+                          43_200_000 - self.now),
+        ):
+            with self.subTest(given):
+                self.assertEqual(self.expires_at(expires=given), self.now + ms)
+        self.assertIsNone(self.expires_at())
+
+    def test_that_of_the_call_goes_before_that_of_the_task(self):
+        self.assertEqual(self.expires_at({"expires": "1h"}), self.now + 3_600_000)
+        self.assertEqual(self.expires_at({"expires": 60}, expires=5), self.now + 5000)
+        self.assertEqual(self.expires_at({"expires": 60}, countdown=59), self.now + 60_000)
+
+    def test_every_way_to_enqueue_takes_it(self):
+        task, find = self.app.task(lambda: None, name="t"), self.store.task
+        ids = [task.apply_async(expires=60).id, self.app.send("t", expires=60).id,
+               self.app.send("unknown", expires="1m").id,
+               *(r.id for r in task.options(expires=60).delay_many([(), ()]))]
+        with contextlib.closing(sqlite3.connect(self.db)) as conn:
+            ids.append(task.options(expires=60, conn=conn).delay().id)
+            conn.commit()
+        for row in map(find, ids):
+            self.assertEqual(row.expires_at, row.created_at + 60_000)
+
+    def test_what_cannot_be_is_refused(self):
+        for given in ("soon", "5 minutes", True, [], "", math.nan, 10**10, {},
+                      dt.date(2026, 1, 1), dt.datetime(1, 1, 1)):
+            with self.subTest(given), self.assertRaisesRegex(
+                    pybgworker.OptionError, "expires="):
+                self.expires_at(expires=given)
+        for given in (0, -1, "soon", True, dt.datetime.now(), "0"):
+            with self.subTest(given), self.assertRaisesRegex(
+                    pybgworker.OptionError, "expires="):
+                self.expires_at({"expires": given})
+        for wait in (60, 90):
+            with self.assertRaisesRegex(pybgworker.OptionError, "never run.*not from"):
+                self.expires_at({"expires": 60}, countdown=wait)
+
+    def test_callers_are_told_that_it_was_too_late(self):
+        result = self.app.task(lambda: None, name="t").options(expires=-1).delay()
+        cancelled = self.app.task(lambda: None, name="u").delay()
+        cancelled.cancel()
+        self.assertEqual(result.status, "queued")
+        self.store.expire(pybgworker.now_ms())
+        self.assertEqual((result.status, result.error.kind), ("cancelled", "expired"))
+        self.assertTrue(result.cancelled() and result.ready())
+        self.assertRegex(result.error, r"\Aexpired: it had not begun by 2")
+
+        async def wait():
+            await result
+
+        for get in (result.get, lambda: pybgworker.run_coroutine(wait())):
+            with self.assertRaisesRegex(pybgworker.TaskCancelled, "cancelled: expired"
+                                        ) as caught:
+                get()
+            self.assertTrue(copy.copy(caught.exception).expired)
+        with self.assertRaises(pybgworker.TaskCancelled) as caught:
+            cancelled.get()
+        self.assertFalse(caught.exception.expired)
+        result.retry()
+        self.assertEqual(result.status, "queued")
+        self.assertIsNone(result.error)
+
+    def test_reports_show_when(self):
+        result = self.app.task(lambda: None, name="t").options(expires="1h").delay()
+        at = pybgworker.iso_time(self.store.task(result.id).expires_at)
+        listed, = json.loads(self.cli("list", "--json").stdout)
+        shown = json.loads(self.cli("show", result.id, "--json").stdout)
+        self.assertEqual((listed["expires_at"], shown["expires_at"]), (at, at))
+        self.assertRegex(self.cli("show", result.id).stdout, r"(?m)^expires_at +2")
+        row, = self.sql("select expires_at from v_tasks")
+        self.assertEqual(row, (at,))
+
+
+class ExpiryAtWork(Served):
+    """By real workers."""
+
+    TASKS = """
+        @task(retries=0)
+        def hold(name="go"):
+            open("held", "a").close()
+            while not os.path.exists(name):
+                time.sleep(0.002)
+
+        @task(expires=60, retries=5, retry_delay=100, on_failure=print)
+        def fail():
+            raise KeyError("x")
+
+        @task
+        def mark(n):
+            with open("ran", "a") as f:
+                f.write(f"{n}\\n")
+
+        @task
+        async def mark_beside(n):
+            mark(n)
+
+        @task(expires=30, name="ticking")
+        @cron("* * * * *", jitter=50)
+        def ticking(): pass
+    """.replace("@task(retries=0)", "import os, time\n\n        @task(retries=0)", 1)
+
+    def test_a_task_is_cancelled_at_its_time_without_a_poll(self):
+        """Also in a queue that is paused, or that nobody serves."""
+        self.worker("--concurrency", 1, "--queues", "default,p",
+                    before=lambda: setattr(pybgworker, "_POLL_SECONDS", 60.0)
+                    ).wait_for("worker_ready")
+        self.store.pause("p", pybgworker.now_ms())
+        results = [self.tasks.mark.options(expires=1, queue=queue).delay(queue)
+                   for queue in ("p", "nobody")]
+        results.append(self.tasks.mark.options(expires=1, countdown=0.5, queue="p"
+                                               ).delay("later"))
+        began = time.monotonic()
+        for result in results:
+            with self.assertRaises(pybgworker.TaskCancelled) as caught:
+                result.get(timeout=30)
+            self.assertTrue(caught.exception.expired)
+            row = self.store.task(result.id)
+            self.assertGreaterEqual(row.finished_at, row.expires_at)
+        self.assertLess(time.monotonic() - began, 20, "it was a poll")
+
+    def test_the_log_says_so_with_meta_and_a_busy_worker_ends_it_too(self):
+        worker = self.worker("--concurrency", 1)
+        self.tasks.hold.delay()
+        self.wait_lines("held", 0)
+        until((self.folder / "held").exists)
+        late = self.tasks.mark.options(expires=0.3, meta={"trace": "a"}).delay("late")
+        with self.assertRaises(pybgworker.TaskCancelled):
+            late.get(timeout=30)
+        said = worker.wait_for("task_expired", task_id=late.id, name="tasks.mark",
+                               attempt=0, meta={"trace": "a"})
+        self.assertEqual(said["expires_at"],
+                         pybgworker.iso_time(self.store.task(late.id).expires_at))
+        (self.folder / "go").touch()
+        told = self.tasks.mark.options(meta={"trace": "b"}).delay("in time")
+        self.get(told)
+        for event in ("task_start", "task_success"):
+            self.assertEqual(worker.wait_for(event, task_id=told.id)["meta"], {"trace": "b"})
+        self.assertEqual(self.lines("ran"), ["in time"])
+
+    def test_what_waits_in_a_pipe_does_not_begin_after_its_time(self):
+        child = OneChild(self, self.TASKS, threads=2, coroutines=2)
+        for is_beside in (False, True):
+            name = "inside.mark_beside" if is_beside else "inside.mark"
+            for ms, kind in ((-1, pybgworker.EXPIRED), (60_000, pybgworker.SUCCEEDED)):
+                run = Run(77, name, "q", 0, 3, 0, None, 0, None, f"[[{ms}],{{}}]", 5,
+                          pybgworker.now_ms() + ms)
+                child.heard.clear()
+                (child.wire.send_beside if is_beside else child.wire.send)(run)
+                until(lambda kind=kind: child.said(kind, 77), what=f"{kind}")
+        self.assertEqual(self.lines("ran"), ["60000", "60000"])
+
+    def test_a_retry_that_would_come_too_late_is_not_waited_for(self):
+        self.worker("--concurrency", 1)
+        result = self.tasks.fail.delay()
+        with self.assertRaises(pybgworker.TaskFailed) as caught:
+            result.get(timeout=60)
+        self.assertEqual(caught.exception.error.type, "KeyError")
+        self.assertEqual(self.store.error(result.id)["final"], "expired")
+        self.assertEqual(self.store.attempts(result.id)[-1]["outcome"], "failed")
+        until(lambda: self.sql("select 1 from bg_task where name = 'tasks.fail:on_failure'"))
+
+    def test_a_tick_expires_as_of_its_own_time(self):
+        pybgworker.default_app.store.create()
+        entries = pybgworker.Registry.of(pybgworker.default_app, "tasks")
+        entries = pybgworker.Registry.read(json.loads(json.dumps(entries.catalog())))
+        clock = self.now // 60_000 * 60_000
+        scheduler = pybgworker.Scheduler(entries.tasks, self.store, lambda *a, **k: None)
+        scheduler.register(clock)
+        scheduler.fire(clock + 60_001)
+        (run_at, expires_at), = self.sql(
+            "select run_at, expires_at from bg_task where name = 'ticking'")
+        self.assertGreaterEqual(run_at, clock + 60_001)
+        self.assertEqual(expires_at, run_at + 30_000)
 
 
 # == Claiming =================================================================
@@ -8990,7 +9322,8 @@ class Wires(unittest.TestCase):
             run = Run((1 << 63) - 1, name, "q", 2, 3, 0, timeout, 0, tick, args, 5)
             self.assertEqual(
                 pybgworker.read_frame(pybgworker.write_frame(run)),
-                (run.id, 3, timeout or 0, tick, pybgworker.NO_CELL, name, args or ""))
+                (run.id, 3, timeout or 0, tick, pybgworker.NO_CELL, name, args or "",
+                 (1 << 63) - 1))
             self.assertEqual(
                 pybgworker.read_frame(pybgworker.write_frame(run, 70_000))[4:6],
                 (70_000, name))
@@ -16294,6 +16627,38 @@ class Workers(Served):
                 self.assertEqual({r.attempt for r in results}, {1})
                 os.remove("steps")
 
+    def test_what_expires_in_a_pipe_is_cancelled_as_if_nobody_had_claimed_it(self):
+        worker, kinds, settle = self.started(), [], pybgworker.Outbox.settle
+
+        def spy(box, ended, now):
+            kinds.extend(end.kind for end in ended)
+            settle(box, ended, now)
+
+        self.turn_until(worker, lambda: worker.is_ready)
+        for name in ("tasks.hold", "tasks.once"):
+            worker.pool.durations.learn(name, 0.0001)
+        with mock.patch.object(pybgworker.Outbox, "settle", spy):
+            self.tasks.hold.delay()
+            self.turn_until(worker, lambda: self.lines("held"))
+            late = self.tasks.once.options(expires=0.1, retries=1).delay("late")
+            worker.step(pybgworker.now_ms())
+            self.assertEqual(len(self.busy_one(worker).waiting), 2)
+            expires_at = self.store.task(late.id).expires_at
+            until(lambda: pybgworker.now_ms() > expires_at)     # nobody recalls it
+            Path("go").touch()
+            heard = self.busy_one(worker).wire.messages
+            until(lambda: select.select([heard], [], [], 0)[0])
+            until(lambda: self.busy_one(worker).wire.recall() == set())
+            self.turn_until(worker, late.ready)
+        self.assertIn("expired", kinds)
+        self.assertEqual((late.status, late.attempt, late.error.kind),
+                         ("cancelled", 0, "expired"))
+        self.assertEqual(self.lines("ran"), [])
+        self.assertEqual(worker.pool.crew.unknown, set())
+
+    def busy_one(self, worker):
+        return next(m for m in worker.pool.members if m.waiting)
+
     def test_what_no_child_can_take_is_handed_back_without_a_poll(self):
         """Behind a head that hangs, which was short so far."""
         worker = self.started()
@@ -19875,6 +20240,39 @@ class Why(WhyCase):
         self.assertRegex(pybgworker.reason_text(found), r"\AQueue mail .*\nAlso: No live ")
 
     # About all of them.
+
+    def expiring(self, seconds, **options):
+        at = self.now + round(seconds * 1000)
+        task = NewTask("t", "default", 5, None, 3, None, 2, self.now, self.now,
+                       expires_at=at)
+        return self.store.enqueue(task._replace(**options), ["[[],{}]"])[0]
+
+    def test_a_task_that_expires_says_when_and_that_it_has(self):
+        mine = self.expiring(300)
+        self.says("no_worker", "No worker runs.*", mine, also=["expires"])
+        self.serve()
+        found = self.says("next", "It is about to start.", mine, also=["expires"])
+        self.assertRegex(found.also[0][1], "It is cancelled if it has not begun by "
+                         f"{self.TIME}, in 5 min.")
+        self.assertEqual(found.facts["expires_at"], pybgworker.iso_time(self.now + 300_000))
+        later = self.expiring(300, state=0, run_at=self.now + 9000)
+        self.says("due_later", "It waits for its time.*", later, also=["expires"])
+        self.now += 301_000
+        self.says("expired", f"It expired at {self.TIME}, 1 s ago: the next worker that "
+                  "looks cancels it.", mine, also=["no_worker"])
+        self.store.expire(self.now)
+        self.says("expired", f"It expired at {self.TIME}, 1 s ago, before it had begun, "
+                  "and was cancelled.", mine)
+        self.sql("update bg_task set expires_at = 'x', attempt = 2 where id = ?", mine)
+        self.says("expired", ".* before run 3 had begun, and was cancelled.", mine)
+
+    def test_a_failure_whose_retry_would_come_too_late_says_so(self):
+        self.serve()
+        mine = self.expiring(300)
+        self.let_fail(final="expired")
+        self.says("failed_expired", f"It failed for good at .*: run 1 raised "
+                  "ConnectionError: timed out, and its next one would have come too late: "
+                  f"it expires at {self.TIME}.", mine)
 
     def test_every_code_has_its_test_and_the_readme_its_meaning(self):
         tests = Path(__file__).read_text(encoding="utf-8")
@@ -27028,8 +27426,8 @@ class TheFile(unittest.TestCase):
         return first | born & given, given
 
     def test_sql_is_in_its_sections_only(self):
-        allowed = {"Schema", "Database", "Queue", "Claiming", "Attempts", "Live rows",
-                   "History", "Endings", "Records", "Lists", "Desk", "Facts",
+        allowed = {"Schema", "Database", "Queue", "Expiry", "Claiming", "Attempts",
+                   "Live rows", "History", "Endings", "Records", "Lists", "Desk", "Facts",
                    "Timetable", "Checkup", "Register", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
