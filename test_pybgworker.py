@@ -9334,7 +9334,8 @@ class Wires(unittest.TestCase):
                 (pybgworker.PRINTED, "\u00fc\n"), (pybgworker.PROGRESSED, [5, None]),
                 (pybgworker.SKIPPED, 7),
                 (pybgworker.WRITTEN, b"\xff"), (pybgworker.STRAYS, True),
-                (pybgworker.UNKNOWN, b""), (pybgworker.LACKING, "memory"),
+                (pybgworker.UNKNOWN, b""), (pybgworker.EXPIRED, b""),
+                (pybgworker.LACKING, "memory"),
                 (pybgworker.LAGGED, [1.5, "stack"]), (pybgworker.SPENT, "why"))
         self.assertEqual({kind.code for kind, _ in said}, set(pybgworker._KINDS))
         with contextlib.ExitStack() as ends:
@@ -16640,9 +16641,8 @@ class Workers(Served):
         with mock.patch.object(pybgworker.Outbox, "settle", spy):
             self.tasks.hold.delay()
             self.turn_until(worker, lambda: self.lines("held"))
-            late = self.tasks.once.options(expires=0.1, retries=1).delay("late")
-            worker.step(pybgworker.now_ms())
-            self.assertEqual(len(self.busy_one(worker).waiting), 2)
+            late = self.tasks.once.options(expires=2, retries=1).delay("late")
+            self.turn_until(worker, lambda: len(self.busy_one(worker).waiting) == 2)
             expires_at = self.store.task(late.id).expires_at
             until(lambda: pybgworker.now_ms() > expires_at)     # nobody recalls it
             Path("go").touch()
