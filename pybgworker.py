@@ -46,8 +46,9 @@ Life of a task
 Map
     Book One: the program's side
         Settings · Other words · States and errors · Refused values · Time and values ·
-        Retry and rate · Rows · Schedule rows · Run counts · People · Printed ·
-        Evidence · Store · Functions · Signatures · Waiting · Results · Tasks · App
+        Retry and rate · Served queues · Rows · Schedule rows · Run counts · People ·
+        Printed · Evidence · Store · Functions · Signatures · Waiting · Results · Tasks ·
+        App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Expiry · Claiming · Attempts · Live rows ·
@@ -436,7 +437,8 @@ SETTINGS = (
             "how children are started: fork, from a process that has imported the app; "
             "spawn, each imports it; auto: fork where it is safe (default: auto)"),
     Setting("queues", None, _names, True,
-            "queues to serve, with commas between (default: all)"),
+            "queues to serve, with commas between; * stands for any text: "
+            "'mail-*,default' (default: all)"),
     Setting("rate_limit", None, parse_rate, True,
             "starts over all tasks and workers: 5 (a second), 5/s, 100/m, 1000/h "
             "(default: no limit)"),
@@ -1464,6 +1466,80 @@ class Limits:
         return self._rate_meters[limit]
 
 
+# == Served queues ============================================================
+# Owns which queues a worker serves: those that it names, and those that fit a pattern,
+# in which `*` stands for any text, or none.  Claims ask here, and so does all that
+# tells about them.  Of patterns it also knows where the queues lie that may fit, in
+# order, so that a look can leap over the others.
+
+_MOST_ANSWERS = 10_000      # queues of which it is remembered whether they fit
+
+
+class Served:
+    """The queues that some names and patterns stand for: a container of them."""
+
+    def __init__(self, names: Iterable[str]):
+        names = set(names)
+        self._exact = sorted(name for name in names if "*" not in name)
+        self._names = frozenset(self._exact)
+        self._patterns = [name.split("*") for name in names if "*" in name]
+        self._prefixes = {first for first, *_ in self._patterns}
+        self._answers: dict[str, bool] = {}
+
+    def __contains__(self, queue: str) -> bool:
+        found = self._answers.get(queue)
+        if found is None:
+            if len(self._answers) >= _MOST_ANSWERS:
+                self._answers.clear()
+            found = self._answers[queue] = queue in self._names or any(
+                _fits(parts, queue) for parts in self._patterns)
+        return found
+
+    def after(self, queue: str) -> str | None:
+        """From which text on the next of them may lie; None: no further one can."""
+        i = bisect.bisect_right(self._exact, queue)
+        starts = self._exact[i : i + 1]
+        for prefix in self._prefixes:
+            if queue < prefix:
+                starts.append(prefix)
+            elif queue.startswith(prefix):
+                starts.append(queue + "\0")     # the lowest text above it
+        return min(starts, default=None)
+
+
+def _fits(parts, queue):
+    """True for a text that has these parts in order, the ends at its ends.
+
+    Each at the first place where it is: then no later one lacks room, and no text
+    makes it look at a place twice, as a regular expression would.
+    """
+    first, *middle, last = parts
+    at, end = len(first), len(queue) - len(last)
+    if at > end or not (queue.startswith(first) and queue.endswith(last)):
+        return False
+    for part in middle:
+        at = queue.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+@functools.lru_cache(maxsize=1000)
+def served(names: tuple | None) -> Served | frozenset[str] | None:
+    """A container of the queues that a worker serves which names these; None: all."""
+    if not names or any(not name.strip("*") for name in names):
+        return None
+    has_patterns = any("*" in name for name in names)
+    return Served(names) if has_patterns else frozenset(names)
+
+
+def is_served(names: tuple | None, queue: str) -> bool:
+    """True when a worker that names these claims from this queue."""
+    found = served(names)
+    return found is None or queue in found
+
+
 # == Rows =====================================================================
 # Owns what goes into a queue and comes out of it, as small objects: tasks, runs and
 # what becomes of them, workers, schedules.  Knows nothing of how they are kept.
@@ -1604,7 +1680,7 @@ class ClaimOrder(NamedTuple):
     """
 
     worker: int
-    queues: Any                 # container of those it serves; None: all
+    queues: Any                 # container of those it serves: served(); None: all
     names: Any                  # container of the task names it knows
     free: int                   # children, or threads, that have nothing to do
     ahead: int                  # more places, for tasks that may wait in a pipe
@@ -2555,7 +2631,7 @@ def queues_of(row: WorkerRow) -> list[str] | None:
 def serves(row: WorkerRow, queue: str) -> bool:
     """True for a worker that claims from this queue."""
     queues = queues_of(row)
-    return queues is None or queue in queues
+    return queues is None or bool(queues) and is_served(tuple(queues), queue)
 
 
 def silence(row: WorkerRow, now: int) -> float:
@@ -7199,11 +7275,14 @@ class Look:
         queue, name = round_.after or FIRST_GROUP
         names = sorted(n for n in order.names if n not in pick.limited
                        and (n in order.beside_names) == lane.is_beside)
-        queues = order.queues and sorted(order.queues)
+        queues: Any = order.queues
+        has_patterns = isinstance(queues, Served)
+        queues = queues if has_patterns else queues and sorted(queues)
         heads: list[tuple] = []
         for _ in range(_SEEK_STEPS):
             i = bisect.bisect_right(names, name)
-            row = self._head(queue, names[i]) if i < len(names) else None
+            is_ours = not has_patterns or queue in queues
+            row = self._head(queue, names[i]) if i < len(names) and is_ours else None
             if row is None or row[ROW_PAUSED]:
                 queue, name = self._next_queue(queues, queue), ""
                 if queue is None or not names:
@@ -7232,15 +7311,19 @@ class Look:
     def _next_queue(self, queues, queue):
         """The next queue that has something ready; the next of `queues`, if given.
 
-        Leaps over paused ones in the same statement, so many at most.
+        Leaps over paused ones in the same statement, so many at most.  With patterns
+        it may be one that is not served: then the next step leaps on from there.
         """
-        if queues is not None:
+        if isinstance(queues, list):
             i = bisect.bisect_right(queues, queue)
             return queues[i] if i < len(queues) else None
+        start = queue + "\0" if queues is None else queues.after(queue)
+        if start is None:
+            return None
         return self._connection.execute(
             f"""with recursive leap (queue) as (
                     select min(queue) from bg_task
-                        where state = {QUEUED} and alone = 0 and queue > :queue
+                        where state = {QUEUED} and alone = 0 and queue >= :start
                     union all
                     select (select min(queue) from bg_task
                             where state = {QUEUED} and alone = 0
@@ -7248,7 +7331,7 @@ class Look:
                         from leap join bg_queue on bg_queue.name = leap.queue
                     limit :most)
                 select queue from leap""",
-            {"queue": queue, "most": _LEAPS},
+            {"start": start, "most": _LEAPS},
         ).fetchall()[-1][0]
 
     def _offer_groups(self, heads):
@@ -17783,7 +17866,7 @@ class Lookout:
     def __init__(self, store: Store, settings: types.SimpleNamespace, tasks: dict,
                  kinds: Kinds = Kinds()):
         self._store, self._tasks = store, tasks
-        self._queues = settings.queues and frozenset(settings.queues)
+        self._queues = served(settings.queues)
         self._rates = {n: t.rate_limit for n, t in tasks.items() if t.rate_limit}
         self._callbacks = {n: t.callbacks for n, t in tasks.items() if t.callbacks}
         self._most_running = {
@@ -18186,7 +18269,7 @@ class Unserved:
         queues = self._settings.queues
         strange = [
             (queue, name) for queue, name in waiting
-            if queue in paused or queues and queue not in queues
+            if queue in paused or not is_served(queues, queue)
             or name not in self._tasks]
         if not strange:
             return []
@@ -20494,7 +20577,10 @@ def queue_hint(store: Store, queue: str | None) -> str:
     known = {row.name for row in store.queues(store.now())}
     known.update(row.queue for row in store.totals())
     for worker in store.workers():
-        known.update(queues_of(worker) or ())
+        names = queues_of(worker) or ()
+        known.update(name for name in names if "*" not in name)
+        if queue and names and serves(worker, queue):
+            known.add(queue)
     if queue is None or queue in known or not known:
         return ""
     near = near_name(queue, known) or f"one of {', '.join(sorted(known)[:5])}"

@@ -802,6 +802,26 @@ class Promises(Served):
         self.assertEqual((start["threads"], start["coroutines"]), (5, 100))
         self.assertIn("tasks.add", start["tasks"])
 
+    def test_a_queue_may_have_any_name_without_a_comma_and_is_served_by_patterns(self):
+        names = ["mail-a b", "mail-*", "mail-\nx", "mail-'\"%_", "mail-ü🐍", "other", "*"]
+        worker = self.worker("--queues", "mail-*, plain")
+        self.assertEqual(worker.wait_for("worker_start")["queues"], ["mail-*", "plain"])
+        results = [self.tasks.echo.options(queue=name).delay(name) for name in names]
+        plain = self.tasks.echo.options(queue="plain").delay()
+        for name, result in zip(names[:5], results):
+            with self.subTest(name):
+                self.assertEqual(self.get(result)[0], (name,))
+                self.assertEqual(self.cli("pause", name).returncode, 0)
+                self.assertEqual(json.loads(self.cli(
+                    "list", "--queue", name, "--json").stdout)[0]["queue"], name)
+        self.get(plain)
+        self.assertEqual({r.status for r in results[5:]}, {"queued"})
+        worker.wait_for("unserved", queue="other")
+        page = self.cli("why", results[5].id)
+        self.assertIn("No live worker serves queue other", page.stdout)
+        self.worker("--queues", "*")
+        self.assertEqual([self.get(r)[0] for r in results[5:]], [("other",), ("*",)])
+
     def test_no_more_than_max_running_run_at_a_time_whatever_is_killed(self):
         workers = [self.worker("--concurrency", 3) for _ in range(2)]
         results = self.tasks.few_at_a_time.delay_many([(n,) for n in range(60)])
@@ -2165,6 +2185,70 @@ class RetryAndRate(unittest.TestCase):
         now = 1_800_000_000_000
         tat = self.tat_after(0, now + 250, 5, 5)     # by another, meanwhile
         self.assertEqual(pybgworker.rate_tokens(tat, now, 5), 0)
+
+
+# == Served queues ============================================================
+
+
+class ServedQueues(unittest.TestCase):
+
+    def test_a_star_stands_for_any_text_also_in_the_middle(self):
+        for names, mine, others in (
+            ("default", "default", "default2 Default"),
+            ("mail-*", "mail- mail-a mail-*", "mail xmail-a"),
+            ("*-mail", "a-mail -mail", "a-mails mail"),
+            ("a*b*c", "abc aXbYc abbc", "ab ac abcd xabc acb"),
+            ("a*a", "aa aba", "a ab"),
+            ("*a*", "a xax", "x"),
+            ("a.c [ab]", "a.c [ab]", "abc a"),          # it is no regular expression
+            ("mail-*,b", "mail-x b", "a c"),
+            ("a*", "a\n a\U0001f40d a'\"% a*", "b"),
+            ("*", "a -", ""), ("b,**", "a", ""), (None, "a", ""),
+        ):
+            listed = tuple(re.split("[, ]", names)) if names else None
+            for queue in re.split(" ", mine):
+                with self.subTest(names=names, queue=queue):
+                    self.assertTrue(pybgworker.is_served(listed, queue))
+            for queue in others.split():
+                with self.subTest(names=names, queue=queue):
+                    self.assertFalse(pybgworker.is_served(listed, queue))
+        self.assertTrue(pybgworker.is_served(("a b*",), "a b c"))
+
+    def test_no_pattern_takes_long_to_say_so(self):
+        found = pybgworker.served(("*a" * 99 + "*b",))
+        began = time.process_time()
+        self.assertNotIn("a" * 200, found)
+        self.assertLess(time.process_time() - began, 1)
+
+    def test_names_alone_are_a_plain_set(self):
+        self.assertEqual(pybgworker.served(("a", "b")), {"a", "b"})
+        self.assertIsNone(pybgworker.served(("*",)))
+
+    def test_leaps_pass_over_no_queue_that_is_served(self):
+        random_ = random.Random(7)
+        for _ in range(300):
+            names = {"".join(random_.choice("ab*") for _ in range(random_.randint(1, 4)))
+                     for _ in range(random_.randint(1, 3))}
+            queues = sorted({"".join(random_.choice("abc") for _ in range(
+                random_.randint(1, 4))) for _ in range(20)})
+            found, at = pybgworker.Served(names), ""
+            wanted = [queue for queue in queues if queue in found]
+            reached = []
+            while (start := found.after(at)) is not None:
+                at = next((queue for queue in queues if queue >= start), None)
+                if at is None:
+                    break
+                reached += [at] if at in found else []
+            with self.subTest(names=names, queues=queues):
+                self.assertEqual(reached, wanted)
+                self.assertEqual(wanted, [q for q in queues if any(re.fullmatch(
+                    name.replace("*", ".*"), q) for name in names)])
+
+    def test_what_it_remembers_is_bounded(self):
+        found = pybgworker.Served(["a*"])
+        for n in range(30_000):
+            self.assertIn(f"a{n}", found)
+        self.assertLessEqual(len(found._answers), 10_000)
 
 
 # == Run counts ===============================================================
@@ -8716,6 +8800,42 @@ class Budgets(QueueCase):
         traced = self.traced(lambda: self.claim(queues=("q77x", "q78x")))
         self.assertEqual([run.id for run in self.claimed.runs], [mine])
         self.assertLess(len(traced), 20)
+
+    def test_a_worker_of_a_pattern_looks_at_no_other_queues(self):
+        """However it is mixed with names, and wherever they lie."""
+        self.fill(10_000, "'q' || i")
+        mine = [self.enqueue("u", queue) for queue in ("a-1", "q77x", "q77y", "z-9")]
+        for queues, ids in ((("q77x*",), mine[1:2]), (("a-*", "q77y", "z-*"),
+                                                      [mine[0], *mine[2:]]),
+                            (("q77?", "none*", "zz*", "A*"), [])):
+            with self.subTest(queues):
+                some = pybgworker.served(queues)
+                traced = self.traced(lambda some=some: self.claim(queues=some))
+                self.assertEqual(sorted(run.id for run in self.claimed.runs), ids)
+                self.assertIsNone(self.claimed.round.after, "it has seen all")
+                self.assertLess(len(traced), 24)
+                self.turn(unbegun=self.claimed.runs)
+        many = pybgworker.served(tuple(f"{c}*" for c in "abcdefghijklmnop"))
+        self.assertLess(len(self.traced(lambda: self.claim(queues=many))), 40)
+
+    def test_a_pattern_without_a_beginning_comes_round_in_bounded_looks(self):
+        self.fill(10_000, "'q' || i")
+        self.fill(3000, "'p' || i")
+        self.sql("insert into bg_queue (name, paused_at) select queue, 0 from bg_task "
+                 "where queue like 'p%'")
+        mine = self.enqueue("u", "x-mail")
+        queues, looks, found = pybgworker.served(("*-mail",)), 0, pybgworker.Round()
+        while looks == 0 or not found.is_over:
+            seen, looks = [], looks + 1
+            order = self.order(queues=queues, round=found)
+            traced = self.traced(
+                lambda o=order: seen.extend(self.store.peek(o, self.now)))
+            self.assertLess(len(traced), 2 * pybgworker._SEEK_STEPS + 20)
+            found = seen[1].round
+            if seen[0]:
+                break
+        self.assertEqual([run.id for run in seen[1].runs], [mine])
+        self.assertLess(looks, 120)
 
     def test_a_turn_takes_few_statements(self):
         self.enqueue(count=100)
@@ -16353,6 +16473,13 @@ class Neglect(QueueCase):
             pybgworker.KnownTask(0, name, None, ()) for name in self.tasks])
         self.unserved.look(self.now)
 
+    def test_a_pattern_is_served_by_whom_it_says(self):
+        self.enqueue("shop.send", "mail-1")
+        self.enqueue("shop.send", "other")
+        self.settings.queues = ("mail-*",)
+        self.sql("update bg_worker set queues = '[\"mail-*\"]'")
+        self.assertEqual(self.said(), [("unserved", {"queue": "other"})])
+
     def test_each_cause_is_said_once_while_it_lasts(self):
         self.assertEqual(self.said(), [])
         self.enqueue(name="shop.send")
@@ -20265,6 +20392,15 @@ class Why(WhyCase):
                   "and was cancelled.", mine)
         self.sql("update bg_task set expires_at = 'x', attempt = 2 where id = ?", mine)
         self.says("expired", ".* before run 3 had begun, and was cancelled.", mine)
+
+    def test_a_queue_that_fits_a_pattern_is_served(self):
+        self.serve(queues='["mail-*", "x"]')
+        mine, other = self.enqueue(queue="mail-7"), self.enqueue(queue="mail")
+        self.says("next", "It is about to start.", mine)
+        self.says("not_served", r"No live worker serves queue mail: w1 serves mail-\* and "
+                  "x.", other)
+        self.assertEqual(pybgworker.queue_hint(self.store, "mail-8"), "")
+        self.assertIn("mail-7", pybgworker.queue_hint(self.store, "mial-7"))
 
     def test_a_failure_whose_retry_would_come_too_late_says_so(self):
         self.serve()
