@@ -47,8 +47,8 @@ Map
     Book One: the program's side
         Settings · Other words · States and errors · Refused values · Time and values ·
         Retry and rate · Served queues · Rows · Schedule rows · Run counts · People ·
-        Printed · Evidence · Store · Functions · Signatures · Waiting · Results · Tasks ·
-        App
+        Printed · Evidence · Store · Functions · Signatures · Waiting · Results ·
+        Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Expiry · Claiming · Attempts · Live rows ·
