@@ -47,8 +47,8 @@ Map
     Book One: the program's side
         Settings · Other words · States and errors · Refused values · Time and values ·
         Retry and rate · Served queues · Rows · Schedule rows · Run counts · People ·
-        Printed · Evidence · Store · Functions · Signatures · Waiting · Results ·
-        Tasks · App
+        Printed · Evidence · Store · Functions · Signatures · Errands · Waiting ·
+        Results · Current task · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Expiry · Claiming · Attempts · Live rows ·
@@ -2858,6 +2858,14 @@ class ProgramVerbs(Protocol):
         id is returned.  Durable when this returns.
         """
 
+    def enqueue_each(
+            self, asked: Sequence[tuple[NewTask, Sequence[str], float]]) -> list:
+        """The same for many callers, each with a task, calls and the monotonic time
+        since when it waits, in as few commits as can be.
+
+        Returns for each its ids, or the error for which nothing of its was inserted.
+        """
+
     def enqueue_with(self, connection: sqlite3.Connection, task: NewTask,
                      calls: Sequence[str]) -> tuple[list, str | None]:
         """The same in the transaction of a caller's connection; also return a mark.
@@ -2877,6 +2885,11 @@ class ProgramVerbs(Protocol):
 
     def unfinished(self, ids: list[int]) -> set[int]:
         """Those of at most ID_BATCH ids that are unfinished: others ended, or are gone.
+        """
+
+    def standing(self, ids: list[int]) -> dict[int, tuple]:
+        """(state, attempt, progress) of at most ID_BATCH tasks, but for those that are
+        gone: all of one moment.
         """
 
     def args(self, task_id: int) -> str:
@@ -3497,16 +3510,125 @@ class Shape:
             raise CallError(str(exc)) from None
 
 
+# == Errands ==================================================================
+# Owns the threads in which a Store is used for event loops, so that none is held up
+# by a lock, a disk or a server: what a loop has done there is an errand.  Knows
+# nothing of a Store, but that it must be closed.
+
+_IDLE_SECONDS = 1.0         # after which a thread ends that nobody sends
+
+
+class Errands:
+    """A thread that works for event loops; it is there while there is work.
+
+    What comes in while it works, from whatever loops, is done together after that.
+    """
+
+    def __init__(self, work: Callable[[Store, list], list], store: Callable[[], Store]):
+        self._work, self._store = work, store
+        self._changed = threading.Condition(threading.Lock())   # of these two:
+        self._sent: list[tuple] = []    # (what, loop, future)
+        self._is_there = False          # the thread
+
+    @classmethod
+    def of(cls, every: dict, work: Callable[[Store, list], list],
+           store: Callable[[], Store]) -> Errands:
+        """Return the ones of this work; others in a process that was forked.
+
+        `work(store, list)` returns for each in the list a value, or the exception.
+        """
+        key = work, os.getpid()
+        return every.get(key) or every.setdefault(key, cls(work, store))
+
+    def send(self, loop: Any, what: Any) -> Any:
+        """Return a future of this loop, which runs here, for what becomes of it.
+
+        One that is cancelled before the thread takes it is not done.
+        """
+        future = loop.create_future()
+        with self._changed:
+            if not self._is_there:
+                # It belongs to no task, whoever has made it: no Thread of threading.
+                try:
+                    _thread.start_new_thread(self._serve, ())
+                except RuntimeError as exc:
+                    raise DatabaseUnavailable(
+                        f"asyncio needs a thread beside it, to use a database: {exc}"
+                    ) from exc
+                self._is_there = True
+            self._sent.append((what, loop, future))
+            self._changed.notify()
+        return future
+
+    def _serve(self):
+        while True:
+            with self._changed:
+                if not self._sent:
+                    self._changed.wait(_IDLE_SECONDS)
+                taken, self._sent = self._sent, []
+                if not taken:
+                    self._is_there = False
+                    break
+            self._do([sent for sent in taken if not sent[2].cancelled()])
+        with contextlib.suppress(PyBgWorkerError):
+            self._store().close()
+
+    def _do(self, errands):
+        try:
+            found = self._work(self._store(), [what for what, _, _ in errands])
+        except BaseException as exc:    # whatever it is, they wait for it
+            found = [exc, *(copy_of(exc) for _ in errands[1:])]
+        ends = collections.defaultdict(list)
+        for (_, loop, future), value in zip(errands, found):
+            ends[loop].append((future, value))
+        for loop, settled in ends.items():
+            with contextlib.suppress(RuntimeError):     # it was closed meanwhile
+                loop.call_soon_threadsafe(_deliver, settled)
+
+
+def _deliver(settled):
+    for future, value in settled:
+        if future.done():               # cancelled
+            continue
+        if isinstance(value, BaseException):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+
+def copy_of(exc: BaseException) -> BaseException:
+    """An error of their own, for each who waits: to be raised is to be changed."""
+    return type(exc)(*exc.args).with_traceback(exc.__traceback__)
+
+
+def read_each(store: Store, reads: list) -> list:
+    """The work of reading: each is called with the store."""
+    return [tried(read, store) for read in reads]
+
+
+def tried(call: Callable, *args: Any) -> Any:
+    """What the call returns, or the exception that it raises."""
+    try:
+        return call(*args)
+    except Exception as exc:
+        return exc
+
+
+def enqueue_each(store: Store, asked: list) -> list:
+    """The work of enqueueing: see Store.enqueue_each()."""
+    return store.enqueue_each(asked)
+
+
 # == Waiting ==================================================================
 # Owns how often a waiting caller looks at what it waits for.  In asyncio one timer
-# for each event loop and app looks for all that is awaited there, in statements
-# of ID_BATCH ids.  What became of a task is found out by who awaits it.
+# for each event loop and app has one errand look for all that is awaited there, in
+# statements of ID_BATCH ids.
 
 _WAIT_SHORTEST, _WAIT_LONGEST = 0.001, 0.025    # seconds between two looks
 
 
 def _longer(pause):
-    return min(pause * 1.1, _WAIT_LONGEST)
+    return min(max(pause * 1.1, _WAIT_SHORTEST), _WAIT_LONGEST)
 
 
 def growing_pauses() -> Iterator[float]:
@@ -3517,6 +3639,14 @@ def growing_pauses() -> Iterator[float]:
         pause = _longer(pause)
 
 
+class _Awaited(NamedTuple):
+    """Somebody waits for this of a task."""
+
+    task_id: int
+    seen: Any               # how it stood when last seen: see Watch.change(); None:
+    future: Any             # its end is waited for
+
+
 class _Batch(NamedTuple):
     """What is looked at together.  Those that are due at a time become one."""
 
@@ -3524,46 +3654,69 @@ class _Batch(NamedTuple):
     number: int             # no two have the same, so that no more is compared
     pause: float            # seconds since the look before
     version: Any            # of the database at that look; None: there was none
-    awaited: list           # (task id, future)
+    awaited: list           # of _Awaited
 
     @property
     def pending(self) -> list:
         """What was neither settled nor cancelled."""
-        return [one for one in self.awaited if not one[1].done()]
+        return [one for one in self.awaited if not one.future.done()]
 
 
 class Watch:
     """The tasks that one event loop awaits of one app.  Only its thread comes here.
 
-    It is in `watches` while something is awaited.  What was cancelled is dropped when
-    it is next due; a loop that was closed in the middle, when another one begins.
+    It is in `watches` while something is awaited: with the last of that, its timer
+    goes.  One of a loop that was closed in the middle goes when another one begins.
     """
 
-    def __init__(self, watches: dict, store: Callable, loop: Any):
-        self._watches, self._store, self._loop = watches, store, loop
+    def __init__(self, watches: dict, errands: Callable[[], Errands], loop: Any):
+        self._watches, self._errands, self._loop = watches, errands, loop
         self._batches: list[_Batch] = []        # a heap
         self._count = 0             # numbers given
-        self._timer: Any = None     # at the first of the heap
+        self._open = 0              # futures that are not done
+        self._timer: Any = None     # at the first of the heap, which is
+        self._due = 0.0             # … then: uvloop does not say when a timer is due
 
     @classmethod
-    def of(cls, watches: dict, store: Callable, loop: Any) -> Watch:
-        """Return the one of this loop.  `store()` is asked at each look."""
+    def of(cls, watches: dict, errands: Callable[[], Errands], loop: Any) -> Watch:
+        """Return the one of this loop.  `errands()` are those of read_each."""
         if loop not in watches:
             for other in list(watches):
                 if other.is_closed():
                     watches.pop(other, None)
-            watches[loop] = cls(watches, store, loop)
+            watches[loop] = cls(watches, errands, loop)
         return watches[loop]
 
-    def change(self, task_id: int) -> Any:
-        """Return a future that is done once the task has ended, or gone.
+    def end(self, task_id: int) -> Any:
+        """Return a future for what Store.outcome() says of the task once it has ended.
 
-        It gets the error when nothing can be seen.
+        It gets TaskNotFound once it is gone, and the error when nothing can be seen.
         """
+        return self._put_one(task_id, None)
+
+    def change(self, task_id: int, seen: tuple) -> Any:
+        """Return a future for how the task stands, once that is not as it was `seen`.
+
+        As Store.standing() says it; () has never been seen.  Errors as for end().
+        """
+        return self._put_one(task_id, seen)
+
+    def _put_one(self, task_id, seen):
         future = self._loop.create_future()
-        self._put(_WAIT_SHORTEST, None, [(task_id, future)])
+        self._open += 1
+        future.add_done_callback(self._closed)
+        self._put(0.0, None, [_Awaited(task_id, seen, future)])
         self._wind()
         return future
+
+    def _closed(self, _):
+        self._open -= 1
+        if not self._open:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._batches, self._timer = [], None
+            if self._watches.get(self._loop) is self:
+                del self._watches[self._loop]
 
     def _put(self, pause, version, awaited):
         due = self._loop.time() + pause
@@ -3575,57 +3728,103 @@ class Watch:
 
     def _wind(self):
         due = self._batches[0].due
-        if self._timer is None or due < self._timer.when():
+        if self._timer is None or due < self._due:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer, self._due = self._loop.call_at(due, self._look), due
 
     def _look(self):
         self._timer = None
         soon, due = self._loop.time() + _WAIT_SHORTEST / 2, []
         while self._batches and self._batches[0].due <= soon:
             due.append(heapq.heappop(self._batches))
+        look = _Look()
+        for batch in due:
+            look.add(batch.version, batch.pending)
         try:
-            version = self._store().version()   # before the look: what comes is new
-            left = self._look_for(due, version)
+            self._errands().send(self._loop, look.look).add_done_callback(
+                functools.partial(self._looked, look, due))
         except PyBgWorkerError as exc:
-            left = {}
-            for _, future in itertools.chain(*[batch.pending for batch in due]):
-                future.set_exception(type(exc)(*exc.args))
-        for pause, awaited in left.items():
-            self._put(pause, version, awaited)
+            self._fail(due, exc)
         if self._batches:
             self._wind()
-        else:
-            self._watches.pop(self._loop, None)
 
-    def _look_for(self, due, version):
-        """Settle what has ended; return what is left, by its next pause."""
-        left = collections.defaultdict(list)
+    def _fail(self, due, exc):
         for batch in due:
-            awaited = batch.pending
-            if batch.version != version:
-                awaited = _unfinished(self._store(), awaited)
-            if awaited:
-                left[_longer(batch.pause)].extend(awaited)
-        return left
+            for one in batch.pending:
+                one.future.set_exception(copy_of(exc))
+
+    def _looked(self, look, due, done):
+        if done.exception():
+            return self._fail(due, done.exception())
+        left = collections.defaultdict(list)        # by the next pause
+        for batch in due:
+            for one in batch.pending:
+                found = look.found(one)
+                if found is None:
+                    left[_longer(batch.pause)].append(one)
+                elif isinstance(found, Exception):
+                    one.future.set_exception(found)
+                else:
+                    one.future.set_result(found)
+        for pause, awaited in left.items():
+            self._put(pause, look.version, awaited)
+        if left:
+            self._wind()
+        return None
 
 
-def _unfinished(store, awaited):
-    """Settle the futures of tasks that have ended; return the others."""
-    found = set()
-    for start in range(0, len(awaited), ID_BATCH):
-        part = awaited[start:start + ID_BATCH]
-        found |= store.unfinished([task_id for task_id, _ in part])
-    for task_id, future in awaited:
-        if task_id not in found:
-            future.set_result(None)
-    return [one for one in awaited if one[0] in found]
+class _Look:
+    """One look at many tasks: made in the loop, filled in by an errand, read again."""
+
+    def __init__(self):
+        self.version = None         # of the database then
+        self._asked: list = []      # (version at the look before, ids, watched ids)
+        self._ends: dict = {}       # what became of those that have ended, by id
+        self._standing: dict = {}   # of those that are watched; None: they are gone
+
+    def add(self, version: Any, awaited: list) -> None:
+        """These shall be looked at, if the database has changed since."""
+        ids = [[one.task_id for one in awaited if (one.seen is None) is is_end]
+               for is_end in (True, False)]
+        self._asked.append((version, *ids))
+
+    def look(self, store: Store) -> None:
+        """See how things are."""
+        self.version = store.version()      # before the rest: what comes then is new
+        fresh = [asked for asked in self._asked if asked[0] != self.version]
+        for part in _hundreds([task_id for _, ids, _ in fresh for task_id in ids]):
+            found = store.unfinished(part)
+            for task_id in part:
+                if task_id not in found:
+                    self._ends[task_id] = tried(store.outcome, task_id)
+        for part in _hundreds([task_id for _, _, ids in fresh for task_id in ids]):
+            standing = store.standing(part)
+            self._standing.update(
+                {task_id: standing.get(task_id) for task_id in part})
+
+    def found(self, one: _Awaited) -> Any:
+        """What was waited for, or the error; None: not yet."""
+        if one.seen is None:
+            end = self._ends.get(one.task_id)
+            if isinstance(end, Exception):
+                return copy_of(end)
+            # It may have been retried between the two statements.
+            return end if end and end[0] in FINISHED else None
+        stands = self._standing.get(one.task_id, one.seen)
+        if stands is None:
+            return TaskNotFound(f"no task {one.task_id} any more")
+        return None if stands == one.seen else stands
+
+
+def _hundreds(ids):
+    for start in range(0, len(ids), ID_BATCH):
+        yield ids[start:start + ID_BATCH]
 
 
 # == Results ==================================================================
-# Owns what a program learns of a task that it has enqueued, by AsyncResult, and of
-# the run that is going on in its own process, by current_task().
+# Owns what a program learns of a task that it has enqueued, and what it can do to it,
+# by AsyncResult.
 
 V = TypeVar("V")            # what a task returns
 
@@ -3641,19 +3840,22 @@ class _Unfinished(Exception):
     """There is no outcome yet, or no longer."""
 
 
-class AsyncResult(Generic[V]):
-    """A handle on one enqueued task; cheap, and good in any process.
+class TaskState(NamedTuple):
+    """How a task is at a moment: what AsyncResult.watch() says of it."""
 
-    Every method raises TaskNotFound once the row is gone.  So does a handle that
-    was got with conn= until the caller commits, and for ever after a rollback,
-    whoever has got the id then.
-    """
+    status: str                     # as in AsyncResult
+    progress: Progress | None
+    attempt: int                    # the number of the last run; 0 before the first
+
+
+class Enqueued:
+    """What can be read of a task without waiting for it: the half of AsyncResult."""
 
     default_app: App            # of a bare AsyncResult(id)
 
     def __init__(self, id: int, app: App | None = None, mark: str | None = None):
         self.id = id if type(id) is int else parse_id(str(id))
-        self._app = app or AsyncResult.default_app
+        self._app = app or self.default_app
         self._mark = mark       # of our row, until it has been seen committed
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
@@ -3678,11 +3880,11 @@ class AsyncResult(Generic[V]):
         return self.id
 
     def __repr__(self) -> str:
-        return f"<AsyncResult {self.id}>"
+        return f"<{type(self).__name__} {self.id}>"
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, AsyncResult) and self.id == other.id
+            isinstance(other, Enqueued) and self.id == other.id
             and self._app.store.path == other._app.store.path
         )
 
@@ -3777,6 +3979,15 @@ class AsyncResult(Generic[V]):
                 return found
         return store.output(self.id) or ""
 
+
+class AsyncResult(Enqueued, Generic[V]):
+    """A handle on one enqueued task; cheap, and good in any process.
+
+    Every method raises TaskNotFound once the row is gone.  So does a handle that
+    was got with conn= until the caller commits, and for ever after a rollback,
+    whoever has got the id then.
+    """
+
     @property
     def result(self) -> V | None:
         """What the task returned; None while, or when, it did not."""
@@ -3839,17 +4050,37 @@ class AsyncResult(Generic[V]):
         return self._wait().__await__()
 
     async def _wait(self):
+        return self._returned(*await (await self._watched()).end(self.id))
+
+    async def _watched(self):
+        """The Watch of this loop; our row was committed."""
         import asyncio
 
         app, loop = self._app, asyncio.get_running_loop()
-        while True:
-            if self.ready():
-                with contextlib.suppress(_Unfinished):
-                    return self._outcome()
-            await Watch.of(app.watches, lambda: app.store, loop).change(self.id)
+        errands = functools.partial(Errands.of, app.errands, read_each,
+                                    lambda: app.store)
+        if self._mark is not None:
+            await errands().send(loop, lambda store: self._store)
+        return Watch.of(app.watches, errands, loop)
+
+    def watch(self, timeout: float | timedelta | None = None) -> Watching:
+        """Iterate over the states of the task, with `async for` or `for`.
+
+        Each is a TaskState: .status, .progress, .attempt.  The first comes at once and
+        says how the task is now, the others come when one of these changes, the last
+        when it has finished.  What is over within 25 ms may be left out.  Raises
+        WaitTimeout after `timeout` seconds in all, and TaskNotFound when the task is
+        deleted.
+        """
+        return Watching(self, timeout)
+
+    def _look(self):
+        return self._store.standing([self.id]).get(self.id)
 
     def _outcome(self):
-        state, result, error = self._store.outcome(self.id)
+        return self._returned(*self._store.outcome(self.id))
+
+    def _returned(self, state, result, error):
         if state == SUCCESS:
             return None if result is None else decode(result)
         if state == FAILED:
@@ -3885,9 +4116,74 @@ def _cancellation(task_id, error):
     return found
 
 
+class Watching:
+    """What AsyncResult.watch() returns: an iterator, of which kind one likes."""
+
+    def __init__(self, result: AsyncResult, timeout: float | timedelta | None):
+        self._result = result
+        self._seen: tuple = ()      # how the task stood; (): not seen yet
+        self._timeout, self._deadline = None, math.inf
+        if timeout is not None:
+            self._timeout = check_span("timeout", timeout, -math.inf, math.inf)
+            self._deadline = time.monotonic() + self._timeout
+
+    def __iter__(self) -> Watching:
+        return self
+
+    def __next__(self) -> TaskState:
+        if self._is_over():
+            raise StopIteration
+        for pause in growing_pauses():
+            stands = self._result._look()
+            if stands is None:
+                raise TaskNotFound(f"no task {self._result.id} any more")
+            if stands != self._seen:
+                break
+            if time.monotonic() + pause > self._deadline:
+                raise self._late()
+            time.sleep(pause)
+        return self._state(stands)
+
+    def __aiter__(self) -> Watching:
+        return self
+
+    async def __anext__(self) -> TaskState:
+        import asyncio
+
+        if self._is_over():
+            raise StopAsyncIteration
+        watch = await self._result._watched()
+        change = watch.change(self._result.id, self._seen)
+        if self._timeout is None:
+            return self._state(await change)
+        try:
+            left = self._deadline - time.monotonic()
+            return self._state(await asyncio.wait_for(change, max(left, 0.0)))
+        except asyncio.TimeoutError:
+            raise self._late() from None
+
+    def _is_over(self):
+        return bool(self._seen) and self._seen[0] in FINISHED
+
+    def _late(self):
+        status = state_name(self._seen[0]) if self._seen else "not seen"
+        return WaitTimeout(
+            f"task {self._result.id} is {status} after {self._timeout} s")
+
+    def _state(self, stands):
+        self._seen = stands
+        state, attempt, progress = stands
+        return TaskState(
+            state_name(state), Progress(*progress) if progress else None, attempt)
+
+
 def in_program():
     """Who has written what this program does."""
     return By(login_name(), "program")
+
+
+# == Current task =============================================================
+# Owns the run whose code is going on, current_task(), and which threads are its own.
 
 
 class CurrentTask:
@@ -4084,8 +4380,16 @@ class Task(Generic[P, R, V]):
         """
         return self.app.enqueue(self, [(args, kwargs)], {})[0]
 
+    async def adelay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """The same as delay() in asyncio: the event loop goes on meanwhile.
+
+        Those that are awaited together share a commit.  One that is cancelled, also
+        by a timeout, may have enqueued or not: options(key=) makes it safe to repeat.
+        """
+        return (await self.app.aenqueue(self, [(args, kwargs)], {}))[0]
+
     def options(self, /, **options: Any) -> Call[P, V]:
-        """Return something with delay() and delay_many() that uses these options.
+        """Return something with delay(), delay_many() and the same of asyncio.
 
         countdown (seconds) or eta (datetime); priority, queue, retries, timeout;
         expires: seconds, "5m" or a timedelta from now, or a datetime: if it has not
@@ -4115,6 +4419,10 @@ class Task(Generic[P, R, V]):
         """
         return self.app.enqueue(self, [_one_call(call) for call in calls], {})
 
+    async def adelay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """The same as delay_many() in asyncio, as adelay() is."""
+        return await self.app.aenqueue(self, [_one_call(call) for call in calls], {})
+
 
 class Call(Generic[P, V]):
     """A task with options, ready to be enqueued."""
@@ -4131,6 +4439,20 @@ class Call(Generic[P, V]):
         """Enqueue many calls, as Task.delay_many() does."""
         found = [_one_call(call) for call in calls]
         return self._task.app.enqueue(self._task, found, self._options)
+
+    async def adelay(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[V]:
+        """Enqueue a call in asyncio, as Task.adelay() does.
+
+        With conn=, which is used in another thread then, OptionError is raised for one
+        that may not be: enqueue with delay(), in the thread that has opened it.
+        """
+        task, options = self._task, self._options
+        return (await task.app.aenqueue(task, [(args, kwargs)], options))[0]
+
+    async def adelay_many(self, calls: Iterable) -> list[AsyncResult[V]]:
+        """Enqueue many calls in asyncio, as Call.adelay() does."""
+        found = [_one_call(call) for call in calls]
+        return await self._task.app.aenqueue(self._task, found, self._options)
 
 
 def _one_call(call):
@@ -4323,39 +4645,15 @@ def _ms_of(option, moment):
 # The names of this module belong to a default App.
 
 
-class App:
-    """One registry of tasks and one database.  Keywords are settings."""
+class Configured:
+    """The settings of an App, and the store that they name."""
 
-    serving = ""        # the module that a nursery or child imports just now
-
-    def __init__(self, **settings: Any):
-        self.registered: dict[str, Task] = {}
+    def __init__(self) -> None:
         self._code: dict = {}
         self._flags: dict = {}
         # Settings and store, each as the first thread has made it.  No lock, for a
         # fork may come in the middle; configure() puts an empty one in its place.
         self._opened: dict[str, Any] = {}
-        self.watches: dict = {}             # by event loop, see Watch
-        self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
-        self.child_starts: list[Callable] = []      # to be called in each child
-        self.configure(**settings)
-
-    if not TYPE_CHECKING:           # or no attribute would be an error to it
-        def __getattr__(self, name):
-            raise no_attribute(self, name, NAMES_OF_APP)
-
-    def __copy__(self) -> App:
-        """An app is one thing: its copies, and those of its results, share it."""
-        return self
-
-    def __deepcopy__(self, memo: dict) -> App:
-        return self
-
-    def __reduce__(self):
-        """Pickled as its database: no other process has its functions."""
-        return _app_on, (self.store.name,)
-
-    # -- settings
 
     def configure(self, **settings: Any) -> None:
         """Set settings in code; flags and environment go before them.
@@ -4404,6 +4702,36 @@ class App:
         opened = self._opened
         return opened.get("store") or opened.setdefault(
             "store", open_store(self.settings))
+
+
+class App(Configured):
+    """One registry of tasks and one database.  Keywords are settings."""
+
+    serving = ""        # the module that a nursery or child imports just now
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.registered: dict[str, Task] = {}
+        self.watches: dict = {}             # by event loop, see Watch
+        self.errands: dict = {}             # by what they do, see Errands
+        self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
+        self.child_starts: list[Callable] = []      # to be called in each child
+        self.configure(**settings)
+
+    if not TYPE_CHECKING:           # or no attribute would be an error to it
+        def __getattr__(self, name):
+            raise no_attribute(self, name, NAMES_OF_APP)
+
+    def __copy__(self) -> App:
+        """An app is one thing: its copies, and those of its results, share it."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> App:
+        return self
+
+    def __reduce__(self):
+        """Pickled as its database: no other process has its functions."""
+        return _app_on, (self.store.name,)
 
     # -- registering
 
@@ -4499,18 +4827,37 @@ class App:
 
     def enqueue(self, task: Task, calls: list, options: dict) -> list[AsyncResult]:
         """Insert one row for each (args, kwargs); the work behind delay()."""
-        if App.serving:
-            _refuse_at_import(App.serving)
-        row = new_task(task, self.store.now(), **options)
-        if row.key is not None and len(calls) != 1:
-            raise OptionError("key= is for one call: each call needs one of its own")
-        texts = _encoded(task.shape, calls, self.settings.max_payload)
+        row, texts = self._rows(task, calls, options)
         if not texts:
             return []
         if options.get("conn") is None:
             return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
         ids, mark = self.store.enqueue_with(options["conn"], row, texts)
         return [AsyncResult(number, self, mark) for number in ids]
+
+    async def aenqueue(self, task: Task, calls: list,
+                       options: dict) -> list[AsyncResult]:
+        """The same in asyncio; the work behind adelay()."""
+        import asyncio
+
+        if options.get("conn") is not None:
+            return await _enqueue_aside(self, task, calls, options)
+        row, texts = self._rows(task, calls, options)
+        if not texts:
+            return []
+        errands = Errands.of(self.errands, enqueue_each, lambda: self.store)
+        ids = await errands.send(
+            asyncio.get_running_loop(), (row, texts, time.monotonic()))
+        return [AsyncResult(number, self) for number in ids]
+
+    def _rows(self, task, calls, options):
+        """(NewTask, encoded arguments of each), checked."""
+        if App.serving:
+            _refuse_at_import(App.serving)
+        row = new_task(task, self.store.now(), **options)
+        if row.key is not None and len(calls) != 1:
+            raise OptionError("key= is for one call: each call needs one of its own")
+        return row, _encoded(task.shape, calls, self.settings.max_payload)
 
     def send(self, name: str, *args: Any, kwargs: dict | None = None,
              **options: Any) -> AsyncResult[Any]:
@@ -4567,6 +4914,24 @@ class App:
         Returns how many; what runs goes on, and so does what comes in meanwhile.
         """
         return purge_tasks(self, queue, name)
+
+
+async def _enqueue_aside(app, task, calls, options):
+    """In the transaction of a connection that any thread may use."""
+    import asyncio
+
+    conn = options["conn"]
+    try:
+        if isinstance(conn, sqlite3.Connection):
+            return await asyncio.to_thread(app.enqueue, task, calls, options)
+    except OptionError as exc:
+        if "thread" not in str(exc.__cause__):
+            raise
+    raise OptionError(
+        f"adelay() with conn={conn!r}: works in another thread than the one that has "
+        "it: call delay() there, or give an sqlite3.Connection that was opened with "
+        "check_same_thread=False"
+    )
 
 
 class _Decorator(Protocol):
@@ -6585,6 +6950,17 @@ class GroupCommit:
         if self._leader == threading.get_ident():       # in a signal handler
             raise DatabaseBusy(REENTERED.format(self._path))
         self._requests.append(request)
+        return self._settled(request)
+
+    def submit_each(self, requests: Sequence[Request]) -> list:
+        """Return for each its ids, or the error: those of one thread, put down at once.
+
+        The thread leads for those that another has not led for.
+        """
+        self._requests.extend(requests)
+        return [tried(self._settled, request) for request in requests]
+
+    def _settled(self, request):
         try:
             while not request.is_settled:
                 self._wait_or_lead(request)
@@ -6914,12 +7290,21 @@ class Queue:
 
     def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
         request = Request(task, calls, time.monotonic() + self.db.busy_timeout)
+        return self._grouped().submit(request)
+
+    def enqueue_each(
+            self, asked: Sequence[tuple[NewTask, Sequence[str], float]]) -> list:
+        return self._grouped().submit_each([
+            Request(task, calls, since + self.db.busy_timeout)
+            for task, calls, since in asked])
+
+    def _grouped(self):
         if self.db.may_create:
             self.db.create()
         group = self._group
         if group is None or group.generation != FORKS.generation():
             group = self._group = GroupCommit(self._enqueue_all, self.db.path)
-        return group.submit(request)
+        return group
 
     def _enqueue_all(self, requests, deadline):
         """The same for each, in one commit; they are told when it is done.
@@ -8444,8 +8829,18 @@ _UNFINISHED = (
     + ", ?" * (ID_BATCH - 1) + ")"
 )
 
+_STANDING = (
+    f"""select task.id, state, attempt, body
+        from bg_task as task left join bg_payload as payload
+            on payload.id = task.id * 8 + {PROGRESS}
+        where task.id in (?""" + ", ?" * (ID_BATCH - 1) + ")"
+)
 
 _NEWEST = 100_000           # tasks that are looked through for what has no index
+
+
+def _padded(ids):
+    return ids + ids[-1:] * (ID_BATCH - len(ids))
 
 
 class Records:
@@ -8474,8 +8869,12 @@ class Records:
         return self._row("""select state from bg_task where id = :id""", task_id)[0]
 
     def unfinished(self, ids: list[int]) -> set[int]:
-        padded = ids + ids[-1:] * (ID_BATCH - len(ids))
-        return {row[0] for row in self.db.read(_UNFINISHED, padded)}
+        return {row[0] for row in self.db.read(_UNFINISHED, _padded(ids))}
+
+    def standing(self, ids: list[int]) -> dict[int, tuple]:
+        return {
+            task_id: (state, attempt, json.loads(text) if text else None)
+            for task_id, state, attempt, text in self.db.read(_STANDING, _padded(ids))}
 
     def args(self, task_id: int) -> str:
         text, = self._row("""select args from bg_task where id = :id""", task_id)

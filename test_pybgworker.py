@@ -2761,15 +2761,16 @@ class Signatures(Case):
             self.assertIsNone(pybgworker.Parameters.read(bad), bad)
 
 
-# == Waiting ==================================================================
+# == Errands ==================================================================
 
 
-class Waiting(QueueCase):
+class LoopCase(QueueCase):
+    """An event loop, and what others do beside it."""
 
     def setUp(self):
         super().setUp()
         self.task = self.app.task(name="t")(print)
-        self.asyncio = pybgworker.importlib.import_module("asyncio")
+        self.asyncio = importlib.import_module("asyncio")
 
     def later(self, act):
         """Run it in a thread, so that the loop's own connection does not see it."""
@@ -2782,8 +2783,145 @@ class Waiting(QueueCase):
         ids = ", ".join(str(result.id) for result in results)
         self.sql(f"update bg_task set state = 4, result = '7' where id in ({ids})")
 
+    def locked(self):
+        """Another program that has the write lock, until its connection is closed."""
+        other = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        return other
+
+    async def ticks(self, number=200):
+        """Returns when the loop has gone round so often."""
+        for _ in range(number):
+            await self.asyncio.sleep(0.0001)
+
+
+class Errands(LoopCase):
+
+    def setUp(self):
+        super().setUp()
+        self.begun, self.idents = [], set()
+        patch = mock.patch.object(pybgworker, "_IDLE_SECONDS", 0.02)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.addCleanup(until, lambda: not self.errands._is_there)
+        self.errands = pybgworker.Errands(self.work, lambda: self.store)
+        self.lock = threading.Lock()        # closed: the thread has to wait
+
+    def work(self, store, numbers):
+        with self.lock:
+            self.idents.add(threading.get_ident())
+            self.begun.append(numbers)
+            store.last_id()
+            return [ValueError("odd") if number % 2 else number for number in numbers]
+
+    def run_all(self, *numbers):
+        async def run():
+            return await self.asyncio.gather(*[
+                self.errands.send(self.asyncio.get_running_loop(), number)
+                for number in numbers], return_exceptions=True)
+
+        return self.asyncio.run(run())
+
+    def test_what_comes_in_while_it_works_is_done_together(self):
+        async def run():
+            loop = self.asyncio.get_running_loop()
+            with self.lock:
+                first = self.errands.send(loop, 2)
+                await self.ticks(20)
+                rest = [self.errands.send(loop, number) for number in (4, 5, 6)]
+                dropped = self.errands.send(loop, 8)
+                dropped.cancel()
+            self.assertEqual((await first, await rest[0], await rest[2]), (2, 4, 6))
+            with self.assertRaisesRegex(ValueError, "odd"):
+                await rest[1]
+
+        self.asyncio.run(run())
+        self.assertEqual(self.begun[0], [2])
+        self.assertEqual(sum(self.begun, []), [2, 4, 5, 6])
+        self.assertLess(len(self.begun), 4)
+
+    def test_the_thread_ends_when_it_is_idle_and_begins_again(self):
+        for number in (2, 4):
+            self.assertEqual(self.run_all(number), [number])
+            until(lambda: not self.errands._is_there)
+            until(lambda: not {*sys._current_frames()} & self.idents)
+
+    def test_an_error_of_all_is_an_error_of_each(self):
+        with mock.patch.object(pybgworker.SqliteStore, "last_id",
+                               side_effect=pybgworker.DatabaseBusy("locked")):
+            found = self.run_all(2, 4, 6)
+        self.assertEqual({type(e) for e in found}, {pybgworker.DatabaseBusy})
+        self.assertEqual(len({*map(id, found)}), 3)
+        for error in found:         # each can say where it was
+            trace = error.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            self.assertIn("mock", trace.tb_frame.f_code.co_filename)
+
+    def test_a_loop_that_was_closed_hears_nothing_and_harms_nobody(self):
+        told = []
+        hook = mock.patch.object(sys, "unraisablehook", told.append)
+        hook.start()
+        self.addCleanup(hook.stop)
+        with self.lock:
+            loop = self.asyncio.new_event_loop()
+            self.errands.send(loop, 2)
+            loop.close()
+            until(lambda: not self.errands._sent, what="its errand")
+            found: list = []
+            self.later(lambda: found.extend(self.run_all(4)))
+            until(lambda: len(self.errands._sent) >= 1)
+        until(lambda: found)
+        self.assertEqual((found, told), ([4], []))
+
+    def test_a_process_without_another_thread_says_so(self):
+        with mock.patch.object(pybgworker._thread, "start_new_thread",
+                               side_effect=RuntimeError("can't start new thread")):
+            async def run():
+                with self.assertRaisesRegex(pybgworker.DatabaseUnavailable,
+                                            "needs a thread.*can't start"):
+                    await self.task.adelay()
+
+            self.asyncio.run(run())
+        self.assertEqual(self.run_all(2), [2])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_forked_process_has_a_thread_of_its_own(self):
+        done = self.python("""
+            import asyncio, os, warnings
+            from pybgworker import task
+            warnings.simplefilter("ignore")
+
+            @task(name="t")
+            def t(n): pass
+
+            asyncio.run(t.adelay(1))            # its thread is idle, for a second
+            if not os.fork():
+                asyncio.run(t.adelay(2))
+                os._exit(0)
+            assert os.wait()[1] == 0
+            asyncio.run(t.adelay(3))
+            """)
+        self.assertEqual(done.stderr, "")
+        self.assertEqual(sorted(r.args for r in self.app.tasks()), [(1,), (2,), (3,)])
+
+
+# == Waiting ==================================================================
+
+
+class Waiting(LoopCase):
+
+    async def trace(self, callback):
+        """Have it called with the statements that are run for the loop."""
+        errands, = [errands for (work, _), errands in self.app.errands.items()
+                    if work is pybgworker.read_each]
+        await errands.send(
+            self.asyncio.get_running_loop(),
+            lambda store: store.db.link().connection.set_trace_callback(callback))
+
     def statements(self, busy):
-        """What the loop's connection ran while it awaited a thousand tasks for long."""
+        """What was run for the loop while it awaited a thousand tasks for long."""
         results, seen = self.task.delay_many([()] * 1000), []
 
         async def outcome(result):
@@ -2793,8 +2931,7 @@ class Waiting(QueueCase):
             waits = [self.asyncio.ensure_future(outcome(result)) for result in results]
             for _ in range(40):
                 await self.asyncio.sleep(0)
-            link = self.store.db.link()
-            link.connection.set_trace_callback(seen.append)
+            await self.trace(seen.append)
             looks = 0
             while looks < 40:
                 if busy:
@@ -2802,7 +2939,7 @@ class Waiting(QueueCase):
                         None, self.sql, "update bg_task set retries = retries + 1")
                 await self.asyncio.sleep(0.002)
                 looks = sum("data_version" in statement for statement in seen)
-            link.connection.set_trace_callback(None)
+            await self.trace(None)
             self.later(lambda: self.succeed(*results))
             return await self.asyncio.gather(*waits)
 
@@ -2894,6 +3031,190 @@ class Waiting(QueueCase):
         found = self.asyncio.run(run())
         self.assertEqual([type(e) for e in found], [pybgworker.DatabaseBusy] * 3)
         self.assertEqual(len(set(map(id, found))), 3)
+
+
+    def test_what_is_held_up_does_not_hold_up_the_loop(self):
+        """Opening a file that another program recovers, a disk, a server."""
+        result, gate = self.task.delay(), threading.Event()
+        self.succeed(result)
+        self.addCleanup(gate.set)
+        version, here = self.store.version, threading.get_ident()
+
+        def slow():
+            self.assertNotEqual(threading.get_ident(), here)
+            gate.wait()
+            return version()
+
+        async def run():
+            with mock.patch.object(self.store, "version", slow):
+                wait = self.asyncio.ensure_future(result._wait())
+                await self.ticks()
+                self.assertFalse(wait.done())
+                gate.set()
+                self.assertEqual(await wait, 7)
+
+        self.asyncio.run(run())
+
+    def test_a_handle_of_an_open_transaction_is_no_task_yet(self):
+        conn = sqlite3.connect(self.db)
+        self.addCleanup(conn.close)
+        result = self.task.options(conn=conn).delay()
+
+        async def run():
+            for wait in (result._wait, result.watch().__anext__):
+                with self.assertRaises(pybgworker.TaskNotFound):
+                    await wait()
+            conn.commit()
+            self.assertEqual((await result.watch().__anext__()).status, "queued")
+            self.later(lambda: self.succeed(result))
+            self.assertEqual(await result, 7)
+
+        self.asyncio.run(run())
+
+
+class Watching(LoopCase):
+    """AsyncResult.watch(), with `async for` and with `for`."""
+
+    def act(self, result, *steps):
+        """A step at a time, each when the one before was seen: returns what was seen."""
+        seen = []
+
+        def next_step():
+            if len(seen) <= len(steps):
+                self.later(steps[len(seen) - 1])
+
+        async def run():
+            async for event in result.watch():
+                seen.append((event.status, event.progress, event.attempt))
+                if event.status != "success":
+                    next_step()
+            self.assertEqual(self.app.watches, {})
+
+        self.asyncio.run(run())
+        first, seen = seen, []
+        self.sql("update bg_task set state = 2, attempt = 0, result = null")
+        self.sql("delete from bg_payload")
+        for event in result.watch():
+            seen.append((event.status, event.progress, event.attempt))
+            if event.status != "success":
+                next_step()
+        self.assertEqual(seen, first)
+        return seen
+
+    def test_each_change_is_seen_until_it_has_finished(self):
+        result = self.task.delay()
+        at = {"id": result.id * 8 + pybgworker.PROGRESS}
+
+        def progress(text):
+            return lambda: self.sql(
+                f"insert or replace into bg_payload (id, body) values ({at['id']}, ?)",
+                text)
+
+        def state(number, attempt):
+            return lambda: self.sql("update bg_task set state = ?, attempt = ?", number,
+                                    attempt)
+
+        self.assertEqual(self.act(
+            result, state(3, 1), progress('[50, "half"]'), progress("[60, null]"),
+            state(1, 1), state(3, 2), lambda: self.succeed(result)), [
+                ("queued", None, 0), ("running", None, 1), ("running", (50, "half"), 1),
+                ("running", (60, None), 1), ("retrying", (60, None), 1),
+                ("running", (60, None), 2), ("success", (60, None), 2)])
+        self.assertEqual(result.progress.message, None)
+
+    def test_an_end_is_the_last_also_where_it_is_the_first(self):
+        result = self.task.delay()
+        result.cancel()
+        self.assertEqual([event.status for event in result.watch()], ["cancelled"])
+        watch = result.watch()
+
+        async def run():
+            self.assertEqual([e.status async for e in watch], ["cancelled"])
+            result.retry()
+            self.assertEqual([e.status async for e in watch], [])
+            async for event in result.watch():
+                self.assertEqual(event, ("queued", None, 0))
+                break
+            self.assertEqual([t for t in self.app.watches.values() if t._timer], [])
+
+        self.asyncio.run(run())
+
+    def test_a_cancelled_one_leaves_no_timer_and_two_are_no_trouble(self):
+        result = self.task.delay()
+
+        async def all_of(watch, seen):
+            async for event in watch:
+                seen.append(event.status)
+
+        async def run():
+            seen = [[], [], []]
+            waits = [self.asyncio.ensure_future(all_of(result.watch(), found))
+                     for found in seen]
+            while not all(seen):
+                await self.asyncio.sleep(0.001)
+            watch, = self.app.watches.values()
+            waits[0].cancel()
+            self.later(lambda: self.succeed(result))
+            await self.asyncio.wait(waits)
+            self.assertEqual(seen, [["queued"]] + [["queued", "success"]] * 2)
+            self.assertEqual((watch._timer, watch._batches, self.app.watches),
+                             (None, [], {}))
+            other = self.task.delay()
+            wait = self.asyncio.ensure_future(all_of(other.watch(), seen[0]))
+            while len(seen[0]) < 2 or not self.app.watches:
+                await self.asyncio.sleep(0.001)
+            await self.ticks(20)
+            wait.cancel()
+            await self.asyncio.wait([wait])
+            self.assertEqual(self.app.watches, {})
+
+        self.asyncio.run(run())
+
+    def test_nothing_is_read_again_until_somebody_commits(self):
+        results, seen = self.task.delay_many([()] * 300), []
+
+        async def first_two(result):
+            async for event in result.watch():
+                if event.status == "success":
+                    return event
+
+        async def run():
+            waits = [self.asyncio.ensure_future(first_two(result)) for result in results]
+            while not self.app.watches:
+                await self.asyncio.sleep(0.001)
+            await self.asyncio.sleep(0.3)
+            errands, = self.app.errands.values()
+            await errands.send(
+                self.asyncio.get_running_loop(),
+                lambda store: store.db.link().connection.set_trace_callback(seen.append))
+            while len(seen) < 20:
+                await self.asyncio.sleep(0.002)
+            quiet = len([s for s in seen if "bg_task" in s])
+            self.later(lambda: self.succeed(*results))
+            await self.asyncio.gather(*waits)
+            return quiet, len([s for s in seen if "bg_task" in s])
+
+        quiet, busy = self.asyncio.run(run())
+        self.assertEqual(quiet, 0)
+        self.assertLess(busy, 12)       # statements for 300 tasks
+
+    def test_it_gives_up_after_its_timeout_and_when_the_task_is_deleted(self):
+        result = self.task.delay()
+        said = f"task {result.id} is queued after 0.05 s"
+
+        async def run(watch):
+            return [event async for event in watch]
+
+        for iterate in (list, lambda watch: self.asyncio.run(run(watch))):
+            with self.assertRaisesRegex(pybgworker.WaitTimeout, said):
+                iterate(result.watch(timeout=0.05))
+            self.assertRaises(pybgworker.OptionError, result.watch, timeout="soon")
+        self.assertEqual(self.app.watches, {})
+        result.forget()
+        for iterate in (list, lambda watch: self.asyncio.run(run(watch))):
+            self.assertRaises(pybgworker.TaskNotFound, iterate, result.watch())
+            self.assertRaises(pybgworker.TaskNotFound, iterate,
+                              AsyncResult(2**40, self.app).watch())
 
 
 # == Results ==================================================================
@@ -3040,6 +3361,8 @@ class Results(QueueCase):
         row = self.store.task(result.id)
         self.assertEqual(pybgworker.to_ms(result.created_at.timestamp()), row.created_at)
         self.assertEqual(result.created_at.tzinfo, dt.timezone.utc)
+        soon = self.app.send("t", expires=60)
+        self.assertGreater(soon.expires_at - soon.created_at, dt.timedelta(seconds=59))
         self.now = row.created_at + 7
         run, = self.claim(queues={"mail"})
         self.finish(run, started_at=self.now + 1, duration=0.25, output="said\n")
@@ -3406,10 +3729,239 @@ class Tasks(Case):
         self.assertIn("has no App 'f'", lines[2])
 
 
+class Adelay(LoopCase):
+    """adelay() and adelay_many(): delay() that holds up no event loop."""
+
+    def test_it_enqueues_as_delay_does(self):
+        async def run():
+            one = await self.task.adelay((1, 2), at=dt.date(2030, 1, 2))
+            many = await self.task.adelay_many([(1,), {"b": 2}])
+            call = self.task.options(priority=1, key="k", countdown=60, meta={"a": 1})
+            kept = await call.adelay(3)
+            self.assertEqual(await call.adelay(4), kept)
+            self.assertEqual(await self.task.adelay_many([]), [])
+            more = await self.task.options(queue="q").adelay_many([(5,)] * 3)
+            return [one, *many, kept, *more]
+
+        results = self.asyncio.run(run())
+        self.assertEqual(self.app.tasks(), results[::-1])
+        self.assertIs(results[0]._app, self.app)
+        self.assertEqual([r.args for r in results],
+                         [((1, 2),), (1,), (), (3,), (5,), (5,), (5,)])
+        self.assertEqual((results[0].kwargs, results[2].kwargs),
+                         ({"at": dt.date(2030, 1, 2)}, {"b": 2}))
+        kept = results[3]
+        self.assertEqual((kept.priority, kept.key, kept.status, kept.meta, kept.queue),
+                         (1, "k", "scheduled", {"a": 1}, "default"))
+        self.assertEqual(results[4].queue, "q")
+
+    def test_the_loop_goes_on_beside_a_locked_database(self):
+        result = self.task.delay()
+
+        async def run():
+            other = self.locked()
+            waits = [self.asyncio.ensure_future(wait) for wait in (
+                self.task.adelay(1), self.task.adelay_many([(2,), (3,)]),
+                self.task.options(queue="q").adelay(4))]
+            await self.ticks()              # would not end, were the loop held up
+            self.assertFalse(any(wait.done() for wait in waits))
+            async for event in result.watch():      # nor are those who read
+                self.assertEqual(event.status, "queued")
+                break
+            other.execute("rollback")
+            return await self.asyncio.gather(*waits)
+
+        one, many, queued = self.asyncio.run(run())
+        self.assertEqual(sorted(r.args for r in (one, *many, queued)),
+                         [(1,), (2,), (3,), (4,)])
+        self.assertEqual(len(self.app.tasks()), 5)
+
+    def test_a_thousand_at_once_share_commits_and_a_thread(self):
+        threads: set = set()
+        before = len(sys._current_frames())
+
+        def insert_all(link, requests, insert=pybgworker.insert_all):
+            threads.add(threading.get_ident())
+            commits.append(len(requests))
+            insert(link, requests)
+
+        commits: list = []
+
+        async def run():
+            other = self.locked()
+            waits = [self.asyncio.ensure_future(self.task.adelay(n))
+                     for n in range(1000)]
+            await self.ticks(20)
+            self.assertLessEqual(len(sys._current_frames()), before + 1)
+            other.execute("rollback")
+            return await self.asyncio.gather(*waits)
+
+        with mock.patch.object(pybgworker, "insert_all", insert_all):
+            results = self.asyncio.run(run())
+        self.assertEqual([r.args for r in results[::100]],
+                         [(n,) for n in range(0, 1000, 100)])
+        self.assertEqual((sum(commits), len(threads)), (1000, 1))
+        self.assertLess(len(commits), 10)
+
+    def test_an_error_is_of_its_own_call(self):
+        app = App(db=str(self.db), busy_timeout=0.05)
+        self.addCleanup(lambda: app.store.close())
+        task = app.task(name="t")(print)
+
+        async def run():
+            with self.assertRaisesRegex(pybgworker.PayloadTypeError, r"args\[0\]"):
+                await task.adelay(object())
+            with self.assertRaisesRegex(pybgworker.OptionError, "priority='x'"):
+                await task.options(priority="x").adelay()
+            with self.assertRaisesRegex(pybgworker.OptionError, "key="):
+                await task.options(key="k").adelay_many([(), ()])
+            other = self.locked()
+            found = await self.asyncio.gather(*[task.adelay(n) for n in range(5)],
+                                              return_exceptions=True)
+            self.assertEqual({type(e) for e in found}, {pybgworker.DatabaseBusy})
+            self.assertEqual(len({*map(id, found)}), 5)
+            other.execute("rollback")
+            # What one of them cannot have does not keep the others from theirs.
+            bad = NewTask("t", "q", 5, None, 3, None, 2, 0, 0, tick=10**30)
+            new_task = pybgworker.new_task
+            with mock.patch.object(
+                    pybgworker, "new_task", lambda task, now, **options:
+                    bad if options else new_task(task, now)):
+                return await self.asyncio.gather(
+                    task.adelay(1), task.options(queue="bad").adelay(2), task.adelay(3),
+                    return_exceptions=True)
+
+        one, bad, three = self.asyncio.run(run())
+        self.assertIsInstance(bad, Exception)
+        self.assertEqual(self.app.tasks(), sorted([one, three], key=lambda r: -r.id))
+
+    def test_a_cancelled_one_may_have_enqueued_and_leaves_the_others(self):
+        told: list = []
+
+        async def run():
+            loop = self.asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, context: told.append(context))
+            other = self.locked()
+            first = self.asyncio.ensure_future(self.task.adelay(1))
+            await self.ticks(20)            # it waits for the lock by now
+            waits = [self.asyncio.ensure_future(self.task.adelay(n)) for n in (2, 3)]
+            await self.ticks(5)
+            first.cancel()
+            waits[0].cancel()               # nobody has begun with this one
+            await self.asyncio.wait([first, waits[0]])
+            other.execute("rollback")
+            return await waits[1]
+
+        result = self.asyncio.run(run())
+        self.assertEqual(result.args, (3,))
+        self.assertLessEqual({r.args for r in self.app.tasks()}, {(1,), (3,)})
+        self.assertEqual(told, [])
+
+    def test_arguments_are_read_where_the_call_is_made(self):
+        """In its thread and its context, when it begins: what comes later is too late."""
+        var, seen = pybgworker.contextvars.ContextVar("var"), []
+        new_task = pybgworker.new_task
+
+        def looking(*args, **options):
+            seen.append((var.get(), threading.get_ident()))
+            return new_task(*args, **options)
+
+        async def run():
+            var.set("here")
+            value = [1]
+            other = self.locked()
+            wait = self.asyncio.ensure_future(self.task.adelay(value))
+            await self.ticks(5)
+            value.append(2)
+            other.execute("rollback")
+            return await wait
+
+        with mock.patch.object(pybgworker, "new_task", looking):
+            result = self.asyncio.run(run())
+        self.assertEqual(result.args, ([1],))
+        self.assertEqual(seen, [("here", threading.get_ident())])
+
+    def test_a_loop_that_is_closed_in_the_middle_harms_nobody(self):
+        other, told = self.locked(), []
+        loop = self.asyncio.new_event_loop()
+        wait = loop.create_task(self.task.adelay(1))
+        loop.run_until_complete(self.asyncio.wait([wait], timeout=0.01))
+        wait._log_destroy_pending = False
+        loop.close()
+        with mock.patch.object(sys, "unraisablehook", told.append):
+            other.execute("rollback")
+            result = self.asyncio.run(self.task.adelay(2))
+        self.assertEqual((result.args, told), ((2,), []))
+
+    def test_a_connection_of_the_caller(self):
+        own = sqlite3.connect(self.db)
+        free = sqlite3.connect(self.db, check_same_thread=False)
+        for conn in (own, free):
+            self.addCleanup(conn.close)
+
+        async def run():
+            for conn in (own, "queue.db", object()):
+                with self.assertRaisesRegex(
+                        pybgworker.OptionError, "adelay.* conn=.*call delay\\(\\) there"):
+                    await self.task.options(conn=conn).adelay()
+            with self.assertRaisesRegex(pybgworker.OptionError, "priority"):
+                await self.task.options(conn=free, priority="x").adelay()
+            free.execute("create table mine (a)")
+            lost = await self.task.options(conn=free).adelay(1)
+            free.rollback()
+            kept = await self.task.options(conn=free).adelay_many([(2,)])
+            free.commit()
+            return lost, kept
+
+        lost, kept = self.asyncio.run(run())
+        self.assertEqual(self.app.tasks(), kept)
+        self.assertEqual(kept[0].args, (2,))
+        with self.assertRaises(pybgworker.TaskNotFound):
+            lost.status     # noqa: B018
+
+    @unittest.skipUnless(importlib.util.find_spec("uvloop"), "needs uvloop")
+    def test_with_uvloop(self):
+        uvloop = importlib.import_module("uvloop")
+
+        async def run():
+            results = await self.asyncio.gather(*[self.task.adelay(n) for n in range(50)])
+            self.later(lambda: self.succeed(*results))
+            seen = [event.status async for event in results[0].watch()]
+            return seen[-1], await self.asyncio.gather(*[r._wait() for r in results])
+
+        loop = uvloop.new_event_loop()
+        self.addCleanup(loop.close)
+        self.assertEqual(loop.run_until_complete(run()), ("success", [7] * 50))
+
+
+class AdelayInATask(Served):
+
+    TASKS = """
+        @task(retries=0)
+        async def parent(n):
+            results = await child.adelay_many([(i,) for i in range(n)])
+            seen = [event.status async for event in results[0].watch()]
+            return [seen[-1], [await result for result in results], current_task().name]
+
+        @task(retries=0)
+        async def child(i):
+            return i
+    """
+
+    def test_a_coroutine_enqueues_watches_and_awaits(self):
+        self.worker("--concurrency", 1)
+        self.assertEqual(self.get(self.tasks.parent.delay(5)),
+                         ["success", [0, 1, 2, 3, 4], "tasks.parent"])
+
+
 class Types(Case):
     """What a type checker knows of a program that uses this file."""
 
     PROGRAM = """
+        from collections.abc import Coroutine
+        from datetime import datetime
+        from typing import Any
+
         from pybgworker import App, AsyncResult, Task, cron, task
 
         @task
@@ -3432,7 +3984,23 @@ class Types(Case):
             body: bytes = await fetch("direct")
             body = await fetch.delay("queued")
             body.upper()
+            later_on: Coroutine[Any, Any, AsyncResult[bytes]] = fetch.adelay("x")
+            body = await (await later_on)
+            number = await (await add.options(priority=1).adelay(1, b=2))
+            async for state in (await add.adelay(1)).watch(timeout=3):
+                print(state.status.upper(), state.attempt + 1)
+                if state.progress is not None:
+                    print(state.progress.percent + 1)
+            pair: list[AsyncResult[int]] = await add.adelay_many([(1, 2)])
+            wrong = await add.adelay("1")               # wrong: int
+            await add.options(priority=1).adelay()      # wrong: a is missing
+            text: str = await (await fetch.adelay("x")) # wrong: bytes
 
+        for state in add.delay(1).watch():
+            state.status.upper()
+        for result in App().tasks("failed", since=3600):
+            when: datetime = result.created_at
+            until: datetime | None = result.finished_at
         number: int = add.delay(1, 2).get(timeout=3)
         number = add.options(countdown=3).delay(1).get()
         number = add.apply_async((1, 2)).get()
