@@ -62,12 +62,11 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Acts · Operating ·
-        Backup · Wording · Reasons · Why · Attention · Logs · Overview ·
-        Screen · Frame · Top · Metrics · Health · Doctor · Remedies ·
-        Listeners · Child starts · Redaction · Web reports · Web actions ·
-        Dashboard · Web server · Connections · Bench · Old import paths ·
-        Page · Page script
+        Cron · Scheduler · Reports · One task · Reading · Sending · Acts · Operating ·
+        Backup · Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
+        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
+        Child starts · Redaction · Web reports · Web actions · Dashboard ·
+        Web server · Connections · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1870,6 +1869,8 @@ class KnownTask(NamedTuple):
     params: tuple               # names of parameters, as in `def`; of C code none
     max_running: int = 0        # runs at a time, over all workers; 0: any number
     is_async: bool = False      # its runs are coroutines
+    options: dict | None = None     # of its @task, and `call`: a row of Parameters;
+                                    # None: nobody has asked, or an older worker
 
 
 class RunRow(NamedTuple):
@@ -3055,6 +3056,11 @@ class LiveVerbs(Protocol):
         """What the registered workers know, callbacks of tasks too; by name.
 
         A worker of an older version has not said.
+        """
+
+    def announced(self, name: str) -> list[KnownTask]:
+        """What the registered workers know of one task, with its options: the newest
+        worker is the last.
         """
 
     def departed_cpu(self) -> tuple[float, float]:
@@ -4654,6 +4660,7 @@ class Configured:
         # Settings and store, each as the first thread has made it.  No lock, for a
         # fork may come in the middle; configure() puts an empty one in its place.
         self._opened: dict[str, Any] = {}
+        self.sent: dict[str, Any] = {}      # tasks of workers, by name: see send()
 
     def configure(self, **settings: Any) -> None:
         """Set settings in code; flags and environment go before them.
@@ -4685,7 +4692,7 @@ class Configured:
             name: check_setting(name, value, name)
             for name, value in settings.items() if value is not None
         })
-        before, self._opened = self._opened, {}
+        before, self._opened, self.sent = self._opened, {}, {}
         if "store" in before:
             before["store"].close()
 
@@ -4863,13 +4870,12 @@ class App(Configured):
              **options: Any) -> AsyncResult[Any]:
         """Enqueue a task by its name, which need not be registered here.
 
-        Then it has the options of a bare @task, but for those that are given.
-        `kwargs` are its keyword arguments.
+        Then its options are those that live workers have told of it, and CallError is
+        raised for arguments that would not fit on any of them.  Of a name that none
+        knows, which may come, the options are those of a bare @task.  What is given
+        goes before.  `kwargs` are its keyword arguments.
         """
-        check_known(options, CALL_OPTIONS, CALL_HINTS)
-        task = self.registered.get(checked("name", parse_name, name))
-        task = task or Task(self, do_nothing, name, {})
-        return task.apply_async(args, kwargs, **options)
+        return sent(self, name, args, kwargs, options)
 
     def backup(self, path: Any, overwrite: bool = False) -> Backup:
         """Copy the queue, which may be in use, into one plain file; check the copy.
@@ -4987,10 +4993,6 @@ def _encoded(shape, calls, limit):
             raise
         raise type(exc)(f"calls[{len(texts)}]: {exc}") from None
     return texts
-
-
-def do_nothing(*args, **kwargs):
-    """Stands for a function that only a worker knows."""
 
 
 AsyncResult.default_app = default_app = App()
@@ -8148,6 +8150,14 @@ def _read_names(text):
         return ()
 
 
+def _read_object(text):
+    """What a JSON object says; None where there is none."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        found = json.loads(text or "null")
+        return found if isinstance(found, dict) else None
+    return None
+
+
 class LiveRows:
     """The verbs about what runs now."""
 
@@ -8172,10 +8182,11 @@ class LiveRows:
             ).lastrowid
             link.connection.executemany(
                 """insert into bg_worker_task (worker, name, rate, max_running, params,
-                        is_async)
-                    values (?, ?, ?, ?, ?, ?)""",
+                        is_async, options)
+                    values (?, ?, ?, ?, ?, ?, ?)""",
                 [(worker, task.name, task.rate, task.max_running or None,
-                  to_json(list(task.params)), task.is_async) for task in known])
+                  to_json(list(task.params)), task.is_async,
+                  task.options and to_json(task.options)) for task in known])
             lock(worker)
             return worker
 
@@ -8212,6 +8223,16 @@ class LiveRows:
                 where worker in (select id from bg_worker) order by name, worker""")
         return [KnownTask(worker, name, rate, _read_names(params), most, bool(is_async))
                 for worker, name, rate, params, most, is_async in rows]
+
+    def announced(self, name: str) -> list[KnownTask]:
+        rows = self.db.read(
+            """select worker, rate, params, ifnull(max_running, 0), is_async, options
+                from bg_worker_task
+                where worker in (select id from bg_worker) and name = :name
+                order by worker""", {"name": name})
+        return [KnownTask(worker, name, rate, _read_names(params), most, bool(is_async),
+                          _read_object(options))
+                for worker, rate, params, most, is_async, options in rows]
 
     _IS_OURS = f"""
         where exists (select 1 from bg_task
@@ -10908,6 +10929,15 @@ class Entry(NamedTuple):
     is_async: bool              # a call makes a coroutine
     max_running: int            # at a time, over all workers; 0: any number
     expires: float | None = None    # seconds in which a run must begin
+    call: Parameters | None = None      # what calls it takes, as far as that is known
+
+    def known(self) -> KnownTask:
+        """What is told of it to those who send tasks by their names."""
+        options = {"queue": self.queue, "priority": self.priority,
+                   "retries": self.policy.retries, "timeout": self.timeout,
+                   "expires": self.expires, "call": self.call}
+        return KnownTask(0, self.name, self.rate_limit, self.parameters,
+                         self.max_running, self.is_async, options)
 
 
 def _entry_of(task):
@@ -10918,6 +10948,7 @@ def _entry_of(task):
         tuple((s.cron.expr, s.cron.tz, s.misfire, s.overlap, s.jitter, s.alert_after,
                s.args) for s in task.schedules),
         is_coroutine_function(task.fn), task.max_running or 0, task.expires,
+        Parameters.of(task.fn),
     )
 
 
@@ -10952,6 +10983,7 @@ class Registry(NamedTuple):
                 parameters=tuple(entry.parameters),
                 policy=RetryPolicy(*entry.policy)._replace(retry_for=()),
                 schedules=tuple(map(tuple, entry.schedules)),
+                call=Parameters.read(entry.call),
             )
         code = {name: tuple(value) if isinstance(value, list) else value
                 for name, value in code.items()}
@@ -17307,8 +17339,7 @@ class Liveness:
             "start_method": self._start_method, "max_memory": s.max_memory,
             "timeout": s.timeout, "rate": s.rate_limit, "version": __version__,
             "threads": s.threads, "coroutines": s.coroutines,
-            "tasks": [KnownTask(0, t.name, t.rate_limit, t.parameters, t.max_running,
-                                t.is_async) for t in self._tasks.values()],
+            "tasks": [entry.known() for entry in self._tasks.values()],
         }
         self.id = self.store.add_worker(row, self._locks.hold)
         self.begun.open(self.store.path, self.id, most_in_flight(s))
@@ -19086,7 +19117,7 @@ class Worker:
             return max(0.0, self.outbox.due - at)
         longest = _POLL_SECONDS if self.senses.ear.port else _DEAF_POLL_SECONDS
         # What no child could take is not due: the end of a run wakes us.  Guarded
-        # by test_a_turn_that_can_do_nothing_is_not_due.
+        # by test_a_turn_that_cando_nothing_is_not_due.
         if self.lookout.has_room and not self.senses.stops.count:
             longest = min(longest, self.lookout.seconds(self.store.now()))
         due = min(self.house.next_due(), self.pool.next_timer(),
@@ -21080,6 +21111,108 @@ def _events(args, app):
     return _printed(args, rows, events_text)
 
 
+# == Sending ==================================================================
+# Owns tasks that are sent by their names, and not registered here: what live workers
+# have told of them is asked for once in a while, so that a send() costs no more for it.
+
+_FRESH = 5.0                # seconds that is used for what workers have told of a task
+_FRESH_UNKNOWN = 1.0        # … that none has: one may start
+_MOST_SENT = 1000           # names that are remembered
+
+
+def do_nothing(*args, **kwargs):
+    """Stands for a function that only a worker knows."""
+
+
+class _Sent(NamedTuple):
+    """A task that stands for one of workers."""
+
+    until: float            # monotonic
+    task: Task
+    is_known: bool          # a live worker has told its options
+
+
+class _Announced(Shape):
+    """Which calls a task of workers takes: of several that differ, what any does."""
+
+    def __init__(self, known: Sequence[KnownTask], again: Callable):
+        super().__init__(len)                   # of which nothing is known
+        self.calls = [Parameters.read((task.options or {}).get("call"))
+                      for task in known]
+        self._name = known[0].name.rpartition(".")[2] if known else ""
+        self._again = again
+
+    def check(self, args: Sequence, kwargs: dict) -> None:
+        if self._refusal(args, kwargs) is not None:
+            refusal = self._again()._refusal(args, kwargs)      # a worker may be new
+            if refusal is not None:
+                raise refusal
+
+    def _refusal(self, args, kwargs):
+        refusal = None
+        for call in self.calls:
+            if call is None:
+                return None
+            try:
+                call.check(self._name, args, kwargs)
+                return None
+            except CallError as exc:
+                refusal = exc
+        return refusal
+
+
+def sent(app: App, name: str, args: Sequence, kwargs: dict | None,
+         options: dict) -> AsyncResult[Any]:
+    """What App.send() promises."""
+    check_known(options, CALL_OPTIONS, CALL_HINTS)
+    task = app.registered.get(checked("name", parse_name, name))
+    if task is None:
+        task = _found(app, name).task
+    return task.apply_async(args, kwargs, **options)
+
+
+def is_announced(app: App, name: str) -> bool:
+    """True when a live worker has told the options of a task."""
+    return _found(app, name).is_known
+
+
+def _found(app, name):
+    found = app.sent.get(name)      # what two threads find at once is the same
+    if found is None or time.monotonic() >= found.until:
+        if len(app.sent) >= _MOST_SENT:
+            app.sent.clear()
+        found = app.sent[name] = _look(app, name)
+    return found
+
+
+def _look(app, name):
+    """Ask the database.  Where there is none yet, nobody has told anything."""
+    store, known = app.store, []
+    with contextlib.suppress(DatabaseUnavailable):      # what inserts it will say so
+        known = store.announced(name)
+        if known:
+            live = {row.id for row in live_workers(
+                store, store.now(), app.settings.worker_timeout)}
+            known = [task for task in known if task.worker in live]
+    told = known[-1].options if known else None
+    options = {key: value for key, value in (told or {}).items() if key in TASK_OPTIONS}
+    try:
+        task: Task = Task(app, do_nothing, name, options)
+    except OptionError:                 # edited by hand, or of a newer version
+        task, told = Task(app, do_nothing, name, {}), None
+    task.shape = _Announced(known, lambda: _look(app, name).task.shape)
+    fresh = _FRESH if told else _FRESH_UNKNOWN
+    return _Sent(time.monotonic() + fresh, task, told is not None)
+
+
+def options_to_send(app: App, name: str) -> dict:
+    """The options of a task that nobody here or alive knows: as it was enqueued last.
+    """
+    if name in app.registered or is_announced(app, name):
+        return {}
+    return app.store.newest_options(name)
+
+
 # == Acts =====================================================================
 # Owns the commands with which people act on a queue.  Each writes down who did it.
 
@@ -21292,7 +21425,7 @@ def _confirm(args, question):
          flag("arguments", nargs="*", default=[], metavar="[KEY=]JSON",
               help="""1 '"text"' key='[1, 2]'"""),
          flag("--app", metavar="MODULE[:APP]", help="the module that defines the task "
-              "(default: goes by the newest task of that name)"),
+              "(default: goes by what live workers say, else by its newest task)"),
          flag("--queue", metavar="Q", help="where it waits (default: the task's own)"),
          flag("--countdown", metavar="S", type=typed(parse_grace),
               help="when it is due: seconds from now, or 90s, 15m, 12h, 7d "
@@ -21312,7 +21445,7 @@ def _enqueue(args, app):
     options = {k: v for k, v in given.items() if v is not None}
     is_new = not os.path.exists(app.store.path)
     if args.name not in app.registered:
-        options = {**_newest_options(app, args.name, given), **options}
+        options = {**_last_options(app, args.name, args.queue), **options}
     result = app.send(args.name, *values, kwargs=kwargs, **options)
     if is_new:
         say_aside(f"made the database {app.store.path}")
@@ -21378,14 +21511,18 @@ def _call_of(arguments):
     return values, kwargs
 
 
-def _newest_options(app, name, given):
-    """What is known of a task without its app: how it was enqueued the last time."""
+def _last_options(app, name, queue):
+    """Those of the newest task of this name, if no live worker tells them."""
     app.store.create()
-    found = app.store.newest_options(name)
-    if not found and given["queue"] is None:
-        say_aside(f"no task {name!r} was here before, so it goes to the queue default, "
-                  "with the options of a bare @task; with --app MODULE it gets those "
-                  "that the module gives it")
+    found = options_to_send(app, name)
+    if not found and queue is None and not is_announced(app, name):
+        names = {row.name for row in app.store.totals()}
+        names.update(task.name for task in app.store.known_tasks())
+        near = near_name(name, {name for name in names if not callback_kind(name)})
+        meant = f" (did you mean {near}?)" if near else ""
+        say_aside(f"no task {name!r} was here before{meant}, so it goes to the queue "
+                  "default, with the options of a bare @task; with --app MODULE it "
+                  "gets those that the module gives it")
     return found
 
 
@@ -26443,8 +26580,7 @@ def run_schedule_deed(deed: Deed, schedule: str) -> dict:
     if not rows:
         raise TaskNotFound(f"no schedule {schedule}")
     name = rows[0].task
-    options = {} if name in deed.app.registered else deed.store.newest_options(name)
-    result = deed.app.send(name, **options)
+    result = deed.app.send(name, **options_to_send(deed.app, name))
     deed.store.note_event(deed.by, "run", f"schedule {schedule}", f"task {result.id}",
                           deed.store.now())
     return {"id": result.id}

@@ -7933,8 +7933,8 @@ class LiveRows(QueueCase):
             (row.state, row.rate, row.version, row.note, row.threads, row.coroutines),
             ("starting", 3.5, "9", None, 4, 5))
         self.assertEqual(self.store.known_tasks(), [
-            (worker, "a\x1b\"", 2.5, ("x", "*rest"), 3, True),
-            (worker, "b", None, (), 0, False)])
+            (worker, "a\x1b\"", 2.5, ("x", "*rest"), 3, True, None),
+            (worker, "b", None, (), 0, False, None)])
 
     def test_a_heartbeat_says_how_a_worker_and_its_children_do(self):
         worker = self.add()
@@ -8113,7 +8113,7 @@ class LiveRows(QueueCase):
             self.sql(f"update bg_worker set cpu = {cpu}, children_cpu = {cpu}, note = 5,"
                      f" state = x'00', memory = 'large' where id = {worker}")
             self.sql("update bg_worker_task set params = '{' where worker = ?", worker)
-            self.assertEqual(self.store.known_tasks(), [(worker, "a", None, (), 0, False)])
+            self.assertEqual(self.store.known_tasks(), [(worker, "a", None, (), 0, False, None)])
             self.row(worker)
             self.store.remove_dead([self.row(worker)])
             self.assertEqual(self.sql("select count(*) from bg_worker"), [(2,)])
@@ -20042,6 +20042,168 @@ class Reports(QueueCase):
                 self.assertEqual([row["runs"] for row in found], [wanted] * bool(wanted))
 
 
+# == Sending ==================================================================
+
+
+class Sending(Case):
+
+    def announce(self, fn, name="shop.pay", beat_at=None, told=True, **options):
+        """Register a worker that knows a task; return its id."""
+        app = App(db=str(self.db))
+        app.task(name=name, **options)(fn)
+        known = pybgworker.Registry.of(app, "shop").tasks[name].known()
+        known = known if told else known._replace(options=None)
+        now = pybgworker.now_ms() if beat_at is None else beat_at
+        worker = self.store.add_worker({**LiveRows.VALUES, "now": now, "tasks": [known]},
+                                       mock.Mock())
+        self.app.sent.clear()           # as after some seconds
+        return worker
+
+    def row(self, *args, **kwargs):
+        return self.store.task(self.app.send("shop.pay", *args, **kwargs).id)
+
+    def test_a_task_of_workers_is_sent_with_its_own_options(self):
+        self.announce(lambda a: None, queue="pay", priority=2, retries=7, timeout=30,
+                      expires="1h")
+        row = self.row(1)
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("pay", 2, 7, 30.0))
+        self.assertEqual(row.expires_at, row.created_at + 3_600_000)
+        row = self.row(1, queue="q", priority=9, retries=0, timeout=5)
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("q", 9, 0, 5.0))
+
+    def test_what_no_worker_knows_is_a_bare_task_whatever_the_arguments(self):
+        self.assertEqual(self.row(1, 2, kwargs={"x": 3}).queue, "default")    # no database
+        self.announce(lambda: None, beat_at=1, queue="pay")         # it is silent
+        self.announce(lambda: None, name="other", queue="pay")
+        row = self.row(1, 2)
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("default", 5, 3, None))
+        self.announce(lambda: None, told=False)                     # an older version
+        self.assertEqual(self.row(1, 2).queue, "default")
+
+    def test_arguments_that_fit_no_worker_are_refused_as_by_delay(self):
+        def pay(order, /, amount, *, currency="EUR"): pass
+
+        self.announce(pay)
+        for args, kwargs, words in (
+            ((), {}, "pay.. missing 2 required positional arguments: 'order' and 'amount'"),
+            ((1, 2, 3), {}, "takes 2 positional arguments but 3 were given"),
+            ((1,), {"amount": 2, "curency": "USD"}, "unexpected keyword argument 'curency'"),
+            ((), {"order": 1, "amount": 2}, "positional-only"),
+        ):
+            with self.subTest(words):
+                self.assertRaisesRegex(pybgworker.CallError, words, self.row, *args,
+                                       kwargs=kwargs)
+                self.assertRaises(TypeError, self.row, *args, kwargs=kwargs)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        self.row(1, kwargs={"amount": 2})
+
+    def test_of_workers_that_differ_only_what_all_refuse_is_refused(self):
+        """As while a new version is rolled out; the options are those of the newest."""
+        self.announce(lambda a: None, queue="old")
+        self.announce(lambda a, b: None, queue="new")
+        self.assertEqual([self.row(1).queue, self.row(1, 2).queue], ["new", "new"])
+        self.assertRaises(pybgworker.CallError, self.row, 1, 2, 3)
+        self.announce(print, told=False)
+        self.row(1, 2, 3)               # who has not said may take it
+
+    def test_a_worker_that_has_just_come_is_asked_before_anything_is_refused(self):
+        self.announce(lambda a: None)
+        self.row(1)
+        kept = dict(self.app.sent)
+        self.announce(lambda a, b: None)
+        self.app.sent.update(kept)      # as it was found some seconds ago
+        self.row(1, 2)
+        self.assertRaises(pybgworker.CallError, self.row, 1, 2, 3)
+
+    def test_workers_are_asked_once_in_a_while(self):
+        self.announce(lambda a: None)
+        connection = self.store.db.link().connection
+
+        def asked(act):
+            found = []
+            connection.set_trace_callback(found.append)
+            act()
+            connection.set_trace_callback(None)
+            return [statement for statement in found
+                    if re.search(r"from bg_worker(_task|\s+where id)", statement)]
+
+        found = asked(lambda: self.row(1))
+        self.assertEqual(len(found), 2, found)
+        self.assertEqual(asked(lambda: [self.row(1) for _ in range(20)]), [])
+        for name in ("shop.pay", "nobody"):
+            with self.subTest(name), mock.patch.object(
+                    time, "monotonic", lambda now=time.monotonic() + 5.1: now):
+                self.assertTrue(asked(lambda: self.app.send(name, 1)))
+                self.assertEqual(asked(lambda: self.app.send(name, 1)), [])
+        with mock.patch.object(pybgworker, "_MOST_SENT", 2):
+            for number in range(5):
+                self.app.send(f"t{number}")
+            self.assertLessEqual(len(self.app.sent), 2)
+        self.app.configure(db=str(self.folder / "other.db"))
+        self.assertEqual(self.app.sent, {})
+
+    def test_nonsense_written_by_hand_is_as_if_nothing_was_told(self):
+        worker = self.announce(lambda a: None, queue="pay")
+        for options in ('"', "[1]", "7", '{"queue": 3}', '{"call": [1]}', '{"retries": -1}',
+                        '{"call": {"names": 1}, "newer": true}', None):
+            self.sql("update bg_worker_task set options = ? where worker = ?", options,
+                     worker)
+            self.app.sent.clear()
+            with self.subTest(options):
+                self.assertEqual(self.row(1, 2, 3).queue, "default")
+
+    def test_a_transaction_of_the_caller_is_not_disturbed(self):
+        self.announce(lambda a: None, queue="pay")
+        with contextlib.closing(sqlite3.connect(self.db)) as own:
+            own.execute("create table orders (a)")
+            own.execute("insert into orders values (1)")
+            result = self.app.send("shop.pay", 1, conn=own)
+            self.assertRaises(pybgworker.CallError, self.app.send, "shop.pay", conn=own)
+            own.rollback()
+            self.assertRaises(pybgworker.TaskNotFound, lambda: result.status)
+            self.app.send("shop.pay", 1, conn=own)
+            own.commit()
+        self.assertEqual(self.sql("select queue from bg_task"), [("pay",)])
+
+    def test_enqueue_goes_by_what_live_workers_say(self):
+        (self.folder / "tasks.py").write_text(textwrap.dedent("""
+            from pybgworker import *
+            @task(name="shop.pay", queue="pay", priority=2, retries=1, timeout=60)
+            def pay(order, amount=1): return [order, amount]
+            """))
+        self.app.send("shop.pay", queue="once")         # not what the newest task had
+        self.store.cancel(1, self.now)
+        worker = self.worker("--concurrency", 1)
+        worker.wait_for("worker_ready")
+        done = self.cli("enqueue", "shop.pay", "7", "amount=3")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        result = self.app.result(int(done.stdout))
+        self.assertEqual(result.get(timeout=60), [7, 3])
+        row = self.store.task(result.id)
+        self.assertEqual((row.queue, row.priority, row.retries, row.timeout),
+                         ("pay", 2, 1, 60.0))
+        done = self.cli("enqueue", "shop.pay", "order=1", "amuont=3")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Apybgworker: pay\(\) got an unexpected keyword "
+                         r"argument 'amuont'.*\n\Z")
+        self.assertRegex(self.cli("enqueue", "shop.pya").stderr,
+                         r"no live worker knows shop.pya \(did you mean shop.pay\?\)")
+
+    def test_enqueue_says_which_name_was_meant_without_a_worker(self):
+        self.app.send("shop.pay", queue="pay", priority=3)
+        row = self.store.task(int(self.cli("enqueue", "shop.pay", "1").stdout))
+        self.assertEqual((row.queue, row.priority), ("pay", 3))     # as the newest
+        self.announce(lambda: None, name="shop.refund", beat_at=1)
+        self.assertRegex(self.cli("enqueue", "shop.refnud").stderr,
+                         r"no task 'shop.refnud' was here before \(did you mean "
+                         r"shop.refund\?\), so it goes to the queue default")
+        self.assertRegex(self.cli("enqueue", "xyz").stderr,
+                         "no task 'xyz' was here before, so it goes")
+
+
 # == Operating ================================================================
 
 
@@ -27979,7 +28141,7 @@ class TheFile(unittest.TestCase):
 
     # One-line methods of App that call a room.
     DOORS = {"backup", "cron", "on", "on_child_start", "pause", "purge", "resume",
-             "tasks"}
+             "send", "tasks"}
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
