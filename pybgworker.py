@@ -215,6 +215,13 @@ def parse_path(value):
     return os.fspath(value)
 
 
+def _log_path(value):
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) \
+            or "\0" in str(value):
+        raise ValueError("the path of a file")
+    return os.fspath(value)
+
+
 def parse_name(value):
     """A name, as it is."""
     if not isinstance(value, str) or not 0 < len(value) <= 200 \
@@ -470,6 +477,9 @@ SETTINGS = (
     Setting("log_level", "INFO", _log_level, True,
             "log lines of tasks from this level on are output, where the app does not "
             "configure logging: debug, info, warning, error, critical (default: info)"),
+    Setting("log_file", None, _log_path, True,
+            "file that the log is appended to, which logrotate may rename (default: "
+            "standard output)"),
     Setting("http", None, parse_listen, True,
             "[HOST:]PORT on which a worker answers /metrics, /healthz and /readyz; the "
             "host is 127.0.0.1 where none is given (default: it does not)"),
@@ -17496,13 +17506,15 @@ class Wishes:
 
 
 # == Log ======================================================================
-# Owns the worker's standard output: one JSON object a line, or the same for
-# eyes.  Lines are collected and written once a turn.  Never raises and never
-# waits: a full disk, a closed pipe or a slow reader must not stop the worker.
+# Owns the worker's log, on standard output or in a file: one JSON object a line, or
+# the same for eyes.  Lines are collected and written once a turn.  Never raises
+# and never waits: a full disk, a closed pipe or a slow reader must not stop the
+# worker.
 
 # A pipe whose reader sleeps may hold up this many bytes here; then lines are
 # dropped and counted, and the count is the first line after.
 _LOG_BACKLOG_BYTES = 4 << 20
+_LOG_LOOK_SECONDS = 1.0     # between two looks whether a log file was renamed
 # What one write puts into a pipe as a whole, or not at all, also where several
 # processes write to it.
 _PIPE_CHUNK_BYTES = getattr(select, "PIPE_BUF", 512)
@@ -17598,20 +17610,79 @@ def _first_chunk(unsent):
     return unsent[: unsent.rfind(b"\n", 0, _PIPE_CHUNK_BYTES) + 1 or _PIPE_CHUNK_BYTES]
 
 
+def _begins_with(path, head):
+    with contextlib.suppress(OSError), \
+            open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as file:
+        return file.read(len(head)) == head
+    return False
+
+
+class LogFile:
+    """A file that lines are appended to, by its name: one that is renamed stays whole,
+    and the next line makes another.
+    """
+
+    def __init__(self, path: str):
+        """Raises SettingError where nothing can be written."""
+        self.path = os.path.abspath(path)
+        try:
+            if _begins_with(self.path, b"SQLite format 3\0"):
+                raise OSError(errno.EINVAL, "it is a database")
+            self.fd = self._open()
+        except OSError as exc:
+            raise SettingError(
+                f"log_file={path!r}: must be a file that can be written: {exc.strerror}"
+            ) from None
+        self._next_look = 0.0       # at what has the name; monotonic
+
+    def _open(self):
+        # Without a wait for whoever reads from a pipe.
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+                       | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+
+    def is_other(self) -> bool:
+        """True when `fd` is another one, since another file has the name, or none.
+
+        Looks once a second.  What cannot be opened is tried again; until then the lines
+        go where they went before.
+        """
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOG_LOOK_SECONDS
+        if file_identity(self.path) == file_identity(self.fd):
+            return False
+        try:
+            fd = self._open()
+        except OSError:
+            return False
+        os.close(self.fd)
+        self.fd = fd
+        return True
+
+
 class Log:
     """Collects event lines and writes them to the file descriptor `fd`."""
 
     def __init__(self, fd: int = 1, style: str = "json", clock=now_ms):
-        self._fd = fd
         self._is_text = style == "text"
         self._clock = clock
-        self._is_file = _is_seekable(fd)
-        self._write = functools.partial(os.write, fd) if self._is_file \
-            else _never_waiting(fd, self)
+        self._file: LogFile | None = None
+        self._fd, self._is_file, self._write = self._way_to(fd)
         self._at, self._stamp = -1, ""      # of the last line: unix ms, and its text
         self._second, self._until = -1, ""  # the same up to the second
         self._lines: list[str] = []
         self._unsent = bytearray()          # its beginning is cheap to take off
+
+    def _way_to(self, fd):
+        """(fd, whether it is a file, a function that writes to it)."""
+        if _is_seekable(fd):
+            return fd, True, functools.partial(os.write, fd)
+        return fd, False, _never_waiting(fd, self)
+
+    def move(self, file: LogFile) -> None:
+        """From now on write to this file."""
+        self._file = file
+        self._fd, self._is_file, self._write = self._way_to(file.fd)
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Add one line: timestamp, event, then the fields that are not None."""
@@ -17649,6 +17720,8 @@ class Log:
             self._lines.append("")
             self._unsent += "\n".join(self._lines).encode("ascii", "backslashreplace")
             self._lines.clear()
+        if self._unsent and self._file is not None and self._file.is_other():
+            self.move(self._file)
         deadline = time.monotonic() + patience
         while self._unsent and self._write_some(deadline):
             pass
@@ -19292,14 +19365,18 @@ def _setting_flag(setting):
 
 
 @contextlib.contextmanager
-def _log_apart(style):
-    """Yield the Log on standard output; within the block nothing else gets there.
+def _log_apart(style, path):
+    """Yield the Log on standard output, or in a file; within the block nothing else
+    gets there.
 
     What is printed in this process, by who hears its events, becomes `output` events;
     what C code writes to descriptor 1 goes to standard error.
     """
+    file = LogFile(path) if path else None
     log_fd, original = os.dup(1), sys.stdout
     log = Log(log_fd, style)
+    if file is not None:
+        log.move(file)
     sys.stdout = TaskStream(lambda text, *_: log.output(text), 1)   # type: ignore
     os.dup2(2, 1)
     try:
@@ -19311,6 +19388,13 @@ def _log_apart(style):
         sys.stdout = original
         os.dup2(log_fd, 1)
         os.close(log_fd)
+
+
+def _known_early(args, name):
+    """A setting as far as it is known before the app is imported; None: not at all."""
+    variable = "PYBGWORKER_" + name.upper()
+    given, said = getattr(args, name), os.environ.get(variable)
+    return check_setting(name, said, variable) if given is None and said else given
 
 
 @command("run", "work on tasks until told to stop",
@@ -19326,9 +19410,11 @@ def _log_apart(style):
 def _run(args, app):
     check_platform()
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
-    style = args.log_format or ("text" if is_terminal(sys.stdout) else "json")
-    with _log_apart(style) as log:
-        name = args.worker_name or os.environ.get("PYBGWORKER_WORKER_NAME")
+    path = _known_early(args, "log_file")
+    style = args.log_format or (
+        "text" if is_terminal(sys.stdout) and not path else "json")
+    with _log_apart(style, path) as log:
+        name = _known_early(args, "worker_name")
         journal = Journal(log, name or default_worker_name())
         nursery = Nursery(args.app, journal.run)
         try:
@@ -19336,6 +19422,8 @@ def _run(args, app):
                 nursery.start(time.monotonic())
                 registry = nursery.await_app(log.flush)
             settings = registry.settings(flags)
+            if settings.log_file and not path:      # by the app's code
+                log.move(LogFile(settings.log_file))
             worker = Worker(registry, settings, open_store(settings), args.burst, log,
                             nursery)
         except BaseException:

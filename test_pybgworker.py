@@ -15754,6 +15754,13 @@ class Wishing(QueueCase):
 REAL_SOCKET = pybgworker._socket.socket
 
 
+def umask():
+    """That of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 class Logs(unittest.TestCase):
 
     def setUp(self):
@@ -15776,6 +15783,78 @@ class Logs(unittest.TestCase):
             'task_crash       stack="one line" worker="w"'])
         self.assertEqual(lines[1:3], [
             '    File "a\\b.py"', "    \\u001b[2J \\u20ac"])
+
+    def log_file(self):
+        """A log in a file of a folder of its own, and the file's path."""
+        folder = Path(tempfile.mkdtemp(prefix="pybgworker-test-"))
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        log, path = self.log(), folder / "logs" / "w.log"
+        path.parent.mkdir()
+        file = pybgworker.LogFile(str(path))
+        self.addCleanup(lambda: os.close(file.fd))
+        log.move(file)
+        return log, path
+
+    def say(self, log, number, later=0.0):
+        """One line, so many seconds from now."""
+        with mock.patch.object(time, "monotonic",
+                               lambda now=time.monotonic() + later: now):
+            log.event("e", n=number)
+            log.flush()
+
+    def numbers(self, path):
+        return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+
+    def test_a_log_file_is_appended_to(self):
+        log, path = self.log_file()
+        path.write_text('{"n":0}\n')
+        self.say(log, 1)
+        self.assertEqual(self.numbers(path), [0, 1])
+        os.truncate(path, 0)            # as logrotate's copytruncate does
+        self.say(log, 2)
+        self.assertEqual(self.numbers(path), [2])
+
+    def test_a_log_file_that_is_renamed_is_followed_by_another(self):
+        """As logrotate does it, without a signal; the umask holds for the new one."""
+        log, path = self.log_file()
+        self.say(log, 1)
+        old = path.rename(path.with_suffix(".1"))
+        self.say(log, 2)                # within a second of the last look
+        self.say(log, 3, later=1.1)
+        self.assertEqual((self.numbers(old), self.numbers(path)), ([1, 2], [3]))
+        self.assertEqual(path.stat().st_mode & 0o777, 0o644 & ~umask())
+        path.unlink()
+        self.say(log, 4, later=2.3)
+        self.assertEqual(self.numbers(path), [4])
+        looks = []
+        with mock.patch.object(pybgworker, "file_identity", looks.append):
+            for number in range(50):
+                self.say(log, number, later=2.4)
+        self.assertEqual(looks, [])
+
+    def test_a_log_file_whose_folder_is_gone_stops_nothing(self):
+        log, path = self.log_file()
+        self.say(log, 1)
+        away = path.parent.rename(path.parent.with_name("away"))
+        for number in (2, 3):
+            self.say(log, number, later=number * 1.1)
+        self.assertEqual(self.numbers(away / path.name), [1, 2, 3])
+        path.parent.mkdir()
+        self.say(log, 4, later=5)
+        self.assertEqual(self.numbers(path), [4])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full")
+    def test_a_log_file_on_a_full_disk_stops_nothing(self):
+        log, path = self.log_file()
+        file = pybgworker.LogFile("/dev/full")
+        self.addCleanup(lambda: os.close(file.fd))
+        log.move(file)
+        for number in range(3):
+            self.say(log, number)
+        log.move(pybgworker.LogFile(str(path)))
+        self.say(log, 7)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.assertEqual((lines[-2]["event"], lines[-1]["n"]), ("log_dropped", 7))
 
     def test_a_room_hears_what_is_logged(self):
         out, heard = tempfile.TemporaryFile(), []
@@ -18287,6 +18366,47 @@ class CommandLine(Served):
         self.assertIn("--failed, or --cancelled", self.refused("retry", code=2))
         self.assertEqual(self.ok("purge", "--error", "KeyError"), "0 tasks cancelled\n")
         self.assertEqual(self.ok("purge", "--name", "c"), "1 task cancelled\n")
+
+    def test_the_log_goes_to_a_file(self):
+        self.tasks.add.delay(1, 2)
+        done = self.cli("run", "--app", "tasks", "--burst", "--log-file", "w.log",
+                        "--worker-name", "w1")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        events = [json.loads(line)["event"] for line in self.lines("w.log")]
+        self.assertEqual((events[0], events[-1]), ("worker_start", "worker_stop"))
+        self.assertIn("task_success", events)
+        size = len(events)
+        for environment, flags in (({"PYBGWORKER_LOG_FILE": "w.log"}, ()),
+                                   ({"PYBGWORKER_LOG_FILE": "other"},
+                                    ("--log-file", "w.log", "--log-format", "text"))):
+            done = self.cli("run", "--app", "tasks", "--burst", *flags, **environment)
+            self.assertEqual((done.returncode, done.stdout), (0, ""))
+            self.assertGreater(len(self.lines("w.log")), size)
+            size = len(self.lines("w.log"))
+        self.assertRegex(self.lines("w.log")[-1], "Z worker_stop ")
+        self.assertFalse((self.folder / "other").exists())
+        (self.folder / "coded.py").write_text(
+            "from pybgworker import *\nconfigure(log_file='by_code.log')\n"
+            "@task\ndef t(): pass\n")
+        done = self.cli("run", "--app", "coded", "--burst")
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        self.assertIn("worker_stop", self.lines("by_code.log")[-1])
+
+    def test_a_log_file_that_cannot_be_written_is_one_line_before_anything_starts(self):
+        self.app.send("t")
+        (self.folder / "marks.py").write_text("open('imported', 'w').close()")
+        for path, words in (("no/such/w.log", "No such file or directory"),
+                            (".", "Is a directory"), (self.db, "it is a database")):
+            with self.subTest(path):
+                for argv, environment in ((("--log-file", path), {}),
+                                          ((), {"PYBGWORKER_LOG_FILE": str(path)})):
+                    done = self.cli("run", "--app", "marks", *argv, **environment)
+                    self.assertEqual((done.returncode, done.stdout), (1, ""))
+                    self.assertRegex(done.stderr, rf"\Apybgworker: log_file='{path}': must "
+                                     rf"be a file that can be written: {words}\n\Z")
+        self.assertIn("--log-file: '': must be the path of a file",
+                      self.refused("run", "--app", "marks", "--log-file", "", code=2))
+        self.assertFalse((self.folder / "imported").exists())
 
     def test_since_is_how_long_ago_or_a_time(self):
         self.failures(a="E", b="E", c="E")
