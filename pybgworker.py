@@ -64,8 +64,8 @@ Map
     Rooms
         Cron · Scheduler · Reports · One task · Reading · Sending · Acts · Operating ·
         Backup · Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
-        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
-        Child starts · Redaction · Web reports · Web actions · Dashboard ·
+        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners · Child starts ·
+        Tether · Beside · Redaction · Web reports · Web actions · Dashboard ·
         Web server · Connections · Bench · Old import paths · Page · Page script
 
 Guarantees
@@ -160,7 +160,7 @@ __all__ = [
     "OptionError", "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry",
     "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound",
     "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task",
-    "default_app", "main", "on", "on_child_start", "task", "web_app",
+    "default_app", "main", "on", "on_child_start", "start_worker", "task", "web_app",
 ]
 
 
@@ -3205,11 +3205,16 @@ def _module_name(space):
     return module
 
 
+def module_of(fn):
+    """The name of the module that it was defined in, by which others import that."""
+    return _module_name({"__name__": getattr(fn, "__module__", None)})
+
+
 def default_name(fn):
     """module.function, as far as it has such a name."""
     if not hasattr(fn, "__qualname__"):
         return repr(fn)
-    return f"{_module_name({'__name__': fn.__module__})}.{fn.__qualname__}"
+    return f"{module_of(fn)}.{fn.__qualname__}"
 
 
 def own_name(fn):
@@ -4694,14 +4699,25 @@ class Configured:
         """The settings that code has set."""
         return dict(self._code)
 
-    def _merge(self, target, settings):
+    def resolved(self, **settings: Any) -> types.SimpleNamespace:
+        """All settings, as they would be had configure() been called with these, too.
+
+        Raises SettingError.
+        """
+        code = {**self._code, **self._parsed(settings)}
+        return resolve_settings(code, dict(os.environ), self._flags)
+
+    def _parsed(self, settings):
         for name in settings.keys() - SETTING_BY_NAME:
             text = unknown_name(name, SETTING_BY_NAME, SETTING_WORDS)
             raise SettingError(f"unknown setting {text}")
-        target.update({
+        return {
             name: check_setting(name, value, name)
             for name, value in settings.items() if value is not None
-        })
+        }
+
+    def _merge(self, target, settings):
+        target.update(self._parsed(settings))
         before, self._opened, self.sent = self._opened, {}, {}
         if "store" in before:
             before["store"].close()
@@ -4710,8 +4726,7 @@ class Configured:
     def settings(self) -> types.SimpleNamespace:
         """All settings, resolved when first asked for."""
         opened = self._opened
-        return opened.get("settings") or opened.setdefault(
-            "settings", resolve_settings(self._code, dict(os.environ), self._flags))
+        return opened.get("settings") or opened.setdefault("settings", self.resolved())
 
     @property
     def store(self) -> Store:
@@ -4725,6 +4740,7 @@ class App(Configured):
     """One registry of tasks and one database.  Keywords are settings."""
 
     serving = ""        # the module that a nursery or child imports just now
+    in_worker = False   # this process is a nursery, or a child
 
     def __init__(self, **settings: Any):
         super().__init__()
@@ -4828,6 +4844,29 @@ class App(Configured):
         with a TaskEvent, after the end is committed.  Raises OptionError.
         """
         return listening(self, kind)
+
+    def start_worker(self, concurrency: int = 2, single: bool = False,
+                     **settings: Any) -> StartedWorker:
+        """Start a worker process that lives exactly as long as this program.
+
+        It imports the modules that have defined this app's tasks so far: so call it
+        below them.  Its settings are those of this app, with these as if configure()
+        had been called with them; its log goes to this program's standard error.  When
+        the program ends, in whatever way, it stops as by SIGTERM; if it dies itself,
+        another is started after a pause.  `single`: of all processes that say so, on
+        this database, one at a time has a worker, and when that is gone, another.
+
+        In a fork of this program nothing of it is left.  Does nothing in a worker's own
+        processes and in those that its tasks start, in testing(), and where the setting
+        `immediate` is on.  The same call once more returns the same StartedWorker.
+        Raises SettingError; AppError where no other process can import the tasks.
+        """
+        return start_beside(self, concurrency, single, settings)
+
+    def worker(self, concurrency: int = 2, single: bool = False, **settings: Any,
+               ) -> contextlib.AbstractContextManager[StartedWorker]:
+        """A `with` block beside which a worker runs: start_worker(), then stop()."""
+        return working_beside(self, concurrency, single, settings)
 
     def on_child_start(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Decorate a function that is to be called in each child before its first task.
@@ -5010,6 +5049,7 @@ task = default_app.task
 cron = default_app.cron
 on = default_app.on
 on_child_start = default_app.on_child_start
+start_worker = default_app.start_worker
 configure = default_app.configure
 
 
@@ -10809,16 +10849,19 @@ class UsageError(PyBgWorkerError):
 
 
 def load_app(spec: str) -> App:
-    """Import MODULE[:APP] and return its App.
+    """Import MODULE[,MODULE…][:APP] and return its App, which is in the first of them.
 
-    Without :APP it is the default App, or the only other App in the module.
+    Without :APP it is the default App, or the only other App in that module.
     Raises AppError when there is no App of that name; what the import itself
     raises passes through.
     """
-    module_name, _, attribute = spec.partition(":")
-    App.serving = module_name           # the import must not enqueue
+    names, _, attribute = spec.partition(":")
+    module_name, *others = names.split(",")
+    App.serving = names                 # the import must not enqueue
     try:
         module = importlib.import_module(module_name)
+        for other in others:
+            importlib.import_module(other)
     finally:
         App.serving = ""
     if attribute:
@@ -14374,6 +14417,7 @@ def child_spec(app_spec: str, db: str, settings: types.SimpleNamespace,
                      coroutines=settings.coroutines if has_async else 0)
 
 
+IN_WORKER = "PYBGWORKER_IN_WORKER"      # a variable of children, and what they start
 SLOW_SECONDS = 10.0            # an import of the app that lasts so long is said
 
 
@@ -14403,6 +14447,7 @@ class Stage:
         "sys.stdout = sys.__stdout__" ends a redirection.
         """
         atexit.register(self._let_go)       # the first to come is the last to go
+        App.in_worker, os.environ[IN_WORKER] = True, "1"
         self._originals = sys.stdout, sys.stderr
         for stream in self._originals:
             stream.flush()
@@ -14611,8 +14656,8 @@ def run_child(spec: Sequence) -> None:
     Child(ChildSpec(*spec)).main()
 
 
-def start_argv(name: str, spec: ChildSpec | NurserySpec) -> list[str]:
-    """The command that calls one of the two above.
+def start_argv(name: str, spec: Any) -> list[str]:
+    """The command that calls a function of ours, as the two above, with its spec.
 
     An import looks in no folder whose name is not text, so nothing is lost.
     """
@@ -17170,14 +17215,14 @@ class Pool(Dispatch):
 # tasks go on within a second.
 
 
-def _open_live(path, may_create):
-    """Open, or make, DATABASE-live.
+def open_locks(database, path, may_create=True):
+    """Open, or make, DATABASE-live, or another file that workers lock.
 
     Whoever can open it, be it to read, can lock a byte and hide a death.
     """
     create = os.O_CREAT if may_create else 0
     try:
-        fd, is_ours = open_beside(path.removesuffix("-live"), path, os.O_RDWR | create)
+        fd, is_ours = open_beside(database, path, os.O_RDWR | create)
     except OSError as exc:
         raise DatabaseUnavailable(
             f"{path}: {exc.strerror}: a worker must be able to lock this file, and it "
@@ -17206,7 +17251,8 @@ class LiveFile:
     _open: dict[tuple | None, LiveFile] = {}        # by device and inode
 
     def __init__(self, path: str, may_create: bool = True):
-        self._fd, self._path = _open_live(path, may_create), os.path.realpath(path)
+        self._fd = open_locks(path.removesuffix("-live"), path, may_create)
+        self._path = os.path.realpath(path)
         self._pid = os.getpid()
         self._held: set[int] = set()
         # Fits an integer of SQLite; unique while one of those who lock it lives.
@@ -19400,7 +19446,7 @@ def _known_early(args, name):
 @command("run", "work on tasks until told to stop",
          "run --app tasks --concurrency 4",
          flag("--app", required=True, metavar="MODULE[:APP]",
-              help="the module that defines the tasks"),
+              help="the module that defines the tasks, or several with commas"),
          flag("--burst", action="store_true",
               help="end when nothing is due or running"),
          flag("--log-format", choices=("json", "text"),
@@ -26067,6 +26113,525 @@ def _is_the_same(old, new):
     is_named = all(isinstance(fn, types.FunctionType) and "<" not in fn.__qualname__
                    for fn in (old, new))
     return old == new or is_named and default_name(old) == default_name(new)
+
+
+# == Tether ===================================================================
+# Owns what ties a worker to the program that has started it: a pair of sockets, with
+# an end in each.  Whoever ends closes his, also by kill -9, and the other sees that at
+# once.  The worker then stops as by a first SIGTERM, and if it does not it is killed.
+
+_ALIVE_SECONDS = 1.0         # between two looks whether the other is alive: a process
+                            # that was forked from it may hold its end
+END_SECONDS = 10.0        # beyond its shutdown timeout, in which a worker has to end
+_SAYS_READY, _SAYS_DRAIN = b"r", b"d"
+
+
+class TetherSpec(NamedTuple):
+    """What such a worker must know from the start; passed to it as JSON."""
+
+    module: str         # the name this file is imported by
+    folder: str         # to work in
+    path: list          # sys.path
+    parent: int         # pid of the program
+    end: int            # descriptor of its end
+    argv: list          # of the command
+    patience: float     # its shutdown timeout
+    environ: dict       # more variables
+
+
+def run_tethered(spec: Sequence) -> None:
+    """The life of a worker that ends with the program that has started it."""
+    tether = Tether.own = Tether(TetherSpec(*spec))
+    os.chdir(tether.spec.folder)
+    os.environ.update(tether.spec.environ)
+    set_signal(signal.SIGHUP, signal.SIG_DFL)       # that is how it stops
+    own_start(tether.watch, ())
+    sys.argv[1:] = tether.spec.argv
+    sys.exit(main())
+
+
+class Tether:
+    """A worker's end."""
+
+    own: Any = None             # of this process, if it has one
+
+    def __init__(self, spec: TetherSpec):
+        self.spec = spec
+        self._end = own_socket(spec.end)
+        self._end.setblocking(False)
+        os.set_inheritable(spec.end, False)
+        self.worker: Any = None         # once there is one
+
+    def watch(self) -> None:
+        """In a thread: wait for the end of the program, then see to that of ours."""
+        poll = own_poll()
+        poll.register(self._end.fileno(), select.POLLIN)
+        word: bytes | None = None
+        while word != b"" and os.getppid() == self.spec.parent:
+            poll.poll(1000 * _ALIVE_SECONDS)
+            word = self._heard()
+            if word == _SAYS_DRAIN and self.worker:
+                self.worker.settings.shutdown_timeout = math.inf
+                os.kill(os.getpid(), signal.SIGHUP)
+        if self.worker and self.worker.stop_by:
+            self.worker.stop_by = min(
+                self.worker.stop_by, time.monotonic() + self.spec.patience)
+        # A hangup, for it counts once: a first SIGTERM may have come before.
+        os.kill(os.getpid(), signal.SIGHUP)
+        own_sleep(self.spec.patience + END_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _heard(self):
+        try:
+            return self._end.recv(1)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def tell_ready(self, _: int) -> float:
+        """Say to the program that a child has the app; due again while none has."""
+        if not self.worker.is_ready:
+            return 0.0
+        with contextlib.suppress(OSError):
+            self._end.send(_SAYS_READY)
+        return math.inf
+
+
+@chore
+def tether_chore(worker: Worker) -> Chore:
+    """Tell who has started this worker, and is tied to it, when it is ready."""
+    if Tether.own is None:
+        return Chore(math.inf, nobody)
+    Tether.own.worker = worker
+    return Chore(0.0, Tether.own.tell_ready)
+
+
+class Tethered:
+    """A worker that was started by this process, and is tied to it."""
+
+    def __init__(self, argv: list[str], patience: float, folder: str,
+                 path: Sequence[str], environ: dict | None = None,
+                 keep: Sequence[int] = ()):
+        """Raises OSError."""
+        self.patience = patience
+        self.is_ready = False           # it has said so
+        self._end, theirs = socket_pair()
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            spec = TetherSpec(__name__, folder, list(path), os.getpid(),
+                              theirs.fileno(), argv, patience, environ or {})
+            output = 2 if file_identity(2) else null
+            self.process = Process(spawn(start_argv("run_tethered", spec),
+                                         [theirs.fileno(), *keep], null, output))
+        except BaseException:
+            self._end.close()
+            raise
+        finally:
+            theirs.close()
+            close_fd(null)
+
+    @property
+    def exit(self) -> Exit | None:
+        """How it ended; None while it lives."""
+        return self.process.exit
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for its end, or for a word of it; True when it has ended."""
+        poll = own_poll()
+        poll.register(self._end.fileno(), select.POLLIN)
+        if poll.poll(1000 * min(seconds, _ALIVE_SECONDS)):
+            try:
+                word = self._end.recv(64, getattr(socket, "MSG_DONTWAIT", 0))
+            except OSError:
+                word = b""
+            self.is_ready |= _SAYS_READY in word
+            if not word:                # it ends: in a moment it can be waited for
+                self.process.end(END_SECONDS)
+        return self.process.poll() is not None
+
+    def hang_up(self) -> None:
+        """Have it stop, as by a first SIGTERM, and as if this program had ended.
+
+        Not by a close(): a process that was forked from this one may have it open.
+        """
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_WR)
+
+    def drain(self) -> None:
+        """Have it stop, however long its tasks take."""
+        with contextlib.suppress(OSError):
+            self._end.send(_SAYS_DRAIN)
+
+    def close(self) -> None:
+        """It has ended; or, in a forked process, it is another's."""
+        self._end.close()
+
+
+# == Beside ===================================================================
+# Owns App.start_worker(): a worker beside the program that enqueues.  A thread of the
+# program waits for its end, and starts another then.  Where one of several processes
+# is to have it, the others wait for a lock, which the worker holds as well: so there
+# is no second one before the first has ended, and one as long as anybody lives.
+
+_TURN_SECONDS = 1.0         # between two tries to get that lock
+_FIRST_PAUSE = 1.0          # seconds until a worker that has died is replaced
+_MOST_PAUSE = 60.0       # … at most; twice as long each time
+_SOUND_SECONDS = 60.0       # a worker that lived for so long begins anew
+
+
+class Single:
+    """The lock of a file, which one of several processes has, and its worker too."""
+
+    def __init__(self, database: str, what: str):
+        self._database = database
+        self._path = f"{database}-single-{zlib.crc32(what.encode()):08x}"
+        self.fd = -1
+
+    def take(self) -> bool:
+        """True once it is ours.  Raises DatabaseUnavailable."""
+        if self.fd < 0:
+            self.fd = open_locks(self._database, self._path)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_ours = False
+        else:
+            is_ours = file_identity(self.fd) == file_identity(self._path)
+        if not is_ours:                 # or somebody has removed the file
+            self.close()
+        return is_ours
+
+    def close(self) -> None:
+        """Give it back; no: in a forked process, and while the worker has it."""
+        if self.fd >= 0:
+            close_fd(self.fd)
+            self.fd = -1
+
+
+class StartedWorker:
+    """A worker beside this program, as App.start_worker() returns it."""
+
+    _of_this_process: dict[str, StartedWorker] = {}     # by what was asked for
+    _is_watching = False        # forks, and the end of the program
+
+    def __init__(self, start: Callable[[Sequence[int]], Tethered] | None = None,
+                 turn: Single | None = None):
+        self._start, self._turn = start, turn
+        self._process: Tethered | None = None
+        self._waits = False             # for its turn
+        self._is_over = start is None
+        self._bell = own_lock()         # released to end a pause
+        self._bell.acquire()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker; None while there is none here."""
+        process = self._process
+        return process.process.pid if process and not process.exit else None
+
+    def is_alive(self) -> bool:
+        """True while this process has a worker."""
+        return self.pid is not None
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until the worker is ready for tasks; True when it is.
+
+        False: after so many seconds; and at once where it was stopped, where nothing
+        was to be started, and where another process has its turn.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not (self._is_over or self._waits):
+            if self._process and self._process.is_ready and self.is_alive():
+                return True
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.01)
+        return False
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Stop it, as by SIGTERM, and start no other; wait for its end.
+
+        After `timeout` seconds, by default its shutdown timeout and a little, it is
+        killed: what ran is run again.  False: it had to be.  Ctrl-C stops it at once.
+        """
+        self._end()
+        process = self._process
+        if process is None or process.exit:
+            return True
+        seconds = process.patience + END_SECONDS if timeout is None else timeout
+        try:
+            if not self._await_end(seconds):
+                process.process.signal(signal.SIGKILL)
+                self._await_end(END_SECONDS)
+                return False
+        except KeyboardInterrupt:
+            process.process.signal(signal.SIGTERM)
+            raise
+        return True
+
+    def _end(self):
+        """No other is started, and the one there is stops."""
+        self._is_over, process = True, self._process
+        if process and not process.exit:
+            process.hang_up()
+        with contextlib.suppress(RuntimeError):
+            self._bell.release()
+
+    def _await_end(self, seconds):
+        """The thread of ours sees it."""
+        deadline = time.monotonic() + seconds
+        while self.is_alive():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    # -- in the thread
+
+    def begin(self) -> None:
+        """Start the worker, or wait for the turn to.  Raises OSError."""
+        self._try()
+        own_start(self._supervise, ())
+
+    def _try(self):
+        """Start it, if it is our turn."""
+        self._waits = self._turn is not None and not self._turn.take()
+        if not (self._waits or self._is_over):
+            keep = [self._turn.fd] if self._turn else []
+            self._process = self._start(keep) if self._start else None
+
+    def _supervise(self):
+        import logging
+
+        pause, warn = 0.0, logging.getLogger("pybgworker").warning
+        while not self._is_over:
+            began = time.monotonic()
+            if self._waits:
+                self._bell.acquire(timeout=_TURN_SECONDS)
+            else:
+                how = self._serve()
+                if self._is_over:
+                    break
+                is_sound = time.monotonic() - began > _SOUND_SECONDS
+                pause = _FIRST_PAUSE if is_sound or not pause else \
+                    min(2 * pause, _MOST_PAUSE)
+                warn("the worker beside this program %s: another is started in %g s",
+                     how, pause)
+                self._bell.acquire(timeout=pause)
+            try:
+                self._try()
+            except (OSError, PyBgWorkerError) as exc:
+                self._process = None
+                warn("no worker can be started beside this program: %s", exc)
+        if self._turn:
+            self._turn.close()
+
+    def _serve(self):
+        """Wait for the end of the worker; return it in words."""
+        process = self._process
+        if process is None:
+            return "could not be started"
+        while not process.wait(_ALIVE_SECONDS):
+            pass
+        process.close()
+        end = process.exit or Exit(None, None, 0)
+        return f"({process.process.pid}) ended with " + (
+            end.signal or f"exit code {end.code}")
+
+    # -- of the whole process
+
+    @classmethod
+    def of(cls, what: str, make: Callable[[], StartedWorker]) -> StartedWorker:
+        """The one that was asked for in these words, if it goes on; else a new one."""
+        known = cls._of_this_process.get(what)
+        if known is None or known._is_over:
+            cls._watch()
+            known = make()
+            known.begin()
+            cls._of_this_process[what] = known
+        return known
+
+    @classmethod
+    def _watch(cls):
+        if not cls._is_watching:
+            cls._is_watching = True
+            os.register_at_fork(after_in_child=cls._leave_all)
+            atexit.register(cls._stop_all)
+
+    @classmethod
+    def _leave_all(cls):
+        """In a forked process: nothing of it is ours.
+
+        Not even open: or it would not be seen that the program has ended.
+        """
+        for each in cls._of_this_process.values():
+            each._is_over, each._waits = True, False
+            if each._process:
+                each._process.close()
+                each._process = None
+            if each._turn:
+                each._turn.close()
+        cls._of_this_process = {}
+
+    @classmethod
+    def _stop_all(cls):
+        """At the exit of the program."""
+        handles = list(cls._of_this_process.values())
+        for each in handles:
+            each._end()
+        for each in handles:
+            with contextlib.suppress(KeyboardInterrupt):
+                each.stop()
+
+
+def start_beside(app: App, concurrency: int, single: bool,
+                 settings: dict) -> StartedWorker:
+    """What App.start_worker() does."""
+    check_platform()
+    if not isinstance(single, bool):
+        raise OptionError(f"single={single!r}: must be True or False")
+    if "db" in settings:
+        raise OptionError(f"start_worker(db={settings['db']!r}): it serves the database"
+                          " of its App: App(db=...) or configure(db=...) names another")
+    resolved = app.resolved(concurrency=concurrency, **settings)
+    if App.in_worker or IN_WORKER in os.environ or _is_imported_for_pool() \
+            or getattr(resolved, "immediate", False):
+        return StartedWorker()
+    spec, database = spec_of(app), app.store.path
+    argv, environ = run_flags(resolved)
+    argv = ["run", "--app", spec, "--db", database, *argv]
+    folder, path = os.getcwd(), [os.path.abspath(p) for p in sys.path
+                                 if isinstance(p, str)]
+
+    def start(keep):
+        return Tethered(argv, resolved.shutdown_timeout, folder, path, environ, keep)
+
+    def make():
+        what = to_json([spec, resolved.queues])
+        return StartedWorker(start, Single(database, what) if single else None)
+
+    return StartedWorker.of(to_json([argv, single]), make)
+
+
+@contextlib.contextmanager
+def working_beside(app: App, concurrency: int, single: bool,
+                   settings: dict) -> Iterator[StartedWorker]:
+    """What App.worker() is."""
+    worker = start_beside(app, concurrency, single, settings)
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def _is_imported_for_pool():
+    """True where multiprocessing imports the main program once more, for a function."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back and frame.f_globals is globals():
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "__mp_main__"
+
+
+def run_flags(settings: types.SimpleNamespace) -> tuple[list[str], dict]:
+    """(flags of `run`, variables) that say what differs from the defaults."""
+    flags, environ = [], {}
+    for setting in SETTINGS:
+        value = getattr(settings, setting.name)
+        if setting.name == "db" or value == setting.default \
+                or setting.name == "worker_name" and value == default_worker_name():
+            continue
+        if setting.flag:
+            flags.append(f"--{setting.name.replace('_', '-')}={_typed(value)}")
+        else:
+            environ["PYBGWORKER_" + setting.name.upper()] = _typed(value)
+    return flags, environ
+
+
+def _typed(value):
+    """The value of a setting as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if value == math.inf:
+        return "forever"
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{Decimal(repr(value)):f}"
+    return str(value)
+
+
+# What an app is imported by.
+
+
+def spec_of(app: App) -> str:
+    """MODULE[,MODULE…][:APP] by which a worker has what this app has so far.
+
+    Raises AppError where that cannot be.
+    """
+    modules, in_script = _modules_of(app)
+    if not modules:
+        raise AppError("start_worker(): this App has no task yet: call it once the "
+                       "modules with your tasks are imported")
+    attribute = ""
+    if app is not default_app:
+        home, attribute = _home_of(app, modules)
+        modules = [home, *(name for name in modules if name != home)]
+        attribute = f":{attribute}"
+    for name in modules:
+        _check_importable(name, in_script)
+    return ",".join(modules) + attribute
+
+
+def _modules_of(app):
+    """Names of the modules that have defined something of it; ours is none.
+
+    And whether the program's own file is one of them.
+    """
+    fns = [fn for some in app.listeners.values() for fn in some] + app.child_starts
+    found: dict[str, Any] = {}
+    for task in app.registered.values():
+        fns.append(task.fn)
+        names = task.origin.names[1:] if callback_kind(task.name) is None else ()
+        found.update(dict.fromkeys(names))
+    homes = [getattr(fn, "__module__", None) for fn in fns]
+    found.update(dict.fromkeys(module_of(fn) for fn, home in zip(fns, homes) if home))
+    return [name for name in found if name not in ("?", __name__)], "__main__" in homes
+
+
+def _script_name():
+    return module_of(types.SimpleNamespace(__module__="__main__"))
+
+
+def _home_of(app, modules):
+    """(module, name in it) of an App."""
+    for name in [*modules, *sys.modules]:
+        module = sys.modules["__main__" if name == _script_name() else name]
+        for key, value in list(vars(module).items() if name != "__main__" else ()):
+            if value is app:
+                return name, key
+    raise AppError("start_worker(): this App has no name in a module, by which a "
+                   "worker could find it: write `app = App(...)` at its top level")
+
+
+def _check_importable(name, in_script):
+    """Raise AppError unless another process can import the module of this name."""
+    path = getattr(sys.modules["__main__"], "__file__", None) or ""
+    is_script = in_script and name == _script_name()
+    if is_script and not path:
+        raise AppError("start_worker(): your tasks are defined at a prompt, in a "
+                       "notebook or by -c, where no worker can import them: put them "
+                       "into a module, a file beside it, and import that")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or is_script and not (
+            spec.origin and os.path.realpath(spec.origin) == os.path.realpath(path)):
+        raise AppError(
+            f"start_worker(): a worker cannot import the module {name!r}"
+            f"{f', for {path}' if is_script else ''}: put your tasks into a module, a "
+            "file NAME.py on sys.path, and import that")
 
 
 # == Redaction ================================================================

@@ -25132,6 +25132,689 @@ def say():
         self.assertEqual(self.app.child_starts, [])
 
 
+# == Tether ===================================================================
+
+SITE = """
+    import json, os, signal, subprocess, sys, time
+    from pybgworker import *
+
+    def mark(name, text=""):
+        with open(name, "a") as f:
+            f.write(f"{text}\\n")
+
+    @task(retries=0)
+    def add(a, b):
+        return a + b
+
+    @task(retries=0)
+    def nap(seconds):
+        mark("nap", os.getpid())
+        time.sleep(seconds)
+        mark("woke")
+        return "slept"
+
+    @task(retries=0)
+    def start_another():
+        return start_worker(concurrency=1).pid
+
+    def say(*what):
+        print(*what, flush=True)
+"""
+
+
+class Program:
+    """A script that starts a worker; what it prints, and what the worker logs."""
+
+    def __init__(self, case, body, name="site1", argv=None, **environment):
+        if argv is None:
+            (case.folder / f"{name}.py").write_text(
+                textwrap.dedent(SITE) + 'if __name__ == "__main__":\n'
+                + textwrap.indent(textwrap.dedent(body), "    "))
+            argv = [f"{name}.py"]
+        self.printed, self.events, self.errors = [], [], []
+        self.process = subprocess.Popen(
+            [sys.executable, *argv], cwd=case.folder, stdin=subprocess.PIPE, text=True,
+            env=clean_environment(**{"PYBGWORKER_DB": str(case.db), **environment}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        case.addCleanup(self.kill)
+        self.readers = [threading.Thread(target=read, daemon=True)
+                        for read in (self._read, self._read_errors)]
+        for reader in self.readers:
+            reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.printed.append(line.rstrip("\n"))
+
+    def _read_errors(self):
+        for line in self.process.stderr:
+            if line.startswith("{"):
+                self.events.append(json.loads(line))
+            else:
+                self.errors.append(line)
+
+    def all(self, event):
+        return [e for e in list(self.events) if e["event"] == event]
+
+    def wait_for(self, event, count=1):
+        until(lambda: len(self.all(event)) >= count, 60,
+              f"{event} ({self.events[-3:]} {self.errors[-20:]} {self.printed})")
+        return self.all(event)[count - 1]
+
+    def wait_printed(self, count=1):
+        until(lambda: len(self.printed) >= count, 60, f"{count} lines {self.errors}")
+        return self.printed
+
+    def go(self):
+        """Let it pass a `sys.stdin.readline()`."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def wait(self):
+        """Wait for its end, and that of all who have its standard error."""
+        code = self.process.wait(60)
+        for reader in self.readers:
+            reader.join(60)
+        return code
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for event in self.all("worker_start"):      # none, if all is well
+            until(lambda pid=event["pid"]: not is_alive(pid), 60, "the end of the worker")
+        for reader in self.readers:
+            reader.join(5)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+class BesideCase(Case):
+
+    def program(self, body="start_worker(concurrency=1)\nsys.stdin.readline()", **options):
+        return Program(self, body, **options)
+
+    def lines(self, name):
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def send(self, name, *args):
+        return self.app.send(name, *args, retries=0)
+
+    def pids_of(self, pid):
+        """A worker, its nursery, and its children (Linux)."""
+        found = [pid]
+        for each in found:
+            path = Path(f"/proc/{each}/task/{each}/children")
+            found += map(int, path.read_text().split()) if path.exists() else []
+        return found
+
+    def await_end(self, pids):
+        for pid in pids:
+            until(lambda pid=pid: not is_alive(pid), 60, f"the end of {pid}")
+
+
+class Tethers(BesideCase):
+
+    def test_when_the_program_ends_the_worker_stops_as_by_sigterm(self):
+        """What runs is waited for; the program ends after that."""
+        program = self.program("""
+            start_worker(concurrency=1)
+            nap.delay(0.5)
+            while not os.path.exists("nap"):
+                time.sleep(0.01)
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(self.lines("woke"), [""])
+        self.assertEqual(self.app.result(1).status, "success")
+        self.assertFalse(is_alive(program.wait_for("worker_start")["pid"]))
+        self.assertEqual(program.wait_for("worker_stop")["handed_back"], 0)
+
+    def test_a_killed_program_leaves_nothing_behind(self):
+        program = self.program()
+        started = program.wait_for("worker_start")
+        program.wait_for("worker_ready")
+        running, waiting = self.send("site1.nap", 0.5), self.send("site1.nap", 0.5)
+        until(lambda: self.lines("nap"))
+        pids = self.pids_of(started["pid"])
+        program.process.kill()
+        self.await_end(pids)
+        self.assertEqual((running.status, waiting.status), ("success", "queued"))
+        program.wait_for("worker_stop")
+
+    def test_what_runs_for_longer_than_the_shutdown_timeout_is_handed_back(self):
+        program = self.program(PYBGWORKER_SHUTDOWN_TIMEOUT="0.3")
+        program.wait_for("worker_ready")
+        result = self.send("site1.nap", 60)
+        until(lambda: self.lines("nap"))
+        program.process.kill()
+        self.assertEqual(program.wait_for("worker_stop")["handed_back"], 1)
+        self.assertEqual(result.status, "queued")
+
+    def test_a_worker_that_does_not_stop_is_killed(self):
+        """Nothing of the loop is needed for that."""
+        done = self.python("""
+            import os, signal, socket, subprocess, sys, time
+            import pybgworker
+            pybgworker.END_SECONDS = 0.3
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                spec = pybgworker.TetherSpec("", ".", [], os.getppid(), theirs.detach(),
+                                             [], 0.1, {})
+                pybgworker.Tether(spec).watch()
+            theirs.close()
+            ours.close()
+            print(pybgworker.signal_name(os.WTERMSIG(os.waitpid(pid, 0)[1])))
+            """)
+        self.assertEqual(done.stdout, "SIGKILL\n")
+
+    def test_what_the_program_has_forked_or_started_keeps_no_worker_alive(self):
+        for what, code in (
+            ("a fork", "pid = os.fork()\nif not pid:\n    time.sleep(60)\n    os._exit(0)"),
+            ("a fork without hooks",
+             "import ctypes\npid = ctypes.CDLL(None).fork()\n"
+             "if not pid:\n    time.sleep(60)\n    os._exit(0)"),
+            ("another program", "pid = subprocess.Popen(['sleep', '60'], "
+             "close_fds=False, stdout=2).pid"),
+        ):
+            with self.subTest(what):
+                program = self.program("start_worker(concurrency=1)\n" + code
+                                       + "\nsay(pid)\nsys.stdin.readline()")
+                pid = int(program.wait_printed()[0])
+                self.addCleanup(pybgworker.send_signal, pid, signal.SIGKILL)
+                started = program.wait_for("worker_start")
+                program.process.kill()
+                until(lambda: not is_alive(started["pid"]), 60, "the end of the worker")
+                self.assertTrue(is_alive(pid))
+                os.kill(pid, signal.SIGKILL)
+
+    def test_in_a_fork_of_the_program_nothing_of_the_worker_is_left(self):
+        """Its end does not stop the worker, and it may have one of its own."""
+        program = self.program("""
+            worker = start_worker(concurrency=1)
+            if not os.fork():
+                say(worker.pid, worker.is_alive(), worker.wait_ready(), worker.stop())
+                own = start_worker(concurrency=1)
+                say(own is worker, own.wait_ready(60))
+                sys.exit()
+            os.wait()
+            say(worker.is_alive())
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["None False False True", "False True", "True"])
+        self.assertEqual(len(program.all("worker_stop")), 2)
+
+    def test_a_worker_that_is_stopped_while_it_imports_ends(self):
+        (self.folder / "slow.py").write_text(
+            "import os, time\nfrom pybgworker import *\n@task\ndef t(): pass\n"
+            "if os.path.exists('import'):\n    open('importing', 'w').close()\n"
+            "    time.sleep(60)\n")
+        program = self.program("""
+            import slow
+            open("import", "w").close()
+            say(start_worker(concurrency=1).pid)
+            sys.stdin.readline()
+            """)
+        pid = int(program.wait_printed()[0])
+        until(lambda: (self.folder / "importing").exists())
+        pids = self.pids_of(pid)
+        program.process.kill()
+        self.await_end(pids)
+
+    def test_it_does_not_matter_that_a_program_ignores_or_blocks_signals(self):
+        program = self.program("""
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            worker = start_worker(concurrency=1)
+            say(worker.wait_ready(60), add.delay(1, 2).get(timeout=60))
+            say(worker.stop())
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["True 3", "True"])
+        program.wait_for("worker_stop")
+
+
+# == Beside ===================================================================
+
+
+class Beside(BesideCase):
+
+    def test_a_worker_serves_the_app_of_the_program_that_starts_it(self):
+        """With its database, and its log goes to standard error."""
+        program = self.program("""
+            configure(db="own.db")
+            worker = start_worker(concurrency=3)
+            say(worker.wait_ready(60), worker.is_alive(), worker.pid)
+            os.mkdir("elsewhere")
+            os.chdir("elsewhere")
+            say(add.delay(1, 2).get(timeout=60))
+            assert start_worker(concurrency=3) is worker
+            """, PYBGWORKER_DB="")
+        self.assertEqual(program.wait(), 0)
+        started = program.wait_for("worker_start")
+        self.assertEqual(program.printed, [f"True True {started['pid']}", "3"])
+        self.assertEqual(started["concurrency"], 3)
+        self.assertEqual(started["db"], str(self.folder.resolve() / "own.db"))
+        self.assertEqual(len(program.all("worker_start")), 1)
+
+    def test_one_that_dies_is_started_again_later_each_time(self):
+        program = self.program("""
+            worker = start_worker(concurrency=1)
+            sys.stdin.readline()
+            say(worker.pid, worker.is_alive())
+            say(add.delay(1, 2).get(timeout=60))
+            """)
+        pids = []
+        for count in (1, 2):
+            pids.append(program.wait_for("worker_start", count)["pid"])
+            program.wait_for("worker_ready", count)
+            os.kill(pids[-1], signal.SIGKILL)
+        pids.append(program.wait_for("worker_start", 3)["pid"])
+        program.go()
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, [f"{pids[2]} True", "3"])
+        self.assertEqual(len(set(pids)), 3)
+        self.assertEqual(program.errors, [
+            f"the worker beside this program ({pid}) ended with SIGKILL: another is "
+            f"started in {pause} s\n" for pid, pause in zip(pids, (1, 2))])
+
+    def test_somebody_else_in_the_program_may_wait_for_all_processes(self):
+        program = self.program("""
+            def reap(*_):
+                try:
+                    while os.waitpid(-1, os.WNOHANG)[0]:
+                        pass
+                except ChildProcessError:
+                    pass
+
+            signal.signal(signal.SIGCHLD, reap)
+            worker = start_worker(concurrency=1)
+            while not os.path.exists("go on"):
+                time.sleep(0.05)
+            say(worker.stop())
+            """)
+        program.wait_for("worker_ready")
+        os.kill(program.wait_for("worker_start")["pid"], signal.SIGKILL)
+        program.wait_for("worker_ready", 2)
+        (self.folder / "go on").touch()
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["True"])
+
+    def test_a_block_has_a_worker(self):
+        program = self.program("""
+            with default_app.worker(concurrency=1) as worker:
+                result = add.delay(1, 2)
+                say(result.get(timeout=60))
+                pid = worker.pid
+            say(worker.pid, worker.is_alive(), worker.wait_ready())
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                say("gone")
+            with default_app.worker(concurrency=1) as other:
+                say(other is not worker, other.wait_ready(60))
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["3", "None False False", "gone", "True True"])
+
+    def test_stop_waits_so_long_and_then_kills(self):
+        program = self.program("""
+            worker = start_worker(concurrency=1)
+            result = nap.delay(60)
+            while not os.path.exists("nap"):
+                time.sleep(0.01)
+            say(worker.stop(0.2), worker.is_alive(), worker.stop())
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["False False True"])
+        self.await_end(map(int, self.lines("nap")))
+
+    def test_ctrl_c_while_it_is_waited_for_stops_it_at_once(self):
+        program = self.program("""
+            start_worker(concurrency=1)
+            result = nap.delay(60)
+            while not os.path.exists("nap"):
+                time.sleep(0.01)
+            """)
+        program.wait_for("worker_stopping")
+        program.process.send_signal(signal.SIGINT)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.wait_for("worker_stop")["handed_back"], 1)
+
+    def test_a_worker_that_is_not_ready_in_time_is_said_to_be_not(self):
+        program = self.program("""
+            worker = start_worker(concurrency=1, start_method="spawn")
+            say(worker.wait_ready(0))
+            """)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["False"])
+
+    # -- nothing is started twice
+
+    def test_in_a_worker_it_does_nothing(self):
+        """However the app is imported there, and whatever its tasks start."""
+        for method in ("fork", "spawn"):
+            (self.folder / "tasks.py").write_text(textwrap.dedent(SITE) + textwrap.dedent("""
+                worker = start_worker(concurrency=1)
+
+                @task(retries=0)
+                def by_a_program():
+                    return subprocess.run(
+                        [sys.executable, "-c", "import tasks; print(tasks.worker.pid)"],
+                        stdout=subprocess.PIPE, text=True, check=True).stdout
+                """))
+            program = Program(self, "", argv=[
+                "-c", "import sys, tasks; print(tasks.worker.wait_ready(60), flush=True);"
+                "sys.stdin.readline()"], PYBGWORKER_START_METHOD=method)
+            with self.subTest(method):
+                self.assertEqual(program.wait_printed(), ["True"])
+                self.assertIsNone(self.send("tasks.start_another").get(60))
+                self.assertEqual(self.send("tasks.by_a_program").get(60), "None\n")
+                program.go()
+                self.assertEqual(program.wait(), 0)
+                self.assertEqual(len(program.all("worker_start")), 1)
+
+    def test_where_multiprocessing_imports_the_program_again_it_does_nothing(self):
+        (self.folder / "site1.py").write_text(textwrap.dedent(SITE) + textwrap.dedent("""
+            import multiprocessing
+            worker = start_worker(concurrency=1)
+
+            def pid(_):
+                return worker.pid
+
+            if __name__ == "__main__":
+                worker.wait_ready(60)
+                with multiprocessing.get_context("spawn").Pool(2) as pool:
+                    say(pool.map(pid, [1, 2]))
+            """))
+        program = Program(self, "", argv=["site1.py"])
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["[None, None]"])
+        self.assertEqual(len(program.all("worker_start")), 1)
+
+    # -- one for many
+
+    SINGLE = "worker = start_worker(concurrency=1, single=True)\n"
+
+    def test_of_several_programs_one_has_the_worker_and_another_when_it_is_gone(self):
+        body = self.SINGLE + "say(worker.wait_ready())\nsys.stdin.readline()"
+        programs = [self.program(body) for _ in range(3)]
+        for number in range(3):
+            for program in programs:
+                program.wait_printed()
+            until(lambda: any(p.all("worker_ready") for p in programs), 60)
+            holder, = [p for p in programs if p.all("worker_ready")]
+            self.assertEqual(self.send("site1.add", number, 1).get(60), number + 1)
+            self.assertEqual(holder.printed == ["True"], number == 0)
+            programs.remove(holder)
+            self.assertFalse(any(p.all("worker_start") for p in programs))
+            holder.process.kill()
+
+    def test_the_next_worker_starts_when_the_last_one_has_ended(self):
+        first = self.program(self.SINGLE + "sys.stdin.readline()")
+        first.wait_for("worker_ready")
+        second = self.program(self.SINGLE + "say(worker.pid)\nsys.stdin.readline()")
+        self.assertEqual(second.wait_printed(), ["None"])
+        running = self.send("site1.nap", 2)
+        until(lambda: self.lines("nap"))
+        first.process.kill()
+        ended, began = first.wait_for("worker_stop"), second.wait_for("worker_start")
+        self.assertEqual(running.status, "success")
+        self.assertGreaterEqual(began["timestamp"], ended["timestamp"])
+
+    def test_a_worker_that_dies_is_replaced_by_who_had_it(self):
+        first = self.program(self.SINGLE + "sys.stdin.readline()")
+        pid = first.wait_for("worker_ready") and first.wait_for("worker_start")["pid"]
+        second = self.program(self.SINGLE + "say(worker.pid)\nsys.stdin.readline()")
+        second.wait_printed()
+        os.kill(pid, signal.SIGKILL)
+        first.wait_for("worker_ready", 2)
+        self.assertEqual(second.all("worker_start"), [])
+
+    def test_who_stops_gives_his_turn_to_another(self):
+        first = self.program(self.SINGLE + "worker.wait_ready(60)\nsys.stdin.readline()\n"
+                             "say(worker.stop())\nsys.stdin.readline()")
+        first.wait_for("worker_ready")
+        second = self.program(self.SINGLE + "sys.stdin.readline()")
+        first.go()
+        second.wait_for("worker_ready")
+        self.assertEqual(first.wait_printed(), ["True"])
+        self.assertIsNone(first.process.poll())
+
+    def test_servers_that_fork_have_one_worker(self):
+        """Before the app is imported, or after that (--preload)."""
+        before = """
+            for _ in range(3):
+                if not os.fork():
+                    worker = start_worker(concurrency=1, single=True)
+                    signal.pause()
+            say("forked")
+            sys.stdin.readline()
+            os.killpg(0, signal.SIGKILL)
+            """
+        after = """
+            worker = start_worker(concurrency=1, single=True)
+            for _ in range(3):
+                if not os.fork():
+                    signal.pause()
+            say("forked")
+            sys.stdin.readline()
+            os.killpg(0, signal.SIGKILL)
+            """
+        for body in (before, after):
+            program = self.program("os.setpgid(0, 0)\n" + textwrap.dedent(body))
+            program.wait_printed()
+            pid = program.wait_for("worker_start")["pid"]
+            program.wait_for("worker_ready")
+            self.assertEqual(self.send("site1.add", 1, 2).get(60), 3)
+            self.assertEqual(len(program.all("worker_start")), 1)
+            program.go()
+            self.await_end([pid])
+
+    def test_one_of_many_web_processes_that_is_killed_has_a_successor(self):
+        program = self.program("""
+            os.setpgid(0, 0)
+            for _ in range(3):
+                if not os.fork():
+                    worker = start_worker(concurrency=1, single=True)
+                    while True:
+                        time.sleep(0.01)
+                        if worker.pid and not os.path.exists(f"has {worker.pid}"):
+                            mark(f"has {worker.pid}", os.getpid())
+            sys.stdin.readline()
+            os.killpg(0, signal.SIGKILL)
+            """)
+        for count in (1, 2, 3):
+            pid = program.wait_for("worker_start", count)["pid"]
+            program.wait_for("worker_ready", count)
+            until(lambda pid=pid: self.lines(f"has {pid}"))
+            if count < 3:
+                os.kill(int(self.lines(f"has {pid}")[0]), signal.SIGKILL)
+        self.assertEqual(self.send("site1.add", 1, 2).get(60), 3)
+        program.go()
+        self.await_end([pid])
+
+    def test_gunicorn_has_one_worker(self):
+        if importlib.util.find_spec("gunicorn") is None:
+            self.skipTest("gunicorn is not installed")
+        (self.folder / "site2.py").write_text(textwrap.dedent(SITE) + textwrap.dedent("""
+            start_worker(concurrency=1, single=True)
+            def application(environ, start_response):
+                start_response("200 OK", [])
+                return [b""]
+            """))
+        for more in ([], ["--preload"]):
+            program = Program(self, "", argv=[
+                "-m", "gunicorn", "-w", "3", "-b", "127.0.0.1:0", *more,
+                "site2:application"])
+            with self.subTest(more):
+                program.wait_for("worker_ready")
+                self.assertEqual(self.send("site2.add", 1, 2).get(60), 3)
+                self.assertEqual(len(program.all("worker_start")), 1)
+                program.process.terminate()
+                program.wait()
+
+    # -- what is imported
+
+    def find(self, source, name="tasks", call="default_app"):
+        """What start_worker() would say of this module."""
+        (self.folder / f"{name}.py").write_text("from pybgworker import *\n" + source)
+        done = self.python(f"""
+            import pybgworker, sys
+            sys.path.insert(0, ".")
+            import {name}
+            from pybgworker import default_app
+            try:
+                print(pybgworker.spec_of({call}))
+            except pybgworker.AppError as exc:
+                print(exc)
+            """)
+        return done.stdout.strip()
+
+    TASK = "@task\ndef t(): pass\n"
+
+    def test_the_worker_imports_what_has_defined_tasks(self):
+        (self.folder / "other.py").write_text("from pybgworker import *\n" + self.TASK)
+        (self.folder / "hooks.py").write_text(
+            "from pybgworker import *\n@on_child_start\ndef begin(): pass\n"
+            "@on('failure')\ndef tell(event): pass\n")
+        for source, spec in (
+            (self.TASK, "tasks"),
+            ("import other\n" + self.TASK, "other,tasks"),
+            ("import other", "other"),
+            ("import hooks\n" + self.TASK, "tasks,hooks"),
+            ("import other\ntask(name='mine')(other.t.fn)", "other,tasks"),
+        ):
+            with self.subTest(source):
+                self.assertEqual(self.find(source), spec)
+        own = "mine = App()\n@mine.task\ndef t(): pass\n"
+        self.assertEqual(self.find(own, call="tasks.mine"), "tasks:mine")
+        (self.folder / "home.py").write_text("from pybgworker import *\nmine = App()\n")
+        self.assertEqual(self.find("import home\n@home.mine.task\ndef t(): pass\n",
+                                   call="tasks.home.mine"), "home,tasks:mine")
+
+    def test_where_no_worker_could_import_it_the_error_says_what_to_do(self):
+        for source, call, words in (
+            ("", "default_app", "has no task yet: call it once the modules"),
+            ("def make():\n    app = App()\n    app.task(make)\n    return app",
+             "tasks.make()", "no name in a module, .* write `app = App"),
+            ("exec(compile('@task\\ndef t(): pass', 'x', 'exec'), "
+             "{**globals(), '__name__': 'made'})", "default_app",
+             "cannot import the module 'made': put your tasks into a module"),
+        ):
+            with self.subTest(source):
+                self.assertRegex(self.find(source, call=call),
+                                 rf"(?s)^start_worker\(\): .*{words}")
+        script = textwrap.dedent("""
+            from pybgworker import *
+            @task
+            def t(): pass
+            try:
+                start_worker()
+            except AppError as exc:
+                print(exc)
+            """)
+        (self.folder / "script").write_text(script)
+        (self.folder / "re.d.py").write_text(script)
+        package = self.folder / "package"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(script)
+        for argv, words in (
+            (["-c", script], "a notebook or by -c"),
+            (["script"], "cannot import the module 'script', for .*script: put your"),
+            (["re.d.py"], "cannot import the module 're.d', for"),
+            (["-m", "package"], "cannot import the module 'package', for"),
+        ):
+            done = subprocess.run(
+                [sys.executable, *argv], cwd=self.folder, stdout=subprocess.PIPE, text=True,
+                env=clean_environment(PYBGWORKER_DB=str(self.db)), check=True)
+            with self.subTest(argv[0]):
+                self.assertRegex(done.stdout, rf"^start_worker\(\): .*{words}")
+
+    def test_several_modules_are_imported_by_name(self):
+        for name, source in (
+            ("one", "mine = App()\n@mine.task\ndef a(): pass\n"),
+            ("two", "import one\n@one.mine.task\ndef b(): pass\n"),
+        ):
+            (self.folder / f"{name}.py").write_text("from pybgworker import *\n" + source)
+        worker = self.worker("--concurrency", 1, app="one,two:mine")
+        self.assertEqual(worker.wait_for("worker_start")["tasks"], ["one.a", "two.b"])
+        self.assertIsNone(self.send("two.b").get(60))
+        self.assertEqual(worker.stop(), 0)
+        refused = self.cli("run", "--app", "one,three", "--burst")
+        self.assertIn("No module named 'three'", refused.stderr)
+
+    def test_a_module_that_python_m_runs_and_a_vendored_copy_are_found(self):
+        shop = self.folder / "shop"
+        (shop / "vendor").mkdir(parents=True)
+        for folder in (shop, shop / "vendor"):
+            (folder / "__init__.py").touch()
+        shutil.copy(HERE / "pybgworker.py", shop / "vendor")
+        (shop / "serve.py").write_text(textwrap.dedent("""
+            from shop.vendor.pybgworker import start_worker, task
+            @task
+            def add(a, b): return a + b
+            if __name__ == "__main__":
+                with_own_copy = start_worker(concurrency=1)
+                print(add.delay(1, 2).get(timeout=60))
+            """))
+        program = Program(self, "", argv=["-m", "shop.serve"])
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(program.printed, ["3"])
+        self.assertEqual(program.wait_for("worker_start")["tasks"], ["shop.serve.add"])
+
+    # -- settings
+
+    def test_the_environment_beats_what_the_call_says_and_that_beats_configure(self):
+        body = """
+            configure(threads=4, timeout=7, queues="a,b", retention="forever")
+            default_app.start_worker(concurrency=3, threads=2, queues=["b", "default"])
+            sys.stdin.readline()
+            """
+        program = self.program(body, PYBGWORKER_CONCURRENCY="1")
+        started = program.wait_for("worker_start")
+        self.assertEqual((started["concurrency"], started["threads"], started["queues"]),
+                         (1, 2, ["b", "default"]))
+
+    def test_flags_say_what_differs_from_the_defaults(self):
+        wanted = {
+            "concurrency": 3, "queues": "a,b c", "timeout": 0.00025, "retention": "forever",
+            "rate_limit": "100/m", "max_memory": "64m", "durability": "normal",
+            "worker_name": "w 1", "allow_network_fs": True, "max_payload": "1m",
+            "redact": "", "shutdown_timeout": 0, "log_level": "debug",
+        }
+        app = App(db=str(self.db))
+        settings = app.resolved(**wanted)
+        flags, environ = pybgworker.run_flags(settings)
+        self.assertEqual(set(environ), {"PYBGWORKER_ALLOW_NETWORK_FS",
+                                        "PYBGWORKER_MAX_PAYLOAD", "PYBGWORKER_REDACT"})
+        given = dict(flag[2:].split("=", 1) for flag in flags)
+        parsed = {name.replace("-", "_"): pybgworker.check_setting(
+            name.replace("-", "_"), value, name) for name, value in given.items()}
+        again = pybgworker.resolve_settings({"db": str(self.db)}, environ, parsed)
+        self.assertEqual(again, settings)
+        self.assertEqual(pybgworker.run_flags(App().resolved())[1], {})
+
+    def test_what_it_cannot_do_is_refused(self):
+        self.app.task(name="t")(time.sleep)
+        for options, words in (
+            ({"concurrency": 0}, "concurrency=0: must be"),
+            ({"queues": ""}, "queues='': must be"),
+            ({"colour": 1}, "unknown setting 'colour'"),
+            ({"single": "yes"}, "single='yes': must be True or False"),
+            ({"db": "other.db"}, "db='other.db'.*database of its App"),
+        ):
+            with self.subTest(options), self.assertRaisesRegex(
+                    (pybgworker.SettingError, pybgworker.OptionError), words):
+                self.app.start_worker(**options)
+
+
 # == Redaction ================================================================
 
 
@@ -28260,8 +28943,10 @@ class TheFile(unittest.TestCase):
             self.assertEqual(done.stdout, "3\n", done.stderr)
 
     # One-line methods of App that call a room.
-    DOORS = {"backup", "cron", "on", "on_child_start", "pause", "purge", "resume",
-             "send", "tasks"}
+    DOORS = {
+        "backup", "cron", "on", "on_child_start", "pause", "purge", "resume", "send",
+        "start_worker", "tasks", "worker",
+    }
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
         rooms = {name for node in self.tree.body if node.lineno > self.rooms()
