@@ -26120,7 +26120,7 @@ def _is_the_same(old, new):
 # an end in each.  Whoever ends closes his, also by kill -9, and the other sees that at
 # once.  The worker then stops as by a first SIGTERM, and if it does not it is killed.
 
-_ALIVE_SECONDS = 1.0         # between two looks whether the other is alive: a process
+ALIVE_SECONDS = 1.0         # between two looks whether the other is alive: a process
                             # that was forked from it may hold its end
 END_SECONDS = 10.0        # beyond its shutdown timeout, in which a worker has to end
 _SAYS_READY, _SAYS_DRAIN = b"r", b"d"
@@ -26168,7 +26168,7 @@ class Tether:
         poll.register(self._end.fileno(), select.POLLIN)
         word: bytes | None = None
         while word != b"" and os.getppid() == self.spec.parent:
-            poll.poll(1000 * _ALIVE_SECONDS)
+            poll.poll(1000 * ALIVE_SECONDS)
             word = self._heard()
             if word == _SAYS_DRAIN and self.worker:
                 self.worker.settings.shutdown_timeout = math.inf
@@ -26240,7 +26240,7 @@ class Tethered:
         """Wait so long for its end, or for a word of it; True when it has ended."""
         poll = own_poll()
         poll.register(self._end.fileno(), select.POLLIN)
-        if poll.poll(1000 * min(seconds, _ALIVE_SECONDS)):
+        if poll.poll(1000 * min(seconds, ALIVE_SECONDS)):
             try:
                 word = self._end.recv(64, getattr(socket, "MSG_DONTWAIT", 0))
             except OSError:
@@ -26432,7 +26432,7 @@ class StartedWorker:
         process = self._process
         if process is None:
             return "could not be started"
-        while not process.wait(_ALIVE_SECONDS):
+        while not process.wait(ALIVE_SECONDS):
             pass
         process.close()
         end = process.exit or Exit(None, None, 0)
@@ -26592,7 +26592,7 @@ def _modules_of(app):
     found: dict[str, Any] = {}
     for task in app.registered.values():
         fns.append(task.fn)
-        names = task.origin.names[1:] if callback_kind(task.name) is None else ()
+        names = () if callback_kind(task.name) else task.origin.names[1:]
         found.update(dict.fromkeys(names))
     homes = [getattr(fn, "__module__", None) for fn in fns]
     found.update(dict.fromkeys(module_of(fn) for fn, home in zip(fns, homes) if home))
