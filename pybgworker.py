@@ -4210,6 +4210,7 @@ def in_program():
 class CurrentTask:
     """The run that is going on in this process; see current_task()."""
 
+    id: int | None
     _found_meta: dict | None = None       # as long as nobody has asked
 
     def __init__(self, id: int, name: str, attempt: int, due: float | None,
@@ -4236,6 +4237,8 @@ class CurrentTask:
         It is read from the database when it is asked for, so that it costs nobody else
         anything.  That of a callback is that of the task it is about.
         """
+        if self.id is None:
+            return {}
         if self._found_meta is None:
             self._found_meta = meta_of(self._app.store.task(self.id).meta)
         return self._found_meta
@@ -4245,11 +4248,30 @@ class CurrentTask:
         self._report(self, check_number("percent", percent, 0, 100), message)
 
 
+class DirectCall(CurrentTask):
+    """What is current where somebody calls the function of a task himself.
+
+    No row is about it: it has no id, and its progress goes nowhere.  One serves all
+    calls of a task: making it would cost more than the call.
+    """
+
+    id, attempt, scheduled_for = None, 1, None
+    _due = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def set_progress(self, percent: float, message: str | None = None) -> None:
+        """Check the percentage, and tell nobody."""
+        check_number("percent", percent, 0, 100)
+
+
 # The run whose code this is, where there may be several in one process.  A thread that
 # a task has started knows its owner by an attribute: it has no copy of the context.
 running: contextvars.ContextVar[CurrentTask | None] = contextvars.ContextVar(
     "pybgworker.running", default=None)
 in_flight: dict[CurrentTask, Any] = {}      # the runs of this process, until they end
+called: dict[int, CurrentTask] = {}         # direct calls that are going on in it
 _owned_threads: list[bool] = []             # not empty: there may be such threads
 
 
@@ -4257,15 +4279,36 @@ def current_task() -> CurrentTask | None:
     """Return the task that this code runs for; None outside of one.
 
     Also in the threads and asyncio tasks that it has started.  Where that cannot be
-    known, it is the only task that runs in this process, if there is just one.
+    known, it is the only task that runs in this process, if there is just one.  A
+    function that is called as one, add(1, 2), has a current task without an id; if a
+    task calls it, that one stays, whose row, limit and output this still is.
     """
     own = running.get()
     if own is None and _owned_threads:
         own = owner_of(threading.current_thread())
     if own is None:
-        every = list(in_flight)
+        every = list(in_flight) or list({*called.values()})
         own = every[0] if len(every) == 1 else None
     return own
+
+
+async def _awaited(own, coroutine):
+    """Await what a direct call has made, and be its current task meanwhile."""
+    token = running.set(own)
+    called[id(token)] = own
+    try:
+        return await coroutine
+    finally:
+        del called[id(token)]
+        with contextlib.suppress(ValueError):   # dropped, in whose context ever
+            running.reset(token)
+
+
+def awaited_by(own: CurrentTask, coroutine: Any) -> Any:
+    """The same coroutine, with this current task while it runs."""
+    outer: Any = _awaited(own, coroutine)
+    outer.__name__, outer.__qualname__ = coroutine.__name__, coroutine.__qualname__
+    return outer
 
 
 def owner_of(thread: threading.Thread) -> CurrentTask | None:
@@ -4347,6 +4390,7 @@ class Task(Generic[P, R, V]):
         self.name = checked("name", parse_name, name)
         self.schedules: list = []       # of Schedule
         self.origin = origin_of(fn)
+        self._called = DirectCall(self.name)
         self.shape = Shape(fn)
         check_known(options, TASK_OPTIONS, _TASK_HINTS)
         (self.queue, self.priority, self.timeout, self.expires, self.rate_limit,
@@ -4358,7 +4402,18 @@ class Task(Generic[P, R, V]):
                 setattr(self, attribute, value)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.fn(*args, **kwargs)
+        if in_flight or running.get() is not None:      # a task calls it: that stays
+            return self.fn(*args, **kwargs)
+        token = running.set(self._called)
+        called[id(token)] = self._called
+        try:
+            value = self.fn(*args, **kwargs)
+        finally:
+            del called[id(token)]
+            running.reset(token)
+        if type(value) is types.CoroutineType:
+            return awaited_by(self._called, value)
+        return value
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
         def __getattr__(self, name):

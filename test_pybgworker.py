@@ -14,6 +14,7 @@ Several tests run at a time, N of them; -j 1 runs all in this process.
 from __future__ import annotations
 
 import ast
+import asyncio
 import bisect
 import collections
 import contextlib
@@ -44,6 +45,7 @@ import threading
 import time
 import types
 import unittest
+import warnings
 from decimal import Decimal
 from pathlib import Path
 from unittest import mock
@@ -3401,6 +3403,111 @@ class Results(QueueCase):
 
     def test_outside_of_a_task_there_is_no_current_one(self):
         self.assertIsNone(pybgworker.current_task())
+
+
+class DirectCalls(Case):
+    """add(1, 2): the function is called, here and now."""
+
+    def setUp(self):
+        super().setUp()
+        own, self.seen = pybgworker.current_task, []
+
+        @self.app.task(name="plain", timeout=5)
+        def plain(*parts):
+            own().set_progress(50, "half")
+            self.seen.append(own())
+            return parts
+
+        @self.app.task(name="slow")
+        async def slow(pause=None):
+            self.seen.append(own())
+            await asyncio.sleep(0)
+            self.seen.append(own())
+            if pause:
+                await pause()
+            return own().name
+
+        self.plain, self.slow = plain, slow
+
+    def tearDown(self):
+        self.assertIsNone(pybgworker.current_task())
+        self.assertEqual(pybgworker.called, {})
+
+    def test_it_has_a_current_task_without_an_id(self):
+        self.assertEqual(self.plain(1, 2), (1, 2))
+        own, = self.seen
+        self.assertEqual((own.id, own.name, own.attempt), (None, "plain", 1))
+        self.assertEqual((own.meta, own.deadline, own.scheduled_for), ({}, None, None))
+        self.assertIsInstance(own, pybgworker.CurrentTask)
+        own.meta["mine"] = 1
+        self.assertEqual(own.meta, {})              # that of the next call, too
+        self.assertRaises(pybgworker.OptionError, own.set_progress, 101)
+        self.assertFalse(self.db.exists())
+
+    def test_it_ends_with_the_call_also_by_an_error(self):
+        @self.app.task(name="bad")
+        def bad():
+            self.seen.append(pybgworker.current_task().name)
+            raise KeyboardInterrupt
+
+        self.assertRaises(KeyboardInterrupt, bad)
+        self.assertEqual(self.seen, ["bad"])
+
+    def test_a_coroutine_has_it_while_it_runs(self):
+        coroutine = self.slow()
+        self.assertIsNone(pybgworker.current_task())
+        self.assertIsInstance(coroutine, types.CoroutineType)
+        self.assertEqual(coroutine.__qualname__, self.slow.fn.__qualname__)
+        self.assertEqual(asyncio.run(coroutine), "slow")
+        self.assertEqual({own.name for own in self.seen}, {"slow"})
+
+    def test_coroutines_side_by_side_have_each_their_own(self):
+        async def both():
+            async def call():
+                return self.plain()
+
+            outer = await asyncio.gather(self.slow(call), call(), self.slow())
+            self.assertIsNone(pybgworker.current_task())
+            return outer
+
+        self.assertEqual(asyncio.run(both()), ["slow", (), "slow"])
+        # slow calls plain as a function: it stays what is current.
+        self.assertEqual(sorted(own.name for own in self.seen),
+                         ["plain"] + ["slow"] * 5)
+
+    def test_wrong_arguments_of_a_coroutine_are_told_at_the_call(self):
+        self.assertRaises(TypeError, self.slow, 1, 2)
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            self.slow()                             # dropped: never awaited
+
+    def test_its_threads_have_it_as_well(self):
+        def in_threads():
+            thread = threading.Thread(target=self.plain.fn)
+            thread.start()
+            thread.join()
+
+        self.app.task(name="outer")(in_threads)()
+        self.assertEqual([own.name for own in self.seen], ["outer"])
+
+        async def in_loop():
+            await asyncio.to_thread(self.plain.fn)
+
+        asyncio.run(self.app.task(name="loop")(in_loop)())
+        self.assertEqual(self.seen[-1].name, "loop")
+
+    def test_in_a_task_that_calls_another_it_stays(self):
+        """Its row, its time limit and its output are still what this is about."""
+        own = pybgworker.CurrentTask(7, "outer", 2, None, None, pybgworker.nobody,
+                                     self.app)
+        with mock.patch.dict(pybgworker.in_flight, {own: None}):
+            self.plain()                            # of a main thread
+        token = pybgworker.running.set(own)         # of a thread, or coroutine
+        self.addCleanup(pybgworker.running.set, None)
+        self.plain()
+        asyncio.run(self.slow())
+        pybgworker.running.reset(token)
+        self.assertEqual(set(self.seen), {own})
 
 
 # == Tasks ====================================================================
