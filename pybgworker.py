@@ -62,11 +62,12 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · Reports · One task · Reading · Sending · Acts · Operating ·
-        Backup · Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
-        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners · Child starts ·
-        Tether · Beside · Redaction · Web reports · Web actions · Dashboard ·
-        Web server · Connections · Bench · Old import paths · Page · Page script
+        Cron · Scheduler · In memory · In place · Immediate · Testing · Reports ·
+        One task · Reading · Sending · Acts · Operating · Backup · Wording · Reasons ·
+        Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
+        Doctor · Remedies · Listeners · Child starts · Tether · Beside · Redaction ·
+        Web reports · Web actions · Dashboard · Web server · Connections · Bench ·
+        Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -361,6 +362,15 @@ def parse_token(value):
     return str(value)
 
 
+def _immediate(value):
+    if value == "raise":
+        return value
+    try:
+        return _switch(value)
+    except ValueError:
+        raise ValueError("1, 0 or raise") from None
+
+
 def _switch(value):
     if str(value).lower() not in ("0", "1", "true", "false", "yes", "no"):
         raise ValueError("1 or 0")
@@ -486,6 +496,10 @@ SETTINGS = (
     Setting("durability", "full", _durability, True,
             "full: a power cut loses nothing; normal: it may lose the last moments "
             "(default: full)"),
+    Setting("immediate", False, _immediate, False,
+            "1: delay() runs the task at once, where it is called, and keeps the "
+            "outcome in memory; raise: an error of the task comes out of delay(), too "
+            "(default: 0)"),
     Setting("busy_timeout", 30.0, _seconds, False,
             "seconds that a caller waits for a locked database (default: 30)"),
     Setting("allow_network_fs", False, _switch, False,
@@ -2833,6 +2847,11 @@ class QueueVerbs(Protocol):
     def now(self) -> int:
         """The time by which this queue goes, which may be that of its server."""
 
+    def standstill(self, state: int) -> str:
+        """Why it is of no use to wait for a task in this state, and what to do; empty:
+        it may go on by itself.
+        """
+
     def housekeep(self) -> None:
         """Do what the queue itself needs, in little time: asked for once a second."""
 
@@ -3179,8 +3198,13 @@ STORES: dict[str, Callable[[types.SimpleNamespace], Store]] = {}
 
 
 def open_store(settings: types.SimpleNamespace) -> Store:
-    """The store that keeps what `settings.db` names.  Raises SettingError."""
+    """The store that keeps what `settings.db` names.  Raises SettingError.
+
+    With `immediate` nothing is kept beyond the process: it is one in memory.
+    """
     scheme = settings.db.partition("://")[0] if "://" in settings.db else ""
+    if settings.immediate:
+        scheme = "memory"
     if scheme not in STORES:
         raise SettingError(f"db {settings.db}: nothing here keeps a queue at "
                            f"{scheme}://; give the path of a file")
@@ -3878,6 +3902,8 @@ class Enqueued:
         self.id = id if type(id) is int else parse_id(str(id))
         self._app = app or self.default_app
         self._mark = mark       # of our row, until it has been seen committed
+        stand_in = self._app.stand_in
+        self._home = stand_in and stand_in.name     # of testing(); None: the app's own
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
         def __getattr__(self, name):
@@ -3885,6 +3911,7 @@ class Enqueued:
 
     @property
     def _store(self):
+        self._check_home()
         store = self._app.store
         if self._mark is not None:
             if not store.has_mark(self.id, self._mark):
@@ -3894,6 +3921,15 @@ class Enqueued:
                 )
             self._mark = None
         return store
+
+    def _check_home(self):
+        """See that our queue is the one that the app has now: ids are of a queue."""
+        stand_in = self._app.stand_in
+        if self._home != (stand_in and stand_in.name):
+            raise TaskNotFound(
+                f"no task {self.id} here: its queue is that of "
+                + ("a block of testing() which is over, or is not this one"
+                   if self._home else "the program, and this is inside testing()"))
 
     @property
     def task_id(self) -> int:
@@ -4059,6 +4095,7 @@ class AsyncResult(Enqueued, Generic[V]):
             if state in FINISHED:
                 with contextlib.suppress(_Unfinished):
                     return self._outcome()
+            self._check_moves()
             pause = next(pauses)
             if deadline is not None:
                 pause = min(pause, deadline - time.monotonic())
@@ -4071,6 +4108,7 @@ class AsyncResult(Enqueued, Generic[V]):
         return self._wait().__await__()
 
     async def _wait(self):
+        self._check_moves()
         return self._returned(*await (await self._watched()).end(self.id))
 
     async def _watched(self):
@@ -4097,6 +4135,16 @@ class AsyncResult(Enqueued, Generic[V]):
 
     def _look(self):
         return self._store.standing([self.id]).get(self.id)
+
+    def _check_moves(self):
+        """Raise WaitTimeout, rather than wait for what never happens by itself."""
+        self._check_home()
+        if not self._app.store.standstill(QUEUED):      # nor for any other
+            return
+        state = self._store.state(self.id)
+        why = "" if state in FINISHED else self._app.store.standstill(state)
+        if why:
+            raise WaitTimeout(f"task {self.id} is {state_name(state)}: {why}")
 
     def _outcome(self):
         return self._returned(*self._store.outcome(self.id))
@@ -4160,6 +4208,7 @@ class Watching:
                 raise TaskNotFound(f"no task {self._result.id} any more")
             if stands != self._seen:
                 break
+            self._result._check_moves()
             if time.monotonic() + pause > self._deadline:
                 raise self._late()
             time.sleep(pause)
@@ -4173,6 +4222,8 @@ class Watching:
 
         if self._is_over():
             raise StopAsyncIteration
+        if self._seen:
+            self._result._check_moves()
         watch = await self._result._watched()
         change = watch.change(self._result.id, self._seen)
         if self._timeout is None:
@@ -4731,6 +4782,7 @@ class Configured:
         # fork may come in the middle; configure() puts an empty one in its place.
         self._opened: dict[str, Any] = {}
         self.sent: dict[str, Any] = {}      # tasks of workers, by name: see send()
+        self.stand_in: Store | None = None  # in place of it, whatever settings say
 
     def configure(self, **settings: Any) -> None:
         """Set settings in code; flags and environment go before them.
@@ -4786,6 +4838,8 @@ class Configured:
     @property
     def store(self) -> Store:
         """The database, opened by the first thread that uses it."""
+        if self.stand_in is not None:
+            return self.stand_in
         opened = self._opened
         return opened.get("store") or opened.setdefault(
             "store", open_store(self.settings))
@@ -4941,6 +4995,8 @@ class App(Configured):
         row, texts = self._rows(task, calls, options)
         if not texts:
             return []
+        if self.settings.immediate and self.stand_in is None:
+            return self.call_now(row, texts)
         if options.get("conn") is None:
             return [AsyncResult(n, self) for n in self.store.enqueue(row, texts)]
         ids, mark = self.store.enqueue_with(options["conn"], row, texts)
@@ -4956,6 +5012,8 @@ class App(Configured):
         row, texts = self._rows(task, calls, options)
         if not texts:
             return []
+        if self.settings.immediate and self.stand_in is None:
+            return self.call_now(row, texts)
         errands = Errands.of(self.errands, enqueue_each, lambda: self.store)
         ids = await errands.send(
             asyncio.get_running_loop(), (row, texts, time.monotonic()))
@@ -4969,6 +5027,10 @@ class App(Configured):
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
         return row, _encoded(task.shape, calls, self.settings.max_payload)
+
+    def call_now(self, row: NewTask, calls: Sequence[str]) -> list[AsyncResult]:
+        """Enqueue and run these calls here: what delay() does with `immediate`."""
+        return run_at_once(self, row, calls)
 
     def send(self, name: str, *args: Any, kwargs: dict | None = None,
              **options: Any) -> AsyncResult[Any]:
@@ -6861,6 +6923,10 @@ class Database:
 
         Tables(self.path, ask).migrate()
 
+    def alone(self) -> contextlib.AbstractContextManager:
+        """A block in which no other thread uses our connection: none ever does."""
+        return contextlib.nullcontext()
+
     def read(self, statement, parameters=()):
         """Run a query to its end: an open cursor would hold the -wal in place."""
         deadline = time.monotonic() + self.busy_timeout
@@ -6953,6 +7019,12 @@ def one_moment(db: Database) -> Iterator[None]:
 
     Text that is no UTF-8, as only an edit by hand leaves it, is read all the same.
     """
+    with db.alone(), _read_only(db):
+        yield
+
+
+@contextlib.contextmanager
+def _read_only(db):
     while True:
         link = db.link()
         outer, link.is_reading = link.is_reading, True      # a fork waits for us
@@ -10827,8 +10899,9 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
     """The Store of one SQLite file: all its verbs, over one Database."""
 
     def __init__(self, path: str, durability: str = "full",
-                 busy_timeout: float = 30.0, allow_network_fs: bool = False):
-        self.db = Database(path, durability, busy_timeout, allow_network_fs)
+                 busy_timeout: float = 30.0, allow_network_fs: bool = False,
+                 db: Database | None = None):
+        self.db = db or Database(path, durability, busy_timeout, allow_network_fs)
         self.name = self.db.name
         self.create, self.close = self.db.create, self.db.close
         self.data_version, self.version = self.db.data_version, self.db.version
@@ -10842,6 +10915,9 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
 
     def now(self) -> int:
         return now_ms()
+
+    def standstill(self, state: int) -> str:
+        return ""
 
     def last_id(self) -> int:
         return self.db.read(
@@ -13326,23 +13402,12 @@ class Runs:
 
     def encoded(self, value: Any) -> Any:
         """The result as it is sent.  Raises _ResultRefused: it would be so again."""
-        if value is None:
-            return "null"
-        try:
-            text, limit = encode(value, "result"), self.app.settings.max_payload
-            if len(text) > limit:           # it is ASCII: as many bytes
-                raise PayloadTooLarge(
-                    f"result of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-                    f"{limit:,}; write it to a file and return its path"
-                )
-            return text
-        except (TypeError, PayloadTooLarge) as exc:
-            raise _ResultRefused(str(exc)) from exc
+        return encoded_result(value, self.app.settings.max_payload)
 
     def failed(self, run: Running, exc: BaseException) -> tuple[Kind, dict]:
         """The answer of a run that has ended like this."""
         used = {"peak": own_peak(), "cpu": getattr(run, "cpu", None)}
-        return ENDED_BADLY, {**_error_of(exc, run), **used}
+        return ENDED_BADLY, {**error_of(exc, run), **used}
 
     def end(self, run: Running, kind: Kind, value: Any) -> float:
         """Answer.  Returns how many seconds it took."""
@@ -13410,12 +13475,32 @@ class Runs:
         os._exit(code & 0xFF)
 
 
+def encoded_result(value: Any, limit: int) -> str:
+    """The result as it is sent; of at most so many bytes.
+
+    Raises _ResultRefused: another run would be refused again.
+    """
+    if value is None:
+        return "null"
+    try:
+        text = encode(value, "result")
+        if len(text) > limit:           # it is ASCII: as many bytes
+            raise PayloadTooLarge(
+                f"result of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+                f"{limit:,}; write it to a file and return its path"
+            )
+        return text
+    except (TypeError, PayloadTooLarge) as exc:
+        raise _ResultRefused(str(exc)) from exc
+
+
 class _ResultRefused(Abort):
     """The task has returned what cannot be sent; its cause says why."""
 
 
-def _error_of(exc, run):
-    """What the worker needs to decide; how a run has ended."""
+def error_of(exc: BaseException, run: Any) -> dict:
+    """What the worker needs to decide; how a run has ended, by its .task and .raised.
+    """
     error = describe_exception(exc)
     if isinstance(exc, MemoryError):
         error["message"] = out_of_memory(error["message"])
@@ -19523,6 +19608,11 @@ def _run(args, app):
                 nursery.start(time.monotonic())
                 registry = nursery.await_app(log.flush)
             settings = registry.settings(flags)
+            if settings.immediate:
+                raise SettingError(
+                    f"immediate={settings.immediate!r}: delay() runs tasks where it is "
+                    "called, so nothing would ever come to this worker: unset it, also "
+                    "PYBGWORKER_IMMEDIATE")
             if settings.log_file and not path:      # by the app's code
                 log.move(LogFile(settings.log_file))
             worker = Worker(registry, settings, open_store(settings), args.burst, log,
@@ -19647,7 +19737,7 @@ def _carry_out(args):
         os.getcwd()
     except FileNotFoundError:
         raise Problem("the current folder was deleted: cd to another") from None
-    app.override(db=args.db)
+    app.override(db=args.db, immediate=False)       # commands are about what is kept
     return command.act(args, app)
 
 
@@ -20512,6 +20602,864 @@ def cron_chore(worker: Worker) -> Chore:
 
     worker.house.chores.append(Chore(_LATE_LOOK_SECONDS, say_late))
     return Chore(_CRON_POLL, fire, is_punctual=True, word=RESCHEDULED)
+
+
+# == In memory ================================================================
+# Owns a queue that ends with this process: the Store of SQLite, with all its verbs,
+# on one connection that all threads share, each in its turn.  The tables are made
+# once in a process, and copied for each queue.  Knows nothing of who runs its tasks.
+
+
+class MemoryLink(Link):
+    """The one connection.  No fork closes it, for no other process has its data."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self.connection = connection
+        self.identity = self.guard = None
+        self.wal = self                     # which nobody can delete
+        self.thread = 0
+        self.generation = FORKS.generation()
+        self.is_closed = self.is_stale = self.is_reading = False
+        self.synchronous = "normal"
+        self.commits = 0
+        self.undone = True
+        self.writer = nobody
+        self.wake = []
+
+    def is_there(self) -> bool:
+        """As of WalFiles."""
+        return True
+
+    def close(self) -> None:
+        """All that is in it is gone."""
+        self.is_closed = True
+        self.connection.close()
+
+    def __del__(self):
+        """The connection closes itself."""
+
+
+_templates: dict[int, sqlite3.Connection] = {}      # by fork: one is not shared
+
+
+def _connect_to_memory():
+    """A connection to a database of its own, with our tables in it."""
+    def connect():
+        return sqlite3.connect(":memory:", isolation_level=None,
+                               check_same_thread=False, cached_statements=256)
+
+    template = _templates.get(FORKS.generation())
+    if template is None:
+        template = connect()
+        ask = functools.partial(patiently, template, math.inf)
+        Tables("in memory", ask).migrate()
+        _templates.clear()
+        _templates[FORKS.generation()] = template
+    connection = connect()
+    template.backup(connection)
+    return connection
+
+
+class MemoryTransaction(Transaction):
+    """One that keeps all other threads off the connection meanwhile."""
+
+    def __init__(self, db: MemoryDatabase, deadline: float):
+        super().__init__(db, False, deadline)
+        self._alone = db.alone()
+
+    def __enter__(self) -> Link:
+        self._alone.__enter__()
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._alone.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind, exc, trace):
+        try:
+            return super().__exit__(kind, exc, trace)
+        finally:
+            self._alone.__exit__(None, None, None)
+
+
+class MemoryDatabase(Database):
+    """A Database without a file.  In a forked process it is refused, or a new one."""
+
+    def __init__(self, name: str, is_renewed: bool):
+        super().__init__(os.sep, "normal")
+        self.name = self.path = name
+        self.may_create = False
+        self._is_renewed = is_renewed
+        self._lock = threading.RLock()      # held by the thread that uses the link
+        self._link = MemoryLink(_connect_to_memory())
+
+    def create(self) -> tuple | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing: it would take all tasks along.  See end()."""
+
+    def end(self) -> None:
+        """Let go of all that is in it."""
+        with self._lock:
+            self._link.close()
+
+    def _check(self):
+        """See that this is our process, and the link is open."""
+        if self._link.generation != FORKS.generation():
+            if not self._is_renewed:
+                raise DatabaseUnavailable(
+                    f"queue {self.name}: it is in the memory of the process that has "
+                    "forked this one, where nobody would see what is done here: fork "
+                    "before testing(), or use threads")
+            self._lock = threading.RLock()  # whoever held it is not here
+            self._link = MemoryLink(_connect_to_memory())
+        if self._link.is_closed:
+            raise DatabaseUnavailable(
+                f"queue {self.name}: its block of testing() is over")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        self._check()
+        with self._lock:
+            yield
+
+    def write(self, durable: bool = True, patience: float | None = None,
+              deadline: float | None = None) -> Transaction:
+        return MemoryTransaction(self, math.inf)
+
+    def link(self) -> Link:
+        self._check()
+        return self._link
+
+    def free_link(self) -> Link:
+        link = self.link()
+        if link.writer() is not None:       # it can only be this thread's
+            raise DatabaseBusy(REENTERED.format(self.path))
+        return link
+
+    def read(self, statement, parameters=()):
+        with self.alone():
+            return super().read(statement, parameters)
+
+    @contextlib.contextmanager
+    def glance(self, seconds: float) -> Iterator[None]:
+        with self.alone(), super().glance(seconds):
+            yield
+
+    def data_version(self) -> tuple:
+        return self.name, self.link().commits
+
+    def version(self) -> tuple:
+        return self.data_version()
+
+    def wal_bytes(self) -> int:
+        return 0
+
+    def checkpoint(self) -> None:
+        """There is no log."""
+
+    def checkpoint_if_large(self, limit: int = 0) -> None:
+        """There is no log."""
+
+    def checkpoint_by_caller(self, link: Link) -> None:
+        """There is no log."""
+
+
+_memory_names = itertools.count(1)
+
+
+class MemoryStore(SqliteStore):
+    """The Store of such a database."""
+
+    db: MemoryDatabase
+
+    def __init__(self, is_renewed: bool = False):
+        name = f"memory://{next(_memory_names)}"
+        super().__init__(name, db=MemoryDatabase(name, is_renewed))
+
+    def enqueue_with(self, connection: Any, task: NewTask,
+                     calls: Sequence[str]) -> tuple[list, str | None]:
+        """Enqueue them now: they can be in no transaction of another database."""
+        return self.enqueue(task, calls), None
+
+    def begin_run(self, task_id: int, callbacks: int, worker: int) -> Run | None:
+        """Have this task run now, whatever it waits for.  None: it is not waiting."""
+        now = self.now()
+        with self.db.write() as link:
+            row = link.connection.execute(
+                f"""select id, name, queue, attempt, retries, forgiven, timeout, run_at,
+                        tick, args, priority
+                    from bg_task where id = :id and state < {RUNNING}""",
+                {"id": task_id},
+            ).fetchone()
+            link.connection.execute(
+                f"""update bg_task set state = {RUNNING}, worker = :worker,
+                        attempt = attempt + 1, started_at = :now, callbacks = :callbacks
+                    where id = :id and state < {RUNNING}""",
+                {"id": task_id, "worker": worker, "now": now, "callbacks": callbacks},
+            )
+        if row is None:
+            return None
+        run = Run(*row)
+        run.callbacks = callbacks
+        return run
+
+
+# == In place =================================================================
+# Owns a run that is a call: in the process, and the thread, of whoever asks for it.
+# What a task finds, and what becomes of it, is as in a child; but nobody ends it at
+# its time limit, and what ends the process ends all.  What it prints by Python is kept,
+# and goes where it would have gone as well.
+
+
+class Called(NamedTuple):
+    """How a run has ended, and what it has raised, as it was."""
+
+    ended: Ended
+    raised: BaseException | None
+
+    @property
+    def is_for_caller(self) -> bool:
+        """True when it is about the caller as well: Ctrl-C, or a test that is ended."""
+        exc, asyncio = self.raised, sys.modules.get("asyncio")
+        return exc is not None and not isinstance(exc, (Exception, SystemExit)) \
+            and not (asyncio and isinstance(exc, asyncio.CancelledError))
+
+
+class _Echo:
+    """Stands in for sys.stdout or sys.stderr: passes on, and keeps what runs print."""
+
+    def __init__(self, stream, kept_by):
+        self._stream, self._kept_by = stream, kept_by
+
+    def write(self, text):
+        """Write it to the stream, and to what is kept of the run."""
+        size = self._stream.write(text)     # refuses what is no text
+        kept = self._kept_by.get(current_task())
+        if kept is not None:
+            kept.add(text)
+        return size
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+class _Capture:
+    """Keeps what the runs of this process print, as long as there are any."""
+
+    def __init__(self):
+        self._kept_by: dict[Any, Kept] = {}         # by run
+        self._echoes: list = []             # (name in sys, ours, what it stands for)
+        self._lock = threading.Lock()       # guards that they are as many as runs want
+
+    @contextlib.contextmanager
+    def of(self, current: CurrentTask) -> Iterator[Kept]:
+        kept = Kept()
+        with self._lock:
+            self._kept_by[current] = kept
+            if len(self._kept_by) == 1:
+                self._begin()
+        try:
+            yield kept
+        finally:
+            with self._lock:
+                del self._kept_by[current]
+                if not self._kept_by:
+                    self._end()
+
+    def _begin(self):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is not None:          # pythonw
+                self._echoes.append((name, _Echo(stream, self._kept_by), stream))
+                setattr(sys, name, self._echoes[-1][1])
+
+    def _end(self):
+        for name, echo, stream in self._echoes:
+            if getattr(sys, name) is echo:  # else somebody has put his own there
+                setattr(sys, name, stream)
+        self._echoes = []
+
+    def forget(self):
+        """In a forked process a thread that is not here may have had the lock."""
+        self._lock = threading.Lock()
+
+
+_capture = _Capture()
+
+
+class _Here:
+    """What error_of() and in_flight know of a run."""
+
+    raised = None               # nobody puts an exception into it
+
+    def __init__(self, task: Task):
+        self.task = task
+
+
+def call_in_place(app: App, run: Run, report: Callable) -> Called:
+    """Call the task of a run that has begun, and say how that has ended.
+
+    Progress goes to report(current, percent, message).  An `async def` task has an
+    event loop of its own; where one runs in this thread, in another thread.
+    """
+    here = _Here(app.registered[run.name])
+    due = time.monotonic() + run.timeout if run.timeout else None
+    tick = None if run.tick is None else datetime.fromtimestamp(run.tick, timezone.utc)
+    current = CurrentTask(run.id, run.name, run.attempt, due, tick, report, app)
+    context = contextvars.copy_context()
+    context.run(running.set, current)
+    started_at, start = app.store.now(), time.perf_counter()
+    result, error, raised, is_returned = None, None, None, False
+    in_flight[current] = here
+    try:
+        with _capture.of(current) as kept:
+            args, kwargs = decode(run.args or app.store.args(run.id))
+            value = context.run(here.task.fn, *args, **kwargs)
+            if isinstance(value, types.CoroutineType):
+                value = _await_in_place(context, value)
+            is_returned = True
+            result = encoded_result(value, app.settings.max_payload)
+    except BaseException as exc:
+        raised = exc.__cause__ if is_returned else exc
+        error = error_of(exc, here)
+    finally:
+        del in_flight[current]
+    kind = error["kind"] if error else "success"
+    duration = time.perf_counter() - start
+    return Called(
+        Ended(run, kind, result, error, kept.text(), started_at, duration), raised)
+
+
+def _await_in_place(context, coroutine):
+    import asyncio
+
+    if asyncio._get_running_loop() is None:
+        return context.run(run_coroutine, coroutine)
+    ended: list = []
+
+    def work():
+        try:
+            ended.append((context.run(run_coroutine, coroutine), None))
+        except BaseException as exc:
+            ended.append((None, exc))
+
+    thread = threading.Thread(target=work, name="pybgworker", daemon=True)
+    thread.start()
+    thread.join()
+    value, exc = ended[0]
+    if exc is not None:
+        raise exc
+    return value
+
+
+class Silence(Journal):
+    """The Journal of who keeps no log."""
+
+    def __init__(self, worker: str):
+        self.worker = worker
+        self.was_heard = False
+
+    def say(self, event: str, /, **fields: Any) -> None:
+        """Nothing."""
+
+    def run(self, event: str, run: Attempt | None, /, **fields: Any) -> None:
+        """Nothing."""
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Nothing."""
+
+    def unheard(self, runs: int, now: int) -> None:
+        """Nothing."""
+
+    def expired(self, tasks: Sequence[Attempt]) -> None:
+        """Nothing."""
+
+
+def progress_to(store: Store, run: Run, worker: int) -> Callable:
+    """What set_progress() calls: it is in the database at once."""
+    def report(current, percent, message):
+        text = None if message is None else str(message)[:1000]
+        progress = [(run, to_json([percent, text]))]
+        store.turn(Turn(worker, progress=progress), store.now(), PLACE_SECONDS)
+
+    return report
+
+
+_NO_CHANCE = 0.5            # in the middle of the jitter: a retry is when expected
+PLACE_SECONDS = 30.0        # that a turn waits for the lock of a queue in memory
+
+
+def settle_in_place(app: App, ended: Ended, now: int, worker: str) -> Outcome:
+    """What follows a run, as settle() says; retry delays are without jitter."""
+    return settle(ended, app.registered[ended.run.name].policy, now, _NO_CHANCE, worker)
+
+
+# == Immediate ================================================================
+# Owns the setting `immediate`: delay() as a call.  What was enqueued is run before
+# delay() returns, its retries one after the other and then what follows its end; it
+# waits for no time, rate, pause or limit of runs.  Outcomes are kept in memory.
+
+_IMMEDIATE = "immediate"    # who has run it
+_NOBODY = 1                 # the id of a worker that is not registered
+_MOST_OUTCOMES = 10_000         # tasks, the newest
+_DEEPEST = 50               # tasks that run inside of each other
+_depth: contextvars.ContextVar[int] = contextvars.ContextVar(
+    "pybgworker.depth", default=0)
+
+
+class ImmediateStore(MemoryStore):
+    """Where the outcomes are, of all apps of this process that name one database."""
+
+    def __init__(self):
+        super().__init__(is_renewed=True)
+
+    def standstill(self, state: int) -> str:
+        return "" if state == RUNNING else (     # in another thread
+            "no worker serves it, for `immediate` is set: import the module that "
+            "defines the task before its delay(), which runs it then")
+
+
+_immediate_stores: dict[str, ImmediateStore] = {}      # by the setting db
+
+
+def _open_memory(settings):
+    if not settings.immediate:
+        raise SettingError(
+            f"db {settings.db}: a queue in memory has no name: use testing(), or "
+            "immediate=True")
+    if settings.db not in _immediate_stores:
+        _immediate_stores.setdefault(settings.db, ImmediateStore())
+    return _immediate_stores[settings.db]
+
+
+STORES["memory"] = _open_memory
+
+
+class _TooDeep(Abort, AppError):
+    """delay() inside of delay(), and so on: no retry would change it."""
+
+
+def run_at_once(app: App, row: NewTask, calls: Sequence[str]) -> list[AsyncResult]:
+    """Enqueue and run these calls; return their AsyncResults: what delay() does.
+
+    With immediate="raise" the first error of them is raised, once all have run.
+    """
+    if _depth.get() >= _DEEPEST:
+        raise _TooDeep(
+            f"{row.name}: {_DEEPEST} tasks run inside of each other, as `immediate` "
+            "runs what a task enqueues: does one enqueue itself?  testing() runs them "
+            "one after the other")
+    store = app.store
+    ids = store.enqueue(row._replace(state=QUEUED, run_at=row.created_at), calls)
+    token = _depth.set(_depth.get() + 1)
+    try:
+        failures = [_run_to_its_end(app, store, task_id) for task_id in ids]
+    finally:
+        _depth.reset(token)
+    raised = next(filter(None, failures), None)
+    if raised is not None and app.settings.immediate == "raise":
+        raise raised
+    return [AsyncResult(task_id, app) for task_id in ids]
+
+
+def _run_to_its_end(app, store, task_id):
+    """Run a task until it has finished, and what follows that; return its error.
+
+    One that is not registered here stays queued.  One that runs already, and holds the
+    key of this call, goes on.
+    """
+    row = store.task(task_id)
+    task = app.registered.get(row.name)
+    raised, is_over = None, task is None
+    while not is_over:
+        run = store.begin_run(task_id, task.callbacks, _NOBODY)
+        if run is None:
+            return None
+        if run.timeout is None:
+            run.timeout = app.settings.timeout
+        called = call_in_place(app, run, progress_to(store, run, _NOBODY))
+        written, then = _write_end(app, store, called.ended)
+        if called.raised is not None and called.is_for_caller:
+            raise called.raised
+        is_over = written.state != RETRYING
+        raised = called.raised if written.state == FAILED else None
+        for following, text in then:
+            follower, = store.enqueue(following._replace(meta=row.meta), [text])
+            failed = _run_to_its_end(app, store, follower)
+            raised = raised or failed
+    with contextlib.suppress(TaskNotFound, TaskStateError):
+        if task_id > _MOST_OUTCOMES:
+            store.forget(task_id - _MOST_OUTCOMES)
+    return raised
+
+
+def _write_end(app, store, ended):
+    """Write how a run has ended; return that, and the rows that follow it."""
+    now = store.now()
+    outcome = settle_in_place(app, ended, now, _IMMEDIATE)
+    outbox = Outbox(store, Silence(_IMMEDIATE), {})
+    outbox.outcomes.append(outcome._replace(then=()))
+    written = outbox.turn(_NOBODY, now, PLACE_SECONDS).written
+    return (written or [outcome])[0], outcome.then
+
+
+# == Testing ==================================================================
+# Owns testing(): a queue in memory in place of an app's own, a clock that moves when
+# a test says so, and a worker whose runs are calls.  What is claimed, and when, what
+# follows a run, and what a cron tick enqueues is decided by the sections above, as in
+# production.
+
+_TESTING = "testing"        # the name of its worker
+_MOST_RUNS_HERE = 10_000    # of one call, where nobody has said how many
+_MOST_TICKS = 10_000        # cron ticks visited by one advance()
+_ROOM = Room(free=1, alone=1)       # a run at a time, which is alone
+
+
+class EnqueuedCall(tuple):
+    """A call that was enqueued: (args, kwargs) as its task gets them.
+
+    Equal to unittest.mock.call(*args, **kwargs).  `.id`, `.name`, `.args`, `.kwargs`,
+    `.queue`, `.priority`, `.key`, `.retries`, `.timeout` and `.meta` are those of the
+    task; `.eta`, an aware datetime, and `.countdown`, in seconds, say when it is due,
+    and are None where that is at once; `.expires_at` and `.scheduled_for`, of a cron
+    tick, are aware datetimes or None.
+    """
+
+    id: int
+    name: str
+    args: tuple
+    kwargs: dict
+    __hash__ = None                         # type: ignore[assignment]
+
+    def __new__(cls, args: tuple, kwargs: dict, row: TaskRow) -> EnqueuedCall:
+        self = super().__new__(cls, (args, kwargs))
+        wait = (row.run_at - row.created_at) / 1000
+        vars(self).update(
+            id=row.id, name=row.name, args=args, kwargs=kwargs, queue=row.queue,
+            priority=row.priority, key=row.key, retries=row.retries,
+            timeout=row.timeout, meta=meta_of(row.meta),
+            eta=_datetime_of(row.run_at) if wait > 0 else None,
+            countdown=wait if wait > 0 else None,
+            expires_at=_datetime_of(row.expires_at),
+            scheduled_for=_datetime_of(row.tick and row.tick * 1000),
+        )
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, tuple) or len(other) not in (2, 3):
+            return NotImplemented
+        if len(other) == 3 and other[0]:    # mock.call.name()
+            return False
+        return tuple(self) == tuple(other[-2:])
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __repr__(self) -> str:
+        args, kwargs = self
+        parts = [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
+        return f"call({', '.join(parts)})"
+
+
+def _datetime_of(at):
+    return None if at is None else datetime.fromtimestamp(at / 1000, timezone.utc)
+
+
+class _StoreInTest(MemoryStore):
+    """A queue in memory with a clock of its own, which remembers what came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = super().now()     # of the clock, unix ms
+        self.enqueued: list[EnqueuedCall] = []      # in order
+        self._noted = 0              # the last id among these
+
+    def now(self) -> int:
+        return self.at
+
+    def standstill(self, state: int) -> str:
+        return (
+            "inside testing() nothing runs by itself, and the clock stands still: call "
+            "queue.run(), after queue.advance() if it waits for a time")
+
+    def _note(self):
+        with self.db.alone():
+            for task_id in range(self._noted + 1, self.last_id() + 1):
+                self._noted = task_id
+                with contextlib.suppress(TaskNotFound):
+                    args, kwargs = decode(self.args(task_id))
+                    row = self.task(task_id)
+                    self.enqueued.append(EnqueuedCall(tuple(args), kwargs, row))
+
+    def enqueue(self, task: NewTask, calls: Sequence[str]) -> list:
+        ids = super().enqueue(task, calls)
+        self._note()
+        return ids
+
+    def enqueue_each(self, asked: Sequence) -> list:
+        found = super().enqueue_each(asked)
+        self._note()
+        return found
+
+    def fire(self, steps: Sequence[ScheduleStep],
+             patience: float | None = None) -> list[list[int] | None]:
+        found = super().fire(steps, patience)
+        self._note()
+        return found
+
+    def turn(self, turn: Turn, now: int, patience: float) -> Turned:
+        turned = super().turn(turn, now, patience)
+        if any(outcome.then for outcome in turned.written):
+            self._note()
+        return turned
+
+
+class QueueInTest:
+    """What testing() yields: the queue, its clock and its worker."""
+
+    def __init__(self, app: App, store: Any):
+        self._app, self._store = app, store
+        self._outbox = Outbox(store, Silence(_TESTING), {})
+        self._worker = 0            # its id; 0: it has not begun
+        self._known: dict[str, Task] = {}   # what of the app it has looked at
+        self._lookout: Any = None           # for these
+        self._busy = threading.Lock()       # taken while it works
+
+    def __repr__(self) -> str:
+        return f"<queue of testing() with {len(self._store.enqueued)} calls>"
+
+    @property
+    def now(self) -> datetime:
+        """The time, aware, UTC.  It stands still but for advance() and run_until()."""
+        return datetime.fromtimestamp(self._store.at / 1000, timezone.utc)
+
+    def calls(self, task: Task | str | None = None) -> list[EnqueuedCall]:
+        """What was enqueued, in order; of this task only, if one is given.
+
+        Also what has run meanwhile, and what cron and other tasks have enqueued.  A
+        call that its key has turned into another one is not there.
+        """
+        name = _task_name(task)
+        return [call for call in self._store.enqueued
+                if call.name == name
+                or name is None and not callback_kind(call.name)]
+
+    def result(self, task: Task | str) -> Any:
+        """What get() says of the newest call of this task: its result, or an error.
+
+        Raises TaskNotFound where there was none, WaitTimeout where it has not ended.
+        """
+        calls = self.calls(task)
+        if not calls:
+            raise TaskNotFound(f"no call of {_task_name(task)} was enqueued here")
+        return self._app.result(calls[-1].id).get()
+
+    # -- running
+
+    def run(self, limit: int | None = None, raise_errors: bool = False) -> int:
+        """Run all that is due, here and now; return how many runs there were.
+
+        In the order of a worker that does one at a time: by priority, then by id;
+        what is paused, or at a limit, waits.  What tasks enqueue is run, too, but for
+        what is due later.  A task that fails holds up no other, unless `raise_errors`:
+        then what it raised is raised here as it was, once that is written, also if it
+        would be retried; `raise Retry` is no failure.  Without a `limit` of runs, a
+        queue that never gets empty is an AppError after 10,000 of them.
+        """
+        if limit is not None:
+            check_number("limit", limit, kind=int)
+        count = 0
+        with self._at_work():
+            while limit is None or count < limit:
+                run = self._claim()
+                if run is None:
+                    break
+                self._check_count(run, count, limit)
+                count += 1
+                self._call(run, raise_errors)
+        return count
+
+    def run_until(self, result: AsyncResult) -> int:
+        """Run until this task has finished; return how many runs there were.
+
+        Where nothing is due, the clock leaps to what is due next.
+
+        Raises WaitTimeout where nothing is left that would end it.
+        """
+        if not isinstance(result, AsyncResult):
+            raise OptionError(f"run_until({result!r}): must be an AsyncResult, as "
+                              "delay() returns it")
+        count = 0
+        with self._at_work():
+            while not result.ready():
+                run = self._claim()
+                if run is not None:
+                    self._check_count(run, count, None)
+                    count += 1
+                    self._call(run, raise_errors=False)
+                    self._write()           # before the look: it may be this one
+                elif not self._leap():
+                    raise WaitTimeout(
+                        f"task {result.id} is {result.status}, and nothing that is "
+                        "due, now or later, ends it: is its queue paused, or its name "
+                        "unknown here?")
+        return count
+
+    @contextlib.contextmanager
+    def _at_work(self):
+        if not self._busy.acquire(blocking=False):
+            raise AppError("the queue of testing() runs tasks already: neither a task "
+                           "nor another thread can have it run more")
+        try:
+            if not self._worker:
+                self._begin()
+            yield
+            self._write()
+        finally:
+            self._busy.release()
+
+    def _begin(self):
+        self._worker = self._store.add_worker({
+            "name": _TESTING, "pid": os.getpid(), "host": socket.gethostname(),
+            "boot": "", "port": 0, "token": "", "queues": None, "concurrency": 1,
+            "live": 1, "now": self._store.at}, nobody)
+
+    def _claim(self):
+        """Write what has ended, and claim the next run, if one is due."""
+        app, store = self._app, self._store
+        if self._lookout is None or self._known != app.registered:
+            self._known = dict(app.registered)
+            settings = types.SimpleNamespace(**{**vars(app.settings), "queues": None})
+            self._lookout = Lookout(store, settings, Registry.of(app, _TESTING).tasks)
+        while True:
+            self._lookout.news = True
+            order = self._lookout.order(self._worker, _ROOM, set(), set())
+            seen: Any = self._outbox.turn(
+                self._worker, store.at, PLACE_SECONDS, self._lookout.begin(order),
+                at=time.monotonic()).claimed
+            self._lookout.learn(seen)
+            if seen.runs:
+                return seen.runs[0]
+            if self._lookout.round.is_over:
+                return None
+
+    def _check_count(self, run, count, limit):
+        if limit is None and count >= _MOST_RUNS_HERE:
+            self._outbox.returned.append(run)
+            self._write()
+            raise AppError(
+                f"{count:,} runs, and {run.name} is due: does a task enqueue itself?  "
+                "If so many are meant, say run(limit=)")
+
+    def _call(self, run, raise_errors):
+        if run.timeout is None:
+            run.timeout = self._app.settings.timeout
+        called = call_in_place(
+            self._app, run, progress_to(self._store, run, self._worker))
+        self._outbox.outcomes.append(
+            settle_in_place(self._app, called.ended, self._store.at, _TESTING))
+        raised = called.raised
+        if raised is None:
+            return
+        if called.is_for_caller or raise_errors and not isinstance(raised, Retry):
+            self._write()
+            raise raised
+
+    def _write(self):
+        """Write what has ended, into history as well."""
+        self._outbox.turn(self._worker, self._store.at, PLACE_SECONDS)
+
+    # -- the clock
+
+    def advance(self, span: float | str | timedelta) -> None:
+        """Move the clock on by seconds, a timedelta, or "90s", "15m", "12h", "7d".
+
+        What waits for a time is due then, and run() runs it.  Cron ticks on the way are
+        enqueued at their times, one by one, as a worker does that runs all the while;
+        after 10,000 of them as after a downtime, by `misfire`.
+        """
+        seconds = check_span("advance", span)
+        with self._at_work():
+            self._move_to(self._store.at + to_ms(seconds))
+
+    def _move_to(self, target):
+        store = self._store
+        tasks = Registry.of(self._app, _TESTING).tasks
+        scheduler = Scheduler(tasks, store, Silence(_TESTING).say)
+        scheduler.register(store.at)
+        for _ in range(_MOST_TICKS):
+            tick = store.next_tick(store.at)
+            if tick is None or tick * 1000 > target:
+                break
+            store.at = tick * 1000
+            _fire_all(scheduler, store.at)
+        store.at = target
+        _fire_all(scheduler, target)
+        store.beat(self._worker, 0, 1, target)
+
+    def _leap(self):
+        """Move the clock to what is due next.  False: nothing is."""
+        self._move_to(self._store.at)       # registers schedules
+        tick = self._store.next_tick(self._store.at)
+        times = [self._lookout.next_at, tick and tick * 1000]
+        later = [at for at in times if at is not None and at > self._store.at]
+        if later:
+            self._move_to(math.ceil(min(later)))
+        return bool(later)
+
+
+def _fire_all(scheduler, now):
+    while not scheduler.fire(now)[1]:
+        pass
+
+
+def _task_name(task):
+    if task is None or isinstance(task, str):
+        return task
+    if isinstance(task, Task):
+        return task.name
+    raise OptionError(f"{task!r}: must be a task, or the name of one")
+
+
+class testing:
+    """Within its block the queue of an App is one in memory, for a test.
+
+        with testing() as queue:                # of the default App; or testing(app)
+            signup("a@example.org")             # your code, which calls delay()
+            assert queue.calls(send_mail) == [call("a@example.org")]
+            queue.run()                         # all that is due, here and now
+            queue.advance("1h")                 # retries, eta, cron, limits come due
+
+    Nothing runs by itself, and the clock stands still: get() raises WaitTimeout at once
+    for what has not finished.  Tasks run as in production, by the same decisions, but
+    as calls in this thread, with a copy of its context: no time limit ends them, and a
+    crash, such as os._exit(), ends the test.  A retry comes after its delay without
+    jitter.  `immediate` does not hold, conn= is accepted and not looked at, threads
+    may enqueue, a forked process may not.  Blocks nest, also of one App; configure()
+    inside changes settings, not the queue.
+    """
+
+    def __init__(self, app: App | None = None):
+        if not isinstance(app, (App, type(None))):
+            raise OptionError(f"testing({app!r}): must be an App, or nothing")
+        self._app = default_app if app is None else app
+        self._store: Any = None
+        self._before: Any = None    # what has stood in until now
+
+    def __enter__(self) -> QueueInTest:
+        """Begin; returns the queue."""
+        if self._store is not None:
+            raise AppError("this testing() has begun already: each block needs its own")
+        self._store = _StoreInTest()
+        self._before, self._app.stand_in = self._app.stand_in, self._store
+        return QueueInTest(self._app, self._store)
+
+    def __exit__(self, *exc: Any) -> None:
+        """The App has the queue again that it had before."""
+        self._app.stand_in = self._before
+        self._store.db.end()
 
 
 # == Reports ==================================================================

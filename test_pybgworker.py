@@ -18,6 +18,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import contextvars
 import copy
 import datetime as dt
 import importlib.util
@@ -20007,6 +20008,1018 @@ class Scheduling(Case):
         self.assertEqual(self.known(), [(1, None), (2, self.seconds(6))])
 
 
+# == In memory ================================================================
+
+
+class InMemory(Case):
+    """A queue in memory: the same verbs, one connection, several threads."""
+
+    def setUp(self):
+        super().setUp()
+        self.context = pybgworker.testing(self.app)
+        self.queue = self.context.__enter__()
+        self.addCleanup(self.context.__exit__, None, None, None)
+
+    def test_no_file_is_made(self):
+        self.app.send("t", "x" * 5000)
+        self.queue.run()
+        self.assertEqual(os.listdir(self.folder), [])
+        self.assertRegex(self.app.store.path, r"^memory://\d+$")
+
+    def test_the_verbs_of_people_work(self):
+        self.app.send("t", key="k")
+        store = self.app.store
+        self.assertEqual([result.id for result in self.app.tasks()], [1])
+        self.assertEqual(store.task_facts(1, store.now()).task.name, "t")
+        store.system_facts(store.now())
+        with store.glance(1):
+            self.assertEqual(store.state(1), pybgworker.QUEUED)
+        self.assertGreater(store.sizes().main, 0)
+        self.assertEqual(store.sizes().wal, 0)
+        store.housekeep()
+        store.roll_up(store.now())
+        self.assertEqual(store.last_id(), 1)
+
+    def test_threads_share_it_each_in_its_turn(self):
+        """None sees, or breaks into, what another is in the middle of."""
+        store, wrong = self.app.store, []
+
+        def enqueue():
+            for _ in range(20):
+                self.app.send("t")
+                with pybgworker.one_moment(store.db):
+                    found = {store.db.read("select count(*) from bg_task")[0][0]
+                             for _ in range(3)}
+                    if len(found) > 1:
+                        wrong.append(found)
+
+        threads = [threading.Thread(target=enqueue) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+        self.assertEqual(len(self.queue.calls("t")), 80)
+        self.assertEqual([c.id for c in self.queue.calls()], list(range(1, 81)))
+
+    def test_what_fails_is_undone(self):
+        store = self.app.store
+        with self.assertRaises(ZeroDivisionError), store.db.write() as link:
+            link.connection.execute("delete from bg_meta")
+            self.assertRaises(pybgworker.DatabaseBusy, store.db.write().__enter__)
+            raise ZeroDivisionError
+        self.app.send("t")
+        self.assertEqual(len(self.queue.calls()), 1)
+
+    def test_close_loses_nothing(self):
+        result = self.app.send("t")
+        self.app.store.close()
+        self.assertEqual(result.status, "queued")
+
+    def test_a_forked_process_is_told(self):
+        self.app.send("t")
+        pid = os.fork()
+        if not pid:
+            try:
+                self.app.send("t")
+            except pybgworker.DatabaseUnavailable as exc:
+                os._exit(7 if "forked" in str(exc) else 1)
+            os._exit(2)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
+        self.app.send("t")
+        self.assertEqual(len(self.queue.calls()), 2)
+
+    def test_a_forked_process_may_test_by_itself(self):
+        pid = os.fork()
+        if not pid:
+            with pybgworker.testing(self.app) as queue:
+                self.app.send("t")
+                os._exit(7 if len(queue.calls()) == 1 else 1)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
+
+    def test_its_tables_are_those_of_a_file(self):
+        def tables(rows):
+            return sorted((name, text) for name, text in rows if text)
+
+        ours = self.app.store.db.read("select name, sql from sqlite_master")
+        App(db=str(self.db)).store.create()
+        self.assertEqual(tables(ours),
+                         tables(self.sql("select name, sql from sqlite_master")))
+
+    def test_conn_is_taken_and_not_looked_at(self):
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            task = self.app.task(name="t")(lambda: None)
+            result = task.options(conn=connection).delay()
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual(result.status, "success")
+
+
+# == In place =================================================================
+
+
+class InPlace(Case):
+    """A run that is a call."""
+
+    def setUp(self):
+        super().setUp()
+        context = pybgworker.testing(self.app)
+        self.queue = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def run_one(self, fn, *args, name="t", **options):
+        """Run a function as a task; return its AsyncResult."""
+        self.app.registered.pop(name, None)
+        task = self.app.task(name=name, **{"retries": 0, **options})(fn)
+        result = task.delay(*args)
+        self.queue.run()
+        return result
+
+    def test_a_task_finds_what_it_finds_in_a_child(self):
+        seen = []
+
+        def look():
+            own = pybgworker.current_task()
+            seen.append((own.id, own.name, own.attempt, own.meta, own.scheduled_for))
+            seen.append(own.deadline - time.time())
+            own.set_progress(40, "nearly")
+            seen.append(AsyncResult(own.id, self.app).progress)
+
+        task = self.app.task(name="look", timeout=100)(look)
+        result = task.options(meta={"trace": "x"}).delay()
+        self.queue.run()
+        self.assertEqual(seen[0], (result.id, "look", 1, {"trace": "x"}, None))
+        self.assertTrue(90 < seen[1] <= 100, seen)
+        self.assertEqual(seen[2], (40, "nearly"))
+        self.assertEqual(result.progress, (40, "nearly"))
+        self.assertEqual((pybgworker.in_flight, pybgworker.current_task()), ({}, None))
+
+    def test_its_thread_is_ours_and_its_context_a_copy_of_ours(self):
+        variable = contextvars.ContextVar("variable", default="none")
+        variable.set("ours")
+        seen = []
+
+        def look():
+            seen.extend([threading.get_ident(), variable.get()])
+            variable.set("its")
+
+        self.run_one(look)
+        self.assertEqual(seen, [threading.get_ident(), "ours"])
+        self.assertEqual(variable.get(), "ours")
+
+    def test_arguments_and_results_travel_as_they_do_to_a_child(self):
+        given = [[1], {"a"}]
+
+        def take(one, two):
+            one.append(2)
+            return one, two
+
+        result = self.run_one(take, *given)
+        self.assertEqual(given, [[1], {"a"}])       # it has its own
+        self.assertEqual(result.get(), ([1, 2], {"a"}))
+        result = self.run_one(lambda: object(), retries=3)
+        self.assertEqual((result.status, result.attempt), ("failed", 1))
+        self.assertEqual(result.error.type, "PayloadTypeError")
+        self.app.configure(max_payload=100)
+        result = self.run_one(lambda: "x" * 200)
+        self.assertEqual(result.error.type, "PayloadTooLarge")
+
+    def test_what_it_prints_is_its_output_and_still_printed(self):
+        def speak():
+            print("aloud")
+            print("to err", file=sys.stderr)
+            thread = threading.Thread(target=print, args=("in a thread",))
+            thread.start()
+            thread.join()
+
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            before = sys.stdout
+            result = self.run_one(speak)
+            self.assertIs(sys.stdout, before)
+        self.assertEqual(self.app.store.output(result.id), "aloud\nto err\nin a thread\n")
+        self.assertEqual((out.getvalue(), err.getvalue()),
+                         ("aloud\nin a thread\n", "to err\n"))
+
+    def test_whoever_has_put_a_stream_in_place_keeps_it(self):
+        own = io.StringIO()
+
+        def replace():
+            sys.stdout = own
+
+        before = sys.stdout
+        try:
+            self.run_one(replace)
+            self.assertIs(sys.stdout, own)
+        finally:
+            sys.stdout = before
+
+    def test_errors_are_judged_as_in_a_worker(self):
+        def bad(what):
+            raise {"value": ValueError("no"), "abort": pybgworker.Abort("stop"),
+                   "exit": SystemExit(3)}[what]
+
+        for what, kind, type_, attempts in (
+            ("value", "exception", "ValueError", 3), ("abort", "abort", "Abort", 1),
+            ("exit", "exception", "SystemExit", 1),
+        ):
+            with self.subTest(what):
+                task = self.app.task(name=what, retries=2, retry_delay=0)(bad)
+                result = task.delay(what)
+                self.queue.run()
+                self.assertEqual((result.status, result.attempt), ("failed", attempts))
+                self.assertEqual((result.error.kind, result.error.type), (kind, type_))
+                self.assertIn("in bad", result.error.traceback)
+                self.assertNotIn("call_in_place", result.error.traceback)
+
+    def test_ctrl_c_and_what_ends_a_test_come_through(self):
+        """pytest.fail() is such a one; what a time limit of a test raises, too."""
+        class Outcome(BaseException):
+            pass
+
+        for kind in (KeyboardInterrupt, Outcome):
+            with self.subTest(kind):
+                def bad(kind=kind):
+                    raise kind
+
+                with self.assertRaises(kind):
+                    self.run_one(bad, name=kind.__name__)
+                call, = self.queue.calls(kind.__name__)
+                self.assertEqual(AsyncResult(call.id, self.app).status, "failed")
+        self.assertEqual(self.queue.run(), 0)
+
+    def test_a_coroutine_that_is_cancelled_has_failed(self):
+        async def cancelled():
+            raise asyncio.CancelledError
+
+        result = self.run_one(cancelled)
+        self.assertEqual((result.status, result.error.type), ("failed", "CancelledError"))
+
+    def test_coroutines_run_also_where_a_loop_runs(self):
+        async def slow(n):
+            await asyncio.sleep(0)
+            return n, pybgworker.current_task().name
+
+        async def broken():
+            await asyncio.sleep(0)
+            raise ValueError("no")
+
+        task = self.app.task(name="slow")(slow)
+        self.assertEqual(self.run_one(slow, 1, name="slow").get(), (1, "slow"))
+
+        async def test():
+            result, bad = task.delay(2), self.app.task(name="b", retries=0)(broken).delay()
+            with self.assertRaisesRegex(ValueError, "no"):
+                self.queue.run(raise_errors=True)
+            return await result, bad.status
+
+        self.assertEqual(asyncio.run(test()), ((2, "slow"), "failed"))
+
+
+# == Immediate ================================================================
+
+
+class Immediate(Case):
+    """delay() as a call."""
+
+    def setUp(self):
+        super().setUp()
+        pybgworker._immediate_stores.clear()
+        self.app.configure(immediate=True)
+        self.seen = []
+
+    def tearDown(self):
+        self.assertEqual(os.listdir(self.folder), [])
+        self.assertEqual(pybgworker.in_flight, {})
+
+    def test_delay_runs_the_task_and_returns_what_has_finished(self):
+        add = self.app.task(name="add")(lambda a, b: a + b)
+        result = add.delay(1, b=2)
+        self.assertEqual((result.status, result.get(timeout=0), result.attempt),
+                         ("success", 3, 1))
+        self.assertEqual([r.get() for r in add.delay_many([(1, 2), {"a": 3, "b": 4}])],
+                         [3, 7])
+        self.assertEqual(self.app.send("add", 1, 1).get(), 2)
+        self.assertEqual(asyncio.run(self.await_(result)), 3)
+        self.assertEqual(self.app.result(result.id).get(), 3)
+
+    async def await_(self, result):
+        return await result
+
+    def test_an_error_is_kept_or_comes_through(self):
+        @self.app.task(name="bad", retries=2)
+        def bad():
+            own = pybgworker.current_task()
+            self.seen.append((own.attempt, own.name))
+            raise ValueError(f"no {own.attempt}")
+
+        began = time.monotonic()
+        result = bad.delay()
+        self.assertEqual((result.status, result.error), ("failed", "ValueError: no 3"))
+        self.assertRaises(pybgworker.TaskFailed, result.get)
+        self.assertEqual(self.seen, [(1, "bad"), (2, "bad"), (3, "bad")])
+        self.app.configure(immediate="raise")
+        with self.assertRaisesRegex(ValueError, "no 3"):
+            bad.delay()
+        self.assertEqual(len(self.seen), 6)
+        with self.assertRaisesRegex(ValueError, "no 3"):
+            bad.delay_many([(), ()])
+        self.assertEqual(len(self.seen), 12)        # all of them have run
+        self.assertLess(time.monotonic() - began, 5)    # not 18: retries do not wait
+
+    def test_a_retry_that_succeeds_raises_nothing(self):
+        @self.app.task(name="flaky")
+        def flaky():
+            if pybgworker.current_task().attempt == 1:
+                raise pybgworker.Retry(countdown=3600)
+            return "done"
+
+        self.app.configure(immediate="raise")
+        self.assertEqual(flaky.delay().get(), "done")
+
+    def test_countdown_and_eta_and_conn_are_ignored(self):
+        now = self.app.task(name="now")(lambda: "now")
+        later = dt.datetime.now() + dt.timedelta(days=3)
+        for options in ({"countdown": 3600}, {"eta": later}, {"conn": "any"}):
+            self.assertEqual(now.options(**options).delay().get(), "now")
+        self.assertRaises(pybgworker.OptionError, now.options(countdown=[]).delay)
+
+    def test_pauses_rates_and_limits_of_runs_are_ignored(self):
+        now = self.app.task(name="now", rate_limit="1/h", max_running=1)(lambda: "now")
+        self.app.store.pause("default", self.app.store.now())
+        self.assertEqual([now.delay().get() for _ in range(3)], ["now"] * 3)
+
+    def test_callbacks_and_listeners_are_called_before_it_returns(self):
+        def later(task_id, *error):
+            self.seen.append((pybgworker.current_task().name, *map(str, error),
+                              pybgworker.current_task().meta))
+
+        @self.app.task(name="t", retries=1, on_success=later, on_failure=later)
+        def t(ok):
+            if not ok:
+                raise ValueError("no")
+
+        @self.app.on("failure")
+        def hears(event):
+            self.seen.append((event.kind, event.name))
+
+        t.options(meta={"trace": 1}).delay(True)
+        t.delay(False)
+        self.assertEqual(self.seen, [
+            ("t:on_success", {"trace": 1}), ("t:on_failure", "ValueError: no", {}),
+            ("failure", "t")])
+
+    def test_an_error_of_a_callback_comes_through_after_that_of_the_task(self):
+        def broken(*_):
+            raise KeyError("callback")
+
+        self.app.configure(immediate="raise")
+        good = self.app.task(name="good", on_success=broken)(lambda: 1)
+        with self.assertRaises(KeyError):
+            good.delay()
+        bad = self.app.task(name="bad", retries=0, on_failure=broken)(lambda: 1 // 0)
+        with self.assertRaises(ZeroDivisionError):
+            bad.delay()
+
+    def test_a_task_may_enqueue_and_has_what_came_of_it(self):
+        @self.app.task(name="outer")
+        def outer(n):
+            inner = outer.delay(n - 1).get(timeout=0) if n else 0
+            self.seen.append((pybgworker.current_task().name, n))
+            return inner + n
+
+        self.assertEqual(outer.delay(3).get(), 6)
+        self.assertEqual([n for _, n in self.seen], [0, 1, 2, 3])
+
+    def test_a_task_that_enqueues_itself_for_ever_is_told_so(self):
+        @self.app.task(name="forever")
+        def forever():
+            self.seen.append(1)
+            forever.delay()
+
+        for immediate in True, "raise":
+            with self.subTest(immediate):
+                self.app.configure(immediate=immediate)
+                self.seen.clear()
+                if immediate == "raise":
+                    self.assertRaisesRegex(pybgworker.AppError, "itself", forever.delay)
+                else:
+                    forever.delay()
+                self.assertEqual(len(self.seen), 50)
+        self.assertEqual(pybgworker._depth.get(), 0)
+
+    def test_async_tasks_run_also_where_a_loop_runs(self):
+        @self.app.task(name="slow")
+        async def slow():
+            await asyncio.sleep(0)
+            return pybgworker.current_task().name
+
+        self.assertEqual(slow.delay().get(), "slow")
+
+        async def program():
+            return await slow.delay()
+
+        self.assertEqual(asyncio.run(program()), "slow")
+
+    def test_adelay_is_a_call_too(self):
+        t = self.app.task(name="t")(lambda n: n + 1)
+
+        async def program():
+            results = [await t.adelay(1), *await t.adelay_many([(2,)])]
+            return [await result for result in results]
+
+        self.assertEqual(asyncio.run(program()), [2, 3])
+
+    def test_a_key_is_free_again_when_its_task_has_finished(self):
+        t = self.app.task(name="t")(lambda: self.seen.append(1))
+        self.assertNotEqual(t.options(key="k").delay().id, t.options(key="k").delay().id)
+
+        @self.app.task(name="own")
+        def own():
+            self.seen.append(own.options(key="own").delay().status)
+
+        own.options(key="own").delay()
+        self.assertEqual(self.seen, [1, 1, "running"])
+
+    def test_a_name_that_is_not_registered_stays_queued_and_nobody_waits(self):
+        result = self.app.send("elsewhere")
+        self.assertEqual(result.status, "queued")
+        self.assertRaisesRegex(pybgworker.WaitTimeout, "import the module", result.get)
+
+    def test_threads_run_side_by_side(self):
+        meet = threading.Barrier(2, timeout=30)
+        t = self.app.task(name="t")(lambda n: (meet.wait(), n)[1])
+        found = []
+        threads = [threading.Thread(target=lambda n=n: found.append(t.delay(n).get()))
+                   for n in range(2)]
+        before = sys.stdout
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(found), [0, 1])
+        self.assertIs(sys.stdout, before)
+
+    def test_ctrl_c_comes_through(self):
+        @self.app.task(name="t")
+        def t():
+            raise KeyboardInterrupt
+
+        self.assertRaises(KeyboardInterrupt, t.delay)
+        self.assertEqual(self.app.result(1).status, "failed")
+
+    def test_outcomes_outlive_configure_and_are_of_one_database(self):
+        t = self.app.task(name="t")(lambda: 5)
+        result = t.delay()
+        self.app.configure(max_payload=1000)
+        self.assertEqual(result.get(), 5)
+        self.assertEqual(App(db=str(self.db), immediate=True).result(result.id).get(), 5)
+        other = App(db=str(self.folder / "other.db"), immediate=True)
+        self.assertRaises(pybgworker.TaskNotFound, lambda: other.result(1).status)
+
+    def test_the_oldest_outcomes_go(self):
+        t = self.app.task(name="t")(lambda: 5)
+        with mock.patch.object(pybgworker, "_MOST_OUTCOMES", 3):
+            results = [t.delay() for _ in range(5)]
+        self.assertRaises(pybgworker.TaskNotFound, results[1].get)
+        self.assertEqual(results[2].get(), 5)
+
+    def test_a_forked_process_has_a_queue_of_its_own(self):
+        t = self.app.task(name="t")(os.getpid)
+        self.assertEqual(t.delay().get(), os.getpid())
+        pid = os.fork()
+        if not pid:
+            result = t.delay()
+            os._exit(7 if (result.id, result.get()) == (1, os.getpid()) else 1)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
+
+    def test_the_variable_turns_it_on(self):
+        for value, expected in ("1", "True 3"), ("0", "False None"), ("raise", "raise 3"):
+            done = self.python("""
+                from pybgworker import task, default_app
+                @task(name="t")
+                def t(): return 3
+                result = t.delay()
+                print(default_app.settings.immediate, result.result)
+                """, PYBGWORKER_IMMEDIATE=value)
+            self.assertEqual(done.stdout.strip(), expected)
+            for path in self.folder.iterdir():
+                self.assertEqual(value, "0")
+                path.unlink()
+
+    def test_a_bad_value_is_an_error(self):
+        for wrong in ("often", 2, ""):
+            with self.assertRaisesRegex(pybgworker.SettingError,
+                                        "immediate=.*1, 0 or raise"):
+                self.app.configure(immediate=wrong)
+
+    def test_commands_are_about_what_is_kept_and_a_worker_is_refused(self):
+        (self.folder / "tasks.py").write_text(
+            "from pybgworker import task\n@task(name='t')\ndef t(): pass\n")
+        done = self.cli("enqueue", "t", PYBGWORKER_IMMEDIATE="1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("queued", self.cli("list", PYBGWORKER_IMMEDIATE="1").stdout)
+        done = self.cli("run", "--app", "tasks", "--burst", PYBGWORKER_IMMEDIATE="1")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("PYBGWORKER_IMMEDIATE", done.stderr)
+        for path in list(self.folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# == Testing ==================================================================
+
+
+class Testings(Case):
+    """with testing() as queue: …"""
+
+    def setUp(self):
+        super().setUp()
+        self.context = pybgworker.testing(self.app)
+        self.queue = self.context.__enter__()
+        self.addCleanup(self.context.__exit__, None, None, None)
+        self.seen = []
+
+    def noting(self, name="t", **options):
+        """A task that notes its arguments."""
+        @self.app.task(name=name, **{"retries": 0, **options})
+        def note(*args, **kwargs):
+            self.seen.append(args[0] if args else name)
+            return args[0] if args else None
+
+        return note
+
+    def test_the_example_of_the_docstring(self):
+        send_mail = self.noting("send_mail")
+        send_mail.delay("a@example.org", subject="hi")
+        self.assertEqual(self.queue.calls(send_mail),
+                         [mock.call("a@example.org", subject="hi")])
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual(self.queue.result(send_mail), "a@example.org")
+        self.assertEqual(self.queue.run(), 0)
+
+    # -- calls
+
+    def test_calls_are_what_was_enqueued_in_order_with_its_options(self):
+        one, two = self.noting("one", queue="mail", timeout=7), self.noting("two")
+        two.delay(1)
+        one.options(priority=1, key="k", countdown=60, retries=9,
+                    meta={"a": 1}).delay(b=dt.date(2026, 1, 2))
+        self.app.send("three", 3)
+        calls = self.queue.calls()
+        self.assertEqual([c.name for c in calls], ["two", "one", "three"])
+        self.assertEqual(calls, [mock.call(1), mock.call(b=dt.date(2026, 1, 2)),
+                                 mock.call(3)])
+        self.assertEqual([mock.call(mock.ANY)], self.queue.calls("two"))
+        found = self.queue.calls(one)[0]
+        self.assertEqual(
+            (found.queue, found.priority, found.key, found.retries, found.timeout,
+             found.meta, found.countdown, found.args, found.kwargs),
+            ("mail", 1, "k", 9, 7, {"a": 1}, 60, (), {"b": dt.date(2026, 1, 2)}))
+        self.assertEqual(found.eta, self.queue.now + dt.timedelta(seconds=60))
+        self.assertEqual((calls[0].eta, calls[0].countdown, calls[0].expires_at,
+                          calls[0].scheduled_for), (None, None, None, None))
+        self.assertEqual(repr(calls[:2]), "[call(1), call(b=datetime.date(2026, 1, 2))]")
+        self.assertEqual(self.queue.calls("nobody"), [])
+        self.assertRaises(pybgworker.OptionError, self.queue.calls, 7)
+
+    def test_calls_are_unequal_to_others(self):
+        self.noting().delay(1, a=2)
+        found, = self.queue.calls()
+        for other in (mock.call(1), mock.call(1, a=3), mock.call(2, a=2),
+                      mock.call.name(1, a=2), (1, 2), (1,), "call", None):
+            self.assertTrue(found != other, other)
+            self.assertFalse(found == other, other)
+            self.assertTrue(other != found, other)
+        self.assertEqual(found, mock.call(1, a=2))
+        self.assertEqual(mock.call(1, a=2), found)
+        self.assertFalse(found != mock.call(1, a=2))
+        self.assertRaises(TypeError, hash, found)
+
+    def test_calls_outlive_their_rows_and_know_those_of_tasks(self):
+        inner = self.noting("inner")
+        self.app.task(name="outer", on_success=lambda task_id: None)(
+            lambda: inner.delay("x" * 3000).id).delay()
+        self.queue.run()
+        self.assertEqual([c.name for c in self.queue.calls()], ["outer", "inner"])
+        self.assertEqual(self.queue.calls("outer:on_success"), [mock.call(1)])
+        for call in self.queue.calls():
+            AsyncResult(call.id, self.app).forget()
+        self.assertEqual(self.queue.calls(inner), [mock.call("x" * 3000)])
+
+    def test_a_key_that_is_held_is_no_new_call(self):
+        t = self.noting()
+        self.assertEqual(t.options(key="k").delay(1), t.options(key="k").delay(2))
+        self.assertEqual(self.queue.calls(t), [mock.call(1)])
+
+    # -- run
+
+    def test_runs_are_in_the_order_of_a_worker(self):
+        t = self.noting()
+        for n, priority in enumerate((5, 7, 1, 5)):
+            t.options(priority=priority, queue=f"q{n}").delay(n)
+
+        @self.app.task(name="more", priority=3)
+        def more():
+            self.seen.append("more")
+            t.options(priority=2).delay("urgent")
+
+        more.delay()
+        self.assertEqual(self.queue.run(), 6)
+        self.assertEqual(self.seen, [2, "more", "urgent", 0, 3, 1])
+
+    def test_a_limit_stops_and_the_next_run_goes_on(self):
+        t = self.noting()
+        t.delay_many([(n,) for n in range(5)])
+        self.assertEqual([self.queue.run(limit=n) for n in (0, 2, 9)], [0, 2, 3])
+        self.assertEqual(self.seen, list(range(5)))
+        for wrong in (-1, "3", True, 1.5):
+            self.assertRaises(pybgworker.OptionError, self.queue.run, limit=wrong)
+
+    def test_a_task_that_enqueues_itself_for_ever_is_told_so(self):
+        @self.app.task(name="forever")
+        def forever():
+            forever.delay()
+
+        forever.delay()
+        self.assertEqual(self.queue.run(limit=7), 7)
+        with mock.patch.object(pybgworker, "_MOST_RUNS_HERE", 5), \
+                self.assertRaisesRegex(pybgworker.AppError, "forever.*limit="):
+            self.queue.run()
+        waiting = self.app.result(self.queue.calls()[-1].id)
+        self.assertEqual((waiting.status, waiting.attempt), ("queued", 0))
+        self.assertEqual(self.queue.run(limit=3), 3)
+
+    def test_one_that_fails_holds_up_no_other(self):
+        t = self.noting()
+        bad = self.app.task(name="bad", retries=0)(lambda: 1 // 0)
+        t.delay(1)
+        failed = bad.delay()
+        t.delay(2)
+        self.assertEqual(self.queue.run(), 3)
+        self.assertEqual(self.seen, [1, 2])
+        self.assertEqual(failed.status, "failed")
+        with self.assertRaises(pybgworker.TaskFailed):
+            self.queue.result(bad)
+
+    def test_raise_errors_raises_the_first_as_it_was(self):
+        error = ValueError("mine")
+
+        @self.app.task(name="bad")
+        def bad():
+            raise error
+
+        @self.app.task(name="again", priority=1)
+        def again():
+            raise pybgworker.Retry(countdown=5)
+
+        again.delay()
+        result = bad.delay()
+        t = self.noting()
+        t.delay(1)
+        with self.assertRaises(ValueError) as caught:
+            self.queue.run(raise_errors=True)
+        self.assertIs(caught.exception, error)
+        self.assertEqual((result.status, self.seen), ("retrying", []))
+        self.assertEqual(self.queue.run(), 1)       # the rest
+        self.assertEqual(self.seen, [1])
+
+    def test_an_unsendable_result_is_raised_as_it_was(self):
+        self.app.task(name="t")(lambda: object()).delay()
+        with self.assertRaises(pybgworker.PayloadTypeError):
+            self.queue.run(raise_errors=True)
+
+    def test_a_name_that_is_not_registered_waits(self):
+        result = self.app.send("elsewhere")
+        self.assertEqual(self.queue.run(), 0)
+        self.assertEqual(result.status, "queued")
+        self.app.task(name="elsewhere")(lambda: 3)
+        self.assertEqual((self.queue.run(), result.get()), (1, 3))
+
+    def test_paused_queues_wait(self):
+        t = self.noting(queue="mail")
+        t.delay(1)
+        self.app.store.pause("mail", self.app.store.now())
+        self.assertEqual(self.queue.run(), 0)
+        self.app.store.resume("mail")
+        self.assertEqual(self.queue.run(), 1)
+
+    def test_the_setting_queues_is_that_of_a_worker_and_not_of_a_test(self):
+        self.app.configure(queues="other")
+        self.noting().delay(1)
+        self.assertEqual(self.queue.run(), 1)
+
+    def test_cancelled_ones_do_not_run(self):
+        result = self.noting().delay(1)
+        result.cancel()
+        self.assertEqual(self.queue.run(), 0)
+        self.assertRaises(pybgworker.TaskCancelled, result.get)
+
+    def test_a_task_cannot_have_the_queue_run(self):
+        result = self.app.task(name="t", retries=0)(self.queue.run).delay()
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual(result.error.type, "AppError")
+        self.assertEqual(self.queue.run(), 0)
+
+    def test_callbacks_and_listeners_are_runs(self):
+        t = self.app.task(
+            name="t", retries=1, on_failure=lambda i, error: self.seen.append(str(error))
+        )(lambda: 1 // 0)
+        self.app.on("retry")(lambda event: self.seen.append(event.kind))
+        t.delay()
+        self.assertEqual(self.queue.run(), 2)
+        self.queue.advance(3600)
+        self.assertEqual(self.queue.run(), 2)
+        self.assertEqual(self.seen,
+                         ["retry", "ZeroDivisionError: integer division or modulo by zero"])
+
+    def test_history_counts_them(self):
+        self.noting().delay(1)
+        self.queue.run()
+        store = self.app.store
+        self.assertEqual([(row.name, row.runs) for row in store.totals()], [("t", 1)])
+
+    # -- the clock
+
+    def test_the_clock_stands_still_and_moves_on(self):
+        before = self.queue.now
+        self.assertLess(abs(before.timestamp() - time.time()), 60)
+        self.noting().delay(1)
+        self.queue.run()
+        self.assertEqual(self.queue.now, before)
+        for span, seconds in (("1h", 3600), (5, 5), (0.5, 0.5), (0, 0), ("90s", 90),
+                              (dt.timedelta(days=2), 172800)):
+            self.queue.advance(span)
+            before += dt.timedelta(seconds=seconds)
+            self.assertEqual(self.queue.now, before)
+        for wrong in (-1, "-1h", dt.timedelta(-1), "soon", None, True, math.nan, math.inf):
+            with self.assertRaisesRegex(pybgworker.OptionError, "advance="):
+                self.queue.advance(wrong)
+        self.assertEqual(self.queue.now, before)
+
+    def test_retries_come_exactly_after_their_delay(self):
+        t = self.app.task(name="t", retries=2, retry_delay=10)(lambda: 1 // 0)
+        result = t.delay()
+        found = []
+        for step in (0, 9.999, 0.001, 19.999, 0.001, 1000):
+            self.queue.advance(step)
+            found.append((self.queue.run(), result.status))
+        self.assertEqual(found, [(1, "retrying"), (0, "retrying"), (1, "retrying"),
+                                 (0, "retrying"), (1, "failed"), (0, "failed")])
+
+    def test_eta_and_countdown_come_due(self):
+        t = self.noting()
+        t.options(countdown="1h").delay(1)
+        t.options(eta=self.queue.now + dt.timedelta(minutes=30)).delay(2)
+        self.assertEqual(self.queue.run(), 0)
+        self.queue.advance("30m")
+        self.assertEqual(self.queue.run(), 1)
+        self.queue.advance("30m")
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual(self.seen, [2, 1])
+
+    def test_rates_hold_by_this_clock(self):
+        t = self.noting(rate_limit="2/m")
+        t.delay_many([(n,) for n in range(3)])
+        found = []
+        for step in (0, 29, 1, 30):
+            self.queue.advance(step)
+            found.append(self.queue.run())
+        self.assertEqual(found, [1, 0, 1, 1])
+
+    def test_the_rate_of_all_tasks_holds_too(self):
+        self.app.configure(rate_limit="1/h")
+        self.noting().delay_many([(n,) for n in range(2)])
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual(self.queue.run_until(self.app.result(2)), 1)
+
+    def test_cron_ticks_on_the_way_are_enqueued_one_by_one(self):
+        for name, options in (("hourly", {}), ("skipping", {"misfire": "skip"})):
+            self.app.task(name=name)(
+                self.app.cron("0 * * * *", **options)(lambda: self.seen.append(
+                    pybgworker.current_task().scheduled_for)))
+        self.queue.advance("1d")
+        calls = self.queue.calls("hourly")
+        self.assertEqual(calls, [mock.call()] * 24)
+        self.assertEqual(len(self.queue.calls("skipping")), 24)
+        ticks = [call.scheduled_for for call in calls]
+        self.assertEqual([b - a for a, b in zip(ticks, ticks[1:])],
+                         [dt.timedelta(hours=1)] * 23)
+        self.assertLessEqual(ticks[-1], self.queue.now)
+        self.assertEqual(self.queue.run(), 48)
+        self.assertEqual(sorted(set(self.seen)), ticks)
+        self.queue.advance(0)
+        self.assertEqual(self.queue.run(), 0)
+
+    def test_a_cron_that_may_not_overlap_waits_for_its_run(self):
+        self.app.task(name="t")(self.app.cron("0 * * * *", overlap="skip")(lambda: None))
+        self.queue.advance("5h")
+        self.assertEqual(self.queue.run(), 1)
+        self.queue.advance("1h")
+        self.assertEqual(self.queue.run(), 1)
+
+    def test_years_with_a_cron_every_minute_are_bounded(self):
+        """Beyond so many ticks it is a downtime, with what misfire says of that."""
+        self.app.task(name="latest")(self.app.cron("* * * * *")(lambda: None))
+        self.app.task(name="skip")(
+            self.app.cron("* * * * *", misfire="skip")(lambda: None))
+        with mock.patch.object(pybgworker, "_MOST_TICKS", 50):
+            self.queue.advance(3 * 366 * 86400)
+        self.assertIn(len(self.queue.calls("latest")), (50, 51))
+        self.assertIn(len(self.queue.calls("skip")), (50, 51))
+        self.queue.advance("2m")
+        self.assertIn(len(self.queue.calls("latest")), (52, 53))
+
+    def test_run_until_lets_the_clock_leap(self):
+        hourly = self.app.task(name="hourly")(
+            self.app.cron("0 * * * *")(lambda: self.seen.append("tick")))
+        t = self.app.task(name="bad", retries=3, retry_delay=5)(lambda: 1 // 0)
+        last = self.noting(priority=9).options(countdown="3h").delay(1)
+        result, began = t.delay(), self.queue.now
+        self.assertGreaterEqual(self.queue.run_until(result), 4)
+        self.assertEqual(result.status, "failed")
+        self.assertEqual(self.queue.now, began + dt.timedelta(seconds=5 + 10 + 20))
+        self.queue.run_until(last)
+        self.assertEqual((last.get(), self.seen[-1]), (1, 1))
+        self.assertEqual(self.queue.now, began + dt.timedelta(hours=3))
+        self.assertEqual(len(self.queue.calls(hourly)), 3)
+        self.assertEqual(self.queue.run_until(last), 0)
+
+    def test_run_until_never_waits_for_what_cannot_be(self):
+        self.app.store.pause("mail", self.app.store.now())
+        for result in self.app.send("elsewhere"), self.noting(queue="mail").delay(1):
+            self.assertRaisesRegex(pybgworker.WaitTimeout, "paused",
+                                   self.queue.run_until, result)
+        self.assertRaises(pybgworker.OptionError, self.queue.run_until, 7)
+
+    # -- results
+
+    def test_get_never_hangs(self):
+        result = self.noting().delay(1)
+        began = time.monotonic()
+        for timeout in None, 60:
+            with self.assertRaisesRegex(pybgworker.WaitTimeout, r"queue\.run\(\)"):
+                result.get(timeout)
+
+        async def wait():
+            await result
+
+        with self.assertRaisesRegex(pybgworker.WaitTimeout, r"queue\.run\(\)"):
+            asyncio.run(wait())
+
+        inner = self.app.task(name="own", retries=0)(
+            lambda: AsyncResult(pybgworker.current_task().id, self.app).get()).delay()
+        self.queue.run()
+        self.assertEqual(inner.error.type, "WaitTimeout")
+        self.assertEqual(result.get(), 1)
+        self.assertLess(time.monotonic() - began, 30)
+
+    def test_watching_never_hangs(self):
+        result = self.noting().delay(1)
+        states = result.watch()
+        self.assertEqual(next(states).status, "queued")
+        self.assertRaisesRegex(pybgworker.WaitTimeout, r"queue\.run\(\)", next, states)
+
+        async def watch():
+            found = []
+            async for state in result.watch():
+                found.append(state.status)
+                if len(found) == 1:
+                    self.queue.run()
+            return found
+
+        self.assertEqual(asyncio.run(watch()), ["queued", "success"])
+        self.assertEqual([state.status for state in result.watch()], ["success"])
+
+    def test_adelay_enqueues_here_too(self):
+        t = self.noting()
+
+        async def program():
+            results = [await t.adelay(1), *await t.adelay_many([(2,), (3,)])]
+            self.queue.run()
+            return [await result for result in results]
+
+        self.assertEqual(asyncio.run(program()), [1, 2, 3])
+        self.assertEqual(self.queue.calls(t), [mock.call(1), mock.call(2), mock.call(3)])
+
+    def test_what_has_not_begun_in_time_expires(self):
+        t = self.noting(expires="1h")
+        late, soon = t.delay(1), t.options(expires="3h").delay(2)
+        self.assertEqual(self.queue.calls()[0].expires_at,
+                         self.queue.now + dt.timedelta(hours=1))
+        self.queue.advance("2h")
+        self.assertEqual(self.queue.run(), 1)
+        self.assertEqual((late.status, late.error.kind, soon.get()),
+                         ("cancelled", "expired", 2))
+
+    def test_result_is_that_of_the_newest_call(self):
+        t = self.noting()
+        self.assertRaisesRegex(pybgworker.TaskNotFound, "t", self.queue.result, t)
+        t.delay(1)
+        t.delay(2)
+        self.assertRaises(pybgworker.WaitTimeout, self.queue.result, t)
+        self.queue.run()
+        self.assertEqual((self.queue.result(t), self.queue.result("t")), (2, 2))
+
+    # -- the block
+
+    def test_the_app_has_its_own_queue_again_also_after_an_error(self):
+        async def wait(result):
+            await result
+
+        self.context.__exit__(None, None, None)
+        self.app.store.create()
+        own = self.app.send("t")
+        with self.assertRaises(ZeroDivisionError), pybgworker.testing(self.app) as queue:
+            inside = self.app.send("inside")
+            with self.assertRaisesRegex(pybgworker.TaskNotFound, "inside testing"):
+                own.forget()
+            raise ZeroDivisionError
+        self.assertEqual(self.sql("select name from bg_task"), [("t",)])
+        for wrong in inside.forget, inside.get, lambda: asyncio.run(wait(inside)), \
+                lambda: next(inside.watch()):
+            with self.assertRaisesRegex(pybgworker.TaskNotFound, "which is over"):
+                wrong()
+        self.assertEqual(own.status, "queued")
+        self.assertEqual(queue.calls("inside"), [mock.call()])
+        self.assertRaisesRegex(pybgworker.DatabaseUnavailable, "over", queue.run)
+
+    def test_blocks_nest(self):
+        with pybgworker.testing(self.app) as inner:
+            self.app.send("t", 1)
+            self.assertEqual((len(self.queue.calls()), len(inner.calls())), (0, 1))
+        self.app.send("t", 2)
+        self.assertEqual(self.queue.calls(), [mock.call(2)])
+
+    def test_other_apps_are_others(self):
+        other = App(db=str(self.folder / "other.db"))
+        with pybgworker.testing(other) as queue:
+            other.send("t")
+            self.assertEqual((len(self.queue.calls()), len(queue.calls())), (0, 1))
+        other.send("t")
+        self.assertEqual(len(queue.calls()), 1)
+        self.assertTrue((self.folder / "other.db").exists())
+        other.store.close()
+
+    def test_the_default_app_is_the_default(self):
+        with pybgworker.testing() as queue:
+            pybgworker.default_app.send("t")
+            self.assertEqual(len(queue.calls()), 1)
+        self.assertIsNone(pybgworker.default_app.stand_in)
+        self.assertRaisesRegex(pybgworker.OptionError, "testing", pybgworker.testing, "t")
+
+    def test_a_block_begins_once(self):
+        self.assertRaises(pybgworker.AppError, self.context.__enter__)
+
+    def test_configure_inside_changes_settings_and_not_the_queue(self):
+        self.app.configure(db=str(self.folder / "else.db"), max_payload=50)
+        self.assertRaises(pybgworker.PayloadTooLarge, self.app.send, "t", "x" * 60)
+        self.app.send("t")
+        self.assertEqual(len(self.queue.calls()), 1)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_immediate_does_not_hold_inside(self):
+        self.app.configure(immediate=True)
+        result = self.noting().delay(1)
+        self.assertEqual((result.status, self.seen), ("queued", []))
+        self.assertEqual(self.queue.run(), 1)
+
+    def test_it_is_not_taken_for_a_test(self):
+        """By pytest, which collects functions whose names begin so, but no such class."""
+        self.assertIsInstance(pybgworker.testing, type)
+        self.assertFalse(pybgworker.testing.__name__.startswith("Test"))
+
+    def test_threads_may_enqueue(self):
+        thread = threading.Thread(target=self.noting().delay, args=(1,))
+        thread.start()
+        thread.join()
+
+        async def loop():
+            await asyncio.to_thread(self.app.registered["t"].delay, 2)
+
+        asyncio.run(loop())
+        self.assertEqual(self.queue.run(), 2)
+
+    # -- budgets
+
+    def test_a_run_takes_few_statements(self):
+        t = self.noting()
+        t.delay_many([(n,) for n in range(101)])
+        self.queue.run(limit=1)
+        statements = []
+        self.app.store.db.link().connection.set_trace_callback(statements.append)
+        self.assertEqual(self.queue.run(), 100)
+        # begin, finish, standing, the look, the claim, commit; the rest is for all.
+        self.assertLess(len(statements) / 100, 10, statements[:30])
+
+    def test_the_tables_are_made_once(self):
+        made = []
+        with mock.patch.object(pybgworker.Tables, "migrate",
+                               side_effect=lambda: made.append(1)):
+            for _ in range(3):
+                with pybgworker.testing(self.app):
+                    self.app.send("t")
+        self.assertEqual(made, [])
+
+
 # == Reports ==================================================================
 
 
@@ -29051,8 +30064,8 @@ class TheFile(unittest.TestCase):
 
     # One-line methods of App that call a room.
     DOORS = {
-        "backup", "cron", "on", "on_child_start", "pause", "purge", "resume", "send",
-        "start_worker", "tasks", "worker",
+        "backup", "call_now", "cron", "on", "on_child_start", "pause", "purge", "resume",
+        "send", "start_worker", "tasks", "worker",
     }
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
@@ -29206,7 +30219,7 @@ class TheFile(unittest.TestCase):
     def test_sql_is_in_its_sections_only(self):
         allowed = {"Schema", "Database", "Queue", "Expiry", "Claiming", "Attempts",
                    "Live rows", "History", "Endings", "Records", "Lists", "Desk", "Facts",
-                   "Timetable", "Checkup", "Register", "Bench"}
+                   "Timetable", "Checkup", "Register", "In memory", "Bench"}
         pattern = re.compile(r"(select .* from|insert (or \w+ )?into|update bg_|delete from)",
                              re.S)
         for node in ast.walk(self.tree):
