@@ -3478,9 +3478,11 @@ class DirectCalls(Case):
 
     def test_wrong_arguments_of_a_coroutine_are_told_at_the_call(self):
         self.assertRaises(TypeError, self.slow, 1, 2)
-        with warnings.catch_warnings(record=True):
+        with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             self.slow()                             # dropped: never awaited
+            self.assertIn("was never awaited", str(told.pop(0).message))
+            told.clear()
 
     def test_its_threads_have_it_as_well(self):
         def in_threads():
