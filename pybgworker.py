@@ -63,11 +63,11 @@ Map
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
         Cron · Scheduler · In memory · In place · Immediate · Testing · Reports ·
-        One task · Reading · Sending · Acts · Operating · Backup · Wording · Reasons ·
-        Why · Attention · Logs · Overview · Screen · Frame · Top · Metrics · Health ·
-        Doctor · Remedies · Listeners · Child starts · Tether · Beside · Redaction ·
-        Web reports · Web actions · Dashboard · Web server · Connections · Bench ·
-        Old import paths · Page · Page script
+        One task · Reading · Sending · Acts · Operating · Backup · Schedules ·
+        Wording · Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top ·
+        Metrics · Health · Doctor · Remedies · Listeners · Child starts · Tether ·
+        Beside · Redaction · Web reports · Web actions · Dashboard · Web server ·
+        Connections · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -159,9 +159,10 @@ __all__ = [
     "Abort", "App", "AppError", "AsyncResult", "BackupFailed", "CallError", "Cron",
     "CronError", "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable",
     "OptionError", "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry",
-    "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed", "TaskNotFound",
-    "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron", "current_task",
-    "default_app", "main", "on", "on_child_start", "start_worker", "task", "web_app",
+    "ScheduleInfo", "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed",
+    "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron",
+    "current_task", "default_app", "main", "on", "on_child_start", "start_worker",
+    "task", "web_app",
 ]
 
 
@@ -4845,7 +4846,46 @@ class Configured:
             "store", open_store(self.settings))
 
 
-class App(Configured):
+class Registered(Configured):
+    """Which tasks an App has, and which schedules its database."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered: dict[str, Task] = {}
+
+    def _register(self, task):
+        other = self.registered.get(task.name)
+        if other is not None and not is_reload(other, task):
+            raise AppError(
+                f"two tasks are named {task.name!r}: {line_of(other.fn)} and "
+                f"{line_of(task.fn)}; give one of them @task(name=...), or their "
+                "decorator functools.wraps()"
+            )
+        if callback_kind(task.name):
+            raise AppError(
+                f"task {task.name!r}: names with :on_success or :on_failure at the end "
+                "are for the callbacks of tasks, and on:failure for who listens to them"
+            )
+        self._unregister(task.name)
+        self.registered[task.name] = task
+        for companion in task.companions():
+            self.registered[companion.name] = companion
+        return task
+
+    def _unregister(self, name):
+        for of in (name, name + ":on_success", name + ":on_failure"):
+            self.registered.pop(of, None)
+
+    def unschedule(self, name: str) -> bool:
+        """Delete what schedule() made; False when there is nothing of this name."""
+        return self.store.unmake_schedule(checked("name", parse_name, name))
+
+    def schedules(self) -> list[ScheduleInfo]:
+        """All schedules of the database: those of @cron and those of schedule()."""
+        return schedule_infos(self.store)
+
+
+class App(Registered):
     """One registry of tasks and one database.  Keywords are settings."""
 
     serving = ""        # the module that a nursery or child imports just now
@@ -4853,7 +4893,6 @@ class App(Configured):
 
     def __init__(self, **settings: Any):
         super().__init__()
-        self.registered: dict[str, Task] = {}
         self.watches: dict = {}             # by event loop, see Watch
         self.errands: dict = {}             # by what they do, see Errands
         self.listeners: dict[str, list[Callable]] = {}      # by what they listen to
@@ -4908,29 +4947,6 @@ class App(Configured):
         task.schedules = schedules
         return self._register(task)
 
-    def _register(self, task):
-        other = self.registered.get(task.name)
-        if other is not None and not is_reload(other, task):
-            raise AppError(
-                f"two tasks are named {task.name!r}: {line_of(other.fn)} and "
-                f"{line_of(task.fn)}; give one of them @task(name=...), or their "
-                "decorator functools.wraps()"
-            )
-        if callback_kind(task.name):
-            raise AppError(
-                f"task {task.name!r}: names with :on_success or :on_failure at the end "
-                "are for the callbacks of tasks, and on:failure for who listens to them"
-            )
-        self._unregister(task.name)
-        self.registered[task.name] = task
-        for companion in task.companions():
-            self.registered[companion.name] = companion
-        return task
-
-    def _unregister(self, name):
-        for of in (name, name + ":on_success", name + ":on_failure"):
-            self.registered.pop(of, None)
-
     def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
              overlap: str = "allow", jitter: float = 0.0, alert_after: Any = None,
              args: Sequence = (), kwargs: dict | None = None) -> _Decorator:
@@ -4944,6 +4960,20 @@ class App(Configured):
         """
         return scheduled(
             self, expr, tz, misfire, overlap, jitter, alert_after, args, kwargs)
+
+    def schedule(self, name: str, expr: str, task: Task | str, args: Sequence = (),
+                 kwargs: dict | None = None, *, tz: str = "UTC",
+                 misfire: str = "latest", overlap: str = "allow", jitter: float = 0.0,
+                 alert_after: Any = None, **options: Any) -> ScheduleInfo:
+        """Make a schedule while the program runs, or replace the one of this name.
+
+        It is kept in the database, and fired by any worker that knows the task.  What
+        is the same already is not written; as long as `expr` and `tz` are, its ticks
+        go on.  Options as of cron(), and queue, priority, retries, timeout, expires and
+        meta of its runs.  Raises CronError, OptionError, CallError, PayloadTypeError.
+        """
+        return make_schedule(self, name, task, options, (
+            expr, tz, misfire, overlap, jitter, alert_after, args, kwargs))
 
     def on(self, kind: str) -> Callable[[Callable], Callable]:
         """Decorate a function that is to hear of runs that ended: `fn(event)`.
@@ -5022,7 +5052,7 @@ class App(Configured):
     def _rows(self, task, calls, options):
         """(NewTask, encoded arguments of each), checked."""
         if App.serving:
-            _refuse_at_import(App.serving)
+            refuse_at_import(App.serving)
         row = new_task(task, self.store.now(), **options)
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
@@ -5116,7 +5146,7 @@ class _Decorator(Protocol):
     def __call__(self, fn: Callable[P, R], /) -> Task[P, R, R]: ...
 
 
-def _refuse_at_import(module):
+def refuse_at_import(module):
     """Raise AppError that names the line of the app which enqueues at import."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename == __file__:
@@ -18929,6 +18959,19 @@ def why_nobody(queue: str, name: str, live: Sequence[WorkerRow],
         "name": name, "queue": queue, "near": near_name(name, names)}
 
 
+def unknown_names(store: Store, names: Iterable[str], now: int,
+                  timeout: float) -> set[str]:
+    """Those of these tasks that no live worker knows; none where no worker runs, or
+    one of an older version, which has not said what it knows.
+    """
+    live = {row.id for row in live_workers(store, now, timeout)}
+    known = store.known_tasks() if live else []
+    if live - {task.worker for task in known}:
+        return set()
+    return set(names) - {task.name for task in known if task.worker in live} \
+        if live else set()
+
+
 class Unserved:
     """What one worker has said of it: once for each cause, while that lasts."""
 
@@ -20338,22 +20381,19 @@ def checked_schedule(expr: str, tz: str, misfire: str, overlap: str, jitter: Any
     return Schedule(parsed, misfire, overlap, jitter, alert_after, text)
 
 
-def check_scheduled_call(fn: Callable, schedule: Schedule, what: str) -> None:
-    """Raise OptionError where the function cannot be called as the schedule has it."""
-    if schedule.args == NO_ARGUMENTS and needs_arguments(fn):
-        raise OptionError(
-            f"{what} of {default_name(fn)}: it is run without arguments, and needs "
-            "some: give args= or kwargs="
-        )
-
-
 def scheduled(app: App, expr: str, *options: Any) -> Callable:
     """The decorator that App.cron() promises."""
     schedule = checked_schedule(expr, *options)
+    *_, args, kwargs = options
 
     def decorate(fn):
-        check_scheduled_call(fn.fn if isinstance(fn, Task) else fn, schedule, "@cron")
         task = fn if isinstance(fn, Task) else app.task(fn)
+        try:
+            task.shape.check(args, kwargs or {})
+        except CallError as exc:
+            hint = "" if args or kwargs else "; give it arguments: args=, kwargs="
+            what = f"@cron of {default_name(task.fn)}"
+            raise OptionError(f"{what}: {exc}{hint}") from None
         task.schedules.append(schedule)
         return task
 
@@ -20518,7 +20558,7 @@ class Scheduler:
     def _plan(self, row, schedule, now):
         """The plan of a schedule; a row that cannot be read starts anew."""
         try:
-            done = _ranges_of(row.done)
+            done = ranges_of(row.done)
             return plan_ticks(schedule.cron, done, now / 1000, schedule.misfire)
         except (ValueError, TypeError, OverflowError, OSError) as exc:
             error = f"{type(exc).__name__}: {exc}"
@@ -20542,7 +20582,7 @@ class Scheduler:
             self._log("cron_missed", **about, ticks=0, clock_set_back=True)
 
 
-def _ranges_of(text):
+def ranges_of(text):
     """What bg_schedule.done says.  Raises ValueError or TypeError."""
     ranges = [[first, last] for first, last in json.loads(text)]
     ends = sum(ranges, [])
@@ -20561,7 +20601,8 @@ def made_of(row: ScheduleRow) -> Schedule:
 
 
 # Options of a call that the runs of a schedule may have.
-RUN_OPTIONS = frozenset({"queue", "priority", "retries", "timeout", "meta"})
+RUN_OPTIONS = frozenset(
+    {"queue", "priority", "retries", "timeout", "expires", "meta"})
 
 
 def _step_of(row, plan, task, schedule, now):
@@ -20571,15 +20612,15 @@ def _step_of(row, plan, task, schedule, now):
     late = to_ms(jitter_offset(says, schedule.jitter)) if schedule.jitter else 0
     new = row._replace(next_tick=plan.next_tick, done=json.dumps(plan.done), set_at=now,
                        args=schedule.args)
-    runs = []
+    runs, given = [], {"expires": task.expires, **schedule.options}
+    expires = given.pop("expires")
     for tick in plan.ticks:
         run_at = max(now, tick * 1000 + late)
         runs.append(NewTask(
             task.name, task.queue, task.priority, key, task.policy.retries,
             task.timeout, SCHEDULED if run_at > now else QUEUED, run_at, now, tick,
-            counted=True,
-            expires_at=task.expires and run_at + to_ms(task.expires),
-        )._replace(**schedule.options))
+            counted=True, expires_at=expires and run_at + to_ms(expires),
+        )._replace(**given))
     return ScheduleStep(row, new, runs)
 
 
@@ -21644,7 +21685,7 @@ def inspect_report(store: Store, now: int, worker_timeout: float,
         "succeeded": "ever" if is_exact else "in 24 h", "tasks": list(tasks.values()),
         "paused_queues": store.paused_queues(),
         "workers": _worker_reports(store, now, worker_timeout),
-        "schedules": cron_report(store),
+        "schedules": cron_report(store, worker_timeout),
     }
 
 
@@ -21662,8 +21703,10 @@ def _worker_reports(store, now, worker_timeout):
     } for row, age in ages]
 
 
-def cron_report(store: Store) -> list[dict]:
+def cron_report(store: Store, worker_timeout: float = math.inf) -> list[dict]:
     """Every schedule with its last and its next tick."""
+    rows = store.schedules()
+    note = schedule_notes(store, rows, store.now(), worker_timeout)
     return [
         {
             "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
@@ -21672,9 +21715,29 @@ def cron_report(store: Store) -> list[dict]:
             "next": stamp(row.next_tick and row.next_tick * 1000),
             "seen_at": stamp(row.seen_at), "success_at": stamp(row.success_at),
             "alert_after": row.alert_after, **_last_of(store, row.last_id),
+            "source": "program" if row.label else "code",
+            "call": None if row.args == NO_ARGUMENTS else row.args,
+            "enabled": row.disabled_at is None, "disabled_by": row.disabled_by,
+            "disabled_at": stamp(row.disabled_at), "note": note(row),
         }
-        for row in store.schedules()
+        for row in rows
     ]
+
+
+def schedule_notes(store: Store, rows: Sequence[ScheduleRow], now: int,
+                   worker_timeout: float) -> Callable[[ScheduleRow], str | None]:
+    """A function that says why one of these schedules is not fired; None: it is."""
+    made = {row.task for row in rows if row.label}
+    unknown = unknown_names(store, made, now, worker_timeout) if made else set()
+
+    def note_of(row):
+        if row.disabled_at is not None:
+            return f"disabled by {row.disabled_by}"
+        if row.label and row.task in unknown:
+            return f"no worker knows {row.task}"
+        return None
+
+    return note_of
 
 
 def _last_of(store, task_id):
@@ -21884,7 +21947,8 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     for row in shown:
         row["task"], row["ended"] = row["last_id"], row["last_status"]
     columns = ["schedule", "expr", "tz", "last", "task", "ended", "next", "misfire",
-               "overlap"]
+               "overlap", *(key for key in ("call", "note")
+                            if any(row[key] is not None for row in rows))]
     return f"{table(shown, columns)}\n{_clock_note()}"
 
 
@@ -22236,11 +22300,6 @@ def _stats(args, app):
     return _printed(args, report, stats_text)
 
 
-@command("cron", "show schedules with their last and next run", "cron", reads=True)
-def _cron(args, app):
-    return _printed(args, cron_report(app.store), cron_text)
-
-
 @command("events", "show what people have done, the newest first", "events", _LIMIT,
          reads=True)
 def _events(args, app):
@@ -22302,10 +22361,13 @@ def sent(app: App, name: str, args: Sequence, kwargs: dict | None,
          options: dict) -> AsyncResult[Any]:
     """What App.send() promises."""
     check_known(options, CALL_OPTIONS, CALL_HINTS)
-    task = app.registered.get(checked("name", parse_name, name))
-    if task is None:
-        task = _found(app, name).task
+    task = task_to_send(app, checked("name", parse_name, name))
     return task.apply_async(args, kwargs, **options)
+
+
+def task_to_send(app: App, name: str) -> Task:
+    """The task of this name, or what stands for it here."""
+    return app.registered.get(name) or _found(app, name).task
 
 
 def is_announced(app: App, name: str) -> bool:
@@ -22355,7 +22417,6 @@ def options_to_send(app: App, name: str) -> dict:
 
 _CANCEL_PATIENCE = 2.0      # seconds that `cancel` waits for a running task's end
 _PRUNE_ROWS = 1000          # looked at by one transaction of `prune`
-_START_MS = 5000            # within which a worker that starts registers its schedules
 
 
 def _whole_number(text):
@@ -22683,26 +22744,6 @@ def _resume(args, app):
     return f"queue {args.queue} goes on"
 
 
-@command("forget-schedule", "delete a schedule that no worker serves any more",
-         "forget-schedule reports.nightly", flag("schedule", metavar="NAME"))
-def _forget_schedule(args, app):
-    rows = [row for row in app.store.schedules() if row.name == args.schedule]
-    if not rows:
-        known = ", ".join(sorted({row.name for row in app.store.schedules()}))
-        raise Problem(f"there is no schedule {args.schedule}"
-                      + (f"; there are {known}" if known else ""))
-    reap_surely_dead(app.store, app.store.now())
-    since = min((row.started_at for row in app.store.workers()), default=math.inf)
-    served = [row for row in rows if row.seen_at >= since - _START_MS]
-    if served:
-        raise Problem(f"a worker serves {args.schedule}: take @cron off its task, and "
-                      "start the worker again")
-    gone = [row for row in rows if app.store.forget_schedule(row, by_me())]
-    if not gone:
-        raise Problem(f"a worker has just registered {args.schedule}")
-    return f"schedule {args.schedule} is forgotten"
-
-
 # == Operating ================================================================
 # Owns what a program does to queues as a person would by a command: the doors of App
 # lead here.  It is written down as done by whoever runs the program.
@@ -22871,6 +22912,224 @@ def _backup(args, app):
         return as_json(made._asdict())
     return (f"{made.path}: {size_text(made.bytes)}, {made.tasks:,} "
             f"task{'s' * (made.tasks != 1)}, in {span(made.seconds)}; whole, checked")
+
+
+# == Schedules ================================================================
+# Owns the schedules that programs make while they run, and what people do to any: the
+# commands `cron` and `forget-schedule`.  When something is due is not known here.
+
+_START_MS = 5000            # within which a worker that starts registers its schedules
+
+
+class ScheduleInfo(NamedTuple):
+    """A schedule, as App.schedules() returns it.  Times are datetimes in UTC."""
+
+    name: str                   # of two @cron of one task it may be the same
+    task: str                   # name of what it enqueues
+    expr: str
+    tz: str
+    args: list | None           # of each call; None: they cannot be read here
+    kwargs: dict | None
+    next_at: datetime | None    # the next tick; None: never, or it is disabled
+    last_at: datetime | None    # the last tick that was enqueued
+    enabled: bool
+    source: str                 # code (by @cron) or program (by App.schedule)
+    misfire: str
+    overlap: str
+    jitter: float
+    alert_after: float | None
+
+
+def _info_of(row):
+    args = kwargs = None
+    with contextlib.suppress(ValueError, TypeError, LookupError):   # by hand
+        args, kwargs = decode(row.args)
+    return ScheduleInfo(
+        row.name, row.task, row.expr, row.tz, args, kwargs, _moment(row.next_tick),
+        _moment(row.last_tick), row.disabled_at is None,
+        "program" if row.label else "code", row.misfire, row.overlap, row.jitter,
+        row.alert_after)
+
+
+def _moment(tick):
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return None if tick is None else datetime.fromtimestamp(tick, timezone.utc)
+    return None
+
+
+def schedule_infos(store: Store) -> list[ScheduleInfo]:
+    """All schedules."""
+    return [_info_of(row) for row in store.schedules()]
+
+
+def make_schedule(app: App, name: str, task: Task | str, options: dict,
+                  about: Sequence) -> ScheduleInfo:
+    """What App.schedule() promises.  `about` is what checked_schedule() takes."""
+    if App.serving:
+        refuse_at_import(App.serving)
+    label = checked("name", parse_name, name)
+    schedule = checked_schedule(*about)
+    made, (*_, args, kwargs) = _task_of(app, task), about
+    made.shape.check(args, kwargs or {})
+    if len(schedule.args) > app.settings.max_payload:
+        raise PayloadTooLarge(
+            f"arguments of {len(schedule.args):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
+            f"{app.settings.max_payload:,}; pass the path of a file instead")
+    store = app.store
+    new = _row_of(label, made, schedule, _run_options(made, options), store.now())
+    store.create()
+    old = store.made_schedule(label)
+    if old is None or _all_said(old) != _all_said(new):
+        is_in_code = label == made.name and made.schedules
+        if is_in_code or not store.make_schedule(new):
+            raise OptionError(
+                f"schedule {label!r}: there is a @cron by this name; take another")
+    return _info_of(store.made_schedule(label) or new)
+
+
+def _task_of(app, task):
+    """The Task that is meant, or what stands for it here."""
+    if isinstance(task, Task):
+        return task
+    if not isinstance(task, str):
+        raise OptionError(f"task={task!r}: must be a task, made by @task, or its name")
+    return task_to_send(app, checked("task", parse_name, task))
+
+
+def _run_options(task, options):
+    """JSON of the options of its runs; of `expires` the seconds after one is due."""
+    check_known(options, RUN_OPTIONS, CALL_HINTS)
+    row, given = new_task(task, 0, **options), {}
+    for name in sorted(options):
+        if options[name] is not None and name != "expires":
+            given[name] = getattr(row, name)
+    if options.get("expires") is not None:
+        if isinstance(options["expires"], datetime) or not row.expires_at:
+            raise OptionError(f"expires={options['expires']!r}: of a schedule it is "
+                              "seconds above 0 in which each run must begin, or '5m'")
+        given["expires"] = row.expires_at / 1000
+    return to_json(given)
+
+
+def _row_of(label, task, schedule, options, now):
+    cron = schedule.cron
+    plan = plan_ticks(cron, [], now / 1000, schedule.misfire)
+    return ScheduleRow(
+        task.name, " ".join(cron.expr.split()), cron.tz, -1, schedule.misfire,
+        schedule.overlap, schedule.jitter, plan.next_tick, None, json.dumps(plan.done),
+        now, now, alert_after=schedule.alert_after, since=now, label=label,
+        args=schedule.args, options=options)
+
+
+def _all_said(row):
+    """All that a program says of a schedule."""
+    return (*row[:3], *row[4:7], row.alert_after, row.args, row.options)
+
+
+def switch_schedule(store: Store, row: ScheduleRow, is_on: bool, by: By) -> bool:
+    """Disable or enable a schedule; False when it is so already, or has changed.
+
+    A tick that comes while it is disabled is dropped, whatever its misfire says.
+    """
+    now = store.now()
+    if not is_on:
+        return store.switch_schedule(row, row._replace(
+            next_tick=None, disabled_at=now, disabled_by=by.who, set_at=now), by)
+    cron, done = Cron(row.expr, row.tz), []
+    with contextlib.suppress(ValueError, TypeError):
+        done = ranges_of(row.done)
+    plan = plan_ticks(cron, done, now / 1000)
+    return store.switch_schedule(row, row._replace(
+        next_tick=plan.next_tick, done=json.dumps(plan.done), disabled_at=None,
+        disabled_by=None, since=now, set_at=now), by)
+
+
+def run_schedule(app: App, row: ScheduleRow, by: By) -> AsyncResult:
+    """Enqueue a run of a schedule now, as it would be at a tick; its ticks stay."""
+    args, kwargs = decode(row.args)
+    known = options_to_send(app, row.task)
+    own = json.loads(row.options)
+    if "meta" in own:
+        own["meta"] = json.loads(own["meta"])
+    result = app.send(row.task, *args, kwargs=kwargs, **{**known, **own})
+    app.store.note_event(by, "run", f"schedule {row.name}", f"task {result.id}",
+                         app.store.now())
+    return result
+
+
+def schedule_called(store: Store, name: str) -> ScheduleRow:
+    """The schedule that people mean by a name, with its expression if need be.
+
+    Raises Problem, with the names that there are, or that it could be.
+    """
+    rows = store.schedules()
+    found = [row for row in rows if name == row.name] or [
+        row for row in rows
+        if name in (f"{row.name} {row.expr}", row.full_name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        import shlex
+
+        texts = ", ".join(shlex.quote(row.full_name) for row in found)
+        raise Problem(f"{len(found)} schedules are named {name}: say which, {texts}")
+    names = sorted({row.name for row in rows})
+    near = near_name(name, names)
+    hint = f"; did you mean {near}?" if near else ""
+    if names and not near:
+        hint = f"; there are {', '.join(names[:9])}{', …' * (len(names) > 9)}"
+    raise Problem(f"there is no schedule {name}{hint}")
+
+
+@command("cron", "show schedules with their last and next run, or act on one",
+         "cron --run reports.nightly",
+         flag("--disable", metavar="NAME",
+              help="drop the ticks of a schedule from now on, until --enable"),
+         flag("--enable", metavar="NAME",
+              help="have it go on; what came meanwhile is not run"),
+         flag("--run", metavar="NAME",
+              help="enqueue a run of it now, beside its ticks"),
+         reads=True)
+def _cron(args, app):
+    given = [(verb, name) for verb in ("disable", "enable", "run")
+             for name in [getattr(args, verb)] if name is not None]
+    if len(given) > 1:
+        raise UsageError("--disable, --enable and --run go one at a time")
+    for verb, name in given:
+        row = schedule_called(app.store, name)
+        if verb == "run":
+            return str(run_schedule(app, row, by_me()).id)
+        return _switched(app.store, row, verb == "enable")
+    report = cron_report(app.store, app.settings.worker_timeout)
+    return as_json(report) if args.json else cron_text(report, wants_colour())
+
+
+def _switched(store, row, is_on):
+    word = "enabled" if is_on else "disabled"
+    if (row.disabled_at is None) == is_on:
+        raise Problem(f"schedule {row.name} is {word} already")
+    if not switch_schedule(store, row, is_on, by_me()):
+        raise Problem(f"schedule {row.name} has just been changed: look again")
+    if not is_on:
+        return f"schedule {row.name} is disabled: its ticks are dropped until --enable"
+    return f"schedule {row.name} goes on; what came meanwhile is not run"
+
+
+@command("forget-schedule", "delete a schedule that no worker serves any more, or "
+         "that a program made", "forget-schedule reports.nightly",
+         flag("schedule", metavar="NAME"))
+def _forget_schedule(args, app):
+    rows = [row for row in app.store.schedules() if row.name == args.schedule]
+    rows = rows or [schedule_called(app.store, args.schedule)]
+    reap_surely_dead(app.store, app.store.now())
+    since = min((row.started_at for row in app.store.workers()), default=math.inf)
+    if any(row.seen_at >= since - _START_MS for row in rows if not row.label):
+        raise Problem(f"a worker serves {args.schedule}: take @cron off its task, and "
+                      "start the worker again")
+    gone = [row for row in rows if app.store.forget_schedule(row, by_me())]
+    if not gone:
+        raise Problem(f"schedule {args.schedule} has just been registered")
+    return f"schedule {args.schedule} is forgotten"
 
 
 # == Wording ==================================================================
@@ -23692,7 +23951,8 @@ ALERTS = {
                "least; not those that are run again because their worker died",
     "crashing": "runs of a task crashed in the last hour, or ran out of memory",
     "schedule_late": "a tick is over a minute late",
-    "schedule_unseen": "no worker that runs knows a schedule any more",
+    "schedule_unseen": "no worker that runs knows a schedule any more, or its task",
+    "schedule_disabled": "a schedule is disabled: its ticks are dropped",
     "schedule_failed": "the last run of a schedule failed",
     "schedule_silent": "a schedule has had no success for longer than its alert_after",
     "memory": "a child holds over 90 % of its max_memory",
@@ -23904,18 +24164,29 @@ def _crashing(system):
 def _schedules(system):
     for known in system.facts.schedules:
         for code, say, action in _about(system, known):
-            target = f"task/{known.row.last_id}" if code == "schedule_failed" \
-                else "schedules"
-            yield Alert(code, "bad", f"Schedule {brief(known.row.name)} {say}.",
+            target, level = "schedules", "bad"
+            if code == "schedule_failed":
+                target = f"task/{known.row.last_id}"
+            elif code == "schedule_disabled":
+                target, level = f"schedules?name={in_url(known.row.name)}", "warn"
+            yield Alert(code, level, f"Schedule {brief(known.row.name)} {say}.",
                         target, action)
 
 
 def _about(system, known):
     row, now, clock = known.row, system.now, system.clock
+    if row.disabled_at is not None:
+        yield ("schedule_disabled", f"is disabled by {brief(row.disabled_by)}, since "
+               f"{clock.at(row.disabled_at)}", "enable")
+        return
     late = now / 1000 - row.next_tick if row.next_tick is not None else 0
     unseen = bool(system.live) and all(
         row.seen_at < w.row.started_at for w in system.live)
-    if unseen:
+    if row.label and system.live and all(
+            w.names is not None and row.task not in w.names for w in system.live):
+        yield ("schedule_unseen", f"is not run: no live worker knows {brief(row.task)}",
+               "look")
+    elif unseen and not row.label:
         yield ("schedule_unseen", "is known to no live worker: one saw it last at "
                f"{clock.at(row.seen_at)}", "forget")
     elif system.live and late > _LONG_SECONDS:
@@ -24041,6 +24312,8 @@ def remedy(alert: Alert) -> str:
         return START_COMMAND
     if alert.action == "free":
         return "free some space on the disk of the database"
+    if alert.action == "enable":
+        return f"{PROGRAM} cron --enable {about}"
     if alert.action in ("resume", "cancel"):
         return f"{PROGRAM} {alert.action} {about}"
     return f"{PROGRAM} {_REMEDIES[kind].format(about)}" if kind in _REMEDIES else ""
@@ -24584,15 +24857,16 @@ def _name_row(name, row):
     }
 
 
-def schedules_report(store: Store, now: int, limit: int | None = None) -> list[dict]:
+def schedules_report(store: Store, now: int, limit: int | None = None,
+                     worker_timeout: float = math.inf) -> list[dict]:
     """Each schedule with its next tick and its last run: the first to come first.
 
-    With a `limit` only so many, and none that never comes.
+    With a `limit` only so many, and none that never comes, or is disabled.
     """
-    rows = sorted(store.schedules(), key=_next_tick)
-    if limit is not None:
-        rows = [row for row in rows[:limit] if row.next_tick is not None]
-    return [_schedule_row(store, row, now) for row in rows]
+    rows = sorted(store.schedules(), key=_next_tick) if limit is None \
+        else store.next_schedules(limit)
+    note = schedule_notes(store, rows, now, worker_timeout)
+    return [{**_schedule_row(store, row, now), "note": note(row)} for row in rows]
 
 
 def _next_tick(row):
@@ -24602,12 +24876,15 @@ def _next_tick(row):
 def _schedule_row(store, row, now):
     next_at = None if row.next_tick is None else row.next_tick * 1000
     return {
-        "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
+        "schedule": row.name, "says": row.full_name, "task": row.task,
+        "expr": row.expr, "tz": row.tz,
         "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
         "next_at": stamp(next_at),
         "next_in": None if next_at is None else max(0, next_at - now) / 1000,
         "last_at": None if row.last_tick is None else _second(row.last_tick),
         "seen_at": stamp(row.seen_at), "last": _last_run(store, row),
+        "source": "program" if row.label else "code",
+        "enabled": row.disabled_at is None,
     }
 
 
@@ -26679,11 +26956,20 @@ def _look_at_schedules(patient):
         return
     store, timeout = patient.store, patient.settings.worker_timeout
     live = live_workers(store, store.now(), timeout)
-    for row in patient.store.schedules():
-        if live and all(row.seen_at < worker.started_at for worker in live):
+    rows = store.schedules()
+    note = schedule_notes(store, rows, store.now(), timeout)
+    for row in rows:
+        if row.disabled_at is None and note(row):
+            yield Finding("warn", f"schedule {row.name} ({row.expr}) is not run: "
+                          f"{note(row)}", "start a worker whose program has it")
+        if not row.label and live and all(
+                row.seen_at < worker.started_at for worker in live):
             yield Finding("warn", f"schedule {row.name} ({row.expr}) is known to no "
                           "live worker", f"pybgworker forget-schedule {row.name}")
-        if row.next_tick is None:
+        if row.disabled_at is not None:
+            yield Finding("warn", f"schedule {row.name} ({row.expr}) is {note(row)}",
+                          f"pybgworker cron --enable {row.name}")
+        elif row.next_tick is None:
             yield Finding("warn", f"schedule {row.name} ({row.expr}) never comes again",
                           f"pybgworker forget-schedule {row.name}")
         try:
@@ -26691,7 +26977,7 @@ def _look_at_schedules(patient):
         except CronError as exc:
             yield Finding("warn", f"schedule {row.name}: {exc}",
                           "is it the time zone? pip install tzdata")
-    yield Finding("ok", f"schedules: {len(patient.store.schedules())}")
+    yield Finding("ok", f"schedules: {len(rows)}")
 
 
 # == Remedies =================================================================
@@ -27753,7 +28039,8 @@ _SHOWN_ALONE = {
     "failures": ";first:first_at:a:p;such as:ids:I:p",
     "workers": ";pid:::p;host:::p;queues::list:p;children:start_method::p;version:::p;"
                "note::bad:w p",
-    "next": ";when:expr:m:p;zone:tz::p;misfire:::p;overlap:::p;:schedule:run:w",
+    "next": ";when:expr:m:p;zone:tz::p;misfire:::p;overlap:::p;note::bad:w p;"
+            ":says:run:w",
 }
 # What can be done to tasks: the word for it, what is said of it afterwards, and before.
 _VERBS = {
@@ -28085,7 +28372,8 @@ def workers_view(view: View) -> dict:
 
 def schedules_view(view: View) -> dict:
     """Each schedule."""
-    return view.listed("schedules", schedules_report(view.store, view.now))
+    return view.listed("schedules", schedules_report(
+        view.store, view.now, worker_timeout=view.app.settings.worker_timeout))
 
 
 def events_view(view: View) -> dict:
@@ -28231,15 +28519,12 @@ def purge_deed(deed: Deed) -> dict:
 
 
 def run_schedule_deed(deed: Deed, schedule: str) -> dict:
-    """Enqueue the task of a schedule now, beside its ticks."""
-    rows = [row for row in deed.store.schedules() if row.name == schedule]
-    if not rows:
-        raise TaskNotFound(f"no schedule {schedule}")
-    name = rows[0].task
-    result = deed.app.send(name, **options_to_send(deed.app, name))
-    deed.store.note_event(deed.by, "run", f"schedule {schedule}", f"task {result.id}",
-                          deed.store.now())
-    return {"id": result.id}
+    """Enqueue a run of a schedule now, beside its ticks.  Raises TaskNotFound."""
+    try:
+        row = schedule_called(deed.store, schedule)
+    except Problem as exc:
+        raise TaskNotFound(str(exc)) from None
+    return {"id": run_schedule(deed.app, row, deed.by).id}
 
 
 class Route(NamedTuple):

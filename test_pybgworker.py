@@ -194,6 +194,18 @@ class Case(unittest.TestCase):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
         )
 
+    def main_here(self, *argv):
+        """(exit status, standard output, standard error) of a command."""
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = pybgworker.main([*argv[:1], "--db", str(self.db), *argv[1:]])
+            except SystemExit as end:
+                status = end.code
+        for stream in (out, err):
+            stream.flush()
+        return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
+
     def module(self, source, name="tasks"):
         """Write an app module into the folder; import it here with our database."""
         path = self.folder / f"{name}.py"
@@ -21777,6 +21789,541 @@ class Backups(Served):
         self.assertGreater(found["seconds"], 0)
 
 
+# == Schedules ================================================================
+
+
+class Schedules(QueueCase):
+    """Made while a program runs, and what people do to any."""
+
+    def setUp(self):
+        super().setUp()
+        self.store.now = lambda: self.now
+        self.events = []
+
+        @self.app.task(name="digest")
+        def digest(user=None, *, size=1):
+            pass
+
+        @self.app.task(name="other")
+        def other():
+            pass
+
+        self.digest, self.other = digest, other
+
+    def scheduler(self, *names, app=None):
+        """Of a worker that knows these tasks; without names: all of the app."""
+        app = app or self.app
+        tasks = pybgworker.Registry.of(app, "tasks").tasks
+        found = pybgworker.Scheduler(
+            {n: t for n, t in tasks.items() if n in names or not names}, self.store,
+            lambda event, **fields: self.events.append((event, fields)))
+        found.register(self.now)
+        return found
+
+    def at(self, minutes):
+        """The test's clock, so many minutes after a full hour."""
+        self.now = 1_800_000_000_000 + round(minutes * 60_000)
+        return self.now
+
+    def ran(self):
+        """[(minute of the tick, name, args)] of all that was enqueued."""
+        return [((tick - 1_800_000_000) / 60, name, json.loads(args)) for tick, name, args
+                in self.sql("select tick, name, args from bg_task order by id")]
+
+    def fire(self, scheduler, *minutes):
+        for minute in minutes:
+            while scheduler.fire(self.at(minute))[0]:
+                pass
+
+    # -- made at run time
+
+    def test_a_schedule_made_at_run_time_is_fired_with_its_arguments(self):
+        info = self.app.schedule("digest-7", "*/5 * * * *", self.digest, args=(7,),
+                                 kwargs={"size": 2})
+        self.assertEqual(info[:6], ("digest-7", "digest", "*/5 * * * *", "UTC", [7],
+                                    {"size": 2}))
+        self.assertEqual(info.next_at, dt.datetime.fromtimestamp(
+            1_800_000_300, dt.timezone.utc))
+        self.assertEqual((info.last_at, info.enabled, info.source),
+                         (None, True, "program"))
+        worker = self.scheduler()
+        self.fire(worker, 4, 5, 6, 10)
+        self.assertEqual(self.ran(), [(5, "digest", [[7], {"size": 2}]),
+                                      (10, "digest", [[7], {"size": 2}])])
+        self.assertEqual(self.events[0][1]["schedule"], "digest-7")
+        last, = self.app.schedules()
+        self.assertEqual(last.last_at.timestamp(), 1_800_000_600)
+
+    def test_a_task_may_be_named_that_only_workers_know(self):
+        self.app.schedule("far", "*/5 * * * *", "elsewhere", args=(1, 2))
+        other = App(db=str(self.db))
+        other.task(lambda a, b: None, name="elsewhere")
+        self.fire(self.scheduler(), 5)
+        self.assertEqual(self.ran(), [])
+        self.fire(self.scheduler(app=other), 5)
+        self.assertEqual(self.ran(), [(5, "elsewhere", [[1, 2], {}])])
+
+    def test_what_nobody_knew_is_missed_as_its_misfire_says(self):
+        for misfire, ticks in (("latest", [15]), ("skip", []), ("all", [5, 10, 15])):
+            with self.subTest(misfire):
+                self.setUp()
+                self.at(0)
+                self.app.schedule("s", "*/5 * * * *", "digest", misfire=misfire)
+                self.fire(self.scheduler("other"), 5, 10, 15)
+                self.assertEqual(self.ran(), [])
+                self.fire(self.scheduler("digest"), 16)
+                self.assertEqual([minute for minute, *_ in self.ran()], ticks)
+                self.fire(self.scheduler("digest"), 20)
+                self.assertEqual(self.ran()[-1][0], 20)
+
+    def test_a_tick_is_enqueued_by_one_of_many_also_over_restarts(self):
+        for n in range(120):
+            self.app.schedule(f"s{n}", "*/5 * * * *", self.digest, args=(n,))
+        for minute in range(1, 21):
+            workers = [self.scheduler() for _ in range(3)]
+            for worker in workers:
+                self.fire(worker, minute)
+        self.assertEqual(len(self.ran()), 480)
+        self.assertEqual(len({(minute, *call[0]) for minute, _, call in self.ran()}), 480)
+
+    def test_making_the_same_again_writes_nothing_and_keeps_the_ticks(self):
+        for minute in (1, 4, 5, 6):
+            self.at(minute)
+            self.app.schedule("s", " */5  * * * *", self.digest, args=(1,), jitter=0,
+                              queue="q")
+            if minute == 1:
+                before = self.store.data_version(), self.store.schedules()
+                other = sqlite3.connect(self.db)
+                self.addCleanup(other.close)
+                version = other.execute("pragma data_version").fetchone()
+            self.assertEqual(self.store.schedules(), before[1])
+            self.assertEqual(other.execute("pragma data_version").fetchone(), version)
+        self.fire(self.scheduler(), 6)
+        self.assertEqual([minute for minute, *_ in self.ran()], [5])
+
+    def test_the_same_name_replaces_and_keeps_the_ticks_of_the_same_expression(self):
+        self.at(1)
+        self.app.schedule("s", "*/5 * * * *", self.digest, args=(1,))
+        self.at(6)
+        info = self.app.schedule("s", "*/5 * * * *", self.other, misfire="all")
+        self.assertEqual((info.task, info.args, info.misfire), ("other", [], "all"))
+        self.fire(self.scheduler(), 6)
+        self.assertEqual(self.ran(), [(5, "other", [[], {}])])
+        self.at(11)
+        self.app.schedule("s", "*/7 * * * *", self.other)       # that of 10 is not owed
+        self.fire(self.scheduler(), 11, 14)
+        self.assertEqual([minute for minute, *_ in self.ran()], [5, 14])
+        self.at(15)
+        self.app.schedule("s", "*/7 * * * *", self.other, tz="Asia/Kolkata")
+        self.assertEqual(self.app.schedules()[0].next_at.timestamp(),
+                         1_800_000_000 + 19 * 60)       # 13:44 there, not 21
+        self.assertEqual(len(self.app.schedules()), 1)
+
+    def test_two_that_are_equal_but_for_their_names_are_two(self):
+        for name in ("a", "b"):
+            self.app.schedule(name, "*/5 * * * *", self.digest)
+        self.app.schedule("a", "@hourly", self.digest)
+        self.app.schedule("a", "*/5 * * * *", self.digest)
+        self.fire(self.scheduler(), 5)
+        self.assertEqual(len(self.ran()), 2)
+        self.assertEqual({s.name for s in self.app.schedules()}, {"a", "b"})
+
+    def test_unschedule_deletes_and_says_whether_there_was_any(self):
+        self.app.schedule("s", "*/5 * * * *", self.digest)
+        self.assertIs(self.app.unschedule("s"), True)
+        self.assertIs(self.app.unschedule("s"), False)
+        self.assertEqual(self.app.schedules(), [])
+        self.fire(self.scheduler(), 5)
+        self.assertEqual(self.ran(), [])
+
+    def test_a_stale_look_does_not_fire_what_was_replaced_or_deleted(self):
+        for change in (lambda: self.app.unschedule("s"),
+                       lambda: self.app.schedule("s", "0 0 1 1 *", self.digest),
+                       lambda: self.switch("s", False)):
+            self.setUp()
+            self.at(0)
+            self.app.schedule("s", "*/5 * * * *", self.digest)
+            worker = self.scheduler()
+            row, = self.store.due_schedules(self.at(5), ["digest"])
+            change()
+            worker._due = [row]
+            worker.fire(self.now)
+            self.assertEqual(self.ran(), [])
+
+    def test_unscheduling_what_is_of_the_code_does_nothing(self):
+        self.app.cron("*/5 * * * *")(self.digest)
+        self.fire(self.scheduler(), 1)
+        self.assertIs(self.app.unschedule("digest"), False)
+        self.fire(self.scheduler(), 5)
+        self.assertEqual(len(self.ran()), 1)
+
+    def test_options_of_the_runs(self):
+        self.app.schedule("s", "*/5 * * * *", self.digest, queue="slow", priority=1,
+                          retries=7, timeout="5m", meta={"a": 1}, overlap="skip",
+                          expires="1m")
+        self.app.schedule("plain", "*/5 * * * *", self.digest)
+        self.fire(self.scheduler(), 5, 10)
+        self.assertEqual(
+            self.sql("select queue, priority, retries, timeout, meta, key, "
+                     "(expires_at - run_at) / 1000 from bg_task"),
+            [("default", 5, 3, None, None, None, None),
+             ("slow", 1, 7, 300.0, '{"a":1}', "cron of s", 60),
+             ("default", 5, 3, None, None, None, None)])
+
+    def test_what_is_wrong_is_an_error_and_nothing_is_made(self):
+        self.app.settings.max_payload = 1000
+        make = self.app.schedule
+        for call, error, says in (
+            (lambda: make("s", "60 * * * *", self.digest), CronError, "'60' is not in"),
+            (lambda: make("s", "0 0 30 2 *", self.digest), CronError, "no year has"),
+            (lambda: make("s", "* * * * *", self.digest, tz="No/Where"), CronError, "zone"),
+            (lambda: make("s", "* * * * *", self.digest, (1, 2)), pybgworker.CallError,
+             "positional argument"),
+            (lambda: make("s", "* * * * *", "digest", kwargs={"no": 1}),
+             pybgworker.CallError, "no"),
+            (lambda: make("s", "* * * * *", print, (object(),)), TypeError, "class object"),
+            (lambda: make("s", "* * * * *", print), pybgworker.OptionError, "task=<built"),
+            (lambda: make("", "* * * * *", self.digest), pybgworker.OptionError, "name=''"),
+            (lambda: make(7, "* * * * *", self.digest), pybgworker.OptionError, "name=7"),
+            (lambda: make("s", "* * * * *", self.digest, misfire="no"),
+             pybgworker.OptionError, "misfire='no': must be latest, skip or all"),
+            (lambda: make("s", "* * * * *", self.digest, overlap="no"),
+             pybgworker.OptionError, "overlap='no': must be allow or skip"),
+            (lambda: make("s", "* * * * *", self.digest, jitter=-1),
+             pybgworker.OptionError, "jitter=-1"),
+            (lambda: make("s", "* * * * *", self.digest, alert_after=0),
+             pybgworker.OptionError, "alert_after=0"),
+            (lambda: make("s", "* * * * *", self.digest, priority="high"),
+             pybgworker.OptionError, "priority='high'"),
+            (lambda: make("s", "* * * * *", self.digest, expires=dt.datetime.now()),
+             pybgworker.OptionError, "of a schedule it is"),
+            (lambda: make("s", "* * * * *", self.digest, expires=-3),
+             pybgworker.OptionError, "expires=-3: of a schedule it is"),
+            (lambda: make("s", "* * * * *", self.digest, countdown=3),
+             pybgworker.OptionError, "unknown option 'countdown'"),
+            (lambda: make("s", "* * * * *", self.digest, args="ab"),
+             pybgworker.OptionError, "args='ab'"),
+            (lambda: make("s", "* * * * *", self.digest, ("x" * 2_000,)),
+             pybgworker.PayloadTooLarge, "2,0.. bytes"),
+            (lambda: self.app.unschedule(7), pybgworker.OptionError, "name=7"),
+        ):
+            with self.subTest(says), self.assertRaisesRegex(error, says):
+                call()
+        self.assertEqual(self.app.schedules(), [])
+
+    def test_a_name_of_the_code_cannot_be_taken(self):
+        self.app.cron("*/5 * * * *")(self.app.cron("*/5 * * * *", args=(1,))(self.digest))
+        with self.assertRaisesRegex(pybgworker.OptionError, "a @cron by this name"):
+            self.app.schedule("digest", "@hourly", self.digest)     # not registered yet
+        self.scheduler()
+        for name in ("digest", "digest#2"):
+            with self.assertRaisesRegex(pybgworker.OptionError, "a @cron by this name"):
+                self.app.schedule(name, "@hourly", "other")
+        self.app.schedule("digest#3", "@hourly", self.digest)
+        self.app.schedule("other", "@hourly", self.other)       # a task without @cron
+
+    def test_at_import_in_a_worker_nothing_is_scheduled(self):
+        with mock.patch.object(App, "serving", "tasks"), \
+                self.assertRaisesRegex(pybgworker.AppError, r"this line .* imports tasks"):
+            self.app.schedule("s", "@hourly", self.digest)
+
+    def test_a_program_may_schedule_before_any_worker_has_run(self):
+        app = App(db=str(self.folder / "new.db"))
+        self.addCleanup(app.store.close)
+        app.schedule("s", "@hourly", "t")
+        self.assertEqual([s.name for s in app.schedules()], ["s"])
+
+    def test_only_what_the_code_had_is_dropped_after_a_day(self):
+        self.app.cron("*/5 * * * *")(self.digest)
+        self.at(0)
+        self.scheduler()
+        self.app.schedule("made", "0 0 1 1 *", self.digest)
+        self.digest.schedules[:] = []
+        self.app.cron("*/6 * * * *")(self.digest)
+        self.at(3 * 24 * 60)
+        self.scheduler()
+        self.assertEqual({(s.name, s.expr) for s in self.app.schedules()},
+                         {("digest", "*/6 * * * *"), ("made", "0 0 1 1 *")})
+
+    def test_a_row_that_cannot_be_read_is_said_once_and_others_go_on(self):
+        for name in ("bad", "odd", "good"):
+            self.app.schedule(name, "*/5 * * * *", self.digest)
+        self.sql("update bg_schedule set expr = 'by hand' where label = 'bad'")
+        self.sql("update bg_schedule set options = '{\"x\": 1}' where label = 'odd'")
+        worker = self.scheduler()
+        self.fire(worker, 5, 10, 15)
+        self.assertEqual(len(self.ran()), 3)
+        self.assertEqual(sorted(f["schedule"] for e, f in self.events
+                                if e == "cron_error"), ["bad", "odd"])
+
+    def test_a_schedule_without_success_is_late_whoever_made_it(self):
+        self.app.schedule("s", "*/5 * * * *", self.digest, alert_after="1m")
+        self.app.schedule("far", "*/5 * * * *", "elsewhere", alert_after="1m")
+        worker = self.scheduler()
+        self.fire(worker, 5)
+        worker.say_late(self.at(6.1), "w")
+        self.assertEqual([f["schedule"] for e, f in self.events if e == "late"], ["s"])
+        self.assertIn("schedule s has had no success", pybgworker.health_report(
+            self.store, self.now, 15)["say"])
+
+    # -- a worker hears of it
+
+    def started(self):
+        """A worker in this process, idle, that nothing wakes for a minute."""
+        self.module("@task(name='digest')\ndef digest(): pass")
+        self.app.override(concurrency=1)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        for name, seconds in (("_POLL_SECONDS", 60), ("_CRON_POLL", 60.0)):
+            patch = mock.patch.object(pybgworker, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+        worker = self.worker_here()
+        worker.start()
+        self.addCleanup(worker.stop)
+        until(lambda: worker.step(self.store.now(), worker.wait()) or worker.is_ready)
+        return worker
+
+    def test_an_idle_worker_hears_of_a_new_schedule_at_once(self):
+        del self.store.now
+        worker = self.started()
+        for make in (lambda: self.app.schedule("s", "@every 1s", self.digest),
+                     lambda: self.switch("s", True)):
+            worker.step(self.store.now())
+            self.assertGreater(worker.house.next_due() - time.monotonic(), 10)
+            make()
+            began = time.monotonic()
+            until(lambda: worker.step(self.store.now(), worker.wait())
+                  or self.sql("select 1 from bg_task"))
+            self.assertLess(time.monotonic() - began, 20)
+            self.switch("s", False)
+            until(lambda: worker.step(self.store.now(), worker.wait())
+                  or worker.house.next_due() > time.monotonic() + 10)
+            self.sql("delete from bg_task")
+
+    def test_a_task_that_is_enqueued_makes_no_look_at_schedules(self):
+        del self.store.now
+        worker = self.started()
+        worker.step(self.store.now())
+        self.digest.delay()
+        heard = until(lambda: [h for h in [worker.wait()] if h.news])
+        self.assertEqual(heard[0].words, set())
+        worker.step(self.store.now(), heard[0])
+        self.assertGreater(worker.house.next_due() - time.monotonic(), 10)
+
+    # -- many
+
+    def test_ten_thousand_cost_a_look_no_more_than_one(self):
+        def steps():
+            connection, count = self.store.db.link().connection, [0]
+            def step():
+                count[0] += 1
+            connection.set_progress_handler(step, 1)
+            worker.fire(self.now)
+            worker.say_late(self.now, "w")
+            connection.set_progress_handler(None, 1)
+            return count[0]
+
+        def fill(first, count, task, tick):
+            self.sql("""with recursive n (i) as (select ?1 union all select i + 1 from n
+                    where i < ?1 + ?2 - 1)
+                insert into bg_schedule (task, expr, tz, number, misfire, overlap, jitter,
+                    next_tick, done, set_at, seen_at, label)
+                select ?3, '@hourly', 'UTC', -i, 'latest', 'allow', 0, ?4, '[]', 0, 0,
+                    'n' || i from n""", first, count, task, tick)
+
+        worker = self.scheduler()
+        fill(1, 1, "digest", self.now // 1000 + 9)
+        few = steps()
+        fill(2, 10_000, "digest", self.now // 1000 + 9)
+        fill(20_000, 10_000, "elsewhere", self.now // 1000 - 9)     # due, of nobody here
+        self.assertLess(steps(), few + 50)
+
+    def test_a_success_is_found_by_an_index_among_many(self):
+        self.sql("analyze")
+        found, connection = [], self.store.db.link().connection
+        connection.set_trace_callback(found.append)
+        with self.store.db.write() as link:
+            run = types.SimpleNamespace(name="digest", id=5)
+            pybgworker.note_success(link.connection, run, self.now)
+        connection.set_trace_callback(None)
+        updates = [s for s in found if s.startswith("update bg_schedule")]
+        self.assertEqual(len(updates), 2)
+        for statement in updates:
+            plan = " ".join(r[-1] for r in self.sql("explain query plan " + statement))
+            self.assertIn("bg_schedule_last (task=? AND last_id", plan)
+
+    # -- what people do
+
+    def switch(self, name, is_on):
+        row = pybgworker.schedule_called(self.store, name)
+        return pybgworker.switch_schedule(self.store, row, is_on, By("ann", "cli"))
+
+    def command(self, *argv, status=0):
+        done, out, err = self.main_here("cron", *argv)
+        self.assertEqual(done, status, err)
+        return (err if status else out).strip()
+
+    def both(self):
+        """A schedule of the code, and one of a program, on the clock of commands."""
+        del self.store.now
+        self.app.cron("@every 1s")(self.digest)
+        self.now = self.store.now()
+        self.app.schedule("made", "@every 1s", self.other)
+        return self.scheduler()
+
+    def test_a_disabled_schedule_drops_its_ticks_over_restarts(self):
+        self.at(0)
+        self.app.cron("*/5 * * * *", misfire="all")(self.digest)
+        self.app.schedule("made", "*/5 * * * *", self.other, misfire="all")
+        self.fire(self.scheduler(), 5)
+        for name in ("digest", "made"):
+            self.assertTrue(self.switch(name, False))
+            self.assertFalse(self.switch(name, False))
+        self.fire(self.scheduler(), 10)             # of a worker that starts
+        self.app.schedule("made", "*/5 * * * *", self.other, misfire="skip")
+        self.fire(self.scheduler(), 15)
+        self.assertEqual([(s.enabled, s.next_at) for s in self.app.schedules()],
+                         [(False, None)] * 2)
+        for name in ("digest", "made"):
+            self.assertTrue(self.switch(name, True))
+        self.assertFalse(self.switch("made", True))
+        self.fire(self.scheduler(), 16, 20)
+        self.assertEqual(sorted(minute for minute, *_ in self.ran()), [5, 5, 20, 20])
+        self.assertEqual(
+            [(e.who, e.action, e.target, e.detail) for e in self.store.events()][::-1][:2],
+            [("ann", "disable", "schedule digest", "*/5 * * * * UTC"),
+             ("ann", "disable", "schedule made", "*/5 * * * * UTC")])
+
+    def test_a_disabled_schedule_stays_when_its_code_is_away_for_long(self):
+        self.app.cron("*/5 * * * *")(self.digest)
+        self.at(0)
+        self.scheduler()
+        self.switch("digest", False)
+        self.digest.schedules[:] = []
+        self.app.cron("*/6 * * * *")(self.digest)
+        self.at(3 * 24 * 60)
+        self.scheduler()
+        self.assertEqual([s.enabled for s in self.app.schedules()], [False, True])
+
+    def test_a_disabled_schedule_is_not_late_and_not_at_once_when_enabled(self):
+        self.app.schedule("s", "*/5 * * * *", self.digest, alert_after="1m")
+        worker = self.scheduler()
+        self.switch("s", False)
+        worker.say_late(self.at(30), "w")
+        said = pybgworker.health_report(self.store, self.now, 15)["say"]
+        self.assertNotIn("schedule", said)
+        self.switch("s", True)
+        worker.say_late(self.at(31), "w")
+        self.assertEqual(self.events, [])
+        worker.say_late(self.at(36.1), "w")
+        self.assertEqual([event for event, _ in self.events], ["late"])
+
+    def test_the_commands(self):
+        worker = self.both()
+        for name in ("digest", "made"):
+            self.assertEqual(self.command("--disable", name),
+                             f"schedule {name} is disabled: its ticks are dropped until "
+                             "--enable")
+            self.assertIn("is disabled already", self.command("--disable", name, status=1))
+            self.assertIn("disabled by", self.command())
+            rows = {r["schedule"]: r for r in json.loads(self.command("--json"))}
+            self.assertEqual(
+                (rows[name]["enabled"], rows[name]["next"],
+                 rows[name]["disabled_by"]), (False, None, pybgworker.login_name()))
+            self.assertEqual(rows[name]["source"],
+                             {"made": "program", "digest": "code"}[name])
+        worker.fire(self.store.now() + 5000)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+        for name in ("digest", "made"):
+            self.assertEqual(self.command("--enable", name), f"schedule {name} goes on; "
+                             "what came meanwhile is not run")
+            self.assertIn("is enabled already", self.command("--enable", name, status=1))
+        worker.fire(self.store.now() + 5000)
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(2,)])
+        self.assertEqual([e.action for e in self.store.events()],
+                         ["enable"] * 2 + ["disable"] * 2)
+        self.assertIn("one at a time", self.command("--run", "made", "--enable", "made",
+                                                    status=2))
+
+    def test_a_run_now_has_the_arguments_and_moves_no_tick(self):
+        del self.store.now
+        self.app.cron("@hourly", args=(1,))(self.digest)
+        self.now = self.store.now()
+        self.app.schedule("made", "@hourly", self.digest, args=(2,), queue="q",
+                          kwargs={"size": 3}, meta={"a": 1})
+        self.scheduler()
+        before = self.store.schedules()
+        self.assertEqual([self.command("--run", name) for name in ("digest", "made")],
+                         ["1", "2"])
+        self.assertEqual(
+            self.sql("select name, args, queue, tick, meta from bg_task order by id"),
+            [("digest", "[[1],{}]", "default", None, None),
+             ("digest", '[[2],{"size":3}]', "q", None, '{"a":1}')])
+        self.assertEqual(self.store.schedules(), before)
+        self.switch("made", False)                  # also while it is disabled
+        self.command("--run", "made")
+        self.assertEqual([(e.action, e.target, e.detail) for e in self.store.events()][0],
+                         ("run", "schedule made", "task 3"))
+
+    def test_a_name_of_several_is_not_guessed(self):
+        for expr in ("@hourly", "@daily"):
+            self.app.cron(expr)(self.digest)
+        self.scheduler()
+        said = self.command("--disable", "digest", status=1)
+        self.assertIn("2 schedules are named digest: say which, 'digest @daily UTC', "
+                      "'digest @hourly UTC'", said)
+        self.command("--disable", "digest @daily")
+        self.command("--disable", "digest @hourly UTC")
+        self.assertEqual({s.enabled for s in self.app.schedules()}, {False})
+        self.assertIn("there is no schedule digets; did you mean digest?",
+                      self.command("--run", "digets", status=1))
+        self.assertIn("there is no schedule zzz; there are digest",
+                      self.command("--enable", "zzz", status=1))
+
+    def test_forget_schedule_deletes_what_a_program_made(self):
+        self.app.schedule("made", "@hourly", self.digest)
+        self.assertEqual(self.main_here("forget-schedule", "made")[:2],
+                         (0, "schedule made is forgotten\n"))
+        self.assertEqual(self.app.schedules(), [])
+
+    def test_what_no_worker_knows_is_said(self):
+        del self.store.now
+        self.now = self.store.now()
+        self.app.schedule("made", "@hourly", "elsewhere")
+        for name in ("digest", "elsewhere"):
+            self.sql("""insert or replace into bg_worker (id, name, pid, host, boot, port,
+                    token, concurrency, started_at, beat_at, state)
+                values (1, 'w', 1, 'h', 'b', 0, '', 1, ?1, ?1, 'ready')""",
+                self.store.now() + 60_000)
+            self.sql("delete from bg_worker where id <> 1")
+            self.sql("delete from bg_worker_task")
+            self.sql("insert into bg_worker_task (worker, name) values (1, ?)", name)
+            is_known = name == "elsewhere"
+            said = "no worker knows elsewhere"
+            check = self.assertNotIn if is_known else self.assertIn
+            check(said, self.command())
+            check(said, json.dumps(pybgworker.schedules_report(self.store, self.now)))
+            check(said, self.main_here("doctor")[1])
+            check("Schedule made is not run: no live worker knows elsewhere.",
+                  self.main_here("why")[1])
+
+    def test_what_is_disabled_is_said(self):
+        del self.store.now
+        self.now = self.store.now()
+        self.app.schedule("of 7", "@hourly", "digest")
+        self.assertNotIn("disabled", self.main_here("why")[1])
+        self.switch("of 7", False)
+        self.assertRegex(self.main_here("why")[1], r"! Schedule of 7 is disabled by ann, "
+                         r"since \S+ \S+\.\n  → .* cron --enable 'of 7'")
+        self.assertIn("(@hourly) is disabled by ann", self.main_here("doctor")[1])
+        row, = pybgworker.schedules_report(self.store, self.now)
+        self.assertEqual((row["note"], row["enabled"], row["next_at"]),
+                         ("disabled by ann", False, None))
+        self.assertEqual(pybgworker.schedules_report(self.store, self.now, 5), [])
+        self.assertFalse(self.store.system_facts(self.now).has_work)
+
+
 # == Why ======================================================================
 
 
@@ -21837,18 +22384,6 @@ class WhyCase(QueueCase):
         self.assertEqual((found.code, [c for c, _ in found.also]), (code, [*also]), found)
         self.assertRegex(found.say, rf"\A{pattern}\Z")
         return found
-
-    def main_here(self, *argv):
-        """(exit status, standard output, standard error) of a command."""
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = pybgworker.main([*argv[:1], "--db", str(self.db), *argv[1:]])
-            except SystemExit as end:
-                status = end.code
-        for stream in (out, err):
-            stream.flush()
-        return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 class Why(WhyCase):
@@ -22710,9 +23245,10 @@ class Attention(WhyCase):
 
     def schedule(self, next_tick=60, seen=0, **columns):
         now = self.now // 1000
+        tick = None if next_tick is None else now + next_tick
         row = {"task": "t", "expr": "0 3 * * *", "tz": "UTC", "number": 0,
                "misfire": "latest", "overlap": "allow", "jitter": 0, "done": "{}",
-               "next_tick": now + next_tick, "set_at": self.now,
+               "next_tick": tick, "set_at": self.now,
                "seen_at": self.now + seen * 1000, **columns}
         self.sql("delete from bg_schedule")
         self.sql(f"insert into bg_schedule ({', '.join(row)}) values "
@@ -22728,6 +23264,14 @@ class Attention(WhyCase):
         self.schedule(seen=-5)
         self.needs("schedule_unseen", "Schedule t is known to no live worker: one saw it "
                    r"last at \S+ \S+\.", "schedules", "forget")
+        self.schedule(-61, seen=-5, label="of u", number=-1)    # of a task that is known
+        self.needs("schedule_late", "Schedule of u is late: .*", "schedules", "look")
+        self.schedule(-61, task="x", label="u", number=-1)
+        self.needs("schedule_unseen", "Schedule u is not run: no live worker knows x.",
+                   "schedules", "look")
+        self.schedule(None, seen=-5, disabled_at=self.now, disabled_by="ann")
+        self.needs("schedule_disabled", r"Schedule t is disabled by ann, since \S+ \S+\.",
+                   "schedules?name=t", "enable", "warn")
         self.enqueue()
         self.let_fail(final="abort")
         self.schedule(last_id=1)
@@ -30067,7 +30611,7 @@ class TheFile(unittest.TestCase):
     # One-line methods of App that call a room.
     DOORS = {
         "backup", "call_now", "cron", "on", "on_child_start", "pause", "purge", "resume",
-        "send", "start_worker", "tasks", "worker",
+        "schedule", "schedules", "send", "start_worker", "tasks", "worker",
     }
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
