@@ -3339,6 +3339,7 @@ class _Origin(NamedTuple):
     names: tuple
     specs: tuple
     is_interactive: bool
+    is_at_prompt: bool      # no other process can import the function
 
 
 def origin_of(fn):
@@ -3350,8 +3351,20 @@ def origin_of(fn):
     return _Origin(
         (default_name(fn), *map(_module_name, spaces)),
         tuple(space.get("__spec__") for space in spaces),
-        "__file__" not in frame.f_globals,
+        "__file__" not in frame.f_globals, _is_at_prompt(fn, frame.f_globals),
     )
+
+
+def _is_at_prompt(fn, caller):
+    """True for what a notebook, a prompt, `python -c` or standard input defines."""
+    space = getattr(fn, "__globals__", caller)
+    modules = {space.get("__name__"), getattr(fn, "__module__", None)}
+    if "__main__" not in modules:
+        return False
+    if _module_name({"__name__": "__main__"}) == "__main__":
+        return True
+    path = getattr(getattr(fn, "__code__", None), "co_filename", "")
+    return path == "<stdin>" or path.startswith("<python-input")    # python -i FILE
 
 
 def is_reload(old, new):
@@ -5053,6 +5066,8 @@ class App(Registered):
         """(NewTask, encoded arguments of each), checked."""
         if App.serving:
             refuse_at_import(App.serving)
+        if task.origin.is_at_prompt:
+            _refuse_at_prompt(self, task)
         row = new_task(task, self.store.now(), **options)
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
@@ -5155,6 +5170,20 @@ def refuse_at_import(module):
         f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
         f"worker imports {module}, and would in each of its children; put it below "
         '`if __name__ == "__main__":`, or into a function'
+    )
+
+
+def _refuse_at_prompt(app, task):
+    """Raise AppError, unless the call needs no worker: none could import the task."""
+    if getattr(app, "stand_in", None) is not None \
+            or getattr(app.settings, "immediate", False):
+        return
+    by_name = "" if task.name == default_name(task.fn) else \
+        f"; send({task.name!r}, ...) is for a task that workers know already"
+    raise AppError(
+        f"{task.name} was defined at a prompt, in a notebook, or by python -c, where "
+        "no worker can import it: put it into a module, import that here, and let a "
+        f"worker run --app MODULE{by_name}"
     )
 
 

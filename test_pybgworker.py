@@ -2605,6 +2605,63 @@ class Functions(Case):
                         "@task(name='same')\ndef g(): pass")
 
 
+class AtAPrompt(Case):
+    """A task that no worker can import is not enqueued."""
+
+    REFUSED = r"AppError: .*at a prompt.*put it into a module.*--app MODULE"
+
+    def ended(self, *argv, stdin=""):
+        return subprocess.run(
+            [sys.executable, *argv], cwd=self.folder, input=textwrap.dedent(stdin),
+            env=clean_environment(PYBGWORKER_DB=str(self.db)), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+
+    def test_a_task_that_no_worker_can_import_is_refused(self):
+        code = ("from pybgworker import task\n@task\ndef f(): pass\n\n"
+                "print(1 + 1)\nf.delay()\n")
+        for argv, stdin in ((("-c", code), ""), (("-",), code), (("-i",), code)):
+            with self.subTest(argv):
+                said = self.ended(*argv, stdin=stdin)
+                self.assertIn("2", said)
+                self.assertRegex(said, self.REFUSED)
+                self.assertNotIn("send(", said)
+        self.assertFalse(self.db.exists())
+
+    def test_so_is_one_below_a_decorator_and_one_with_a_name(self):
+        (self.folder / "tools.py").write_text(
+            "import functools\ndef log(fn):\n  @functools.wraps(fn)\n"
+            "  def run(*args): return fn(*args)\n  return run\n")
+        for code in ("@task\n@log\ndef f(): pass", "f = task(name='x')(lambda: 1)",
+                     "f = task(name='x')(functools.partial(print, 1))"):
+            said = self.ended("-c", "import functools\nfrom pybgworker import task\n"
+                              f"from tools import log\n{code}\nf.delay()")
+            self.assertRegex(said, self.REFUSED)
+            self.assertEqual("send('x', ...) is for" in said, "'x'" in code)
+
+    def test_one_that_is_typed_in_after_a_script_is_refused_and_that_of_it_is_not(self):
+        (self.folder / "jobs.py").write_text(
+            "from pybgworker import *\n@task\ndef f(): pass\n")
+        said = self.ended("-i", "jobs.py", stdin="""
+            f.delay().id * 111
+            @task
+            def g(): pass
+
+            g.delay()
+        """)
+        self.assertIn("111", said)
+        self.assertRegex(said, self.REFUSED)
+
+    def test_one_of_a_module_is_enqueued_there_and_so_is_a_name(self):
+        (self.folder / "jobs.py").write_text(
+            "from pybgworker import *\n@task\ndef f(): pass\n")
+        said = self.ended("-c", "import jobs, pybgworker\nprint(jobs.f.delay().id)\n"
+                          "print(pybgworker.App().send('g').id)")
+        self.assertEqual(said, "1\n2\n")
+        (self.folder / "script.py").write_text("from jobs import *\nimport jobs\n"
+                                               "print(jobs.f.delay().id)")
+        self.assertEqual(self.ended("script.py"), "3\n")
+
+
 # == Signatures ===============================================================
 
 
