@@ -48,7 +48,7 @@ Map
         Settings · Other words · States and errors · Refused values · Time and values ·
         Retry and rate · Served queues · Rows · Schedule rows · Run counts · People ·
         Printed · Evidence · Store · Functions · Signatures · Errands · Waiting ·
-        Results · Current task · Tasks · App
+        Current task · Deadlocks · Results · Tasks · App
     Book Two: the queue in SQLite
         Wake-up · Files · Guards · Open files · Forks · Schema · Database ·
         Group commit · Queue · Picking · Expiry · Claiming · Attempts · Live rows ·
@@ -157,7 +157,7 @@ else:
 __version__ = "2.0.0"
 __all__ = [
     "Abort", "App", "AppError", "AsyncResult", "BackupFailed", "CallError", "Cron",
-    "CronError", "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable",
+    "CronError", "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable", "Deadlock",
     "OptionError", "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry",
     "ScheduleInfo", "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed",
     "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron",
@@ -855,6 +855,10 @@ class TaskFailed(PyBgWorkerError):
 
 class WaitTimeout(PyBgWorkerError, TimeoutError):
     """get(): the task has not finished within the timeout; it goes on."""
+
+
+class Deadlock(PyBgWorkerError):
+    """get() in a task: it would wait for ever, for what has no place to run in."""
 
 
 class TaskNotFound(PyBgWorkerError, LookupError):
@@ -1907,6 +1911,22 @@ class RunRow(NamedTuple):
     pid: int                    # of its child
     began_at: int | None        # unix ms; None: it waits in that child's pipe
     behind: int | None          # the task for which it waits there
+
+
+class Wait(NamedTuple):
+    """A run that waits for the end of another task."""
+
+    task: int
+    attempt: int
+    awaits: int                 # the id of that task
+
+
+class Stuck(NamedTuple):
+    """Of a worker that knows a task which has not begun."""
+
+    worker: int
+    is_async: bool              # its runs are coroutines, there
+    runs: int                   # of that kind, there, that wait for what has not begun
 
 
 class FinishedRun(NamedTuple):
@@ -3106,6 +3126,18 @@ class LiveVerbs(Protocol):
         Only of those that run for longer than a second; what has ended is in output().
         """
 
+    def note_wait(self, wait: Wait) -> None:
+        """Keep that this run waits, until end_wait(), or until it ends."""
+
+    def end_wait(self, wait: Wait) -> None:
+        """Undo note_wait()."""
+
+    def stuck(self, wait: Wait) -> list[Stuck]:
+        """What holds up the task that this run waits for; nothing if it has begun.
+
+        A run counts if what it waits for has not begun either, or waits itself.
+        """
+
     def note_runs(self, worker: int, rows: Sequence[RunRow],
                   gone: Sequence[tuple[int, int]], printed: Sequence[PrintedRun],
                   now: int) -> None:
@@ -3351,20 +3383,33 @@ def origin_of(fn):
     return _Origin(
         (default_name(fn), *map(_module_name, spaces)),
         tuple(space.get("__spec__") for space in spaces),
-        "__file__" not in frame.f_globals, _is_at_prompt(fn, frame.f_globals),
+        "__file__" not in frame.f_globals, _is_at_prompt(fn),
     )
 
 
-def _is_at_prompt(fn, caller):
+def _is_at_prompt(fn):
     """True for what a notebook, a prompt, `python -c` or standard input defines."""
-    space = getattr(fn, "__globals__", caller)
-    modules = {space.get("__name__"), getattr(fn, "__module__", None)}
-    if "__main__" not in modules:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    spaces = {getattr(fn, "__module__", None),
+              getattr(fn, "__globals__", {}).get("__name__")}
+    if "__main__" not in spaces:
         return False
     if _module_name({"__name__": "__main__"}) == "__main__":
         return True
     path = getattr(getattr(fn, "__code__", None), "co_filename", "")
     return path == "<stdin>" or path.startswith("<python-input")    # python -i FILE
+
+
+def refuse_at_prompt(name, fn):
+    """Raise AppError: no worker could import such a task."""
+    by_name = "" if name == default_name(fn) else \
+        f"; send({name!r}, ...) is for a task that workers know already"
+    raise AppError(
+        f"{name} was defined at a prompt, in a notebook, or by python -c, where no "
+        "worker can import it: put it into a module, import that here, and let a "
+        f"worker run --app MODULE{by_name}"
+    )
 
 
 def is_reload(old, new):
@@ -3881,6 +3926,277 @@ def _hundreds(ids):
         yield ids[start:start + ID_BATCH]
 
 
+# == Current task =============================================================
+# Owns the run whose code is going on, current_task(), and which threads are its own.
+
+
+class CurrentTask:
+    """The run that is going on in this process; see current_task()."""
+
+    id: int | None
+    _found_meta: dict | None = None       # as long as nobody has asked
+
+    def __init__(self, id: int, name: str, attempt: int, due: float | None,
+                 scheduled_for: datetime | None, report: Callable, app: App):
+        self.id = id
+        self.name = name
+        self.attempt = attempt              # 1 for the first run
+        self._due = due                     # monotonic: its time limit; None: none
+        self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
+        self._report, self._app = report, app
+
+    @property
+    def deadline(self) -> float | None:
+        """When its time limit is reached, in unix seconds; None: it has no limit.
+
+        By the wall clock of now: who sets that does not change how long it may take.
+        """
+        return None if self._due is None else unix_time_of(self._due)
+
+    @property
+    def meta(self) -> dict:
+        """What options(meta=) gave the task; {} for nothing.
+
+        It is read from the database when it is asked for, so that it costs nobody else
+        anything.  That of a callback is that of the task it is about.
+        """
+        if self.id is None:
+            return {}
+        if self._found_meta is None:
+            self._found_meta = meta_of(self._app.store.task(self.id).meta)
+        return self._found_meta
+
+    def is_in(self, store: Store) -> bool:
+        """True for a run of a task that this store keeps."""
+        return self._app.store.path == store.path
+
+    def set_progress(self, percent: float, message: str | None = None) -> None:
+        """Show how far the task has come, in AsyncResult.progress and `show`."""
+        self._report(self, check_number("percent", percent, 0, 100), message)
+
+
+class DirectCall(CurrentTask):
+    """What is current where somebody calls the function of a task himself.
+
+    No row is about it: it has no id, and its progress goes nowhere.  One serves all
+    calls of a task: making it would cost more than the call.
+    """
+
+    id, attempt, scheduled_for = None, 1, None
+    _due = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def set_progress(self, percent: float, message: str | None = None) -> None:
+        """Check the percentage, and tell nobody."""
+        check_number("percent", percent, 0, 100)
+
+
+# The run whose code this is, where there may be several in one process.  A thread that
+# a task has started knows its owner by an attribute: it has no copy of the context.
+running: contextvars.ContextVar[CurrentTask | None] = contextvars.ContextVar(
+    "pybgworker.running", default=None)
+in_flight: dict[CurrentTask, Any] = {}      # the runs of this process, until they end
+called: dict[int, CurrentTask] = {}         # direct calls that are going on in it
+_owned_threads: list[bool] = []             # not empty: there may be such threads
+
+
+def current_task() -> CurrentTask | None:
+    """Return the task that this code runs for; None outside of one.
+
+    Also in the threads and asyncio tasks that it has started.  Where that cannot be
+    known, it is the only task that runs in this process, if there is just one.  A
+    function that is called as one, add(1, 2), has a current task without an id; if a
+    task calls it, that one stays, whose row, limit and output this still is.
+    """
+    own = running.get()
+    if own is None and _owned_threads:
+        own = owner_of(threading.current_thread())
+    if own is None:
+        every = list(in_flight) or list({*called.values()})
+        own = every[0] if len(every) == 1 else None
+    return own
+
+
+async def _awaited(own, coroutine):
+    """Await what a direct call has made, and be its current task meanwhile."""
+    token = running.set(own)
+    called[id(token)] = own
+    try:
+        return await coroutine
+    finally:
+        del called[id(token)]
+        with contextlib.suppress(ValueError):   # dropped, in whose context ever
+            running.reset(token)
+
+
+def awaited_by(own: CurrentTask, coroutine: Any) -> Any:
+    """The same coroutine, with this current task while it runs."""
+    outer: Any = _awaited(own, coroutine)
+    outer.__name__, outer.__qualname__ = coroutine.__name__, coroutine.__qualname__
+    return outer
+
+
+def owner_of(thread: threading.Thread) -> CurrentTask | None:
+    """The task that has started it, while that was known."""
+    return getattr(thread, "_pybgworker_task", None)
+
+
+def own_threads(streams: Sequence[Any] = ()) -> None:
+    """From now on a thread belongs to the task that starts it.
+
+    And a call in a pool of threads to the task that submits it: see own_calls().
+    """
+    start = threading.Thread.start
+
+    @functools.wraps(start)
+    def start_owned(self):
+        own = current_task()
+        if own is not None:
+            self._pybgworker_task = own
+            _owned_threads[:] = [True]
+        own_calls(streams)      # a pool has its first thread for the first call
+        start(self)
+
+    threading.Thread.start = start_owned        # type: ignore[method-assign]
+    own_calls(streams)
+
+
+def own_calls(streams: Sequence[Any]) -> None:
+    """Have ThreadPoolExecutor call for whoever submits, if somebody has imported it.
+
+    A pool that a module keeps has threads of the first task that has used it, and
+    serves all others.  These `streams` are flushed at the end of each call.
+    """
+    pool = getattr(sys.modules.get("concurrent.futures.thread"),
+                   "ThreadPoolExecutor", None)
+    if pool is None or hasattr(pool, "_pybgworker_owns"):
+        return
+    submit = pool.submit
+
+    @functools.wraps(submit)
+    def submit_owned(self, fn, /, *args, **kwargs):
+        own = current_task()
+        if own is not None:
+            fn = functools.partial(_call_for, own, streams, fn)
+        return submit(self, fn, *args, **kwargs)
+
+    pool.submit, pool._pybgworker_owns = submit_owned, True
+
+
+def _call_for(own, streams, fn, /, *args, **kwargs):
+    token = running.set(own)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        for stream in streams:
+            stream.flush()
+        running.reset(token)
+
+
+# == Deadlocks ================================================================
+# Owns whether a run that waits for another task waits for ever, because it, and others
+# that wait as it does, have all the places in which that task could run.  It is told
+# what runs; it ends no wait but the caller's own.
+
+# Between two looks of one wait; each is twice as long as the one before.
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 1.0, 15.0
+_AWAIT_SECONDS = 0.05           # … before the first one of an `await`, which costs more
+
+
+def _places_of(row, is_async):
+    each = row.coroutines if is_async else row.threads
+    return math.inf if each is None else row.concurrency * each     # None: it is older
+
+
+def has_place(queue: str, live: Iterable[WorkerRow], found: Iterable[Stuck]) -> bool:
+    """True unless those that wait have every place for a task of this queue.
+
+    Also where no live worker serves it, or knows it: then it waits for one that does.
+    """
+    kinds = {each.worker: each for each in found}
+    takers = [row for row in live if row.state != "stopping" and serves(row, queue)
+              and (row.id in kinds or row.threads is None)]
+    return not takers or any(
+        row.id not in kinds
+        or kinds[row.id].runs < _places_of(row, kinds[row.id].is_async)
+        for row in takers)
+
+
+class OwnWait:
+    """A wait of the run that is going on here."""
+
+    def __init__(self, store: Store, wait: Wait, worker_timeout: float):
+        self._store, self._wait, self._timeout = store, wait, worker_timeout
+        self._pause = 0.0           # seconds between the last look and the next
+        self._due = -math.inf       # monotonic, when that is
+        self._is_noted = False
+
+    @classmethod
+    def of(cls, app: App, task_id: int) -> OwnWait | None:
+        """Return that for a task; None outside of tasks, and for another queue's."""
+        run = current_task()
+        if run is None or run.id is None or not run.is_in(app.store):
+            return None
+        wait = Wait(run.id, run.attempt, task_id)
+        return cls(app.store, wait, app.settings.worker_timeout)
+
+    def look(self) -> None:
+        """Raise Deadlock if this would never end.  Cheap until the next look is due.
+
+        Others see that it waits once it has done so for a second: a shorter wait
+        writes nothing.
+        """
+        now = time.monotonic()
+        if now < self._due:
+            return
+        if self._pause and not self._is_noted:
+            with contextlib.suppress(DatabaseBusy):     # then at the next look
+                self._store.note_wait(self._wait)
+                self._is_noted = True
+        self._pause = min(max(2 * self._pause, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+        self._due = now + self._pause
+        found = self._store.stuck(self._wait)
+        if found and not self._has_place(found):
+            raise Deadlock(
+                f"task {self._wait.task} would wait for task {self._wait.awaits} for "
+                "ever: tasks that wait have all the places in which that could run.  "
+                "Let on_success= of it go on with its result; or give the worker more "
+                "--concurrency, --threads or --coroutines, or that task a queue= that "
+                "another worker serves; get(allow_wait=True) waits all the same"
+            )
+
+    def _has_place(self, found):
+        queue, now = self._store.task(self._wait.awaits).queue, self._store.now()
+        live = [row for row in self._store.workers()
+                if not is_silent(row, now, self._timeout)]
+        return has_place(queue, live, found)
+
+    def end(self) -> None:
+        """It is over."""
+        if self._is_noted:
+            with contextlib.suppress(DatabaseUnavailable):  # it counts no longer
+                self._store.end_wait(self._wait)
+
+    async def until(self, end: Any, errands: Callable[[], Errands]) -> Any:
+        """Await a future of this loop; look meanwhile, as an errand."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        try:
+            pause = _AWAIT_SECONDS
+            while not (await asyncio.wait([end], timeout=pause))[0]:
+                await errands().send(loop, lambda store: self.look())
+                pause = max(self._due - time.monotonic(), 0)
+            return await end
+        finally:
+            if not loop.is_closed():
+                end.cancel()
+                if self._is_noted:
+                    errands().send(loop, lambda store: self.end())
+
+
 # == Results ==================================================================
 # Owns what a program learns of a task that it has enqueued, and what it can do to it,
 # by AsyncResult.
@@ -4093,48 +4409,62 @@ class AsyncResult(Enqueued, Generic[V]):
         """True once it has been cancelled."""
         return self._store.state(self.id) == CANCELLED
 
-    def get(self, timeout: float | str | timedelta | None = None) -> V:
+    def get(self, timeout: float | str | timedelta | None = None,
+            allow_wait: bool = False) -> V:
         """Wait for the end and return the result; at most `timeout` seconds.
 
         Raises TaskFailed, TaskCancelled, or WaitTimeout, which is a TimeoutError:
-        then the task goes on.
+        then the task goes on.  Inside a task it raises Deadlock where tasks that wait
+        have all the places in which the awaited one could run, unless allow_wait.
         """
         deadline = None
         if timeout is not None:
             seconds = check_span("timeout", timeout, -math.inf, math.inf)
             deadline = time.monotonic() + seconds
-        pauses = growing_pauses()
-        while True:
-            state = self._store.state(self.id)
-            if state in FINISHED:
-                with contextlib.suppress(_Unfinished):
-                    return self._outcome()
-            self._check_moves()
-            pause = next(pauses)
-            if deadline is not None:
-                pause = min(pause, deadline - time.monotonic())
-                if pause <= 0:
-                    raise WaitTimeout(
-                        f"task {self.id} is {state_name(state)} after {seconds} s")
-            time.sleep(pause)
+        pauses, own = growing_pauses(), None
+        try:
+            while True:
+                state = self._store.state(self.id)
+                if state in FINISHED:
+                    with contextlib.suppress(_Unfinished):
+                        return self._outcome()
+                self._check_moves()
+                pause = next(pauses)
+                if deadline is not None:
+                    pause = min(pause, deadline - time.monotonic())
+                    if pause <= 0:
+                        raise WaitTimeout(
+                            f"task {self.id} is {state_name(state)} after {seconds} s")
+                if own is None and not allow_wait:
+                    own = OwnWait.of(self._app, self.id)
+                if own is not None:
+                    own.look()
+                time.sleep(pause)
+        finally:
+            if own is not None:
+                own.end()
 
     def __await__(self) -> Generator[Any, None, V]:
         return self._wait().__await__()
 
     async def _wait(self):
         self._check_moves()
-        return self._returned(*await (await self._watched()).end(self.id))
+        end, own = (await self._watched()).end(self.id), OwnWait.of(self._app, self.id)
+        if own is not None:
+            end = own.until(end, self._errands)
+        return self._returned(*await end)
+
+    def _errands(self):
+        return Errands.of(self._app.errands, read_each, lambda: self._app.store)
 
     async def _watched(self):
         """The Watch of this loop; our row was committed."""
         import asyncio
 
-        app, loop = self._app, asyncio.get_running_loop()
-        errands = functools.partial(Errands.of, app.errands, read_each,
-                                    lambda: app.store)
+        loop = asyncio.get_running_loop()
         if self._mark is not None:
-            await errands().send(loop, lambda store: self._store)
-        return Watch.of(app.watches, errands, loop)
+            await self._errands().send(loop, lambda store: self._store)
+        return Watch.of(self._app.watches, self._errands, loop)
 
     def watch(self, timeout: float | timedelta | None = None) -> Watching:
         """Iterate over the states of the task, with `async for` or `for`.
@@ -4266,171 +4596,6 @@ class Watching:
 def in_program():
     """Who has written what this program does."""
     return By(login_name(), "program")
-
-
-# == Current task =============================================================
-# Owns the run whose code is going on, current_task(), and which threads are its own.
-
-
-class CurrentTask:
-    """The run that is going on in this process; see current_task()."""
-
-    id: int | None
-    _found_meta: dict | None = None       # as long as nobody has asked
-
-    def __init__(self, id: int, name: str, attempt: int, due: float | None,
-                 scheduled_for: datetime | None, report: Callable, app: App):
-        self.id = id
-        self.name = name
-        self.attempt = attempt              # 1 for the first run
-        self._due = due                     # monotonic: its time limit; None: none
-        self.scheduled_for = scheduled_for  # the cron tick, UTC; None: no cron run
-        self._report, self._app = report, app
-
-    @property
-    def deadline(self) -> float | None:
-        """When its time limit is reached, in unix seconds; None: it has no limit.
-
-        By the wall clock of now: who sets that does not change how long it may take.
-        """
-        return None if self._due is None else unix_time_of(self._due)
-
-    @property
-    def meta(self) -> dict:
-        """What options(meta=) gave the task; {} for nothing.
-
-        It is read from the database when it is asked for, so that it costs nobody else
-        anything.  That of a callback is that of the task it is about.
-        """
-        if self.id is None:
-            return {}
-        if self._found_meta is None:
-            self._found_meta = meta_of(self._app.store.task(self.id).meta)
-        return self._found_meta
-
-    def set_progress(self, percent: float, message: str | None = None) -> None:
-        """Show how far the task has come, in AsyncResult.progress and `show`."""
-        self._report(self, check_number("percent", percent, 0, 100), message)
-
-
-class DirectCall(CurrentTask):
-    """What is current where somebody calls the function of a task himself.
-
-    No row is about it: it has no id, and its progress goes nowhere.  One serves all
-    calls of a task: making it would cost more than the call.
-    """
-
-    id, attempt, scheduled_for = None, 1, None
-    _due = None
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def set_progress(self, percent: float, message: str | None = None) -> None:
-        """Check the percentage, and tell nobody."""
-        check_number("percent", percent, 0, 100)
-
-
-# The run whose code this is, where there may be several in one process.  A thread that
-# a task has started knows its owner by an attribute: it has no copy of the context.
-running: contextvars.ContextVar[CurrentTask | None] = contextvars.ContextVar(
-    "pybgworker.running", default=None)
-in_flight: dict[CurrentTask, Any] = {}      # the runs of this process, until they end
-called: dict[int, CurrentTask] = {}         # direct calls that are going on in it
-_owned_threads: list[bool] = []             # not empty: there may be such threads
-
-
-def current_task() -> CurrentTask | None:
-    """Return the task that this code runs for; None outside of one.
-
-    Also in the threads and asyncio tasks that it has started.  Where that cannot be
-    known, it is the only task that runs in this process, if there is just one.  A
-    function that is called as one, add(1, 2), has a current task without an id; if a
-    task calls it, that one stays, whose row, limit and output this still is.
-    """
-    own = running.get()
-    if own is None and _owned_threads:
-        own = owner_of(threading.current_thread())
-    if own is None:
-        every = list(in_flight) or list({*called.values()})
-        own = every[0] if len(every) == 1 else None
-    return own
-
-
-async def _awaited(own, coroutine):
-    """Await what a direct call has made, and be its current task meanwhile."""
-    token = running.set(own)
-    called[id(token)] = own
-    try:
-        return await coroutine
-    finally:
-        del called[id(token)]
-        with contextlib.suppress(ValueError):   # dropped, in whose context ever
-            running.reset(token)
-
-
-def awaited_by(own: CurrentTask, coroutine: Any) -> Any:
-    """The same coroutine, with this current task while it runs."""
-    outer: Any = _awaited(own, coroutine)
-    outer.__name__, outer.__qualname__ = coroutine.__name__, coroutine.__qualname__
-    return outer
-
-
-def owner_of(thread: threading.Thread) -> CurrentTask | None:
-    """The task that has started it, while that was known."""
-    return getattr(thread, "_pybgworker_task", None)
-
-
-def own_threads(streams: Sequence[Any] = ()) -> None:
-    """From now on a thread belongs to the task that starts it.
-
-    And a call in a pool of threads to the task that submits it: see own_calls().
-    """
-    start = threading.Thread.start
-
-    @functools.wraps(start)
-    def start_owned(self):
-        own = current_task()
-        if own is not None:
-            self._pybgworker_task = own
-            _owned_threads[:] = [True]
-        own_calls(streams)      # a pool has its first thread for the first call
-        start(self)
-
-    threading.Thread.start = start_owned        # type: ignore[method-assign]
-    own_calls(streams)
-
-
-def own_calls(streams: Sequence[Any]) -> None:
-    """Have ThreadPoolExecutor call for whoever submits, if somebody has imported it.
-
-    A pool that a module keeps has threads of the first task that has used it, and
-    serves all others.  These `streams` are flushed at the end of each call.
-    """
-    pool = getattr(sys.modules.get("concurrent.futures.thread"),
-                   "ThreadPoolExecutor", None)
-    if pool is None or hasattr(pool, "_pybgworker_owns"):
-        return
-    submit = pool.submit
-
-    @functools.wraps(submit)
-    def submit_owned(self, fn, /, *args, **kwargs):
-        own = current_task()
-        if own is not None:
-            fn = functools.partial(_call_for, own, streams, fn)
-        return submit(self, fn, *args, **kwargs)
-
-    pool.submit, pool._pybgworker_owns = submit_owned, True
-
-
-def _call_for(own, streams, fn, /, *args, **kwargs):
-    token = running.set(own)
-    try:
-        return fn(*args, **kwargs)
-    finally:
-        for stream in streams:
-            stream.flush()
-        running.reset(token)
 
 
 # == Tasks ====================================================================
@@ -5066,8 +5231,9 @@ class App(Registered):
         """(NewTask, encoded arguments of each), checked."""
         if App.serving:
             refuse_at_import(App.serving)
-        if task.origin.is_at_prompt:
-            _refuse_at_prompt(self, task)
+        if task.origin.is_at_prompt and self.stand_in is None \
+                and not self.settings.immediate:
+            refuse_at_prompt(task.name, task.fn)
         row = new_task(task, self.store.now(), **options)
         if row.key is not None and len(calls) != 1:
             raise OptionError("key= is for one call: each call needs one of its own")
@@ -5170,20 +5336,6 @@ def refuse_at_import(module):
         f"{frame.f_code.co_filename}:{frame.f_lineno}: this line enqueues while a "
         f"worker imports {module}, and would in each of its children; put it below "
         '`if __name__ == "__main__":`, or into a function'
-    )
-
-
-def _refuse_at_prompt(app, task):
-    """Raise AppError, unless the call needs no worker: none could import the task."""
-    if getattr(app, "stand_in", None) is not None \
-            or getattr(app.settings, "immediate", False):
-        return
-    by_name = "" if task.name == default_name(task.fn) else \
-        f"; send({task.name!r}, ...) is for a task that workers know already"
-    raise AppError(
-        f"{task.name} was defined at a prompt, in a notebook, or by python -c, where "
-        "no worker can import it: put it into a module, import that here, and let a "
-        f"worker run --app MODULE{by_name}"
     )
 
 
@@ -6594,6 +6746,13 @@ _SCHEMA_4 = (
     # Of those that wait and expire, which are few; the others are not in it.
     f"""create index bg_expiring on bg_task (expires_at)
         where expires_at is not null and state < {RUNNING}""",
+    """
+create table bg_wait (                -- runs that wait for another task, for a second
+    task        integer not null,     -- bg_task.id
+    attempt     integer not null,     -- which run of it
+    awaits      integer not null,     -- bg_task.id of what it waits for
+    primary key (task, awaits)
+) without rowid""",
     """alter table bg_worker_task add column  -- JSON object of its @task: queue,
     options     text""",                # priority …; null: an older worker
     """drop view v_tasks""",
@@ -8332,6 +8491,11 @@ def take_off(connection, worker):
     connection.execute("""delete from bg_run where worker = :id""", {"id": worker})
 
 
+_SWEEP_WAITS = f"""
+    delete from bg_wait where not exists (select 1 from bg_task as t
+        where t.id = task and t.state = {RUNNING} and t.attempt = bg_wait.attempt)"""
+
+
 def sweep(connection):
     """Delete what workers have told of who are gone: one of an older version, that
     reaps them, does not know of it."""
@@ -8343,6 +8507,7 @@ def sweep(connection):
         f"""delete from bg_output where not exists (select 1 from bg_task as t
             where t.id = task and t.state = {RUNNING}
                 and t.attempt = bg_output.attempt)""",
+        _SWEEP_WAITS,
     ):
         connection.execute(statement)
 
@@ -8500,6 +8665,45 @@ class LiveRows:
                 and seq >= :head and seq <= :last""",
             {"id": run.id, "attempt": run.attempt, "head": OUTPUT_PART,
              "last": size - OUTPUT_PART - OUTPUT_CHUNK})
+
+    def note_wait(self, wait: Wait) -> None:
+        with self.db.write(durable=False, patience=0.1) as link:
+            link.connection.execute(_SWEEP_WAITS)
+            link.connection.execute(
+                """insert or replace into bg_wait (task, attempt, awaits)
+                    values (?, ?, ?)""", wait)
+
+    def end_wait(self, wait: Wait) -> None:
+        with self.db.write(durable=False, patience=0.1) as link:
+            link.connection.execute(
+                """delete from bg_wait where task = ? and attempt = ? and awaits = ?""",
+                wait)
+
+    def stuck(self, wait: Wait) -> list[Stuck]:
+        rows = self.db.read(
+            f"""with waits (task, attempt, awaits) as (
+                select task, attempt, awaits from bg_wait
+                union select :task, :attempt, :awaits),
+            held (id, worker, name) as (
+                select distinct t.id, t.worker, t.name from waits as w
+                    join bg_task as t on t.id = w.task and t.attempt = w.attempt
+                        and t.state = {RUNNING}
+                    join bg_task as a on a.id = w.awaits
+                where a.state < {RUNNING}
+                    or a.state = {RUNNING} and (
+                        exists (select 1 from bg_run as r
+                            where r.task = a.id and r.began_at is null)
+                        or exists (select 1 from waits as o
+                            where o.task = a.id and o.attempt = a.attempt)))
+            select k.worker, k.is_async,
+                (select count(*) from held as h
+                    join bg_worker_task as o on o.worker = h.worker and o.name = h.name
+                    where h.worker = k.worker and o.is_async = k.is_async)
+            from bg_task as a join bg_worker_task as k on k.name = a.name
+            where a.id = :awaits and (a.state < {RUNNING} or a.state = {RUNNING}
+                and exists (select 1 from bg_run as r
+                    where r.task = a.id and r.began_at is null))""", wait._asdict())
+        return [Stuck(worker, bool(is_async), runs) for worker, is_async, runs in rows]
 
     def runs(self) -> list[RunRow]:
         rows = self.db.read(

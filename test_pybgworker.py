@@ -176,8 +176,10 @@ class Case(unittest.TestCase):
 
     def python(self, code, *argv, check=True, timeout=60, **environment):
         """Run a program in the folder; return it when it has ended."""
+        # As of a file: what a program of -c defines, no worker can import.
+        code = "__file__ = 'program.py'\n" + textwrap.dedent(code).lstrip("\n")
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), *argv], cwd=self.folder,
+            [sys.executable, "-c", code, *argv], cwd=self.folder,
             env=clean_environment(PYBGWORKER_DB=str(self.db), **environment),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
         )
@@ -2627,12 +2629,20 @@ class AtAPrompt(Case):
                 self.assertNotIn("send(", said)
         self.assertFalse(self.db.exists())
 
+    def test_where_no_worker_is_needed_it_is_run(self):
+        code = ("from pybgworker import *\n@task\ndef f(): return 42\n\n")
+        self.assertEqual("42\n", self.ended(
+            "-c", code + "configure(immediate=True)\nprint(f.delay().get())"))
+        self.assertEqual("42\n", self.ended(
+            "-c", code + "from pybgworker import testing\nwith testing() as queue:\n"
+            "    r = f.delay()\n    queue.run()\n    print(r.get())"))
+
     def test_so_is_one_below_a_decorator_and_one_with_a_name(self):
         (self.folder / "tools.py").write_text(
             "import functools\ndef log(fn):\n  @functools.wraps(fn)\n"
             "  def run(*args): return fn(*args)\n  return run\n")
         for code in ("@task\n@log\ndef f(): pass", "f = task(name='x')(lambda: 1)",
-                     "f = task(name='x')(functools.partial(print, 1))"):
+                     "f = task(name='x')(functools.partial(lambda x: x, 1))"):
             said = self.ended("-c", "import functools\nfrom pybgworker import task\n"
                               f"from tools import log\n{code}\nf.delay()")
             self.assertRegex(said, self.REFUSED)
@@ -2655,11 +2665,12 @@ class AtAPrompt(Case):
         (self.folder / "jobs.py").write_text(
             "from pybgworker import *\n@task\ndef f(): pass\n")
         said = self.ended("-c", "import jobs, pybgworker\nprint(jobs.f.delay().id)\n"
-                          "print(pybgworker.App().send('g').id)")
-        self.assertEqual(said, "1\n2\n")
+                          "print(pybgworker.App().send('g').id)\n"
+                          "print(pybgworker.task(name='h')(print).delay().id)")
+        self.assertEqual(said, "1\n2\n3\n")
         (self.folder / "script.py").write_text("from jobs import *\nimport jobs\n"
                                                "print(jobs.f.delay().id)")
-        self.assertEqual(self.ended("script.py"), "3\n")
+        self.assertEqual(self.ended("script.py"), "4\n")
 
 
 # == Signatures ===============================================================
@@ -3287,6 +3298,260 @@ class Watching(LoopCase):
             self.assertRaises(pybgworker.TaskNotFound, iterate, result.watch())
             self.assertRaises(pybgworker.TaskNotFound, iterate,
                               AsyncResult(2**40, self.app).watch())
+
+
+# == Deadlocks ================================================================
+
+
+class Deadlocks(Served):
+    """A task that waits for another one, which has no place to run in."""
+
+    TASKS = """
+        import time
+
+        @task(retries=0)
+        def leaf(n=0):
+            return n
+
+        @task(retries=0)
+        async def async_leaf(n=0):
+            return n
+
+        @task(retries=0)
+        def parent(depth=1, allow=False, timeout=None):
+            child = parent.delay(depth - 1) if depth else leaf.delay(7)
+            return child.get(timeout=timeout, allow_wait=allow)
+
+        @task(retries=0)
+        async def async_parent(depth=1):
+            return await (async_parent.delay(depth - 1) if depth else async_leaf.delay(7))
+
+        @task(retries=0)
+        def both(kind):
+            return (async_leaf if kind == "async" else leaf).delay(8).get()
+
+        @task(retries=0)
+        async def async_both():
+            return await leaf.delay(9)
+
+        @task(retries=0)
+        def fan_out(count):
+            return [r.get() for r in leaf.delay_many([(n,) for n in range(count)])]
+
+        @task(retries=0)
+        def elsewhere():
+            return leaf.options(queue="other").delay(5).get()
+
+        @task(retries=0)
+        def beside(path):
+            while not os.path.exists(path): time.sleep(0.01)
+            return leaf.delay(6).get()
+    """.replace("import time", "import os, time")
+
+    def serve(self, *flags, concurrency=1):
+        self.worker("--concurrency", concurrency, *flags).wait_for("worker_ready")
+
+    def refused(self, result, awaited):
+        error = self.failure(result).error
+        self.assertEqual(error.type, "Deadlock")
+        self.assertRegex(error.message, f"task {result.id} would wait for task "
+                         rf"{awaited} for ever.*on_success=.*allow_wait=True")
+
+    def test_with_one_place_it_is_an_error_at_once(self):
+        self.serve()
+        result = self.tasks.parent.delay(0)
+        self.refused(result, 2)
+        self.assertEqual(self.get(AsyncResult(2)), 7)
+        self.assertEqual(self.sql("select * from bg_wait"), [])
+
+    def test_so_it_is_for_what_waits_in_the_pipe_of_its_own_child(self):
+        self.serve()
+        self.get(self.tasks.leaf.delay_many([()] * 100)[-1])    # known to be quick
+        for _ in range(3):
+            result = self.tasks.parent.delay(0)
+            self.refused(result, result.id + 1)
+
+    def test_with_two_places_it_waits_as_deep_as_they_reach(self):
+        self.serve(concurrency=2)
+        self.assertEqual(self.get(self.tasks.parent.delay(0)), 7)
+        error = self.failure(self.tasks.parent.delay(1)).error
+        self.assertIn("Deadlock", str(error))       # of the inner one
+        until(lambda: self.sql("select * from bg_wait") == [], what="no wait left")
+
+    def test_threads_are_places_too(self):
+        self.serve("--threads", 2)
+        self.assertEqual(self.get(self.tasks.parent.delay(0)), 7)
+        self.assertIn("Deadlock", str(self.failure(self.tasks.parent.delay(1)).error))
+
+    def test_so_are_coroutines_among_themselves(self):
+        self.serve("--coroutines", 2)
+        self.assertEqual(self.get(self.tasks.async_parent.delay(0)), 7)
+        self.assertIn("Deadlock",
+                      str(self.failure(self.tasks.async_parent.delay(1)).error))
+        self.assertEqual(self.get(self.tasks.both.delay("async")), 8)
+        self.assertEqual(self.get(self.tasks.async_both.delay()), 9)
+
+    def test_who_waits_for_one_of_many_is_not_stuck_as_long_as_others_run(self):
+        self.serve(concurrency=2)
+        self.assertEqual(self.get(self.tasks.fan_out.delay(60)), [*range(60)])
+
+    def test_another_worker_may_have_room_or_be_the_one_who_serves_it(self):
+        self.serve("--queues", "default")
+        result = self.tasks.elsewhere.delay()       # nobody serves that queue
+        until(lambda: result.status == "running")
+        self.serve("--queues", "other")
+        self.assertEqual(self.get(result), 5)
+        self.serve("--queues", "default")
+        self.assertEqual(self.get(self.tasks.parent.delay(0)), 7)
+
+    def test_one_may_wait_all_the_same(self):
+        self.serve()
+        failed = self.failure(self.tasks.parent.delay(0, True, "0.3s"))
+        self.assertEqual(failed.error.type, "WaitTimeout")
+        failed = self.failure(self.tasks.parent.delay(0, False, 0))
+        self.assertEqual(failed.error.type, "WaitTimeout")
+
+    def test_outside_of_a_task_nothing_is_looked_at(self):
+        result = self.tasks.leaf.delay()
+        with mock.patch.object(SqliteStore, "stuck", side_effect=AssertionError):
+            self.assertRaises(TimeoutError, result.get, "0.02s")
+
+            async def run():
+                asyncio = pybgworker.importlib.import_module("asyncio")
+                with self.assertRaises(TimeoutError if sys.version_info > (3, 11)
+                                       else asyncio.TimeoutError):
+                    await asyncio.wait_for(result._wait(), 0.02)
+
+            pybgworker.importlib.import_module("asyncio").run(run())
+
+
+class Stuck(QueueCase):
+    """Which waits never end, as the database tells."""
+
+    VALUES = {
+        "name": "w", "pid": 7, "host": "h", "boot": "b", "port": 0, "token": "",
+        "queues": None, "concurrency": 1, "live": 0, "now": 1_800_000_000_000,
+        "threads": 1, "coroutines": 1}
+    KNOWN = [pybgworker.KnownTask(0, "t", None, ()),
+             pybgworker.KnownTask(0, "a", None, (), 0, True)]
+
+    def add(self, **values):
+        return self.store.add_worker(
+            {**self.VALUES, "tasks": self.KNOWN, **values}, mock.Mock())
+
+    def state(self, task_id, state, worker=None, attempt=1):
+        self.sql("update bg_task set state = ?, worker = ?, attempt = ? where id = ?",
+                 state, worker, attempt, task_id)
+
+    def waits(self, task, awaits, attempt=1):
+        return pybgworker.Wait(task, attempt, awaits)
+
+    def found(self, task, awaits):
+        return [each.runs for each in self.store.stuck(self.waits(task, awaits))]
+
+    def test_a_run_counts_as_long_as_what_it_waits_for_has_not_begun(self):
+        worker = self.add()
+        self.enqueue(count=4)
+        self.state(1, 3, worker)
+        for state, runs in ((0, [1]), (1, [1]), (2, [1]), (3, []), (4, []), (5, [])):
+            self.state(2, state, worker if state == 3 else None)
+            self.assertEqual(self.found(1, 2), runs, state)
+        # It is in a pipe: claimed, and not begun.
+        self.state(2, 3, worker)
+        self.store.note_runs(worker, [pybgworker.RunRow(2, worker, 1, 9, None, 1)], [],
+                             [], self.now)
+        self.assertEqual(self.found(1, 2), [1])
+
+    def test_others_count_that_wait_for_what_cannot_begin_or_waits_itself(self):
+        worker = self.add(concurrency=3)
+        self.enqueue(count=6)
+        for task in (1, 2, 3):
+            self.state(task, 3, worker)
+        self.assertEqual(self.found(1, 4), [1])
+        self.store.note_wait(self.waits(2, 5))          # 5 is queued
+        self.store.note_wait(self.waits(3, 1))          # 1 runs, and waits
+        self.assertEqual(self.found(1, 4), [3])
+        self.state(5, 3, worker)                        # runs, and does not wait
+        self.assertEqual(self.found(1, 4), [2])
+        self.state(5, 2)
+        for wait in (self.waits(2, 5, 2), self.waits(6, 5)):
+            self.store.note_wait(wait)      # of another attempt; of what does not run
+        self.assertEqual(self.found(1, 4), [2])
+        self.store.end_wait(self.waits(3, 1))
+        self.assertEqual(self.found(1, 4), [1])
+        self.state(3, 4)
+        self.add()
+        self.assertEqual(self.sql("select * from bg_wait"), [])     # swept
+
+    def test_each_kind_has_places_of_its_own(self):
+        worker = self.add()
+        self.enqueue(count=2)
+        self.enqueue("a", count=2)
+        self.state(1, 3, worker)
+        self.state(3, 3, worker)
+        self.assertEqual(self.store.stuck(self.waits(1, 4)), [(worker, True, 0)])
+        self.assertEqual(self.store.stuck(self.waits(1, 2)), [(worker, False, 1)])
+        self.assertEqual(self.store.stuck(self.waits(3, 4)), [(worker, True, 1)])
+
+    def test_there_is_a_place_unless_all_are_held_of_all_who_take_it(self):
+        def rows(*values):
+            for value in values:
+                self.add(**value)
+            return self.store.workers()[-len(values):]
+
+        one, = rows({})
+        for workers, runs, expected in (
+                ([one], [1], False), ([one], [0], True), ([], [], True),
+                (rows({}, {}), [1, 1], False), (rows({}, {}), [1, 0], True),
+                (rows({"concurrency": 2, "threads": 3}), [5], True),
+                (rows({"concurrency": 2, "threads": 3}), [6], False),
+                (rows({}, {"queues": '["other"]'}), [1, 0], False),
+                (rows({"queues": '["other"]'}), [1], True),
+                (rows({}, {"threads": None}), [1, 9], True),
+                ([one._replace(state="stopping")], [1], True),
+                ([one, one._replace(id=99)], [1], False)):      # does not know it
+            found = [pybgworker.Stuck(row.id, False, count)
+                     for row, count in zip(workers, runs)]
+            with self.subTest(workers=len(workers), runs=runs):
+                self.assertIs(pybgworker.has_place("default", workers, found), expected)
+
+    def test_a_wait_of_a_second_is_noted_and_looked_at_once_a_second(self):
+        worker = self.add(concurrency=2)
+        self.enqueue(count=4)
+        self.state(1, 3, worker)
+        self.state(2, 3, worker)
+        self.enqueue()
+        clock = mock.Mock(return_value=100.0)
+        with mock.patch.object(pybgworker.time, "monotonic", clock), \
+                mock.patch.object(SqliteStore, "now", lambda store: self.now):
+            wait = pybgworker.OwnWait(self.store, self.waits(1, 3), 15.0)
+            wait.look()
+            self.assertEqual(self.sql("select * from bg_wait"), [])
+            self.store.note_wait(self.waits(2, 4))
+            clock.return_value = 100.9
+            wait.look()                             # not yet
+            clock.return_value = 101.0
+            self.assertRaises(pybgworker.Deadlock, wait.look)
+        self.assertEqual(self.sql("select task, awaits from bg_wait"), [(1, 3), (2, 4)])
+        wait.end()
+        self.assertEqual(self.sql("select task, awaits from bg_wait"), [(2, 4)])
+
+    def test_a_locked_database_is_no_error_of_who_waits(self):
+        worker = self.add(concurrency=2)
+        self.enqueue(count=2)
+        self.state(1, 3, worker)
+        wait = pybgworker.OwnWait(self.store, self.waits(1, 2), 15.0)
+        wait.look()
+        wait._due = 0.0
+        other = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        wait.look()
+        self.assertFalse(wait._is_noted)
+        other.execute("rollback")
+        wait._due = 0.0
+        wait.look()
+        self.assertTrue(wait._is_noted)
 
 
 # == Results ==================================================================
