@@ -3092,8 +3092,11 @@ class WorkerVerbs(Protocol):
         With what it has used of CPU, if that is more than it last said.
         """
 
-    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
-        """Take dead workers off that hold no task and have not beaten since."""
+    def remove_dead(self, rows: Sequence[WorkerRow]) -> list[WorkerRow]:
+        """Take dead workers off that hold no task and have not beaten since.
+
+        Returns those; their deaths are written down, as reap() does.
+        """
 
 
 class LiveVerbs(Protocol):
@@ -3106,6 +3109,10 @@ class LiveVerbs(Protocol):
         """What the registered workers know, callbacks of tasks too; by name.
 
         A worker of an older version has not said.
+        """
+
+    def worker_names(self, workers: Iterable[int | None]) -> dict[int, str]:
+        """The names of workers by their ids, also of those that are gone; not for ever.
         """
 
     def announced(self, name: str) -> list[KnownTask]:
@@ -6755,6 +6762,11 @@ create table bg_wait (                -- runs that wait for another task, for a 
 ) without rowid""",
     """alter table bg_worker_task add column  -- JSON object of its @task: queue,
     options     text""",                # priority …; null: an older worker
+    """
+create table bg_gone (                -- workers that have left, or were reaped
+    worker      integer primary key,  -- their id in bg_worker
+    name        text not null         -- for those who read of what they ran
+)""",
     """drop view v_tasks""",
     f"""create view v_tasks as select id, {_WORDS} as status, name, queue, priority,
         key, attempt, retries, timeout, {_iso("created_at")}, {_iso("run_at")},
@@ -8319,7 +8331,9 @@ _OUTCOMES = {SUCCESS: "success", FAILED: "failed", CANCELLED: "cancelled",
              RETRYING: "retried"}
 _KEPT = f"""
     select attempt, state, started_at, run_at, duration,
-        (select name from bg_worker where id = ifnull(:worker, bg_task.worker)),
+        coalesce(
+            (select name from bg_worker where id = ifnull(:worker, bg_task.worker)),
+            (select name from bg_gone where worker = ifnull(:worker, bg_task.worker))),
         (select body from bg_payload where id = :id * 8 + {ATTEMPTS}),
         (select body from bg_payload where id = :id * 8 + {OUTPUTS}),
         (select body from bg_payload where id = :id * 8 + {OUTPUT}),
@@ -8471,8 +8485,13 @@ class Attempts:
 # children, what they know and what they have in hand.  None of it is needed to run a
 # task: it is written without waiting for the disk, and goes with the worker.
 
+_MOST_GONE = 10_000         # ids of workers whose name is known when they are gone
+
+
 def take_off(connection, worker):
-    """Delete a worker, with all that it has told; but its CPU time is kept."""
+    """Delete a worker, with all that it has told; but its CPU time is kept, and its
+    name.
+    """
     for name, column in (("worker_cpu", "cpu"), ("children_cpu", "children_cpu")):
         # As a number within reason, whatever somebody has written there by hand.
         connection.execute(
@@ -8484,6 +8503,11 @@ def take_off(connection, worker):
                     set value = min(1000000000000000, value + excluded.value)""",
             {"id": worker, "name": name},
         )
+    connection.execute(
+        """insert or ignore into bg_gone (worker, name)
+            select id, name from bg_worker where id = :id""", {"id": worker})
+    connection.execute("""delete from bg_gone where worker <= :id - :most""",
+                       {"id": worker, "most": _MOST_GONE})
     connection.execute("""delete from bg_worker where id = :id""", {"id": worker})
     connection.execute(
         """delete from bg_worker_task where worker = :id""", {"id": worker})
@@ -8624,6 +8648,14 @@ class LiveRows:
                 where worker in (select id from bg_worker) order by name, worker""")
         return [KnownTask(worker, name, rate, _read_names(params), most, bool(is_async))
                 for worker, name, rate, params, most, is_async in rows]
+
+    def worker_names(self, workers: Iterable[int | None]) -> dict[int, str]:
+        return dict(self.db.read(
+            """select worker, name from bg_gone
+                    where worker in (select value from json_each(:ids))
+                union all select id, name from bg_worker
+                    where id in (select value from json_each(:ids))""",
+            {"ids": to_json(sorted({*workers} - {None}))}))
 
     def announced(self, name: str) -> list[KnownTask]:
         rows = self.db.read(
@@ -11038,6 +11070,9 @@ def place_faults(path: str, python: list[str]) -> list[str]:
 # Owns the SQL of workers about each other: who there is, and who is dead.  All verbs
 # meet here, in SqliteStore.
 
+_MOST_DEATHS = 100          # of workers, that are kept as events
+
+
 class Register:
     """The verbs of workers about each other."""
 
@@ -11062,6 +11097,7 @@ class Register:
             lost: list[LostRun] = []
             then: list[tuple] = []
             counts = RunCounts()
+            self._note_death(link.connection, worker, name, len(rows), now)
             for cancel_asked, *values in rows:
                 run = Run(*values)
                 had_begun = begun is None or (run.id, run.attempt) in begun
@@ -11083,12 +11119,15 @@ class Register:
                     then += with_meta(link.connection, run, rows) if rows else ()
                     counts.add_lost(run, state)
             add_history(link.connection, counts, now)
-            if then:
-                then = without_crowds(link.connection, then)
-                insert_all(link, [Request(row, [text]) for row, text in then])
+            self._insert(link, then)
             take_off(link.connection, worker)
             link.wake = wake_addresses(link.connection)
         return lost
+
+    def _insert(self, link, rows):
+        if rows:
+            rows = without_crowds(link.connection, rows)
+            insert_all(link, [Request(row, [text]) for row, text in rows])
 
     def _lose(self, connection, task_id, state, now, uncount):
         connection.execute(
@@ -11125,12 +11164,28 @@ class Register:
                 note(link.connection, By(name[0], "worker"), "worker_stop", name[0],
                      None, self.now())
 
-    def remove_dead(self, rows: Sequence[WorkerRow]) -> None:
+    def remove_dead(self, rows: Sequence[WorkerRow]) -> list[WorkerRow]:
+        removed = []
         with self.db.write(durable=False, patience=0.5) as link:
             for row in rows:
-                self._remove_idle(link.connection, row.id, row.beat_at)
+                if self._remove_idle(link.connection, row.id, row.beat_at, True):
+                    removed.append(row)
+        return removed
 
-    def _remove_idle(self, connection, worker, beat_at=None):
+    def _note_death(self, connection, worker, name, runs, now):
+        """As done by itself.  Of those the newest are enough."""
+        row = connection.execute(
+            """select pid, host from bg_worker where id = :id""", {"id": worker}
+        ).fetchone()
+        where = "pid {} on {}, ".format(*row) if row else ""
+        note(connection, By(name, "worker"), "worker_died", name,
+             f"{where}with {runs} run{'s' * (runs != 1)} in hand", now)
+        connection.execute(
+            """delete from bg_event where action = 'worker_died' and id <= (
+                select id from bg_event where action = 'worker_died'
+                order by id desc limit 1 offset :most)""", {"most": _MOST_DEATHS})
+
+    def _remove_idle(self, connection, worker, beat_at=None, is_dead=False):
         """Unless it holds a task, or has beaten since; return whether it is off."""
         is_idle = connection.execute(
             f"""select 1 from bg_worker
@@ -11139,6 +11194,11 @@ class Register:
                         where state = {RUNNING} and worker = :id)""",
             {"id": worker, "beat_at": beat_at},
         ).fetchone() is not None
+        if is_idle and is_dead:
+            name, = connection.execute(
+                """select name from bg_worker where id = :id""", {"id": worker}
+            ).fetchone()
+            self._note_death(connection, worker, name, 0, self.now())
         if is_idle:
             take_off(connection, worker)
         return is_idle
@@ -17767,12 +17827,17 @@ def _last_begun(path, worker):
         own_sleep(0.01)
 
 
+def _unsaid(event, **fields):
+    """Where nobody keeps a log."""
+
+
 class Liveness:
     """One worker's place in bg_worker."""
 
     def __init__(self, store: Store, settings: types.SimpleNamespace, ear: WakeSocket,
-                 tasks: dict[str, Entry] | None = None):
+                 tasks: dict[str, Entry] | None = None, say: Callable = _unsaid):
         self.store, self.settings, self._ear = store, settings, ear
+        self._say = say                 # takes an event and its fields
         self._tasks = tasks or {}       # that it knows, by name
         self.id = 0                     # bg_worker.id; 0: not registered
         self._start_method = ""         # of children, and why
@@ -17861,19 +17926,23 @@ class Liveness:
         holding = self.store.running_counts() if dead else {}
         idle = [row for row in dead if row.id not in holding]
         if idle:
-            self.store.remove_dead(idle)
+            for row in self.store.remove_dead(idle):
+                self._say_lost(row, 0)
             forget_begun(self.store.path, [row.id for row in idle])
         for row in dead:
             self._seen.pop(row.id, None)
-        busy: list[tuple] = [(row.id, row.name, row.beat_at) for row in dead
+        busy: list[tuple] = [(row.id, row.name, row.beat_at, row) for row in dead
                              if row.id in holding]
         sure = {row.id for row in dead if row.id in holding and self._is_sure(row)}
-        busy += [(n, f"#{n}", None) for n in self.store.unknown_workers()]
+        busy += [(n, f"#{n}", None, None) for n in self.store.unknown_workers()]
         return self._reap(busy, sure, now)
+
+    def _say_lost(self, row, runs):
+        self._say("worker_lost", name=row.name, host=row.host, pid=row.pid, runs=runs)
 
     def _reap(self, workers, sure, now):
         lost: list[LostRun] = []
-        for n, (worker, name, beat_at) in enumerate(workers):
+        for n, (worker, name, beat_at, row) in enumerate(workers):
             if n == _REAP_WORKERS:
                 self._cursor = workers[n - 1][0]
                 break
@@ -17889,6 +17958,8 @@ class Liveness:
             self._dying.pop(worker, None)
             if found:           # else it lives, or another has done this
                 forget_begun(self.store.path, [worker])
+                if row is not None:
+                    self._say_lost(row, len(found))
             lost += found
         return lost
 
@@ -18231,6 +18302,10 @@ EVENTS = {
     "worker_stop": Event(
         "handed_back cpu children_cpu error",
         "the worker ends; `error` says why it could not go on"),
+    "worker_lost": Event(
+        "name host pid runs",
+        "another worker has died, killed perhaps: the `runs` it had in hand are given "
+        "back"),
     "scheduler_start": Event("schedules", "the number of schedules it serves"),
     "http_start": Event(
         "host port", "`--http` answers there; of port 0 the one that it has got"),
@@ -19513,7 +19588,7 @@ class Worker:
         self.journal = Journal(log or Log(), self.settings.worker_name)
         self.senses = Senses()
         self.liveness = Liveness(self.store, self.settings, self.senses.ear,
-                                 registry.tasks)
+                                 registry.tasks, self.journal.say)
         begun, kinds = self.liveness.begun, kinds_of(settings, registry.tasks)
         self.pool = Pool(nursery or Nursery(registry.app_spec), settings.concurrency,
                          settings, self.journal.run, self.senses.selector, begun, kinds)
@@ -21793,14 +21868,15 @@ def stamp(at: int | None) -> str | None:
 
 
 def task_report(store: Store, row: TaskRow, workers: dict | None = None) -> dict:
-    """One task as `list` shows it; `workers` are the names of those that are there."""
+    """One task as `list` shows it; `workers` are their names, as far as known."""
     error = store.error(row.id)
+    names: dict = store.worker_names([row.worker]) if workers is None else workers
     waited = row.started_at and max(0, row.started_at - row.run_at) / 1000
     return {
         "id": row.id, "name": row.name, "status": row.status, "queue": row.queue,
         "priority": row.priority, "key": row.key, "attempt": row.attempt,
         "retries": row.retries, "worker": row.worker,
-        "worker_name": (workers or {}).get(row.worker), "timeout": row.timeout,
+        "worker_name": names.get(row.worker), "timeout": row.timeout,
         "created_at": stamp(row.created_at), "run_at": stamp(row.run_at),
         "expires_at": stamp(row.expires_at), "started_at": stamp(row.started_at),
         "finished_at": stamp(row.finished_at),
@@ -21814,7 +21890,7 @@ def page_report(store: Store, filter: Filter, limit: int = 50,
                 before: str | None = None, seconds: float = 0.15) -> dict:
     """Tasks in the order of Store.page(), what comes `next`, and how far it looked."""
     page = store.page(filter, before, limit, seconds)
-    names = {row.id: row.name for row in store.workers()}
+    names = store.worker_names(row.worker for row in page.rows)
     found = None if page.searched_to is None else {
         "id": page.searched_to, "at": stamp(page.searched_at)}
     tasks = []
@@ -28401,15 +28477,11 @@ def _page(view, filter, wanted, limit):
         raise ValueError("before: what the answer before gave as `next`")
     page = view.store.page(filter, before, limit, _FIND_SECONDS,
                            _matcher(view, filter.text))
-    names: dict = {worker.id: worker.name for worker in view.store.workers()}
-    rows = [_task_row(view.store, row, names) for row in page.rows]
+    names = view.store.worker_names(row.worker for row in page.rows)
+    rows = [task_report(view.store, row, names) for row in page.rows]
     seen = None if page.searched_to is None else {
         "id": page.searched_to, "at": stamp(page.searched_at)}
     return {**view.listed("tasks", rows), "next": page.next, "searched_to": seen}
-
-
-def _task_row(store, row, names):
-    return {**task_report(store, row), "worker_name": names.get(row.worker)}
 
 
 def _matcher(view, text):

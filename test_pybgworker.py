@@ -890,6 +890,7 @@ class Promises(Served):
         self.wait_lines("nap", 2)
         self.assertLess(time.monotonic() - killed_at, 2)
         second.wait_for("task_lost", task_id=result.id)
+        second.wait_for("worker_lost", pid=first.pid, runs=1)
 
     def test_a_crash_costs_one_task_and_says_why(self):
         self.worker("--concurrency", 2)
@@ -10201,6 +10202,59 @@ class Facts(QueueCase):
 
 class Registering(QueueCase):
 
+    def deaths(self):
+        return [(event.who, event.how, event.target, event.detail)
+                for event in self.store.events(limit=999) if event.action == "worker_died"]
+
+    def test_the_death_of_a_worker_is_written_down(self):
+        self.enqueue(count=3)
+        self.claim(free=2)
+        self.sql("update bg_worker set name = 'w' || id, host = 'web1', pid = 40 + id")
+        self.assertEqual(len(self.store.reap(1, "w1", self.now, 1)), 2)
+        self.assertEqual(self.deaths(), [
+            ("w1", "worker", "w1", "pid 41 on web1, with 2 runs in hand")])
+        self.assertEqual(self.store.reap(1, "w1", self.now, 1), [])     # once
+        two, = self.store.workers()
+        gone, alive = two._replace(id=9), two._replace(beat_at=77)
+        self.assertEqual(self.store.remove_dead([gone, alive]), [])
+        self.assertEqual(self.store.remove_dead([two]), [two])
+        self.assertEqual(self.deaths()[0],
+                         ("w2", "worker", "w2", "pid 42 on web1, with 0 runs in hand"))
+        self.claim(worker=7)
+        self.sql("update bg_task set state = 3, worker = 7 where id = 3")
+        self.assertEqual(len(self.store.reap(7, "#7", self.now)), 1)    # nobody knows it
+        self.assertEqual((self.deaths()[0], len(self.deaths())),
+                         (("#7", "worker", "#7", "with 1 run in hand"), 3))
+
+    def test_who_has_died_by_the_hundred_leaves_room_for_what_people_did(self):
+        self.store.pause("mail", self.now, By("ann", "cli"))
+        add_workers(self.store, *range(10, 160))
+        self.store.remove_dead(self.store.workers())
+        self.assertEqual(len(self.deaths()), 100)
+        self.assertEqual(self.store.events(limit=999)[-1].who, "ann")
+
+    def test_the_names_of_workers_outlive_them(self):
+        self.sql("update bg_worker set name = 'w' || id")
+        self.enqueue(count=2)
+        one, two = self.claim(free=2)
+        self.finish(one, result="1")
+        self.finish(two, pybgworker.FAILED, error={"kind": "exception", "message": "m"})
+        self.store.remove_worker(1)
+        add_workers(self.store, 3)
+        self.assertEqual(self.store.worker_names([1, 2, 3, 4, None]),
+                         {1: "w1", 2: "w2", 3: "w"})
+        page = pybgworker.page_report(self.store, Filter())
+        self.assertEqual([(row["worker"], row["worker_name"]) for row in page["tasks"]],
+                         [(1, "w1"), (1, "w1")])
+        self.assertRegex(pybgworker.list_text(page), r"(?m)^ *2 +failed .* w1 ")
+        for task_id in (1, 2):
+            report = pybgworker.show_report(self.store, task_id)
+            self.assertEqual(report["worker_name"], "w1")
+            self.assertEqual(report["attempts"][0]["worker"], "w1")
+        self.sql("update bg_worker set id = 10002 where id = 2")
+        self.store.remove_worker(10002)             # not for ever
+        self.assertEqual(self.store.worker_names([1, 10002]), {10002: "w2"})
+
     def test_the_sizes_are_those_of_the_files_and_what_is_free_in_one(self):
         self.fill(20_000)
         self.store.db.checkpoint()
@@ -15890,8 +15944,16 @@ class Lives(Case):
         run = self.run_of(dead.id)
         dead.forsake()
 
+        watching._say = said = mock.Mock()
         lost, = watching.reap_dead(self.now)
         self.assertEqual((lost.id, lost.state), (run.id, pybgworker.QUEUED))
+        idle = self.liveness()
+        idle.forsake()
+        self.assertEqual(watching.reap_dead(self.now), [])
+        self.assertEqual([(call.args[0], call.kwargs) for call in said.mock_calls], [
+            ("worker_lost", {"name": self.app.settings.worker_name, "pid": os.getpid(),
+                             "host": socket.gethostname(), "runs": runs})
+            for runs in (1, 0)])
 
     def test_a_silent_worker_is_dead_only_after_its_timeout_awake(self):
         silent, watching = self.liveness(), self.liveness(2.0)
