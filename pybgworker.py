@@ -23237,7 +23237,7 @@ class ScheduleInfo(NamedTuple):
     task: str                   # name of what it enqueues
     expr: str
     tz: str
-    args: list | None           # of each call; None: they cannot be read here
+    args: tuple | None          # of each call; None: they cannot be read here
     kwargs: dict | None
     next_at: datetime | None    # the next tick; None: never, or it is disabled
     last_at: datetime | None    # the last tick that was enqueued
@@ -23253,6 +23253,7 @@ def _info_of(row):
     args = kwargs = None
     with contextlib.suppress(ValueError, TypeError, LookupError):   # by hand
         args, kwargs = decode(row.args)
+        args = tuple(args)
     return ScheduleInfo(
         row.name, row.task, row.expr, row.tz, args, kwargs, _moment(row.next_tick),
         _moment(row.last_tick), row.disabled_at is None,

@@ -1248,6 +1248,38 @@ class Promises(Served):
         self.assertEqual(self.sql("select count(*) from bg_task where tick = ?",
                                   int(tick.timestamp())), [(1,)])
 
+    def test_a_schedule_made_at_run_time_ticks_once_a_second_over_many_workers(self):
+        workers = [self.worker("--concurrency", 1) for _ in range(3)]
+        for worker in workers:
+            worker.wait_for("worker_ready")
+        app = self.tasks.add.app
+        for name, number in (("a", 1), ("b", 2)):
+            app.schedule(name, "@every 1s", self.tasks.add, (number, 2))
+
+        def ticks(number):
+            return [tick for tick, in self.sql("select tick from bg_task where args = ?",
+                                               f"[[{number},2],{{}}]")]
+
+        def three_more(number):
+            until(lambda n=len(ticks(number)): len(ticks(number)) >= n + 3)
+
+        three_more(1)
+        workers[0].kill()                   # with whatever it was about
+        three_more(1)
+        self.assertEqual(self.cli("cron", "--disable", "b").returncode, 0)
+        ended = len(ticks(2))
+        three_more(1)
+        self.assertEqual(len(ticks(2)), ended)
+        self.assertEqual(self.cli("cron", "--enable", "b").returncode, 0)
+        three_more(2)
+        for name in ("a", "b"):
+            self.assertTrue(app.unschedule(name))
+        for number in (1, 2):
+            self.assertEqual(len(ticks(number)), len(set(ticks(number))))
+            last, = self.sql("select max(id) from bg_task where args = ?",
+                             f"[[{number},2],{{}}]")
+            self.assertEqual(self.get(self.app.result(last[0])), number + 2)
+
     def test_a_rate_holds_over_all_workers_and_delays_nothing_else(self):
         results = [self.tasks.limited.delay() for _ in range(60)]
         for _ in range(2):
@@ -22224,7 +22256,7 @@ class Schedules(QueueCase):
     def test_a_schedule_made_at_run_time_is_fired_with_its_arguments(self):
         info = self.app.schedule("digest-7", "*/5 * * * *", self.digest, args=(7,),
                                  kwargs={"size": 2})
-        self.assertEqual(info[:6], ("digest-7", "digest", "*/5 * * * *", "UTC", [7],
+        self.assertEqual(info[:6], ("digest-7", "digest", "*/5 * * * *", "UTC", (7,),
                                     {"size": 2}))
         self.assertEqual(info.next_at, dt.datetime.fromtimestamp(
             1_800_000_300, dt.timezone.utc))
@@ -22290,7 +22322,7 @@ class Schedules(QueueCase):
         self.app.schedule("s", "*/5 * * * *", self.digest, args=(1,))
         self.at(6)
         info = self.app.schedule("s", "*/5 * * * *", self.other, misfire="all")
-        self.assertEqual((info.task, info.args, info.misfire), ("other", [], "all"))
+        self.assertEqual((info.task, info.args, info.misfire), ("other", (), "all"))
         self.fire(self.scheduler(), 6)
         self.assertEqual(self.ran(), [(5, "other", [[], {}])])
         self.at(11)
