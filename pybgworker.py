@@ -701,14 +701,18 @@ NAMES_OF_RESULT = _table(
 )
 NAMES_OF_APP = _table(
     ("periodic_task scheduled_job repeat_every every",
-     "it is @app.cron('*/5 * * * *')"),
+     "it is @app.cron('*/5 * * * *'), or '@every 10s'"),
     ("actor job shared_task db_task register", "it is @app.task"),
     ("send_task", "it is send(name, ...)"),
     ("conf config", "it is configure(...), or .settings"),
     ("autodiscover_tasks", "run --app MODULE imports the module that has the tasks, or "
      "that imports those that have"),
     ("AsyncResult", "it is result(id)"),
-    ("add_periodic_task add_job", "put @app.cron on the task"),
+    ("add_periodic_task add_job create_schedule schedule_task",
+     "put @app.cron on the task, or call schedule(name, '*/5 * * * *', task)"),
+    ("remove_job delete_schedule remove_periodic_task", "it is unschedule(name)"),
+    ("get_jobs get_job print_jobs", "it is schedules()"),
+    ("pause_job resume_job", "the commands are cron --disable, cron --enable"),
     ("tasks_registered actors", "it is .registered"),
     ("revoke", "it is result(id).cancel()"),
     ("signature chain group chord", "there are no signatures: " + _NEXT),
@@ -22956,11 +22960,11 @@ def _enqueue(args, app):
     result = app.send(args.name, *values, kwargs=kwargs, **options)
     if is_new:
         say_aside(f"made the database {app.store.path}")
-    _warn(app, result.id)
+    warn_unserved(app, result.id)
     return str(result.id)
 
 
-def _warn(app, task_id):
+def warn_unserved(app, task_id):
     """Say it if there are workers, and none takes this task."""
     store, timeout = app.store, app.settings.worker_timeout
     row, live = store.task(task_id), live_workers(store, store.now(), timeout)
@@ -23408,7 +23412,9 @@ def _cron(args, app):
     for verb, name in given:
         row = schedule_called(app.store, name)
         if verb == "run":
-            return str(run_schedule(app, row, by_me()).id)
+            result = run_schedule(app, row, by_me())
+            warn_unserved(app, result.id)
+            return str(result.id)
         return _switched(app.store, row, verb == "enable")
     report = cron_report(app.store, app.settings.worker_timeout)
     return as_json(report) if args.json else cron_text(report, wants_colour())
@@ -25176,7 +25182,10 @@ def schedules_report(store: Store, now: int, limit: int | None = None,
     rows = sorted(store.schedules(), key=_next_tick) if limit is None \
         else store.next_schedules(limit)
     note = schedule_notes(store, rows, now, worker_timeout)
-    return [{**_schedule_row(store, row, now), "note": note(row)} for row in rows]
+    names = collections.Counter(row.name for row in rows)
+    return [{**_schedule_row(store, row, now), "note": note(row),
+             "says": row.full_name if names[row.name] > 1 else row.name}
+            for row in rows]
 
 
 def _next_tick(row):
@@ -25186,8 +25195,7 @@ def _next_tick(row):
 def _schedule_row(store, row, now):
     next_at = None if row.next_tick is None else row.next_tick * 1000
     return {
-        "schedule": row.name, "says": row.full_name, "task": row.task,
-        "expr": row.expr, "tz": row.tz,
+        "schedule": row.name, "task": row.task, "expr": row.expr, "tz": row.tz,
         "misfire": row.misfire, "overlap": row.overlap, "jitter": row.jitter,
         "next_at": stamp(next_at),
         "next_in": None if next_at is None else max(0, next_at - now) / 1000,

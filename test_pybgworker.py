@@ -22723,6 +22723,8 @@ class Schedules(QueueCase):
             check(said, self.main_here("doctor")[1])
             check("Schedule made is not run: no live worker knows elsewhere.",
                   self.main_here("why")[1])
+            check("no live worker knows elsewhere",
+                  self.main_here("cron", "--run", "made")[2])
 
     def test_what_is_disabled_is_said(self):
         del self.store.now
@@ -28318,6 +28320,18 @@ class WebActions(WebCase):
         self.assertEqual((found.name, found.queue, found.priority), ("tick", "slow", 2))
         self.assertEqual(self.events()[-1][2:4], ("run", "schedule tick"))
         self.post("/api/schedules/tock/run", {}, 404)
+
+    def test_of_schedules_with_one_name_that_one_runs_that_is_meant(self):
+        for expr, args in (("*/5 * * * *", "[[5],{}]"), ("*/7 * * * *", "[[7],{}]")):
+            self.store.put_schedules([pybgworker.ScheduleRow(
+                "tick", expr, "UTC", 0, "latest", "allow", 0.0, None, None, "[]", self.now,
+                self.now, args=args)])
+        self.assertIn("say which", self.post("/api/schedules/tick/run", {}, 404)["error"])
+        for row in self.get("/api/schedules")["rows"]:
+            self.post(f"/api/schedules/{row['says']}/run")
+        self.assertEqual([args for args, in self.sql("select args from bg_task")],
+                         ["[[5],{}]", "[[7],{}]"])
+        self.assertEqual(self.events()[-1][2:4], ("run", "schedule tick"))
 
     def test_bodies_that_mean_nothing_are_refused_with_what_is_wrong(self):
         for path, body, words in (
