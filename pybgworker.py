@@ -66,8 +66,8 @@ Map
         One task · Reading · Sending · Acts · Operating · Backup · Schedules ·
         Wording · Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top ·
         Metrics · Health · Doctor · Remedies · Listeners · Child starts · Tether ·
-        Beside · Redaction · Web reports · Web actions · Dashboard · Web server ·
-        Connections · Bench · Old import paths · Page · Page script
+        Beside · Reload · Redaction · Web reports · Web actions · Dashboard ·
+        Web server · Connections · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -5174,7 +5174,7 @@ class App(Registered):
         return listening(self, kind)
 
     def start_worker(self, concurrency: int = 2, single: bool = False,
-                     **settings: Any) -> StartedWorker:
+                     reload: bool = False, **settings: Any) -> StartedWorker:
         """Start a worker process that lives exactly as long as this program.
 
         It imports the modules that have defined this app's tasks so far: so call it
@@ -5183,18 +5183,19 @@ class App(Registered):
         the program ends, in whatever way, it stops as by SIGTERM; if it dies itself,
         another is started after a pause.  `single`: of all processes that say so, on
         this database, one at a time has a worker, and when that is gone, another.
+        `reload`: as `run --reload`, for development.
 
         In a fork of this program nothing of it is left.  Does nothing in a worker's own
         processes and in those that its tasks start, in testing(), and where the setting
         `immediate` is on.  The same call once more returns the same StartedWorker.
         Raises SettingError; AppError where no other process can import the tasks.
         """
-        return start_beside(self, concurrency, single, settings)
+        return start_beside(self, concurrency, single, reload, settings)
 
-    def worker(self, concurrency: int = 2, single: bool = False, **settings: Any,
-               ) -> contextlib.AbstractContextManager[StartedWorker]:
+    def worker(self, concurrency: int = 2, single: bool = False, reload: bool = False,
+               **settings: Any) -> contextlib.AbstractContextManager[StartedWorker]:
         """A `with` block beside which a worker runs: start_worker(), then stop()."""
-        return working_beside(self, concurrency, single, settings)
+        return working_beside(self, concurrency, single, reload, settings)
 
     def on_child_start(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         """Decorate a function that is to be called in each child before its first task.
@@ -11386,6 +11387,59 @@ def _hand_over():
             raise OtherCopy(name)
 
 
+def file_stamp(path: str) -> str:
+    """Another one after each change of a file; empty when there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_mtime_ns}-{found.st_size}-{found.st_ino}"
+
+
+class ImportNotes:
+    """The first of sys.meta_path: notes which files are imported, for --reload.
+
+    Before they are executed, so also those that fail; not what is installed.  It is
+    inherited by forks, so it notes what tasks import as well.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._installed = os.path.dirname(os.__file__) + os.sep
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """What the others find."""
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find and finder is not self else None
+            if spec is not None:
+                if spec.has_location and spec.origin:
+                    self._note(os.path.abspath(spec.origin))
+                return spec
+        return None
+
+    def _note(self, path):
+        if path.startswith(self._installed) or path == os.path.abspath(__file__) or \
+                any(f"{os.sep}{name}-packages{os.sep}" in path
+                    for name in ("site", "dist")):
+            return
+        line = f"{file_stamp(path)} {path}\n".encode("utf-8", "surrogateescape")
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)
+
+
+def note_imports(path: str) -> None:
+    """From now on note there what is imported, if there is such a file to be."""
+    if path:
+        sys.meta_path.insert(0, ImportNotes(path))
+        sys.dont_write_bytecode = True      # of two versions within a second Python
+                                            # would take the older, if as long
+
+
 def text_of(fn, *args):
     """Call what may be an exception's own, broken, code."""
     try:
@@ -11616,15 +11670,17 @@ def interpreter() -> list[str]:
     return [sys.executable, *flags]
 
 
-def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int) -> int:
+def spawn(argv: list[str], keep: Sequence[int], stdin: int, output: int,
+          errors: int = -1) -> int:
     """Start a process in a session and group of its own; return its pid.
 
-    It inherits the descriptors in `keep`, and writes stdout and stderr to `output`.
+    It inherits the descriptors in `keep`, and writes stdout and stderr to `output`;
+    the latter to `errors`, if that is given.
     """
     environ = {k: v for k, v in os.environ.items() if k not in _OF_THE_SERVICE}
     process = _own_subprocess().Popen(
-        argv, stdin=stdin, stdout=output, stderr=output, pass_fds=keep, env=environ,
-        start_new_session=True, close_fds=True,
+        argv, stdin=stdin, stdout=output, stderr=output if errors < 0 else errors,
+        pass_fds=keep, env=environ, start_new_session=True, close_fds=True,
     )
     process.returncode = 0      # this module reaps by wait4, for the peak memory
     return process.pid
@@ -12450,6 +12506,7 @@ class ChildSpec(NamedTuple):
     begun: int = -1     # descriptor of the mapping of what has begun; -1: none
     threads: int = 1    # ordinary tasks at a time; 1: on the main thread
     coroutines: int = 0         # async tasks at a time; 0: no frames come for them
+    notes: str = ""     # file to note in what is imported, see ImportNotes
 
 
 # What a ChildSpec has of descriptors; -1 for one that there is not.
@@ -14952,6 +15009,7 @@ class Child:
         have_fresh_signals()
         self._prepare()
         self.stage.set()
+        note_imports(self.spec.notes)
         with self._telling_what_fails():
             # Written before the worker looks for it, which counts from our start.
             with stack_when_slow(self.spec.crash, SLOW_SECONDS / 2):
@@ -15106,6 +15164,7 @@ class NurserySpec(NamedTuple):
     requests: int       # descriptor to read requests from: JSON, with descriptors
     reports: int        # descriptor to write reports to: lines of JSON
     crash: int          # descriptor for the Python stack of a crash
+    notes: str = ""     # file to note in what is imported, see ImportNotes
 
 
 def run_nursery(spec: Sequence) -> None:
@@ -15113,7 +15172,9 @@ def run_nursery(spec: Sequence) -> None:
 
     A forked child has the hash seed of its siblings; all else that is random differs.
     """
-    child = _Nursery(NurserySpec(*spec)).live()
+    nursery = _Nursery(NurserySpec(*spec))
+    note_imports(NurserySpec(*spec).notes)
+    child = nursery.live()
     if child is not None:
         child.go_on()
 
@@ -15185,7 +15246,7 @@ class _Nursery:
         have_fresh_signals()
         for number in (signal.SIGTERM, signal.SIGINT):
             set_signal(number, nobody)      # a process manager sends them to all
-        for fd in self._spec[4:]:
+        for fd in self._spec[4:7]:
             os.set_inheritable(fd, False)
         for end in (self._bell, self._ringer):
             end.setblocking(False)
@@ -15230,7 +15291,7 @@ class _Nursery:
     def _start_anew(self, module):
         """The app uses this file by another name: be that."""
         spec = self._spec._replace(module=module, path=sys.path)
-        for fd in spec[4:]:
+        for fd in spec[4:7]:
             os.set_inheritable(fd, True)
         os.execv(sys.executable, start_argv("run_nursery", spec))
 
@@ -15302,7 +15363,7 @@ class _Nursery:
         *ends, output = fds
         spec = ChildSpec(*fields)._replace(
             module=self._spec.module, path=sys.path, parent=os.getpid(),
-            **dict(zip(names, ends)))
+            notes=self._spec.notes, **dict(zip(names, ends)))
         pid = self._fork(spec) if is_forked else self._execute(spec, ends, output)
         if not pid:
             return self._born(spec, output)
@@ -15523,6 +15584,8 @@ class ChildProcess:
 class Nursery:
     """The worker's side of a nursery; when that has died, start() makes another."""
 
+    notes = ""      # of this process: file in which nurseries note what they import
+
     def __init__(self, app_spec: str, log: Callable = nobody):
         self.app_spec = app_spec
         self._log = log                 # log(event, None, **fields)
@@ -15547,7 +15610,7 @@ class Nursery:
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(close_fd, null)
             spec = NurserySpec(__name__, self.app_spec, sys.path, os.getpid(),
-                               *line.theirs)
+                               *line.theirs, self.notes)
             argv = start_argv("run_nursery", spec)
             process = Process(spawn(argv, line.theirs, null, line.their_output))
             undo.pop_all()
@@ -18300,6 +18363,14 @@ EVENTS = {
     "worker_ready": Event(
         "children start_method",
         "the first child has the app; `start_method`: how they start, and why"),
+    "reloaded": Event(
+        "files",
+        "`--reload`: these have changed, and a new worker has the app as it is now; the "
+        "one before finishes what it runs"),
+    "reload_failed": Event(
+        "files",
+        "… no worker can start with these; why, is on standard error; the one before "
+        "goes on, and the next change is tried"),
     "worker_stopping": Event(
         "running patience tasks",
         "the first signal: it waits at most `patience` seconds for these tasks"),
@@ -19931,7 +20002,7 @@ def _log_apart(style, path):
         os.close(log_fd)
 
 
-def _known_early(args, name):
+def known_early(args, name):
     """A setting as far as it is known before the app is imported; None: not at all."""
     variable = "PYBGWORKER_" + name.upper()
     given, said = getattr(args, name), os.environ.get(variable)
@@ -19951,11 +20022,11 @@ def _known_early(args, name):
 def _run(args, app):
     check_platform()
     flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
-    path = _known_early(args, "log_file")
+    path = known_early(args, "log_file")
     style = args.log_format or (
         "text" if is_terminal(sys.stdout) and not path else "json")
     with _log_apart(style, path) as log:
-        name = _known_early(args, "worker_name")
+        name = known_early(args, "worker_name")
         journal = Journal(log, name or default_worker_name())
         nursery = Nursery(args.app, journal.run)
         try:
@@ -19988,7 +20059,8 @@ def _arguments(argv):
             one = argparse.ArgumentParser(
                 prog=f"pybgworker {command.name}", **_described(command))
             _add_flags(one, command)
-            return one.parse_args(argv[1:], argparse.Namespace(command=command.name))
+            return one.parse_args(argv[1:], argparse.Namespace(
+                command=command.name, argv=argv[1:]))
     return _parser().parse_args(argv)
 
 
@@ -20945,6 +21017,8 @@ def cron_chore(worker: Worker) -> Chore:
         worker.journal.say("scheduler_start", schedules=scheduler.count())
 
     def fire(now):
+        if worker.stop_by == math.inf:      # it lasts for long, and another has begun
+            return None
         fired, wait = scheduler.fire(now)
         worker.lookout.news |= fired
         return wait
@@ -27744,6 +27818,7 @@ class TetherSpec(NamedTuple):
     argv: list          # of the command
     patience: float     # its shutdown timeout
     environ: dict       # more variables
+    notes: str = ""     # as of Nursery
 
 
 def run_tethered(spec: Sequence) -> None:
@@ -27751,6 +27826,7 @@ def run_tethered(spec: Sequence) -> None:
     tether = Tether.own = Tether(TetherSpec(*spec))
     os.chdir(tether.spec.folder)
     os.environ.update(tether.spec.environ)
+    Nursery.notes = tether.spec.notes
     set_signal(signal.SIGHUP, signal.SIG_DFL)       # that is how it stops
     own_start(tether.watch, ())
     sys.argv[1:] = tether.spec.argv
@@ -27800,9 +27876,13 @@ class Tether:
         """Say to the program that a child has the app; due again while none has."""
         if not self.worker.is_ready:
             return 0.0
+        self.say_ready()
+        return math.inf
+
+    def say_ready(self) -> None:
+        """The same, whenever it is said."""
         with contextlib.suppress(OSError):
             self._end.send(_SAYS_READY)
-        return math.inf
 
 
 @chore
@@ -27819,18 +27899,18 @@ class Tethered:
 
     def __init__(self, argv: list[str], patience: float, folder: str,
                  path: Sequence[str], environ: dict | None = None,
-                 keep: Sequence[int] = ()):
+                 keep: Sequence[int] = (), outputs: tuple = (2, 2), notes: str = ""):
         """Raises OSError."""
-        self.patience = patience
+        self.patience, self.notes = patience, notes
         self.is_ready = False           # it has said so
         self._end, theirs = socket_pair()
         null = os.open(os.devnull, os.O_RDWR)
         try:
             spec = TetherSpec(__name__, folder, list(path), os.getpid(),
-                              theirs.fileno(), argv, patience, environ or {})
-            output = 2 if file_identity(2) else null
+                              theirs.fileno(), argv, patience, environ or {}, notes)
+            ends = [fd if file_identity(fd) else null for fd in outputs]
             self.process = Process(spawn(start_argv("run_tethered", spec),
-                                         [theirs.fileno(), *keep], null, output))
+                                         [theirs.fileno(), *keep], null, *ends))
         except BaseException:
             self._end.close()
             raise
@@ -28092,12 +28172,13 @@ class StartedWorker:
                 each.stop()
 
 
-def start_beside(app: App, concurrency: int, single: bool,
+def start_beside(app: App, concurrency: int, single: bool, reload: bool,
                  settings: dict) -> StartedWorker:
     """What App.start_worker() does."""
     check_platform()
-    if not isinstance(single, bool):
-        raise OptionError(f"single={single!r}: must be True or False")
+    for name, value in ("single", single), ("reload", reload):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name}={value!r}: must be True or False")
     if "db" in settings:
         raise OptionError(f"start_worker(db={settings['db']!r}): it serves the database"
                           " of its App: App(db=...) or configure(db=...) names another")
@@ -28107,7 +28188,7 @@ def start_beside(app: App, concurrency: int, single: bool,
         return StartedWorker()
     spec, database = spec_of(app), app.store.path
     argv, environ = run_flags(resolved)
-    argv = ["run", "--app", spec, "--db", database, *argv]
+    argv = ["run", "--app", spec, "--db", database, *["--reload"] * reload, *argv]
     folder, path = os.getcwd(), [os.path.abspath(p) for p in sys.path
                                  if isinstance(p, str)]
 
@@ -28122,10 +28203,10 @@ def start_beside(app: App, concurrency: int, single: bool,
 
 
 @contextlib.contextmanager
-def working_beside(app: App, concurrency: int, single: bool,
+def working_beside(app: App, concurrency: int, single: bool, reload: bool,
                    settings: dict) -> Iterator[StartedWorker]:
     """What App.worker() is."""
-    worker = start_beside(app, concurrency, single, settings)
+    worker = start_beside(app, concurrency, single, reload, settings)
     try:
         yield worker
     finally:
@@ -28239,6 +28320,268 @@ def _check_importable(name, in_script):
             f"start_worker(): a worker cannot import the module {name!r}"
             f"{f', for {path}' if is_script else ''}: put your tasks into a module, a "
             "file NAME.py on sys.path, and import that")
+
+
+# == Reload ===================================================================
+# Owns `run --reload`: a process that imports nothing of the app, and has a worker with
+# a nursery for each version of it.  When a file that one of their processes has
+# imported is changed, a new worker is started; once that is ready, the one before takes
+# no more tasks, and ends when it has finished those it has.
+
+_RELOAD_STEP_SECONDS = 0.1  # between two looks at the workers
+_RELOAD_LOOK_SECONDS = 0.5  # … and at the files
+_RELOAD_PAUSE = 1.0         # until a worker that has died is replaced
+
+
+class WatchedFiles:
+    """The files that were imported, as they were then, and what lies beside them."""
+
+    def __init__(self, folder: str):
+        self._stamps: dict[str, str] = {}       # of files, by path
+        self._beside: dict[str, frozenset] = {}     # modules that there are, by folder
+        self._read: dict[str, int] = {}         # notes: bytes that are known
+        self._at_last: tuple = ()               # what the last look has seen
+        self._add_folder(folder)
+
+    def learn(self, notes: str, is_new: bool) -> None:
+        """Take in what processes have noted since the last call.
+
+        `is_new`: by the newest version, which counts.
+        """
+        try:
+            with open(notes, encoding="utf-8", errors="surrogateescape") as f:
+                f.seek(self._read.get(notes, 0))
+                lines = f.read().splitlines(True)
+        except OSError:
+            return
+        for line in lines:
+            if line.endswith("\n"):             # else it is still being written
+                self._read[notes] = self._read.get(notes, 0) + len(
+                    line.encode("utf-8", "surrogateescape"))
+                mark, _, path = line[:-1].partition(" ")
+                if is_new or path not in self._stamps:
+                    self._stamps[path] = mark
+                    self._add_folder(os.path.dirname(path))
+
+    def _add_folder(self, folder):
+        self._beside.setdefault(folder, _modules_in(folder))
+
+    def changed(self) -> list[str]:
+        """Files that differ from what was imported, or are new, or gone.
+
+        Nothing, as long as they change from one look to the next: somebody saves.
+        """
+        files = {path: file_stamp(path) for path in self._stamps}
+        beside = {folder: _modules_in(folder) for folder in self._beside}
+        found = {path for path, mark in files.items() if mark != self._stamps[path]}
+        for folder, names in beside.items():
+            found |= names ^ self._beside[folder]
+        before, self._at_last = self._at_last, (files, beside)
+        return sorted(found) if found and before == self._at_last else []
+
+    @property
+    def is_moving(self) -> bool:
+        """True when the last look has seen a change that may not be the whole of it."""
+        files, beside = self._at_last or (self._stamps, self._beside)
+        return files != self._stamps or beside != self._beside
+
+    def accept(self) -> None:
+        """From now on all is as it should be."""
+        self._stamps = {path: file_stamp(path) for path in self._stamps}
+        self._beside = {folder: _modules_in(folder) for folder in self._beside}
+        self._at_last = ()
+
+
+def _modules_in(folder, is_deep=True):
+    """Paths of the modules in a folder, and in its folders."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[:1] not in (".", "_") and is_deep and entry.is_dir():
+                found |= _modules_in(entry.path, is_deep=False)
+            elif entry.name.endswith(".py") and entry.name[:1] != ".":
+                found.add(entry.path)
+    return frozenset(found)
+
+
+class Reloader:
+    """The workers of `run --reload`: the one that serves, one to come, those before."""
+
+    def __init__(self, argv: list[str], patience: float, journal: Journal, notes: str):
+        self._argv, self._patience, self._journal = argv, patience, journal
+        self._notes = notes             # a folder
+        self._files = WatchedFiles(os.getcwd())
+        self._stops = StopSignals()
+        self._has_heard = 0             # of stop signals, those that were passed on
+        self._now: Any = None           # Tethered
+        self._next: Any = None
+        self._before: list[Tethered] = []
+        self._changed: list[str] = []   # why there is a next one
+        self._count = 0                 # of workers
+        self._status: int | None = None         # once it ends
+        self._look_at = self._start_at = 0.0    # monotonic; the latter inf: it waits
+
+    def run(self) -> int:
+        """Work until a signal; return the exit status."""
+        self._stops.begun = True
+        with self._stops.caught():
+            while self._status is None or self._all():
+                self.step(time.monotonic())
+                self._journal.log.flush()
+                time.sleep(_RELOAD_STEP_SECONDS)
+        return self._status
+
+    def _all(self):
+        return [each for each in (self._now, self._next, *self._before) if each]
+
+    def step(self, at: float) -> None:
+        """One look at everything."""
+        for each in self._all():
+            each.wait(0)
+        for each in [each for each in self._before if each.exit]:
+            each.close()
+            self._before.remove(each)
+        if self._stops.count > self._has_heard:
+            self._pass_on()
+        if self._next:
+            self._mind_next(at)
+        elif self._now and self._now.exit:
+            self._mourn(at)
+        if self._status is not None:
+            self._dismiss()
+        elif not (self._now or self._next) and at >= self._start_at:
+            self._start()
+        elif at >= self._look_at:
+            self._look(at)
+
+    def _pass_on(self):
+        """A signal: all stop; by the second at once."""
+        self._has_heard, self._status = self._stops.count, 0
+        for each in self._all():
+            each.hang_up()
+            if self._stops.count > 1:
+                each.process.signal(signal.SIGTERM)
+
+    def _dismiss(self):
+        """This ends: keep only who has not."""
+        for each in (self._now, self._next):
+            if each:
+                each.hang_up()
+                self._before.append(each)
+        self._now = self._next = None
+
+    def _start(self):
+        self._count += 1
+        self._files.accept()
+        self._next = Tethered(
+            self._argv, self._patience, os.getcwd(), sys.path, outputs=(1, 2),
+            notes=os.path.join(self._notes, str(self._count)))
+
+    def _mind_next(self, at):
+        new = self._next
+        if new.exit:
+            self._next = None
+            new.close()
+            self._fail(new, at)
+        elif new.is_ready:
+            if self._now:
+                self._now.drain()
+                self._before.append(self._now)
+            self._now, self._next = new, None
+            if self._changed:
+                self._journal.say("reloaded", files=self._shown())
+            self._changed = []
+            if Tether.own:
+                Tether.own.say_ready()
+
+    def _fail(self, new, at):
+        """It could not be imported, or its children cannot start; it has said why."""
+        self._learn(new)
+        if new.exit.code in (0, 2) and not self._now:   # told to stop; wrong usage
+            self._status = new.exit.code
+            return
+        self._start_at = math.inf
+        self._journal.say("reload_failed", files=self._shown())
+
+    def _shown(self):
+        return [os.path.relpath(path) for path in self._changed]
+
+    def _mourn(self, at):
+        """The worker has ended; if it was not killed, it has said why, and so do we."""
+        self._now.close()
+        if self._now.exit.code is not None:
+            self._status = self._now.exit.code
+        self._now, self._start_at = None, at + _RELOAD_PAUSE
+
+    def _learn(self, newest=None):
+        newest = newest or self._next or self._now
+        for each in (self._now, newest):
+            if each:
+                self._files.learn(each.notes, each is newest)
+
+    def _look(self, at):
+        self._learn()
+        changed = self._files.changed()
+        pause = _RELOAD_STEP_SECONDS if self._files.is_moving else _RELOAD_LOOK_SECONDS
+        self._look_at = at + pause
+        if changed:
+            if self._next:              # it is out of date before it was ready
+                self._next.hang_up()
+                self._before.append(self._next)
+            self._changed = sorted({*self._changed, *changed})
+            self._start()
+
+
+def run_reloading(args: Any, journal: Journal) -> int:
+    """The command `run --reload`."""
+    import shutil
+    import tempfile
+
+    if args.burst:
+        raise UsageError("--reload goes on until it is stopped, and --burst ends when "
+                         "nothing is due: not both")
+    flags = {s.name: getattr(args, s.name) for s in SETTINGS if s.flag}
+    patience = resolve_settings({}, dict(os.environ), flags).shutdown_timeout
+    if flags["http"] or os.environ.get("PYBGWORKER_HTTP"):
+        raise UsageError("--reload has two workers for a while, and --http is one "
+                         "address: not both")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    argv = ["run", *(word for word in args.argv if not (
+        len(word) > 4 and "--reload".startswith(word)))]
+    notes = tempfile.mkdtemp(prefix="pybgworker-")
+    try:
+        return Reloader(argv, patience, journal, notes).run()
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _with_reload(run):
+    """The command `run`, which takes --reload as well."""
+    def act(args, app):
+        if not args.reload:
+            return run.act(args, app)
+        check_platform()
+        path = known_early(args, "log_file")
+        style = args.log_format or (
+            "text" if is_terminal(sys.stdout) and not path else "json")
+        log = Log(1, style)
+        if path:
+            log.move(LogFile(path))
+        name = known_early(args, "worker_name") or default_worker_name()
+        try:
+            return run_reloading(args, Journal(log, name))
+        finally:
+            log.flush(patience=1.0)
+
+    start_anew = flag("--reload", action="store_true",
+                      help="for development: when an imported file changes, import the "
+                      "app anew; what runs is finished by the old one")
+    app_flag, *others = run.flags
+    return run._replace(act=act, flags=(app_flag, start_anew, *others))
+
+
+COMMANDS[:] = [_with_reload(each) if each.name == "run" else each for each in COMMANDS]
 
 
 # == Redaction ================================================================

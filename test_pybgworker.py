@@ -27892,11 +27892,257 @@ class Beside(BesideCase):
             ({"queues": ""}, "queues='': must be"),
             ({"colour": 1}, "unknown setting 'colour'"),
             ({"single": "yes"}, "single='yes': must be True or False"),
+            ({"reload": 1}, "reload=1: must be True or False"),
             ({"db": "other.db"}, "db='other.db'.*database of its App"),
         ):
             with self.subTest(options), self.assertRaisesRegex(
                     (pybgworker.SettingError, pybgworker.OptionError), words):
                 self.app.start_worker(**options)
+
+
+# == Reload ===================================================================
+
+
+class Reloads(BesideCase):
+
+    HEAD = """
+        import os, time
+        from pybgworker import *
+
+        def mark(name, text=""):
+            with open(name, "a") as f:
+                f.write(f"{text}\\n")
+
+        @task(retries=0, name="nap")
+        def nap():
+            mark("nap")
+            while not os.path.exists("go on"):
+                time.sleep(0.01)
+            return VERSION
+    """
+
+    def write(self, name, text):
+        """As an editor does that saves all at once."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        (self.folder / "saved").write_text(textwrap.dedent(text))
+        (self.folder / "saved").rename(path)
+
+    def version(self, number, more=""):
+        self.write("tasks.py", textwrap.dedent(self.HEAD) + f"VERSION = {number}\n"
+                   "@task(retries=0, name='version')\ndef version(): return VERSION\n"
+                   + textwrap.dedent(more))
+
+    def reloading(self, *flags, **options):
+        worker = self.worker("--concurrency", 1, "--reload", *flags, **options)
+        worker.wait_for("worker_ready")
+        return worker
+
+    def await_reload(self, worker, count=1):
+        until(lambda: len(worker.all("reloaded")) >= count, 60, f"reload {count}")
+        return worker.all("reloaded")[count - 1]["files"]
+
+    def ask(self, name="version"):
+        return self.send(name).get(60)
+
+    def test_a_change_is_what_new_tasks_run_and_the_old_ones_finish(self):
+        for method in ("fork", "spawn"):
+            with self.subTest(method):
+                for name in ("nap", "go on"):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.version(1)
+                worker = self.reloading("--start-method", method,
+                                        "--shutdown-timeout", "0.1")
+                self.assertEqual(self.ask(), 1)
+                running = self.send("nap")
+                until(lambda: self.lines("nap"))
+                self.version(2, "@task(name='more')\ndef more(): return 'new'\n")
+                self.assertEqual(self.await_reload(worker), ["tasks.py"])
+                self.assertEqual((self.ask(), self.ask("more")), (2, "new"))
+                self.assertEqual(running.status, "running")
+                (self.folder / "go on").touch()
+                self.assertEqual(running.get(60), 1)
+                until(lambda worker=worker: worker.all("worker_stop"))
+                self.assertEqual(worker.stop(), 0)
+                self.assertEqual(len(worker.all("worker_stop")), 2)
+                self.assertEqual(self.sql("select count(*) from bg_worker"), [(0,)])
+
+    def test_a_failed_import_is_printed_once_and_the_old_code_goes_on(self):
+        self.version(1, "import helper")
+        self.write("helper.py", "")
+        (self.folder / "tasks.py").touch()
+        worker = self.reloading()
+        self.write("helper.py", "def broken(:\n")
+        self.assertEqual(worker.wait_for("reload_failed")["files"], ["helper.py"])
+        self.assertEqual(self.ask(), 1)
+        self.version(2, "import helper\nimport absent")
+        until(lambda: len(worker.all("reload_failed")) == 2, 60)
+        self.assertEqual(self.ask(), 1)
+        self.write("helper.py", "fine = True\n")
+        until(lambda: len(worker.all("reload_failed")) == 3, 60)
+        self.write("absent.py", "")
+        self.assertEqual(self.await_reload(worker), ["absent.py", "helper.py", "tasks.py"])
+        self.assertEqual(self.ask(), 2)
+        said = "".join(worker.errors)
+        self.assertEqual(said.count("SyntaxError"), 2, said)
+        self.assertEqual(said.count("No module named 'absent'"), 1, said)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_it_waits_for_an_app_that_cannot_be_imported_at_the_start(self):
+        self.version("one")
+        worker = self.worker("--concurrency", 1, "--reload")
+        worker.wait_for("reload_failed")
+        self.version(1)
+        worker.wait_for("worker_ready")
+        self.assertEqual(self.ask(), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_what_is_imported_later_by_a_task_is_watched(self):
+        more = """
+            @task(retries=0, name="lazy")
+            def lazy():
+                import later
+                return later.VALUE
+            """
+        for method in ("fork", "spawn"):
+            self.write("later.py", "VALUE = 1\n")
+            self.version(1, more)
+            worker = self.reloading("--start-method", method)
+            with self.subTest(method):
+                self.assertEqual(self.ask("lazy"), 1)
+                self.write("later.py", "VALUE = 2\n")
+                self.assertEqual(self.await_reload(worker), ["later.py"])
+                self.assertEqual(self.ask("lazy"), 2)
+                self.assertEqual(worker.stop(), 0)
+
+    def test_modules_that_come_and_go_are_noticed_and_what_is_no_module_is_not(self):
+        self.write("package/__init__.py", "from . import part\n")
+        self.write("package/part.py", "")
+        self.version(1, """
+            import package
+            try:
+                import local_settings
+            except ImportError:
+                VERSION = "without"
+            """)
+        worker = self.reloading()
+        self.assertEqual(self.ask(), "without")
+        for name in ("notes.txt", ".tasks.py.swp", ".#tasks.py", "data/x.csv"):
+            self.write(name, "x")
+        self.write("local_settings.py", "")
+        self.assertEqual(self.await_reload(worker), ["local_settings.py"])
+        self.assertEqual(self.ask(), 1)
+        (self.folder / "local_settings.py").unlink()
+        self.assertEqual(self.await_reload(worker, 2), ["local_settings.py"])
+        self.assertEqual(self.ask(), "without")
+        self.write("package/part.py", "x = 1\n")
+        self.assertEqual(self.await_reload(worker, 3), ["package/part.py"])
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(len(worker.all("worker_ready")), 4)
+
+    def test_schedules_and_settings_are_those_of_the_new_version(self):
+        self.version(1, "@task(name='tick')\n@cron('0 0 1 1 *')\ndef tick(): pass\n"
+                     "configure(threads=3)\n")
+        worker = self.reloading()
+        self.assertEqual(worker.find("worker_start")["threads"], 3)
+        self.version(2, "@task(name='tick')\n@cron('0 0 2 2 *')\ndef tick(): pass\n"
+                     "configure(threads=5)\n")
+        self.await_reload(worker)
+        started = worker.all("worker_start")[1]
+        self.assertEqual((started["threads"], started["schedules"]), (5, 1))
+        until(lambda: worker.all("worker_stop"))
+        tasks = self.sql("select distinct worker from bg_worker_task")
+        self.assertEqual(tasks, self.sql("select id from bg_worker"))
+        self.assertEqual(worker.stop(), 0)
+
+    def test_signals_stop_all_of_it_and_the_second_at_once(self):
+        self.version(1)
+        worker = self.reloading()
+        first = self.send("nap")
+        until(lambda: self.lines("nap"))
+        self.version(2)
+        self.await_reload(worker)
+        second = self.send("nap")
+        until(lambda: len(self.lines("nap")) == 2)
+        worker.signal(signal.SIGINT)
+        said = until(lambda: worker.find("worker_stopping", tasks=[f"{second.id} nap"]))
+        self.assertEqual(said["patience"], 30)
+        worker.signal(signal.SIGINT)
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual((first.status, second.status), ("queued", "queued"))
+
+    def test_the_old_one_waits_for_its_tasks_no_longer_than_allowed_once_all_stops(self):
+        self.version(1)
+        worker = self.reloading("--shutdown-timeout", "0.3")
+        running = self.send("nap")
+        until(lambda: self.lines("nap"))
+        self.version(2)
+        self.await_reload(worker)
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(running.status, "queued")
+
+    def test_when_it_is_killed_all_of_it_ends(self):
+        self.version(1)
+        worker = self.reloading()
+        pids = self.pids_of(worker.pid)
+        self.assertGreater(len(pids), 3)
+        worker.process.kill()
+        self.await_end(pids)
+
+    def test_a_worker_of_it_that_is_killed_is_replaced(self):
+        self.version(1)
+        worker = self.reloading()
+        os.kill(worker.find("worker_start")["pid"], signal.SIGKILL)
+        until(lambda: len(worker.all("worker_ready")) == 2, 60)
+        self.assertEqual(self.ask(), 1)
+        self.assertEqual(worker.stop(), 0)
+
+    def test_what_does_not_go_with_it_is_refused(self):
+        self.version(1)
+        for flag in (["--burst"], ["--http", "0"]):
+            done = self.cli("run", "--app", "tasks", "--reload", *flag)
+            self.assertEqual(done.returncode, 2)
+            self.assertRegex(done.stderr, rf"^pybgworker: --reload .*{flag[0]}.*not both")
+        done = self.cli("run", "--app", "tasks.py", "--reload")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--app tasks\n", done.stderr)
+
+    def test_a_change_is_taken_when_it_has_come_to_rest(self):
+        path = self.folder / "a.py"
+        path.write_text("1")
+        notes = self.folder / "notes"
+        notes.write_text(f"{pybgworker.file_stamp(path)} {path}\n1-2-3 ")
+        files = pybgworker.WatchedFiles(str(self.folder / "elsewhere"))
+        files.learn(str(notes), True)
+        self.assertEqual([files.changed(), files.changed()], [[], []])
+        self.assertFalse(files.is_moving)
+        for text in ("12", "123"):
+            path.write_text(text)
+            self.assertEqual(files.changed(), [])
+            self.assertTrue(files.is_moving)
+        self.assertEqual(files.changed(), [str(path)])
+        files.accept()
+        self.assertEqual([files.changed(), files.changed()], [[], []])
+        with notes.open("a") as f:
+            f.write(f"{path}\n")
+        files.learn(str(notes), False)
+        self.assertEqual([files.changed(), files.changed()], [[], []])
+
+    def test_a_worker_beside_a_program_reloads_too(self):
+        (self.folder / "serve.py").write_text(
+            "import sys, tasks\nfrom pybgworker import start_worker\n"
+            "worker = start_worker(concurrency=1, reload=True)\n"
+            "print(worker.wait_ready(60), flush=True)\nsys.stdin.readline()\n")
+        self.version(1)
+        program = Program(self, "", argv=["serve.py"])
+        self.assertEqual(program.wait_printed(), ["True"])
+        self.assertEqual(self.ask(), 1)
+        self.version(2)
+        program.wait_for("reloaded")
+        self.assertEqual(self.ask(), 2)
+        program.go()
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(len(program.all("worker_stop")), 2)
 
 
 # == Redaction ================================================================
