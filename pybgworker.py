@@ -18365,8 +18365,8 @@ EVENTS = {
         "the first child has the app; `start_method`: how they start, and why"),
     "reloaded": Event(
         "files",
-        "`--reload`: these have changed, and a new worker has the app as it is now; the "
-        "one before finishes what it runs"),
+        "`--reload`: these have changed, and a new worker has the app as it is now; "
+        "the one before finishes what it runs"),
     "reload_failed": Event(
         "files",
         "… no worker can start with these; why, is on standard error; the one before "
