@@ -28340,6 +28340,8 @@ class WatchedFiles:
         self._stamps: dict[str, str] = {}       # of files, by path
         self._beside: dict[str, frozenset] = {}     # modules that there are, by folder
         self._read: dict[str, int] = {}         # notes: bytes that are known
+        # (notes, file), for what comes to import it later may find a newer one.
+        self._noted: set[tuple] = set()
         self._at_last: tuple = ()               # what the last look has seen
         self._add_folder(folder)
 
@@ -28359,7 +28361,9 @@ class WatchedFiles:
                 self._read[notes] = self._read.get(notes, 0) + len(
                     line.encode("utf-8", "surrogateescape"))
                 mark, _, path = line[:-1].partition(" ")
-                if is_new or path not in self._stamps:
+                is_first = (notes, path) not in self._noted
+                self._noted.add((notes, path))
+                if is_first and (is_new or path not in self._stamps):
                     self._stamps[path] = mark
                     self._add_folder(os.path.dirname(path))
 
@@ -28419,7 +28423,8 @@ class Reloader:
         self._changed: list[str] = []   # why there is a next one
         self._count = 0                 # of workers
         self._status: int | None = None         # once it ends
-        self._look_at = self._start_at = 0.0    # monotonic; the latter inf: it waits
+        self._look_at = 0.0             # monotonic
+        self._start_at = 0.0            # the same; inf: after the next change
 
     def run(self) -> int:
         """Work until a signal; return the exit status."""
@@ -28449,7 +28454,7 @@ class Reloader:
             self._mourn(at)
         if self._status is not None:
             self._dismiss()
-        elif not (self._now or self._next) and at >= self._start_at:
+        elif not self._next and at >= self._start_at:
             self._start()
         elif at >= self._look_at:
             self._look(at)
@@ -28471,7 +28476,7 @@ class Reloader:
         self._now = self._next = None
 
     def _start(self):
-        self._count += 1
+        self._count, self._start_at = self._count + 1, math.inf
         self._files.accept()
         self._next = Tethered(
             self._argv, self._patience, os.getcwd(), sys.path, outputs=(1, 2),
@@ -28495,12 +28500,17 @@ class Reloader:
                 Tether.own.say_ready()
 
     def _fail(self, new, at):
-        """It could not be imported, or its children cannot start; it has said why."""
+        """It could not be imported, or its children cannot start; it has said why.
+
+        Unless somebody has killed it.
+        """
         self._learn(new)
+        if new.exit.code is None:
+            self._start_at = at + _RELOAD_PAUSE
+            return
         if new.exit.code in (0, 2) and not self._now:   # told to stop; wrong usage
             self._status = new.exit.code
             return
-        self._start_at = math.inf
         self._journal.say("reload_failed", files=self._shown())
 
     def _shown(self):

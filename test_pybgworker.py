@@ -28128,6 +28128,38 @@ class Reloads(BesideCase):
         files.learn(str(notes), False)
         self.assertEqual([files.changed(), files.changed()], [[], []])
 
+    def test_who_imports_a_file_later_does_not_hide_that_it_has_changed(self):
+        """A child that is executed, say; the notes of a next version do count."""
+        path, files = self.folder / "a.py", pybgworker.WatchedFiles("elsewhere")
+        path.write_text("1")
+        stamp = pybgworker.file_stamp(path)
+        for name in ("1", "2"):
+            (self.folder / name).write_text(f"0-0-0 {path}\n{stamp} {path}\n")
+            files.learn(str(self.folder / name), True)
+            files.changed()
+            self.assertEqual(files.changed(), [str(path)])
+            files.accept()
+
+    def test_a_worker_that_is_killed_before_it_is_ready_is_started_again(self):
+        self.version(1)
+        worker = self.reloading()
+        (self.folder / "import").touch()
+        self.version(2, """
+            if os.path.exists("import"):
+                mark("importing", os.getpid())
+                time.sleep(60)
+            """)
+        until(lambda: self.lines("importing"))
+        (self.folder / "import").unlink()
+        if not Path("/proc/self/stat").exists():
+            self.skipTest("needs /proc")
+        stat = Path(f"/proc/{self.lines('importing')[0]}/stat").read_text()
+        os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+        self.await_reload(worker)
+        self.assertEqual(self.ask(), 2)
+        self.assertEqual(worker.stop(), 0)
+        self.assertEqual(worker.all("reload_failed"), [])
+
     def test_a_worker_beside_a_program_reloads_too(self):
         (self.folder / "serve.py").write_text(
             "import sys, tasks\nfrom pybgworker import start_worker\n"
