@@ -28910,7 +28910,8 @@ def _facts_shown(report, runs, worker):
     facts = [
         ("queue", "q", report["queue"]), ("priority", "x", report["priority"]),
         ("key", "m", report["key"]), ("enqueued", "t", report["created_at"]),
-        ("due", "t", report["run_at"]), ("tick", "t", report["scheduled_for"]),
+        ("due", "t", report["run_at"]), ("expires", "t", report["expires_at"]),
+        ("tick", "t", report["scheduled_for"]),
         ("retries", "x", f"{report['retries']:,} after the first"),
         ("time limit", "s", report["timeout"]), ("waited", "s", report["waited"]),
         ("ran", "s", report["duration"]), ("progress", "progress", report["progress"]),
