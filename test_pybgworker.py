@@ -7182,6 +7182,20 @@ class Expiring(QueueCase):
         self.turn(history=pybgworker.RunCounts(), order=self.order())
         self.assertEqual(self.store.totals(), [])
 
+    def test_a_clock_in_doubt_does_not_put_it_off(self):
+        """Nobody wants to wait an hour for the end of what is stale."""
+        mine, = self.expiring(1000)
+        behind = self.enqueue()
+        view = pybgworker.look_at_clock(pybgworker.ClockView(self.now, None),
+                                        self.now + 7 * 86_400_000)
+        self.assertIsNotNone(view.doubted)
+        self.store.put_clock(view)
+        self.now += 7 * 86_400_000
+        self.assertEqual([run.id for run in self.claim()], [behind])
+        self.assertEqual(self.status(mine), "cancelled")
+        self.store.retry(mine, self.now)
+        self.assertEqual([run.id for run in self.claim()], [mine], "it was not lost")
+
     def test_others_pay_a_seek_into_an_empty_index(self):
         self.enqueue(count=100)
         few = self.steps(lambda: self.claim(free=1))
@@ -7310,33 +7324,10 @@ class ExpiryAtWork(Served):
             with open("ran", "a") as f:
                 f.write(f"{n}\\n")
 
-        @task
-        async def mark_beside(n):
-            mark(n)
-
         @task(expires=30, name="ticking")
         @cron("* * * * *", jitter=50)
         def ticking(): pass
     """.replace("@task(retries=0)", "import os, time\n\n        @task(retries=0)", 1)
-
-    def test_a_task_is_cancelled_at_its_time_without_a_poll(self):
-        """Also in a queue that is paused, or that nobody serves."""
-        self.worker("--concurrency", 1, "--queues", "default,p",
-                    before=lambda: setattr(pybgworker, "_POLL_SECONDS", 60.0)
-                    ).wait_for("worker_ready")
-        self.store.pause("p", pybgworker.now_ms())
-        results = [self.tasks.mark.options(expires=1, queue=queue).delay(queue)
-                   for queue in ("p", "nobody")]
-        results.append(self.tasks.mark.options(expires=1, countdown=0.5, queue="p"
-                                               ).delay("later"))
-        began = time.monotonic()
-        for result in results:
-            with self.assertRaises(pybgworker.TaskCancelled) as caught:
-                result.get(timeout=30)
-            self.assertTrue(caught.exception.expired)
-            row = self.store.task(result.id)
-            self.assertGreaterEqual(row.finished_at, row.expires_at)
-        self.assertLess(time.monotonic() - began, 20, "it was a poll")
 
     def test_the_log_says_so_with_meta_and_a_busy_worker_ends_it_too(self):
         worker = self.worker("--concurrency", 1)
@@ -7358,7 +7349,11 @@ class ExpiryAtWork(Served):
         self.assertEqual(self.lines("ran"), ["in time"])
 
     def test_what_waits_in_a_pipe_does_not_begin_after_its_time(self):
-        child = OneChild(self, self.TASKS, threads=2, coroutines=2)
+        child = OneChild(self, self.TASKS + """
+        @task
+        async def mark_beside(n):
+            mark(n)
+        """, threads=2, coroutines=2)
         for is_beside in (False, True):
             name = "inside.mark_beside" if is_beside else "inside.mark"
             for ms, kind in ((-1, pybgworker.EXPIRED), (60_000, pybgworker.SUCCEEDED)):
@@ -17939,6 +17934,23 @@ class Workers(Served):
                     r.ready() for r in results[-3:]))
                 self.assertEqual({r.attempt for r in results}, {1})
                 os.remove("steps")
+
+    def test_a_task_expires_at_its_time_without_a_poll(self):
+        """Also in a queue that is paused, or that nobody serves."""
+        with mock.patch.object(pybgworker, "_POLL_SECONDS", 60):
+            worker = self.started(queues=["default", "p"])
+            self.turn_until(worker, lambda: worker.is_ready)
+            self.store.pause("p", pybgworker.now_ms())
+            once, began = self.tasks.once, time.monotonic()
+            for options in ({"queue": "p"}, {"queue": "nobody"},
+                            {"queue": "p", "countdown": 0.1}):
+                result = once.options(expires=0.3, **options).delay("x")
+                self.turn_until(worker, result.ready)
+                self.assertEqual(result.error.kind, "expired")
+                row = self.store.task(result.id)
+                self.assertGreaterEqual(row.finished_at, row.expires_at)
+            self.assertLess(time.monotonic() - began, 30, "it was a poll")
+        self.assertEqual(self.lines("ran"), [])
 
     def test_what_expires_in_a_pipe_is_cancelled_as_if_nobody_had_claimed_it(self):
         worker, kinds, settle = self.started(), [], pybgworker.Outbox.settle
