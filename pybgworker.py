@@ -21881,11 +21881,13 @@ class testing:
             raise AppError("this testing() has begun already: each block needs its own")
         self._store = _StoreInTest()
         self._before, self._app.stand_in = self._app.stand_in, self._store
+        self._app.sent.clear()              # what workers have told there
         return QueueInTest(self._app, self._store)
 
     def __exit__(self, *exc: Any) -> None:
         """The App has the queue again that it had before."""
         self._app.stand_in = self._before
+        self._app.sent.clear()
         self._store.db.end()
 
 
@@ -28184,7 +28186,7 @@ def start_beside(app: App, concurrency: int, single: bool, reload: bool,
                           " of its App: App(db=...) or configure(db=...) names another")
     resolved = app.resolved(concurrency=concurrency, **settings)
     if App.in_worker or IN_WORKER in os.environ or _is_imported_for_pool() \
-            or getattr(resolved, "immediate", False):
+            or resolved.immediate or app.stand_in is not None:
         return StartedWorker()
     spec, database = spec_of(app), app.store.path
     argv, environ = run_flags(resolved)

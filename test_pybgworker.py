@@ -3835,13 +3835,14 @@ class DirectCalls(Case):
                 return self.plain()
 
             outer = await asyncio.gather(self.slow(call), call(), self.slow())
+            await self.slow()                       # in this very context
             self.assertIsNone(pybgworker.current_task())
             return outer
 
         self.assertEqual(asyncio.run(both()), ["slow", (), "slow"])
         # slow calls plain as a function: it stays what is current.
         self.assertEqual(sorted(own.name for own in self.seen),
-                         ["plain"] + ["slow"] * 5)
+                         ["plain"] + ["slow"] * 7)
 
     def test_wrong_arguments_of_a_coroutine_are_told_at_the_call(self):
         self.assertRaises(TypeError, self.slow, 1, 2)
@@ -21320,6 +21321,13 @@ class Testings(Case):
         self.assertEqual(next(states).status, "queued")
         self.assertRaisesRegex(pybgworker.WaitTimeout, r"queue\.run\(\)", next, states)
 
+        async def watch_idly():
+            async for state in result.watch():
+                self.assertEqual(state.status, "queued")
+
+        with self.assertRaisesRegex(pybgworker.WaitTimeout, r"queue\.run\(\)"):
+            asyncio.run(asyncio.wait_for(watch_idly(), 30))
+
         async def watch():
             found = []
             async for state in result.watch():
@@ -21423,6 +21431,22 @@ class Testings(Case):
         result = self.noting().delay(1)
         self.assertEqual((result.status, self.seen), ("queued", []))
         self.assertEqual(self.queue.run(), 1)
+
+    def test_no_worker_is_started_beside_it(self):
+        worker = self.app.start_worker()
+        self.assertFalse(worker.is_alive())
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_what_workers_have_told_of_a_name_is_of_their_queue(self):
+        self.app.sent["t"] = "told here"
+        with pybgworker.testing(self.app):
+            self.assertEqual(self.app.sent, {})
+            self.app.send("t")
+        self.assertEqual(self.app.sent, {})
+
+    def test_a_queue_in_memory_has_no_name_to_open_it_by(self):
+        with self.assertRaisesRegex(pybgworker.SettingError, r"testing\(\)"):
+            App(db=self.app.store.name).send("t")
 
     def test_it_is_not_taken_for_a_test(self):
         """By pytest, which collects functions whose names begin so, but no such class."""
