@@ -62,12 +62,14 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · In memory · In place · Immediate · Testing · Reports ·
-        One task · Reading · Sending · Acts · Operating · Backup · Schedules ·
-        Wording · Reasons · Why · Attention · Logs · Overview · Screen · Frame · Top ·
-        Metrics · Health · Doctor · Remedies · Listeners · Child starts · Tether ·
-        Beside · Reload · Redaction · Web reports · Web actions · Dashboard ·
-        Web server · Connections · Bench · Old import paths · Page · Page script
+        Cron · Scheduler · In memory · In place · Immediate · Testing ·
+        Reports · One task · Reading · Sending · Acts · Operating · Backup ·
+        Schedules · Wording · Reasons · Why · Attention · Logs · Overview ·
+        Screen · Frame · Top · Metrics · Health · Doctor · Remedies ·
+        Listeners · Child starts · Tether · Beside · Reload · Redaction ·
+        Web reports · Web actions · Dashboard · Web server · Connections ·
+        Django runs · Django · Django app · Bench · Old import paths · Page ·
+        Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -4655,6 +4657,10 @@ class Task(Generic[P, R, V]):
         if type(value) is types.CoroutineType:
             return awaited_by(self._called, value)
         return value
+
+    def perform(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call it as a run of it does: what has put something around that sets this."""
+        return self.fn(*args, **kwargs)
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
         def __getattr__(self, name):
@@ -11307,6 +11313,11 @@ class UsageError(PyBgWorkerError):
     """The command line itself is wrong: exit status 2."""
 
 
+# Who loads what is no module with tasks, by the MODULE of --app: called with what
+# stands behind the colon, it returns an App.  A room adds its own.
+LOADERS: dict[str, Callable[[str], App]] = {}
+
+
 def load_app(spec: str) -> App:
     """Import MODULE[,MODULE…][:APP] and return its App, which is in the first of them.
 
@@ -11318,6 +11329,8 @@ def load_app(spec: str) -> App:
     module_name, *others = names.split(",")
     App.serving = names                 # the import must not enqueue
     try:
+        if module_name in LOADERS:
+            return LOADERS[module_name](attribute)
         module = importlib.import_module(module_name)
         for other in others:
             importlib.import_module(other)
@@ -13984,7 +13997,7 @@ class MainThread:
         try:
             if run.timeout:
                 signal.setitimer(signal.ITIMER_REAL, run.timeout)
-            value = context.run(run.task.fn, *args, **kwargs)
+            value = context.run(run.task.perform, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
                 value = context.run(run_coroutine, value)
             return value
@@ -14280,7 +14293,7 @@ class Threads:
                 self._cancel(run.of[:1])
             elif aim.due and aim.due < self._next_due:
                 self._tell()
-            value = context.run(run.task.fn, *args, **kwargs)
+            value = context.run(run.task.perform, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
                 value = context.run(run_coroutine, value)
             return value
@@ -14385,7 +14398,7 @@ class Carried:
                         run.timeout, self.interrupt,
                         TaskTimeout("the time limit is reached"))
                 args, kwargs = decode(run.text or runs.app.store.args(run.of[0]))
-                result = run.task.fn(*args, **kwargs)
+                result = run.task.perform(*args, **kwargs)
                 if isinstance(result, types.CoroutineType):
                     result = await result
             finally:
@@ -21343,7 +21356,7 @@ def call_in_place(app: App, run: Run, report: Callable) -> Called:
     try:
         with _capture.of(current) as kept:
             args, kwargs = decode(run.args or app.store.args(run.id))
-            value = context.run(here.task.fn, *args, **kwargs)
+            value = context.run(here.task.perform, *args, **kwargs)
             if isinstance(value, types.CoroutineType):
                 value = _await_in_place(context, value)
             is_returned = True
@@ -30069,6 +30082,558 @@ def _driver_of_sqlalchemy(value):
 
 
 CONVERTERS.extend((_refuse_relatives, _of_django, _of_sqlalchemy))
+
+
+# == Django runs ==============================================================
+# Owns what is around the function of a task of django.tasks, in a worker's child: its
+# context, its signals, its errors, and JSON.  What it tells, and how, is the matter of
+# the backend, which is the next section.
+
+class DjangoPerform:
+    """How a worker's child runs a task of django.tasks."""
+
+    def __init__(self, backend: Any, task: Any, policy: RetryPolicy):
+        self.backend, self.django_task, self.policy = backend, task, policy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.backend.begun(self.django_task)
+        call = self.django_task.call
+        try:
+            value = self.normalized(call(*self.context(result), *args, **kwargs))
+        except BaseException as exc:
+            self.failed(result, exc)
+            raise
+        self.backend.ended(result, "success", _return_value=value)
+        return value
+
+    def context(self, result: Any) -> tuple:
+        """The first argument, where it wants one."""
+        if not self.django_task.takes_context:
+            return ()
+        return (self.backend.tasks.context(task_result=result),)
+
+    def normalized(self, value: Any) -> Any:
+        """As Django would keep it.  Raises TypeError for what is no JSON."""
+        return plain_json(self.backend.tasks.normalize(value))
+
+    def failed(self, result: Any, exc: BaseException) -> None:
+        """Tell, unless it will be run again.  In the block that has caught it."""
+        if self._is_final(exc):
+            error = describe_exception(exc)
+            path = f"{type(exc).__module__}.{type(exc).__qualname__}"
+            result.errors.append(self.backend.tasks.error(
+                exception_class_path=path, traceback=error["traceback"]))
+            self.backend.ended(result, "failed")
+
+    def _is_final(self, exc):
+        current = current_task()
+        if isinstance(exc, Abort) or current is None or current.id is None \
+                or not isinstance(exc, (Retry, TaskTimeout, *self.policy.retry_for)):
+            return True
+        row = self.backend.app.store.task(current.id)
+        return row.attempt - row.forgiven > row.retries
+
+
+class DjangoPerformAsync(DjangoPerform):
+    """The same for `async def`: what may use Django's database is in its thread.
+
+    Which is this one, where there is no loop yet, as in a TestCase.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import asyncio
+
+        if asyncio._get_running_loop() is not None:
+            return self._run(*args, **kwargs)
+        sync = importlib.import_module("asgiref.sync")
+        return sync.async_to_sync(self._run)(*args, **kwargs)
+
+    async def _run(self, *args, **kwargs):
+        in_thread = importlib.import_module("asgiref.sync").sync_to_async
+        result = await in_thread(self.backend.begun)(self.django_task)
+        call = self.django_task.acall
+        try:
+            value = self.normalized(
+                await call(*self.context(result), *args, **kwargs))
+        except BaseException as exc:
+            await in_thread(self._failed_there)(result, exc)
+            raise
+        await in_thread(self.backend.ended)(result, "success", _return_value=value)
+        return value
+
+    def _failed_there(self, result, exc):
+        """So that a receiver of the signal finds it by sys.exc_info()."""
+        trace = exc.__traceback__
+        try:
+            raise exc
+        except BaseException:
+            exc.__traceback__ = trace
+            self.failed(result, exc)
+
+
+def django_task_of(known):
+    """What a Task of ours was made of; None: it was not."""
+    return getattr(getattr(known, "perform", None), "django_task", None)
+
+
+def plain_json(value):
+    """The same without classes such as TextChoices, whose members are texts."""
+    return json.loads(json.dumps(value))
+
+
+# == Django ===================================================================
+# Owns how pybgworker is the backend of django.tasks, which is part of Django 6.0, and
+# of its twin for older ones, the package django-tasks; and what `--app django` loads.
+# Django is imported here only, by who asks for one of the two.
+
+
+class DjangoMissing(PyBgWorkerError, ImportError):
+    """DjangoTasks: there is no django.tasks here.  The message says what to install."""
+
+
+class _Tasks(NamedTuple):
+    """What it takes of django.tasks, which has had several names for some of it."""
+
+    backend: Any            # classes
+    task: Any
+    result: Any
+    context: Any
+    error: Any
+    states: dict            # by the word for ours
+    not_found: Any          # exceptions
+    invalid: Any
+    signals: Any
+    normalize: Callable     # makes JSON of what a task returned
+
+    @classmethod
+    def find(cls) -> _Tasks:
+        """That of Django, else the package.  Raises DjangoMissing."""
+        for name in ("django.tasks", "django_tasks"):
+            try:
+                root = importlib.import_module(name)
+            except ModuleNotFoundError as exc:
+                if not name.startswith(exc.name or "?"):    # it lacks something itself
+                    raise
+            else:
+                return cls.of(root)
+        raise DjangoMissing(
+            "pybgworker.DjangoTasks is a backend of django.tasks, which is part of "
+            "Django from 6.0 on, and for older ones the package django-tasks: "
+            "pip install django-tasks"
+        )
+
+    @classmethod
+    def of(cls, root: Any) -> _Tasks:
+        """Its parts."""
+        name = root.__name__
+        own = importlib.import_module(
+            name + (".base" if _has(name, "base") else ".task"))
+        errors = importlib.import_module(name + ".exceptions")
+        states = _first_of(own, "TaskResultStatus", "ResultStatus")
+        done = _first_of(states, "SUCCESSFUL", "SUCCEEDED")
+        return cls(
+            importlib.import_module(name + ".backends.base").BaseTaskBackend,
+            own.Task, own.TaskResult, own.TaskContext, own.TaskError,
+            {**dict.fromkeys(("scheduled", "queued", "retrying"), states.READY),
+             "running": states.RUNNING, "success": done,
+             "failed": states.FAILED, "cancelled": states.FAILED},
+            _first_of(errors, "TaskResultDoesNotExist", "ResultDoesNotExist"),
+            _first_of(errors, "InvalidTask", "InvalidTaskError"),
+            importlib.import_module(name + ".signals"),
+            _first_of(importlib.import_module(
+                "django.utils.json" if name == "django.tasks" else name + ".utils"),
+                "normalize_json", "json_normalize"),
+        )
+
+
+def _has(package: str, module: str) -> bool:
+    """True for a package with this module."""
+    return importlib.util.find_spec(f"{package}.{module}") is not None
+
+
+def _first_of(space, *names):
+    return next(getattr(space, name) for name in names if hasattr(space, name))
+
+
+_DEFAULT_PRIORITY = 5           # of ours; that of Django is 0
+# What OPTIONS may hold besides settings, for the tasks of this backend.
+_OPTIONS_OF_TASKS = TASK_OPTIONS - {
+    "queue", "priority", "on_success", "on_failure", *SETTING_BY_NAME}
+_apps: dict[str, tuple] = {}    # (App, its settings) of each alias of TASKS
+
+
+def _app_of(alias, settings):
+    """The App of an alias: the default one, unless it has a database of its own.
+
+    Each thread has backends of its own; they share it.
+    """
+    if alias not in _apps or _apps[alias][1] != settings:
+        app = default_app
+        if alias != "default" and "db" in settings:
+            app = _apps[alias][0] if alias in _apps else App()
+        app.configure(**settings)
+        _apps[alias] = app, settings
+    return _apps[alias][0]
+
+
+def _options_of(alias, options):
+    """(settings, options of @task) of an alias.  Raises OptionError, SettingError."""
+    where = f"TASKS[{alias!r}]['OPTIONS']"
+    settings = {name: options[name] for name in options if name in SETTING_BY_NAME}
+    for_tasks = {name: options[name] for name in options if name not in settings}
+    for name in for_tasks.keys() - _OPTIONS_OF_TASKS:
+        known = sorted(_OPTIONS_OF_TASKS.union(SETTING_BY_NAME))
+        raise OptionError(f"{where}: unknown option {name!r}; there are "
+                          f"{', '.join(known)}")
+    for name, value in settings.items():
+        check_setting(name, value, f"{where}[{name!r}]")
+    return settings, {"retries": 0, **for_tasks}
+
+
+class _Backend:
+    """What DjangoTasks adds to the base of backends, whichever Django has."""
+
+    supports_defer = supports_async_task = True
+    supports_get_result = supports_priority = True
+    tasks: _Tasks
+
+    def __init__(self, alias: str, params: dict):
+        super().__init__(alias, params)     # type: ignore[call-arg]
+        self.alias = alias
+        settings, self._options = _options_of(alias, params.get("OPTIONS") or {})
+        self.app = _app_of(alias, settings)
+        # Django has no such option; django-tasks had it up to 0.8, on by default.
+        self.on_commit = params.get(
+            "ENQUEUE_ON_COMMIT", getattr(self, "enqueue_on_commit", False))
+        if not isinstance(self.on_commit, bool):
+            raise OptionError(f"TASKS[{alias!r}]['ENQUEUE_ON_COMMIT']="
+                              f"{self.on_commit!r}: must be True or False")
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse what cannot be run; register the others, for the workers."""
+        if isinstance(task.run_after, timedelta):
+            from_now = importlib.import_module("django.utils.timezone").now()
+            object.__setattr__(task, "run_after", from_now + task.run_after)
+        super().validate_task(task)         # type: ignore[misc]
+        try:
+            self._register(task)
+        except OptionError as exc:
+            raise self.tasks.invalid(str(exc)) from exc
+
+    def _register(self, task):
+        """The first of a function; those that using() makes of it are options of calls.
+        """
+        name = task.module_path
+        known = self.app.registered.get(name)
+        own = django_task_of(known)
+        if own is not None:
+            if own.func is task.func:
+                return
+            del self.app.registered[name]       # its module was imported anew
+        fn = task.func
+        if task.takes_context:                  # which is no argument of a call
+            fn = types.MethodType(fn, task)
+        known = self.app.task(
+            fn, name=name, queue=task.queue_name,
+            priority=_DEFAULT_PRIORITY - task.priority, **self._options)
+        make = DjangoPerformAsync if is_coroutine_function(fn) else DjangoPerform
+        known.perform = make(self, task, known.policy)
+
+    # -- enqueueing
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Enqueue a call; return its TaskResult.
+
+        In a transaction on the queue's own file it is committed with that.
+        """
+        self.validate_task(task)
+        known = self.app.registered[task.module_path]
+        known.shape.check(args, kwargs)
+        result = self._result(task, "", "queued", args, kwargs)
+        shared = self._shared()
+        on_commit = getattr(task, "enqueue_on_commit", None)
+        if shared is None and (self.on_commit if on_commit is None else on_commit):
+            transaction = importlib.import_module("django.db.transaction")
+            transaction.on_commit(functools.partial(self._put, known, result, None))
+        else:
+            self._put(known, result, shared)
+        return result
+
+    def _put(self, known, result, shared):
+        task = result.task
+        options = {"queue": task.queue_name, "conn": shared, "eta": task.run_after,
+                   "priority": _DEFAULT_PRIORITY - task.priority}
+        at = self.app.store.now()
+        args, kwargs = plain_json((result.args, result.kwargs))
+        handle, = self.app.enqueue(known, [(tuple(args), kwargs)], options)
+        _set(result, id=str(handle.id), enqueued_at=_django_time(at))
+        self.send("task_enqueued", result)
+
+    def _shared(self):
+        """Django's connection to our file, if it is in a transaction; or None."""
+        db = importlib.import_module("django.db")
+        for connection in db.connections.all(initialized_only=True):
+            if connection.vendor == "sqlite" and connection.connection is not None \
+                    and (connection.in_atomic_block or not connection.autocommit) \
+                    and os.path.realpath(connection.settings_dict["NAME"]) \
+                    == os.path.realpath(self.app.store.path):
+                return connection
+        return None
+
+    # -- results
+
+    def get_result(self, result_id: str) -> Any:
+        """Return the TaskResult of an id.  Raises TaskResultDoesNotExist."""
+        try:
+            handle = self.app.result(parse_id(str(result_id)))
+            task = self._task_of(handle)
+            return self._read(task, handle)
+        except TaskNotFound as exc:
+            raise self.tasks.not_found(result_id) from exc
+
+    def _task_of(self, handle):
+        """The Task of django.tasks, as it was enqueued."""
+        name = handle.name
+        found = django_task_of(self.app.registered.get(name)) or _imported(name)
+        if not isinstance(found, self.tasks.task):
+            raise TaskNotFound(f"task {handle.id} is none of django.tasks: {name}")
+        row = self.app.store.task(handle.id)
+        changes = {"priority": _DEFAULT_PRIORITY - row.priority,
+                   "queue_name": row.queue, "backend": self.alias}
+        if row.run_at > row.created_at and row.state != RETRYING:
+            changes["run_after"] = _django_time(row.run_at)
+        try:
+            return found.using(**changes)
+        except self.tasks.invalid:      # QUEUES has changed; or the priority was
+            return found
+
+    def _read(self, task, handle):
+        store = self.app.store
+        status, outcome = handle.status, store.outcome(handle.id)
+        if status != state_name(outcome[0]):        # it has moved on meanwhile
+            status, outcome = handle.status, store.outcome(handle.id)
+        attempts = store.attempts(handle.id)
+        first = attempts[0]["started_at"] if attempts else None
+        last = store.task(handle.id).started_at
+        result = self._result(
+            task, str(handle.id), status, handle.args, handle.kwargs,
+            enqueued_at=_django_time(to_ms(handle.created_at.timestamp())),
+            started_at=_django_time(first or last),
+            last_attempted_at=_django_time(last),
+            finished_at=handle.finished_at and _django_time(
+                to_ms(handle.finished_at.timestamp())),
+            errors=self._errors(attempts, outcome[2]),
+            worker_ids=self._workers(handle, attempts))
+        if outcome[1] is not None:
+            _set(result, _return_value=decode(outcome[1]))
+        return result
+
+    def _errors(self, attempts, error):
+        """Of all runs that failed; the last one has a traceback."""
+        found = [[a["type"], a["kind"], f"{a['type'] or a['kind']}: {a['error']}"]
+                 for a in attempts if a["kind"]]
+        if error:
+            last = [error.get("type"), error["kind"],
+                    error.get("traceback") or str(TaskError(error))]
+            found[-1:] = [last]
+        return [self.tasks.error(exception_class_path=_class_path(*parts),
+                                 traceback=parts[2]) for parts in found]
+
+    def _workers(self, handle, attempts):
+        """A name for each run."""
+        row, names = self.app.store.task(handle.id), [a["worker"] for a in attempts]
+        if row.state == RUNNING:
+            names.append(None)
+        if names and not names[-1] and row.worker is not None:
+            found = self.app.store.workers(row.worker - 1, 1)
+            names[-1] = next((w.name for w in found if w.id == row.worker),
+                             str(row.worker))
+        return [name or "" for name in [None] * (row.attempt - len(names)) + names]
+
+    def _result(self, task, task_id, status, args, kwargs, **more):
+        blank = dict.fromkeys(
+            ("enqueued_at", "started_at", "last_attempted_at", "finished_at"))
+        return self.tasks.result(
+            task=task, id=task_id, status=self.tasks.states[status],
+            args=list(args), kwargs=kwargs, backend=self.alias,
+            **{"errors": [], "worker_ids": [], **blank, **more})
+
+    def send(self, signal: str, result: Any) -> None:
+        """Tell who listens.  Never raises: what they do wrong is logged by Django."""
+        getattr(self.tasks.signals, signal).send_robust(type(self), task_result=result)
+
+    # -- running
+
+    def begun(self, task: Any) -> Any:
+        """The TaskResult of the run that begins here."""
+        current = current_task()
+        now = _django_time(self.app.store.now())
+        if current is None or current.id is None:
+            return self._result(task, "", "running", (), {}, started_at=now)
+        result = self._read(task, self.app.result(current.id))
+        _set(result, status=self.tasks.states["running"], last_attempted_at=now,
+             started_at=result.started_at or now)
+        self.send("task_started", result)
+        return result
+
+    def ended(self, result: Any, status: str, **fields: Any) -> None:
+        """It is over, for good."""
+        _set(result, status=self.tasks.states[status],
+             finished_at=_django_time(self.app.store.now()), **fields)
+        self.send("task_finished", result)
+
+    def check(self, **kwargs: Any) -> Iterator:
+        """Errors and warnings of `manage.py check`."""
+        yield from super().check(**kwargs)  # type: ignore[misc]
+        checks = importlib.import_module("django.core.checks")
+        is_debug = importlib.import_module("django.conf").settings.DEBUG
+        path = self.app.settings.db
+        folder = os.path.dirname(os.path.abspath(path))
+        if "://" not in path and not os.access(folder, os.W_OK | os.X_OK):
+            yield checks.Error(
+                f"TASKS[{self.alias!r}]: the queue is {path}, and {folder} is no "
+                "folder that can be written to",
+                hint="Set OPTIONS['db'] to the path of a file", id="pybgworker.E001")
+        elif "://" not in path and not os.path.isabs(path) and not is_debug:
+            yield checks.Warning(
+                f"TASKS[{self.alias!r}]: the queue is {path}, in whichever folder a "
+                "program is started", hint="Set OPTIONS['db'] to BASE_DIR / 'queue.db'",
+                id="pybgworker.W001")
+
+
+def _imported(path):
+    with contextlib.suppress(ImportError):
+        loading = importlib.import_module("django.utils.module_loading")
+        return loading.import_string(path)
+    return None
+
+
+def _set(result, **fields):
+    """Results are frozen: so does Django itself."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+def _django_time(ms):
+    """A datetime as Django has them: aware where USE_TZ says so."""
+    if ms is None:
+        return None
+    is_aware = importlib.import_module("django.conf").settings.USE_TZ
+    return datetime.fromtimestamp(ms / 1000, timezone.utc if is_aware else None)
+
+
+def _class_path(name, kind, text):
+    """module.Class of an exception, which the last line of its traceback names."""
+    if kind != "exception":
+        ours = {"timeout": TaskTimeout, "cancelled": TaskCancelled, "abort": Abort}
+        return f"{__name__}.{ours.get(kind, TaskFailed).__qualname__}"
+    found = re.findall(rf"(?m)^[ |]*((?:\w+\.)*){re.escape(name)}(?::|$)", text)
+    return f"{found[-1] if found and found[-1] else 'builtins.'}{name}"
+
+
+@functools.cache
+def _django_tasks():
+    """Make the class that TASKS names."""
+    tasks = _Tasks.find()
+    cls: Any = types.new_class("DjangoTasks", (_Backend, tasks.backend))
+    cls.tasks, cls.__module__, cls.__qualname__ = tasks, __name__, cls.__name__
+    cls.__doc__ = 'TASKS = {"default": {"BACKEND": "pybgworker.DjangoTasks"}}'
+    return cls
+
+
+if not TYPE_CHECKING:           # or no attribute of ours would be an error to it
+    def __getattr__(name):
+        if name == "DjangoTasks":
+            return _django_tasks()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def app_of_alias(alias: str) -> App:
+    """The App of an alias of TASKS; the default one if Django has no tasks.
+
+    Raises AppError for an alias that is none of ours.
+    """
+    with contextlib.suppress(DjangoMissing):
+        _Tasks.find()           # or there are no backends
+        name = "django.tasks" if _has("django", "tasks") else "django_tasks"
+        root = importlib.import_module(name)
+        backends = _first_of(root, "task_backends", "tasks")
+        ours = {each: backends[each].app for each in backends
+                if isinstance(backends[each], _Backend)}
+        if alias and alias not in ours:
+            raise AppError(
+                f"--app django:{alias}: TASKS has no such alias with "
+                f"pybgworker.DjangoTasks; there are {', '.join(ours) or 'none'}"
+            )
+        return ours.get(alias or "default", default_app)
+    return default_app
+
+
+# == Django app ===============================================================
+# Owns `--app django`: how a worker has the tasks of all apps of a project, and what a
+# run there needs around it: connections that live, and belong to its own process.
+
+_MANAGE = re.compile(r"""DJANGO_SETTINGS_MODULE["']\s*,\s*["']([\w.]+)["']""")
+
+
+def _load_django(alias):
+    """Set Django up as its commands do; import the module tasks of each of its apps."""
+    if not os.environ.get("DJANGO_SETTINGS_MODULE"):
+        found = None
+        with contextlib.suppress(OSError), open("manage.py", encoding="utf-8") as file:
+            found = _MANAGE.search(file.read())
+        if not found:
+            raise AppError(
+                "--app django: which settings? Set DJANGO_SETTINGS_MODULE, or start it "
+                "in the folder with the manage.py that does"
+            )
+        os.environ["DJANGO_SETTINGS_MODULE"] = found[1]
+    try:
+        django = importlib.import_module("django")
+    except ModuleNotFoundError:
+        raise AppError(f"--app django: {sys.executable} has no Django") from None
+    django.setup()
+    loading = importlib.import_module("django.utils.module_loading")
+    loading.autodiscover_modules("tasks")
+    app = app_of_alias(alias)
+    for task in app.registered.values():
+        perform = _with_connections(task.perform, is_coroutine_function(task.fn))
+        task.perform = perform      # type: ignore[method-assign]
+    # What the import has opened is not for the children that are forked from us.
+    importlib.import_module("django.db").connections.close_all()
+    importlib.import_module("django.core.cache").close_caches()
+    return app
+
+
+def _with_connections(perform, is_async):
+    """Around each run, what Django does around each request."""
+    db = importlib.import_module("django.db")
+
+    def begin():
+        db.reset_queries()
+        db.close_old_connections()
+
+    @functools.wraps(perform)
+    def run(*args, **kwargs):
+        begin()
+        try:
+            return perform(*args, **kwargs)
+        finally:
+            db.close_old_connections()
+
+    @functools.wraps(perform)
+    async def run_async(*args, **kwargs):
+        in_thread = importlib.import_module("asgiref.sync").sync_to_async
+        await in_thread(begin)()
+        try:
+            return await perform(*args, **kwargs)
+        finally:
+            await in_thread(db.close_old_connections)()
+
+    return run_async if is_async else run
+
+
+LOADERS["django"] = _load_django
 
 
 # == Bench ====================================================================

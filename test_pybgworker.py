@@ -29438,6 +29438,573 @@ class InHand(QueueCase):
         self.assertEqual(result.status, "queued")
 
 
+# == Django ===================================================================
+
+PROJECT = {
+    "manage.py": """
+        import os, sys
+        os.environ.setdefault("DJANGO_SETTINGS_MODULE", "shop.settings")
+        from django.core.management import execute_from_command_line
+        execute_from_command_line(sys.argv)
+        """,
+    "shop/__init__.py": "",
+    "shop/settings.py": """
+        import importlib.util, os
+        SECRET_KEY = "x"
+        USE_TZ = not os.environ.get("NAIVE")
+        INSTALLED_APPS = ["shop"]
+        if importlib.util.find_spec("django_tasks"):
+            INSTALLED_APPS.append("django_tasks")
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3",
+                                 "NAME": os.environ.get("SHOP_DB", "shop.db")}}
+        DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+        LOGGING = {"version": 1, "root": {"level": "WARNING"}}
+        TASKS = {"default": {
+            "BACKEND": "pybgworker.DjangoTasks", "QUEUES": ["default", "mail"],
+            "ENQUEUE_ON_COMMIT": False,
+            "OPTIONS": {"db": os.path.abspath("queue.db"), "busy_timeout": 5,
+                        "retries": int(os.environ.get("RETRIES", 0)),
+                        "retry_delay": 0}}}
+        """,
+    "shop/models.py": """
+        from django.db import models
+
+        class Order(models.Model):
+            title = models.TextField()
+        """,
+    "shop/tasks.py": """
+        try:
+            from django.tasks import task
+        except ImportError:
+            from django_tasks import task
+        import pybgworker
+        from shop.models import Order
+
+        @task
+        def add(a, b=0):
+            return a + b
+
+        @task(priority=50, queue_name="mail")
+        def count(title):
+            return (Order.objects.filter(title=title).count(),)
+
+        @task
+        async def count_async(title):
+            return await Order.objects.filter(title=title).acount()
+
+        @task(takes_context=True)
+        def tell(context, word, *, end=""):
+            own = context.task_result
+            return [word + end, context.attempt, own.id, own.status, own.worker_ids,
+                    own.task.name, own.finished_at, own.started_at > own.enqueued_at]
+
+        @task
+        def fail(word):
+            raise Order.DoesNotExist(word)
+
+        @pybgworker.task
+        def plain():
+            return Order.objects.count()
+
+        @pybgworker.task
+        async def plain_async():
+            return await Order.objects.acount()
+        """,
+}
+IN_PROJECT = """
+    import datetime, os, subprocess, sys
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "shop.settings")
+    import django
+    django.setup()
+    import pybgworker
+    from django.conf import settings
+    from django.db import connection, transaction
+    from shop import tasks
+    from shop.models import Order
+    try:
+        import django.tasks as root
+    except ImportError:
+        import django_tasks as root
+    backend = root.default_task_backend
+    signals = __import__(root.__name__ + ".signals", fromlist=["*"])
+    errors = __import__(root.__name__ + ".exceptions", fromlist=["*"])
+    not_found = getattr(errors, "TaskResultDoesNotExist",
+                        getattr(errors, "ResultDoesNotExist", None))
+    invalid = getattr(errors, "InvalidTask", getattr(errors, "InvalidTaskError", None))
+    done = "SUCCESSFUL", "SUCCEEDED"        # the second up to 0.8 of django-tasks
+
+    def migrate():
+        from django.core.management import call_command
+        call_command("migrate", run_syncdb=True, verbosity=0)
+
+    def work(*flags):
+        subprocess.run([sys.executable, "-m", "pybgworker", "run", "--app", "django",
+                        "--burst", *flags], check=True, stdout=2)
+
+    def fails(error, words, fn, *args, **kwargs):
+        try:
+            fn(*args, **kwargs)
+        except error as exc:
+            assert words in str(exc), exc
+        else:
+            raise AssertionError(f"no {error}: {words}")
+"""
+HAS_DJANGO = importlib.util.find_spec("django") is not None
+NEEDS_DJANGO_TASKS = unittest.skipUnless(
+    HAS_DJANGO and (importlib.util.find_spec("django.tasks")
+                    or importlib.util.find_spec("django_tasks")),
+    "needs Django 6, or django-tasks, which is no part of Python")
+
+
+class DjangoCase(Case):
+    """A project of Django in the folder."""
+
+    def setUp(self):
+        super().setUp()
+        for name, text in PROJECT.items():
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+
+    def script(self, code, **environment):
+        """Run it where Django is set up; return what it prints, by line."""
+        environment = clean_environment(**environment)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(IN_PROJECT) + textwrap.dedent(code)],
+            cwd=self.folder, env=environment, text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout.splitlines()
+
+
+class WithoutDjango(Case):
+    """Where there is no Django, or none that has tasks."""
+
+    def test_the_module_has_the_attributes_that_it_has(self):
+        self.assertNotIn("DjangoTasks", pybgworker.__all__)
+        self.assertNotIn("DjangoTasks", dir(pybgworker))
+        self.assertFalse(hasattr(pybgworker, "DjangoTask"))
+        self.assertFalse(hasattr(pybgworker, "__wrapped__"))
+        with self.assertRaisesRegex(AttributeError, "'pybgworker' has no attribute 'x'"):
+            _ = pybgworker.x
+        with self.assertRaises(ImportError):
+            exec("from pybgworker import no_such_name")
+        self.python("import pybgworker; from pybgworker import *; import sys; "
+                    "assert 'django' not in sys.modules and 'asgiref' not in sys.modules")
+
+    def test_it_is_said_what_to_install(self):
+        self.python("""
+            import sys
+            sys.modules.update({"django": None, "django_tasks": None})
+            import pybgworker
+            try:
+                from pybgworker import DjangoTasks
+            except pybgworker.PyBgWorkerError as exc:
+                assert isinstance(exc, ImportError)
+                assert "pip install django-tasks" in str(exc), exc
+            """)
+
+    def test_an_app_django_needs_settings_and_django(self):
+        done = self.cli("run", "--app", "django", "--burst", DJANGO_SETTINGS_MODULE="")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout + done.stderr,
+                         "--app django: which settings. Set DJANGO_SETTINGS_MODULE")
+        if not HAS_DJANGO:
+            done = self.cli("run", "--app", "django", DJANGO_SETTINGS_MODULE="shop")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("has no Django", done.stdout + done.stderr)
+
+
+@NEEDS_DJANGO_TASKS
+class DjangoBackend(DjangoCase):
+
+    def test_tasks_of_both_kinds_run_and_their_results_are_read(self):
+        self.script("""
+            import asyncio
+            migrate()
+            Order.objects.create(title="Dune")
+            results = [
+                tasks.add.enqueue(1, b=2), tasks.count.enqueue("Dune"),
+                asyncio.run(tasks.count_async.aenqueue("Dune")),
+                tasks.tell.enqueue("hi", end="!"), tasks.fail.enqueue("gone")]
+            ours = [tasks.plain.delay(), tasks.plain_async.delay()]
+            for result in results:
+                assert result.status == "READY" and not result.is_finished
+                assert result.enqueued_at and not result.started_at and result.id
+            work()
+            for result in results:
+                result.refresh()
+                assert result.enqueued_at <= result.started_at <= result.finished_at
+                assert result.last_attempted_at == result.started_at
+                assert result.attempts == 1 and result.worker_ids[0], result
+                assert result.backend == "default"
+                assert result.task.get_result(result.id).task == result.task
+            asyncio.run(result.arefresh())
+            assert [r.status in done for r in results] == [True] * 4 + [False], results
+            assert [r.return_value for r in results[:3]] == [3, [1], 1]
+            told = results[3].return_value
+            assert len(told.pop(4)) == 1
+            assert told == ["hi!", 1, results[3].id, "RUNNING", "tell", None, True], told
+            assert results[0].args == [1] and results[0].kwargs == {"b": 2}
+            error, = results[4].errors
+            assert results[4].status == "FAILED", results[4]
+            assert error.exception_class_path == "shop.models.Order.DoesNotExist", error
+            assert error.traceback.endswith("DoesNotExist: gone" + chr(10)), error
+            fails(ValueError, "failed", lambda: results[4].return_value)
+            assert [r.get(timeout=9) for r in ours] == [1, 1]
+            """)
+
+    def test_a_task_is_committed_with_what_is_in_its_file(self):
+        self.script("""
+            migrate()
+            tasks.add.enqueue(0)                # makes the tables
+            with transaction.atomic():
+                Order.objects.create(title="kept")
+                kept = tasks.count.enqueue("kept")
+                assert kept.id == "2"
+                fails(not_found, "2", backend.get_result, "2")
+            try:
+                with transaction.atomic():
+                    with transaction.atomic():
+                        tasks.add.enqueue(1)
+                        lost = tasks.plain.options(conn=connection).delay()
+                    0 / 0
+            except ZeroDivisionError:
+                pass
+            fails(pybgworker.TaskNotFound, "rolled back", lost.ready)
+            transaction.set_autocommit(False)
+            more = tasks.add.enqueue(1)
+            transaction.rollback()
+            fails(not_found, more.id, backend.get_result, more.id)
+            more = tasks.add.enqueue(1)
+            transaction.commit()
+            transaction.set_autocommit(True)
+            alone = tasks.plain.options(conn=connection).delay()
+            assert alone.status == "queued" and not connection.in_atomic_block
+            work()
+            for each in kept, more:
+                each.refresh()
+            assert kept.return_value == [1] and more.return_value == 1
+            assert pybgworker.default_app.store.last_id() == 4
+            """, SHOP_DB="queue.db")
+
+    def test_conn_refuses_what_django_would_not_use_now(self):
+        self.script("""
+            import threading
+            from django.db import connections
+            migrate()
+            with transaction.atomic():
+                connection.needs_rollback = True
+                fails(pybgworker.OptionError, "TransactionManagementError",
+                      tasks.plain.options(conn=connection).delay)
+            mine, found = connections["default"], []
+            def use():
+                fails(pybgworker.OptionError, "thread",
+                      tasks.plain.options(conn=mine).delay)
+                found.append(1)
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join()
+            assert found
+            fails(pybgworker.OptionError, 'pass connections["default"]',
+                  tasks.plain.options(conn=connections).delay)
+            """, SHOP_DB="queue.db")
+
+    def test_beside_another_file_a_task_is_enqueued_now_or_on_commit(self):
+        self.script("""
+            migrate()
+            def enqueue(on_commit):
+                settings.TASKS["default"]["ENQUEUE_ON_COMMIT"] = on_commit
+                from django.core.signals import setting_changed
+                setting_changed.send(None, setting="TASKS", value=None, enter=True)
+                with transaction.atomic():
+                    result = tasks.add.enqueue(1, 2)
+                    before = result.id
+                return before, result.id
+            assert enqueue(False) == ("1", "1")
+            assert enqueue(True) == ("", "2")
+            try:
+                with transaction.atomic():
+                    tasks.add.enqueue(1, 2)
+                    0 / 0
+            except ZeroDivisionError:
+                pass
+            assert tasks.add.enqueue(1, 2).id == "3"        # outside: now
+            assert backend.get_result("3").status == "READY"
+            fails(ValueError, "must be True or False", enqueue, "yes")
+            """)
+
+    def test_priority_queue_and_time_are_those_of_the_task(self):
+        lines = self.script("""
+            now = datetime.datetime.now(datetime.timezone.utc)
+            later = now + datetime.timedelta(hours=1)
+            for priority in -100, -1, 0, 50, 100:
+                result = tasks.add.using(priority=priority).enqueue(1)
+                assert backend.get_result(result.id).task.priority == priority
+                print(pybgworker.AsyncResult(result.id).priority)
+            result = tasks.count.using(run_after=later).enqueue("x")
+            found = backend.get_result(result.id)
+            assert abs(found.task.run_after - later).total_seconds() < 0.01
+            assert found.task.queue_name == "mail" and found.task.priority == 50
+            assert pybgworker.AsyncResult(result.id).status == "scheduled"
+            soon = tasks.add.using(run_after=datetime.timedelta(hours=2))
+            assert now < soon.run_after - datetime.timedelta(hours=1)
+            assert pybgworker.AsyncResult(soon.enqueue(1).id).status == "scheduled"
+            plain = tasks.add.enqueue(1)
+            assert backend.get_result(plain.id).task == tasks.add
+            fails(invalid, "Queue", tasks.add.using, queue_name="no")
+            fails(invalid, "priority", tasks.add.using, priority=101)
+            fails(invalid, "aware", tasks.add.using, run_after=datetime.datetime.now())
+            fails(TypeError, "required", tasks.add.enqueue)
+            fails(TypeError, "unexpected", tasks.add.enqueue, 1, c=2)
+            fails(TypeError, "missing", tasks.tell.enqueue)
+            fails(TypeError, "", tasks.add.enqueue, object())
+            for bad in "", "x", "999", "0":
+                fails(not_found, bad, backend.get_result, bad)
+            other = tasks.plain.delay()
+            fails(not_found, str(other.id), backend.get_result, other.id)
+            for flag in "defer async_task get_result priority".split():
+                assert getattr(backend, "supports_" + flag) is True
+            names = {n: pybgworker.parameters_of(t.fn)
+                     for n, t in pybgworker.default_app.registered.items()}
+            assert names["shop.tasks.tell"] == ("word", "end"), names
+            assert names["shop.tasks.count_async"] == ("title",), names
+            """)
+        self.assertEqual(lines, ["105", "6", "5", "-45", "-95"])
+
+    def test_choices_and_naive_times_are_as_django_has_them(self):
+        self.script("""
+            from django.db import models
+            class State(models.TextChoices):
+                PAID = "paid"
+            result = tasks.add.enqueue(State.PAID, b="!")
+            assert pybgworker.AsyncResult(result.id).args == ("paid",)
+            at = datetime.datetime.now() + datetime.timedelta(hours=1)
+            result = tasks.add.using(run_after=at).enqueue(1)
+            found = backend.get_result(result.id)
+            assert abs(found.task.run_after - at).total_seconds() < 0.01
+            assert found.enqueued_at.tzinfo is None
+            assert abs(found.enqueued_at - result.enqueued_at).total_seconds() < 5
+            """, NAIVE="1")
+
+    def test_signals_are_sent_once_and_of_the_last_run(self):
+        with (self.folder / "shop/tasks.py").open("a") as file:
+            file.write(textwrap.dedent("""
+                import sys
+                from importlib import import_module
+                package = type(add).__module__.rpartition(".")[0]
+                signals = import_module(package + ".signals")
+                for name in "task_enqueued", "task_started", "task_finished":
+                    def told(sender, task_result, name=name, **kwargs):
+                        error = sys.exc_info()[0]
+                        with open("told", "a") as f:
+                            print(name, sender.__name__, task_result.task.name,
+                                  task_result.status, task_result.attempts,
+                                  len(task_result.errors), error and error.__name__,
+                                  file=f)
+                        raise KeyError("not the task's fault")
+                    getattr(signals, name).connect(told, weak=False)
+
+                @task
+                def again():
+                    raise KeyError(pybgworker.current_task().attempt)
+
+                @task
+                async def again_async():
+                    raise KeyError(pybgworker.current_task().attempt)
+                """))
+        self.script("""
+            results = [tasks.add.enqueue(1), tasks.fail.enqueue("x")]
+            work("--concurrency", "1")
+            for result in results:
+                result.refresh()
+            assert [r.attempts for r in results] == [1, 1]
+            """)
+        self.script("""
+            results = [tasks.again.enqueue(), tasks.again_async.enqueue()]
+            work("--concurrency", "1")
+            for result in results:
+                result.refresh()
+            assert [r.attempts for r in results] == [3, 3], results
+            assert [len(r.errors) for r in results] == [3, 3], results
+            assert all(e.exception_class is KeyError for r in results for e in r.errors)
+            assert all(name for r in results for name in r.worker_ids), results
+            """, RETRIES="2")
+        told = (self.folder / "told").read_text().splitlines()
+        done = "SUCCESSFUL" if any("SUCCESSFUL" in line for line in told) else "SUCCEEDED"
+        self.assertEqual(told[:6], [
+            "task_enqueued DjangoTasks add READY 0 0 None",
+            "task_enqueued DjangoTasks fail READY 0 0 None",
+            "task_started DjangoTasks add RUNNING 1 0 None",
+            f"task_finished DjangoTasks add {done} 1 0 None",
+            "task_started DjangoTasks fail RUNNING 1 0 None",
+            "task_finished DjangoTasks fail FAILED 1 1 DoesNotExist"])
+        for name in "again", "again_async":
+            mine = [line.replace("DjangoTasks ", "") for line in told
+                    if f" {name} " in line]
+            self.assertEqual(mine, [
+                f"task_enqueued {name} READY 0 0 None",
+                f"task_started {name} RUNNING 1 0 None",
+                f"task_started {name} RUNNING 2 1 None",
+                f"task_started {name} RUNNING 3 2 None",
+                f"task_finished {name} FAILED 3 3 KeyError"])
+
+    def test_options_are_settings_and_those_of_tasks(self):
+        self.script("""
+            def backend(**options):
+                return pybgworker.DjangoTasks(
+                    "other", {"ENQUEUE_ON_COMMIT": False, "OPTIONS": options})
+            apps = [backend(db="other.db").app for _ in range(2)]
+            assert apps[0] is apps[1] is not pybgworker.default_app
+            assert apps[0].settings.db == "other.db"
+            assert backend().app is pybgworker.default_app
+            for options, words in (
+                (dict(databse="x"), "unknown option 'databse'"),
+                (dict(on_failure=print), "unknown option 'on_failure'"),
+                (dict(db=3), "TASKS['other']['OPTIONS']['db']=3"),
+                (dict(busy_timeout="x"), "['busy_timeout']='x'"),
+            ):
+                fails(ValueError, words, backend, **options)
+            check = root.default_task_backend.check
+            assert list(check()) == [], list(check())
+            problem, = backend(db="no/such/folder/x.db").check()
+            assert problem.id == "pybgworker.E001", problem
+            problem, = backend(db="relative.db").check()
+            assert problem.id == "pybgworker.W001", problem
+            settings.DEBUG = True
+            assert not list(backend(db="relative.db").check())
+            assert pybgworker.DjangoTasks is pybgworker.DjangoTasks
+            import pickle
+            assert pickle.loads(pickle.dumps(pybgworker.DjangoTasks)) \
+                is pybgworker.DjangoTasks
+            """)
+
+    def test_a_testcase_of_django_runs_them_in_its_transaction(self):
+        (self.folder / "shop/tests.py").write_text(textwrap.dedent("""
+            import os
+            from django.test import TestCase
+            from pybgworker import testing
+            from shop import tasks
+            from shop.models import Order
+            from django.db import connection
+
+            class OrderTest(TestCase):
+                def setUp(self):
+                    block = testing()
+                    self.queue = block.__enter__()
+                    self.addCleanup(block.__exit__, None, None, None)
+
+                def test_all_kinds(self):
+                    Order.objects.create(title="Dune")
+                    results = [tasks.count.enqueue("Dune"), tasks.tell.enqueue("hi"),
+                               tasks.count_async.enqueue("Dune"),
+                               tasks.fail.enqueue("x")]
+                    ours = tasks.plain.options(conn=connection).delay()
+                    assert len(self.queue.calls()) == 5
+                    assert self.queue.run() == 5
+                    for result in results:
+                        result.refresh()
+                    assert [r.is_finished for r in results] == [True] * 4
+                    assert results[0].return_value == [1]
+                    assert results[1].return_value[1] == 1
+                    assert results[2].return_value == 1, results[2]
+                    assert results[3].status == "FAILED"
+                    assert ours.get() == 1
+
+                async def test_async(self):
+                    await Order.objects.acreate(title="Dune")
+                    result = await tasks.add.aenqueue(1, 2)
+                    self.queue.run()
+                    await result.arefresh()
+                    assert result.return_value == 3
+
+                def tearDown(self):
+                    assert not os.path.exists("queue.db")
+            """))
+        done = subprocess.run([sys.executable, "manage.py", "test"], cwd=self.folder,
+                              env=clean_environment(), text=True, timeout=120,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("Ran 2 tests", done.stdout)
+
+    def test_an_alias_with_a_database_of_its_own_has_workers_of_its_own(self):
+        settings = self.folder / "shop/settings.py"
+        settings.write_text(settings.read_text() + textwrap.dedent("""
+            TASKS["slow"] = {"BACKEND": "pybgworker.DjangoTasks",
+                             "ENQUEUE_ON_COMMIT": False,
+                             "OPTIONS": {"db": os.path.abspath("slow.db")}}
+            """))
+        with (self.folder / "shop/tasks.py").open("a") as file:
+            file.write("\n@task(backend='slow')\ndef slowly():\n    return 'done'\n")
+        self.script("""
+            result = tasks.slowly.enqueue()
+            work()
+            result.refresh()
+            assert result.status == "READY"
+            subprocess.run([sys.executable, "-m", "pybgworker", "run", "--app",
+                            "django:slow", "--burst"], check=True, stdout=2)
+            result.refresh()
+            assert result.return_value == "done"
+            """)
+        done = self.cli("run", "--app", "django:fast", "--burst")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("django:fast: TASKS has no such alias with pybgworker.DjangoTasks; "
+                      "there are default, slow", done.stdout + done.stderr)
+
+
+# == Django app ===============================================================
+
+@needs("django")
+class DjangoApp(DjangoCase):
+    """run --app django"""
+
+    def test_each_run_has_a_connection_that_lives(self):
+        """None is shared with the process that has imported the app."""
+        (self.folder / "shop/tasks.py").write_text(textwrap.dedent("""
+            import os
+            import pybgworker
+            from django.db import connection, connections
+            from shop.models import Order
+
+            connection.ensure_connection()
+            opened = [connection.connection]
+
+            def note():
+                found = connections["default"].connection
+                kept = any(found is each for each in opened if each is not None)
+                connections["default"].ensure_connection()
+                opened.append(connections["default"].connection)
+                return kept
+
+            @pybgworker.task
+            def look():
+                return note(), os.getpid()
+
+            @pybgworker.task
+            async def look_async():
+                from asgiref.sync import sync_to_async
+                return await sync_to_async(note)(), os.getpid()
+            """))
+        settings = self.folder / "shop/settings.py"
+        settings.write_text(re.sub(r"(?s)TASKS = .*", "", settings.read_text()))
+        for method in ("fork", "spawn"):
+            worker = self.worker("--concurrency", 1, "--start-method", method,
+                                 app="django")
+            for name in ("look", "look_async"):
+                found = [self.app.send(f"shop.tasks.{name}").get(timeout=60)
+                         for _ in range(3)]
+                self.assertEqual({kept for kept, _ in found}, {False}, (method, name))
+            worker.stop()
+
+    def test_it_wants_tasks_that_can_be_imported(self):
+        for source, words in (("import nothing_of_that_name", "nothing_of_that_name"),
+                              ("", "it has no task")):
+            (self.folder / "shop/tasks.py").write_text(source)
+            done = self.cli("run", "--app", "django", "--burst")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(words, done.stdout + done.stderr)
+
+
 # == Bench ====================================================================
 
 
@@ -30990,7 +31557,8 @@ class Torture(Served):
 # == The README ===============================================================
 
 
-class Readme(Case):
+class ReadmeCase(Case):
+    """Its text, and a folder with a copy of pybgworker.py."""
 
     def setUp(self):
         super().setUp()
@@ -30999,6 +31567,43 @@ class Readme(Case):
 
     def blocks(self, language):
         return re.findall(rf"(?ms)^```{language}\n(.*?)^```", self.text)
+
+    def imported_by(self, block):
+        """The packages that a block imports, of those that are no part of Python."""
+        found = {name.partition(".")[0] for name in
+                 re.findall(r"(?m)^ *(?:from|import) ([\w.]+)", block)}
+        return sorted(found & {"django", "django_tasks", "fastapi", "flask", "pytest",
+                               "sqlalchemy", "werkzeug"})
+
+    def need(self, block):
+        """Skip the test where a block could only run on something made up."""
+        missing = [name for name in self.imported_by(block)
+                   if importlib.util.find_spec(name) is None]
+        if missing:
+            self.skipTest(f"needs {' and '.join(missing)}, which is no part of Python")
+
+    def settled(self, block):
+        """Django wants settings before anything else."""
+        if re.search("(?m)^from django[. ]", block) and "settings" not in block:
+            return "from django.conf import settings\nsettings.configure()\n" \
+                "import django\ndjango.setup()\n" + block
+        return block
+
+    def snippet(self, words, tail):
+        """Run a block of the README with `tail` after it; return what that prints."""
+        block = next(b for b in self.blocks("python") if words in b)
+        self.need(block)
+        block = self.settled(block)
+        (self.folder / "snippet.py").write_text(block + textwrap.dedent(tail))
+        done = subprocess.run(
+            [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=60,
+            env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout.splitlines()
+
+
+class Readme(ReadmeCase):
 
     def test_every_setting_command_event_and_public_name_is_in_it(self):
         names = ["PYBGWORKER_" + s.name.upper() for s in pybgworker.SETTINGS]
@@ -31052,27 +31657,6 @@ class Readme(Case):
             pattern = pattern.replace(re.escape("..."), ".*")
             with self.subTest(command):
                 self.assertRegex(done.stdout, f"(?s)\\A{pattern}\\Z")
-
-    def imported_by(self, block):
-        """The packages that a block imports, of those that are no part of Python."""
-        found = {name.partition(".")[0] for name in
-                 re.findall(r"(?m)^ *(?:from|import) ([\w.]+)", block)}
-        return sorted(found & {"django", "django_tasks", "fastapi", "flask", "pytest",
-                               "sqlalchemy", "werkzeug"})
-
-    def need(self, block):
-        """Skip the test where a block could only run on something made up."""
-        missing = [name for name in self.imported_by(block)
-                   if importlib.util.find_spec(name) is None]
-        if missing:
-            self.skipTest(f"needs {' and '.join(missing)}, which is no part of Python")
-
-    def settled(self, block):
-        """Django wants settings before anything else."""
-        if re.search("(?m)^from django[. ]", block) and "settings" not in block:
-            return "from django.conf import settings\nsettings.configure()\n" \
-                "import django\ndjango.setup()\n" + block
-        return block
 
     # What two of its examples use of packages that are not ours.
     TRACERS = {
@@ -31172,18 +31756,58 @@ class Readme(Case):
         self.need("\n".join(self.blocks("python")))
         self.run_blocks(self.imported_by)
 
-    def snippet(self, words, tail):
-        """Run a block of the README with `tail` after it; return what that prints."""
-        block = next(b for b in self.blocks("python") if words in b)
-        self.need(block)
-        block = self.settled(block)
-        (self.folder / "snippet.py").write_text(block + textwrap.dedent(tail))
-        done = subprocess.run(
-            [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=60,
-            env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def test_every_command_line_runs(self):
+        """In the README's order, on its first example; endless ones with an end."""
+        (self.folder / "tasks.py").write_text(self.blocks("python")[0])
+        environ = clean_environment(PYTHONPATH="")
+        lines = re.findall(r"(?m)^(?:\$ )?python (.*)$",
+                           "\n".join(self.blocks("(?:sh|console)")))
+        self.assertGreater(len(lines), 18)
+        shlex = pybgworker.importlib.import_module("shlex")
+        for line in lines:
+            argv = shlex.split(line.split("  #")[0])
+            argv += ["--burst"] if "run" in argv and "--burst" not in argv else []
+            argv += ["--tasks", "100"] if "bench" in argv else []
+            if argv[1:2] == ["web"]:
+                self.check_link(argv, environ)
+                continue
+            done = subprocess.run(
+                [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+            absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] in (
+                ["resume"], ["health"], ["doctor"])
+            with self.subTest(line):
+                self.assertIn(done.returncode, (0, 1) if absent else (0,), done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def check_link(self, argv, environ):
+        """`web` prints what the README shows, and serves."""
+        shown = next(b for b in self.blocks("console") if "#token=" in b)
+        pattern = re.sub(r"(?m)^/\S*?,", r"\\S+?,", re.escape(shown).replace(r"\/", "/"))
+        pattern = re.sub("token=.*", r"token=[\\w-]+", pattern)
+        process = subprocess.Popen([sys.executable, *argv, "--listen", "0"], text=True,
+                                   cwd=self.folder, env=environ, stdout=subprocess.PIPE)
+        lines = "".join(process.stdout.readline() for _ in range(2))
+        process.kill()
+        process.communicate()
+        self.assertRegex(lines, pattern.replace("8787", r"\d+").strip())
+
+    def test_the_example_prints_its_table(self):
+        shutil.copy(HERE / "example.py", self.folder)
+        done = subprocess.run([sys.executable, "example.py"], cwd=self.folder, text=True,
+                              env=clean_environment(PYTHONPATH=""), timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout)
-        return done.stdout.splitlines()
+        rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
+        self.assertIn("42.00 at attempt 3", rows["fetch_prices"])
+        self.assertIn("SIGSEGV", rows["crash"])
+        self.assertIn("success", rows["words example.py"])
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()
+                                if p.name != "__pycache__"), ["example.py", "pybgworker.py"])
+
+
+class Recipes(ReadmeCase):
+    """What the README says for programs that use other packages."""
 
     ASK = """
         import io, json
@@ -31241,54 +31865,123 @@ get("/jobs/api/queues/mail/resume", body=1)
         self.assertEqual(lines, ["200 None", "302 jobs/", "200 None", "200 None"])
         self.assertEqual([e.who for e in self.store.events()][0], "anna")
 
-    def test_every_command_line_runs(self):
-        """In the README's order, on its first example; endless ones with an end."""
-        (self.folder / "tasks.py").write_text(self.blocks("python")[0])
-        environ = clean_environment(PYTHONPATH="")
-        lines = re.findall(r"(?m)^(?:\$ )?python (.*)$",
-                           "\n".join(self.blocks("(?:sh|console)")))
-        self.assertGreater(len(lines), 18)
-        shlex = pybgworker.importlib.import_module("shlex")
-        for line in lines:
-            argv = shlex.split(line.split("  #")[0])
-            argv += ["--burst"] if "run" in argv and "--burst" not in argv else []
-            argv += ["--tasks", "100"] if "bench" in argv else []
-            if argv[1:2] == ["web"]:
-                self.check_link(argv, environ)
-                continue
-            done = subprocess.run(
-                [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-            absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] in (
-                ["resume"], ["health"], ["doctor"])
-            with self.subTest(line):
-                self.assertIn(done.returncode, (0, 1) if absent else (0,), done.stderr)
-                self.assertNotIn("Traceback", done.stderr)
+    def block_of(self, file):
+        """The block whose first line names this file, written into the folder."""
+        found, = (b for b in self.blocks("python") if b.startswith(f"# {file}\n"))
+        (self.folder / file).write_text(found)
+        return found
 
-    def check_link(self, argv, environ):
-        """`web` prints what the README shows, and serves."""
-        shown = next(b for b in self.blocks("console") if "#token=" in b)
-        pattern = re.sub(r"(?m)^/\S*?,", r"\\S+?,", re.escape(shown).replace(r"\/", "/"))
-        pattern = re.sub("token=.*", r"token=[\\w-]+", pattern)
-        process = subprocess.Popen([sys.executable, *argv, "--listen", "0"], text=True,
-                                   cwd=self.folder, env=environ, stdout=subprocess.PIPE)
-        lines = "".join(process.stdout.readline() for _ in range(2))
-        process.kill()
-        process.communicate()
-        self.assertRegex(lines, pattern.replace("8787", r"\d+").strip())
+    def serve(self, *argv, said):
+        """Start a web server here; return where it says that it listens."""
+        environ = clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db))
+        log = (self.folder / "web.log").open("w+")
+        self.addCleanup(log.close)
+        server = subprocess.Popen([sys.executable, "-m", *argv], cwd=self.folder,
+                                  env=environ, stdout=log, stderr=subprocess.STDOUT)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.terminate)
+        return until(lambda: re.search(
+            said + r" (http://[\d.:]+)", (self.folder / "web.log").read_text()))[1]
 
-    def test_the_example_prints_its_table(self):
-        shutil.copy(HERE / "example.py", self.folder)
-        done = subprocess.run([sys.executable, "example.py"], cwd=self.folder, text=True,
-                              env=clean_environment(PYTHONPATH=""), timeout=60,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def ask(self, url, **more):
+        request = pybgworker.importlib.import_module("urllib.request")
+        with request.urlopen(request.Request(url, **more), timeout=30) as answer:
+            return json.load(answer)
+
+    def burst(self, app):
+        done = subprocess.run(
+            [sys.executable, "pybgworker.py", "run", "--app", app, "--burst"],
+            cwd=self.folder, text=True, timeout=60, stdout=subprocess.PIPE,
+            env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)))
         self.assertEqual(done.returncode, 0, done.stdout)
-        rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
-        self.assertIn("42.00 at attempt 3", rows["fetch_prices"])
-        self.assertIn("SIGSEGV", rows["crash"])
-        self.assertIn("success", rows["words example.py"])
-        self.assertEqual(sorted(p.name for p in self.folder.iterdir()
-                                if p.name != "__pycache__"), ["example.py", "pybgworker.py"])
+
+    @needs("flask", "gunicorn")
+    def test_flask_enqueues_from_each_process_of_gunicorn(self):
+        """The application is imported once, and forked."""
+        block = self.block_of("shop_web.py")
+        (self.folder / "shop_web.py").write_text(
+            block + "\n\n@app.get('/pid')\ndef pid():\n    import os\n"
+                    "    return jsonify(os.getpid())\n")
+        url = self.serve("gunicorn", "--preload", "-w", "3", "-b", "127.0.0.1:0",
+                         "shop_web:app", said="Listening at:")
+        pids, ids = set(), []
+        while len(pids) < 2 or len(ids) < 12:
+            ids.append(self.ask(f"{url}/resize/a{len(ids)}", method="POST")["id"])
+            pids.add(self.ask(url + "/pid"))
+            self.assertLess(len(ids), 1000)
+        self.assertEqual(ids, list(range(1, len(ids) + 1)))
+        self.burst("shop_web")
+        self.assertEqual(self.ask(url + "/tasks/1"),
+                         {"status": "success", "result": "a0.small"})
+
+    @needs("fastapi", "uvicorn")
+    def test_fastapi_enqueues_beside_its_loop(self):
+        self.block_of("shop_api.py")
+        url = self.serve("uvicorn", "--port", "0", "shop_api:app", said="running on")
+        found = self.ask(url + "/fetch?url=http://a", method="POST")
+        self.assertEqual(found, {"id": 1})
+        self.burst("shop_api")
+        self.assertEqual(self.ask(url + "/tasks/1"), {"status": "success", "result": 8})
+
+    @needs("pytest", "xdist")
+    def test_pytest_has_a_queue_for_each_test_in_each_process(self):
+        block, = (b for b in self.blocks("python") if "@pytest.fixture" in b)
+        (self.folder / "conftest.py").write_text(block)
+        (self.folder / "test_shop.py").write_text(textwrap.dedent("""
+            import os
+            import pytest
+            from pybgworker import task
+
+            @task
+            def double(n):
+                return 2 * n
+
+            @pytest.mark.parametrize("n", range(20))
+            def test_double(queue, n, worker_id):
+                result = double.delay(n)
+                assert result.id == 1 and queue.run() == 1 and result.get() == 2 * n
+                open(f"ran-{worker_id}", "w").close()
+            """))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"],
+            cwd=self.folder, env=clean_environment(PYTHONPATH=""), text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("20 passed", done.stdout)
+        self.assertEqual(sorted(p.name for p in self.folder.glob("ran-*")),
+                         ["ran-gw0", "ran-gw1"])
+        self.assertEqual([*self.folder.glob("*.db*")], [])
+
+    def test_django_has_its_tasks_run(self):
+        if importlib.util.find_spec("django") is None \
+                or importlib.util.find_spec("django.tasks") is None:
+            self.skipTest("needs Django 6, which is no part of Python")
+        for name, text in PROJECT.items():
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+        block, = (b for b in self.blocks("python") if b.startswith("# settings.py\n"))
+        (self.folder / "shop/settings.py").write_text(
+            'SECRET_KEY = "x"\nINSTALLED_APPS = ["shop"]\nDATABASES = {}\n' + block)
+        code = """
+            import os
+            os.environ["DJANGO_SETTINGS_MODULE"] = "shop.settings"
+            import django
+            django.setup()
+            from django.core.management import call_command
+            from shop.tasks import add
+            call_command("check")
+            add.enqueue(1, b=2)
+            """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=self.folder,
+                       check=True, env=clean_environment(PYTHONPATH=""),
+                       stdout=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "pybgworker.py", "run", "--app", "django", "--burst"],
+            cwd=self.folder, text=True, env=clean_environment(PYTHONPATH=""),
+            stdout=subprocess.PIPE)
+        self.assertIn('"event":"task_success","task_id":1,"name":"shop.tasks.add"',
+                      done.stdout)
 
 
 # == The file itself ==========================================================
