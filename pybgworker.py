@@ -5293,8 +5293,8 @@ class App(Registered):
         """Return the tasks that fit, `limit` at most; the newest first.
 
         since: they ended, else began, else came in then, or so long ago at most: a
-        datetime (naive: local time), seconds, or a timedelta.  Where more than `limit`
-        fit, they are those that `list` shows first.  Raises OptionError.
+        datetime (naive: local time), seconds, "2h", or a timedelta.  Where more fit
+        than `limit`, they are those that `list` shows first.  Raises OptionError.
         """
         return find_tasks(self, status, name, queue, since, limit)
 

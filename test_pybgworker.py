@@ -3171,6 +3171,28 @@ class Waiting(LoopCase):
 
         self.asyncio.run(run())
 
+    def test_a_retry_between_two_statements_of_a_look_is_waited_for(self):
+        result, looks = self.task.delay(), []
+        unfinished = self.store.unfinished
+
+        def first_seen_ended(ids):
+            looks.append(ids)
+            if len(looks) == 2:
+                self.succeed(result)
+            return unfinished(ids) if len(looks) > 1 else set()
+
+        async def run():
+            with mock.patch.object(self.store, "unfinished", first_seen_ended):
+                wait = self.asyncio.ensure_future(result._wait())
+                while not looks:
+                    await self.asyncio.sleep(0.001)
+                await self.ticks(50)
+                self.assertFalse(wait.done())
+                self.later(lambda: self.sql("update bg_task set retries = 0"))
+                return await wait
+
+        self.assertEqual(self.asyncio.run(run()), 7)
+
     def test_a_handle_of_an_open_transaction_is_no_task_yet(self):
         conn = sqlite3.connect(self.db)
         self.addCleanup(conn.close)
@@ -3184,6 +3206,14 @@ class Waiting(LoopCase):
             self.assertEqual((await result.watch().__anext__()).status, "queued")
             self.later(lambda: self.succeed(result))
             self.assertEqual(await result, 7)
+            lost = self.task.options(conn=conn).delay()
+            conn.rollback()
+            other = self.task.delay()
+            self.assertEqual(other.id, lost.id)
+            self.succeed(other)
+            for wait in (lost._wait, lost.watch().__anext__):
+                with self.assertRaises(pybgworker.TaskNotFound):
+                    await wait()
 
         self.asyncio.run(run())
 
@@ -4312,6 +4342,16 @@ class Adelay(LoopCase):
         one, bad, three = self.asyncio.run(run())
         self.assertIsInstance(bad, Exception)
         self.assertEqual(self.app.tasks(), sorted([one, three], key=lambda r: -r.id))
+
+    def test_it_waits_for_the_lock_since_it_came(self):
+        """Not since the thread had time for it."""
+        self.locked()
+        row = NewTask("t", "default", 5, None, 3, None, 2, self.now, self.now)
+        long_ago = time.monotonic() - 100
+        started = time.monotonic()
+        found, = self.store.enqueue_each([(row, ["[[],{}]"], long_ago)])
+        self.assertIsInstance(found, pybgworker.DatabaseBusy)
+        self.assertLess(time.monotonic() - started, self.store.db.busy_timeout / 2)
 
     def test_a_cancelled_one_may_have_enqueued_and_leaves_the_others(self):
         told: list = []
@@ -21986,7 +22026,7 @@ class FromAProgram(QueueCase):
         now = self.store.now()
         self.sql("update bg_task set created_at = ? where id = ?", now - 3_600_000, old.id)
         ago = dt.datetime.now() - dt.timedelta(minutes=5)
-        for since in (300, 300.5, dt.timedelta(minutes=5), ago, ago.astimezone(),
+        for since in (300, "5m", dt.timedelta(minutes=5), ago, ago.astimezone(),
                       ago.astimezone(dt.timezone.utc)):
             with self.subTest(since):
                 self.assertEqual(self.app.tasks(since=since), [new])
