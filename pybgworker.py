@@ -5233,13 +5233,13 @@ class App(Registered):
         """The same in asyncio; the work behind adelay()."""
         import asyncio
 
+        if self.settings.immediate or self.stand_in is not None:
+            return self.enqueue(task, calls, options)       # in memory: nobody waits
         if options.get("conn") is not None:
             return await _enqueue_aside(self, task, calls, options)
         row, texts = self._rows(task, calls, options)
         if not texts:
             return []
-        if self.settings.immediate and self.stand_in is None:
-            return self.call_now(row, texts)
         errands = Errands.of(self.errands, enqueue_each, lambda: self.store)
         ids = await errands.send(
             asyncio.get_running_loop(), (row, texts, time.monotonic()))

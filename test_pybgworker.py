@@ -4437,6 +4437,19 @@ class Adelay(LoopCase):
         with self.assertRaises(pybgworker.TaskNotFound):
             lost.status     # noqa: B018
 
+    def test_a_queue_in_memory_is_used_here_whatever_conn_is(self):
+        async def run(task):
+            result = await task.options(conn=object()).adelay(1)
+            async for event in result.watch():
+                return [event.status, await task.adelay_many([])]
+
+        app = App(immediate=True)
+        self.assertEqual(self.asyncio.run(run(app.task(name="t")(abs))), ["success", []])
+        self.assertEqual(app.errands.keys(), {(pybgworker.read_each, os.getpid())})
+        with pybgworker.testing(self.app) as queue:
+            self.assertEqual(self.asyncio.run(run(self.task)), ["queued", []])
+            self.assertEqual([call.args for call in queue.calls(self.task)], [(1,)])
+
     @unittest.skipUnless(importlib.util.find_spec("uvloop"), "needs uvloop")
     def test_with_uvloop(self):
         uvloop = importlib.import_module("uvloop")
