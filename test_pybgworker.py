@@ -7181,6 +7181,7 @@ class Expiring(QueueCase):
         ended, runs = [], []
         for _ in range(3):
             runs += self.claim(alone=3)
+            self.assertLessEqual(len(self.claimed.expired), 500)
             ended += [task.id for task in self.claimed.expired]
             if len(ended) < len(ids) + 1:
                 self.assertLessEqual(self.claimed.next_at, self.now, "there is more")
@@ -17713,6 +17714,10 @@ class Neglect(QueueCase):
         self.settings.queues = ("mail-*",)
         self.sql("update bg_worker set queues = '[\"mail-*\"]'")
         self.assertEqual(self.said(), [("unserved", {"queue": "other"})])
+        self.sql("update bg_task set queue = 'mail-2' where queue = 'other'")
+        with mock.patch.object(type(self.store), "known_tasks") as asked:
+            self.assertEqual(self.said(), [])
+        asked.assert_not_called()       # all of it is taken here
 
     def test_each_cause_is_said_once_while_it_lasts(self):
         self.assertEqual(self.said(), [])
