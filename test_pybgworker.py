@@ -10384,7 +10384,7 @@ class Registries(Case):
         self.assertIn("tasks.first:on_failure", found.tasks)
         second = found.tasks["tasks.second"]
         self.assertEqual(second.schedules,
-                         (("*/5 * * * *", "UTC", "all", "allow", 3, None),))
+                         (("*/5 * * * *", "UTC", "all", "allow", 3, None, "[[],{}]"),))
         self.assertEqual((second.is_async, second.max_running), (False, 0))
         settings = found.settings({"timeout": 4})
         self.assertEqual((settings.queues, settings.timeout, settings.concurrency),
@@ -17018,7 +17018,7 @@ class Settling(unittest.TestCase):
         def failed(exc, **options):
             made = App(db="x.db").task(name="t", **options)(print)
             run = types.SimpleNamespace(raised=None, task=made)
-            return pybgworker._error_of(exc, run)
+            return pybgworker.error_of(exc, run)
 
         refused = pybgworker._ResultRefused("x")
         refused.__cause__ = TypeError("x")
