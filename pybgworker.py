@@ -4826,8 +4826,8 @@ def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
         _check_timeout(timeout), _check_expires(expires), rate_limit,
         None if max_running is None
         else check_number("max_running", max_running, 1, kind=int),
-        _check_callback("on_success", on_success),
-        _check_callback("on_failure", on_failure), policy,
+        _check_callback("on_success", on_success, "task_id"),
+        _check_callback("on_failure", on_failure, "task_id", "error"), policy,
     )
 
 
@@ -4937,9 +4937,16 @@ def _check_meta(meta):
     return text if meta else None
 
 
-def _check_callback(name, value):
-    if value is not None and (not callable(value) or does_yield(value)):
+def _check_callback(name, value, *given):
+    if value is None:
+        return None
+    if not callable(value) or does_yield(value):
         raise OptionError(f"{name}={value!r}: must be a function that does not yield")
+    try:
+        Shape(value.fn if isinstance(value, Task) else value).check(given, {})
+    except CallError as exc:
+        raise OptionError(f"{name}= is called with ({', '.join(given)}): {exc}"
+                          ) from None
     return value
 
 
@@ -27746,6 +27753,7 @@ def listening(app: App, kind: str) -> Callable[[Callable], Callable]:
         if not callable(fn) or does_yield(fn):
             raise OptionError(f"on({kind!r}) of {fn!r}: must be a function that does "
                               "not yield")
+        Shape(fn).check((kind,), {})            # it is called with the event alone
         others = [f for f in app.listeners.get(kind, ())
                   if default_name(f) != default_name(fn)]      # reloaded, mostly
         app.listeners[kind] = [*others, fn]

@@ -2052,6 +2052,22 @@ class Values(unittest.TestCase):
                 self.assertRegex(text, "cannot be sent to a task; send .*"
                                  + re.escape(instead))
 
+    def test_what_packages_make_is_refused_with_what_to_send_instead(self):
+        for package, make, instead in (
+                ("numpy", lambda np: np.float64(1), ".item()"),
+                ("numpy", lambda np: np.int64(1), ".item()"),
+                ("numpy", lambda np: np.arange(3), ".tolist()"),
+                ("pandas", lambda pd: pd.DataFrame({"a": [1]}), '.to_dict("records")'),
+                ("pandas", lambda pd: pd.Timestamp(0), ".to_pydatetime()"),
+                ("pydantic", lambda p: p.create_model("M", a=(int, 1))(),
+                 ".model_dump()")):
+            with self.subTest(package):
+                if importlib.util.find_spec(package) is None:
+                    self.skipTest(f"{package} is not installed")
+                value = make(pybgworker.importlib.import_module(package))
+                with self.assertRaisesRegex(TypeError, "send " + re.escape(instead)):
+                    pybgworker.encode_call((value,), {})
+
     def test_a_refused_result_is_called_one(self):
         for value, words in (
                 ({"a": object()}, r'^result\["a"\]: <class object> cannot be the result '
@@ -2530,6 +2546,9 @@ class Functions(Case):
             def send(self):
                 pass
 
+            def retry(self, task_id, error):
+                pass
+
             def __call__(self):
                 yield
 
@@ -2547,6 +2566,16 @@ class Functions(Case):
 
         with self.assertRaisesRegex(pybgworker.OptionError, "on_failure=.*not yield"):
             self.app.task(print, name="y", on_failure=ticks)
+        takes_one = self.app.task(lambda one: one, name="one")
+        for name, given, bad, good in (
+                ("on_success", "task_id", lambda: 0, (takes_one, lambda *all: 0)),
+                ("on_failure", "task_id, error", takes_one,
+                 (lambda a, b, c=0: 0, mailer.retry, mock.Mock()))):
+            with self.assertRaisesRegex(
+                    pybgworker.OptionError, rf"{name}= is called with \({given}\): .*lambda"):
+                self.app.task(print, name="y", **{name: bad})
+            for fn in good:
+                self.app.task(print, name=f"{name} {id(fn)}", **{name: fn})
         for word, kind in (("above @task", staticmethod), ("no class", classmethod)):
             with self.assertRaisesRegex(
                     pybgworker.OptionError, f"@task of a {kind.__name__}.*{word}"):
@@ -4071,7 +4100,8 @@ class Tasks(Case):
         cron = self.app.cron("* * * * *")
         for needs in (lambda a: a, lambda a, b=1: a, lambda *, a: a,
                       self.app.task(name="x")(lambda a, *, b=1: a)):
-            with self.assertRaisesRegex(pybgworker.OptionError, "without arguments"):
+            with self.assertRaisesRegex(
+                    pybgworker.OptionError, "missing 1 required .*give it arguments: args="):
                 App().cron("* * * * *")(needs)
         for number, fine in enumerate((lambda: 1, lambda a=1, *b, c=2, **d: 1)):
             cron(self.app.task(fine, name=f"fine{number}"))
@@ -27065,7 +27095,9 @@ class Listeners(Case):
     def test_the_first_of_a_storm_is_told_from_the_others(self):
         self.store.now = lambda: self.now
         self.assertTrue(self.event().first_in(300))
-        self.assertFalse(self.event(id=2).first_in(300))
+        self.assertFalse(self.event(id=2).first_in("5m"))
+        with self.assertRaisesRegex(pybgworker.OptionError, "first_in='soon'"):
+            self.event().first_in("soon")
         self.assertTrue(self.event(name="u").first_in(300))
         self.assertTrue(self.event(error={"kind": "crash", "message": ""}).first_in(300))
         self.assertTrue(self.event(kind="retry", error=None).first_in(300))
