@@ -21299,10 +21299,13 @@ class _Capture:
         self._kept_by: dict[Any, Kept] = {}         # by run
         self._echoes: list = []             # (name in sys, ours, what it stands for)
         self._lock = threading.Lock()       # guards that they are as many as runs want
+        self._generation = 0                # of forks, for which it was made
 
     @contextlib.contextmanager
     def of(self, current: CurrentTask) -> Iterator[Kept]:
         kept = Kept()
+        if self._generation != FORKS.generation():      # whoever had it is not here
+            self._generation, self._lock = FORKS.generation(), threading.Lock()
         with self._lock:
             self._kept_by[current] = kept
             if len(self._kept_by) == 1:
@@ -21327,10 +21330,6 @@ class _Capture:
             if getattr(sys, name) is echo:  # else somebody has put his own there
                 setattr(sys, name, stream)
         self._echoes = []
-
-    def forget(self):
-        """In a forked process a thread that is not here may have had the lock."""
-        self._lock = threading.Lock()
 
 
 _capture = _Capture()
@@ -21561,6 +21560,7 @@ def _write_end(app, store, ended):
 _TESTING = "testing"        # the name of its worker
 _MOST_RUNS_HERE = 10_000    # of one call, where nobody has said how many
 _MOST_TICKS = 10_000        # cron ticks visited by one advance()
+_MOST_BATCHES = 1000        # of schedules that are due at one of them
 _ROOM = Room(free=1, alone=1)       # a run at a time, which is alone
 
 
@@ -21858,8 +21858,9 @@ class QueueInTest:
 
 
 def _fire_all(scheduler, now):
-    while not scheduler.fire(now)[1]:
-        pass
+    for _ in range(_MOST_BATCHES):
+        if scheduler.fire(now)[1]:          # seconds until the next look
+            return
 
 
 def _task_name(task):

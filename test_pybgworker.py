@@ -20593,6 +20593,17 @@ class InMemory(Case):
         self.assertEqual(len(self.queue.calls("t")), 80)
         self.assertEqual([c.id for c in self.queue.calls()], list(range(1, 81)))
 
+    def test_nobody_writes_while_another_reads_of_one_moment(self):
+        db = self.app.store.db
+        other = threading.Thread(target=self.app.send, args=("t",))
+        with pybgworker.one_moment(db):
+            self.assertEqual(db.read("select count(*) from bg_task"), [(0,)])
+            other.start()
+            other.join(0.2)                 # in which it would be done
+            self.assertEqual(db.read("select count(*) from bg_task"), [(0,)])
+        other.join()
+        self.assertEqual(db.read("select count(*) from bg_task"), [(1,)])
+
     def test_what_fails_is_undone(self):
         store = self.app.store
         with self.assertRaises(ZeroDivisionError), store.db.write() as link:
@@ -21346,6 +21357,21 @@ class Testings(Case):
         self.assertEqual(self.queue.run(), 1)
         self.queue.advance("1h")
         self.assertEqual(self.queue.run(), 1)
+
+    def test_schedules_made_at_run_time_are_fired_too(self):
+        t = self.noting()
+        self.app.schedule("each", "@every 10m", t, args=(7,))
+        self.queue.advance("1h")
+        self.assertEqual(self.queue.calls(t), [mock.call(7)] * 6)
+        self.app.unschedule("each")
+        self.queue.advance("1h")
+        self.assertEqual((self.queue.run(), self.seen), (6, [7] * 6))
+
+    def test_many_schedules_come_due_at_once(self):
+        for n in range(120):                # more than one transaction moves on
+            self.app.task(name=f"t{n}")(self.app.cron("0 * * * *")(lambda: None))
+        self.queue.advance("1h")
+        self.assertEqual(self.queue.run(), 120)
 
     def test_years_with_a_cron_every_minute_are_bounded(self):
         """Beyond so many ticks it is a downtime, with what misfire says of that."""
