@@ -30372,11 +30372,16 @@ class _Backend:
         task = result.task
         options = {"queue": task.queue_name, "conn": shared, "eta": task.run_after,
                    "priority": _DEFAULT_PRIORITY - task.priority}
-        at = self.app.store.now()
+        at = moment_of(self.app.store.now())
         args, kwargs = plain_json((result.args, result.kwargs))
         handle, = self.app.enqueue(known, [(tuple(args), kwargs)], options)
-        _set(result, id=str(handle.id), enqueued_at=_django_time(at))
+        if shared is None:              # else nobody else can see it yet
+            at = handle.created_at
+        _set(result, id=str(handle.id),
+             enqueued_at=_django_time(to_ms(at.timestamp())))
         self.send("task_enqueued", result)
+        if self.app.settings.immediate:
+            result.refresh()            # it has run already
 
     def _shared(self):
         """Django's connection to our file, if it is in a transaction; or None."""

@@ -29672,7 +29672,7 @@ NEEDS_DJANGO_TASKS = unittest.skipUnless(
     "needs Django 6, or django-tasks, which is no part of Python")
 
 
-class DjangoCase(Case):
+class DjangoCase(Served):
     """A project of Django in the folder."""
 
     def setUp(self):
@@ -29867,6 +29867,7 @@ class DjangoBackend(DjangoCase):
             assert now < soon.run_after - datetime.timedelta(hours=1)
             assert pybgworker.AsyncResult(soon.enqueue(1).id).status == "scheduled"
             plain = tasks.add.enqueue(1)
+            assert backend.get_result(plain.id) == plain
             assert backend.get_result(plain.id).task == tasks.add
             fails(invalid, "Queue", tasks.add.using, queue_name="no")
             fails(invalid, "priority", tasks.add.using, priority=101)
@@ -30043,6 +30044,16 @@ class DjangoBackend(DjangoCase):
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertIn("Ran 2 tests", done.stdout)
 
+    def test_where_delay_is_a_call_the_result_has_ended(self):
+        self.script("""
+            pybgworker.configure(immediate=True)
+            migrate()
+            assert tasks.add.enqueue(1, 2).return_value == 3
+            assert tasks.count_async.enqueue("x").return_value == 0
+            result = tasks.fail.enqueue("x")
+            assert result.status == "FAILED" and len(result.errors) == 1
+            """)
+
     def test_an_alias_with_a_database_of_its_own_has_workers_of_its_own(self):
         settings = self.folder / "shop/settings.py"
         settings.write_text(settings.read_text() + textwrap.dedent("""
@@ -30092,6 +30103,11 @@ class DjangoApp(DjangoCase):
                 opened.append(connections["default"].connection)
                 return kept
 
+            @pybgworker.on_child_start
+            def first():
+                with open("first", "a") as f:
+                    print(connection.connection, file=f)
+
             @pybgworker.task
             def look():
                 return note(), os.getpid()
@@ -30111,6 +30127,7 @@ class DjangoApp(DjangoCase):
                          for _ in range(3)]
                 self.assertEqual({kept for kept, _ in found}, {False}, (method, name))
             worker.stop()
+        self.assertEqual(set(self.lines("first")), {"None"})
 
     def test_it_wants_tasks_that_can_be_imported(self):
         for source, words in (("import nothing_of_that_name", "nothing_of_that_name"),
