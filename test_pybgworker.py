@@ -34,6 +34,7 @@ import pickle
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -31755,7 +31756,7 @@ class Readme(ReadmeCase):
                 self.assertTrue(name in self.text, "not in README.md")
 
     def test_every_flag_that_it_names_is_one(self):
-        known = {"--init", "--preload"}         # of docker, of web servers
+        known = {"--init", "--preload", "--args"}       # of others
         for command in pybgworker.COMMANDS:
             with contextlib.redirect_stdout(io.StringIO()) as out, \
                     self.assertRaises(SystemExit):
@@ -32115,6 +32116,221 @@ get("/jobs/api/queues/mail/resume", body=1)
             stdout=subprocess.PIPE)
         self.assertIn('"event":"task_success","task_id":1,"name":"shop.tasks.add"',
                       done.stdout)
+
+
+# What the left columns of the README's tables find around them, by the library.
+PEERS = {
+    "Celery": """
+        import celery
+        from celery import Celery, chain, group, shared_task
+        from celery.exceptions import Ignore, Reject
+        from celery.schedules import crontab
+        from celery.signals import task_failure, worker_process_init
+
+        app = Celery("proj", broker="memory://", backend="cache+memory://")
+        app.conf.task_always_eager = True
+
+        def given(*args):
+            return 3
+
+        def bound(self):
+            pass
+
+        add, done, alert = (app.task(name="proj." + n)(given)
+                            for n in ("add", "done", "alert"))
+        self = app.task(name="proj.me", bind=True)(bound)
+        self.push_request(id="1", retries=0, is_eager=True, args=(), kwargs={},
+                          called_directly=False)
+        res, AsyncResult = add.delay(1, 2), app.AsyncResult
+
+        def command(args):
+            from celery.bin.base import CLIContext
+            from celery.bin.celery import celery as group
+            outer = group.make_context("celery", args[:2])
+            outer.obj = CLIContext(app=app, no_color=True, workdir=".")
+            with outer:
+                group.commands[args[2]].make_context(args[2], args[3:], parent=outer)
+        """,
+    "Huey": """
+        import datetime
+        from huey import MemoryHuey, SqliteHuey, crontab
+        from huey.exceptions import CancelExecution, RetryTask
+        from huey.signals import SIGNAL_ERROR
+
+        huey = MemoryHuey(immediate=True)
+
+        @huey.task()
+        def add(a, b):
+            return a + b
+
+        res, tomorrow = add(1, 2), datetime.datetime.now() + datetime.timedelta(days=1)
+
+        def command(args):
+            from huey.consumer_options import OptionParserHandler
+            OptionParserHandler().get_option_parser().parse_args(args)
+        """,
+    "RQ": """
+        import datetime
+        from datetime import timedelta
+        import fakeredis
+        import rq
+        from rq import Queue, get_current_job
+        from rq.job import Job
+
+        redis, send = fakeredis.FakeRedis(), print
+        q, tomorrow = Queue("mail", connection=redis), datetime.datetime.now() + timedelta(1)
+        job = q.enqueue(send, "a")
+
+        def command(args):
+            from rq.cli import main
+            main.commands[args[0]].make_context(args[0], args[1:])
+        """,
+    "APScheduler": """
+        import datetime
+        from apscheduler.events import EVENT_JOB_ERROR
+        from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+        from apscheduler.schedulers.background import BackgroundScheduler
+
+        running, tick, add = BackgroundScheduler(), print, max
+        running.start(paused=True)
+        running.add_job(add, "interval", hours=1, args=(1, 2), id="sum")
+        scheduler = running
+        tomorrow = datetime.datetime.now() + datetime.timedelta(days=1)
+        """,
+}
+# Runs rows of pieces of code: each row by itself, what it raises is for its place.
+RUN_ROWS = """
+import json, os, shlex, sys
+PROGRAMS = "celery ", "huey_consumer.py ", "rq "
+
+def run(code, space):
+    if code.startswith(PROGRAMS):
+        return space["command"](shlex.split(code)[1:])
+    if code.startswith("@"):
+        code += "\\ndef decorated(*args, **kwargs): pass"
+    exec(code, space)
+
+setting, rows = json.load(sys.stdin)
+failed = []
+for row in rows:
+    space = {}
+    exec(setting, space)
+    for code in row:
+        try:
+            run(code, space)
+        except BaseException as exc:
+            if not code.startswith("raise ") or isinstance(exc, (NameError, TypeError)):
+                failed.append(f"{code}: {type(exc).__name__}: {exc}")
+json.dump(failed, sys.stderr)
+os._exit(0)
+"""
+
+
+class ComingFrom(Case):
+    """Each table of the README's part "Coming from another library"."""
+
+    @staticmethod
+    def tables():
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        part = re.search(r"(?ms)^## Coming from another library$(.*?)^## ", text)[1]
+        tables = {}
+        for name, table in re.findall(r"(?m)^### (\w+)\n\n((?:\|.*\n)+)", part):
+            rows = [re.split(r" \| ", line.strip("| \n")) for line in table.splitlines()]
+            tables[name] = [[re.findall("`([^`]+)`", cell) for cell in row]
+                            for row in rows[2:]]
+        return tables
+
+    def test_there_is_one_for_each_library_and_each_row_has_two_sides(self):
+        tables = self.tables()
+        self.assertEqual(list(tables), list(PEERS))
+        for name, rows in tables.items():
+            self.assertGreater(len(rows), 10)
+            self.assertEqual({len(row) for row in rows}, {2}, name)
+
+    def check_left(self, name, *modules):
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                self.skipTest(f"no {module} here")
+        rows = [left for left, _ in self.tables()[name]]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", RUN_ROWS], cwd=self.folder, text=True,
+            input=json.dumps([textwrap.dedent(PEERS[name]), rows]), timeout=60,
+            env=clean_environment(), capture_output=True)
+        self.assertEqual(json.loads(done.stderr.splitlines()[-1]), [], done.stderr)
+
+    def test_the_left_side_is_celery(self):
+        self.check_left("Celery", "celery")
+
+    def test_the_left_side_is_huey(self):
+        self.check_left("Huey", "huey")
+
+    def test_the_left_side_is_rq(self):
+        self.check_left("RQ", "rq", "fakeredis", "lupa")
+
+    def test_the_left_side_is_apscheduler(self):
+        self.check_left("APScheduler", "apscheduler", "sqlalchemy")
+
+    def test_the_right_side_is_ours(self):
+        commands = {command.name for command in pybgworker.COMMANDS}
+        os.chdir(self.folder)
+        for name, rows in self.tables().items():
+            for number, (_, right) in enumerate(rows):
+                app = App(db=str(self.folder / f"{name}{number}.db"))
+                with pybgworker.testing(app) as queue, \
+                        mock.patch.object(App, "start_worker", autospec=True):
+                    space = self.space(app)
+                    queue.run()                 # res is the result of a task
+                    for code in right:
+                        with self.subTest(name, code=code):
+                            if code == "run":
+                                self.assertIn(code, commands)
+                            elif code.split()[0] in commands:
+                                pybgworker._arguments(shlex.split(code))
+                            else:
+                                self.run_ours(code, space)
+
+    def space(self, app):
+        """What the right columns find around them."""
+        @app.task
+        def add(a, b):
+            return a + b
+
+        @app.task
+        def send(to):
+            pass
+
+        @app.task
+        def tick():
+            pass
+
+        @app.task(name="me")
+        def me(call):
+            return call()
+
+        def done(task_id):
+            pass
+
+        def alert(task_id, error):
+            pass
+
+        res = add.delay(1, 2)
+        return {**vars(pybgworker), **locals(), "task": app.task, "cron": app.cron,
+                "configure": app.configure, "on": app.on, "App": lambda: app,
+                "on_child_start": app.on_child_start,
+                "tomorrow": dt.datetime.now() + dt.timedelta(days=1),
+                "timedelta": dt.timedelta, "testing": lambda: pybgworker.testing(app)}
+
+    def run_ours(self, code, space):
+        if code.startswith("@"):
+            wants = re.search(r"args=|on_failure|on\(", code)
+            space["number"] = number = space.get("number", 0) + 1
+            code += f"\ndef decorated{number}({'*args' if wants else ''}): pass"
+        call = functools.partial(exec, code, space)
+        if code.startswith("raise "):
+            with self.assertRaises((pybgworker.Retry, pybgworker.Abort)):
+                space["me"](call)
+        else:
+            space["me"](call)           # inside a task: there is a current_task()
 
 
 # == The file itself ==========================================================
