@@ -62,14 +62,13 @@ Map
         Liveness · Wishes · Log · Journal · Upkeep · Tally · Settling · Lookout ·
         Senses · Signs · Unserved · Household · Worker · Command line
     Rooms
-        Cron · Scheduler · In memory · In place · Immediate · Testing ·
-        Reports · One task · Reading · Sending · Acts · Operating · Backup ·
-        Schedules · Wording · Reasons · Why · Attention · Logs · Overview ·
-        Screen · Frame · Top · Metrics · Health · Doctor · Remedies ·
-        Listeners · Child starts · Tether · Beside · Reload · Redaction ·
-        Web reports · Web actions · Dashboard · Web server · Connections ·
-        Django runs · Django · Django app · Bench · Old import paths · Page ·
-        Page script
+        Cron · Scheduler · In memory · In place · Immediate · Testing · Reports ·
+        Failures · One task · Reading · Sending · Acts · Operating · Backup ·
+        Schedules · Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
+        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
+        Child starts · Tether · Beside · Reload · Redaction · Web reports ·
+        Web actions · Dashboard · Web server · Connections · Django runs · Django ·
+        Django app · Bench · Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -1872,6 +1871,7 @@ class WorkerRow(NamedTuple):
     timeout: float | None = None    # of a run whose task has none; None: no limit, too
     threads: int | None = None      # tasks at a time in each child
     coroutines: int | None = None   # … that are async, beside these
+    stop_at: int | None = None      # unix ms; it stops, and ends by then what it runs
 
 
 class ChildRow(NamedTuple):
@@ -1893,6 +1893,7 @@ class Vitals(NamedTuple):
     cpu: float | None = None
     children_cpu: float | None = None
     children: Sequence[ChildRow] = ()   # whatever they say of the worker
+    stop_at: int | None = None
 
 
 class KnownTask(NamedTuple):
@@ -6780,6 +6781,8 @@ create table bg_wait (                -- runs that wait for another task, for a 
 ) without rowid""",
     """alter table bg_worker_task add column  -- JSON object of its @task: queue,
     options     text""",                # priority …; null: an older worker
+    """alter table bg_worker add column  -- unix ms; it stops, and ends by then what
+    stop_at     integer""",             # it runs; null: it does not stop
     """
 create table bg_gone (                -- workers that have left, or were reaped
     worker      integer primary key,  -- their id in bg_worker
@@ -8581,7 +8584,7 @@ def keep_printed(connection, run, worker):
 WORKER_ROW = """
     select id, name, pid, host, boot, port, token, queues, concurrency, started_at,
         beat_at, running, live, start_method, state, note, memory, cpu, children_cpu,
-        rate, version, max_memory, timeout, threads, coroutines
+        rate, version, max_memory, timeout, threads, coroutines, stop_at
     from bg_worker """
 
 
@@ -8635,14 +8638,15 @@ class LiveRows:
 
     def beat(self, worker: int, running: int, live: int, now: int,
              vitals: Vitals = Vitals()) -> bool:
-        *of_worker, children = vitals
+        *of_worker, children, stop_at = vitals
         with self.db.write(durable=False, patience=0.5) as link:
             if not link.connection.execute(
                 """update bg_worker
                     set beat_at = ?, running = ?, live = ?,
-                        state = ?, note = ?, memory = ?, cpu = ?, children_cpu = ?
+                        state = ?, note = ?, memory = ?, cpu = ?, children_cpu = ?,
+                        stop_at = ?
                     where id = ?""",
-                (now, running, live, *of_worker, worker),
+                (now, running, live, *of_worker, stop_at, worker),
             ).rowcount:
                 return False
             link.connection.execute(
@@ -19222,6 +19226,7 @@ class Signs:
     def __init__(self, store: Store, pool: Pool):
         self._store, self._pool = store, pool
         self.state = "starting"         # or ready, or stopping
+        self.stop_at: int | None = None     # unix ms, of one that stops: see WorkerRow
         self.note: str | None = None    # its trouble, in words that follow its name
         self._episode = 0.0             # monotonic: that of the trouble told …
         self._since = ""                # … and when that was, for people
@@ -19260,7 +19265,7 @@ class Signs:
         children_cpu = ended + sum(c.cpu for c in children) + (used.cpu if used else 0)
         self._children_cpu = max(self._children_cpu, round(children_cpu, 3))
         return Vitals(self.state, self.note, own and own.memory, cpu,
-                      self._children_cpu, children)
+                      self._children_cpu, children, self.stop_at)
 
     def note_runs(self, worker: int, now: int, at: float) -> None:
         """Tell of the runs that last, and of what they have printed since."""
@@ -19555,10 +19560,11 @@ class Household:
             self._journal.say("worker_ready", children=self._children,
                               start_method=crew.nursery.start_method)
 
-    def become(self, state: str) -> None:
+    def become(self, state: str, stop_at: int | None = None) -> None:
         """Say at once that the worker is ready, or is stopping, which it stays."""
         if self.signs.state != "stopping":
-            self.signs.state, self._heart.due = state, 0.0
+            self.signs.state, self.signs.stop_at = state, stop_at
+            self._heart.due = 0.0
 
     def keep(self, now: int, at: float, words: Collection[str] = ()) -> None:
         """Do what is due; what `words` say that it is, too."""
@@ -19855,7 +19861,7 @@ class Worker:
         self.house.note_readiness()
         if self.senses.stops.count and not self.stop_by:
             self.stop_by = at + self.settings.shutdown_timeout
-            self.house.become("stopping")
+            self.house.become("stopping", now + to_ms(self.settings.shutdown_timeout))
             self.outbox.handed_back = 0         # from now on it is for the stop
             self.pool.crew.starts.end()
             self.outbox.returned += self.pool.recall_all()
@@ -21959,7 +21965,8 @@ def wants_colour() -> bool:
     return is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
 
 
-def _clock_note():
+def clock_note() -> str:
+    """What stands below a table with times."""
     return time.strftime("times are local: %Z, UTC%z")
 
 
@@ -21999,67 +22006,6 @@ def page_report(store: Store, filter: Filter, limit: int = 50,
         with contextlib.suppress(TaskNotFound):         # deleted a moment ago
             tasks.append(task_report(store, row, names))
     return {"tasks": tasks, "next": page.next, "searched_to": found}
-
-
-# What stands for what differs from one failure to another of the same kind.
-_VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
-_LONGEST_ERROR = 300            # characters of an error's message
-MOST_FAILURES = 1000            # the newest, that are grouped
-
-
-def failure_key(row: FailureRow) -> tuple:
-    """Equal for two that went wrong in the same way."""
-    return row.name, row.kind, row.type, _VARYING.sub("…", row.message)
-
-
-def failure_groups(rows: Sequence[FailureRow], now: int) -> list[dict]:
-    """The failures by what went wrong, the largest group first.
-
-    Two are the same if they are but for numbers, hex and what stands in quotes, for
-    which the text has … then.
-    """
-    groups: dict = {}
-    for row in rows:
-        groups.setdefault(failure_key(row), []).append(row)
-    reports = (_failure_group(key, group, now) for key, group in groups.items())
-    return sorted(reports, key=lambda row: (-row["count"], row["name"]))
-
-
-def _failure_group(key, rows, now):
-    newest = max(rows, key=lambda row: (row.finished_at, row.id))
-    is_same = all(row.message == newest.message for row in rows)
-    message = newest.message if is_same else key[3]
-    error = {"kind": newest.kind, "type": newest.type, "message": message}
-    return {
-        "count": len(rows), "name": newest.name, "queue": newest.queue,
-        "kind": newest.kind, "type": newest.type, "pattern": key[3],
-        "error": str(TaskError(error))[:_LONGEST_ERROR],
-        "first_at": stamp(min(row.finished_at for row in rows)),
-        "last_at": stamp(newest.finished_at),
-        "last_age": max(0, now - newest.finished_at) / 1000,
-        "ids": sorted((row.id for row in rows), reverse=True)[:3],
-    }
-
-
-def failures_report(store: Store, now: int, of: Filter = Filter()) -> dict:
-    """What failed for good, by what went wrong: `groups`, the largest first.
-
-    See failure_groups().  Only the newest 1,000 since then are looked at, whatever
-    their name, queue and error: `capped` says that there are more.
-    """
-    rows = store.failures(of.since or 0, limit=MOST_FAILURES)
-    fits = [row for row in rows if of.name in (None, row.name)
-            and of.queue in (None, row.queue)
-            and of.error in (None, row.type, row.kind)]
-    return {"groups": failure_groups(fits, now), "total": len(rows),
-            "capped": len(rows) == MOST_FAILURES}
-
-
-def failure_ids(store: Store, since: int, like: int) -> list[int]:
-    """The ids of all that failed as this task did, among the newest 1,000."""
-    rows = store.failures(since, limit=MOST_FAILURES)
-    keys = {failure_key(row) for row in rows if row.id == like}
-    return [row.id for row in rows if failure_key(row) in keys]
 
 
 def events_report(store: Store, before: int | None = None, limit: int = 50) -> dict:
@@ -22109,7 +22055,8 @@ def _worker_reports(store, now, worker_timeout):
         "started_at": stamp(row.started_at),
         "heartbeat_age": age,
         "stale": is_silent(row, now, worker_timeout), "dead": is_dead(row),
-        "running": running.get(row.id, 0),
+        "running": running.get(row.id, 0), "state": row.state,
+        "stop_at": stamp(row.stop_at),
     } for row, age in ages]
 
 
@@ -22263,7 +22210,7 @@ def list_text(report: dict, colour: bool = False) -> str:
     for column in ("worker", "due"):
         if not any(row[column] for row in shown):
             columns.remove(column)
-    lines = [table(shown, columns, colour), _clock_note()] if shown else ["no tasks"]
+    lines = [table(shown, columns, colour), clock_note()] if shown else ["no tasks"]
     return "\n".join(lines)
 
 
@@ -22274,25 +22221,13 @@ def searched_text(report: dict) -> str:
     return f"{back}; --all goes on"
 
 
-def failure_groups_text(report: dict, colour: bool = False) -> str:
-    """A line for each group of failures."""
-    if not report["groups"]:
-        return "no task has failed"
-    rows = [{**row, "first": local_time(row["first_at"]),
-             "last": local_time(row["last_at"])} for row in report["groups"]]
-    lines = [table(rows, ("count", "name", "error", "first", "last", "ids"))]
-    if report["capped"]:
-        lines.append(f"of the newest {report['total']:,} failures only")
-    return "\n".join([*lines, _clock_note()])
-
-
 def events_text(rows: list[dict], colour: bool = False) -> str:
     """A line for each event."""
     if not rows:
         return "nobody has done anything yet"
     shown = [{**row, "when": local_time(row["at"])} for row in rows]
     columns = ("when", "who", "how", "action", "target", "detail")
-    return f"{table(shown, columns)}\n{_clock_note()}"
+    return f"{table(shown, columns)}\n{clock_note()}"
 
 
 def inspect_text(report: dict, colour: bool = False) -> str:
@@ -22334,7 +22269,12 @@ def _workers_text(workers):
 
 def _doubts(row):
     """Why a worker may do nothing; its tasks go on as soon as another one looks."""
-    return " DEAD" if row["dead"] else " STALE" if row["stale"] else ""
+    if row["dead"] or row["stale"]:
+        return " DEAD" if row["dead"] else " STALE"
+    if row.get("state") != "stopping":
+        return ""
+    until = row["stop_at"] and f" until {local_time(row['stop_at'], '%H:%M:%S')}"
+    return f" STOPPING{until or ''}"
 
 
 def stats_text(rows: list[dict], colour: bool = False) -> str:
@@ -22359,7 +22299,84 @@ def cron_text(rows: list[dict], colour: bool = False) -> str:
     columns = ["schedule", "expr", "tz", "last", "task", "ended", "next", "misfire",
                "overlap", *(key for key in ("call", "note")
                             if any(row[key] is not None for row in rows))]
-    return f"{table(shown, columns)}\n{_clock_note()}"
+    return f"{table(shown, columns)}\n{clock_note()}"
+
+
+# == Failures =================================================================
+# Owns what failed for good, by what went wrong: failures that differ only in numbers
+# and in what stands in quotes are one group.
+
+# What stands for what differs from one failure to another of the same kind.
+_VARYING = re.compile(r"""'[^']*'|"[^"]*"|\b(?:0x)?(?=\w*\d)[0-9a-fA-F]{8,}\b|\d+""")
+_LONGEST_ERROR = 300            # characters of an error's message
+MOST_FAILURES = 1000            # the newest, that are grouped
+
+
+def failure_key(row: FailureRow) -> tuple:
+    """Equal for two that went wrong in the same way."""
+    return row.name, row.kind, row.type, _VARYING.sub("…", row.message)
+
+
+def failure_groups(rows: Sequence[FailureRow], now: int) -> list[dict]:
+    """The failures by what went wrong, the largest group first.
+
+    Two are the same if they are but for numbers, hex and what stands in quotes, for
+    which the text has … then.
+    """
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(failure_key(row), []).append(row)
+    reports = (_failure_group(key, group, now) for key, group in groups.items())
+    return sorted(reports, key=lambda row: (-row["count"], row["name"]))
+
+
+def _failure_group(key, rows, now):
+    newest = max(rows, key=lambda row: (row.finished_at, row.id))
+    is_same = all(row.message == newest.message for row in rows)
+    message = newest.message if is_same else key[3]
+    error = {"kind": newest.kind, "type": newest.type, "message": message}
+    return {
+        "count": len(rows), "name": newest.name, "queue": newest.queue,
+        "kind": newest.kind, "type": newest.type, "pattern": key[3],
+        "error": str(TaskError(error))[:_LONGEST_ERROR],
+        "first_at": stamp(min(row.finished_at for row in rows)),
+        "last_at": stamp(newest.finished_at),
+        "last_age": max(0, now - newest.finished_at) / 1000,
+        "ids": sorted((row.id for row in rows), reverse=True)[:3],
+    }
+
+
+def failures_report(store: Store, now: int, of: Filter = Filter()) -> dict:
+    """What failed for good, by what went wrong: `groups`, the largest first.
+
+    See failure_groups().  Only the newest 1,000 since then are looked at, whatever
+    their name, queue and error: `capped` says that there are more.
+    """
+    rows = store.failures(of.since or 0, limit=MOST_FAILURES)
+    fits = [row for row in rows if of.name in (None, row.name)
+            and of.queue in (None, row.queue)
+            and of.error in (None, row.type, row.kind)]
+    return {"groups": failure_groups(fits, now), "total": len(rows),
+            "capped": len(rows) == MOST_FAILURES}
+
+
+def failure_ids(store: Store, since: int, like: int) -> list[int]:
+    """The ids of all that failed as this task did, among the newest 1,000."""
+    rows = store.failures(since, limit=MOST_FAILURES)
+    keys = {failure_key(row) for row in rows if row.id == like}
+    return [row.id for row in rows if failure_key(row) in keys]
+
+
+def failure_groups_text(report: dict, colour: bool = False) -> str:
+    """A line for each group of failures."""
+    if not report["groups"]:
+        return "no task has failed"
+    rows = [{**row, "first": local_time(row["first_at"]),
+             "last": local_time(row["last_at"])} for row in report["groups"]]
+    lines = [table(rows, ("count", "name", "error", "first", "last", "ids"))]
+    if report["capped"]:
+        lines.append(f"of the newest {report['total']:,} failures only")
+    return "\n".join([*lines, clock_note()])
 
 
 # == One task =================================================================
@@ -24094,6 +24111,11 @@ def _troubled(story, code, is_database):
         yield Found(code, f"{named(noted[0])} {brief(noted[0].row.note)}.")
 
 
+def _stopping(until, clock):
+    by = f", until {clock.at(until)} at the latest" if until else ""
+    return f"is stopping{by}, and claims nothing more"
+
+
 def _passing_blockers(story):
     """What ends by itself."""
     task, clock = story.task, story.clock
@@ -24104,7 +24126,7 @@ def _passing_blockers(story):
             if len(story.knowing) == 1 < len(story.live):
                 who = f"The only worker that knows it, {who},"
             say = f"has been starting for {clock.since(found[0].row.started_at)}" \
-                if state == "starting" else "is stopping, and claims nothing more"
+                if state == "starting" else _stopping(found[0].row.stop_at, clock)
             yield Found(state, f"{who} {say}.")
     if not story.knowing:
         return
@@ -25205,7 +25227,8 @@ def _worker_row(row, now, claimed, children, beats):
     return {
         "id": row.id, "name": row.name, "pid": row.pid, "host": row.host,
         "version": row.version, "queues": queues_of(row),
-        "state": row.state, "note": row.note, "start_method": row.start_method or None,
+        "state": row.state, "stop_at": stamp(row.stop_at), "note": row.note,
+        "start_method": row.start_method or None,
         "busy": busy, "children": row.concurrency, "running": claimed,
         "memory": memory, "up": up, "beat_age": silence(row, now),
         "cpu": used / up if cpu is None and used is not None and up else cpu,

@@ -17474,7 +17474,13 @@ class Signs(Served):
         self.tasks.hold.delay()
         self.wait_lines("held")
         worker.signal(signal.SIGTERM)
-        self.wait_row(state="stopping")
+        row = self.wait_row(state="stopping")
+        self.assertTrue(0 < row.stop_at - row.beat_at <= 30_000, row)
+        report = pybgworker.inspect_report(self.store, pybgworker.now_ms(), 1200)
+        self.assertEqual(report["workers"][0]["state"], "stopping")
+        self.assertEqual(report["workers"][0]["stop_at"], pybgworker.iso_time(row.stop_at))
+        self.assertRegex(pybgworker.inspect_text(report),
+                         r"ago STOPPING until \d\d:\d\d:\d\d")
         (self.folder / "go").touch()
         self.assertEqual(worker.wait(), 0)
         self.assertIsNone(self.row())
@@ -17513,7 +17519,8 @@ class Signs(Served):
         self.wait_row(state="ready")
         known, callback = self.store.known_tasks()
         self.assertEqual(known, (
-            self.row().id, "tasks.send", 2, ("to", "*cc", "body", "**more"), 4, False))
+            self.row().id, "tasks.send", 2, ("to", "*cc", "body", "**more"), 4, False,
+            None))
         self.assertEqual(callback.name, "tasks.send:on_failure")
 
     @unittest.skipUnless(sys.platform == "linux", "by /proc")
@@ -23293,6 +23300,9 @@ class Why(WhyCase):
         self.serve(2, names=["u"])
         self.says("stopping", "The only worker that knows it, w1, is stopping, and claims "
                   r"nothing more\.")
+        self.sql("update bg_worker set stop_at = ? where state = 'stopping'",
+                 self.now + 30_000)
+        self.says("stopping", r".* w1, is stopping, until \S+ UTC at the latest, and .*")
 
     def test_children_that_cannot_start(self):
         self.enqueue()
@@ -23491,7 +23501,8 @@ class Why(WhyCase):
         said = set(re.findall(r'says\(\s*"(\w+)"', tests))
         said |= set(re.findall(r'also=\["(\w+)"\]', tests))
         self.assertEqual(said, set(pybgworker.REASONS))
-        needs = set(re.findall(r'needs\(\s*"(\w+)"', tests))
+        of_alerts = tests.partition("\n# == Attention ==")[2].partition("\n# == ")[0]
+        needs = set(re.findall(r'needs\(\s*"(\w+)"', of_alerts))
         self.assertEqual(needs, set(pybgworker.ALERTS))
         text = (HERE / "README.md").read_text(encoding="utf-8")
         for table in (pybgworker.REASONS, pybgworker.ALERTS):
