@@ -65,10 +65,10 @@ Map
         Cron · Scheduler · In memory · In place · Immediate · Testing · Reports ·
         Failures · One task · Reading · Sending · Acts · Operating · Backup ·
         Schedules · Wording · Reasons · Why · Attention · Logs · Overview · Screen ·
-        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners ·
-        Child starts · Tether · Beside · Reload · Redaction · Web reports ·
-        Web actions · Dashboard · Web server · Connections · Django runs · Django ·
-        Django app · Bench · Old import paths · Page · Page script
+        Frame · Top · Metrics · Health · Doctor · Remedies · Listeners · Child starts ·
+        Tether · Beside · Reload · Redaction · Web reports · Web actions · Dashboard ·
+        Web server · Connections · Django runs · Django · Django app · Bench ·
+        Old import paths · Page · Page script
 
 Guarantees
     A task whose delay() returned is not lost, whatever is killed; with the
@@ -18396,8 +18396,9 @@ EVENTS = {
         "… no worker can start with these; why, is on standard error; the one before "
         "goes on, and the next change is tried"),
     "worker_stopping": Event(
-        "running patience tasks",
-        "the first signal: it waits at most `patience` seconds for these tasks"),
+        "running patience tasks again",
+        "the first signal: it waits at most `patience` seconds for these tasks; "
+        "`again`: what a second one does"),
     "worker_stop": Event(
         "handed_back cpu children_cpu error",
         "the worker ends; `error` says why it could not go on"),
@@ -18543,6 +18544,7 @@ class Journal:
         self.say(
             "worker_stopping", running=len(running), patience=patience,
             tasks=[f"{run.id} {run.name}" for run in running],
+            again="stop at once, and run these again later" if running else None,
         )
 
     def run(self, event: str, run: Attempt | None, /, **fields: Any) -> None:

@@ -1066,6 +1066,7 @@ class Promises(Served):
         said = worker.wait_for("worker_stopping")
         self.assertEqual((said["running"], said["patience"]), (1, 20.0))
         self.assertEqual(said["tasks"], [f"{result.id} tasks.nap"])
+        self.assertEqual(said["again"], "stop at once, and run these again later")
         self.assertIsNone(worker.find("worker_stop"))
         worker.signal(signal.SIGINT)
         self.assertEqual(worker.wait(), 0)
@@ -27785,6 +27786,18 @@ class Beside(BesideCase):
         self.assertEqual(program.printed, ["[None, None]"])
         self.assertEqual(len(program.all("worker_start")), 1)
 
+    def test_in_tests_it_does_nothing(self):
+        self.module("@task\ndef t(): pass")
+        with pybgworker.testing():
+            worker = pybgworker.start_worker()
+            self.assertEqual((worker.pid, worker.is_alive(), worker.wait_ready()),
+                             (None, False, False))
+        for value in (True, "raise"):
+            pybgworker.configure(immediate=value)
+            with pybgworker.default_app.worker() as worker:
+                self.assertIsNone(worker.pid)
+            self.assertTrue(worker.stop())
+
     # -- one for many
 
     SINGLE = "worker = start_worker(concurrency=1, single=True)\n"
@@ -27887,25 +27900,30 @@ class Beside(BesideCase):
         program.go()
         self.await_end([pid])
 
-    def test_gunicorn_has_one_worker(self):
-        if importlib.util.find_spec("gunicorn") is None:
-            self.skipTest("gunicorn is not installed")
+    SERVERS = (
+        ("gunicorn", "-w", "3", "-b", "127.0.0.1:0"),
+        ("gunicorn", "-w", "3", "-b", "127.0.0.1:0", "--preload"),
+        ("uvicorn", "--workers", "2", "--port", "0", "--interface", "wsgi"),
+    )
+
+    def test_real_web_servers_have_one_worker(self):
         (self.folder / "site2.py").write_text(textwrap.dedent(SITE) + textwrap.dedent("""
             start_worker(concurrency=1, single=True)
             def application(environ, start_response):
                 start_response("200 OK", [])
                 return [b""]
             """))
-        for more in ([], ["--preload"]):
-            program = Program(self, "", argv=[
-                "-m", "gunicorn", "-w", "3", "-b", "127.0.0.1:0", *more,
-                "site2:application"])
-            with self.subTest(more):
+        found = [argv for argv in self.SERVERS if importlib.util.find_spec(argv[0])]
+        for argv in found:
+            program = Program(self, "", argv=["-m", *argv, "site2:application"])
+            with self.subTest(argv):
                 program.wait_for("worker_ready")
                 self.assertEqual(self.send("site2.add", 1, 2).get(60), 3)
                 self.assertEqual(len(program.all("worker_start")), 1)
                 program.process.terminate()
                 program.wait()
+        if len(found) < len(self.SERVERS):
+            self.skipTest("gunicorn or uvicorn is not installed")
 
     # -- what is imported
 
