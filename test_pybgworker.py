@@ -18907,7 +18907,9 @@ class CommandLine(Served):
         task_id = int(self.ok("enqueue", "tasks.echo", "b=2", '"a=1"', 'c={"d": "e=f"}'))
         self.assertEqual(self.get(self.app.result(task_id)),
                          [("a=1",), {"b": 2, "c": {"d": "e=f"}}])
-        self.ok("enqueue", "tasks.add", "--queue", "q", "--key", "k",
+        self.assertIn("add() missing 1 required positional argument: 'b'",
+                      self.refused("enqueue", "tasks.add", "1"))
+        self.ok("enqueue", "tasks.add", "1", "2", "--queue", "q", "--key", "k",
                 "--countdown", "60")
         row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
         self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
