@@ -24032,7 +24032,7 @@ def _until(story):
 
 def _due_later(story):
     task = story.task
-    tick = f" (a tick of the schedule {brief(task.name)})" if task.tick else ""
+    tick = f" (a cron tick of {brief(task.name)})" if task.tick else ""
     return Found("due_later", f"It waits for its time: {_until(story)}{tick}.",
                   whole(task.run_at))
 

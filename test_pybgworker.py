@@ -22522,9 +22522,10 @@ class Schedules(QueueCase):
             self.app.schedule("s", "*/5 * * * *", self.digest)
             worker = self.scheduler()
             row, = self.store.due_schedules(self.at(5), ["digest"])
+            self.at(0)                      # nothing is known by the time alone
             change()
             worker._due = [row]
-            worker.fire(self.now)
+            worker.fire(self.at(5))
             self.assertEqual(self.ran(), [])
 
     def test_unscheduling_what_is_of_the_code_does_nothing(self):
@@ -22614,13 +22615,13 @@ class Schedules(QueueCase):
         self.app.cron("*/5 * * * *")(self.digest)
         self.at(0)
         self.scheduler()
-        self.app.schedule("made", "0 0 1 1 *", self.digest)
+        self.app.schedule("made", "*/7 * * * *", self.digest)
         self.digest.schedules[:] = []
         self.app.cron("*/6 * * * *")(self.digest)
         self.at(3 * 24 * 60)
         self.scheduler()
         self.assertEqual({(s.name, s.expr) for s in self.app.schedules()},
-                         {("digest", "*/6 * * * *"), ("made", "0 0 1 1 *")})
+                         {("digest", "*/6 * * * *"), ("made", "*/7 * * * *")})
 
     def test_a_row_that_cannot_be_read_is_said_once_and_others_go_on(self):
         for name in ("bad", "odd", "good"):
@@ -22771,6 +22772,18 @@ class Schedules(QueueCase):
             [(e.who, e.action, e.target, e.detail) for e in self.store.events()][::-1][:2],
             [("ann", "disable", "schedule digest", "*/5 * * * * UTC"),
              ("ann", "disable", "schedule made", "*/5 * * * * UTC")])
+
+    def test_what_is_replaced_while_it_is_disabled_stays_so_and_what_is_new_is_not(self):
+        self.app.schedule("made", "*/5 * * * *", self.digest)
+        self.switch("made", False)
+        self.assertFalse(self.app.schedule("made", "*/6 * * * *", self.digest).enabled)
+        self.fire(self.scheduler(), 6)
+        self.assertEqual(self.ran(), [])
+        self.switch("made", True)
+        self.assertEqual(self.app.schedules()[0].next_at.minute, 12)
+        self.switch("made", False)
+        self.app.unschedule("made")
+        self.assertTrue(self.app.schedule("made", "*/6 * * * *", self.digest).enabled)
 
     def test_a_disabled_schedule_stays_when_its_code_is_away_for_long(self):
         self.app.cron("*/5 * * * *")(self.digest)
@@ -23215,7 +23228,7 @@ class Why(WhyCase):
                           r"in 12.5 h\.")
         self.assertEqual(found.until, self.now + 45_000_000)
         self.sql("update bg_task set tick = ?", self.now // 1000 + 45_000)
-        self.assertTrue(self.why().say.endswith(" (a tick of the schedule t)."))
+        self.assertTrue(self.why().say.endswith(" (a cron tick of t)."))
         self.store.pause("default", self.now)
         self.sql("delete from bg_worker")
         found = self.says("due_later", ".*", also=["no_worker", "paused"])
