@@ -20928,15 +20928,15 @@ class Scheduler:
     def fire(self, now: int) -> tuple[bool, float]:
         """Enqueue what is due, or a part of it; return (was there any, seconds until
         the next look)."""
-        due = self._due or self.store.due_schedules(now, self.tasks)
-        ours = [(row, found) for row, found in zip(due, map(self._ours, due)) if found]
+        ours, rest = self._some_of(self._due or self.store.due_schedules(
+            now, self.tasks))
         batch = self._batch(ours, now)
         if batch:
             found = self.store.fire([step for step, *_ in batch], BUSY_PATIENCE)
             for (step, plan, schedule), ids in zip(batch, found):
                 self._report(step.row, plan, schedule, ids, now)
         fired = any(step.runs for step, *_ in batch)
-        self._due = [row for row, _ in ours[len(batch):]]
+        self._due = [row for row, _ in ours[len(batch):]] + rest
         if self._due:
             return fired, 0.0
         tick = self.store.next_tick(now)
@@ -20955,11 +20955,23 @@ class Scheduler:
                 self.store.note_event(By(worker, "worker"), "late", row.name,
                                       f"no success since {at}", now)
 
+    def _some_of(self, due):
+        """[(row, what _ours() says)] of those that are ours, a batch of them; the rest.
+        """
+        ours: list = []
+        for number, row in enumerate(due, 1):
+            found = self._ours(row)
+            if found:
+                ours.append((row, found))
+                if len(ours) == _CRON_BATCH:
+                    return ours, due[number:]
+        return ours, []
+
     def _batch(self, ours, now):
         """(step, plan, schedule) of as many as one transaction shall move on."""
         batch: list = []
         ticks = 0
-        for row, (task, schedule) in ours[:_CRON_BATCH]:
+        for row, (task, schedule) in ours:
             plan = self._plan(row, schedule, now)
             batch.append((_step_of(row, plan, task, schedule, now), plan, schedule))
             ticks += len(plan.ticks) + plan.missed
