@@ -22499,11 +22499,11 @@ class Schedules(QueueCase):
     def test_two_that_are_equal_but_for_their_names_are_two(self):
         for name in ("a", "b"):
             self.app.schedule(name, "*/5 * * * *", self.digest)
-        self.app.schedule("a", "@hourly", self.digest)
-        self.app.schedule("a", "*/5 * * * *", self.digest)
+        self.app.schedule("c", "@hourly", self.digest)
+        self.app.schedule("c", "*/5 * * * *", self.digest)
         self.fire(self.scheduler(), 5)
-        self.assertEqual(len(self.ran()), 2)
-        self.assertEqual({s.name for s in self.app.schedules()}, {"a", "b"})
+        self.assertEqual(len(self.ran()), 3)
+        self.assertEqual({s.name for s in self.app.schedules()}, {"a", "b", "c"})
 
     def test_unschedule_deletes_and_says_whether_there_was_any(self):
         self.app.schedule("s", "*/5 * * * *", self.digest)
@@ -22772,6 +22772,17 @@ class Schedules(QueueCase):
             [(e.who, e.action, e.target, e.detail) for e in self.store.events()][::-1][:2],
             [("ann", "disable", "schedule digest", "*/5 * * * * UTC"),
              ("ann", "disable", "schedule made", "*/5 * * * * UTC")])
+
+    def test_a_disabled_schedule_that_a_clock_ahead_wrote_keeps_nobody_busy(self):
+        self.app.schedule("made", "*/5 * * * *", self.digest)
+        worker = self.scheduler()
+        self.at(30)
+        self.switch("made", False)
+        found, connection = [], self.store.db.link().connection
+        connection.set_trace_callback(found.append)
+        worker.fire(self.at(0))
+        connection.set_trace_callback(None)
+        self.assertFalse([s for s in found if "select" not in s.lower()])
 
     def test_what_is_replaced_while_it_is_disabled_stays_so_and_what_is_new_is_not(self):
         self.app.schedule("made", "*/5 * * * *", self.digest)
