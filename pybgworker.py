@@ -22767,6 +22767,7 @@ class _Sent(NamedTuple):
     until: float            # monotonic
     task: Task
     is_known: bool          # a live worker has told its options
+    store: Store            # that of those workers: testing() has another
 
 
 class _Announced(Shape):
@@ -22818,7 +22819,7 @@ def is_announced(app: App, name: str) -> bool:
 
 def _found(app, name):
     found = app.sent.get(name)      # what two threads find at once is the same
-    if found is None or time.monotonic() >= found.until:
+    if found is None or time.monotonic() >= found.until or found.store is not app.store:
         if len(app.sent) >= _MOST_SENT:
             app.sent.clear()
         found = app.sent[name] = _look(app, name)
@@ -22842,7 +22843,7 @@ def _look(app, name):
         task, told = Task(app, do_nothing, name, {}), None
     task.shape = _Announced(known, lambda: _look(app, name).task.shape)
     fresh = _FRESH if told else _FRESH_UNKNOWN
-    return _Sent(time.monotonic() + fresh, task, told is not None)
+    return _Sent(time.monotonic() + fresh, task, told is not None, store)
 
 
 def options_to_send(app: App, name: str) -> dict:

@@ -21976,6 +21976,13 @@ class Sending(Case):
         self.app.configure(db=str(self.folder / "other.db"))
         self.assertEqual(self.app.sent, {})
 
+    def test_what_workers_told_is_not_used_in_a_test(self):
+        self.announce(lambda a: None, queue="pay")
+        self.row(1)
+        with pybgworker.testing(self.app):
+            self.assertEqual(self.row(1, 2, 3).queue, "default")
+        self.assertEqual(self.row(1).queue, "pay")
+
     def test_nonsense_written_by_hand_is_as_if_nothing_was_told(self):
         worker = self.announce(lambda a: None, queue="pay")
         for options in ('"', "[1]", "7", '{"queue": 3}', '{"call": [1]}', '{"retries": -1}',
