@@ -2975,7 +2975,7 @@ class Errands(LoopCase):
             loop = self.asyncio.get_running_loop()
             with self.lock:
                 first = self.errands.send(loop, 2)
-                await self.ticks(20)
+                until(lambda: not self.errands._sent, what="its thread")
                 rest = [self.errands.send(loop, number) for number in (4, 5, 6)]
                 dropped = self.errands.send(loop, 8)
                 dropped.cancel()
@@ -4393,7 +4393,10 @@ class Adelay(LoopCase):
             loop.set_exception_handler(lambda _, context: told.append(context))
             other = self.locked()
             first = self.asyncio.ensure_future(self.task.adelay(1))
-            await self.ticks(20)            # it waits for the lock by now
+            while not self.app.errands:
+                await self.asyncio.sleep(0)
+            errands, = self.app.errands.values()
+            until(lambda: not errands._sent)        # it waits for the lock by now
             waits = [self.asyncio.ensure_future(self.task.adelay(n)) for n in (2, 3)]
             await self.ticks(5)
             first.cancel()
