@@ -11324,9 +11324,10 @@ class UsageError(PyBgWorkerError):
     """The command line itself is wrong: exit status 2."""
 
 
-# Who loads what is no module with tasks, by the MODULE of --app: called with what
-# stands behind the colon, it returns an App.  A room adds its own.
-LOADERS: dict[str, Callable[[str], App]] = {}
+# Who loads what is no module with tasks, by the first MODULE of --app: called with what
+# stands behind the colon, and the other modules, it returns an App.  A room adds its
+# own.
+LOADERS: dict[str, Callable[[str, Sequence[str]], App]] = {}
 
 
 def load_app(spec: str) -> App:
@@ -11341,7 +11342,7 @@ def load_app(spec: str) -> App:
     App.serving = names                 # the import must not enqueue
     try:
         if module_name in LOADERS:
-            return LOADERS[module_name](attribute)
+            return LOADERS[module_name](attribute, others)
         module = importlib.import_module(module_name)
         for other in others:
             importlib.import_module(other)
@@ -28314,6 +28315,11 @@ def _typed(value):
 # What an app is imported by.
 
 
+# Who has a loader for the app of a program: called with it and its modules, each
+# returns the MODULE[,MODULE...][:APP] for that, or "".
+NAMERS: list[Callable[[App, list[str]], str]] = []
+
+
 def spec_of(app: App) -> str:
     """MODULE[,MODULE…][:APP] by which a worker has what this app has so far.
 
@@ -28323,6 +28329,10 @@ def spec_of(app: App) -> str:
     if not modules:
         raise AppError("start_worker(): this App has no task yet: call it once the "
                        "modules with your tasks are imported")
+    for name_of in NAMERS:
+        spec = name_of(app, modules)
+        if spec:
+            return spec
     attribute = ""
     if app is not default_app:
         home, attribute = _home_of(app, modules)
@@ -30323,6 +30333,12 @@ def _app_of(alias, settings):
     return _apps[alias][0]
 
 
+def alias_of(app: App) -> str:
+    """:ALIAS of an App that an alias of TASKS has made; "" for the default one."""
+    return next((f":{alias}" for alias, (each, _) in _apps.items()
+                 if each is app and app is not default_app), "")
+
+
 def _options_of(alias, options):
     """(settings, options of @task) of an alias.  Raises OptionError, SettingError."""
     where = f"TASKS[{alias!r}]['OPTIONS']"
@@ -30628,8 +30644,11 @@ def app_of_alias(alias: str) -> App:
 _MANAGE = re.compile(r"""DJANGO_SETTINGS_MODULE["']\s*,\s*["']([\w.]+)["']""")
 
 
-def _load_django(alias):
-    """Set Django up as its commands do; import the module tasks of each of its apps."""
+def _load_django(alias, others):
+    """Set Django up as its commands do; import the module tasks of each of its apps.
+
+    And the other modules that --app names.
+    """
     if not os.environ.get("DJANGO_SETTINGS_MODULE"):
         found = None
         with contextlib.suppress(OSError), open("manage.py", encoding="utf-8") as file:
@@ -30647,6 +30666,8 @@ def _load_django(alias):
     django.setup()
     loading = importlib.import_module("django.utils.module_loading")
     loading.autodiscover_modules("tasks")
+    for name in others:
+        importlib.import_module(name)
     app = app_of_alias(alias)
     for task in app.registered.values():
         perform = _with_connections(task.perform, is_coroutine_function(task.fn))
@@ -30685,7 +30706,19 @@ def _with_connections(perform, is_async):
     return run_async if is_async else run
 
 
+def _name_of_django(app, modules):
+    """--app of a program in which Django is set up."""
+    registry = getattr(sys.modules.get("django.apps"), "apps", None)
+    if not getattr(registry, "ready", False) \
+            or not os.environ.get("DJANGO_SETTINGS_MODULE"):
+        return ""
+    more = [name for name in modules if name.rpartition(".")[2] != "tasks"
+            and name.partition(".")[0] not in ("django", "django_tasks")]
+    return ",".join(["django", *more]) + alias_of(app)
+
+
 LOADERS["django"] = _load_django
+NAMERS.append(_name_of_django)
 
 
 # == Bench ====================================================================

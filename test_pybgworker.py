@@ -29576,6 +29576,24 @@ class InHand(QueueCase):
         session.remove()
         self.assertEqual(result.status, "queued")
 
+    @needs("flask_sqlalchemy")
+    def test_a_task_is_committed_with_the_session_of_flask_sqlalchemy(self):
+        from flask import Flask
+        from flask_sqlalchemy import SQLAlchemy
+
+        self.store.data_version()
+        site = Flask("site")
+        site.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{self.db}"
+        db = SQLAlchemy(site)
+        with site.app_context():
+            self.addCleanup(db.engine.dispose)
+            lost = self.app.send("t", conn=db.session)
+            db.session.rollback()
+            self.assertRaises(pybgworker.TaskNotFound, lost.ready)
+            kept = self.app.send("t", conn=db.session)
+            db.session.commit()
+        self.assertEqual(kept.status, "queued")
+
     @needs("sqlalchemy")
     def test_a_savepoint_of_a_session_takes_back_its_tasks(self):
         from sqlalchemy import orm
@@ -30194,6 +30212,43 @@ class DjangoApp(DjangoCase):
                 self.assertEqual({kept for kept, _ in found}, {False}, (method, name))
             worker.stop()
         self.assertEqual(set(self.lines("first")), {"None"})
+
+    def test_other_modules_are_imported_behind_the_comma(self):
+        (self.folder / "shop/views.py").write_text(textwrap.dedent("""
+            import pybgworker
+            from shop.models import Order
+
+            @pybgworker.task
+            def seen():
+                return "seen"
+            """))
+        settings = self.folder / "shop/settings.py"
+        settings.write_text(re.sub(r"(?s)TASKS = .*", "", settings.read_text()))
+        (self.folder / "shop/tasks.py").write_text("import pybgworker\n")
+        self.worker(app="django,shop.views")
+        self.assertEqual(self.app.send("shop.views.seen").get(timeout=60), "seen")
+
+    @NEEDS_DJANGO_TASKS
+    def test_a_worker_beside_the_program_sets_django_up(self):
+        (self.folder / "shop/views.py").write_text(textwrap.dedent("""
+            from shop.tasks import task
+
+            @task
+            def seen():
+                return "seen"
+            """))
+        self.script("""
+            import time
+            from shop import views
+            migrate()
+            with pybgworker.default_app.worker(concurrency=1):
+                results = [tasks.add.enqueue(1, 2), views.seen.enqueue()]
+                while not all(result.is_finished for result in results):
+                    time.sleep(0.01)
+                    for result in results:
+                        result.refresh()
+            assert [r.return_value for r in results] == [3, "seen"]
+            """)
 
     def test_it_wants_tasks_that_can_be_imported(self):
         for source, words in (("import nothing_of_that_name", "nothing_of_that_name"),
