@@ -20752,7 +20752,7 @@ class InPlace(Case):
             before = sys.stdout
             result = self.run_one(speak)
             self.assertIs(sys.stdout, before)
-        self.assertEqual(self.app.store.output(result.id), "aloud\nto err\nin a thread\n")
+        self.assertEqual(result.output, "aloud\nto err\nin a thread\n")
         self.assertEqual((out.getvalue(), err.getvalue()),
                          ("aloud\nin a thread\n", "to err\n"))
 
@@ -20945,6 +20945,21 @@ class Immediate(Case):
 
         self.assertEqual(outer.delay(3).get(), 6)
         self.assertEqual([n for _, n in self.seen], [0, 1, 2, 3])
+
+    def test_each_has_what_it_has_printed_itself(self):
+        inner = self.app.task(name="inner")(lambda: print("inner"))
+
+        @self.app.task(name="outer")
+        def outer():
+            print("before")
+            inner.delay()
+            print("after")
+
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            result = outer.delay()
+        self.assertEqual(out.getvalue(), "before\ninner\nafter\n")
+        self.assertEqual(result.output, "before\nafter\n")
+        self.assertEqual(self.app.result(2).output, "inner\n")
 
     def test_a_task_that_enqueues_itself_for_ever_is_told_so(self):
         @self.app.task(name="forever")
