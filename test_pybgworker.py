@@ -21616,8 +21616,8 @@ class Testings(Case):
         statements = []
         self.app.store.db.link().connection.set_trace_callback(statements.append)
         self.assertEqual(self.queue.run(), 100)
-        # begin, finish, standing, the look, the claim, commit; the rest is for all.
-        self.assertLess(len(statements) / 100, 10, statements[:30])
+        # begin, finish, what stands, the look, the claim, commit; the rest is for all.
+        self.assertLess(len(statements) / 100, 7, statements[:30])
 
     def test_the_tables_are_made_once(self):
         made = []
