@@ -20882,6 +20882,14 @@ class Immediate(Case):
         self.assertEqual(len(self.seen), 12)        # all of them have run
         self.assertLess(time.monotonic() - began, 5)    # not 18: retries do not wait
 
+    def test_of_many_the_first_error_comes_through(self):
+        self.app.configure(immediate="raise")
+        divide = self.app.task(name="divide", retries=0)(lambda n: 1 // n)
+        with self.assertRaises(ZeroDivisionError):
+            divide.delay_many([(1,), (0,), (2,)])
+        self.assertEqual([self.app.result(n).status for n in (1, 2, 3)],
+                         ["success", "failed", "success"])
+
     def test_a_retry_that_succeeds_raises_nothing(self):
         @self.app.task(name="flaky")
         def flaky():
@@ -20896,7 +20904,10 @@ class Immediate(Case):
         now = self.app.task(name="now")(lambda: "now")
         later = dt.datetime.now() + dt.timedelta(days=3)
         for options in ({"countdown": 3600}, {"eta": later}, {"conn": "any"}):
-            self.assertEqual(now.options(**options).delay().get(), "now")
+            result = now.options(**options).delay()
+            self.assertEqual(result.get(), "now")
+            row = self.app.store.task(result.id)
+            self.assertEqual(row.run_at, row.created_at)
         self.assertRaises(pybgworker.OptionError, now.options(countdown=[]).delay)
 
     def test_pauses_rates_and_limits_of_runs_are_ignored(self):
@@ -21487,6 +21498,7 @@ class Testings(Case):
 
         async def program():
             results = [await t.adelay(1), *await t.adelay_many([(2,), (3,)])]
+            self.assertEqual(len(self.queue.calls(t)), 3)
             self.queue.run()
             return [await result for result in results]
 
