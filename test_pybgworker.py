@@ -20934,6 +20934,8 @@ class Immediate(Case):
         self.assertEqual(self.seen, [
             ("t:on_success", {"trace": 1}), ("t:on_failure", "ValueError: no", {}),
             ("failure", "t")])
+        self.assertEqual(self.app.store.last_id(), 5)       # two tasks, what they call
+        self.assertEqual(list(self.app.tasks(status="queued")), [])
 
     def test_an_error_of_a_callback_comes_through_after_that_of_the_task(self):
         def broken(*_):
