@@ -21442,6 +21442,14 @@ class Testings(Case):
         self.assertEqual(len(self.queue.calls(hourly)), 3)
         self.assertEqual(self.queue.run_until(last), 0)
 
+    def test_run_until_goes_on_to_a_cron_tick_that_may_help(self):
+        self.app.store.pause("mail", self.app.store.now())
+        self.app.task(name="morning")(
+            self.app.cron("0 * * * *")(lambda: self.app.store.resume("mail")))
+        result = self.noting(queue="mail").delay(1)
+        self.assertEqual(self.queue.run_until(result), 2)
+        self.assertEqual(result.get(), 1)
+
     def test_run_until_never_waits_for_what_cannot_be(self):
         self.app.store.pause("mail", self.app.store.now())
         for result in self.app.send("elsewhere"), self.noting(queue="mail").delay(1):
