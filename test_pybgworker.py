@@ -139,6 +139,7 @@ class Case(unittest.TestCase):
         self.app = App(db=str(self.db))
         self.addCleanup(lambda: self.app.store.close())
         self.keep_default_app()
+        self.addCleanup(os.chdir, os.getcwd())      # before the folder goes
         self.now = 1_800_000_000_000        # a clock the test owns, unix ms
 
     def keep_default_app(self):
@@ -773,7 +774,6 @@ class Served(Case):
     def setUp(self):
         super().setUp()
         self.tasks = self.module(self.TASKS or TASKS)
-        self.addCleanup(os.chdir, os.getcwd())
 
     def lines(self, name):
         path = self.folder / name
@@ -32754,10 +32754,11 @@ class TheFile(unittest.TestCase):
     def test_every_name_in_all_exists_and_is_sorted(self):
         self.assertEqual(pybgworker.__all__, sorted(pybgworker.__all__))
 
-    def test_what_a_test_does_to_the_app_of_the_process_ends_with_it(self):
+    def test_what_a_test_does_to_its_process_ends_with_it(self):
         """Whatever runs after it, there or elsewhere, finds the same."""
         class Meddling(Case):
             def runTest(self):
+                os.chdir(self.folder)
                 pybgworker.configure(threads=3, db=str(self.db))
                 self.module("@on('failure')\ndef told(event): pass")
                 pybgworker.task(name="left")(print)
@@ -32769,7 +32770,7 @@ class TheFile(unittest.TestCase):
         def state():
             app = pybgworker.default_app
             return copy.deepcopy([app.registered, app.listeners, app._code, app._flags,
-                                  app.settings])
+                                  app.settings, os.getcwd()])
 
         before, result = state(), unittest.TestResult()
         Meddling().run(result)
