@@ -28246,6 +28246,9 @@ def start_beside(app: App, concurrency: int, single: bool, reload: bool,
         raise OptionError(f"start_worker(db={settings['db']!r}): it serves the database"
                           " of its App: App(db=...) or configure(db=...) names another")
     resolved = app.resolved(concurrency=concurrency, **settings)
+    if reload and resolved.http:
+        raise OptionError(f"reload=True: not together with http={resolved.http!r}, for "
+                          "which there are two workers for a while")
     if App.in_worker or IN_WORKER in os.environ or _is_imported_for_pool() \
             or resolved.immediate or app.stand_in is not None:
         return StartedWorker()

@@ -28148,6 +28148,7 @@ class Beside(BesideCase):
             ({"colour": 1}, "unknown setting 'colour'"),
             ({"single": "yes"}, "single='yes': must be True or False"),
             ({"reload": 1}, "reload=1: must be True or False"),
+            ({"reload": True, "http": 0}, "reload=True: not together with http="),
             ({"db": "other.db"}, "db='other.db'.*database of its App"),
         ):
             with self.subTest(options), self.assertRaisesRegex(
@@ -28214,7 +28215,9 @@ class Reloads(BesideCase):
                 self.version(2, "@task(name='more')\ndef more(): return 'new'\n")
                 self.assertEqual(self.await_reload(worker), ["tasks.py"])
                 self.assertEqual((self.ask(), self.ask("more")), (2, "new"))
-                self.assertEqual(running.status, "running")
+                self.assertIsNone(worker.wait_for("worker_stopping")["patience"])
+                time.sleep(0.5)         # longer than the shutdown timeout
+                self.assertEqual((running.status, len(self.lines("nap"))), ("running", 1))
                 (self.folder / "go on").touch()
                 self.assertEqual(running.get(60), 1)
                 until(lambda worker=worker: worker.all("worker_stop"))
