@@ -21058,8 +21058,8 @@ def cron_chore(worker: Worker) -> Chore:
         worker.journal.say("scheduler_start", schedules=scheduler.count())
 
     def fire(now):
-        if worker.stop_by == math.inf:      # it lasts for long, and another has begun
-            return None
+        if worker.stop_by and worker.settings.shutdown_timeout == LONGEST_SECONDS:
+            return None                     # it may last, and another has begun
         fired, wait = scheduler.fire(now)
         worker.lookout.news |= fired
         return wait
@@ -27917,7 +27917,7 @@ class Tether:
             poll.poll(1000 * ALIVE_SECONDS)
             word = self._heard()
             if word == _SAYS_DRAIN and self.worker:
-                self.worker.settings.shutdown_timeout = math.inf
+                self.worker.settings.shutdown_timeout = LONGEST_SECONDS
                 os.kill(os.getpid(), signal.SIGHUP)
         if self.worker and self.worker.stop_by:
             self.worker.stop_by = min(

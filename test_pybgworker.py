@@ -28215,7 +28215,8 @@ class Reloads(BesideCase):
                 self.version(2, "@task(name='more')\ndef more(): return 'new'\n")
                 self.assertEqual(self.await_reload(worker), ["tasks.py"])
                 self.assertEqual((self.ask(), self.ask("more")), (2, "new"))
-                self.assertIsNone(worker.wait_for("worker_stopping")["patience"])
+                self.assertEqual(worker.wait_for("worker_stopping")["patience"],
+                                 pybgworker.LONGEST_SECONDS)
                 time.sleep(0.5)         # longer than the shutdown timeout
                 self.assertEqual((running.status, len(self.lines("nap"))), ("running", 1))
                 (self.folder / "go on").touch()
