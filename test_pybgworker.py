@@ -21196,6 +21196,19 @@ class Testings(Case):
 
     # -- run
 
+    def test_the_setting_timeout_is_the_limit_of_who_has_none(self):
+        self.app.configure(timeout=50)
+
+        @self.app.task(name="t")
+        def left():
+            return pybgworker.current_task().deadline - time.time()
+
+        left.delay()
+        self.queue.run()
+        self.assertTrue(0 < self.queue.result(left) <= 50)
+        app = App(db=str(self.db), immediate=True, timeout=50)
+        self.assertTrue(0 < app.task(name="t")(left.fn).delay().get() <= 50)
+
     def test_runs_are_in_the_order_of_a_worker(self):
         t = self.noting()
         for n, priority in enumerate((5, 7, 1, 5)):
@@ -21213,7 +21226,9 @@ class Testings(Case):
     def test_a_limit_stops_and_the_next_run_goes_on(self):
         t = self.noting()
         t.delay_many([(n,) for n in range(5)])
-        self.assertEqual([self.queue.run(limit=n) for n in (0, 2, 9)], [0, 2, 3])
+        self.assertEqual([self.queue.run(limit=n) for n in (0, 2)], [0, 2])
+        self.assertEqual(self.app.result(2).status, "success")      # written by then
+        self.assertEqual(self.queue.run(limit=9), 3)
         self.assertEqual(self.seen, list(range(5)))
         for wrong in (-1, "3", True, 1.5):
             self.assertRaises(pybgworker.OptionError, self.queue.run, limit=wrong)
