@@ -2932,6 +2932,12 @@ class ProgramVerbs(Protocol):
         this call have its mark.  None: the row is one that was committed before.
         """
 
+    def seen_by(self, connection: Any) -> Store:
+        """Return the store as that connection sees it, in its transaction; only to be
+        read.  Where the connection has one open, this takes the write lock, as
+        enqueue_with() would.
+        """
+
     def has_mark(self, task_id: int, mark: str) -> bool:
         """True for a task that was committed by the enqueue_with() of this mark."""
 
@@ -7616,15 +7622,11 @@ class CallersTransaction:
             self._check_file()
             cursor = self._cursor = sqlite3.Cursor(self.connection)     # a plain one
             self._began = not self.connection.in_transaction
-            # Writes before it reads.  Then SQLite waits for its turn, and a
-            # transaction that has read before another's commit never gets one.
             if self._began:
                 cursor.execute("begin immediate")
             else:
                 with missing_is_none():
-                    cursor.execute(
-                        """update bg_meta set value = value where name = 'last_id'"""
-                    )
+                    self._take_turn(cursor)
             cursor.execute("savepoint bg_enqueue")
             self.db.prepare(cursor)
             return cursor
@@ -7632,6 +7634,24 @@ class CallersTransaction:
             self._undo()
             self._refuse(exc)
             raise
+
+    def read(self, statement: str, parameters: Any) -> list:
+        """Run a query, outside the block; nothing is found where there is no table."""
+        conn = self.connection
+        try:
+            self._check_file()
+            cursor, factory = sqlite3.Cursor(conn), conn.text_factory
+            with FORKS.using(), missing_is_none():
+                if conn.in_transaction:
+                    self._take_turn(cursor)
+                try:
+                    conn.text_factory = str
+                    return cursor.execute(statement, parameters).fetchall()
+                finally:
+                    conn.text_factory = factory
+        except sqlite3.Error as exc:
+            self._refuse(exc)
+        return []
 
     def __exit__(self, kind, exc, trace):
         if exc is None:
@@ -7645,6 +7665,14 @@ class CallersTransaction:
         self._undo()
         self._refuse(exc)
         return False
+
+    @staticmethod
+    def _take_turn(cursor):
+        """Write before it reads.  Then SQLite waits for its turn, and a transaction
+        that has read before another's commit never gets one.
+        """
+        cursor.execute(
+            """update bg_meta set value = value where name = 'last_id'""")
 
     def _commits_by_itself(self):
         mode = getattr(self.connection, "autocommit", None)     # from 3.12 on
@@ -7709,6 +7737,17 @@ class CallersTransaction:
                     "reads before it enqueues must start with 'begin immediate'"
                 ) from exc
             raise explained(exc, self.db.path) from exc
+
+
+class CallersView(Database):
+    """The file as a caller's connection (`conn=`) sees it.  Only to be read."""
+
+    def __init__(self, db: Database, connection: Any):
+        super().__init__(db.path)
+        self._transaction = CallersTransaction(db, connection)
+
+    def read(self, statement, parameters=()):
+        return self._transaction.read(statement, parameters)
 
 
 class Queue:
@@ -11286,6 +11325,9 @@ class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
             self.db.read(f"pragma {name}")[0][0]
             for name in ("page_size", "page_count", "freelist_count"))
         return Sizes(page * pages, self.db.wal_bytes(), page * free)
+
+    def seen_by(self, connection: Any) -> SqliteStore:
+        return SqliteStore(self.name, db=CallersView(self.db, connection))
 
     @property
     def follow(self) -> bool:
@@ -21251,6 +21293,9 @@ class MemoryStore(SqliteStore):
         """Enqueue them now: they can be in no transaction of another database."""
         return self.enqueue(task, calls), None
 
+    def seen_by(self, connection: Any) -> MemoryStore:
+        return self
+
     def begin_run(self, task_id: int, callbacks: int, worker: int) -> Run | None:
         """Have this task run now, whatever it waits for.  None: it is not waiting."""
         now = self.now()
@@ -22774,43 +22819,44 @@ class _Sent(NamedTuple):
 class _Announced(Shape):
     """Which calls a task of workers takes: of several that differ, what any does."""
 
-    def __init__(self, known: Sequence[KnownTask], again: Callable):
+    def __init__(self, known: Sequence[KnownTask]):
         super().__init__(len)                   # of which nothing is known
         self.calls = [Parameters.read((task.options or {}).get("call"))
                       for task in known]
         self._name = known[0].name.rpartition(".")[2] if known else ""
-        self._again = again
 
     def check(self, args: Sequence, kwargs: dict) -> None:
-        if self._refusal(args, kwargs) is not None:
-            refusal = self._again()._refusal(args, kwargs)      # a worker may be new
-            if refusal is not None:
-                raise refusal
-
-    def _refusal(self, args, kwargs):
         refusal = None
         for call in self.calls:
             if call is None:
-                return None
+                return
             try:
                 call.check(self._name, args, kwargs)
-                return None
+                return
             except CallError as exc:
                 refusal = exc
-        return refusal
+        if refusal is not None:
+            raise refusal
 
 
 def sent(app: App, name: str, args: Sequence, kwargs: dict | None,
          options: dict) -> AsyncResult[Any]:
     """What App.send() promises."""
     check_known(options, CALL_OPTIONS, CALL_HINTS)
-    task = task_to_send(app, checked("name", parse_name, name))
+    name, task = checked("name", parse_name, name), app.registered.get(name)
+    if task is None:
+        conn = None if app.settings.immediate else options.get("conn")
+        task = _found(app, name, conn).task
+        try:
+            task.shape.check(args, kwargs or {})
+        except CallError:                       # a worker may be new
+            task = _found_anew(app, name, conn).task
     return task.apply_async(args, kwargs, **options)
 
 
 def task_to_send(app: App, name: str) -> Task:
     """The task of this name, or what stands for it here."""
-    return app.registered.get(name) or _found(app, name).task
+    return app.registered.get(name) or _found_anew(app, name).task
 
 
 def is_announced(app: App, name: str) -> bool:
@@ -22818,19 +22864,29 @@ def is_announced(app: App, name: str) -> bool:
     return _found(app, name).is_known
 
 
-def _found(app, name):
+def _found(app, name, conn=None):
     found = app.sent.get(name)      # what two threads find at once is the same
     if found is None or time.monotonic() >= found.until or found.store is not app.store:
-        if len(app.sent) >= _MOST_SENT:
-            app.sent.clear()
-        found = app.sent[name] = _look(app, name)
+        found = _found_anew(app, name, conn)
     return found
 
 
-def _look(app, name):
-    """Ask the database.  Where there is none yet, nobody has told anything."""
-    store, known = app.store, []
+def _found_anew(app, name, conn=None):
+    if len(app.sent) >= _MOST_SENT:
+        app.sent.clear()
+    found = app.sent[name] = _look(app, name, conn)
+    return found
+
+
+def _look(app, name, conn):
+    """Ask the database.  Where there is none yet, nobody has told anything.
+
+    Who has a transaction open on it is asked by that: a connection of ours may wait for
+    its end, and lives on where the caller's is closed.
+    """
+    known: list = []
     with contextlib.suppress(DatabaseUnavailable):      # what inserts it will say so
+        store = app.store if conn is None else app.store.seen_by(conn)
         known = store.announced(name)
         if known:
             live = {row.id for row in live_workers(
@@ -22842,9 +22898,9 @@ def _look(app, name):
         task: Task = Task(app, do_nothing, name, options)
     except OptionError:                 # edited by hand, or of a newer version
         task, told = Task(app, do_nothing, name, {}), None
-    task.shape = _Announced(known, lambda: _look(app, name).task.shape)
+    task.shape = _Announced(known)
     fresh = _FRESH if told else _FRESH_UNKNOWN
-    return _Sent(time.monotonic() + fresh, task, told is not None, store)
+    return _Sent(time.monotonic() + fresh, task, told is not None, app.store)
 
 
 def options_to_send(app: App, name: str) -> dict:

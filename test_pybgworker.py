@@ -22061,6 +22061,59 @@ class Sending(Case):
             own.commit()
         self.assertEqual(self.sql("select queue from bg_task"), [("pay",)])
 
+    def test_workers_are_asked_by_the_connection_of_the_caller(self):
+        """One of ours might wait for a lock that this one has, and would stay open."""
+        self.announce(lambda a: None, queue="pay")
+        for begin in (None, "begin", "begin immediate", "begin exclusive"):
+            with self.subTest(begin), contextlib.closing(
+                    sqlite3.connect(self.db, isolation_level=None)) as own:
+                own.text_factory, own.row_factory = bytes, sqlite3.Row
+                own.execute(begin or "pragma user_version")
+                app = App(db=str(self.db))
+                app.send("shop.pay", 1, conn=own)
+                self.assertRaises(pybgworker.CallError, app.send, "shop.pay", conn=own)
+                self.assertEqual(own.in_transaction, begin is not None)
+                self.assertTrue(app.store.db.may_create)        # it has not been opened
+                self.assertEqual(own.text_factory, bytes)
+                if begin:
+                    own.execute("commit")
+        self.assertEqual(self.sql("select queue from bg_task"), [("pay",)] * 4)
+
+    def test_a_file_that_only_its_caller_has_opened_is_not_waited_for(self):
+        for begin in ("begin immediate", "begin exclusive"):
+            for are_tables in (False, True):
+                name = str(self.folder / f"{begin}{are_tables}.db")
+                with self.subTest(begin, are_tables=are_tables), contextlib.closing(
+                        sqlite3.connect(name, isolation_level=None)) as own:
+                    apps = [App(db=name), App(db=name)]
+                    for app in apps[:1 + are_tables]:
+                        own.execute(begin)
+                        app.send("t", conn=own)
+                        own.execute("commit")
+                        self.assertTrue(app.store.db.may_create)
+                    self.assertEqual(own.execute("select count(*) from bg_task").fetchall(),
+                                     [(1 + are_tables,)])
+
+    def test_who_is_asked_in_a_transaction_cannot_come_too_late_to_write(self):
+        self.announce(lambda a: None, queue="pay")
+        with contextlib.closing(
+                sqlite3.connect(self.db, isolation_level=None, timeout=0)) as own:
+            own.execute("begin")
+            self.assertRaises(pybgworker.CallError, self.app.send, "shop.pay", conn=own)
+            with self.assertRaises(sqlite3.OperationalError):       # it waits its turn
+                sqlite3.connect(self.db, timeout=0).execute("begin immediate")
+            self.app.send("shop.pay", 1, conn=own)
+            own.execute("commit")
+
+    def test_a_connection_that_cannot_be_asked_is_refused_as_by_delay(self):
+        self.announce(lambda a: None, queue="pay")
+        closed = sqlite3.connect(self.db)
+        closed.close()
+        for conn, words in ((closed, "closed"), (7, "conn= is of the class builtins.int"),
+                            (sqlite3.connect(":memory:"), "conn= is open on memory")):
+            self.assertRaisesRegex(
+                pybgworker.OptionError, words, self.app.send, "shop.pay", 1, conn=conn)
+
     def test_enqueue_goes_by_what_live_workers_say(self):
         (self.folder / "tasks.py").write_text(textwrap.dedent("""
             from pybgworker import *
