@@ -23584,11 +23584,12 @@ def schedule_called(store: Store, name: str) -> ScheduleRow:
 @command("cron", "show schedules with their last and next run, or act on one",
          "cron --run reports.nightly",
          flag("--disable", metavar="NAME",
-              help="drop the ticks of a schedule from now on, until --enable"),
+              help="drop the ticks of a schedule from now on, until --enable "
+                   "(default: none)"),
          flag("--enable", metavar="NAME",
-              help="have it go on; what came meanwhile is not run"),
+              help="have it go on; what came meanwhile is not run (default: none)"),
          flag("--run", metavar="NAME",
-              help="enqueue a run of it now, beside its ticks"),
+              help="enqueue a run of it now, beside its ticks (default: none)"),
          reads=True)
 def _cron(args, app):
     given = [(verb, name) for verb in ("disable", "enable", "run")

@@ -963,7 +963,7 @@ class Promises(Served):
         self.assertEqual(worker.stop(), 0)
         rows = self.store.totals()
         self.assertEqual({row.name: [getattr(row, word) for word in words]
-                          for row in rows}, wanted)
+                          for row in rows if row.name in wanted}, wanted)    # no tick
         for row in rows:
             with self.subTest(row.name):
                 self.assertEqual(sum(row.ran), row.runs)
@@ -15413,7 +15413,10 @@ Served_TASKS_MORE = """
 
     @task(retries=0)
     def scribble(how):
-        place = sys._getframe(1).f_locals["self"]
+        frame = sys._getframe()
+        while not hasattr(frame.f_locals.get("self"), "_wire"):
+            frame = frame.f_back
+        place = frame.f_locals["self"]
         head, of = pybgworker._MESSAGE, (current_task().id, current_task().attempt)
         frames = {
             "noise": b"\\xff" * 500,
