@@ -7525,7 +7525,7 @@ _INSERT = """
 def _insert(connection, requests, first, place):
     for request in requests:
         task, calls = request.task, request.calls
-        holder = task.key and key_holder(connection, task.key)
+        holder = task.key and key_holder(connection, task.key, task.created_at)
         if holder:
             request.ids = [holder] * len(calls)
             continue
@@ -7540,16 +7540,34 @@ def _insert(connection, requests, first, place):
         first += len(calls)
 
 
-def key_holder(connection, key):
-    """Id of the unfinished task with this key.  The write lock is held."""
+def key_holder(connection, key, now):
+    """Id of the unfinished task with this key.  The write lock is held.
+
+    One that has expired is ended here: nobody may have done that yet, and it shall
+    not take the place of what is enqueued now.
+    """
     if key is None:
         return None
     row = connection.execute(
-        f"""select id + 0 from bg_task
-            where key = :key and key is not null and state < {SUCCESS}""",
-        {"key": key},
+        f"""select id + 0, state < {RUNNING} and expires_at <= :now, expires_at + 0
+            from bg_task where key = :key and key is not null and state < {SUCCESS}""",
+        {"key": key, "now": now},
     ).fetchone()
-    return row and row[0]
+    if row is None or not row[1]:
+        return row and row[0]
+    end_expired(connection, [(row[0], row[2])], now)
+    return None
+
+
+def end_expired(connection, overdue, now):
+    """Cancel these (id, expires_at), which wait.  The write lock is held."""
+    connection.executemany(
+        f"""update bg_task set state = {CANCELLED}, finished_at = ? where id = ?""",
+        [(now, task_id) for task_id, _ in overdue])
+    for task_id, expires_at in overdue:
+        message = f"it had not begun by {iso_time(expires_at)}"
+        put_payload(connection, task_id, ERROR,
+                    to_json({"kind": "expired", "message": message}))
 
 
 def _next_id(connection):
@@ -7797,7 +7815,7 @@ class Queue:
         FORKS.check(file_identity(self.db.path), self.db.path)
         transaction = CallersTransaction(self.db, connection)
         with FORKS.using(), transaction as cursor:
-            holder = key_holder(cursor, task.key)
+            holder = key_holder(cursor, task.key, task.created_at)
             _insert(cursor, [request], *_next_id(cursor)[:2])
             transaction.keep_files()
             if holder is not None:      # as bytes: text is for the caller's factory
@@ -7993,13 +8011,7 @@ def cancel_expired(connection, now):
     """Cancel what has expired, a batch at most.  The write lock is held."""
     rows = connection.execute(OVERDUE, {"now": now, "most": _EXPIRE_BATCH}).fetchall()
     found = [Attempt(*row) for row in rows]
-    connection.executemany(
-        f"""update bg_task set state = {CANCELLED}, finished_at = ? where id = ?""",
-        [(now, task.id) for task in found])
-    for task in found:
-        message = f"it had not begun by {iso_time(task.expires_at)}"
-        put_payload(connection, task.id, ERROR,
-                    to_json({"kind": "expired", "message": message}))
+    end_expired(connection, [(task.id, task.expires_at) for task in found], now)
     return found
 
 
@@ -9966,7 +9978,7 @@ class Doing:
             return f"is {state_name(state)}"
         key, = self._by.execute(
             """select key from bg_task where id = :id""", {"id": task_id}).fetchone()
-        if key_holder(self._by, key):
+        if key_holder(self._by, key, self._now):
             return KEY_HELD
         keep_last(self._by, task_id)
         self._by.execute(
@@ -10490,7 +10502,8 @@ class Timetable:
     def _fire_one(self, connection, step):
         old, new, runs = step
         if runs and runs[0].key is not None:
-            held = key_holder(connection, runs[0].key) is not None
+            held = key_holder(
+                connection, runs[0].key, runs[0].created_at) is not None
             runs = [] if held else runs[:1]
         moved = connection.execute(
             """update bg_schedule set next_tick = :next_tick, last_tick = :last_tick,

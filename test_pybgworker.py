@@ -7183,6 +7183,42 @@ class Expiring(QueueCase):
         self.assertNotEqual(self.enqueue(key="k"), mine, "its key is free")
         self.assertEqual((self.claim() and self.claimed.expired), ())
 
+    def test_what_has_expired_keeps_its_key_from_nobody(self):
+        """Though no worker has ended it yet: nothing enqueued then is lost with it."""
+        row = pybgworker.ScheduleRow("t", "@daily", "UTC", 0, "latest", "skip", 0.0, None,
+                                     None, "[]", self.now, self.now)
+        self.store.put_schedules([row])
+        failed = self.enqueue(key="k", retries=0)
+        self.finish(self.claim()[0], pybgworker.FAILED, error={"kind": "exception"})
+
+        def by_tick():
+            task = NewTask("t", "q", 5, "k", 3, None, 2, self.now, self.now, tick=1)
+            (found,), = self.store.fire([pybgworker.ScheduleStep(row, row, [task])])
+            return found
+
+        def by_conn():
+            with contextlib.closing(sqlite3.connect(self.db)) as conn:
+                task = NewTask("t", "q", 5, "k", 3, None, 2, self.now, self.now)
+                (found,), _ = self.store.enqueue_with(conn, task, ["[[],{}]"])
+                conn.commit()
+            return found
+
+        def by_retry():
+            self.store.retry(failed, self.now)
+            return failed
+
+        for take in (lambda: self.expiring(9, key="k")[0], by_conn, by_tick, by_retry):
+            mine, = self.expiring(1000, key="k")
+            self.now += 999
+            self.assertEqual(self.expiring(9, key="k"), [mine])
+            self.now += 1
+            found = take()
+            self.assertNotEqual(found, mine)
+            self.assertEqual((self.status(mine), self.store.error(mine)["kind"]),
+                             ("cancelled", "expired"))
+            self.assertEqual(self.status(found), "queued")
+            self.store.cancel(found, self.now)
+
     def test_what_begins_in_time_goes_on_after_it(self):
         mine, = self.expiring(1000)
         self.now += 999
