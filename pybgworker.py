@@ -1928,12 +1928,24 @@ class Wait(NamedTuple):
     awaits: int                 # the id of that task
 
 
+class Waiting(NamedTuple):
+    """A Wait, where the run that waits is, and what it waits for."""
+
+    task: int
+    worker: int
+    is_async: bool | None       # it is a coroutine there; None: who knows
+    awaits: int
+    queue: str                  # of that task
+    name: str
+    has_begun: bool             # that one; it may wait, too
+
+
 class Stuck(NamedTuple):
     """Of a worker that knows a task which has not begun."""
 
     worker: int
     is_async: bool              # its runs are coroutines, there
-    runs: int                   # of that kind, there, that wait for what has not begun
+    runs: int                   # of that kind, there, that wait for ever
 
 
 class FinishedRun(NamedTuple):
@@ -3152,10 +3164,8 @@ class LiveVerbs(Protocol):
     def end_wait(self, wait: Wait) -> None:
         """Undo note_wait()."""
 
-    def stuck(self, wait: Wait) -> list[Stuck]:
-        """What holds up the task that this run waits for; nothing if it has begun.
-
-        A run counts if what it waits for has not begun either, or waits itself.
+    def waits(self, wait: Wait) -> list[Waiting]:
+        """This one and all that are noted, of runs that go on, for what has not ended.
         """
 
     def note_runs(self, worker: int, rows: Sequence[RunRow],
@@ -4117,7 +4127,7 @@ def _call_for(own, streams, fn, /, *args, **kwargs):
 
 # == Deadlocks ================================================================
 # Owns whether a run that waits for another task waits for ever, because it, and others
-# that wait as it does, have all the places in which that task could run.  It is told
+# that wait for ever, too, have all the places in which that task could run.  It is told
 # what runs; it ends no wait but the caller's own.
 
 # Between two looks of one wait; each is twice as long as the one before.
@@ -4142,6 +4152,30 @@ def has_place(queue: str, live: Iterable[WorkerRow], found: Iterable[Stuck]) -> 
         row.id not in kinds
         or kinds[row.id].runs < _places_of(row, kinds[row.id].is_async)
         for row in takers)
+
+
+def hopeless(waits: Sequence[Waiting], live: Sequence[WorkerRow],
+             knowing: Callable[[str], Iterable[KnownTask]]) -> set[int]:
+    """The tasks whose runs wait for ever.
+
+    At first all of them: then, as long as there is one, without those that wait for
+    what has a place beside the others, or runs and is none of these.
+    """
+    stuck = {wait.task for wait in waits}
+    while True:
+        places = {(wait.worker, wait.is_async, wait.task) for wait in waits
+                  if wait.task in stuck}
+        runs = collections.Counter(place[:2] for place in places)
+        rooms = {
+            (queue, name): has_place(queue, live, [
+                Stuck(task.worker, task.is_async, runs[task.worker, task.is_async])
+                for task in knowing(name)])
+            for queue, name in {wait[4:6] for wait in waits if not wait.has_begun}}
+        freed = {wait.task for wait in waits if wait.task in stuck and (
+            wait.awaits not in stuck if wait.has_begun else rooms[wait[4:6]])}
+        if not freed:
+            return stuck
+        stuck -= freed
 
 
 class OwnWait:
@@ -4177,8 +4211,7 @@ class OwnWait:
                 self._is_noted = True
         self._pause = min(max(2 * self._pause, _SHORTEST_SECONDS), _LONGEST_SECONDS)
         self._due = now + self._pause
-        found = self._store.stuck(self._wait)
-        if found and not self._has_place(found):
+        if self._is_hopeless():
             raise Deadlock(
                 f"task {self._wait.task} would wait for task {self._wait.awaits} for "
                 "ever: tasks that wait have all the places in which that could run.  "
@@ -4187,11 +4220,17 @@ class OwnWait:
                 "another worker serves; get(allow_wait=True) waits all the same"
             )
 
-    def _has_place(self, found):
-        queue, now = self._store.task(self._wait.awaits).queue, self._store.now()
-        live = [row for row in self._store.workers()
+    def _is_hopeless(self):
+        store, (task, _, awaits) = self._store, self._wait
+        waits = store.waits(self._wait)
+        if not any(wait.task == task and wait.awaits == awaits and not wait.has_begun
+                   for wait in waits):
+            return False
+        now = store.now()
+        live = [row for row in store.workers()
                 if not is_silent(row, now, self._timeout)]
-        return has_place(queue, live, found)
+        return task in hopeless(
+            waits, live, functools.lru_cache(maxsize=None)(store.announced))
 
     def end(self) -> None:
         """It is over."""
@@ -8784,31 +8823,21 @@ class LiveRows:
                 """delete from bg_wait where task = ? and attempt = ? and awaits = ?""",
                 wait)
 
-    def stuck(self, wait: Wait) -> list[Stuck]:
+    def waits(self, wait: Wait) -> list[Waiting]:
         rows = self.db.read(
             f"""with waits (task, attempt, awaits) as (
                 select task, attempt, awaits from bg_wait
-                union select :task, :attempt, :awaits),
-            held (id, worker, name) as (
-                select distinct t.id, t.worker, t.name from waits as w
-                    join bg_task as t on t.id = w.task and t.attempt = w.attempt
-                        and t.state = {RUNNING}
-                    join bg_task as a on a.id = w.awaits
-                where a.state < {RUNNING}
-                    or a.state = {RUNNING} and (
-                        exists (select 1 from bg_run as r
-                            where r.task = a.id and r.began_at is null)
-                        or exists (select 1 from waits as o
-                            where o.task = a.id and o.attempt = a.attempt)))
-            select k.worker, k.is_async,
-                (select count(*) from held as h
-                    join bg_worker_task as o on o.worker = h.worker and o.name = h.name
-                    where h.worker = k.worker and o.is_async = k.is_async)
-            from bg_task as a join bg_worker_task as k on k.name = a.name
-            where a.id = :awaits and (a.state < {RUNNING} or a.state = {RUNNING}
-                and exists (select 1 from bg_run as r
-                    where r.task = a.id and r.began_at is null))""", wait._asdict())
-        return [Stuck(worker, bool(is_async), runs) for worker, is_async, runs in rows]
+                union select :task, :attempt, :awaits)
+            select t.id, t.worker, o.is_async, a.id, a.queue, a.name,
+                a.state = {RUNNING} and not exists (select 1 from bg_run as r
+                    where r.task = a.id and r.began_at is null)
+            from waits as w
+                join bg_task as t on t.id = w.task and t.attempt = w.attempt
+                    and t.state = {RUNNING}
+                join bg_task as a on a.id = w.awaits and a.state <= {RUNNING}
+                left join bg_worker_task as o on o.worker = t.worker
+                    and o.name = t.name""", wait._asdict())
+        return [Waiting(*row) for row in rows]
 
     def runs(self) -> list[RunRow]:
         rows = self.db.read(

@@ -3440,6 +3440,10 @@ class Deadlocks(Served):
         def beside(path):
             while not os.path.exists(path): time.sleep(0.01)
             return leaf.delay(6).get()
+
+        @task(retries=0, queue="other")
+        def hold(path):
+            while not os.path.exists(path): time.sleep(0.01)
     """.replace("import time", "import os, time")
 
     def serve(self, *flags, concurrency=1):
@@ -3498,6 +3502,18 @@ class Deadlocks(Served):
         self.serve("--queues", "default")
         self.assertEqual(self.get(self.tasks.parent.delay(0)), 7)
 
+    def test_who_waits_for_a_worker_that_is_busy_will_make_room_for_others(self):
+        self.serve("--queues", "other")
+        self.serve("--queues", "default", concurrency=2)
+        self.tasks.hold.delay(str(self.folder / "go"))
+        results = []
+        for number, task in enumerate((self.tasks.elsewhere, self.tasks.parent), 1):
+            results.append(task.delay(*[0] * (number - 1)))
+            until(lambda number=number: results[-1].ready() or len(
+                self.sql("select * from bg_wait")) == number, what="it waits")
+        (self.folder / "go").touch()
+        self.assertEqual([self.get(result) for result in results], [5, 7])
+
     def test_one_may_wait_all_the_same(self):
         self.serve()
         failed = self.failure(self.tasks.parent.delay(0, True, "0.3s"))
@@ -3507,7 +3523,7 @@ class Deadlocks(Served):
 
     def test_outside_of_a_task_nothing_is_looked_at(self):
         result = self.tasks.leaf.delay()
-        with mock.patch.object(SqliteStore, "stuck", side_effect=AssertionError):
+        with mock.patch.object(SqliteStore, "waits", side_effect=AssertionError):
             self.assertRaises(TimeoutError, result.get, "0.02s")
 
             async def run():
@@ -3541,41 +3557,71 @@ class Stuck(QueueCase):
         return pybgworker.Wait(task, attempt, awaits)
 
     def found(self, task, awaits):
-        return [each.runs for each in self.store.stuck(self.waits(task, awaits))]
+        """Who waits for ever, with the workers that were added here."""
+        live = [row for row in self.store.workers() if row.threads]
+        return sorted(pybgworker.hopeless(
+            self.store.waits(self.waits(task, awaits)), live, self.store.announced))
 
-    def test_a_run_counts_as_long_as_what_it_waits_for_has_not_begun(self):
+    def test_a_run_is_stuck_as_long_as_what_it_waits_for_has_not_begun(self):
         worker = self.add()
         self.enqueue(count=4)
         self.state(1, 3, worker)
-        for state, runs in ((0, [1]), (1, [1]), (2, [1]), (3, []), (4, []), (5, [])):
+        for state, stuck in ((0, [1]), (1, [1]), (2, [1]), (3, []), (4, []), (5, [])):
             self.state(2, state, worker if state == 3 else None)
-            self.assertEqual(self.found(1, 2), runs, state)
+            self.assertEqual(self.found(1, 2), stuck, state)
         # It is in a pipe: claimed, and not begun.
         self.state(2, 3, worker)
         self.store.note_runs(worker, [pybgworker.RunRow(2, worker, 1, 9, None, 1)], [],
                              [], self.now)
         self.assertEqual(self.found(1, 2), [1])
 
-    def test_others_count_that_wait_for_what_cannot_begin_or_waits_itself(self):
+    def test_others_hold_places_that_wait_for_what_cannot_begin_or_is_stuck(self):
         worker = self.add(concurrency=3)
         self.enqueue(count=6)
         for task in (1, 2, 3):
             self.state(task, 3, worker)
-        self.assertEqual(self.found(1, 4), [1])
+        self.assertEqual(self.found(1, 4), [])
         self.store.note_wait(self.waits(2, 5))          # 5 is queued
+        self.assertEqual(self.found(1, 4), [])
         self.store.note_wait(self.waits(3, 1))          # 1 runs, and waits
-        self.assertEqual(self.found(1, 4), [3])
+        self.assertEqual(self.found(1, 4), [1, 2, 3])
         self.state(5, 3, worker)                        # runs, and does not wait
-        self.assertEqual(self.found(1, 4), [2])
+        self.assertEqual(self.found(1, 4), [])
         self.state(5, 2)
+        self.store.end_wait(self.waits(2, 5))
         for wait in (self.waits(2, 5, 2), self.waits(6, 5)):
             self.store.note_wait(wait)      # of another attempt; of what does not run
-        self.assertEqual(self.found(1, 4), [2])
-        self.store.end_wait(self.waits(3, 1))
-        self.assertEqual(self.found(1, 4), [1])
+        self.assertEqual(self.found(1, 4), [])
         self.state(3, 4)
         self.add()
         self.assertEqual(self.sql("select * from bg_wait"), [])     # swept
+
+    def test_who_waits_for_a_busy_worker_gives_its_place_back(self):
+        """So those who need that place wait, too, and not for ever: in a row of them."""
+        mine, other = self.add(queues='["a"]', concurrency=3), self.add(queues='["b"]')
+        ids = [self.enqueue(queue=queue) for queue in "aaabbaa"]
+        first, second, third, busy, late, *_ = ids
+        for task in (first, second, third):
+            self.state(task, 3, mine)
+        self.state(busy, 3, other)              # whatever it does, it comes to an end
+        self.store.note_wait(self.waits(second, ids[5]))
+        self.store.note_wait(self.waits(third, late))
+        self.assertEqual(self.found(first, ids[6]), [])
+        self.store.note_wait(self.waits(busy, ids[6]))      # unless it waits for them
+        self.assertEqual(self.found(first, ids[6]), [first, second, third, busy])
+        self.store.note_wait(self.waits(busy, first))       # for any of them: its run is
+        self.assertEqual(self.found(first, ids[6]), [first, second, third, busy])
+        self.state(second, 4)                               # one has ended
+        self.assertEqual(self.found(first, ids[6]), [])
+
+    def test_who_waits_for_several_is_stuck_when_all_are(self):
+        mine, _ = self.add(queues='["a"]'), self.add(queues='["b"]')
+        run, near, far = (self.enqueue(queue=queue) for queue in "aab")
+        self.state(run, 3, mine)
+        self.store.note_wait(self.waits(run, far))
+        self.assertEqual(self.found(run, near), [])
+        self.state(far, 4)
+        self.assertEqual(self.found(run, near), [run])
 
     def test_each_kind_has_places_of_its_own(self):
         worker = self.add()
@@ -3583,9 +3629,9 @@ class Stuck(QueueCase):
         self.enqueue("a", count=2)
         self.state(1, 3, worker)
         self.state(3, 3, worker)
-        self.assertEqual(self.store.stuck(self.waits(1, 4)), [(worker, True, 0)])
-        self.assertEqual(self.store.stuck(self.waits(1, 2)), [(worker, False, 1)])
-        self.assertEqual(self.store.stuck(self.waits(3, 4)), [(worker, True, 1)])
+        self.assertEqual(self.found(1, 4), [])
+        self.assertEqual(self.found(1, 2), [1])
+        self.assertEqual(self.found(3, 4), [3])
 
     def test_there_is_a_place_unless_all_are_held_of_all_who_take_it(self):
         def rows(*values):
