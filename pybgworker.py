@@ -19258,7 +19258,7 @@ class Heard(NamedTuple):
     children: Sequence[tuple] = ()      # (child, descriptor) with something to read
     news: bool = False                  # somebody says that they have committed
     signal: bool = False                # one has come, or a word of the nursery
-    words: Collection[str] = ()         # what else datagrams have said, see Chore
+    words: Collection[str] = frozenset()    # what else datagrams have said, see Chore
 
 
 class Senses:

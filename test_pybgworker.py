@@ -93,6 +93,11 @@ def until(predicate, timeout=25.0, what="it"):
     raise AssertionError(f"{what} did not happen within {timeout} s")
 
 
+def soon(seconds):
+    """What these seconds of a quiet machine are on this one, as busy as it is now."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def clean_environment(**extra):
     """This process's environment without settings, plus `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")}
@@ -889,7 +894,7 @@ class Promises(Served):
         first.kill()
 
         self.wait_lines("nap", 2)
-        self.assertLess(time.monotonic() - killed_at, 2)
+        self.assertLess(time.monotonic() - killed_at, soon(2))
         second.wait_for("task_lost", task_id=result.id)
         second.wait_for("worker_lost", pid=first.pid, runs=1)
 
@@ -1045,7 +1050,7 @@ class Promises(Served):
         result.cancel()
 
         self.assertRaises(pybgworker.TaskCancelled, self.get, result)
-        self.assertLess(time.monotonic() - asked_at, 1)
+        self.assertLess(time.monotonic() - asked_at, soon(1))
         self.assertEqual(self.lines("nap.end"), [])
 
     def test_the_first_signal_lets_running_tasks_finish(self):
@@ -3119,7 +3124,7 @@ class Waiting(LoopCase):
             last = self.task.delay()
             self.later(lambda: self.succeed(last))
             self.assertEqual(await last, 7)
-            self.assertLess(time.monotonic() - started, 1.5)
+            self.assertLess(time.monotonic() - started, soon(1.5))
             self.assertFalse(any(wait.done() for wait in waits[10:]))
             for wait in waits[10:]:
                 wait.cancel()
@@ -6586,7 +6591,7 @@ class Threads(Case):
         start = time.monotonic()
         results = self.at_once([lambda: self.app.send("t")] * 6, hold=1.2)
         self.assertEqual({type(r) for r in results}, {pybgworker.DatabaseBusy})
-        self.assertLess(time.monotonic() - start, 1.8)
+        self.assertLess(time.monotonic() - start, soon(1.8))
         self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
         self.assertEqual(self.app.send("t").id, 1)
 
@@ -11446,7 +11451,7 @@ class InThreads(Case):
         error = child.answer(child.run("late", timeout=0.2))
 
         self.assertLess(0.2, time.monotonic() - began)
-        self.assertLess(time.monotonic() - began, 3)
+        self.assertLess(time.monotonic() - began, soon(3))
         self.assertEqual((error["kind"], error["type"], error["message"]), (
             "timeout", "TaskTimeout", "the time limit is reached"))
         self.assertIn("in late", error["traceback"])
@@ -11467,14 +11472,14 @@ class InThreads(Case):
         ids = [child.run("chatter") for _ in range(3)]
         until(lambda: all(map(child.printed, ids)))
         child.cancel(ids[1])
-        error = child.answer(ids[1], timeout=4)
+        error = child.answer(ids[1])
 
         self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
         self.assertIn(f"task {ids[1]} is being cancelled", error["message"])
         self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
         for number in (ids[0], ids[2]):
             child.cancel(number)
-            child.answer(number, timeout=4)
+            child.answer(number)
 
     def test_a_cancellation_may_come_before_its_run(self):
         """What comes after it is for no later attempt."""
@@ -11483,12 +11488,12 @@ class InThreads(Case):
         early = child.run("chatter")            # there is no thread for it yet
         child.cancel(early)
         (self.folder / "go").touch()
-        self.assertEqual(child.answer(early, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(early)["kind"], "cancelled")
         child.cancel(holding[0])
         self.assertIsNone(child.answer(holding[0]))
         other = child.run("chatter")
         child.cancel(other)
-        child.answer(other, timeout=5)          # so it has heard of both
+        child.answer(other)          # so it has heard of both
         child.sent = holding[0] - 1             # the same id
         (self.folder / "go").unlink()
         child.heard.clear()
@@ -11496,7 +11501,7 @@ class InThreads(Case):
         child.answer(child.run("number"))
         self.assertEqual(child.said(pybgworker.ENDED_BADLY, again), [])
         child.cancel(again)
-        self.assertEqual(child.answer(again, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(again)["kind"], "cancelled")
 
     def test_an_interruption_falls_nowhere_but_into_the_task(self):
         """Whenever it comes: in a print, a fork, a finalizer, or just at the end."""
@@ -11632,7 +11637,7 @@ class InThreads(Case):
                     time.sleep(0.001)
             """)
         for name in ("finalize", "fork"):
-            error = child.answer(child.run(name, timeout=0.1), timeout=5)
+            error = child.answer(child.run(name, timeout=0.1))
             self.assertEqual((error["kind"], error["message"]),
                              ("timeout", "the time limit is reached"), name)
         self.assertEqual(child.output.read(), b"")
@@ -11934,7 +11939,7 @@ class OnTheLoop(Case):
         ids = [child.beside("wait", 1) for _ in range(1000)]
         for number in ids:
             self.assertIsNone(child.answer(number))
-        self.assertLess(time.monotonic() - began, 4)
+        self.assertLess(time.monotonic() - began, soon(4))
         self.assertLess(pybgworker.memory_bytes(child.pid), 80 << 20)
         self.assertEqual(child.stop().code, 0)
 
@@ -11999,7 +12004,7 @@ class OnTheLoop(Case):
             """)
         neighbour = child.beside("hold")
         number = child.beside("late", timeout=0.1)
-        error = child.answer(number, timeout=4)
+        error = child.answer(number)
         self.assertEqual((error["kind"], error["type"], error["message"]), (
             "timeout", "TaskTimeout", "the time limit is reached"))
         self.assertIn("in late", error["traceback"])
@@ -12021,11 +12026,11 @@ class OnTheLoop(Case):
                 until(lambda: child.printed(held))
             number = ids.pop()
             child.cancel(number)
-            error = child.answer(number, timeout=4)
+            error = child.answer(number)
             self.assertEqual((error["kind"], error["type"]), ("cancelled", "TaskCancelled"))
             self.assertEqual(child.said(pybgworker.ENDED_BADLY, ids[0]), [])
         child.cancel(held)
-        self.assertEqual(child.answer(held, timeout=4)["kind"], "cancelled")
+        self.assertEqual(child.answer(held)["kind"], "cancelled")
 
     def test_one_is_cancelled_while_the_main_thread_hears_nothing(self):
         child = self.child("""
@@ -12040,7 +12045,7 @@ class OnTheLoop(Case):
         held, number = child.run("deaf"), child.beside("wait", 60)
         until(lambda: child.printed(held))
         child.cancel(number)
-        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
         self.assertEqual(child.said(pybgworker.ENDED_BADLY, held), [])
 
     def test_a_cancellation_before_the_first_step_is_one(self):
@@ -12057,7 +12062,7 @@ class OnTheLoop(Case):
         child.cancel(number)
         (self.folder / "go").touch()
         self.assertIsNone(child.answer(first))
-        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
 
     def test_what_it_has_started_ends_with_it(self):
         child = self.child("""
@@ -12110,12 +12115,12 @@ class OnTheLoop(Case):
         neighbour = child.beside("hold", "never")
         for fails in (False, True):
             number = child.beside("leave", fails)
-            child.answer(number, timeout=4)
+            child.answer(number)
             self.assertEqual(sorted(child.printed(number).splitlines()),
                              ["generator closed", "task ended", "task ended"])
         self.assertEqual(child.answer(child.beside("count")), 2)
         number = child.beside("leave_stubborn")
-        self.assertIsNone(child.answer(number, timeout=5))
+        self.assertIsNone(child.answer(number))
         (self.folder / "go").touch()
         until(lambda: child.printed(0) == "late\n")
         self.assertEqual(child.printed(number), "")
@@ -12136,7 +12141,7 @@ class OnTheLoop(Case):
         child.cancel(number)
         self.assertEqual(child.answer(child.run("ordinary")), "ordinary")
         (self.folder / "loop").touch()
-        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
         child = self.child("""
             import pybgworker
             make = pybgworker.Threads.__init__
@@ -12149,7 +12154,7 @@ class OnTheLoop(Case):
             """, threads=2)
         number = child.run("busy")
         child.cancel(number)
-        self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
 
     def test_what_does_not_end_is_said_to_the_worker(self):
         """Once; and it keeps no neighbour from anything, nor its own run from its end."""
@@ -12180,14 +12185,14 @@ class OnTheLoop(Case):
                     time.sleep(0.01)
             """)
         number = child.beside("stubborn")
-        self.assertIsNone(child.answer(number, timeout=5))
+        self.assertIsNone(child.answer(number))
         said = "a run of stubborn has left asyncio tasks that do not end when they are " \
             "cancelled"
         self.assertEqual(child.said(pybgworker.SPENT, number), [said])
         numbers = [child.beside("stuck", True) for _ in range(40)]
         numbers += [child.beside("stuck", False, timeout=0.3) for _ in range(40)]
         for number in numbers:
-            child.answer(number, timeout=5)
+            child.answer(number)
         for _ in range(10):
             self.assertEqual(child.answer(child.beside("call")), 2)
         self.assertEqual(len(child.said(pybgworker.SPENT)), 1)
@@ -12259,7 +12264,7 @@ class OnTheLoop(Case):
         began = time.monotonic()    # a limit ends it whoever's that is what it waits for
         number = child.beside("wait_for_shared", timeout=0.2)
         self.assertEqual(child.answer(number)["kind"], "timeout")
-        self.assertLess(time.monotonic() - began, 3)
+        self.assertLess(time.monotonic() - began, soon(3))
 
     def test_what_a_run_does_to_the_loop_is_undone(self):
         child = self.child("""
@@ -12332,7 +12337,7 @@ class OnTheLoop(Case):
         neighbour = child.beside("hold")
         for how in ("itself", "key", "child", "awaited", "late"):
             with self.subTest(how):
-                error = child.answer(child.beside("end", how), timeout=5)
+                error = child.answer(child.beside("end", how))
                 self.assertEqual((error["kind"], error["type"], error["retryable"]), (
                     "exception", "KeyboardInterrupt" if how == "key" else "SystemExit",
                     False))
@@ -12369,7 +12374,7 @@ class OnTheLoop(Case):
             until(lambda: child.said(pybgworker.LAGGED, number))
             (seconds, stack), = child.said(pybgworker.LAGGED)[-1:]
             self.assertLess(1, seconds)
-            self.assertLess(seconds, 2.5)
+            self.assertLess(seconds, soon(2.5))
             self.assertIn("in blocks", stack)
             self.assertEqual("pybgworker.py" in stack, way == "get")
             self.assertNotIn("in call", stack)
@@ -12378,7 +12383,7 @@ class OnTheLoop(Case):
             until(lambda: child.printed(held))
             child.cancel(held)
             (self.folder / "go").touch()
-            self.assertIsNone(child.answer(number, timeout=5))
+            self.assertIsNone(child.answer(number))
             (self.folder / "go").unlink()
         self.assertEqual(child.said(pybgworker.LAGGED, innocent), [])
 
@@ -12425,8 +12430,8 @@ class OnTheLoop(Case):
         for how, code in (("return", 0), ("raise", 1), ("exit", 3), ("await", 1)):
             with self.subTest(how):
                 number = child.beside("fork", how)
-                self.assertEqual(child.answer(number, timeout=5), code)
-        self.assertEqual(child.answer(child.beside("part"), timeout=5), 1)
+                self.assertEqual(child.answer(number), code)
+        self.assertEqual(child.answer(child.beside("part")), 1)
         self.assertIsNone(child.answer(counts))
         self.assertEqual((self.folder / "count").read_text(), "x" * 100)
         text = b"".join(child.said(pybgworker.WRITTEN)) + child.output.read()
@@ -12574,7 +12579,7 @@ class OnTheLoop(Case):
                 lasting.append(asyncio.ensure_future(lasts()))
                 await asyncio.sleep(0)
             """)
-        child.answer(child.beside("leave"), timeout=5)
+        child.answer(child.beside("leave"))
         held = child.beside("hold")
         child.answer(child.beside("number"))
         child.wire.hang_up()
@@ -12592,7 +12597,7 @@ class OnTheLoop(Case):
         late = child.beside("wait", 60)
         for number in (*held, late):
             child.cancel(number)
-            self.assertEqual(child.answer(number, timeout=5)["kind"], "cancelled")
+            self.assertEqual(child.answer(number)["kind"], "cancelled")
 
     def test_without_a_descriptor_for_a_loop_the_run_has_failed(self):
         child = self.child("""
@@ -13051,7 +13056,7 @@ class Children(Served):
             started_at = time.monotonic()
             with self.subTest(path):
                 self.assertEqual(worker.stop(), 0)
-                self.assertLess(time.monotonic() - started_at, 2)
+                self.assertLess(time.monotonic() - started_at, soon(2))
                 self.assertLessEqual(len(pids), 2)          # one is a spare
                 self.assertEqual(worker.all("child_error"), [])
 
@@ -13429,7 +13434,7 @@ class Nurseries(Served):
             os.kill(busy, signal.SIGKILL)
             until(lambda: set(worker.children()) - old)
             self.assertEqual(self.get(self.tasks.add.delay(1, 2)), 3)
-            self.assertLess(time.monotonic() - began, 0.9)
+            self.assertLess(time.monotonic() - began, soon(0.9))
 
     def test_an_import_that_hangs_ends_with_its_worker(self):
         """Killed, or told to stop; and what it has started by then."""
@@ -13444,7 +13449,7 @@ class Nurseries(Served):
             else:
                 self.assertEqual(worker.stop(), 0)
             until(lambda: not is_alive(pid))
-            self.assertLess(time.monotonic() - began, 2)
+            self.assertLess(time.monotonic() - began, soon(2))
             (self.folder / "here").unlink()
 
     def test_an_import_that_ends_the_process_is_told_in_one_message(self):
@@ -14832,7 +14837,7 @@ class Pools(PoolCase):
         self.assertLessEqual(len(self.lines("begun")), 2 * few)
         began = time.monotonic()
         self.assertEqual(worker.stop(), 0)
-        self.assertLess(time.monotonic() - began, 4)
+        self.assertLess(time.monotonic() - began, soon(4))
         self.assertLessEqual(len(self.lines("begun")), 4 * few)
 
     def test_all_children_are_started_in_the_end(self):
@@ -15285,7 +15290,7 @@ class Pools(PoolCase):
         result.cancel()
 
         self.assertRaises(pybgworker.TaskCancelled, self.get, result)
-        self.assertLess(time.monotonic() - asked_at, 1.5)
+        self.assertLess(time.monotonic() - asked_at, soon(1.5))
 
     def test_what_may_wait_in_a_pipe_and_how_many(self):
         """By the time until it would begin, as far as past runs tell."""
@@ -15763,7 +15768,7 @@ class Neighbours(Served):
             asked_at = time.monotonic()
             culprit.cancel()
             until(culprit.ready)
-            self.assertLess(time.monotonic() - asked_at, 5)
+            self.assertLess(time.monotonic() - asked_at, soon(5))
             self.assertEqual(culprit.status, "cancelled")
             (self.folder / "go").touch()
             self.assertEqual({self.get(result) for result in results}, {2})
@@ -15809,7 +15814,7 @@ class Neighbours(Served):
         began = time.monotonic()
         results = self.tasks.pid.delay_many([()] * 10)
         pids = {self.get(result) for result in results}
-        self.assertLess(time.monotonic() - began, 8)
+        self.assertLess(time.monotonic() - began, soon(8))
         self.assertNotIn(int(self.lines("holds")[0]), pids)
         self.assertEqual({result.attempt for result in results}, {1})
 
@@ -15828,7 +15833,7 @@ class Neighbours(Served):
             for result in others.delay_many([(0, "others")] * 20):
                 self.get(result)
             with self.subTest(flags):
-                self.assertLess(time.monotonic() - began, 8)
+                self.assertLess(time.monotonic() - began, soon(8))
                 self.assertLessEqual(len(self.lines("begun")), len(flags) or 1)
             (self.folder / "go").touch()
             for result in held:
@@ -15943,7 +15948,7 @@ class Neighbours(Served):
         began = time.monotonic()
         for result in self.tasks.wait.delay_many([(0.5,)] * 200):
             self.get(result)
-        self.assertLess(time.monotonic() - began, 4)
+        self.assertLess(time.monotonic() - began, soon(4))
         self.assertEqual(worker.stop(), 0)
 
 
@@ -18135,7 +18140,7 @@ class Workers(Served):
                 self.assertEqual(result.error.kind, "expired")
                 row = self.store.task(result.id)
                 self.assertGreaterEqual(row.finished_at, row.expires_at)
-            self.assertLess(time.monotonic() - began, 30, "it was a poll")
+            self.assertLess(time.monotonic() - began, soon(30), "it was a poll")
         self.assertEqual(self.lines("ran"), [])
 
     def test_what_expires_in_a_pipe_is_cancelled_as_if_nobody_had_claimed_it(self):
@@ -18591,7 +18596,7 @@ class Workers(Served):
                 freed_at = time.monotonic()
                 free(self, worker, held)
                 self.turn_until(worker, waits.ready)
-                self.assertLess(time.monotonic() - freed_at, 5)
+                self.assertLess(time.monotonic() - freed_at, soon(5))
                 worker.stop()
                 for name in ("go", "held"):
                     (self.folder / name).unlink(missing_ok=True)
@@ -18620,7 +18625,7 @@ class Workers(Served):
                     ended_at = time.monotonic()
                     end(held)
                     self.turn_until(worker, waits.ready)
-                    self.assertLess(time.monotonic() - ended_at, 5)
+                    self.assertLess(time.monotonic() - ended_at, soon(5))
 
     # How the only place of a thread, or on a loop, becomes free.
     PLACE_FREED = {
@@ -18659,7 +18664,7 @@ class Workers(Served):
                     freed_at = time.monotonic()
                     free(self, worker, held[0])
                     self.turn_until(worker, waits.ready)
-                    self.assertLess(time.monotonic() - freed_at, 5)
+                    self.assertLess(time.monotonic() - freed_at, soon(5))
                     (self.folder / "go").touch()
                     self.turn_until(worker, lambda: not worker.pool.in_hand())
                     worker.stop()
@@ -18705,7 +18710,7 @@ class Workers(Served):
             for n in range(1, 21):      # soon its name is known to be short
                 self.tasks.pass_on.delay(n)
                 self.turn_until(worker, lambda: len(self.lines("ran")) >= 2 * n)
-            self.assertLess(time.monotonic() - began, 10)
+            self.assertLess(time.monotonic() - began, soon(10))
         names = collections.Counter(self.lines("ran"))
         self.assertEqual(set(names.values()), {1})
 
@@ -18782,11 +18787,11 @@ class Workers(Served):
             while turns < 2 or time.monotonic() < began + seconds:
                 worker.step(pybgworker.now_ms())
                 turns += 1
-            self.assertLess(time.monotonic() - began, seconds + 10)     # none waits long
+            self.assertLess(time.monotonic() - began, seconds + soon(10))     # none waits long
             other.close()
             began = time.monotonic()
             self.turn_until(worker, lambda: self.sql("select 1 from bg_task"))
-            self.assertLess(time.monotonic() - began, 1.5)
+            self.assertLess(time.monotonic() - began, soon(1.5))
             self.sql("delete from bg_task")
 
     def test_a_retry_put_off_by_a_clock_that_was_ahead_comes_when_it_is_right(self):
@@ -18803,7 +18808,7 @@ class Workers(Served):
             self.turn_until(worker, lambda: result.status == "retrying", clock)
             clock, began = self.set_the_clock(0), time.monotonic()
             self.turn_until(worker, result.ready, clock)
-            self.assertLess(time.monotonic() - began, 8)
+            self.assertLess(time.monotonic() - began, soon(8))
             self.assertEqual(result.attempt, 2)
 
     def test_a_task_behind_many_that_cannot_run_starts_in_a_few_turns(self):
@@ -18918,7 +18923,7 @@ class CommandLine(Served):
         worker.wait_for("worker_ready")
         began_at = time.monotonic()
         self.assertEqual(worker.stop(15), 0)
-        self.assertLess(time.monotonic() - began_at, 10)
+        self.assertLess(time.monotonic() - began_at, soon(10))
         self.assertEqual(self.lines("handled"), ["whole"])
         (self.folder / "handled").unlink()
         broken = self.worker("--concurrency", 1, app="threaded", BROKEN="1")
@@ -20965,7 +20970,7 @@ class Immediate(Case):
         with self.assertRaisesRegex(ValueError, "no 3"):
             bad.delay_many([(), ()])
         self.assertEqual(len(self.seen), 12)        # all of them have run
-        self.assertLess(time.monotonic() - began, 5)    # not 18: retries do not wait
+        self.assertLess(time.monotonic() - began, soon(5))    # not 18: retries do not wait
 
     def test_of_many_the_first_error_comes_through(self):
         self.app.configure(immediate="raise")
@@ -21577,7 +21582,7 @@ class Testings(Case):
         self.queue.run()
         self.assertEqual(inner.error.type, "WaitTimeout")
         self.assertEqual(result.get(), 1)
-        self.assertLess(time.monotonic() - began, 30)
+        self.assertLess(time.monotonic() - began, soon(30))
 
     def test_watching_never_hangs(self):
         result = self.noting().delay(1)
@@ -22873,7 +22878,7 @@ class Schedules(QueueCase):
             began = time.monotonic()
             until(lambda: worker.step(self.store.now(), worker.wait())
                   or self.sql("select 1 from bg_task"))
-            self.assertLess(time.monotonic() - began, 20)
+            self.assertLess(time.monotonic() - began, soon(20))
             self.switch("s", False)
             until(lambda: worker.step(self.store.now(), worker.wait())
                   or worker.house.next_due() > time.monotonic() + 10)
