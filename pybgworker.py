@@ -3213,7 +3213,7 @@ class TimeVerbs(Protocol):
         """Move schedules on and insert the runs they owe, all in one transaction.
 
         Returns the ids of the runs of each: fewer than there are if one with its key
-        is unfinished; None if another worker has moved that schedule before.
+        is unfinished; None if the schedule has been moved on, or changed, since.
         """
 
     def is_first(self, what: str, ms: int, now: int) -> bool:
@@ -10539,12 +10539,14 @@ class Timetable:
                     done = :done, set_at = :set_at
                 where task = :task and expr = :expr and tz = :tz and number = :number
                     and done = :old_done and set_at = :old_set_at
+                    and args = :old_args and options = :old_options
                     and disabled_at is null""",
             {
                 "next_tick": new.next_tick, "done": new.done, "set_at": new.set_at,
                 "last_tick": runs[-1].tick if runs else old.last_tick,
                 "task": old.task, "expr": old.expr, "tz": old.tz,
                 "number": old.number, "old_done": old.done, "old_set_at": old.set_at,
+                "old_args": old.args, "old_options": old.options,
             },
         ).rowcount
         return [Request(run, [new.args]) for run in runs] if moved else None
@@ -21002,8 +21004,10 @@ class Scheduler:
         if not row.label:
             return self._own.get(row.key)
         try:
-            return row.task in self.tasks and (self.tasks[row.task], made_of(row))
-        except (ValueError, TypeError) as exc:      # by hand, or a zone we have not
+            task = self.tasks.get(row.task)
+            return task and (task, made_of(row, task))
+        except (ValueError, TypeError, RecursionError) as exc:
+            # By hand, by a newer version, or a zone that we have not.
             if row.label not in self._said:
                 self._said.add(row.label)
                 self._log("cron_error", schedule=row.name, expr=row.expr,
@@ -21075,7 +21079,7 @@ class Scheduler:
             return plan_ticks(schedule.cron, [], now / 1000, schedule.misfire)
 
     def _report(self, row, plan, schedule, ids, now):
-        if ids is None:                 # another worker was first, and says it
+        if ids is None:     # another worker was first, and says it; or it has changed
             return
         about = {"schedule": row.name, "name": row.task, "expr": row.expr}
         for tick, task_id in zip(plan.ticks, ids):
@@ -21100,13 +21104,23 @@ def ranges_of(text):
     return ranges
 
 
-def made_of(row: ScheduleRow) -> Schedule:
-    """What a program made, of its row.  Raises ValueError, TypeError."""
+def made_of(row: ScheduleRow, task: Any) -> Schedule:
+    """What a program made for this task, of its row.  Raises ValueError, TypeError."""
     options = json.loads(row.options)
     if not isinstance(options, dict) or options.keys() - RUN_OPTIONS:
         raise ValueError(f"options are {row.options[:80]!r}")
     return Schedule(cron_of(row.expr, row.tz), row.misfire, row.overlap, row.jitter,
-                    row.alert_after, row.args, options)
+                    row.alert_after, row.args, options and _checked(options, task))
+
+
+def _checked(options, task):
+    """As a call would have them: else what is enqueued with them is refused, and all
+    that is with it."""
+    if options.get("meta") is not None:
+        options = {**options, "meta": json.loads(options["meta"])}
+    made = new_task(task, 0, **options)
+    return {name: getattr(made, name) if name != "expires"
+            else made.expires_at and made.expires_at / 1000 for name in options}
 
 
 # Options of a call that the runs of a schedule may have.

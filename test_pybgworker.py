@@ -22733,6 +22733,20 @@ class Schedules(QueueCase):
             worker.fire(self.at(5))
             self.assertEqual(self.ran(), [])
 
+    def test_what_is_replaced_while_it_is_due_runs_as_it_is_then(self):
+        for options, found in (({"args": (8,)}, ("default", '[[8],{}]')),
+                               ({"queue": "new"}, ("new", "[[],{}]")),
+                               ({"args": (7,)}, ("default", '[[7],{}]'))):
+            self.setUp()
+            self.at(0)
+            self.app.schedule("s", "*/5 * * * *", self.digest, args=(7,))
+            worker = self.scheduler()
+            worker._due = self.store.due_schedules(self.at(5), ["digest"])
+            self.app.schedule("s", "*/5 * * * *", self.digest, **options)
+            self.fire(worker, 5)
+            self.fire(worker, 5)
+            self.assertEqual(self.sql("select queue, args from bg_task"), [found])
+
     def test_unscheduling_what_is_of_the_code_does_nothing(self):
         self.app.cron("*/5 * * * *")(self.digest)
         self.fire(self.scheduler(), 1)
@@ -22743,14 +22757,14 @@ class Schedules(QueueCase):
     def test_options_of_the_runs(self):
         self.app.schedule("s", "*/5 * * * *", self.digest, queue="slow", priority=1,
                           retries=7, timeout="5m", meta={"a": 1}, overlap="skip",
-                          expires="1m")
+                          expires="9m")
         self.app.schedule("plain", "*/5 * * * *", self.digest)
         self.fire(self.scheduler(), 5, 10)
         self.assertEqual(
             self.sql("select queue, priority, retries, timeout, meta, key, "
                      "(expires_at - run_at) / 1000 from bg_task"),
             [("default", 5, 3, None, None, None, None),
-             ("slow", 1, 7, 300.0, '{"a":1}', "cron of s", 60),
+             ("slow", 1, 7, 300.0, '{"a":1}', "cron of s", 540),
              ("default", 5, 3, None, None, None, None)])
 
     def test_what_is_wrong_is_an_error_and_nothing_is_made(self):
@@ -22838,6 +22852,27 @@ class Schedules(QueueCase):
         self.assertEqual(len(self.ran()), 3)
         self.assertEqual(sorted(f["schedule"] for e, f in self.events
                                 if e == "cron_error"), ["bad", "odd"])
+
+    def test_options_that_no_call_could_have_stop_nobody_else(self):
+        """Else the commit with the runs of all is refused, or the worker breaks."""
+        odd = ('{"priority": "high"}', '{"priority": 1e300}', '{"retries": -1}',
+               '{"timeout": "soon"}', '{"expires": [1]}', '{"queue": ""}', '{"meta": 5}',
+               '{"meta": "{"}', "[" * 10**5, '{"expires": 1e300}', '{"retries": 1.5}')
+        for name in range(len(odd)):
+            self.app.schedule(f"odd-{name}", "*/5 * * * *", self.digest)
+            self.sql("update bg_schedule set options = ? where label = ?", odd[name],
+                     f"odd-{name}")
+        self.app.schedule("good", "*/5 * * * *", self.digest, priority=3, expires="1m",
+                          meta={"a": 1})
+        self.app.schedule("null", "*/5 * * * *", self.digest)
+        self.sql("""update bg_schedule set options = '{"priority": null, "timeout": null}'
+                    where label = 'null'""")
+        self.fire(self.scheduler(), 5, 10)
+        self.assertEqual(self.sql("select priority, expires_at - run_at, meta from bg_task "
+                                  "order by priority"),
+                         [(3, 60_000, '{"a":1}')] * 2 + [(5, None, None)] * 2)
+        self.assertEqual(sorted(f["schedule"] for e, f in self.events if e == "cron_error"),
+                         sorted(f"odd-{name}" for name in range(len(odd))))
 
     def test_a_schedule_without_success_is_late_whoever_made_it(self):
         self.app.schedule("s", "*/5 * * * *", self.digest, alert_after="1m")
