@@ -23405,6 +23405,9 @@ def _place(database, path, overwrite):
                           "another")
     if os.path.isdir(path) or not name:
         raise OptionError(f"backup {path}: that is a folder: name a file in it")
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OptionError(f"backup {path}: that is a link, a device or a pipe, whose "
+                          "place no file shall take: name a plain file")
     if os.path.lexists(path) and not overwrite:
         raise OptionError(f"backup {path}: it is there already: name another file, or "
                           "say --force (overwrite=True)")

@@ -22470,6 +22470,8 @@ class Backups(Served):
     def test_a_backup_is_refused_where_it_would_do_harm(self):
         self.app.send("t")
         (self.folder / "link.db").symlink_to(self.db)
+        (self.folder / "stdout").symlink_to("/dev/null")
+        os.mkfifo(self.folder / "pipe")
         (self.folder / "live.db").touch()
         (self.folder / "live.db-wal").touch()
         for path, words in (
@@ -22479,6 +22481,8 @@ class Backups(Served):
             (f"{self.db}-begun-12", "name another"), (self.copy.parent, "that is a folder"),
             (self.folder / "live.db", "a -wal or -journal lies beside it"),
             (f"{self.folder}/copies/", "that is a folder"),
+            (self.folder / "stdout", "a link, a device or a pipe"),
+            (self.folder / "pipe", "name a plain file"),
         ):
             with self.subTest(path):
                 self.refused(pybgworker.OptionError, "backup ", words, path=path,
