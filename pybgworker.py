@@ -98,6 +98,7 @@ import codecs
 import collections
 import contextlib
 import contextvars
+import copy
 import copyreg
 import enum
 import errno
@@ -3731,8 +3732,16 @@ def _deliver(settled):
 
 
 def copy_of(exc: BaseException) -> BaseException:
-    """An error of their own, for each who waits: to be raised is to be changed."""
-    return type(exc)(*exc.args).with_traceback(exc.__traceback__)
+    """An error of their own, for each who waits: to be raised is to be changed.
+
+    Never raises: one that cannot be made again is shared.
+    """
+    try:
+        made = copy.copy(exc)
+    except Exception:                   # its class wants other arguments than it has
+        return exc
+    return made.with_traceback(exc.__traceback__) \
+        if isinstance(made, BaseException) else exc
 
 
 def read_each(store: Store, reads: list) -> list:
@@ -4341,6 +4350,18 @@ class Enqueued:
     def _row(self):
         return self._store.task(self.id)
 
+    def _call(self):
+        return self._value("call", self._store.args(self.id), _as_call)
+
+    def _value(self, what, text, convert=lambda value: value):
+        """What a text is that was kept."""
+        try:
+            return convert(decode(text))
+        except Exception as exc:        # edited by hand: whatever its types may raise
+            raise PyBgWorkerError(
+                f"task {self.id}: its {what} cannot be read, as if somebody had edited "
+                f"it: {type(exc).__name__}: {exc}") from exc
+
     @property
     def status(self) -> str:
         """scheduled, queued, running, retrying, success, failed or cancelled."""
@@ -4374,12 +4395,12 @@ class Enqueued:
     @property
     def args(self) -> tuple:
         """The positional arguments of the call."""
-        return tuple(decode(self._store.args(self.id))[0])
+        return self._call()[0]
 
     @property
     def kwargs(self) -> dict:
         """The keyword arguments of the call."""
-        return decode(self._store.args(self.id))[1]
+        return self._call()[1]
 
     @property
     def attempt(self) -> int:
@@ -4426,6 +4447,11 @@ class Enqueued:
         return store.output(self.id) or ""
 
 
+def _as_call(value):
+    args, kwargs = value
+    return tuple(args), dict(kwargs)
+
+
 class AsyncResult(Enqueued, Generic[V]):
     """A handle on one enqueued task; cheap, and good in any process.
 
@@ -4438,7 +4464,7 @@ class AsyncResult(Enqueued, Generic[V]):
     def result(self) -> V | None:
         """What the task returned; None while, or when, it did not."""
         _, text, _ = self._store.outcome(self.id)
-        return None if text is None else decode(text)
+        return None if text is None else self._value("result", text)
 
     @property
     def error(self) -> TaskError | None:
@@ -4554,7 +4580,7 @@ class AsyncResult(Enqueued, Generic[V]):
 
     def _returned(self, state, result, error):
         if state == SUCCESS:
-            return None if result is None else decode(result)
+            return None if result is None else self._value("result", result)
         if state == FAILED:
             raise TaskFailed(self.id, TaskError(error or {"kind": "exception"}))
         if state == CANCELLED:
@@ -8454,7 +8480,7 @@ _KEPT = f"""
 
 def read_error(text):
     """The error that a payload describes, or None for none."""
-    error = _parsed(text, dict)
+    error = parsed(text, dict)
     if text and not error.get("kind"):
         return {"kind": "exception", "message": text}       # edited by hand
     return error or None
@@ -8528,7 +8554,7 @@ def _put_output(connection, task_id, text, attempt, output):
     put_payload(connection, task_id, OUTPUTS, to_json(dict(newest)))
 
 
-def _parsed(text, kind):
+def parsed(text, kind):
     """A payload; empty for what somebody has written who is not us."""
     found = None
     if text:
@@ -8539,7 +8565,7 @@ def _parsed(text, kind):
 
 def _records(text):
     """The records in a payload, as far as each can be one."""
-    return [record for record in _parsed(text, list)
+    return [record for record in parsed(text, list)
             if isinstance(record, dict) and _is_of("attempt", record.get("attempt"))]
 
 
@@ -8552,7 +8578,7 @@ def _is_of(field, value):
 
 def _outputs(text):
     """What earlier runs have printed, by number."""
-    return {int(number): output for number, output in _parsed(text, dict).items()
+    return {int(number): output for number, output in parsed(text, dict).items()
             if re.fullmatch("[0-9]{1,9}", number) and isinstance(output, str)}
 
 
@@ -9438,6 +9464,15 @@ def _padded(ids):
     return ids + ids[-1:] * (ID_BATCH - len(ids))
 
 
+def _read_progress(text):
+    """[percent, message] of a payload; None for none, and what was edited by hand."""
+    found = parsed(text, list)
+    if len(found) == 2 and isinstance(found[0], (int, float)) \
+            and isinstance(found[1], (str, type(None))):
+        return found
+    return None
+
+
 class Records:
     """What can be read of tasks."""
 
@@ -9468,7 +9503,7 @@ class Records:
 
     def standing(self, ids: list[int]) -> dict[int, tuple]:
         return {
-            task_id: (state, attempt, json.loads(text) if text else None)
+            task_id: (state, attempt, _read_progress(text))
             for task_id, state, attempt, text in self.db.read(_STANDING, _padded(ids))}
 
     def args(self, task_id: int) -> str:
@@ -9493,8 +9528,7 @@ class Records:
         return self._kept(task_id, OUTPUT)
 
     def progress(self, task_id: int) -> list | None:
-        text = self._kept(task_id, PROGRESS)
-        return json.loads(text) if text else None
+        return _read_progress(self._kept(task_id, PROGRESS))
 
     def newest_options(self, name: str) -> dict:
         rows = self.db.read(
@@ -21573,8 +21607,10 @@ _IMMEDIATE = "immediate"    # who has run it
 _NOBODY = 1                 # the id of a worker that is not registered
 _MOST_OUTCOMES = 10_000         # tasks, the newest
 _DEEPEST = 50               # tasks that run inside of each other
-_depth: contextvars.ContextVar[int] = contextvars.ContextVar(
-    "pybgworker.depth", default=0)
+_MOST_RETRIES = 2000        # of one call and of all that it has had run
+# (how many tasks run inside of each other here, names of those that were retried)
+_inside: contextvars.ContextVar[tuple[int, list]] = contextvars.ContextVar(
+    "pybgworker.inside", default=(0, []))
 
 
 class ImmediateStore(MemoryStore):
@@ -21606,7 +21642,7 @@ STORES["memory"] = _open_memory
 
 
 class _TooDeep(Abort, AppError):
-    """delay() inside of delay(), and so on: no retry would change it."""
+    """delay() inside of delay(), or a retry after a retry: another changes nothing."""
 
 
 def run_at_once(app: App, row: NewTask, calls: Sequence[str]) -> list[AsyncResult]:
@@ -21614,18 +21650,21 @@ def run_at_once(app: App, row: NewTask, calls: Sequence[str]) -> list[AsyncResul
 
     With immediate="raise" the first error of them is raised, once all have run.
     """
-    if _depth.get() >= _DEEPEST:
+    depth, retried = _inside.get()
+    if depth >= _DEEPEST:
         raise _TooDeep(
             f"{row.name}: {_DEEPEST} tasks run inside of each other, as `immediate` "
             "runs what a task enqueues: does one enqueue itself?  testing() runs them "
             "one after the other")
     store = app.store
     ids = store.enqueue(row._replace(state=QUEUED, run_at=row.created_at), calls)
-    token = _depth.set(_depth.get() + 1)
-    try:
-        failures = [_run_to_its_end(app, store, task_id) for task_id in ids]
-    finally:
-        _depth.reset(token)
+    failures = []
+    for task_id in ids:
+        token = _inside.set((depth + 1, retried if depth else []))
+        try:
+            failures.append(_run_to_its_end(app, store, task_id))
+        finally:
+            _inside.reset(token)
     raised = next(filter(None, failures), None)
     if raised is not None and app.settings.immediate == "raise":
         raise raised
@@ -21652,6 +21691,8 @@ def _run_to_its_end(app, store, task_id):
         if called.raised is not None and called.is_for_caller:
             raise called.raised
         is_over = written.state != RETRYING
+        if not is_over:
+            _count_retry(row.name)
         raised = called.raised if written.state == FAILED else None
         for following, text in then:
             follower, = store.enqueue(following._replace(meta=row.meta), [text])
@@ -21661,6 +21702,17 @@ def _run_to_its_end(app, store, task_id):
         if task_id > _MOST_OUTCOMES:
             store.forget(task_id - _MOST_OUTCOMES)
     return raised
+
+
+def _count_retry(name):
+    """Raise _TooDeep rather than go on for ever: each run may have many others run."""
+    retried = _inside.get()[1]
+    if len(retried) >= _MOST_RETRIES:
+        raise _TooDeep(
+            f"{name}: {len(retried):,} retries inside of one call, as `immediate` "
+            "retries at once: does a task get() what it enqueues, and fail with it, or "
+            "have so many retries?  testing() goes by the clock")
+    retried.append(name)
 
 
 def _write_end(app, store, ended):
@@ -21739,8 +21791,10 @@ def _datetime_of(at):
 class _StoreInTest(MemoryStore):
     """A queue in memory with a clock of its own, which remembers what came in."""
 
-    def __init__(self):
+    def __init__(self, before: Any):
         super().__init__()
+        self.before = before        # what has stood in until now
+        self.is_over = False        # its block
         self.at = super().now()     # of the clock, unix ms
         self.enqueued: list[EnqueuedCall] = []      # in order
         self._noted = 0              # the last id among these
@@ -22016,20 +22070,26 @@ class testing:
             raise OptionError(f"testing({app!r}): must be an App, or nothing")
         self._app = default_app if app is None else app
         self._store: Any = None
-        self._before: Any = None    # what has stood in until now
 
     def __enter__(self) -> QueueInTest:
         """Begin; returns the queue."""
         if self._store is not None:
             raise AppError("this testing() has begun already: each block needs its own")
-        self._store = _StoreInTest()
-        self._before, self._app.stand_in = self._app.stand_in, self._store
+        self._store = _StoreInTest(self._app.stand_in)
+        self._app.stand_in = self._store
         self._app.sent.clear()              # what workers have told there
         return QueueInTest(self._app, self._store)
 
     def __exit__(self, *exc: Any) -> None:
-        """The App has the queue again that it had before."""
-        self._app.stand_in = self._before
+        """The App has the queue again that it had before.
+
+        Or keeps the one it has, if that is of a block that has begun since.
+        """
+        self._store.is_over = True
+        stands: Any = self._app.stand_in
+        while stands is not None and stands.is_over:
+            stands = stands.before
+        self._app.stand_in = stands
         self._app.sent.clear()
         self._store.db.end()
 
@@ -28180,12 +28240,14 @@ class StartedWorker:
 
     _of_this_process: dict[str, StartedWorker] = {}     # by what was asked for
     _is_watching = False        # forks, and the end of the program
+    _asking = own_lock()        # held while one is looked for, and made
 
     def __init__(self, start: Callable[[Sequence[int]], Tethered] | None = None,
                  turn: Single | None = None):
         self._start, self._turn = start, turn
         self._process: Tethered | None = None
         self._waits = False             # for its turn
+        self._is_trying = False         # the thread starts it just now
         self._is_over = start is None
         self._bell = own_lock()         # released to end a pause
         self._bell.acquire()
@@ -28222,6 +28284,8 @@ class StartedWorker:
         killed: what ran is run again.  False: it had to be.  Ctrl-C stops it at once.
         """
         self._end()
+        while self._is_trying:
+            time.sleep(0.01)
         process = self._process
         if process is None or process.exit:
             return True
@@ -28266,6 +28330,8 @@ class StartedWorker:
         if not (self._waits or self._is_over):
             keep = [self._turn.fd] if self._turn else []
             self._process = self._start(keep) if self._start else None
+            if self._is_over and self._process:     # stopped meanwhile
+                self._process.hang_up()
 
     def _supervise(self):
         import logging
@@ -28285,11 +28351,16 @@ class StartedWorker:
                 warn("the worker beside this program %s: another is started in %g s",
                      how, pause)
                 self._bell.acquire(timeout=pause)
+            self._is_trying = True
             try:
                 self._try()
             except (OSError, PyBgWorkerError) as exc:
                 self._process = None
                 warn("no worker can be started beside this program: %s", exc)
+            finally:
+                self._is_trying = False
+        if self.is_alive():             # stopped before this has seen it
+            self._serve()
         if self._turn:
             self._turn.close()
 
@@ -28310,13 +28381,14 @@ class StartedWorker:
     @classmethod
     def of(cls, what: str, make: Callable[[], StartedWorker]) -> StartedWorker:
         """The one that was asked for in these words, if it goes on; else a new one."""
-        known = cls._of_this_process.get(what)
-        if known is None or known._is_over:
-            cls._watch()
-            known = make()
-            known.begin()
-            cls._of_this_process[what] = known
-        return known
+        cls._watch()
+        with cls._asking:
+            known = cls._of_this_process.get(what)
+            if known is None or known._is_over:
+                known = make()
+                known.begin()
+                cls._of_this_process[what] = known
+            return known
 
     @classmethod
     def _watch(cls):
@@ -28338,7 +28410,8 @@ class StartedWorker:
                 each._process = None
             if each._turn:
                 each._turn.close()
-        cls._of_this_process = {}
+            each._is_trying = False
+        cls._of_this_process, cls._asking = {}, own_lock()
 
     @classmethod
     def _stop_all(cls):

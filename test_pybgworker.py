@@ -2975,6 +2975,19 @@ class Errands(LoopCase):
 
         return self.asyncio.run(run())
 
+    def test_an_error_that_cannot_be_made_again_reaches_all_who_wait(self):
+        class Odd(Exception):
+            def __init__(self, one, two):
+                super().__init__(f"{one} {two}")
+
+        def break_(store, numbers):
+            raise kind(*args)
+
+        for kind, args in ((Odd, (1, 2)), (json.JSONDecodeError, ("m", "d", 1))):
+            self.errands = pybgworker.Errands(break_, lambda: self.store)
+            self.assertEqual([type(exc) for exc in self.run_all(1, 2, 3)], [kind] * 3)
+            until(lambda: not self.errands._is_there)
+
     def test_what_comes_in_while_it_works_is_done_together(self):
         async def run():
             loop = self.asyncio.get_running_loop()
@@ -3875,6 +3888,38 @@ class Results(QueueCase):
 
         with mock.patch.object(pybgworker.SqliteStore, "task", ends_meanwhile):
             self.assertEqual(result.output, "one two three")
+
+    def test_a_row_that_was_edited_by_hand_is_an_error_of_ours(self):
+        result = self.task.delay()
+        for text in ('{"x"', "5", "[1]", "[1, 2]", '{"$date": 7}', "null", b"\xff"):
+            self.sql("update bg_task set state = 4, args = ?, result = ?", text, text)
+            for name in ("args", "kwargs"):
+                with self.subTest(text, name=name), self.assertRaisesRegex(
+                        pybgworker.PyBgWorkerError, "task 1: its call cannot be read"):
+                    getattr(result, name)
+        for text in ('{"x"', '{"$date": 7}', b"\xff"):
+            self.sql("update bg_task set result = ?", text)
+            for read in (lambda: result.result, result.get):
+                with self.subTest(text), self.assertRaisesRegex(
+                        pybgworker.PyBgWorkerError, "task 1: its result cannot be read"):
+                    read()
+
+    def test_a_progress_that_was_edited_by_hand_is_none(self):
+        result, other = self.task.delay(), self.task.delay()
+
+        async def both():
+            watching = result.watch().__anext__()
+            return await asyncio.wait_for(asyncio.gather(watching, other), 60)
+
+        for text in ('{"x"', "5", '"ab"', "[1]", '["a", {}]', "[1, 2]", b"\xff"):
+            self.sql("insert or replace into bg_payload values (?, ?)",
+                     result.id * 8 + pybgworker.PROGRESS, text)
+            self.sql("update bg_task set state = 4, result = 7 where id = ?", other.id)
+            with self.subTest(text):
+                self.assertIsNone(result.progress)
+                self.assertIsNone(next(result.watch()).progress)
+                self.assertEqual(asyncio.run(both())[1], 7)
+                self.assertIn('"progress": null', self.cli("show", 1, "--json").stdout)
 
     def test_an_id_that_is_no_number_is_not_found(self):
         for wrong in ("abc", "", None, "-1", 1.5, "1 or 1", True):
@@ -21039,6 +21084,29 @@ class Immediate(Case):
         with self.assertRaises(ZeroDivisionError):
             bad.delay()
 
+    def test_retries_that_would_never_end_are_an_error(self):
+        """Of one task; and of tasks inside of each other, of which each has its own."""
+        @self.app.task(name="patient", retries=10**9)
+        def patient():
+            self.seen.append("patient")
+            raise ValueError
+
+        @self.app.task(name="itself", retries=1)
+        def itself():
+            self.seen.append("itself")
+            itself.delay().get()
+
+        with mock.patch.object(pybgworker, "_MOST_RETRIES", 20):
+            with self.assertRaisesRegex(pybgworker.AppError, "patient: 20 retries"):
+                patient.delay()
+            self.assertEqual(self.seen, ["patient"] * 21)
+            self.assertEqual(itself.delay().status, "failed")
+            self.assertLess(len(self.seen), 200)
+            # Of others there may be as many as there are calls.
+            failing = self.app.task(name="failing", retries=2)(lambda: 1 // 0)
+            results = failing.delay_many([()] * 30)
+            self.assertEqual({(r.status, r.attempt) for r in results}, {("failed", 3)})
+
     def test_a_task_may_enqueue_and_has_what_came_of_it(self):
         @self.app.task(name="outer")
         def outer(n):
@@ -21079,7 +21147,7 @@ class Immediate(Case):
                 else:
                     forever.delay()
                 self.assertEqual(len(self.seen), 50)
-        self.assertEqual(pybgworker._depth.get(), 0)
+        self.assertEqual(pybgworker._inside.get()[0], 0)
 
     def test_async_tasks_run_also_where_a_loop_runs(self):
         @self.app.task(name="slow")
@@ -21209,6 +21277,7 @@ class Testings(Case):
         super().setUp()
         self.context = pybgworker.testing(self.app)
         self.queue = self.context.__enter__()
+        self.store_of_test = self.app.stand_in
         self.addCleanup(self.context.__exit__, None, None, None)
         self.seen = []
 
@@ -21678,6 +21747,20 @@ class Testings(Case):
         self.assertEqual(len(queue.calls()), 1)
         self.assertTrue((self.folder / "other.db").exists())
         other.store.close()
+
+    def test_blocks_may_end_in_any_order(self):
+        """Each thread has its own, say; the app's own queue is never used inside one."""
+        for order in itertools.permutations(range(3)):
+            blocks = [pybgworker.testing(self.app) for _ in range(3)]
+            stores = [(block.__enter__(), self.app.stand_in)[1] for block in blocks]
+            for number in order:
+                blocks[number].__exit__(None, None, None)
+                stores[number] = None
+                stands = ([self.store_of_test] + [s for s in stores if s])[-1]
+                with self.subTest(order, ended=number):
+                    self.assertIs(self.app.stand_in, stands)
+                    self.app.send("t")
+        self.assertEqual(os.listdir(self.folder), [])
 
     def test_the_default_app_is_the_default(self):
         with pybgworker.testing() as queue:
@@ -27992,6 +28075,60 @@ class Beside(BesideCase):
         self.assertEqual(program.wait(), 0)
         self.assertEqual(program.printed, ["False False True"])
         self.await_end(map(int, self.lines("nap")))
+
+    def test_one_that_is_stopped_at_once_ends_at_once(self):
+        """Before its thread has begun, and while that starts another."""
+        own_start, threads = pybgworker.own_start, []
+        start = mock.patch.object(pybgworker, "own_start",
+                                  lambda work, args: threads.append(work))
+        made = []
+
+        def make(keep):
+            if made:
+                worker._end()
+                self.assertTrue(worker._is_trying)      # so stop() waits for this
+            made.append(pybgworker.Tethered(
+                ["--version"], 5.0, str(self.folder), [str(HERE), *sys.path]))
+            return made[-1]
+
+        worker = pybgworker.StartedWorker(make)
+        with start:
+            worker.begin()
+        worker._end()
+        own_start(threads[0], ())
+        self.assertTrue(worker.stop(60))
+        self.assertEqual((len(made), worker.is_alive()), (1, False))
+        worker = pybgworker.StartedWorker(make)
+        made.clear()
+        with mock.patch.object(pybgworker, "_FIRST_PAUSE", 0.01), \
+                self.assertLogs("pybgworker", "WARNING"):
+            worker.begin()
+            until(lambda: len(made) == 2 and not worker._is_trying)
+            self.assertTrue(worker.stop(60))
+        self.assertEqual((len(made), worker.is_alive()), (2, False))
+
+    def test_threads_that_start_one_at_once_get_the_same(self):
+        both = threading.Barrier(2)
+
+        class Started:
+            _is_over = False
+
+            def begin(self):
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both.wait(0.2)      # another one that begins would come here
+
+        class Own(pybgworker.StartedWorker):
+            _of_this_process = {}
+            _is_watching = True
+
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(Own.of("w", Started)))
+                   for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((len(found), len(set(found))), (2, 1))
 
     def test_ctrl_c_while_it_is_waited_for_stops_it_at_once(self):
         program = self.program("""
