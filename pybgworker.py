@@ -626,11 +626,49 @@ CALL_WORDS = {**TASK_WORDS, **_table(
     ("connection producer publisher transaction session using", "it is conn=, in whose "
      "transaction to enqueue"),
     ("replace_existing", "key= returns the task that is there"),
+    ("id", _ONE_AT_A_TIME),
     ("link on_complete", "give @task on_success="),
     ("link_error on_retry_exhausted on_error", "give @task on_failure="),
     ("bind context", "current_task() tells a run about itself"),
     ("name", "send(name) enqueues a task of another name"),
 )}
+
+# What `raise Retry(...)` is given elsewhere.
+RETRY_WORDS = _table(
+    ("delay seconds after when defer", "it is countdown=, in seconds"),
+    ("eta at", "it is countdown=, in seconds from now"),
+    ("exc cause", "write raise Retry(countdown=30) from exc"),
+    ("max_retries max retries", "it is retries= of @task, or of a call"),
+)
+_EXPRESSION = "it is a field of the expression: '30 7 * * mon-fri' is minute 30, hour 7"
+_EVERY_SPAN = "it is a span: '@every 30s', '@every 1h30m'"
+_MADE_LATER = "app.schedule(name, ...) makes one with options of calls, later"
+# Options of @cron and of App.schedule().
+CRON_WORDS = _table(
+    ("timezone zone", "it is tz="),
+    ("minute hour day month day_of_week day_of_month month_of_year week year second",
+     _EXPRESSION),
+    ("seconds minutes hours days weeks every interval run_every", _EVERY_SPAN),
+    ("trigger schedule crontab", "give the expression: '30 7 * * mon-fri', or "
+     "'@every 30s'"),
+    ("max_instances", "it is overlap='skip'"),
+    ("coalesce misfire_grace_time", "it is misfire='latest', 'all' or 'skip'"),
+    ("start_date end_date start_time end_time last_run_at", "it runs from the first "
+     "start of a worker to its removal: return early in the task, or call schedule() "
+     "and unschedule() then"),
+    ("replace_existing", "schedule() replaces the one of the same name"),
+    ("max_runs max_occurrences one_off limit", "unschedule(name) ends it, also in the "
+     "task"),
+    ("enabled disabled", "disable_schedule(name) holds until enable_schedule(name)"),
+    ("relative", "ticks are the multiples of a span since 1970 UTC"),
+)
+# … of @cron, where app.schedule() has them.
+ONLY_CRON_WORDS = {**_table(
+    ("id name", "a @cron is called as its task; " + _MADE_LATER),
+    ("queue priority retries timeout expires meta",
+     "it is an option of @task; " + _MADE_LATER),
+    ("options", "give them to @task; " + _MADE_LATER),
+), **CRON_WORDS}
 
 SETTING_WORDS = _table(
     ("broker broker_url result_backend backend url database database_url path filename "
@@ -714,10 +752,78 @@ NAMES_OF_APP = _table(
      "put @app.cron on the task, or call schedule(name, '*/5 * * * *', task)"),
     ("remove_job delete_schedule remove_periodic_task", "it is unschedule(name)"),
     ("get_jobs get_job print_jobs", "it is schedules()"),
-    ("pause_job resume_job", "the commands are cron --disable, cron --enable"),
+    ("pause_job", "it is disable_schedule(name)"),
+    ("resume_job", "it is enable_schedule(name)"),
+    ("modify_job reschedule_job", "schedule(name, ...) replaces the one of that name"),
+    ("add_listener signal on_failure on_success", "it is @app.on('failure'), or "
+     "'success'"),
+    ("on_startup worker_process_init", "it is @app.on_child_start"),
+    ("on_shutdown pre_execute post_execute middleware add_middleware", "a decorator "
+     "below @task surrounds each run; @app.on('failure') hears of how runs end"),
+    ("lock_task", "@task(max_running=1) lets one run at a time; key= of a call holds "
+     "off a second"),
+    ("start run_forever run worker_main Worker", "it is start_worker(), or run --app "
+     "MODULE"),
+    ("shutdown stop", "start_worker() returns a handle that has stop(); Ctrl-C or "
+     "SIGTERM ends a worker"),
+    ("flush empty delete_all", "it is purge()"),
+    ("pending get_job_ids", "it is tasks('queued')"),
+    ("scheduled", "it is tasks('scheduled')"),
+    ("control inspect", "the commands are inspect, list, cancel, pause and purge; here "
+     "are tasks(), pause(), resume() and purge()"),
     ("tasks_registered actors", "it is .registered"),
     ("revoke", "it is result(id).cancel()"),
     ("signature chain group chord", "there are no signatures: " + _NEXT),
+)
+
+
+NAMES_OF_RUN = _table(
+    ("request job message", "its .id, .name, .attempt and .meta are its own"),
+    ("retry", "raise Retry(countdown=30)"),
+    ("retries", "it is .attempt - 1, or .retries_left"),
+    ("max_retries", "it is .retries_left, 0 in the last run"),
+    ("update_state save_meta update_progress", "it is set_progress(50, 'half')"),
+    ("get_id task_id message_id job_id", "it is .id"),
+    ("get_meta headers", "it is .meta"),
+    ("args kwargs queue origin priority", "AsyncResult(current_task().id) has them"),
+    ("is_aborted is_revoked should_abort", "a task that is cancelled is ended within a "
+     "second"),
+)
+
+COMMAND_WORDS = _table(
+    ("worker consumer start serve work -A --app", "it is run --app MODULE"),
+    ("beat scheduler", "run --app MODULE enqueues what is due as well"),
+    ("flower dashboard monitor", "it is web, or top"),
+    ("call send delay", "it is enqueue NAME"),
+    ("status info report", "it is inspect"),
+    ("active", "it is list --status running"),
+    ("scheduled", "it is list --status scheduled"),
+    ("registered schedules jobs", "it is inspect, or cron"),
+    ("revoke abort terminate", "it is cancel ID"),
+    ("result job task", "it is show ID"),
+    ("requeue", "it is retry ID, or retry --failed"),
+    ("suspend", "it is pause QUEUE"),
+    ("empty flush clear", "it is purge"),
+    ("control", "they are cancel, pause, resume and purge"),
+    ("multi worker-pool", "it is run --app MODULE --concurrency N"),
+)
+# Flags, and words where none are wanted.
+FLAG_WORDS = _table(
+    ("-A", "--app MODULE"),
+    ("-c -w --workers", "--concurrency N"),
+    ("-Q -q", "--queues a,b"),
+    ("-l --loglevel", "--log-level"),
+    ("-n --hostname", "--worker-name"),
+    ("-P --pool -k --worker-type", "--threads or --coroutines, beside processes"),
+    ("-B --beat", "nothing: every worker enqueues what is due"),
+    ("-E", "nothing: all is said"),
+    ("-D --detach", "nothing: let systemd or nohup start it"),
+    ("-f --force --no-input", "--yes"),
+    ("active", "list --status running"),
+    ("scheduled reserved", "list --status scheduled, or queued"),
+    ("registered ping", "inspect alone"),
+    ("--soft-time-limit --time-limit", "--timeout"),
+    ("--args", "the arguments themselves: enqueue NAME 1 b=2"),
 )
 
 
@@ -785,16 +891,23 @@ def state_name(state: int) -> str:
     return STATE_NAMES[state] if state in MOVES else f"unknown state {state}"
 
 
+RETRY_ASKED = "retry asked for"     # what a Retry says that nobody gave words
+
+
 class Retry(PyBgWorkerError):
     """Raise it in a task to run again, in `countdown` seconds (or a timedelta, "5m").
 
     It spends a retry; without a countdown the task's own delay holds.  `Retry(30)`
-    is `Retry(countdown=30)`.  Raises OptionError for what is no time to wait.
+    is `Retry(countdown=30)`.  Where it has no words of its own and is raised for
+    another exception, in its `except` or `from` it, that is the error of the run.
+    Raises OptionError for what is no time to wait.
     """
 
-    def __init__(self, message: Any = "retry asked for", countdown: Any = None):
+    def __init__(self, message: Any = RETRY_ASKED, countdown: Any = None,
+                 **options: Any):
+        check_known(options, ("message", "countdown"), RETRY_WORDS)
         if countdown is None and isinstance(message, (int, float, timedelta)):
-            message, countdown = "retry asked for", message
+            message, countdown = RETRY_ASKED, message
         if countdown is not None:
             countdown = check_span("countdown", countdown, -LONGEST_SECONDS)
         super().__init__(message)
@@ -4005,6 +4118,21 @@ class CurrentTask:
             self._found_meta = meta_of(self._app.store.task(self.id).meta)
         return self._found_meta
 
+    @property
+    def retries_left(self) -> int:
+        """How many runs may still follow if this one fails; 0 for the last.
+
+        It is read from the database when it is asked for, as meta is.
+        """
+        if self.id is None:
+            return 0
+        row = self._app.store.task(self.id)
+        return max(0, row.retries - (row.attempt - row.forgiven) + 1)
+
+    if not TYPE_CHECKING:           # or no attribute would be an error to it
+        def __getattr__(self, name):
+            raise no_attribute(self, name, NAMES_OF_RUN)
+
     def is_in(self, store: Store) -> bool:
         """True for a run of a task that this store keeps."""
         return self._app.store.path == store.path
@@ -5133,13 +5261,11 @@ class Registered(Configured):
             raise AppError(
                 f"two tasks are named {task.name!r}: {line_of(other.fn)} and "
                 f"{line_of(task.fn)}; give one of them @task(name=...), or their "
-                "decorator functools.wraps()"
-            )
+                "decorator functools.wraps()")
         if callback_kind(task.name):
             raise AppError(
                 f"task {task.name!r}: names with :on_success or :on_failure at the end "
-                "are for the callbacks of tasks, and on:failure for who listens to them"
-            )
+                "are for the callbacks of tasks, and on:failure for listeners")
         self._unregister(task.name)
         self.registered[task.name] = task
         for companion in task.companions():
@@ -5157,6 +5283,17 @@ class Registered(Configured):
     def schedules(self) -> list[ScheduleInfo]:
         """All schedules of the database: those of @cron and those of schedule()."""
         return schedule_infos(self.store)
+
+    def disable_schedule(self, name: str) -> bool:
+        """Drop the ticks of a schedule, of @cron or schedule(), until it is enabled.
+
+        False when it is disabled already.  Raises OptionError when none has this name.
+        """
+        return turn_schedule(self, name, False)
+
+    def enable_schedule(self, name: str) -> bool:
+        """Have it go on; what came meanwhile is not run.  False when it is enabled."""
+        return turn_schedule(self, name, True)
 
 
 class App(Registered):
@@ -5221,19 +5358,20 @@ class App(Registered):
         task.schedules = schedules
         return self._register(task)
 
-    def cron(self, expr: str, tz: str = "UTC", misfire: str = "latest",
+    def cron(self, expr: str = "", tz: str = "UTC", misfire: str = "latest",
              overlap: str = "allow", jitter: float = 0.0, alert_after: Any = None,
-             args: Sequence = (), kwargs: dict | None = None) -> _Decorator:
+             args: Sequence = (), kwargs: dict | None = None,
+             **options: Any) -> _Decorator:
         """Run a task, with these arguments, whenever `expr` says so; see Cron.
 
         misfire: which missed ticks run later: latest, skip, all; overlap: allow, or
         skip a tick while the run before is unfinished; jitter: put each run off by
         a fixed part of so many seconds; alert_after: seconds, or "2h", after a tick
-        by which a run must have succeeded, else the schedule is late, and that is
-        said.  Raises CronError, also for a date that never comes.
+        by which a run must have succeeded, else it is told to be late.  Raises
+        OptionError, and CronError, also for a date that never comes.
         """
-        return scheduled(
-            self, expr, tz, misfire, overlap, jitter, alert_after, args, kwargs)
+        return scheduled(self, options, expr, tz, misfire, overlap, jitter,
+                         alert_after, args, kwargs)
 
     def schedule(self, name: str, expr: str, task: Task | str, args: Sequence = (),
                  kwargs: dict | None = None, *, tz: str = "UTC",
@@ -14027,10 +14165,33 @@ class _ResultRefused(Abort):
     """The task has returned what cannot be sent; its cause says why."""
 
 
+def reason_of(exc: BaseException) -> BaseException:
+    """The exception for which a task asks for a retry; any other one is its own.
+
+    What Python notes as the context of a Retry counts if the task has caught it, so
+    that the frame which did is one of those the Retry went through.  Where a task is
+    a call, in testing() or immediate, it may be what the caller was busy with.
+    """
+    if not isinstance(exc, Retry) or exc.args != (RETRY_ASKED,):
+        return exc
+    if exc.__cause__ is not None or exc.__suppress_context__:
+        return exc.__cause__ or exc
+    caught, own = exc.__context__, exc.__traceback__
+    if caught is not None and caught.__traceback__ is not None:
+        while own is not None:
+            if own.tb_frame is caught.__traceback__.tb_frame:
+                return caught
+            own = own.tb_next
+    return exc
+
+
 def error_of(exc: BaseException, run: Any) -> dict:
     """What the worker needs to decide; how a run has ended, by its .task and .raised.
     """
     error = describe_exception(exc)
+    if reason_of(exc) is not exc:
+        reason = describe_exception(reason_of(exc))
+        error.update(type=reason["type"], message=reason["message"])
     if isinstance(exc, MemoryError):
         error["message"] = out_of_memory(error["message"])
     if isinstance(exc, _ResultRefused):
@@ -20208,9 +20369,22 @@ def _arguments(argv):
             one = argparse.ArgumentParser(
                 prog=f"pybgworker {command.name}", **_described(command))
             _add_flags(one, command)
+            own = [text for names, _ in command.flags for text in names]
+            one.error = functools.partial(      # type: ignore[method-assign]
+                _refuse, one.error, [text for text in argv[1:] if text not in own])
             return one.parse_args(argv[1:], argparse.Namespace(
                 command=command.name, argv=argv[1:]))
+    if argv and (argv[0] in COMMAND_WORDS or not argv[0].startswith("-")):
+        names = [command.name for command in COMMANDS]
+        raise UsageError(f"no command {unknown_name(argv[0], names, COMMAND_WORDS)}")
     return _parser().parse_args(argv)
+
+
+def _refuse(error, given, message):
+    """What argparse says of a wrong command line, and what a flag is called here."""
+    error(message + "".join(
+        f"; for {text} there is {FLAG_WORDS[text]}"
+        for text in dict.fromkeys(given) if text in FLAG_WORDS))
 
 
 def _described(command):
@@ -20473,7 +20647,7 @@ class Cron:
 
     def __init__(self, expr: str, tz: str = "UTC"):
         if not isinstance(expr, str):
-            raise OptionError(f"a cron expression is a str, not {type(expr).__name__}")
+            raise OptionError(f"cron {expr!r}: must be a str, such as '@every 30s'")
         self.expr, self.tz = expr, tz
         self._wall: Any = _Every(expr) if _is_every(expr) else _WallTimes(expr)
         self._zone = _zone(expr, tz)
@@ -20665,10 +20839,10 @@ def _split(expr):
         return _expand_macro(expr, text).split(" ")
     parts = re.split("[ \t]+", text) if text else []
     if len(parts) != 5:
-        hint = "; seconds and years are not supported" if len(parts) in (6, 7) else ""
+        hint = "; seconds and years are not supported" if len(parts) in (6, 7) else \
+            "; a span is '@every 30s'" if re.match(r"(every)?\s*\d", text) else ""
         raise CronError(
-            expr, "fields", text, f"5 fields expected, {len(parts)} found{hint}"
-        )
+            expr, "fields", text, f"5 fields expected, {len(parts)} found{hint}")
     return parts
 
 
@@ -20892,6 +21066,10 @@ class Schedule(NamedTuple):
     options: dict = {}          # instead of the task's: of NewTask, by name
 
 
+CRON_OPTIONS = frozenset(
+    ("tz", "misfire", "overlap", "jitter", "alert_after", "args", "kwargs"))
+
+
 def checked_schedule(expr: str, tz: str, misfire: str, overlap: str, jitter: Any,
                      alert_after: Any, args: Any, kwargs: Any) -> Schedule:
     """The Schedule that these options make.  Raises CronError, OptionError."""
@@ -20914,8 +21092,9 @@ def checked_schedule(expr: str, tz: str, misfire: str, overlap: str, jitter: Any
     return Schedule(parsed, misfire, overlap, jitter, alert_after, text)
 
 
-def scheduled(app: App, expr: str, *options: Any) -> Callable:
-    """The decorator that App.cron() promises."""
+def scheduled(app: App, unknown: dict, expr: str, *options: Any) -> Callable:
+    """The decorator that App.cron() promises; `unknown` are other keywords."""
+    check_known(unknown, CRON_OPTIONS, ONLY_CRON_WORDS)
     schedule = checked_schedule(expr, *options)
     *_, args, kwargs = options
 
@@ -23617,7 +23796,7 @@ def _task_of(app, task):
 
 def _run_options(task, options):
     """JSON of the options of its runs; of `expires` the seconds after one is due."""
-    check_known(options, RUN_OPTIONS, CALL_HINTS)
+    check_known(options, CRON_OPTIONS | RUN_OPTIONS, {**CALL_HINTS, **CRON_WORDS})
     row, given = new_task(task, 0, **options), {}
     for name in sorted(options):
         if options[name] is not None and name != "expires":
@@ -23661,6 +23840,15 @@ def switch_schedule(store: Store, row: ScheduleRow, is_on: bool, by: By) -> bool
     return store.switch_schedule(row, row._replace(
         next_tick=plan.next_tick, done=json.dumps(plan.done), disabled_at=None,
         disabled_by=None, since=now, set_at=now), by)
+
+
+def turn_schedule(app: Registered, name: str, is_on: bool) -> bool:
+    """What App.enable_schedule() and App.disable_schedule() promise."""
+    try:
+        row = schedule_called(app.store, checked("name", parse_name, name))
+    except Problem as exc:
+        raise OptionError(str(exc)) from None
+    return switch_schedule(app.store, row, is_on, in_program())
 
 
 def run_schedule(app: App, row: ScheduleRow, by: By) -> AsyncResult:
@@ -30369,6 +30557,7 @@ class DjangoPerform:
         """Tell, unless it will be run again.  In the block that has caught it."""
         if self._is_final(exc):
             error = describe_exception(exc)
+            exc = reason_of(exc)
             path = f"{type(exc).__module__}.{type(exc).__qualname__}"
             result.errors.append(self.backend.tasks.error(
                 exception_class_path=path, traceback=error["traceback"]))
@@ -30379,8 +30568,7 @@ class DjangoPerform:
         if isinstance(exc, Abort) or current is None or current.id is None \
                 or not isinstance(exc, (Retry, TaskTimeout, *self.policy.retry_for)):
             return True
-        row = self.backend.app.store.task(current.id)
-        return row.attempt - row.forgiven > row.retries
+        return current.retries_left == 0
 
 
 class DjangoPerformAsync(DjangoPerform):

@@ -1740,7 +1740,8 @@ class OtherWords(Case):
     """Who comes from another queue is told what a thing is called here."""
 
     TABLES = ("TASK_WORDS", "CALL_WORDS", "SETTING_WORDS", "NAMES_OF_TASK",
-              "NAMES_OF_RESULT", "NAMES_OF_APP")
+              "NAMES_OF_RESULT", "NAMES_OF_APP", "NAMES_OF_RUN", "RETRY_WORDS",
+              "CRON_WORDS", "ONLY_CRON_WORDS")
 
     def test_options_of_others_are_refused_with_what_stands_for_them(self):
         for name, hint in (
@@ -1778,6 +1779,69 @@ class OtherWords(Case):
                         f"unknown option '{name}': .*{re.escape(hint)}.*; there are "):
                     call(**{name: 1})
 
+    def test_so_are_options_of_a_schedule(self):
+        task = self.app.task(print, name="t")
+        of_cron = functools.partial(self.app.cron, "@hourly")
+        of_schedule = functools.partial(self.app.schedule, "s", "@hourly", task)
+        for name, hint, *calls in (
+                ("timezone", "tz=", of_cron, of_schedule),
+                ("max_instances", "overlap='skip'", of_cron, of_schedule),
+                ("misfire_grace_time", "misfire='latest'", of_cron, of_schedule),
+                ("minute", "minute 30, hour 7", of_cron, of_schedule, self.app.cron),
+                ("seconds", "'@every 30s'", of_cron, of_schedule, self.app.cron),
+                ("id", "app.schedule(", of_cron), ("queue", "option of @task", of_cron),
+                ("end_date", "unschedule()", of_cron, of_schedule),
+                ("countdown", "there are alert_after, args", of_schedule),
+                ("jiter", "did you mean jitter", of_cron, of_schedule)):
+            for call in calls:
+                with self.subTest(name), self.assertRaisesRegex(
+                        pybgworker.OptionError,
+                        f"unknown option '{name}'.*{re.escape(hint)}"):
+                    call(**{name: 1})
+        for wrong in (30, dt.timedelta(seconds=30), "30s", "every 30s", "30"):
+            with self.subTest(wrong), self.assertRaisesRegex(
+                    (pybgworker.OptionError, pybgworker.CronError), "'@every 30s'"):
+                self.app.cron(wrong)
+
+    def test_so_are_options_of_a_retry(self):
+        for name, hint in (("delay", "countdown="), ("eta", "countdown="),
+                           ("exc", "from exc"), ("max_retries", "retries= of @task"),
+                           ("count_down", "did you mean countdown")):
+            with self.subTest(name), self.assertRaisesRegex(
+                    pybgworker.OptionError, f"unknown option '{name}': .*{hint}"):
+                pybgworker.Retry(**{name: 1})
+
+    def test_so_are_commands_and_flags(self):
+        names = {command.name for command in pybgworker.COMMANDS}
+        for line, hint in (
+                ("worker -A proj", "no command 'worker': it is run --app MODULE; there "),
+                ("-A proj worker", "no command '-A': it is run --app MODULE; there are "),
+                ("beat", "enqueues what is due"), ("flower", "it is web"),
+                ("call proj.add", "it is enqueue NAME"), ("inspct", "did you mean inspect"),
+                ("run -A proj -c 2", "for -A there is --app MODULE; for -c there is "),
+                ("run --app proj -Q a,b", "for -Q there is --queues"),
+                ("purge -f", "for -f there is --yes"),
+                ("inspect active", "for active there is list --status running")):
+            heard = io.StringIO()
+            with self.subTest(line), contextlib.redirect_stderr(heard):
+                try:
+                    status = pybgworker.main(line.split())
+                except SystemExit as exc:
+                    status = exc.code
+                self.assertEqual(status, 2)
+                self.assertIn(hint, heard.getvalue())
+        heard = io.StringIO()
+        with contextlib.redirect_stderr(heard), self.assertRaises(SystemExit):
+            pybgworker.main(["logs", "1", "-f", "--qqq"])     # it has a -f
+        self.assertNotIn("there is", heard.getvalue())
+        self.assertFalse(names & pybgworker.COMMAND_WORDS.keys())
+        for hint in pybgworker.COMMAND_WORDS.values():
+            self.assertTrue(set(re.findall(r"[\w-]+", hint)) & names, hint)
+        flags = {text for command in pybgworker.COMMANDS
+                 for texts, _ in command.flags for text in texts}
+        for hint in pybgworker.FLAG_WORDS.values():
+            self.assertLessEqual(set(re.findall(r"--[\w-]+", hint)), flags, hint)
+
     def test_so_are_settings(self):
         for name, hint in (
                 ("broker_url", "db="), ("timezone", "@cron(tz=)"),
@@ -1792,8 +1856,13 @@ class OtherWords(Case):
 
     def test_so_are_attributes(self):
         task = self.app.task(print, name="t")
-        result = AsyncResult(1, self.app)
+        result, run = AsyncResult(1, self.app), pybgworker.DirectCall("t")
         for holder, name, hint in (
+                (run, "request", ".attempt"), (run, "retries", ".retries_left"),
+                (run, "retry", "raise Retry(countdown=30)"),
+                (run, "update_state", "set_progress(50"),
+                (self.app, "pause_job", "disable_schedule("),
+                (self.app, "flush", "purge()"), (self.app, "lock_task", "max_running=1"),
                 (task, "s", "on_success="), (task, "si", "on_success="),
                 (task, "schedule", "options(countdown=10).delay"),
                 (task, "send", "delay("), (task, "enqueue", "delay("),
@@ -1810,7 +1879,7 @@ class OtherWords(Case):
             self.assertIsInstance(caught.exception, pybgworker.PyBgWorkerError)
             self.assertIn(f"has no attribute '{name}': ", str(caught.exception))
             self.assertIn(hint, str(caught.exception))
-        for holder in (task, self.app, result):
+        for holder in (task, self.app, result, run):
             with self.assertRaisesRegex(AttributeError, "no attribute 'qqq'$"):
                 holder.qqq
             self.assertFalse(hasattr(holder, "__len__"))
@@ -1834,7 +1903,8 @@ class OtherWords(Case):
                         {name.upper() for name in settings})
                     if table.startswith("NAMES"):
                         holder = {"NAMES_OF_TASK": task, "NAMES_OF_RESULT": result,
-                                  "NAMES_OF_APP": self.app}[table]
+                                  "NAMES_OF_APP": self.app,
+                                  "NAMES_OF_RUN": pybgworker.CurrentTask}[table]
                         self.assertFalse(word in dir(holder))
         self.assertFalse(pybgworker.TASK_OPTIONS & set(pybgworker.TASK_WORDS))
         self.assertFalse(pybgworker.CALL_OPTIONS & set(pybgworker.CALL_WORDS))
@@ -12587,6 +12657,11 @@ class OnTheLoop(Case):
                     return object()
                 if how == "retry":
                     raise Retry("again", countdown=5)
+                if how == "caught":
+                    try:
+                        {}["x"]
+                    except KeyError:
+                        raise Retry(countdown=5)
                 if how == "cancelled":
                     raise asyncio.CancelledError
                 return [how, current_task().id]
@@ -12596,6 +12671,7 @@ class OnTheLoop(Case):
         self.assertEqual(child.answer(child.beside("ordinary")), "ordinary")
         for how, type, retryable in (("object", "PayloadTypeError", False),
                                      ("retry", "Retry", True),
+                                     ("caught", "KeyError", True),
                                      ("cancelled", "CancelledError", False)):
             error = child.answer(child.beside("give", how))
             self.assertEqual((error["type"], error["retryable"], error["kind"]),
@@ -20844,6 +20920,77 @@ class InPlace(Case):
         self.assertEqual(result.progress, (40, "nearly"))
         self.assertEqual((pybgworker.in_flight, pybgworker.current_task()), ({}, None))
 
+    def test_a_retry_for_an_error_has_that_error(self):
+        def risky():
+            raise OSError("550 no")
+
+        def caught():
+            try:
+                risky()
+            except OSError:
+                raise pybgworker.Retry(countdown=5)
+
+        def deeper():
+            with contextlib.ExitStack() as stack:
+                stack.callback(print)
+                caught()
+
+        def said():
+            try:
+                risky()
+            except OSError as exc:
+                raise pybgworker.Retry(5) from exc
+
+        async def awaited():
+            caught()
+
+        def hidden():
+            try:
+                risky()
+            except OSError:
+                raise pybgworker.Retry(5) from None
+
+        def worded():
+            try:
+                risky()
+            except OSError as exc:
+                raise pybgworker.Retry("later", 5) from exc
+
+        def bare():
+            raise pybgworker.Retry(5)
+
+        for fn in (caught, deeper, said, awaited):
+            with self.subTest(fn.__name__):
+                error = self.run_one(fn).error
+                self.assertEqual((error, error.type, error.kind),
+                                 ("OSError: 550 no", "OSError", "exception"))
+                self.assertIn("Retry: retry asked for", error.traceback)
+                self.assertIn("550 no", error.traceback)
+        for fn, text in ((hidden, "Retry: retry asked for"), (worded, "Retry: later"),
+                         (bare, "Retry: retry asked for")):
+            with self.subTest(fn.__name__):
+                self.assertEqual(self.run_one(fn).error, text)
+        try:
+            risky()
+        except OSError:                     # it is not the task that has caught this
+            self.assertEqual(self.run_one(bare).error.type, "Retry")
+        again = self.run_one(caught, retries=1)
+        self.assertEqual((again.status, again.error), ("retrying", "OSError: 550 no"))
+
+    def test_a_run_knows_how_many_may_follow(self):
+        def look():
+            self.left.append(pybgworker.current_task().retries_left)
+            raise pybgworker.Retry(0)
+
+        for retries, left in ((0, [0]), (2, [2, 1, 0])):
+            self.left = []
+            self.assertEqual(self.run_one(look, retries=retries).status, "failed")
+            self.assertEqual(self.left, left)
+        self.left = []
+        with self.assertRaises(pybgworker.Retry):       # a call is no run
+            self.app.registered["t"]()
+        self.assertEqual(self.left, [0])
+
     def test_its_thread_is_ours_and_its_context_a_copy_of_ours(self):
         variable = contextvars.ContextVar("variable", default="none")
         variable.set("ours")
@@ -21000,14 +21147,14 @@ class Immediate(Case):
         @self.app.task(name="bad", retries=2)
         def bad():
             own = pybgworker.current_task()
-            self.seen.append((own.attempt, own.name))
+            self.seen.append((own.attempt, own.name, own.retries_left))
             raise ValueError(f"no {own.attempt}")
 
         began = time.monotonic()
         result = bad.delay()
         self.assertEqual((result.status, result.error), ("failed", "ValueError: no 3"))
         self.assertRaises(pybgworker.TaskFailed, result.get)
-        self.assertEqual(self.seen, [(1, "bad"), (2, "bad"), (3, "bad")])
+        self.assertEqual(self.seen, [(1, "bad", 2), (2, "bad", 1), (3, "bad", 0)])
         self.app.configure(immediate="raise")
         with self.assertRaisesRegex(ValueError, "no 3"):
             bad.delay()
@@ -22804,6 +22951,28 @@ class Schedules(QueueCase):
         self.assertEqual(self.app.schedules(), [])
         self.fire(self.scheduler(), 5)
         self.assertEqual(self.ran(), [])
+
+    def test_a_program_disables_and_enables_what_is_its_own_or_of_the_code(self):
+        self.app.cron("*/5 * * * *")(self.digest)
+        self.app.schedule("s", "*/5 * * * *", self.digest)
+        scheduler = self.scheduler()
+        self.fire(scheduler, 1)
+        for name in ("digest", "s"):
+            self.assertIs(self.app.enable_schedule(name), False)
+            self.assertIs(self.app.disable_schedule(name), True)
+            self.assertIs(self.app.disable_schedule(name), False)
+        self.assertEqual([s.enabled for s in self.app.schedules()], [False, False])
+        self.fire(scheduler, 5)
+        self.assertEqual(self.ran(), [])
+        self.assertIs(self.app.enable_schedule("s"), True)
+        self.fire(scheduler, 10)
+        self.assertEqual(len(self.ran()), 1)
+        self.assertEqual([(event.action, event.target, event.how)
+                          for event in self.store.events()][0],
+                         ("enable", "schedule s", "program"))
+        for wrong, text in (("t", "there is no schedule t"), (7, "name=7")):
+            with self.assertRaisesRegex(pybgworker.OptionError, text):
+                self.app.disable_schedule(wrong)
 
     def test_a_stale_look_does_not_fire_what_was_replaced_or_deleted(self):
         for change in (lambda: self.app.unschedule("s"),
@@ -32620,7 +32789,8 @@ PEERS = {
         from celery import Celery, chain, group, shared_task
         from celery.exceptions import Ignore, Reject
         from celery.schedules import crontab
-        from celery.signals import task_failure, worker_process_init
+        from celery.signals import (
+            task_failure, task_postrun, task_prerun, task_retry, worker_process_init)
 
         app = Celery("proj", broker="memory://", backend="cache+memory://")
         app.conf.task_always_eager = True
@@ -32659,6 +32829,7 @@ PEERS = {
             return a + b
 
         res, tomorrow = add(1, 2), datetime.datetime.now() + datetime.timedelta(days=1)
+        task = add.s(1, 2)
 
         def command(args):
             from huey.consumer_options import OptionParserHandler
@@ -32674,6 +32845,7 @@ PEERS = {
 
         redis, send = fakeredis.FakeRedis(), print
         q, tomorrow = Queue("mail", connection=redis), datetime.datetime.now() + timedelta(1)
+        done = alert = print
         job = q.enqueue(send, "a")
 
         def command(args):
@@ -32682,9 +32854,12 @@ PEERS = {
         """,
     "APScheduler": """
         import datetime
-        from apscheduler.events import EVENT_JOB_ERROR
+        from apscheduler.events import (
+            EVENT_JOB_ERROR, EVENT_JOB_EXECUTED, EVENT_JOB_MISSED)
+        from apscheduler.executors.pool import ThreadPoolExecutor
         from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
         from apscheduler.schedulers.background import BackgroundScheduler
+        from apscheduler.triggers.cron import CronTrigger
 
         running, tick, add = BackgroundScheduler(), print, max
         running.start(paused=True)
@@ -32809,7 +32984,9 @@ class ComingFrom(Case):
             pass
 
         res = add.delay(1, 2)
-        return {**vars(pybgworker), **locals(), "task": app.task, "cron": app.cron,
+        task_id, atexit = res.id, mock.Mock()
+        app.schedule("sum", "@hourly", add, args=(1, 2))
+        return {**vars(pybgworker), **locals(), "AsyncResult": app.result, "task": app.task, "cron": app.cron,
                 "configure": app.configure, "on": app.on, "App": lambda: app,
                 "on_child_start": app.on_child_start,
                 "tomorrow": dt.datetime.now() + dt.timedelta(days=1),
@@ -32817,7 +32994,7 @@ class ComingFrom(Case):
 
     def run_ours(self, code, space):
         if code.startswith("@"):
-            wants = re.search(r"args=|on_failure|on\(", code)
+            wants = re.search(r"\bargs=|on_failure|on\(", code)
             space["number"] = number = space.get("number", 0) + 1
             code += f"\ndef decorated{number}({'*args' if wants else ''}): pass"
         call = functools.partial(exec, code, space)
@@ -32891,8 +33068,9 @@ class TheFile(unittest.TestCase):
 
     # One-line methods of App that call a room.
     DOORS = {
-        "backup", "call_now", "cron", "on", "on_child_start", "pause", "purge", "resume",
-        "schedule", "schedules", "send", "start_worker", "tasks", "worker",
+        "backup", "call_now", "cron", "disable_schedule", "enable_schedule", "on",
+        "on_child_start", "pause", "purge", "resume", "schedule", "schedules",
+        "send", "start_worker", "tasks", "worker",
     }
 
     def test_only_doors_lead_from_the_core_to_a_room(self):
