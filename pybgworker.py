@@ -20376,7 +20376,7 @@ def _arguments(argv):
                 command=command.name, argv=argv[1:]))
     if argv and (argv[0] in COMMAND_WORDS or not argv[0].startswith("-")):
         names = [command.name for command in COMMANDS]
-        raise UsageError(f"no command {unknown_name(argv[0], names, COMMAND_WORDS)}")
+        _parser().error(f"no command {unknown_name(argv[0], names, COMMAND_WORDS)}")
     return _parser().parse_args(argv)
 
 
