@@ -9254,9 +9254,21 @@ def callback_rows(run: Run, state: int, error: dict | None, now: int,
                      "at": now}
             calls.append((f"on:{kind}", [about], _CALLBACK_SECONDS))
     return tuple((
-        NewTask(name, run.queue, run.priority, None, RetryPolicy().retries, limit,
-                QUEUED, now, now), to_json([args, {}]))
+        NewTask(name, run.queue, run.priority,
+                telling_key(name, run.queue, run.id, run.attempt),
+                RetryPolicy().retries, limit, QUEUED, now, now), to_json([args, {}]))
         for name, args, limit in calls)
+
+
+def telling_key(name: str, queue: str, *parts: int) -> str | None:
+    """The key of a task that tells listeners of an end; None: it is a callback.
+
+    By its beginning those are counted that wait, to be run again, too: in an index
+    that nobody else pays for.  No queue has a comma in its name.
+    """
+    if callback_kind(name) != name:
+        return None
+    return ",".join((name, queue[:100], *map(str, parts)))
 
 
 def with_meta(connection: sqlite3.Connection, run: Run, rows: Sequence) -> list:
@@ -9276,7 +9288,8 @@ def _kinds_of(state, error):
     return [*kinds, kind] if kind in LISTENED and state != SUCCESS else kinds
 
 
-_MOST_UNHEARD = 1000        # that wait for the listeners of a kind, in one queue
+_MOST_UNHEARD = 1000        # that wait for the listeners of a kind, in one queue, for
+                            # the first time or again; see telling_key()
 
 
 def without_crowds(connection: sqlite3.Connection, rows: Iterable) -> list:
@@ -9291,11 +9304,13 @@ def without_crowds(connection: sqlite3.Connection, rows: Iterable) -> list:
         group = task.queue, task.name
         if callback_kind(task.name) == task.name:
             if group not in room:
+                begin = telling_key(task.name, task.queue)
                 room[group] = _MOST_UNHEARD - connection.execute(
                     f"""select count(*) from (
-                            select 1 from bg_task where state = {QUEUED} and alone = 0
-                                and queue = ? and name = ? limit ?)""",
-                    (*group, _MOST_UNHEARD),
+                            select 1 from bg_task
+                            where key is not null and state < {SUCCESS}
+                                and key > ? || ',' and key < ? || '-' limit ?)""",
+                    (begin, begin, _MOST_UNHEARD),
                 ).fetchone()[0]
             room[group] -= 1
         if room.get(group, 0) >= 0:
@@ -28172,7 +28187,8 @@ def listening(app: App, kind: str) -> Callable[[Callable], Callable]:
 def _teller(app, kind):
     """The function of the task that tells the listeners of a kind.
 
-    Several are told by a task each, so that one that fails is told again alone.
+    Several are told by a task each, so that one that fails is told again alone: with
+    a key, so that it counts with those that wait.
     """
     async def wait_for(coroutine):
         await coroutine
@@ -28180,8 +28196,12 @@ def _teller(app, kind):
     def tell(about, only=None):
         listeners = {default_name(fn): fn for fn in app.listeners[kind]}
         if only is None and len(listeners) > 1:
-            each = app.registered[f"on:{kind}"].options(queue=about["queue"])
-            each.delay_many([(about, name) for name in listeners])
+            task = app.registered[f"on:{kind}"]
+            end = about["queue"], about["id"], about["attempt"]
+            for number, name in enumerate(listeners):
+                task.options(
+                    queue=about["queue"], key=telling_key(task.name, *end, number),
+                ).delay(about, name)
             return None
         if only is not None and only not in listeners:      # of an older program
             return None

@@ -27706,6 +27706,56 @@ class Unheard(QueueCase):
         self.assertEqual(self.sql("select count(*) from bg_task where state = 5"),
                          [(1200,)])
 
+    def follow(self, runs):
+        """How many of what follows their failures found no room."""
+        error = {"kind": "exception", "message": "no"}
+        return self.turn(outcomes=[Outcome(
+            run, pybgworker.FAILED, error=error, then=pybgworker.callback_rows(
+                run, pybgworker.FAILED, error, self.now, "w")) for run in runs]).unheard
+
+    def claim_all(self, name):
+        return list(iter(lambda: self.claim(names=(name,), callbacks={name: 8}), []))
+
+    def test_who_is_to_be_told_again_waits_with_the_others(self):
+        self.enqueue(count=1010)
+        other = self.enqueue(queue="default-2")
+        runs = {run.id: run for part in self.claim_all("t") for run in part}
+        other, runs = runs.pop(other), list(runs.values())
+        self.assertEqual(self.follow(runs[:900]), 0)
+        told = [run for part in self.claim_all("on:failure") for run in part]
+        self.assertEqual(self.follow(runs[900:950]), 0)         # 900 run, 50 wait
+        self.turn(outcomes=[                # they fail: another run soon, or in years
+            Outcome(run, pybgworker.RETRYING, run_at=self.now + 1 + 10**8 * n)
+            for n, run in enumerate(told)])
+        self.assertEqual(self.follow(runs[950:]), 10)
+        self.assertEqual(self.follow([other]), 0)               # a queue of its own
+        self.now += 1
+        self.finish(self.claim(names=("on:failure",))[0])       # one is over
+        self.assertEqual(self.sql("select count(*) from bg_task where name = 'on:failure' "
+                                  "and queue = 'default' and state < 4"), [(999,)])
+
+    def test_what_is_to_be_told_each_listener_is_counted_too(self):
+        queue = "q" * 200
+
+        def one(event):
+            """Nothing."""
+
+        def two(event):
+            """Nothing."""
+
+        self.app.on("failure")(one)
+        self.app.on("failure")(two)
+        self.enqueue(queue=queue)
+        self.follow(self.claim_all("t")[0])
+        tell, = self.claim(names=("on:failure",))
+        args, kwargs = pybgworker.decode(self.store.args(tell.id))
+        for _ in range(2):                                      # it was run twice
+            self.app.registered["on:failure"].fn(*args, **kwargs)
+        keys = [key for key, in self.sql("select key from bg_task where id > 1")]
+        self.assertEqual(len(keys), 3)
+        for key in keys:
+            self.assertTrue(key.startswith(keys[0]) and len(key) <= 200, key)
+
     def test_a_retry_that_is_cancelled_meanwhile_is_none(self):
         task_id = self.enqueue()
         run, = self.claim(callbacks={"t": 16})
