@@ -13579,6 +13579,10 @@ class OutputPipe:
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
+class _OwnLevel(int):
+    """A level that is told from the same one, set by the app."""
+
+
 def take_log_lines(level: str) -> Callable[[], None]:
     """From now on log lines are printed, to what is sys.stderr then.
 
@@ -13601,7 +13605,7 @@ def take_log_lines(level: str) -> Callable[[], None]:
     def step_back():
         if root.handlers != [handler]:
             root.removeHandler(handler)
-            root.setLevel(before if root.level == own_level else root.level)
+            root.setLevel(before if root.level is own_level else root.level)
             if logging.basicConfig is configure:
                 logging.basicConfig = basic_config
 
@@ -13609,7 +13613,8 @@ def take_log_lines(level: str) -> Callable[[], None]:
     root.addHandler(handler)
     if before == logging.WARNING:
         root.setLevel(level)
-    own_level = root.level
+    own_level = _OwnLevel(root.level)
+    root.setLevel(own_level)
     logging.basicConfig = configure
     return step_back
 
@@ -13622,7 +13627,8 @@ def _task_handler(root):
 
         def handle(self, record):
             # Somebody may have added one: then it is all that is wanted.
-            return root.handlers == [self] and super().handle(record)
+            return root.handlers == [self] and not _is_printed(record) \
+                and super().handle(record)
 
         def emit(self, record):
             try:
@@ -13637,6 +13643,28 @@ def _task_handler(root):
     handler = TaskHandler()
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))
     return handler
+
+
+def _is_printed(record):
+    """True when a handler below the root, as Django's own, has printed it already."""
+    import logging
+
+    logger = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) \
+                    and _is_of_run(handler.stream) \
+                    and record.levelno >= handler.level and handler.filter(record):
+                return True
+        logger = logger.parent
+    return False
+
+
+def _is_of_run(stream):
+    """True for what is a part of a run's output when it is printed there."""
+    with contextlib.suppress(Exception):        # a stream of the app's may be anything
+        return stream.fileno() in (1, 2)
+    return False
 
 
 # == Surroundings =============================================================

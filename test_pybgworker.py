@@ -11458,6 +11458,45 @@ class LogLines(Served):
         text = self.said("plain", "--log-level", "error", before=before)
         self.assertEqual(len(text.splitlines()), 3, text)
 
+    def test_a_level_that_comes_with_a_handler_stays_also_if_it_was_ours(self):
+        add = "root.addHandler(logging.StreamHandler())"
+        for setup, level in (
+            ("logging.basicConfig(level=logging.INFO)", "INFO"),
+            (f"root.setLevel('INFO'); {add}", "INFO"),
+            (f"{add}; root.setLevel(logging.WARNING)", "WARNING"),
+            ("logging.config.dictConfig({'version': 1, 'root': {'level': 'INFO', "
+             "'handlers': ['h']}, 'handlers': {'h': {"
+             "'class': 'logging.StreamHandler'}}})", "INFO"),
+            (add, "WARNING"), ("pass", "INFO"),
+        ):
+            with self.subTest(setup):
+                done = self.python(f"""
+                    import logging.config, pybgworker
+                    root = logging.getLogger()
+                    step_back = pybgworker.take_log_lines("INFO")
+                    {setup}
+                    step_back()
+                    print(logging.getLevelName(root.level))
+                    """)
+                self.assertEqual(done.stdout, f"{level}\n")
+
+    def test_what_a_logger_of_the_app_prints_is_not_printed_again(self):
+        """A handler that lets it pass has printed it; any other has not."""
+        ours = self.LINE % "INFO shop info said" + self.LINE % "WARNING shop warning said"
+        for handler, text in (
+            ("StreamHandler(sys.stdout)", "info said\nwarning said\n"),
+            ("StreamHandler()", "info said\nwarning said\n"),
+            ("StreamHandler(); handler.setLevel('ERROR')", ours),
+            ("StreamHandler(); handler.addFilter(lambda record: False)", ours),
+            ("StreamHandler(io.StringIO())", ours), ("FileHandler('a.log')", ours),
+            ("NullHandler()", ours),
+        ):
+            with self.subTest(handler):
+                said = self.said("plain", before=(
+                    f"import io, logging, sys; handler = logging.{handler}; "
+                    "logging.getLogger('shop').addHandler(handler)"))
+                self.assertRegex(said, f"^{text}$")
+
     def test_a_time_limit_that_falls_into_a_log_line_is_kept(self):
         done = self.python("""
             import logging, pybgworker
