@@ -2040,6 +2040,7 @@ class Wait(NamedTuple):
     task: int
     attempt: int
     awaits: int                 # the id of that task
+    until: int | None = None    # unix ms, when it is given up; None: never
 
 
 class Waiting(NamedTuple):
@@ -2052,6 +2053,7 @@ class Waiting(NamedTuple):
     queue: str                  # of that task
     name: str
     has_begun: bool             # that one; it may wait, too
+    until: int | None = None    # unix ms, when it is given up; None: never
 
 
 class Stuck(NamedTuple):
@@ -4292,13 +4294,16 @@ def has_place(queue: str, live: Iterable[WorkerRow], found: Iterable[Stuck]) -> 
 
 
 def hopeless(waits: Sequence[Waiting], live: Sequence[WorkerRow],
-             knowing: Callable[[str], Iterable[KnownTask]]) -> set[int]:
-    """The tasks whose runs wait for ever.
+             knowing: Callable[[str], Iterable[KnownTask]],
+             until: int | None = None) -> set[int]:
+    """The tasks whose runs wait until then, or for ever.
 
-    At first all of them: then, as long as there is one, without those that wait for
-    what has a place beside the others, or runs and is none of these.
+    At first all that do not give up before: then, as long as there is one, without
+    those that wait for what has a place beside the others, or runs and is not one.
     """
-    stuck = {wait.task for wait in waits}
+    end = math.inf if until is None else until
+    stuck = {wait.task for wait in waits} - {
+        wait.task for wait in waits if wait.until is not None and wait.until < end}
     while True:
         places = {(wait.worker, wait.is_async, wait.task) for wait in waits
                   if wait.task in stuck}
@@ -4325,12 +4330,16 @@ class OwnWait:
         self._is_noted = False
 
     @classmethod
-    def of(cls, app: App, task_id: int) -> OwnWait | None:
-        """Return that for a task; None outside of tasks, and for another queue's."""
+    def of(cls, app: App, task_id: int, seconds: float = math.inf) -> OwnWait | None:
+        """Return that for a task; None outside of tasks, and for another queue's.
+
+        It is given up after so many seconds.
+        """
         run = current_task()
         if run is None or run.id is None or not run.is_in(app.store):
             return None
-        wait = Wait(run.id, run.attempt, task_id)
+        until = app.store.now() + to_ms(seconds) if seconds < LONGEST_SECONDS else None
+        wait = Wait(run.id, run.attempt, task_id, until)
         return cls(app.store, wait, app.settings.worker_timeout)
 
     def look(self) -> None:
@@ -4358,7 +4367,7 @@ class OwnWait:
             )
 
     def _is_hopeless(self):
-        store, (task, _, awaits) = self._store, self._wait
+        store, (task, _, awaits, until) = self._store, self._wait
         waits = store.waits(self._wait)
         if not any(wait.task == task and wait.awaits == awaits and not wait.has_begun
                    for wait in waits):
@@ -4367,7 +4376,7 @@ class OwnWait:
         live = [row for row in store.workers()
                 if not is_silent(row, now, self._timeout)]
         return task in hopeless(
-            waits, live, functools.lru_cache(maxsize=None)(store.announced))
+            waits, live, functools.lru_cache(maxsize=None)(store.announced), until)
 
     def end(self) -> None:
         """It is over."""
@@ -4649,7 +4658,8 @@ class AsyncResult(Enqueued, Generic[V]):
                         raise WaitTimeout(
                             f"task {self.id} is {state_name(state)} after {seconds} s")
                 if own is None and not allow_wait:
-                    own = OwnWait.of(self._app, self.id)
+                    own = OwnWait.of(self._app, self.id, math.inf if deadline is None
+                                     else deadline - time.monotonic())
                 if own is not None:
                     own.look()
                 time.sleep(pause)
@@ -6986,6 +6996,7 @@ create table bg_wait (                -- runs that wait for another task, for a 
     task        integer not null,     -- bg_task.id
     attempt     integer not null,     -- which run of it
     awaits      integer not null,     -- bg_task.id of what it waits for
+    until       integer,              -- unix ms when it gives up; null: never
     primary key (task, awaits)
 ) without rowid""",
     """alter table bg_worker_task add column  -- JSON object of its @task: queue,
@@ -8978,23 +8989,23 @@ class LiveRows:
         with self.db.write(durable=False, patience=0.1) as link:
             link.connection.execute(_SWEEP_WAITS)
             link.connection.execute(
-                """insert or replace into bg_wait (task, attempt, awaits)
-                    values (?, ?, ?)""", wait)
+                """insert or replace into bg_wait (task, attempt, awaits, until)
+                    values (?, ?, ?, ?)""", wait)
 
     def end_wait(self, wait: Wait) -> None:
         with self.db.write(durable=False, patience=0.1) as link:
             link.connection.execute(
                 """delete from bg_wait where task = ? and attempt = ? and awaits = ?""",
-                wait)
+                wait[:3])
 
     def waits(self, wait: Wait) -> list[Waiting]:
         rows = self.db.read(
-            f"""with waits (task, attempt, awaits) as (
-                select task, attempt, awaits from bg_wait
-                union select :task, :attempt, :awaits)
+            f"""with waits (task, attempt, awaits, until) as (
+                select task, attempt, awaits, until from bg_wait
+                union select :task, :attempt, :awaits, :until)
             select t.id, t.worker, o.is_async, a.id, a.queue, a.name,
                 a.state = {RUNNING} and not exists (select 1 from bg_run as r
-                    where r.task = a.id and r.began_at is null)
+                    where r.task = a.id and r.began_at is null), w.until
             from waits as w
                 join bg_task as t on t.id = w.task and t.attempt = w.attempt
                     and t.state = {RUNNING}

@@ -3529,6 +3529,13 @@ class Deadlocks(Served):
             while not os.path.exists(path): time.sleep(0.01)
             return leaf.delay(6).get()
 
+        @task(retries=0)
+        def give_up(seconds=5):
+            try:
+                return leaf.options(countdown=10**6).delay().get(timeout=seconds)
+            except TimeoutError:
+                return "gone on"
+
         @task(retries=0, queue="other")
         def hold(path):
             while not os.path.exists(path): time.sleep(0.01)
@@ -3602,6 +3609,15 @@ class Deadlocks(Served):
         (self.folder / "go").touch()
         self.assertEqual([self.get(result) for result in results], [5, 7])
 
+    def test_who_gives_up_in_time_holds_nobody_up(self):
+        """Its place is free then, long before the others would have to."""
+        self.serve(concurrency=2)
+        for seconds in (3600, None, 10**300):
+            held = self.tasks.give_up.delay()
+            until(lambda: self.sql("select until from bg_wait"), what="it waits")
+            self.assertEqual(self.get(self.tasks.parent.delay(0, False, seconds)), 7)
+            until(held.ready)       # given up, or told that it would have to
+
     def test_one_may_wait_all_the_same(self):
         self.serve()
         failed = self.failure(self.tasks.parent.delay(0, True, "0.3s"))
@@ -3641,8 +3657,8 @@ class Stuck(QueueCase):
         self.sql("update bg_task set state = ?, worker = ?, attempt = ? where id = ?",
                  state, worker, attempt, task_id)
 
-    def waits(self, task, awaits, attempt=1):
-        return pybgworker.Wait(task, attempt, awaits)
+    def waits(self, task, awaits, attempt=1, until=None):
+        return pybgworker.Wait(task, attempt, awaits, until)
 
     def found(self, task, awaits):
         """Who waits for ever, with the workers that were added here."""
@@ -3710,6 +3726,22 @@ class Stuck(QueueCase):
         self.assertEqual(self.found(run, near), [])
         self.state(far, 4)
         self.assertEqual(self.found(run, near), [run])
+
+    def test_who_gives_up_before_makes_room(self):
+        worker = self.add(concurrency=2)
+        self.enqueue(count=4)
+        for task in (1, 2):
+            self.state(task, 3, worker)
+        live = [row for row in self.store.workers() if row.threads]
+        for until, other, stuck in (
+                (None, None, [1, 2]), (None, 50, []), (50, None, [1, 2]), (50, 49, []),
+                (50, 50, [1, 2]), (50, 51, [1, 2])):
+            self.store.note_wait(self.waits(2, 4, until=other))
+            waits = self.store.waits(self.waits(1, 3, until=until))
+            self.assertEqual(sorted(pybgworker.hopeless(
+                waits, live, self.store.announced, until)), stuck, (until, other))
+        self.store.end_wait(self.waits(2, 4))
+        self.assertEqual(self.sql("select * from bg_wait"), [])
 
     def test_each_kind_has_places_of_its_own(self):
         worker = self.add()
