@@ -23043,6 +23043,9 @@ def queue_hint(store: Store, queue: str | None) -> str:
     """What to say of a queue that nobody knows; nothing of one that somebody does."""
     known = {row.name for row in store.queues(store.now())}
     known.update(row.queue for row in store.totals())
+    if queue and "*" in queue and queue not in known:
+        return (f"no queue {queue} has tasks; * is a pattern in --queues only: name "
+                "each queue")
     for worker in store.workers():
         names = queues_of(worker) or ()
         known.update(name for name in names if "*" not in name)

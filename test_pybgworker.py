@@ -24081,6 +24081,11 @@ class Why(WhyCase):
                   "x.", other)
         self.assertEqual(pybgworker.queue_hint(self.store, "mail-8"), "")
         self.assertIn("mail-7", pybgworker.queue_hint(self.store, "mial-7"))
+        for pattern in ("mail-*", "*"):         # as if it were one for all of them
+            self.assertIn("is a pattern in --queues only",
+                          pybgworker.queue_hint(self.store, pattern))
+        self.enqueue(queue="mail-*")
+        self.assertEqual(pybgworker.queue_hint(self.store, "mail-*"), "")
 
     def test_a_failure_whose_retry_would_come_too_late_says_so(self):
         self.serve()
