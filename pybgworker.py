@@ -23904,7 +23904,12 @@ def turn_schedule(app: Registered, name: str, is_on: bool) -> bool:
     try:
         row = schedule_called(app.store, checked("name", parse_name, name))
     except Problem as exc:
-        raise OptionError(str(exc)) from None
+        own = app.registered.get(name)
+        later = own is not None and own.schedules and name not in {
+            row.name for row in app.store.schedules()}
+        raise OptionError(
+            f"schedule {name}: no worker has served this @cron yet; the first that "
+            "does makes it known here" if later else str(exc)) from None
     return switch_schedule(app.store, row, is_on, in_program())
 
 

@@ -23026,6 +23026,8 @@ class Schedules(QueueCase):
     def test_a_program_disables_and_enables_what_is_its_own_or_of_the_code(self):
         self.app.cron("*/5 * * * *")(self.digest)
         self.app.schedule("s", "*/5 * * * *", self.digest)
+        with self.assertRaisesRegex(pybgworker.OptionError, "no worker has served this"):
+            self.app.disable_schedule("digest")
         scheduler = self.scheduler()
         self.fire(scheduler, 1)
         for name in ("digest", "s"):
