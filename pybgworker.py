@@ -2044,7 +2044,11 @@ class Wait(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A Wait, where the run that waits is, and what it waits for."""
+    """A Wait, where the run that waits is, and what it waits for.
+
+    It ends by itself when it is given up, or what it waits for expires, or that run
+    has reached its time limit.
+    """
 
     task: int
     worker: int
@@ -2053,7 +2057,7 @@ class Waiting(NamedTuple):
     queue: str                  # of that task
     name: str
     has_begun: bool             # that one; it may wait, too
-    until: int | None = None    # unix ms, when it is given up; None: never
+    until: float                # unix ms, when it ends by itself; inf: it does not
 
 
 class Stuck(NamedTuple):
@@ -4295,15 +4299,14 @@ def has_place(queue: str, live: Iterable[WorkerRow], found: Iterable[Stuck]) -> 
 
 def hopeless(waits: Sequence[Waiting], live: Sequence[WorkerRow],
              knowing: Callable[[str], Iterable[KnownTask]],
-             until: int | None = None) -> set[int]:
+             until: float = math.inf) -> set[int]:
     """The tasks whose runs wait until then, or for ever.
 
-    At first all that do not give up before: then, as long as there is one, without
+    At first all whose waits do not end before: then, as long as there is one, without
     those that wait for what has a place beside the others, or runs and is not one.
     """
-    end = math.inf if until is None else until
     stuck = {wait.task for wait in waits} - {
-        wait.task for wait in waits if wait.until is not None and wait.until < end}
+        wait.task for wait in waits if wait.until < until}
     while True:
         places = {(wait.worker, wait.is_async, wait.task) for wait in waits
                   if wait.task in stuck}
@@ -4367,16 +4370,17 @@ class OwnWait:
             )
 
     def _is_hopeless(self):
-        store, (task, _, awaits, until) = self._store, self._wait
+        store, (task, _, awaits, _) = self._store, self._wait
         waits = store.waits(self._wait)
-        if not any(wait.task == task and wait.awaits == awaits and not wait.has_begun
-                   for wait in waits):
+        own = [wait for wait in waits if wait.task == task and wait.awaits == awaits]
+        if not own or own[0].has_begun:
             return False
         now = store.now()
         live = [row for row in store.workers()
                 if not is_silent(row, now, self._timeout)]
         return task in hopeless(
-            waits, live, functools.lru_cache(maxsize=None)(store.announced), until)
+            waits, live, functools.lru_cache(maxsize=None)(store.announced),
+            own[0].until)
 
     def end(self) -> None:
         """It is over."""
@@ -9005,14 +9009,22 @@ class LiveRows:
                 union select :task, :attempt, :awaits, :until)
             select t.id, t.worker, o.is_async, a.id, a.queue, a.name,
                 a.state = {RUNNING} and not exists (select 1 from bg_run as r
-                    where r.task = a.id and r.began_at is null), w.until
+                    where r.task = a.id and r.began_at is null), w.until, a.expires_at,
+                t.started_at + ifnull(t.timeout, u.timeout) * 1000
             from waits as w
                 join bg_task as t on t.id = w.task and t.attempt = w.attempt
                     and t.state = {RUNNING}
+                left join bg_worker as u on u.id = t.worker
                 join bg_task as a on a.id = w.awaits and a.state <= {RUNNING}
                 left join bg_worker_task as o on o.worker = t.worker
                     and o.name = t.name""", wait._asdict())
-        return [Waiting(*row) for row in rows]
+        found = []
+        for *about, given_up, expires_at, limit in rows:
+            has_begun = about[-1]
+            ends = (given_up, None if has_begun else expires_at, limit)
+            until = min((at for at in ends if at is not None), default=math.inf)
+            found.append(Waiting._make([*about, until]))
+        return found
 
     def runs(self) -> list[RunRow]:
         rows = self.db.read(

@@ -3727,19 +3727,37 @@ class Stuck(QueueCase):
         self.state(far, 4)
         self.assertEqual(self.found(run, near), [run])
 
-    def test_who_gives_up_before_makes_room(self):
+    def test_whose_wait_ends_by_itself_before_makes_room(self):
         worker = self.add(concurrency=2)
         self.enqueue(count=4)
         for task in (1, 2):
             self.state(task, 3, worker)
         live = [row for row in self.store.workers() if row.threads]
+
+        def found(until):
+            waits = self.store.waits(self.waits(1, 3, until=until))
+            own, = (wait for wait in waits if wait.task == 1)
+            return sorted(pybgworker.hopeless(waits, live, self.store.announced,
+                                              own.until))
+
         for until, other, stuck in (
                 (None, None, [1, 2]), (None, 50, []), (50, None, [1, 2]), (50, 49, []),
                 (50, 50, [1, 2]), (50, 51, [1, 2])):
             self.store.note_wait(self.waits(2, 4, until=other))
-            waits = self.store.waits(self.waits(1, 3, until=until))
-            self.assertEqual(sorted(pybgworker.hopeless(
-                waits, live, self.store.announced, until)), stuck, (until, other))
+            self.assertEqual(found(until), stuck, (until, other))
+        self.store.note_wait(self.waits(2, 4))
+        for change, undo in (
+                ("update bg_task set expires_at = 50 where id = 4", "expires_at = null"),
+                ("update bg_task set started_at = 1, timeout = 0.049 where id = 2",
+                 "timeout = null"),
+                ("update bg_worker set timeout = 0.049", "started_at = null")):
+            self.sql(change)
+            self.sql("update bg_task set started_at = ifnull(started_at, 1)")
+            self.sql("update bg_task set timeout = 900 where id = 1")
+            with self.subTest(change):
+                self.assertEqual(found(None), [])
+                self.assertEqual(found(49), [1, 2])
+            self.sql(f"update bg_task set {undo}")
         self.store.end_wait(self.waits(2, 4))
         self.assertEqual(self.sql("select * from bg_wait"), [])
 
