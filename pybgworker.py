@@ -23927,15 +23927,26 @@ def turn_schedule(app: Registered, name: str, is_on: bool) -> bool:
 
 def run_schedule(app: App, row: ScheduleRow, by: By) -> AsyncResult:
     """Enqueue a run of a schedule now, as it would be at a tick; its ticks stay."""
-    args, kwargs = decode(row.args)
+    args, kwargs, own = _run_of(row)
     known = options_to_send(app, row.task)
-    own = json.loads(row.options)
-    if "meta" in own:
-        own["meta"] = json.loads(own["meta"])
     result = app.send(row.task, *args, kwargs=kwargs, **{**known, **own})
     app.store.note_event(by, "run", f"schedule {row.name}", f"task {result.id}",
                          app.store.now())
     return result
+
+
+def _run_of(row):
+    """(args, kwargs, options) of a run of it.  Raises Problem."""
+    try:
+        args, kwargs = decode(row.args)
+        own = {**json.loads(row.options)}
+        if own.get("meta") is not None:
+            own["meta"] = json.loads(own["meta"])
+        return tuple(args), dict(kwargs), own
+    except Exception as exc:        # edited by hand: whatever its types may raise
+        raise Problem(
+            f"schedule {row.name}: its arguments or options cannot be read, as if "
+            f"somebody had edited it: {type(exc).__name__}: {exc}") from exc
 
 
 def schedule_called(store: Store, name: str) -> ScheduleRow:

@@ -23454,6 +23454,20 @@ class Schedules(QueueCase):
         self.assertEqual([(e.action, e.target, e.detail) for e in self.store.events()][0],
                          ("run", "schedule made", "task 3"))
 
+    def test_a_run_now_of_what_cannot_be_read_says_so(self):
+        del self.store.now
+        for column, text in (("options", "[" * 10**5), ("options", "[1]"), ("args", "["),
+                             ("options", '{"meta": 5}'), ("args", "[1, 2, 3]"),
+                             ("args", "7"), ("options", '{"retries": "x"}')):
+            self.app.schedule("odd", "@hourly", self.digest)
+            self.sql(f"update bg_schedule set {column} = ?", text)
+            said = self.command("--run", "odd", status=1)
+            with self.subTest(text[:20]):
+                self.assertRegex(said, "as if somebody had edited it|retries='x'")
+                self.assertEqual(said.strip().count("\n"), 0)
+            self.app.unschedule("odd")
+        self.assertEqual(self.sql("select count(*) from bg_task"), [(0,)])
+
     def test_a_name_of_several_is_not_guessed(self):
         for expr in ("@hourly", "@daily"):
             self.app.cron(expr)(self.digest)
