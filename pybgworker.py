@@ -426,6 +426,15 @@ def check_span(name, value, least=0, most=LONGEST_SECONDS):
     return seconds
 
 
+def timeout_of(value):
+    """Seconds that somebody wants to wait at most; infinite for None.
+
+    Raises OptionError.
+    """
+    return math.inf if value is None \
+        else check_span("timeout", value, -math.inf, math.inf)
+
+
 class Setting(NamedTuple):
     """One row of SETTINGS.  `parse` raises ValueError saying what is allowed."""
 
@@ -3470,16 +3479,6 @@ def parameters_of(fn):
     return (*names, *some, *code.co_varnames[count:named], *more)
 
 
-def needs_arguments(fn):
-    """True for a plain function that cannot be called without any."""
-    if not isinstance(fn, types.FunctionType):
-        return False
-    code = fn.__code__
-    only_named = code.co_varnames[code.co_argcount:][:code.co_kwonlyargcount]
-    missing = set(only_named).difference(fn.__kwdefaults__ or ())
-    return code.co_argcount > len(fn.__defaults__ or ()) or bool(missing)
-
-
 def check_function(fn):
     """Refuse what can be called here, and can never do its work in a worker."""
     if isinstance(fn, (staticmethod, classmethod)):
@@ -4055,12 +4054,12 @@ class _Look:
         """See how things are."""
         self.version = store.version()      # before the rest: what comes then is new
         fresh = [asked for asked in self._asked if asked[0] != self.version]
-        for part in _hundreds([task_id for _, ids, _ in fresh for task_id in ids]):
+        for part in _in_batches([task_id for _, ids, _ in fresh for task_id in ids]):
             found = store.unfinished(part)
             for task_id in part:
                 if task_id not in found:
                     self._ends[task_id] = tried(store.outcome, task_id)
-        for part in _hundreds([task_id for _, _, ids in fresh for task_id in ids]):
+        for part in _in_batches([task_id for _, _, ids in fresh for task_id in ids]):
             standing = store.standing(part)
             self._standing.update(
                 {task_id: standing.get(task_id) for task_id in part})
@@ -4079,7 +4078,7 @@ class _Look:
         return None if stands == one.seen else stands
 
 
-def _hundreds(ids):
+def _in_batches(ids):
     for start in range(0, len(ids), ID_BATCH):
         yield ids[start:start + ID_BATCH]
 
@@ -4643,10 +4642,8 @@ class AsyncResult(Enqueued, Generic[V]):
         then the task goes on.  Inside a task it raises Deadlock where tasks that wait
         have all the places in which the awaited one could run, unless allow_wait.
         """
-        deadline = None
-        if timeout is not None:
-            seconds = check_span("timeout", timeout, -math.inf, math.inf)
-            deadline = time.monotonic() + seconds
+        seconds = timeout_of(timeout)
+        deadline = time.monotonic() + seconds
         pauses, own = growing_pauses(), None
         try:
             while True:
@@ -4655,12 +4652,10 @@ class AsyncResult(Enqueued, Generic[V]):
                     with contextlib.suppress(_Unfinished):
                         return self._outcome()
                 self._check_moves()
-                pause = next(pauses)
-                if deadline is not None:
-                    pause = min(pause, deadline - time.monotonic())
-                    if pause <= 0:
-                        raise WaitTimeout(
-                            f"task {self.id} is {state_name(state)} after {seconds} s")
+                pause = min(next(pauses), deadline - time.monotonic())
+                if pause <= 0:
+                    raise WaitTimeout(
+                        f"task {self.id} is {state_name(state)} after {seconds} s")
                 if own is None and not allow_wait:
                     own = OwnWait.of(self._app, self.id, math.inf if deadline is None
                                      else deadline - time.monotonic())
@@ -4693,7 +4688,7 @@ class AsyncResult(Enqueued, Generic[V]):
             await self._errands().send(loop, lambda store: self._store)
         return Watch.of(self._app.watches, self._errands, loop)
 
-    def watch(self, timeout: float | timedelta | None = None) -> Watching:
+    def watch(self, timeout: float | str | timedelta | None = None) -> Watching:
         """Iterate over the states of the task, with `async for` or `for`.
 
         Each is a TaskState: .status, .progress, .attempt.  The first comes at once and
@@ -4759,13 +4754,11 @@ def _cancellation(task_id, error):
 class Watching:
     """What AsyncResult.watch() returns: an iterator, of which kind one likes."""
 
-    def __init__(self, result: AsyncResult, timeout: float | timedelta | None):
+    def __init__(self, result: AsyncResult, timeout: float | str | timedelta | None):
         self._result = result
         self._seen: tuple = ()      # how the task stood; (): not seen yet
-        self._timeout, self._deadline = None, math.inf
-        if timeout is not None:
-            self._timeout = check_span("timeout", timeout, -math.inf, math.inf)
-            self._deadline = time.monotonic() + self._timeout
+        self._timeout = timeout_of(timeout)         # seconds
+        self._deadline = time.monotonic() + self._timeout
 
     def __iter__(self) -> Watching:
         return self
@@ -4797,7 +4790,7 @@ class Watching:
             self._result._check_moves()
         watch = await self._result._watched()
         change = watch.change(self._result.id, self._seen)
-        if self._timeout is None:
+        if self._timeout == math.inf:
             return self._state(await change)
         try:
             left = self._deadline - time.monotonic()
@@ -5004,16 +4997,28 @@ def _one_call(call):
     )
 
 
+def too_large(text: str, limit: int) -> PayloadTooLarge:
+    """The error for the arguments of a call with such a text."""
+    return PayloadTooLarge(
+        f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows {limit:,}; "
+        "pass the path of a file instead"
+    )
+
+
 def _calling(fn):
     """The function of a callback's task: makes a TaskError, drops the result."""
+    def call(task_id, *error):
+        return without_result(fn(task_id, *map(TaskError, error)))
+
+    return call
+
+
+def without_result(value: Any) -> Any:
+    """What a task returns for a function whose result nobody wants: it is awaited."""
     async def wait_for(coroutine):
         await coroutine
 
-    def call(task_id, *error):
-        value = fn(task_id, *map(TaskError, error))
-        return wait_for(value) if isinstance(value, types.CoroutineType) else None
-
-    return call
+    return wait_for(value) if isinstance(value, types.CoroutineType) else None
 
 
 def _checked_options(*, queue="default", priority=5, retries=3, retry_delay=1.0,
@@ -5086,8 +5091,6 @@ def _check_expires(value):
     """Seconds, or None.  Raises OptionError."""
     if value is None:
         return None
-    if isinstance(value, str):
-        value = checked("expires", parse_grace, value)
     seconds = check_span("expires", value)
     if seconds == 0:
         raise OptionError("expires=0: must be seconds above 0, or None for never")
@@ -5102,9 +5105,7 @@ def _expires_at(now, expires, run_at):
     if isinstance(expires, datetime):
         at = _ms_of("expires", expires)
     else:
-        if isinstance(expires, str):
-            expires = checked("expires", parse_grace, expires)
-        if not isinstance(expires, (int, float, timedelta)):
+        if not isinstance(expires, (int, float, str, timedelta)):
             raise OptionError(f"expires={expires!r}: must be seconds, a text such as "
                               "'5m', a timedelta, or a datetime (naive: local time)")
         at = now + to_ms(check_span("expires", expires, -LONGEST_SECONDS))
@@ -5151,16 +5152,20 @@ def _check_meta(meta):
     return text if meta else None
 
 
-def _check_callback(name, value, *given):
-    if value is None:
-        return None
-    if not callable(value) or does_yield(value):
-        raise OptionError(f"{name}={value!r}: must be a function that does not yield")
+def check_called(what: str, fn: Any, *given: str) -> None:
+    """Raise OptionError unless `fn` can be called with what these words stand for."""
+    if not callable(fn) or does_yield(fn):
+        raise OptionError(f"{what}: must be a function that does not yield")
     try:
-        Shape(value.fn if isinstance(value, Task) else value).check(given, {})
+        Shape(fn.fn if isinstance(fn, Task) else fn).check(given, {})
     except CallError as exc:
-        raise OptionError(f"{name}= is called with ({', '.join(given)}): {exc}"
+        raise OptionError(f"{what}: it is called with ({', '.join(given)}): {exc}"
                           ) from None
+
+
+def _check_callback(name, value, *given):
+    if value is not None:
+        check_called(f"{name}={value!r}", value, *given)
     return value
 
 
@@ -5609,10 +5614,7 @@ def _encoded(shape, calls, limit):
             check(args, kwargs)
             text = encode_call(args, kwargs)
             if len(text) > limit:
-                raise PayloadTooLarge(
-                    f"arguments of {len(text):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-                    f"{limit:,}; pass the path of a file instead"
-                )
+                raise too_large(text, limit)
             texts.append(text)
     except (CallError, PayloadTypeError, PayloadTooLarge) as exc:
         if len(calls) == 1:
@@ -22006,10 +22008,10 @@ class EnqueuedCall(tuple):
             id=row.id, name=row.name, args=args, kwargs=kwargs, queue=row.queue,
             priority=row.priority, key=row.key, retries=row.retries,
             timeout=row.timeout, meta=meta_of(row.meta),
-            eta=_datetime_of(row.run_at) if wait > 0 else None,
+            eta=moment_of(row.run_at) if wait > 0 else None,
             countdown=wait if wait > 0 else None,
-            expires_at=_datetime_of(row.expires_at),
-            scheduled_for=_datetime_of(row.tick and row.tick * 1000),
+            expires_at=moment_of(row.expires_at),
+            scheduled_for=moment_of(row.tick and row.tick * 1000),
         )
         return self
 
@@ -22027,10 +22029,6 @@ class EnqueuedCall(tuple):
         args, kwargs = self
         parts = [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
         return f"call({', '.join(parts)})"
-
-
-def _datetime_of(at):
-    return None if at is None else datetime.fromtimestamp(at / 1000, timezone.utc)
 
 
 class _StoreInTest(MemoryStore):
@@ -22101,7 +22099,7 @@ class QueueInTest:
     @property
     def now(self) -> datetime:
         """The time, aware, UTC.  It stands still but for advance() and run_until()."""
-        return datetime.fromtimestamp(self._store.at / 1000, timezone.utc)
+        return moment_of(self._store.at)
 
     def calls(self, task: Task | str | None = None) -> list[EnqueuedCall]:
         """What was enqueued, in order; of this task only, if one is given.
@@ -22322,7 +22320,6 @@ class testing:
             raise AppError("this testing() has begun already: each block needs its own")
         self._store = _StoreInTest(self._app.stand_in)
         self._app.stand_in = self._store
-        self._app.sent.clear()              # what workers have told there
         return QueueInTest(self._app, self._store)
 
     def __exit__(self, *exc: Any) -> None:
@@ -22335,7 +22332,6 @@ class testing:
         while stands is not None and stands.is_over:
             stands = stands.before
         self._app.stand_in = stands
-        self._app.sent.clear()
         self._store.db.end()
 
 
@@ -23670,7 +23666,8 @@ def _since_ms(since, now):
 # Owns `backup` and App.backup(): a copy of a queue that is in use, as one plain file.
 # It has its name only when it is whole, checked and on the disk.
 
-_BESIDE = re.compile(r"-(wal|shm|journal|live|begun-\d+)")     # what lies by a queue
+# What lies by a queue.
+_BESIDE = re.compile(r"-(wal|shm|journal|live|begun-\d+|single-[0-9a-f]{8})")
 
 
 class BackupFailed(PyBgWorkerError):
@@ -23812,16 +23809,11 @@ def _info_of(row):
         args, kwargs = decode(row.args)
         args = tuple(args)
     return ScheduleInfo(
-        row.name, row.task, row.expr, row.tz, args, kwargs, _moment(row.next_tick),
-        _moment(row.last_tick), row.disabled_at is None,
+        row.name, row.task, row.expr, row.tz, args, kwargs,
+        moment_of(row.next_tick and row.next_tick * 1000),
+        moment_of(row.last_tick and row.last_tick * 1000), row.disabled_at is None,
         "program" if row.label else "code", row.misfire, row.overlap, row.jitter,
         row.alert_after)
-
-
-def _moment(tick):
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        return None if tick is None else datetime.fromtimestamp(tick, timezone.utc)
-    return None
 
 
 def schedule_infos(store: Store) -> list[ScheduleInfo]:
@@ -23839,9 +23831,7 @@ def make_schedule(app: App, name: str, task: Task | str, options: dict,
     made, (*_, args, kwargs) = _task_of(app, task), about
     made.shape.check(args, kwargs or {})
     if len(schedule.args) > app.settings.max_payload:
-        raise PayloadTooLarge(
-            f"arguments of {len(schedule.args):,} bytes: PYBGWORKER_MAX_PAYLOAD allows "
-            f"{app.settings.max_payload:,}; pass the path of a file instead")
+        raise too_large(schedule.args, app.settings.max_payload)
     store = app.store
     new = _row_of(label, made, schedule, _run_options(made, options), store.now())
     store.create()
@@ -28207,7 +28197,7 @@ class TaskEvent:
         self.queue, self.attempt = about["queue"], about["attempt"]
         self.error = TaskError(error) if error else None
         self.worker = about["worker"]
-        self.at = datetime.fromtimestamp(about["at"] / 1000, timezone.utc)
+        self.at = moment_of(about["at"])
         self._store, self._own = store, current_task()
 
     @property
@@ -28239,10 +28229,7 @@ def listening(app: App, kind: str) -> Callable[[Callable], Callable]:
         raise OptionError(f"on({kind!r}): must be {', '.join(LISTENED)}")
 
     def listen(fn):
-        if not callable(fn) or does_yield(fn):
-            raise OptionError(f"on({kind!r}) of {fn!r}: must be a function that does "
-                              "not yield")
-        Shape(fn).check((kind,), {})            # it is called with the event alone
+        check_called(f"on({kind!r}) of {fn!r}", fn, "event")
         others = [f for f in app.listeners.get(kind, ())
                   if default_name(f) != default_name(fn)]      # reloaded, mostly
         app.listeners[kind] = [*others, fn]
@@ -28260,9 +28247,6 @@ def _teller(app, kind):
     Several are told by a task each, so that one that fails is told again alone: with
     a key, so that it counts with those that wait.
     """
-    async def wait_for(coroutine):
-        await coroutine
-
     def tell(about, only=None):
         listeners = {default_name(fn): fn for fn in app.listeners[kind]}
         if only is None and len(listeners) > 1:
@@ -28276,8 +28260,7 @@ def _teller(app, kind):
         if only is not None and only not in listeners:      # of an older program
             return None
         fn = listeners[only] if only else next(iter(listeners.values()))
-        value = fn(TaskEvent(about, app.store))
-        return wait_for(value) if isinstance(value, types.CoroutineType) else None
+        return without_result(fn(TaskEvent(about, app.store)))
 
     return tell
 
@@ -28289,14 +28272,10 @@ def _teller(app, kind):
 
 def calling_at_start(app: App, fn: Callable) -> Callable:
     """What App.on_child_start() does."""
-    if not callable(fn) or does_yield(fn) or is_coroutine_function(fn):
-        raise OptionError(
-            f"on_child_start of {fn!r}: must be a function that is neither async nor "
-            "yields; asyncio.run() in it runs a coroutine"
-        )
-    if needs_arguments(fn):
-        raise OptionError(f"on_child_start of {default_name(fn)}: it is called without "
-                          "arguments, and needs some")
+    if callable(fn) and is_coroutine_function(fn):
+        raise OptionError(f"on_child_start of {fn!r}: must not be async; asyncio.run() "
+                          "in it runs a coroutine")
+    check_called(f"on_child_start of {fn!r}", fn)
     starts = app.child_starts
     for n, other in enumerate(starts):
         if _is_the_same(other, fn):
@@ -28320,7 +28299,7 @@ def _is_the_same(old, new):
 
 ALIVE_SECONDS = 1.0         # between two looks whether the other is alive: a process
                             # that was forked from it may hold its end
-END_SECONDS = 10.0        # beyond its shutdown timeout, in which a worker has to end
+END_SECONDS = 10.0          # beyond its shutdown timeout, in which a worker has to end
 _SAYS_READY, _SAYS_DRAIN = b"r", b"d"
 
 
@@ -28480,7 +28459,7 @@ class Tethered:
 
 _TURN_SECONDS = 1.0         # between two tries to get that lock
 _FIRST_PAUSE = 1.0          # seconds until a worker that has died is replaced
-_MOST_PAUSE = 60.0       # … at most; twice as long each time
+_MOST_PAUSE = 60.0          # … at most; twice as long each time
 _SOUND_SECONDS = 60.0       # a worker that lived for so long begins anew
 
 
@@ -28540,13 +28519,13 @@ class StartedWorker:
         """True while this process has a worker."""
         return self.pid is not None
 
-    def wait_ready(self, timeout: float | None = None) -> bool:
+    def wait_ready(self, timeout: float | str | timedelta | None = None) -> bool:
         """Wait until the worker is ready for tasks; True when it is.
 
-        False: after so many seconds; and at once where it was stopped, where nothing
-        was to be started, and where another process has its turn.
+        False: after `timeout` seconds; and at once where it was stopped, where nothing
+        was to be started, and where another process has its turn.  Raises OptionError.
         """
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + timeout_of(timeout)
         while not (self._is_over or self._waits):
             if self._process and self._process.is_ready and self.is_alive():
                 return True
@@ -28555,19 +28534,22 @@ class StartedWorker:
             time.sleep(0.01)
         return False
 
-    def stop(self, timeout: float | None = None) -> bool:
+    def stop(self, timeout: float | str | timedelta | None = None) -> bool:
         """Stop it, as by SIGTERM, and start no other; wait for its end.
 
         After `timeout` seconds, by default its shutdown timeout and a little, it is
         killed: what ran is run again.  False: it had to be.  Ctrl-C stops it at once.
+        Raises OptionError.
         """
+        seconds = timeout_of(timeout)
         self._end()
         while self._is_trying:
             time.sleep(0.01)
         process = self._process
         if process is None or process.exit:
             return True
-        seconds = process.patience + END_SECONDS if timeout is None else timeout
+        if timeout is None:
+            seconds = process.patience + END_SECONDS
         try:
             if not self._await_end(seconds):
                 process.process.signal(signal.SIGKILL)
@@ -28780,9 +28762,6 @@ def _typed(value):
     if isinstance(value, float):
         return f"{Decimal(repr(value)):f}"
     return str(value)
-
-
-# What an app is imported by.
 
 
 # Who has a loader for the app of a program: called with it and its modules, each

@@ -2649,7 +2649,8 @@ class Functions(Case):
                 ("on_failure", "task_id, error", takes_one,
                  (lambda a, b, c=0: 0, mailer.retry, mock.Mock()))):
             with self.assertRaisesRegex(
-                    pybgworker.OptionError, rf"{name}= is called with \({given}\): .*lambda"):
+                    pybgworker.OptionError,
+                    rf"{name}=.*: it is called with \({given}\): .*lambda"):
                 self.app.task(print, name="y", **{name: bad})
             for fn in good:
                 self.app.task(print, name=f"{name} {id(fn)}", **{name: fn})
@@ -4358,8 +4359,8 @@ class Tasks(Case):
             self.assertEqual(
                 {task.timeout, task.policy.delay, task.policy.max_delay, schedule.jitter,
                  schedule.alert_after, retry.countdown, row.timeout,
-                 pybgworker._countdown(span), (row.run_at - row.created_at) / 1000},
-                {60.0})
+                 pybgworker._countdown(span), (row.run_at - row.created_at) / 1000,
+                 result.watch(timeout=span)._timeout}, {60.0})
             settings = dict.fromkeys(
                 ("timeout", "worker_timeout", "shutdown_timeout", "retention",
                  "retention_failed", "busy_timeout"), span)
@@ -4367,6 +4368,10 @@ class Tasks(Case):
             self.assertEqual({getattr(found, name) for name in settings}, {60.0})
         with self.assertRaisesRegex(TimeoutError, "after 0.01 s"):
             result.get(timeout="0.01s")
+        for span in ("0.01s", dt.timedelta(milliseconds=10), 0.01):
+            worker = pybgworker.StartedWorker(print)        # which is never ready
+            self.assertFalse(worker.wait_ready(span))
+            self.assertTrue(worker.stop(span))              # there is none
         self.assertEqual(pybgworker._countdown("x"), None)
 
     def test_what_is_no_duration_is_refused_with_its_name(self):
@@ -4376,6 +4381,14 @@ class Tasks(Case):
                 with self.subTest(name, bad=bad), self.assertRaisesRegex(
                         pybgworker.OptionError, re.escape(f"{name}={bad!r}: must be")):
                     self.app.task(print, name="t", **{name: bad})
+
+    def test_who_waits_takes_no_other_duration(self):
+        worker, result = pybgworker.StartedWorker(print), self.app.task(print).delay()
+        for wait in (worker.wait_ready, worker.stop, result.get, result.watch):
+            for bad in ("5x", "", [], True, math.nan):
+                with self.subTest(wait, bad=bad), self.assertRaisesRegex(
+                        pybgworker.OptionError, re.escape(f"timeout={bad!r}: must be")):
+                    wait(timeout=bad)
 
     def test_bad_options_of_a_call_are_refused(self):
         task = self.app.task(print)
@@ -22027,11 +22040,17 @@ class Testings(Case):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_what_workers_have_told_of_a_name_is_of_their_queue(self):
-        self.app.sent["t"] = "told here"
+        other = App()
+        other.task(name="t", queue="outer")(print)
+        known = pybgworker.Registry.of(other, "other").tasks["t"].known()
+        store = self.app.store
+        store.add_worker({**LiveRows.VALUES, "now": store.now(), "tasks": [known]},
+                         mock.Mock())
+        queues = [self.app.send("t").queue]
         with pybgworker.testing(self.app):
-            self.assertEqual(self.app.sent, {})
-            self.app.send("t")
-        self.assertEqual(self.app.sent, {})
+            queues.append(self.app.send("t").queue)
+        queues.append(self.app.send("t").queue)
+        self.assertEqual(queues, ["outer", "default", "outer"])
 
     def test_a_queue_in_memory_has_no_name_to_open_it_by(self):
         with self.assertRaisesRegex(pybgworker.SettingError, r"testing\(\)"):
@@ -22793,11 +22812,13 @@ class Backups(Served):
         os.mkfifo(self.folder / "pipe")
         (self.folder / "live.db").touch()
         (self.folder / "live.db-wal").touch()
+        lock = pybgworker.Single(str(self.db), "any")
         for path, words in (
             (self.db, "the database itself"), (self.folder / "link.db", "database itself"),
             (f"{self.folder}/copies/../queue.db", "the database itself"),
             (f"{self.db}-wal", "a file of the database"), (f"{self.db}-live", "has that name"),
             (f"{self.db}-begun-12", "name another"), (self.copy.parent, "that is a folder"),
+            (lock._path, "a file of the database"),
             (self.folder / "live.db", "a -wal or -journal lies beside it"),
             (f"{self.folder}/copies/", "that is a folder"),
             (self.folder / "stdout", "a link, a device or a pipe"),
@@ -28055,8 +28076,15 @@ def say():
         def needy(connection):
             pass
 
-        for fn, words in ((later, "neither async nor"), (parts, "neither async nor"),
-                          (needy, "needs some"), ("text", "'text'")):
+        class Needy:
+            def method(self, connection):
+                pass
+
+        for fn, words in ((later, "must not be async"), (parts, "does not yield"),
+                          (needy, r"called with \(\): .*'connection'"),
+                          (Needy().method, r"called with \(\): .*'connection'"),
+                          (functools.partial(needy, other=1), r"called with \(\)"),
+                          ("text", "'text'")):
             with self.assertRaisesRegex(pybgworker.OptionError,
                                         f"on_child_start of .*{words}"):
                 self.app.on_child_start(fn)
