@@ -5430,7 +5430,8 @@ class App(Registered):
         In a fork of this program nothing of it is left.  Does nothing in a worker's own
         processes and in those that its tasks start, in testing(), and where the setting
         `immediate` is on.  The same call once more returns the same StartedWorker.
-        Raises SettingError; AppError where no other process can import the tasks.
+        Raises SettingError; AppError where no other process can import the tasks, or
+        where none can be started.
         """
         return start_beside(self, concurrency, single, reload, settings)
 
@@ -28580,9 +28581,29 @@ class StartedWorker:
     # -- in the thread
 
     def begin(self) -> None:
-        """Start the worker, or wait for the turn to.  Raises OSError."""
-        self._try()
-        own_start(self._supervise, ())
+        """Start the worker, or wait for the turn to.
+
+        Raises AppError where this program can have no more processes, files or
+        threads; then nothing of it is left, and another may have the turn.
+        """
+        try:
+            self._try()
+            own_start(self._supervise, ())
+        except BaseException as exc:
+            self._end()
+            self._leave()
+            if isinstance(exc, (OSError, RuntimeError)):
+                raise AppError(
+                    f"no worker can be started beside this program: {exc}") from exc
+            raise
+
+    def _leave(self):
+        """Hold nothing of it open."""
+        if self._process:
+            self._process.close()
+            self._process = None
+        if self._turn:
+            self._turn.close()
 
     def _try(self):
         """Start it, if it is our turn."""
@@ -28664,13 +28685,8 @@ class StartedWorker:
         Not even open: or it would not be seen that the program has ended.
         """
         for each in cls._of_this_process.values():
-            each._is_over, each._waits = True, False
-            if each._process:
-                each._process.close()
-                each._process = None
-            if each._turn:
-                each._turn.close()
-            each._is_trying = False
+            each._is_over, each._waits, each._is_trying = True, False, False
+            each._leave()
         cls._of_this_process, cls._asking = {}, own_lock()
 
     @classmethod

@@ -28464,6 +28464,40 @@ class Beside(BesideCase):
             self.assertTrue(worker.stop(60))
         self.assertEqual((len(made), worker.is_alive()), (2, False))
 
+    def test_what_could_not_be_started_holds_nobody_up(self):
+        """Neither its turn, nor a process that no thread waits for."""
+        ends, place = [], str(self.db)
+
+        class Started:
+            exit = None
+
+            def hang_up(self):
+                ends.append("hung up")
+
+            def close(self):
+                ends.append("closed")
+
+        def no_process(keep):
+            raise OSError("no more processes")
+
+        def no_thread(*_):
+            raise RuntimeError("no more threads")
+
+        for start, thread, words, ended in (
+            (no_process, pybgworker.own_start, "no more processes", []),
+            (lambda keep: Started(), no_thread, "no more threads", ["hung up", "closed"]),
+        ):
+            ends.clear()
+            turn = pybgworker.Single(place, "what")
+            worker = pybgworker.StartedWorker(start, turn)
+            with self.subTest(words), mock.patch.object(pybgworker, "own_start", thread):
+                with self.assertRaisesRegex(pybgworker.AppError, words):
+                    worker.begin()
+                self.assertEqual((turn.fd, ends, worker.is_alive()), (-1, ended, False))
+                other = pybgworker.Single(place, "what")
+                self.assertTrue(other.take())
+                other.close()
+
     def test_threads_that_start_one_at_once_get_the_same(self):
         both = threading.Barrier(2)
 
