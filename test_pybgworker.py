@@ -28936,7 +28936,8 @@ class Reloads(BesideCase):
                    + textwrap.dedent(more))
 
     def reloading(self, *flags, **options):
-        worker = self.worker("--concurrency", 1, "--reload", *flags, **options)
+        worker = self.worker("--concurrency", 1, "--reload", *flags,
+                             TMPDIR=str(self.folder), **options)
         worker.wait_for("worker_ready")
         return worker
 
@@ -32984,7 +32985,8 @@ get("/jobs/api/queues/mail/resume", body=1)
                 open(f"ran-{worker_id}", "w").close()
             """))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider",
+             "--basetemp", "of-pytest"],
             cwd=self.folder, env=clean_environment(PYTHONPATH=""), text=True, timeout=120,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout)
