@@ -11259,7 +11259,7 @@ class Outputs(Served):
         self.assertEqual(self.printed("in_pieces"), ["one \u20ac euro", "two", "three"])
         worker.wait_for("task_success")
         texts = [e["text"] for e in worker.all("output", name="printing.in_pieces")]
-        self.assertEqual(texts, ["one \u20ac euro", "two", "three"])
+        self.assertEqual("\n".join(texts), "one \u20ac euro\ntwo\nthree")
 
     def test_an_endless_line_is_cut_between_characters(self):
         cutter, text = pybgworker.LineCutter(), ""
