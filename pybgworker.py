@@ -164,7 +164,7 @@ __all__ = [
     "ScheduleInfo", "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed",
     "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron",
     "current_task", "default_app", "main", "on", "on_child_start", "start_worker",
-    "task", "web_app",
+    "task", "testing", "web_app",
 ]
 
 

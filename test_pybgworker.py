@@ -502,6 +502,12 @@ class QueueCase(Case):
         connection.set_progress_handler(None, 1)
         return count[0]
 
+    def pages(self, act):
+        """Pages that it has written."""
+        before = self.store.db.wal_bytes()
+        act()
+        return (self.store.db.wal_bytes() - before) / (4096 + 24)
+
 
 # == Promises =================================================================
 # What the README guarantees, each with real processes.
@@ -7563,13 +7569,26 @@ class Expiring(QueueCase):
                         "expires_at is not null and state < 3 order by expires_at limit 1")
         self.assertIn("INDEX bg_expiring", plan[0][-1])
 
-    def test_it_costs_an_enqueue_no_statement_and_a_claim_no_page(self):
+    def test_a_call_without_it_or_meta_costs_no_statement_and_no_page(self):
         task = NewTask("t", "q", 5, None, 3, None, 2, self.now, self.now)
-        self.store.enqueue(task, ["[[],{}]"])
-        later = task._replace(expires_at=self.now + 9)
-        plain, with_it = (len(self.traced(lambda: self.store.enqueue(t, ["[[],{}]"])))
-                          for t in (task, later))
-        self.assertEqual(plain, with_it)
+        self.store.enqueue(task, ["[[],{}]"] * 200)     # the tables are there
+        found = self.traced(lambda: self.store.enqueue(task, ["[[],{}]"]))
+        self.assertEqual(len([s for s in found if "insert" in s]), 1, found)
+        self.assertLessEqual(len(found), 4, found)      # begin, who waits, commit
+        others = (task, task._replace(expires_at=self.now + 9, meta="{}"))
+        plain, more = ([self.pages(lambda: self.store.enqueue(t, ["[[],{}]"]))
+                        for _ in range(9)] for t in others)
+        self.assertLess(sorted(plain)[4], sorted(more)[4])
+
+    def test_a_claim_pays_a_seek_for_it_and_no_page(self):
+        self.enqueue(count=200)
+        found = self.traced(lambda: self.claim(free=1))
+        look, = [s for s in found if "expires_at is not null" in s]
+        self.assertLess(                # with all else that it looks for, of 200
+            self.steps(lambda: self.store.db.link().connection.execute(look)), 80)
+        self.assertEqual([s for s in found if "insert" in s], [])
+        plain = [self.pages(lambda: self.claim(free=1)) for _ in range(9)]
+        self.assertLessEqual(sorted(plain)[4], 4)
 
 
 class ExpiryOfCalls(Case):
@@ -10236,11 +10255,6 @@ class Budgets(QueueCase):
         self.enqueue(count=100)
         statements = self.traced(lambda: self.claim(free=50))
         self.assertLess(len(statements), 50 + 14)
-
-    def pages(self, act):
-        before = self.store.db.wal_bytes()
-        act()
-        return (self.store.db.wal_bytes() - before) / (4096 + 24)
 
     def test_pages_written_by_an_operation_stay_within_their_budget(self):
         self.enqueue(count=200)         # no checkpoint: the log must not start anew
@@ -32681,6 +32695,21 @@ class Readme(ReadmeCase):
         places = {re.sub(r"[^a-z -]", "", h.lower()).replace(" ", "-") for h in headings}
         links = set(re.findall(r"\]\(#(.*?)\)", self.text))
         self.assertEqual(links - places, set())
+
+    def test_its_contents_are_its_sections(self):
+        before, *rest = re.split(r"(?m)^## ", self.text)
+        sections = [part.partition("\n")[0].lower() for part in rest]
+        self.assertEqual(
+            re.findall(r"(?m)\]\(#(.*?)\)(?: ·)?$", before),
+            [re.sub(r"[^a-z -]", "", name).replace(" ", "-") for name in sections[:-1]])
+        self.assertTrue(sections[-1].startswith("upgrading"))
+
+    def test_what_it_imports_is_public(self):
+        lines = re.findall(r"(?m)^ *from pybgworker import ([^#\n]*)",
+                           "".join(self.blocks("python")))
+        names = {name.strip() for line in lines for name in line.split(",")}
+        self.assertGreater(len(names), 10)
+        self.assertEqual(names - set(pybgworker.__all__), set())
 
     def test_the_first_screen_prints_what_it_shows(self):
         """`...` is what is left out; numbers, names and paths are the machine's."""
