@@ -4954,6 +4954,14 @@ class Task(Generic[P, R, V]):
         return await self.app.aenqueue(self, [_one_call(call) for call in calls], {})
 
 
+def task_named(task: Any) -> str | None:
+    """The name of a task, of ours or of django.tasks; None: it is none."""
+    if isinstance(task, Task):
+        return task.name
+    name = getattr(task, "module_path", None)       # of Django's
+    return name if isinstance(name, str) else None
+
+
 class Call(Generic[P, V]):
     """A task with options, ready to be enqueued."""
 
@@ -21168,7 +21176,8 @@ def scheduled(app: App, unknown: dict, expr: str, *options: Any) -> Callable:
     *_, args, kwargs = options
 
     def decorate(fn):
-        task = fn if isinstance(fn, Task) else app.task(fn)
+        task = fn if isinstance(fn, Task) else \
+            app.registered.get(task_named(fn) or "") or app.task(fn)
         try:
             task.shape.check(args, kwargs or {})
         except CallError as exc:
@@ -21176,7 +21185,7 @@ def scheduled(app: App, unknown: dict, expr: str, *options: Any) -> Callable:
             what = f"@cron of {default_name(task.fn)}"
             raise OptionError(f"{what}: {exc}{hint}") from None
         task.schedules.append(schedule)
-        return task
+        return task if fn is task.fn else fn        # which may be Django's
 
     return decorate
 
@@ -22286,9 +22295,10 @@ def _fire_all(scheduler, now):
 def _task_name(task):
     if task is None or isinstance(task, str):
         return task
-    if isinstance(task, Task):
-        return task.name
-    raise OptionError(f"{task!r}: must be a task, or the name of one")
+    name = task_named(task)
+    if name is None:
+        raise OptionError(f"{task!r}: must be a task, or the name of one")
+    return name
 
 
 class testing:
@@ -23849,9 +23859,10 @@ def _task_of(app, task):
     """The Task that is meant, or what stands for it here."""
     if isinstance(task, Task):
         return task
-    if not isinstance(task, str):
+    name = task if isinstance(task, str) else task_named(task)
+    if name is None:
         raise OptionError(f"task={task!r}: must be a task, made by @task, or its name")
-    return task_to_send(app, checked("task", parse_name, task))
+    return task_to_send(app, checked("task", parse_name, name))
 
 
 def _run_options(task, options):

@@ -30882,6 +30882,32 @@ class DjangoBackend(DjangoCase):
                 is pybgworker.DjangoTasks
             """)
 
+    def test_where_a_task_of_ours_is_meant_one_of_django_may_stand(self):
+        """In testing(), as a schedule, and below @cron, which leaves it Django's."""
+        self.script("""
+            migrate()
+            same = pybgworker.cron("0 * * * *", args=(1,))(tasks.add)
+            assert same is tasks.add
+            fails(pybgworker.OptionError, "missing 1 required", pybgworker.cron("@daily"),
+                  tasks.count)
+            app = pybgworker.default_app
+            app.schedule("more", "30 * * * *", tasks.count, ("Dune",))
+            fails(TypeError, "missing 1 required", app.schedule, "x", "@daily", tasks.count)
+            found = {each.name: each.task for each in app.schedules()}
+            assert found == {"more": tasks.count.module_path}, found
+            with pybgworker.testing() as queue:
+                app.schedule("more", "30 * * * *", tasks.count, ("Dune",))
+                result = tasks.add.enqueue(1, b=2)
+                assert [c.id for c in queue.calls(tasks.add)] == [int(result.id)]
+                queue.run()
+                assert queue.result(tasks.add) == 3
+                queue.advance("1h")
+                assert queue.run() == 2
+                assert queue.calls(tasks.add)[-1].args == (1,)
+                assert queue.result(tasks.count) == [0]
+                fails(pybgworker.OptionError, "must be a task", queue.calls, tasks)
+            """)
+
     def test_a_testcase_of_django_runs_them_in_its_transaction(self):
         (self.folder / "shop/tests.py").write_text(textwrap.dedent("""
             import os
