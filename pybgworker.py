@@ -848,10 +848,12 @@ def no_attribute(holder: Any, name: str, words: dict) -> AttributeError:
 
 
 def near_name(name: str, names: Iterable) -> str | None:
-    """The one of these names that was meant, perhaps."""
+    """The one of these names that was meant, perhaps: module.NAME, or one like it."""
     import difflib
 
-    near = difflib.get_close_matches(name, sorted(map(str, names)), 1)
+    names = sorted(map(str, names))
+    ends = [each for each in names if each.endswith(f".{name}")]
+    near = ends if len(ends) == 1 else difflib.get_close_matches(name, names, 1)
     return near[0] if near else None
 
 
@@ -4074,7 +4076,7 @@ class _Look:
             return end if end and end[0] in FINISHED else None
         stands = self._standing.get(one.task_id, one.seen)
         if stands is None:
-            return TaskNotFound(f"no task {one.task_id} any more")
+            return TaskNotFound(f"no task {one.task_id}, or no longer")
         return None if stands == one.seen else stands
 
 
@@ -4654,8 +4656,7 @@ class AsyncResult(Enqueued, Generic[V]):
                 self._check_moves()
                 pause = min(next(pauses), deadline - time.monotonic())
                 if pause <= 0:
-                    raise WaitTimeout(
-                        f"task {self.id} is {state_name(state)} after {seconds} s")
+                    raise self._late(state, seconds)
                 if own is None and not allow_wait:
                     own = OwnWait.of(self._app, self.id, math.inf if deadline is None
                                      else deadline - time.monotonic())
@@ -4665,6 +4666,16 @@ class AsyncResult(Enqueued, Generic[V]):
         finally:
             if own is not None:
                 own.end()
+
+    def _late(self, state, seconds):
+        """The WaitTimeout; it says so where there is nobody to run the task."""
+        store, nobody = self._store, ""
+        if state in WAITING:
+            now, silence = store.now(), self._app.settings.worker_timeout
+            if all(is_silent(row, now, silence) for row in store.workers()):
+                nobody = f": no worker runs on {self._app.settings.db}"
+        return WaitTimeout(f"task {self.id} is {state_name(state)} after {seconds} s"
+                           f"{nobody}")
 
     def __await__(self) -> Generator[Any, None, V]:
         return self._wait().__await__()
@@ -4769,7 +4780,7 @@ class Watching:
         for pause in growing_pauses():
             stands = self._result._look()
             if stands is None:
-                raise TaskNotFound(f"no task {self._result.id} any more")
+                raise TaskNotFound(f"no task {self._result.id}, or no longer")
             if stands != self._seen:
                 break
             self._result._check_moves()
@@ -4802,9 +4813,10 @@ class Watching:
         return bool(self._seen) and self._seen[0] in FINISHED
 
     def _late(self):
-        status = state_name(self._seen[0]) if self._seen else "not seen"
+        if self._seen:
+            return self._result._late(self._seen[0], self._timeout)
         return WaitTimeout(
-            f"task {self._result.id} is {status} after {self._timeout} s")
+            f"task {self._result.id} is not seen after {self._timeout} s")
 
     def _state(self, stands):
         self._seen = stands

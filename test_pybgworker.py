@@ -1848,6 +1848,14 @@ class OtherWords(Case):
         for hint in pybgworker.FLAG_WORDS.values():
             self.assertLessEqual(set(re.findall(r"--[\w-]+", hint)), flags, hint)
 
+    def test_a_name_without_its_module_is_the_one_that_was_meant(self):
+        for name, names, near in (
+                ("f", ["m.f", "m.g", "f.m"], "m.f"), ("f", ["m.f", "n.f"], None),
+                ("pay", ["shop.pay", "pya"], "shop.pay"), ("pay", ["shop.repay"], None),
+                ("refund", ["a.refund", "b.refund"], "b.refund"), ("f", [], None)):
+            with self.subTest(name, names=names):
+                self.assertEqual(pybgworker.near_name(name, names), near)
+
     def test_so_are_settings(self):
         for name, hint in (
                 ("broker_url", "db="), ("timezone", "@cron(tz=)"),
@@ -3469,6 +3477,33 @@ class Watching(LoopCase):
         quiet, busy = self.asyncio.run(run())
         self.assertEqual(quiet, 0)
         self.assertLess(busy, 12)       # statements for 300 tasks
+
+    def test_who_waits_in_vain_is_told_that_no_worker_runs(self):
+        result = self.task.delay()
+        waits = (lambda: result.get(timeout=0.05), lambda: list(result.watch(timeout=0.05)),
+                 lambda: self.asyncio.run(anext_of(result.watch(timeout=0.05))))
+
+        async def anext_of(watch):
+            async for _ in watch:
+                pass
+
+        def said():
+            for wait in waits:
+                with self.assertRaises(pybgworker.WaitTimeout) as caught:
+                    wait()
+                yield str(caught.exception)
+
+        text = f"task {result.id} is queued after 0.05 s"
+        nobody = f"{text}: no worker runs on {self.app.settings.db}"
+        self.assertEqual(set(said()), {nobody})
+        now = self.store.now()
+        for beat_at, more in ((now, {text}), (now - 60_000, {nobody})):
+            worker = self.store.add_worker(
+                {**LiveRows.VALUES, "now": beat_at}, mock.Mock())
+            self.assertEqual(set(said()), more)
+            self.store.remove_worker(worker)
+        self.sql(f"update bg_task set state = {pybgworker.RUNNING}")
+        self.assertEqual(set(said()), {text.replace("queued", "running")})
 
     def test_it_gives_up_after_its_timeout_and_when_the_task_is_deleted(self):
         result = self.task.delay()
