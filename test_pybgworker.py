@@ -181,7 +181,7 @@ class Case(unittest.TestCase):
             select i + (select ifnull(max(id), 0) from bg_task), 2, {queue}, {name},
                 5, 3, 0, 0, '[[],{{}}]' from n""", count)
 
-    def python(self, code, *argv, check=True, timeout=60, **environment):
+    def python(self, code, *argv, check=True, timeout=300, **environment):
         """Run a program in the folder; return it when it has ended."""
         # As of a file: what a program of -c defines, no worker can import.
         code = "__file__ = 'program.py'\n" + textwrap.dedent(code).lstrip("\n")
@@ -194,7 +194,7 @@ class Case(unittest.TestCase):
             raise AssertionError(f"exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
-    def cli(self, *argv, timeout=60, stdin=subprocess.DEVNULL, **environment):
+    def cli(self, *argv, timeout=300, stdin=subprocess.DEVNULL, **environment):
         """Run a command of pybgworker.py in the folder."""
         return subprocess.run(
             [*started("main"), *map(str, argv)],
@@ -282,7 +282,7 @@ class RealWorker:
         for line in self.process.stderr:
             self.errors.append(line)
 
-    def wait_for(self, event, timeout=60, **fields):
+    def wait_for(self, event, timeout=300, **fields):
         """Wait for an event with these fields; return it."""
         return until(lambda: self.find(event, **fields), timeout, f"{event} {fields}")
 
@@ -771,7 +771,7 @@ TASKS = """
             time.sleep(0.005)
 
     @task
-    @cron("*/1 * * * *")
+    @cron("0 0 1 1 *")          # not every minute: a test counts what it has enqueued
     def tick():
         return current_task().scheduled_for
 """
@@ -794,7 +794,7 @@ class Served(Case):
         until(lambda: len(self.lines(name)) >= count, what=f"{count} lines in {name}")
         return self.lines(name)
 
-    def get(self, result, timeout=60):
+    def get(self, result, timeout=300):
         return result.get(timeout=timeout)
 
     def need_cells(self):
@@ -974,7 +974,7 @@ class Promises(Served):
         self.assertEqual(worker.stop(), 0)
         rows = self.store.totals()
         self.assertEqual({row.name: [getattr(row, word) for word in words]
-                          for row in rows if row.name in wanted}, wanted)    # no tick
+                          for row in rows}, wanted)
         for row in rows:
             with self.subTest(row.name):
                 self.assertEqual(sum(row.ran), row.runs)
@@ -1592,9 +1592,9 @@ class Promises(Served):
                             "where id >= ? order by started_at", results[0].id)
             slow = max(rows, key=lambda row: row[1] - row[0])
             during = [at for at, _ in rows if slow[0] <= at <= slow[1]]
-            self.assertGreater(len(during), 300)
+            self.assertGreater(len(during), 300 / soon(1))
             worst.append(max(b - a for a, b in zip(during, during[1:])))
-            if worst[-1] < 100:
+            if worst[-1] < soon(100):
                 return
         self.fail(f"milliseconds without a start: {worst}")
 
@@ -5947,7 +5947,7 @@ class Databases(Case):
         for program in programs:
             program.stdin.write("\n")
             program.stdin.flush()
-        ended = [program.communicate(timeout=60) for program in programs]
+        ended = [program.communicate(timeout=300) for program in programs]
 
         self.assertEqual([errors for _, errors in ended], [""] * 16)
         self.assertEqual(sorted(int(out) for out, _ in ended), list(range(1, 17)))
@@ -6129,7 +6129,7 @@ class Databases(Case):
         for program in programs:
             program.stdin.write("\n")
             program.stdin.flush()
-        ended = [program.communicate(timeout=60) for program in programs]
+        ended = [program.communicate(timeout=300) for program in programs]
         self.assertEqual([errors for _, errors in ended], [""] * 8)
         self.assertEqual(sorted(int(out) for out, _ in ended), list(range(141, 149)))
 
@@ -6384,7 +6384,7 @@ class Databases(Case):
             ["unshare", "-rm", sys.executable, "-c",
              textwrap.dedent(preamble) + textwrap.dedent(code)], cwd=self.folder,
             env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, timeout=60).stdout
+            text=True, timeout=300).stdout
 
     def test_an_unmounted_database_is_never_made_anew(self):
         self.assertEqual(self.in_a_mount_namespace("""
@@ -13032,7 +13032,7 @@ class Children(Served):
                  "pybgworker", "run", "--app", "flags", "--burst", "--start-method", method],
                 cwd=self.folder,
                 env=clean_environment(PYBGWORKER_DB=str(self.db), PYTHONWARNINGS=""),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
             with self.subTest(method):
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
                 self.assertEqual(self.get(result), [1, 1, True, True])
@@ -17745,7 +17745,7 @@ TELLING = """
 
 
 # What happens within a second or two, on a machine that has time for us.
-seen = functools.partial(until, timeout=60)
+seen = functools.partial(until, timeout=300)
 
 
 class Telling(PoolCase):
@@ -18176,7 +18176,7 @@ class Neglect(QueueCase):
         (self.folder / "tasks.py").write_text(
             "from pybgworker import *\n@task(name='shop.send')\ndef send(): pass\n")
         worker = self.worker("--concurrency", 1, "--queues", "default")
-        worker.wait_for("worker_ready", timeout=60)
+        worker.wait_for("worker_ready", timeout=300)
         self.store.pause("later", self.now)
         for argv, text in (
             (("shop.sned",), "no live worker knows shop.sned (did you mean shop.send?)"),
@@ -18189,9 +18189,9 @@ class Neglect(QueueCase):
                 self.assertEqual(done.returncode, 0)
         self.assertNotIn("live worker", self.cli("enqueue", "shop.send", "--queue",
                                                  "default").stderr)
-        worker.wait_for("unknown_task", name="shop.sned", near="shop.send", timeout=60)
-        worker.wait_for("unserved", queue="mail\x1b", timeout=60)
-        worker.wait_for("queue_paused", queue="later", timeout=60)
+        worker.wait_for("unknown_task", name="shop.sned", near="shop.send", timeout=300)
+        worker.wait_for("unserved", queue="mail\x1b", timeout=300)
+        worker.wait_for("queue_paused", queue="later", timeout=300)
 
 
 # == Household ================================================================
@@ -18425,7 +18425,8 @@ class Workers(Served):
         self.turn_until(worker, lambda: worker.is_ready)
         for name in ("tasks.hold", "tasks.once"):
             worker.pool.durations.learn(name, 0.0001)
-        with mock.patch.object(pybgworker.Outbox, "settle", spy):
+        with mock.patch.object(pybgworker.Outbox, "settle", spy), \
+                mock.patch.object(pybgworker, "STALL_SECONDS", 60):
             self.tasks.hold.delay()
             self.turn_until(worker, lambda: self.lines("held"))
             late = self.tasks.once.options(expires=2, retries=1).delay("late")
@@ -19733,7 +19734,7 @@ class CommandLine(Served):
         return subprocess.run(
             command.replace("$P", f"{sys.executable} {HERE / 'pybgworker.py'}"),
             shell=True, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, timeout=60, env=clean_environment(PYBGWORKER_DB=str(self.db)),
+            text=True, timeout=300, env=clean_environment(PYBGWORKER_DB=str(self.db)),
             **kwargs)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
@@ -19821,7 +19822,7 @@ class CommandLine(Served):
                         "    os.kill(os.getpid(), signal.SIGINT)\n")
         done = subprocess.run(
             [sys.executable, *argv], cwd=self.folder, stderr=subprocess.PIPE, text=True,
-            env=clean_environment(PYTHONPATH=str(self.folder)), timeout=60,
+            env=clean_environment(PYTHONPATH=str(self.folder)), timeout=300,
             stdout=subprocess.DEVNULL,      # a shell may have us ignore it
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         path.unlink()
@@ -24985,7 +24986,7 @@ class Following(QueueCase):
         looks[0].send_signal(signal.SIGINT)
         self.assertEqual(looks[0].wait(60), 130)
         (self.folder / "go").touch()
-        self.assertEqual(looks[1].communicate(timeout=60)[0], "ends\n")
+        self.assertEqual(looks[1].communicate(timeout=300)[0], "ends\n")
         self.assertEqual(looks[1].wait(), 0)
         looks[0].communicate()
 
@@ -25561,7 +25562,7 @@ class InTerminal:
         until(lambda: not re.search(pattern, self.screen.text), timeout,
               f"the end of {pattern!r}")
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=300):
         """Wait for its end; return its status."""
         return self.process.wait(timeout)
 
@@ -26457,7 +26458,7 @@ def promtool(case, *argv, stdin=""):
     path = shutil.which("promtool")
     if not path:
         case.skipTest("no promtool: it comes with Prometheus")
-    done = subprocess.run([path, *map(str, argv)], input=stdin, text=True, timeout=60,
+    done = subprocess.run([path, *map(str, argv)], input=stdin, text=True, timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout
 
@@ -30047,14 +30048,14 @@ class WebServers(Serving):
 
     def test_slow_clients_keep_nobody_from_an_answer(self):
         """Forty that never end a request: those that wait the longest make room."""
-        port = self.serve()
+        port, before = self.serve(), threading.active_count()
         slow = [self.connect(port) for _ in range(40)]
         for connection in slow:
             connection.sendall(b"GET / HTTP/1.1\r\nHost:")
         self.assertEqual(self.say(port, self.request())[0], 200)
         ends = [self.answer(connection) for connection in slow[:8]]
         self.assertEqual(ends, [None] * 8)
-        self.assertLessEqual(threading.active_count(), 60)
+        self.assertLessEqual(threading.active_count() - before, 60)
 
     def test_whoever_sends_no_whole_request_for_ten_seconds_is_shut_out(self):
         now = [0.0]
@@ -31295,7 +31296,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method, timeout=60, **params):
+    def call(self, method, timeout=300, **params):
         """Send a command; return its result."""
         self._number += 1
         number = self._number
@@ -31332,14 +31333,14 @@ class Browser:
             raise AssertionError(json.dumps(found["exceptionDetails"])[:2000])
         return found["result"].get("value")
 
-    def until(self, code, timeout=60):
+    def until(self, code, timeout=300):
         """Wait until an expression is true."""
         return until(lambda: self.js(code), timeout, code)
 
     def text(self):
         return self.js("document.body ? document.body.innerText : ''")
 
-    def shows(self, words, timeout=60):
+    def shows(self, words, timeout=300):
         """Wait until the page has these words."""
         try:
             return until(lambda: words in self.text(), timeout, words)
@@ -31691,7 +31692,7 @@ class Pages(Serving):
             browser.js("document.querySelector('#find').value = 'anna'")
             browser.js("document.querySelector('#search').requestSubmit()")
             browser.shows("Searched back to")
-            browser.shows("no older ones", timeout=60)
+            browser.shows("no older ones", timeout=300)
         self.assertEqual(browser.js("document.querySelectorAll('[data-id]').length"), 1)
         browser.js("document.querySelector('#find').value = '7'")
         browser.js("document.querySelector('#search').requestSubmit()")
@@ -32243,6 +32244,7 @@ class AnySequence(Case):
 class Torture(Served):
     """kill -9 at random: producers, workers, children; then the invariants."""
 
+    TASKS = TASKS.replace("0 0 1 1 *", "* * * * *")
     PRODUCER = """
         import os, random, sys, time
         sys.path.insert(0, ".")
@@ -32663,8 +32665,7 @@ class Torture(Served):
         # SQLite keeps one descriptor of a closed helper connection for the next.
         until(lambda: at_rest()[0] <= fds + 1 and at_rest()[1] == processes)
         self.assertLess(at_rest()[2] - memory, 4 << 20)
-        states = dict(self.sql("""select state, count(*) from bg_task
-            where name != 'tasks.tick' group by state"""))      # a minute may begin
+        states = dict(self.sql("select state, count(*) from bg_task group by state"))
         self.assertEqual(states, {pybgworker.SUCCESS: 10_000 - 2 * (bad + 4),
                                   pybgworker.FAILED: 2 * (bad + 4)})
         self.tasks.add.delay(1, 2).get(timeout=60)          # a new log begins
@@ -32713,7 +32714,7 @@ class ReadmeCase(Case):
         block = self.settled(block)
         (self.folder / "snippet.py").write_text(block + textwrap.dedent(tail))
         done = subprocess.run(
-            [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=60,
+            [sys.executable, "snippet.py"], cwd=self.folder, text=True, timeout=300,
             env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout)
@@ -32860,7 +32861,7 @@ class Readme(ReadmeCase):
                 for argv in ([f"{name[1]}.py"],
                              ["pybgworker.py", "run", "--app", name[1], "--burst"]):
                     subprocess.run(
-                        [sys.executable, *argv], cwd=self.folder, check=True, timeout=60,
+                        [sys.executable, *argv], cwd=self.folder, check=True, timeout=300,
                         env=clean_environment(PYTHONPATH=""), stdout=subprocess.PIPE)
         self.assertEqual((self.folder / "spans").read_text().splitlines(),
                          ["checkout in None", "charge in 00-checkout-01"])
@@ -32876,7 +32877,7 @@ class Readme(ReadmeCase):
             done = subprocess.run(
                 [sys.executable, f"block{number}.py"], cwd=self.folder, text=True,
                 env=clean_environment(PYTHONPATH="", TMPDIR=str(self.folder)),
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
             with self.subTest(block[:50]):
                 self.assertEqual(done.returncode, 0, done.stdout)
 
@@ -32905,7 +32906,7 @@ class Readme(ReadmeCase):
                 continue
             done = subprocess.run(
                 [sys.executable, *argv], cwd=self.folder, env=environ, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300)
             absent = {"42", "43", "--failed"} & set(argv) or argv[1:2] in (
                 ["resume"], ["health"], ["doctor"])
             with self.subTest(line):
@@ -32927,7 +32928,7 @@ class Readme(ReadmeCase):
     def test_the_example_prints_its_table(self):
         shutil.copy(HERE / "example.py", self.folder)
         done = subprocess.run([sys.executable, "example.py"], cwd=self.folder, text=True,
-                              env=clean_environment(PYTHONPATH=""), timeout=60,
+                              env=clean_environment(PYTHONPATH=""), timeout=300,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout)
         rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
@@ -33023,7 +33024,7 @@ get("/jobs/api/queues/mail/resume", body=1)
     def burst(self, app):
         done = subprocess.run(
             [sys.executable, "pybgworker.py", "run", "--app", app, "--burst"],
-            cwd=self.folder, text=True, timeout=60, stdout=subprocess.PIPE,
+            cwd=self.folder, text=True, timeout=300, stdout=subprocess.PIPE,
             env=clean_environment(PYTHONPATH="", PYBGWORKER_DB=str(self.db)))
         self.assertEqual(done.returncode, 0, done.stdout)
 
@@ -33259,7 +33260,7 @@ class ComingFrom(Case):
         rows = [left for left, _ in self.tables()[name]]
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", RUN_ROWS], cwd=self.folder, text=True,
-            input=json.dumps([textwrap.dedent(PEERS[name]), rows]), timeout=60,
+            input=json.dumps([textwrap.dedent(PEERS[name]), rows]), timeout=300,
             env=clean_environment(), capture_output=True)
         self.assertEqual(json.loads(done.stderr.splitlines()[-1]), [], done.stderr)
 
