@@ -23691,6 +23691,8 @@ def _since_ms(since, now):
 
 # What lies by a queue.
 _BESIDE = re.compile(r"-(wal|shm|journal|live|begun-\d+|single-[0-9a-f]{8})")
+_PART = re.compile(r"\.part-\d+-\d+(-journal|-wal|-shm)?")     # a copy not yet whole
+_STALE_MS = DAY_MS          # since that was written to, until it is nobody's
 
 
 class BackupFailed(PyBgWorkerError):
@@ -23704,6 +23706,7 @@ def backed_up(app: App, path: Any, overwrite: bool = False) -> Backup:
     needed = app.store.sizes().main
     part = f"{path}.part-{os.getpid()}-{threading.get_ident()}"
     try:
+        _sweep(path, app.store.now())
         _check_room(path, needed)
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         tasks = app.store.copy_to(part)
@@ -23743,6 +23746,17 @@ def _place(database, path, overwrite):
         raise OptionError(f"backup {path}: a -wal or -journal lies beside it, which "
                           "would destroy it: name another file")
     return path
+
+
+def _sweep(path, now):
+    """Delete what earlier backups by this name have left that were killed."""
+    folder, name = os.path.split(path)
+    for found in os.listdir(folder):
+        if found.startswith(name) and _PART.fullmatch(found[len(name):]):
+            with contextlib.suppress(OSError):
+                part = os.path.join(folder, found)
+                if now - os.stat(part).st_mtime * 1000 > _STALE_MS:
+                    os.unlink(part)
 
 
 def _check_room(path, needed):

@@ -22885,6 +22885,17 @@ class Backups(Served):
         self.refused(pybgworker.DatabaseUnavailable, "it is gone")
         self.assertEqual(self.left(), [])
 
+    def test_what_killed_backups_have_left_goes_after_a_day(self):
+        self.app.send("t")
+        names = ["copy.db.part-71-140", "copy.db.part-71-140-journal",     # of a dead one
+                 "copy.db.part-72-140", "copy.db.part-a", "other.db.part-71-140"]
+        for number, name in enumerate(names):
+            (self.copy.parent / name).touch()
+            old = time.time() - (3600 if number == 2 else 100_000)
+            os.utime(self.copy.parent / name, (old, old))
+        self.app.backup(self.copy)
+        self.assertEqual(self.left(), sorted(["copy.db", *names[2:]]))
+
     def test_a_damaged_copy_gets_no_name(self):
         self.fill(2000) if self.store else None
         self.app.backup(self.copy)
