@@ -2992,6 +2992,7 @@ class QueueVerbs(Protocol):
 
     path: str           # where it is, for people and for files beside it
     name: str           # the same as it was given
+    home: str | None    # … of a queue that stands in for that of an app; None: it is it
     follow: bool        # whether to go on with another database put in its place
 
     def create(self) -> tuple | None:
@@ -3908,6 +3909,15 @@ class _Awaited(NamedTuple):
     task_id: int
     seen: Any               # how it stood when last seen: see Watch.change(); None:
     future: Any             # its end is waited for
+    home: str | None        # of its queue: see Store
+
+
+def not_at_home(task_id: int, home: str | None) -> TaskNotFound:
+    """The error of who asks one queue for a task of another."""
+    return TaskNotFound(
+        f"no task {task_id} here: its queue is that of "
+        + ("a block of testing() which is over, or is not this one" if home
+           else "the program, and this is inside testing()"))
 
 
 class _Batch(NamedTuple):
@@ -3950,25 +3960,25 @@ class Watch:
             watches[loop] = cls(watches, errands, loop)
         return watches[loop]
 
-    def end(self, task_id: int) -> Any:
+    def end(self, task_id: int, home: str | None = None) -> Any:
         """Return a future for what Store.outcome() says of the task once it has ended.
 
         It gets TaskNotFound once it is gone, and the error when nothing can be seen.
         """
-        return self._put_one(task_id, None)
+        return self._put_one(task_id, None, home)
 
-    def change(self, task_id: int, seen: tuple) -> Any:
+    def change(self, task_id: int, seen: tuple, home: str | None = None) -> Any:
         """Return a future for how the task stands, once that is not as it was `seen`.
 
         As Store.standing() says it; () has never been seen.  Errors as for end().
         """
-        return self._put_one(task_id, seen)
+        return self._put_one(task_id, seen, home)
 
-    def _put_one(self, task_id, seen):
+    def _put_one(self, task_id, seen, home):
         future = self._loop.create_future()
         self._open += 1
         future.add_done_callback(self._closed)
-        self._put(0.0, None, [_Awaited(task_id, seen, future)])
+        self._put(0.0, None, [_Awaited(task_id, seen, future, home)])
         self._wind()
         return future
 
@@ -4042,32 +4052,35 @@ class _Look:
 
     def __init__(self):
         self.version = None         # of the database then
-        self._asked: list = []      # (version at the look before, ids, watched ids)
+        self.home: str | None = None     # of the store; others' tasks have the same ids
+        self._asked: list = []      # (version at the look before, what is awaited)
         self._ends: dict = {}       # what became of those that have ended, by id
         self._standing: dict = {}   # of those that are watched; None: they are gone
 
     def add(self, version: Any, awaited: list) -> None:
         """These shall be looked at, if the database has changed since."""
-        ids = [[one.task_id for one in awaited if (one.seen is None) is is_end]
-               for is_end in (True, False)]
-        self._asked.append((version, *ids))
+        self._asked.append((version, awaited))
 
     def look(self, store: Store) -> None:
         """See how things are."""
         self.version = store.version()      # before the rest: what comes then is new
-        fresh = [asked for asked in self._asked if asked[0] != self.version]
-        for part in _in_batches([task_id for _, ids, _ in fresh for task_id in ids]):
+        self.home = store.home
+        fresh = [one for version, awaited in self._asked if version != self.version
+                 for one in awaited if one.home == self.home]
+        for part in _in_batches([one.task_id for one in fresh if one.seen is None]):
             found = store.unfinished(part)
             for task_id in part:
                 if task_id not in found:
                     self._ends[task_id] = tried(store.outcome, task_id)
-        for part in _in_batches([task_id for _, _, ids in fresh for task_id in ids]):
+        for part in _in_batches([one.task_id for one in fresh if one.seen is not None]):
             standing = store.standing(part)
             self._standing.update(
                 {task_id: standing.get(task_id) for task_id in part})
 
     def found(self, one: _Awaited) -> Any:
         """What was waited for, or the error; None: not yet."""
+        if one.home != self.home:
+            return not_at_home(one.task_id, one.home)
         if one.seen is None:
             end = self._ends.get(one.task_id)
             if isinstance(end, Exception):
@@ -4443,7 +4456,8 @@ class Enqueued:
         self._app = app or self.default_app
         self._mark = mark       # of our row, until it has been seen committed
         stand_in = self._app.stand_in
-        self._home = stand_in and stand_in.name     # of testing(); None: the app's own
+        # Of testing(); None: the app's own.
+        self._home: str | None = stand_in.home if stand_in else None
 
     if not TYPE_CHECKING:           # or no attribute would be an error to it
         def __getattr__(self, name):
@@ -4465,11 +4479,8 @@ class Enqueued:
     def _check_home(self):
         """See that our queue is the one that the app has now: ids are of a queue."""
         stand_in = self._app.stand_in
-        if self._home != (stand_in and stand_in.name):
-            raise TaskNotFound(
-                f"no task {self.id} here: its queue is that of "
-                + ("a block of testing() which is over, or is not this one"
-                   if self._home else "the program, and this is inside testing()"))
+        if self._home != (stand_in and stand_in.home):
+            raise not_at_home(self.id, self._home)
 
     @property
     def task_id(self) -> int:
@@ -4682,7 +4693,8 @@ class AsyncResult(Enqueued, Generic[V]):
 
     async def _wait(self):
         self._check_moves()
-        end, own = (await self._watched()).end(self.id), OwnWait.of(self._app, self.id)
+        end, own = (await self._watched()).end(
+            self.id, self._home), OwnWait.of(self._app, self.id)
         if own is not None:
             end = own.until(end, self._errands)
         return self._returned(*await end)
@@ -4800,7 +4812,7 @@ class Watching:
         if self._seen:
             self._result._check_moves()
         watch = await self._result._watched()
-        change = watch.change(self._result.id, self._seen)
+        change = watch.change(self._result.id, self._seen, self._result._home)
         if self._timeout == math.inf:
             return self._state(await change)
         try:
@@ -11558,6 +11570,8 @@ class Register:
 class SqliteStore(Endings, Desk, Facts, LiveRows, Timetable, Register, Attempts,
                   History):
     """The Store of one SQLite file: all its verbs, over one Database."""
+
+    home: str | None = None
 
     def __init__(self, path: str, durability: str = "full",
                  busy_timeout: float = 30.0, allow_network_fs: bool = False,
@@ -22060,6 +22074,7 @@ class _StoreInTest(MemoryStore):
         super().__init__()
         self.before = before        # what has stood in until now
         self.is_over = False        # its block
+        self.home = self.name
         self.at = super().now()     # of the clock, unix ms
         self.enqueued: list[EnqueuedCall] = []      # in order
         self._noted = 0              # the last id among these

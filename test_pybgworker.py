@@ -22061,6 +22061,39 @@ class Testings(Case):
                     self.app.send("t")
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_who_waits_in_asyncio_is_told_nothing_of_another_queue(self):
+        """Whose tasks have the same ids: of the program, and of each block."""
+        t = self.noting()
+        for is_inner in (True, False):
+            result = t.delay("awaited")
+
+            async def waits(result=result):
+                other = asyncio.ensure_future(self.first_change(result))
+                awaited = asyncio.ensure_future(self.await_(result))
+                await asyncio.sleep(0.1)        # they wait
+                with pybgworker.testing(self.app) as queue:
+                    for _ in range(result.id):
+                        t.delay("of another")
+                    queue.run()
+                    return await asyncio.gather(awaited, other, return_exceptions=True)
+
+            store = self.app.stand_in
+            if not is_inner:                    # as if it were the app's own
+                store.home = result._home = None
+            with mock.patch.object(store, "standstill", lambda state: ""):
+                for found in asyncio.run(waits()):
+                    self.assertIsInstance(found, pybgworker.TaskNotFound)
+                    self.assertIn("not this one" if is_inner else "inside testing()",
+                                  str(found))
+
+    async def await_(self, result):
+        return await result
+
+    async def first_change(self, result):
+        watching = result.watch()
+        await watching.__anext__()
+        return await watching.__anext__()
+
     def test_the_default_app_is_the_default(self):
         with pybgworker.testing() as queue:
             pybgworker.default_app.send("t")
