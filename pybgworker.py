@@ -160,11 +160,11 @@ __version__ = "2.0.0"
 __all__ = [
     "Abort", "App", "AppError", "AsyncResult", "BackupFailed", "CallError", "Cron",
     "CronError", "DatabaseBusy", "DatabaseUnavailable", "DatabaseUnusable", "Deadlock",
-    "OptionError", "PayloadTooLarge", "PayloadTypeError", "PyBgWorkerError", "Retry",
-    "ScheduleInfo", "SettingError", "TaskCancelled", "TaskEvent", "TaskFailed",
-    "TaskNotFound", "TaskStateError", "TaskTimeout", "WaitTimeout", "configure", "cron",
-    "current_task", "default_app", "main", "on", "on_child_start", "start_worker",
-    "task", "testing", "web_app",
+    "DjangoMissing", "OptionError", "PayloadTooLarge", "PayloadTypeError",
+    "PyBgWorkerError", "Retry", "ScheduleInfo", "SettingError", "TaskCancelled",
+    "TaskEvent", "TaskFailed", "TaskNotFound", "TaskStateError", "TaskTimeout",
+    "WaitTimeout", "configure", "cron", "current_task", "default_app", "main", "on",
+    "on_child_start", "start_worker", "task", "testing", "web_app",
 ]
 
 
@@ -4930,7 +4930,8 @@ class Task(Generic[P, R, V]):
 
         Durable once it returns.  Raises CallError, a TypeError, for arguments that do
         not fit the function, PayloadTypeError for one that would not arrive as it was
-        sent, PayloadTooLarge, and DatabaseUnavailable.
+        sent, PayloadTooLarge, and DatabaseUnavailable; AppError while a worker imports
+        the app, and for a function that no worker can import.
         """
         return self.app.enqueue(self, [(args, kwargs)], {})[0]
 
@@ -5433,7 +5434,7 @@ class App(Registered):
         It is kept in the database, and fired by any worker that knows the task.  What
         is the same already is not written; as long as `expr` and `tz` are, its ticks
         go on.  Options as of cron(), and queue, priority, retries, timeout, expires and
-        meta of its runs.  Raises CronError, OptionError, CallError, PayloadTypeError.
+        meta of its runs.  Raises what cron() and delay() raise.
         """
         return make_schedule(self, name, task, options, (
             expr, tz, misfire, overlap, jitter, alert_after, args, kwargs))
@@ -10638,8 +10639,8 @@ class Timetable:
             {"limit": limit})
 
     def alert_schedules(self) -> list[ScheduleRow]:
-        return self._schedules_where("indexed by bg_schedule_alert "
-                               "where alert_after is not null", {})
+        return self._schedules_where(
+            "indexed by bg_schedule_alert where alert_after is not null", {})
 
     def due_schedules(self, now: int, names: Collection[str]) -> list[ScheduleRow]:
         # Looks of their own, each by its index: of an `or` SQLite may read all.
@@ -10656,8 +10657,8 @@ class Timetable:
         return sorted(rows, key=lambda row: (row.next_tick or 0, row.key))
 
     def made_schedule(self, label: str) -> ScheduleRow | None:
-        rows = self._schedules_where("where label = :label and label <> ''",
-                               {"label": label})
+        rows = self._schedules_where(
+            "where label = :label and label <> ''", {"label": label})
         return rows[0] if rows else None
 
     def _schedules_where(self, where, names):

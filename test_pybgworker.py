@@ -32810,6 +32810,17 @@ class Readme(ReadmeCase):
             [re.sub(r"[^a-z -]", "", name).replace(" ", "-") for name in sections[:-1]])
         self.assertTrue(sections[-1].startswith("upgrading"))
 
+    def test_its_table_of_errors_is_whole(self):
+        """But for what a task raises, or finds raised in itself."""
+        public = {name: getattr(pybgworker, name) for name in pybgworker.__all__}
+        errors = {name for name, found in public.items()
+                  if isinstance(found, type) and issubclass(found, Exception)}
+        part = self.text.partition("\n## Errors\n")[2].partition("\n## ")[0]
+        cells = "".join(line.split("|")[2] for line in part.splitlines() if "|" in line)
+        named = re.findall(r"(?<!an )(?<!a )`(\w+)`", cells)
+        self.assertEqual(sorted(named), sorted(
+            errors - {"PyBgWorkerError", "Abort", "Retry", "TaskTimeout"}))
+
     def test_what_it_imports_is_public(self):
         lines = re.findall(r"(?m)^ *from pybgworker import ([^#\n]*)",
                            "".join(self.blocks("python")))
