@@ -11331,19 +11331,19 @@ class Checkup:
         """Pids of those that write now, and that read from the log; Linux."""
         shm = file_identity(self.path + "-shm")
         writers, readers = set(), set()
-        with contextlib.suppress(OSError, ValueError, IndexError), \
-                open("/proc/locks", encoding="ascii") as f:
+        with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as f:
             for line in f:
-                kind, _, _, pid, place, start, end = line.split()[1:8]
-                major, minor, inode = place.split(":")
-                device = os.makedev(int(major, 16), int(minor, 16))
-                if kind != "POSIX" or (device, int(inode)) != shm:
-                    continue
-                held = range(int(start), int(end.replace("EOF", "0")) + 1)
-                if _WRITE_LOCK in held:
-                    writers.add(int(pid))
-                elif any(byte in held for byte in _READ_LOCKS):
-                    readers.add(int(pid))
+                with contextlib.suppress(ValueError):   # who waits has an arrow
+                    kind, _, _, pid, place, start, end = line.split()[1:8]
+                    major, minor, inode = place.split(":")
+                    device = os.makedev(int(major, 16), int(minor, 16))
+                    if kind != "POSIX" or (device, int(inode)) != shm:
+                        continue
+                    held = range(int(start), int(end.replace("EOF", "0")) + 1)
+                    if _WRITE_LOCK in held:
+                        writers.add(int(pid))
+                    elif any(byte in held for byte in _READ_LOCKS):
+                        readers.add(int(pid))
         return sorted(writers - {os.getpid()}), sorted(readers - {os.getpid()})
 
 

@@ -27528,6 +27528,14 @@ class Doctored(QueueCase):
             print("open", flush=True)
             sys.stdin.read()
         """
+        others = "1: -> FLOCK  ADVISORY  WRITE 7 fe:00:1 0 EOF\n" \
+            "2: POSIX  ADVISORY  READ 7 <none>:0 0 EOF\n"
+
+        def opened(path, *args, **kwargs):
+            if path != "/proc/locks":
+                return open(path, *args, **kwargs)
+            return io.StringIO(others + Path(path).read_text())
+
         for begin, level, say in (
                 ("begin", "warn", "the -wal has 300 MiB: pid {} reads from it for long"),
                 ("begin immediate", "info", "pid {} is writing just now")):
@@ -27538,7 +27546,8 @@ class Doctored(QueueCase):
             try:
                 other.stdout.readline()
                 disk = pybgworker.Disk(1 << 40, 1 << 41, 300 << 20)
-                with mock.patch.object(pybgworker, "disk_of", lambda _: disk):
+                with mock.patch.object(pybgworker, "disk_of", lambda _: disk), \
+                        mock.patch.object(pybgworker, "open", opened, create=True):
                     self.assertFinds(level, "space", say.format(other.pid))
             finally:
                 other.communicate()
