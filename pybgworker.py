@@ -5249,9 +5249,7 @@ class Configured:
 
     def suggest(self, **settings: Any) -> None:
         """Set those settings that configure() has not set."""
-        self._merge(self._code, {
-            name: settings[name] for name in settings.keys() - self._code
-        })
+        self._merge(self._code, {**settings, **self._code})
 
     def override(self, **settings: Any) -> None:
         """Set settings as flags do: before the environment."""
@@ -5260,6 +5258,11 @@ class Configured:
     def configured(self) -> dict:
         """The settings that code has set."""
         return dict(self._code)
+
+    def restore(self, code: dict) -> None:
+        """Let it be these that code has set."""
+        self._code.clear()
+        self._merge(self._code, code)
 
     def resolved(self, **settings: Any) -> types.SimpleNamespace:
         """All settings, as they would be had configure() been called with these, too.
@@ -5273,10 +5276,8 @@ class Configured:
         for name in settings.keys() - SETTING_BY_NAME:
             text = unknown_name(name, SETTING_BY_NAME, SETTING_WORDS)
             raise SettingError(f"unknown setting {text}")
-        return {
-            name: check_setting(name, value, name)
-            for name, value in settings.items() if value is not None
-        }
+        return {name: check_setting(name, value, name)
+                for name, value in settings.items() if value is not None}
 
     def _merge(self, target, settings):
         target.update(self._parsed(settings))
@@ -30834,26 +30835,42 @@ _DEFAULT_PRIORITY = 5           # of ours; that of Django is 0
 # What OPTIONS may hold besides settings, for the tasks of this backend.
 _OPTIONS_OF_TASKS = TASK_OPTIONS - {
     "queue", "priority", "on_success", "on_failure", *SETTING_BY_NAME}
-_apps: dict[str, tuple] = {}    # (App, its settings) of each alias of TASKS
+# Of each alias of TASKS: (App, its settings, App.configured() before and after).
+_apps: dict[str, tuple] = {}
 
 
 def _app_of(alias, settings):
     """The App of an alias: the default one, unless it has a database of its own.
 
-    Each thread has backends of its own; they share it.
+    Each thread has backends of its own; they share it.  Where TASKS has changed, as by
+    override_settings(), nothing is left of what it said before.
     """
     if alias not in _apps or _apps[alias][1] != settings:
-        app = default_app
+        app, before = default_app, default_app
+        if alias in _apps:
+            before = _apps[alias][0]
+            _take_back(*_apps[alias])
         if alias != "default" and "db" in settings:
-            app = _apps[alias][0] if alias in _apps else App()
+            app = before if before is not default_app else App()
+        code = app.configured()
         app.configure(**settings)
-        _apps[alias] = app, settings
+        _apps[alias] = app, settings, code, app.configured()
     return _apps[alias][0]
+
+
+def _take_back(app, settings, before, after):
+    """What TASKS said, unless somebody else has said otherwise."""
+    code = app.configured()
+    for name in settings:
+        if code.get(name) == after.get(name):
+            code.pop(name, None)
+            code.update({name: before[name]} if name in before else {})
+    app.restore(code)
 
 
 def alias_of(app: App) -> str:
     """:ALIAS of an App that an alias of TASKS has made; "" for the default one."""
-    return next((f":{alias}" for alias, (each, _) in _apps.items()
+    return next((f":{alias}" for alias, (each, *_) in _apps.items()
                  if each is app and app is not default_app), "")
 
 
@@ -30908,7 +30925,7 @@ class _Backend:
         known = self.app.registered.get(name)
         own = django_task_of(known)
         if own is not None:
-            if own.func is task.func:
+            if own.func is task.func and self._has_made(known):
                 return
             del self.app.registered[name]       # its module was imported anew
         fn = task.func
@@ -30919,6 +30936,11 @@ class _Backend:
             priority=_DEFAULT_PRIORITY - task.priority, **self._options)
         make = DjangoPerformAsync if is_coroutine_function(fn) else DjangoPerform
         known.perform = make(self, task, known.policy)
+
+    def _has_made(self, known):
+        """True unless TASKS had other options for this alias at that time."""
+        backend = known.perform.backend
+        return backend.alias != self.alias or backend._options == self._options
 
     # -- enqueueing
 

@@ -30997,6 +30997,36 @@ class DjangoBackend(DjangoCase):
                 fails(pybgworker.OptionError, "must be a task", queue.calls, tasks)
             """)
 
+    def test_of_settings_that_are_overridden_nothing_is_left(self):
+        self.script("""
+            from django.test.utils import override_settings
+            app = pybgworker.default_app
+            pybgworker.configure(timeout=5)
+
+            def tasks_with(**options):
+                return override_settings(TASKS={
+                    alias: {"BACKEND": "pybgworker.DjangoTasks", "OPTIONS": options}
+                    for alias in ("default", "more")})
+
+            def state():
+                tasks.add.enqueue(1)
+                return (app.store.path, app.settings.timeout, app.settings.immediate,
+                        root.task_backends["more"].app is app,
+                        app.registered["shop.tasks.add"].policy.retries)
+
+            with tasks_with():
+                path = state()[0]
+                assert state() == (path, 5, False, True, 0), state()
+                with tasks_with(db=os.path.abspath("o.db"), timeout=7, retries=2):
+                    assert state() == (os.path.abspath("o.db"), 7, False, False, 2)
+                assert state() == (path, 5, False, True, 0), state()
+                with tasks_with(immediate=True):
+                    assert state()[1:4] == (5, True, True)
+                with tasks_with(timeout=8):
+                    pybgworker.configure(timeout=9)     # that is another's
+                assert state() == (path, 9, False, True, 0), state()
+            """, PYBGWORKER_DB="")
+
     def test_a_testcase_of_django_runs_them_in_its_transaction(self):
         (self.folder / "shop/tests.py").write_text(textwrap.dedent("""
             import os
