@@ -18624,8 +18624,6 @@ class LogFile:
         """Raises SettingError where nothing can be written."""
         self.path = os.path.abspath(path)
         try:
-            if _begins_with(self.path, b"SQLite format 3\0"):
-                raise OSError(errno.EINVAL, "it is a database")
             self.fd = self._open()
         except OSError as exc:
             raise SettingError(
@@ -18634,6 +18632,8 @@ class LogFile:
         self._next_look = 0.0       # at what has the name; monotonic
 
     def _open(self):
+        if _begins_with(self.path, b"SQLite format 3\0"):
+            raise OSError(errno.EINVAL, "it is a database")
         # Without a wait for whoever reads from a pipe.
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
                        | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
@@ -18670,6 +18670,10 @@ class Log:
         self._second, self._until = -1, ""  # the same up to the second
         self._lines: list[str] = []
         self._unsent = bytearray()          # its beginning is cheap to take off
+        self._is_torn = False               # that is the rest of a line
+        # The line that has last said how many were lost, and how many: for it may be
+        # lost as well.
+        self._told, self._lost = b"", 0
 
     def _way_to(self, fd):
         """(fd, whether it is a file, a function that writes to it)."""
@@ -18720,6 +18724,9 @@ class Log:
             self._lines.clear()
         if self._unsent and self._file is not None and self._file.is_other():
             self.move(self._file)
+            if self._is_torn:               # its beginning is in the other file
+                del self._unsent[: self._unsent.index(b"\n") + 1]
+                self._is_torn = False
         deadline = time.monotonic() + patience
         while self._unsent and self._write_some(deadline):
             pass
@@ -18730,7 +18737,9 @@ class Log:
         """Write a part.  False when no more can be written in time."""
         try:
             chunk = self._unsent if self._is_file else _first_chunk(self._unsent)
-            del self._unsent[: self._write(chunk)]
+            size = self._write(chunk)
+            self._is_torn = not chunk.endswith(b"\n", 0, size)
+            del self._unsent[:size]
             return True
         except BlockingIOError:
             left = deadline - time.monotonic()
@@ -18741,10 +18750,15 @@ class Log:
 
     def _drop(self):
         """Forget what is unsent, but for the line that is half written."""
-        half, end, rest = self._unsent.partition(b"\n")
-        self._unsent = half + end
+        half, end, rest = self._unsent.partition(b"\n") if self._is_torn else (
+            b"", b"", self._unsent)
+        self._unsent = bytearray(half + end)
         if rest:
-            self.event("log_dropped", lines=rest.count(b"\n"))
+            count = rest.count(b"\n")
+            if self._told and self._told in rest:
+                count += self._lost - 1
+            self.event("log_dropped", lines=count)
+            self._told, self._lost = self._lines[-1].encode(), count
 
 
 # == Journal ==================================================================
@@ -18857,7 +18871,8 @@ EVENTS = {
         "runs listener error",
         "so many `runs` nobody is told of: a thousand ends wait for who listens with "
         "`on()`; or a listener in the worker has failed and hears no more"),
-    "log_dropped": Event("lines", "lost lines: the reader of the log was too slow"),
+    "log_dropped": Event(
+        "lines", "lost lines: the reader of the log was too slow, or its disk is full"),
 }
 
 

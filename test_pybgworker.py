@@ -16839,7 +16839,41 @@ class Logs(unittest.TestCase):
         log.move(pybgworker.LogFile(str(path)))
         self.say(log, 7)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        self.assertEqual((lines[-2]["event"], lines[-1]["n"]), ("log_dropped", 7))
+        self.assertEqual((lines[0]["event"], lines[0]["lines"], lines[1]["n"]),
+                         ("log_dropped", 3, 7))
+        self.assertEqual(len(lines), 2)
+
+    def test_a_line_that_a_full_disk_has_torn_is_ended_there_or_not_at_all(self):
+        for is_renamed in (False, True):
+            log, path = self.log_file()
+            write, room = log._write, [30]
+
+            def write_some(chunk, write=write, room=room):
+                size = min(len(chunk), room[0])
+                if not size:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                room[0] -= size
+                return write(bytes(chunk[:size]))
+
+            log._write = write_some
+            for number in range(3):
+                self.say(log, number)
+            self.assertEqual(path.stat().st_size, 30)
+            if is_renamed:
+                path.rename(path.with_suffix(".1"))
+            room[0] = 10_000
+            self.say(log, 7, later=1.1)
+            found = [json.loads(line) for line in path.read_text().splitlines()]
+            numbers = [each.get("n", each.get("lines")) for each in found]
+            self.assertEqual(numbers, [2, 7] if is_renamed else [0, 2, 7])
+
+    def test_no_log_file_becomes_one_that_is_a_database(self):
+        log, path = self.log_file()
+        self.say(log, 1)
+        old = path.rename(path.with_suffix(".1"))
+        path.write_bytes(b"SQLite format 3\0" + bytes(100))
+        self.say(log, 2, later=1.1)
+        self.assertEqual((self.numbers(old), path.stat().st_size), ([1, 2], 116))
 
     def test_a_room_hears_what_is_logged(self):
         out, heard = tempfile.TemporaryFile(), []
