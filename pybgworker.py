@@ -4813,7 +4813,7 @@ class Watching:
             self._result._check_moves()
         watch = await self._result._watched()
         change = watch.change(self._result.id, self._seen, self._result._home)
-        if self._timeout == math.inf:
+        if self._timeout == math.inf or not self._seen:     # the first comes at once
             return self._state(await change)
         try:
             left = self._deadline - time.monotonic()

@@ -3505,6 +3505,19 @@ class Watching(LoopCase):
         self.sql(f"update bg_task set state = {pybgworker.RUNNING}")
         self.assertEqual(set(said()), {text.replace("queued", "running")})
 
+    def test_the_first_state_comes_whatever_the_timeout_is(self):
+        result = self.task.delay()
+
+        async def watch():
+            watching = result.watch(timeout=0)
+            first = await watching.__anext__()
+            with self.assertRaisesRegex(pybgworker.WaitTimeout, "task 1 is queued"):
+                await watching.__anext__()
+            return first
+
+        self.assertEqual(self.asyncio.run(watch()).status, "queued")
+        self.assertEqual(next(result.watch(timeout=0)).status, "queued")
+
     def test_it_gives_up_after_its_timeout_and_when_the_task_is_deleted(self):
         result = self.task.delay()
         said = f"task {result.id} is queued after 0.05 s"
