@@ -2195,9 +2195,23 @@ class ScheduleRow(NamedTuple):
         return f"{self.task}#{number}"
 
     @property
+    def source(self) -> str:
+        """Who has made it."""
+        return "program" if self.label else "code"
+
+    @property
     def full_name(self) -> str:
         """The same with what it says, where a task has several schedules."""
         return f"{self.name} {self.expr} {self.tz}"
+
+
+def ranges_of(text):
+    """What bg_schedule.done says.  Raises ValueError or TypeError."""
+    ranges = [[first, last] for first, last in json.loads(text)]
+    ends = sum(ranges, [])
+    if not all(type(end) is int for end in ends) or ends != sorted(ends):
+        raise ValueError(f"done is {text[:80]!r}")
+    return ranges
 
 
 class ScheduleStep(NamedTuple):
@@ -18818,7 +18832,8 @@ EVENTS = {
         "schedule name expr tick last_success",
         "no run of this schedule has succeeded within its `alert_after` of that tick"),
     "cron_error": Event(
-        "schedule expr error", "a schedule's row is unreadable; it starts anew"),
+        "schedule expr error", "a schedule's row is unreadable: it starts anew; or "
+        "there is another of its name, which a program made"),
     "clock_leap": Event(
         "seconds in_doubt",
         "the clock was set by over an hour; while in doubt, nothing is deleted"),
@@ -21312,10 +21327,30 @@ class Scheduler:
         self._own = self._known_by(rows)
         if self._own:
             known = {row.key: row for row in rows}
-            self.store.put_schedules([
-                self._registered(known.get(says), says, schedule, now)
-                for says, (_, schedule) in self._own.items()
-            ], drop)
+            own = [self._registered(known.get(says), says, schedule, now)
+                   for says, (_, schedule) in self._own.items()]
+            self.store.put_schedules(own, drop)
+            labels = {row.label for row in rows}
+            self._say_namesakes([row for row in own if row.name in labels])
+        steps = [step for row in rows for step in self._replanned(row, now)]
+        if steps:
+            self.store.fire(steps)
+
+    def _say_namesakes(self, rows):     # it came first, and both go on
+        error = "a program made another, which runs as well: unschedule() one"
+        for row in rows:
+            self._log("cron_error", schedule=row.name, expr=row.expr, error=error)
+
+    def _replanned(self, row, now):
+        """A step for what a program made, where zone data have moved its next tick."""
+        is_sure = row.label and row.tz != "UTC" and row.set_at <= now + AHEAD_MS
+        if not (found := is_sure and self._ours(row)):
+            return []
+        plan = self._plan(row, found[1], now)
+        is_due = json.dumps(plan.done) != row.done          # fire() goes on
+        tick = min(now // 1000, row.next_tick or now) if is_due else plan.next_tick
+        return [] if tick == row.next_tick else [
+            ScheduleStep(row, row._replace(next_tick=tick, set_at=now), [])]
 
     def _registered(self, row, says, schedule, now):
         """The row of a schedule; its next tick is that of our zone data."""
@@ -21427,15 +21462,6 @@ class Scheduler:
                       misfire=schedule.misfire)
         if row.set_at > now + AHEAD_MS:
             self._log("cron_missed", **about, ticks=0, clock_set_back=True)
-
-
-def ranges_of(text):
-    """What bg_schedule.done says.  Raises ValueError or TypeError."""
-    ranges = [[first, last] for first, last in json.loads(text)]
-    ends = sum(ranges, [])
-    if not all(type(end) is int for end in ends) or ends != sorted(ends):
-        raise ValueError(f"done is {text[:80]!r}")
-    return ranges
 
 
 def made_of(row: ScheduleRow, task: Any) -> Schedule:
@@ -23881,7 +23907,7 @@ def _info_of(row):
         row.name, row.task, row.expr, row.tz, args, kwargs,
         moment_of(row.next_tick and row.next_tick * 1000),
         moment_of(row.last_tick and row.last_tick * 1000), row.disabled_at is None,
-        "program" if row.label else "code", row.misfire, row.overlap, row.jitter,
+        row.source, row.misfire, row.overlap, row.jitter,
         row.alert_after)
 
 
@@ -24009,6 +24035,11 @@ def _run_of(row):
             f"somebody had edited it: {type(exc).__name__}: {exc}") from exc
 
 
+def _longest_name(row):
+    """Where a @cron and what a program made have the same name, and say the same."""
+    return f"{row.full_name} of {row.source}"
+
+
 def schedule_called(store: Store, name: str) -> ScheduleRow:
     """The schedule that people mean by a name, with its expression if need be.
 
@@ -24017,13 +24048,16 @@ def schedule_called(store: Store, name: str) -> ScheduleRow:
     rows = store.schedules()
     found = [row for row in rows if name == row.name] or [
         row for row in rows
-        if name in (f"{row.name} {row.expr}", row.full_name)]
+        if name in (f"{row.name} {row.expr}", row.full_name, _longest_name(row))]
     if len(found) == 1:
         return found[0]
     if found:
         import shlex
 
-        texts = ", ".join(shlex.quote(row.full_name) for row in found)
+        names = [row.full_name for row in found]
+        texts = ", ".join(
+            shlex.quote(full if names.count(full) == 1 else _longest_name(row))
+            for full, row in zip(names, found))
         raise Problem(f"{len(found)} schedules are named {name}: say which, {texts}")
     names = sorted({row.name for row in rows})
     near = near_name(name, names)
@@ -24075,7 +24109,8 @@ def _switched(store, row, is_on):
          flag("schedule", metavar="NAME"))
 def _forget_schedule(args, app):
     rows = [row for row in app.store.schedules() if row.name == args.schedule]
-    rows = rows or [schedule_called(app.store, args.schedule)]
+    if len({row.source for row in rows}) != 1:
+        rows = [schedule_called(app.store, args.schedule)]
     reap_surely_dead(app.store, app.store.now())
     since = min((row.started_at for row in app.store.workers()), default=math.inf)
     if any(row.seen_at >= since - _START_MS for row in rows if not row.label):

@@ -23645,6 +23645,58 @@ class Schedules(QueueCase):
         self.assertIn("there is no schedule zzz; there are digest",
                       self.command("--enable", "zzz", status=1))
 
+    def test_a_cron_that_comes_by_a_name_which_is_taken_is_said_and_told_apart(self):
+        self.app.schedule("digest", "@hourly", self.digest, args=(1,))
+        self.app.schedule("digest#2", "@daily", self.digest)
+        self.app.schedule("other", "@daily", self.digest)
+        self.scheduler()
+        self.assertEqual(self.events, [])
+        self.app.cron("@hourly")(self.digest)
+        self.app.cron("@hourly", args=(2,))(self.digest)
+        self.app.cron("@daily")(self.other)
+        self.scheduler()
+        self.assertEqual({(event, f["schedule"], f["expr"]) for event, f in self.events}, {
+            ("cron_error", "digest", "@hourly"), ("cron_error", "other", "@daily")}
+            | {("cron_error", "digest#2", "@hourly")})
+        self.assertIn("a program made another, which runs as well", self.events[0][1]["error"])
+        for verb in ("cron --disable", "cron --run", "forget-schedule"):
+            code, _, said = self.main_here(*verb.split(), "digest")
+            self.assertEqual(code, 1)
+            self.assertIn("2 schedules are named digest: say which, 'digest @hourly UTC of "
+                          "program', 'digest @hourly UTC of code'", said)
+        self.assertIn("'digest#2 @daily UTC', 'digest#2 @hourly UTC'",
+                      self.command("--disable", "digest#2", status=1))
+        self.command("--disable", "digest @hourly UTC of code")
+        self.assertEqual({s.source for s in self.app.schedules() if not s.enabled}, {"code"})
+        self.assertEqual(self.main_here("forget-schedule", "digest @hourly UTC of program")[0],
+                         0)
+        self.command("--enable", "digest")                      # there is but one now
+
+    def test_new_zone_data_move_what_a_program_made_as_well(self):
+        day = self.now // 86_400_000 * 86_400
+        zone = {h: dt.timezone(dt.timedelta(hours=h)) for h in (1, 2)}
+        for before, after in ((1, 2), (2, 1)):
+            with self.subTest(f"{before} to {after}"):
+                self.setUp()
+                for data, hour in ((before, 1), (after, 6)):
+                    pybgworker.cron_of.cache_clear()
+                    self.now = (day + hour * 3600) * 1000
+                    with mock.patch.object(pybgworker, "_zone", lambda *_: zone[data]):
+                        self.app.schedule("s", "0 9 * * *", "digest", tz="Nowhere/Land")
+                        self.app.schedule("off", "0 9 * * *", "digest", tz="Nowhere/Land")
+                        self.app.disable_schedule("off")
+                        self.app.schedule("far", "0 9 * * *", "far", tz="Nowhere/Land")
+                        worker = self.scheduler("digest")
+                at = {row.name: row.next_tick for row in self.store.schedules()}
+                self.assertEqual(at, {"s": day + (9 - after) * 3600, "off": None,
+                                      "far": day + (9 - before) * 3600})
+                for hour in range(7, 24):
+                    self.now = (day + hour * 3600) * 1000
+                    worker.fire(self.now)
+                self.assertEqual(self.sql("select tick from bg_task"),
+                                 [(day + (9 - after) * 3600,)])
+        pybgworker.cron_of.cache_clear()
+
     def test_forget_schedule_deletes_what_a_program_made(self):
         self.app.schedule("made", "@hourly", self.digest)
         self.assertEqual(self.main_here("forget-schedule", "made")[:2],
