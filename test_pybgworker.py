@@ -22169,19 +22169,6 @@ class Testings(Case):
         self.assertFalse(worker.is_alive())
         self.assertEqual(os.listdir(self.folder), [])
 
-    def test_what_workers_have_told_of_a_name_is_of_their_queue(self):
-        other = App()
-        other.task(name="t", queue="outer")(print)
-        known = pybgworker.Registry.of(other, "other").tasks["t"].known()
-        store = self.app.store
-        store.add_worker({**LiveRows.VALUES, "now": store.now(), "tasks": [known]},
-                         mock.Mock())
-        queues = [self.app.send("t").queue]
-        with pybgworker.testing(self.app):
-            queues.append(self.app.send("t").queue)
-        queues.append(self.app.send("t").queue)
-        self.assertEqual(queues, ["outer", "default", "outer"])
-
     def test_a_queue_in_memory_has_no_name_to_open_it_by(self):
         with self.assertRaisesRegex(pybgworker.SettingError, r"testing\(\)"):
             App(db=self.app.store.name).send("t")
@@ -22577,9 +22564,10 @@ class Sending(Case):
         found = asked(lambda: self.row(1))
         self.assertEqual(len(found), 2, found)
         self.assertEqual(asked(lambda: [self.row(1) for _ in range(20)]), [])
-        for name in ("shop.pay", "nobody"):
+        for name, seconds in (("shop.pay", 5.1), ("nobody", 1.1)):
+            self.app.send(name, 1)
             with self.subTest(name), mock.patch.object(
-                    time, "monotonic", lambda now=time.monotonic() + 5.1: now):
+                    time, "monotonic", lambda now=time.monotonic() + seconds: now):
                 self.assertTrue(asked(lambda: self.app.send(name, 1)))
                 self.assertEqual(asked(lambda: self.app.send(name, 1)), [])
         with mock.patch.object(pybgworker, "_MOST_SENT", 2):
@@ -22777,6 +22765,10 @@ class FromAProgram(QueueCase):
         self.assertEqual(self.app.tasks(limit=3), results[:0:-1])
         results[2].cancel()
         self.assertEqual(self.app.tasks(status="cancelled"), [results[2]])
+        results[1].cancel()             # it has ended last, and came in first
+        self.sql("update bg_task set finished_at = finished_at + 1 where id = ?",
+                 results[1].id)
+        self.assertEqual(self.app.tasks(status="cancelled"), results[2:0:-1])
         self.assertEqual(self.app.tasks("failed"), [])
 
     def test_since_is_so_long_ago_or_a_time(self):
