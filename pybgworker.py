@@ -28722,7 +28722,7 @@ class StartedWorker:
         import logging
 
         pause, warn = 0.0, logging.getLogger("pybgworker").warning
-        while self.is_alive() or not self._is_over:     # it may be stopping by now
+        while not self._is_over:
             began = time.monotonic()
             if self._waits:
                 self._bell.acquire(timeout=_TURN_SECONDS)

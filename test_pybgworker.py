@@ -28639,7 +28639,8 @@ class Beside(BesideCase):
                 worker._end()
                 self.assertTrue(worker._is_trying)      # so stop() waits for this
             made.append(pybgworker.Tethered(
-                ["--version"], 5.0, str(self.folder), [str(HERE), *sys.path]))
+                ["--version"], 5.0, str(self.folder), [str(HERE), *sys.path],
+                outputs=(-1, -1)))
             return made[-1]
 
         worker = pybgworker.StartedWorker(make)
@@ -28734,27 +28735,6 @@ class Beside(BesideCase):
             """)
         self.assertEqual(program.wait(), 0)
         self.assertEqual(program.printed, ["False"])
-
-    def test_a_worker_that_is_stopped_at_once_is_waited_for_no_longer_than_it_takes(self):
-        """However late the thread comes that is to see its end."""
-        program = self.program("""
-            import pybgworker
-            start, held = pybgworker.own_start, []
-            pybgworker.own_start = lambda *call: held.append(call)
-            worker = start_worker(concurrency=1)
-            worker._end()
-            start(*held[0])
-            say(worker.stop(20))
-            """)
-        self.assertEqual(program.wait(), 0)
-        self.assertEqual(program.printed, ["True"])
-
-    def test_a_worker_that_is_stopped_while_it_is_started_stops(self):
-        held = []
-        worker = pybgworker.StartedWorker(lambda keep: worker._end() or held[0])
-        held.append(mock.Mock(exit=None))
-        worker._try()
-        held[0].hang_up.assert_called_once_with()
 
     # -- nothing is started twice
 
