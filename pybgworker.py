@@ -28955,7 +28955,9 @@ def _check_importable(name, in_script):
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):
         spec = None
-    if spec is None or is_script and not (
+    # The program of a folder or an archive has no other name, and in a worker that is
+    # the worker's own.
+    if spec is None or name == "__main__" or is_script and not (
             spec.origin and os.path.realpath(spec.origin) == os.path.realpath(path)):
         raise AppError(
             f"start_worker(): a worker cannot import the module {name!r}"

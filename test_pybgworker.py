@@ -28984,11 +28984,16 @@ class Beside(BesideCase):
         package.mkdir()
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(script)
+        zipapp = pybgworker.importlib.import_module("zipapp")
+        shutil.copy(pybgworker.__file__, package)
+        zipapp.create_archive(package, self.folder / "app.pyz")
         for argv, words in (
             (["-c", script], "a notebook or by -c"),
             (["script"], "cannot import the module 'script', for .*script: put your"),
             (["re.d.py"], "cannot import the module 're.d', for"),
             (["-m", "package"], "cannot import the module 'package', for"),
+            (["package"], "cannot import the module '__main__', for .*package"),
+            (["app.pyz"], "cannot import the module '__main__', for .*app.pyz"),
         ):
             done = subprocess.run(
                 [sys.executable, *argv], cwd=self.folder, stdout=subprocess.PIPE, text=True,
