@@ -22107,18 +22107,18 @@ class EnqueuedCall(tuple):
     def __repr__(self) -> str:
         args, kwargs = self
         parts = [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
-        return f"call({', '.join(parts)})"
+        return f"{self.name}({', '.join(parts)})"
 
 
 class _StoreInTest(MemoryStore):
     """A queue in memory with a clock of its own, which remembers what came in."""
 
-    def __init__(self, before: Any):
+    def __init__(self, before: Any, at: int | None):
         super().__init__()
         self.before = before        # what has stood in until now
         self.is_over = False        # its block
         self.home = self.name
-        self.at = super().now()     # of the clock, unix ms
+        self.at = super().now() if at is None else at   # of the clock, unix ms
         self.enqueued: list[EnqueuedCall] = []      # in order
         self._noted = 0              # the last id among these
 
@@ -22171,7 +22171,9 @@ class QueueInTest:
         self._worker = 0            # its id; 0: it has not begun
         self._known: dict[str, Task] = {}   # what of the app it has looked at
         self._lookout: Any = None           # for these
-        self._busy = threading.Lock()       # taken while it works
+        self._busy = threading.Lock()       # taken while it works, which begins with
+        self._newest = 0            # … this as the highest id
+        self._came = 0              # runs of what came meanwhile, or came again
 
     def __repr__(self) -> str:
         return f"<queue of testing() with {len(self._store.enqueued)} calls>"
@@ -22212,7 +22214,7 @@ class QueueInTest:
         what is due later.  A task that fails holds up no other, unless `raise_errors`:
         then what it raised is raised here as it was, once that is written, also if it
         would be retried; `raise Retry` is no failure.  Without a `limit` of runs, a
-        queue that never gets empty is an AppError after 10,000 of them.
+        queue that never gets empty is an AppError after 10,000 that came meanwhile.
         """
         if limit is not None:
             check_number("limit", limit, kind=int)
@@ -22222,7 +22224,8 @@ class QueueInTest:
                 run = self._claim()
                 if run is None:
                     break
-                self._check_count(run, count, limit)
+                if limit is None:
+                    self._count_in(run)
                 count += 1
                 self._call(run, raise_errors)
         return count
@@ -22242,7 +22245,7 @@ class QueueInTest:
             while not result.ready():
                 run = self._claim()
                 if run is not None:
-                    self._check_count(run, count, None)
+                    self._count_in(run)
                     count += 1
                     self._call(run, raise_errors=False)
                     self._write()           # before the look: it may be this one
@@ -22261,6 +22264,7 @@ class QueueInTest:
         try:
             if not self._worker:
                 self._begin()
+            self._newest, self._came = self._store.last_id(), 0
             yield
             self._write()
         finally:
@@ -22291,13 +22295,16 @@ class QueueInTest:
             if self._lookout.round.is_over:
                 return None
 
-    def _check_count(self, run, count, limit):
-        if limit is None and count >= _MOST_RUNS_HERE:
+    def _count_in(self, run):
+        """Raise AppError where it seems that the queue never gets empty."""
+        self._came += run.id > self._newest or run.attempt > 1
+        if self._came > _MOST_RUNS_HERE:
             self._outbox.returned.append(run)
             self._write()
             raise AppError(
-                f"{count:,} runs, and {run.name} is due: does a task enqueue itself?  "
-                "If so many are meant, say run(limit=)")
+                f"{_MOST_RUNS_HERE:,} runs of what came meanwhile, and {run.name} is "
+                "due: does a task enqueue itself?  If so many are meant, say "
+                "run(limit=)")
 
     def _call(self, run, raise_errors):
         if run.timeout is None:
@@ -22371,6 +22378,17 @@ def _task_name(task):
     return name
 
 
+def _start_of(now):
+    try:
+        at = to_ms(now.timestamp())
+    except (AttributeError, ValueError, OverflowError, OSError):
+        at = -1
+    if not isinstance(now, datetime) or at < 0:
+        raise OptionError(f"now={now!r}: must be a datetime from 1970 on (naive: local "
+                          "time)")
+    return at
+
+
 class testing:
     """Within its block the queue of an App is one in memory, for a test.
 
@@ -22387,19 +22405,23 @@ class testing:
     jitter.  `immediate` does not hold, conn= is accepted and not looked at, threads
     may enqueue, a forked process may not.  Blocks nest, also of one App; configure()
     inside changes settings, not the queue.
+
+    `now` is what its clock shows at first, a datetime (naive: local time); by default
+    the time of the computer.
     """
 
-    def __init__(self, app: App | None = None):
+    def __init__(self, app: App | None = None, now: datetime | None = None):
         if not isinstance(app, (App, type(None))):
             raise OptionError(f"testing({app!r}): must be an App, or nothing")
         self._app = default_app if app is None else app
+        self._at = None if now is None else _start_of(now)
         self._store: Any = None
 
     def __enter__(self) -> QueueInTest:
         """Begin; returns the queue."""
         if self._store is not None:
             raise AppError("this testing() has begun already: each block needs its own")
-        self._store = _StoreInTest(self._app.stand_in)
+        self._store = _StoreInTest(self._app.stand_in, self._at)
         self._app.stand_in = self._store
         return QueueInTest(self._app, self._store)
 

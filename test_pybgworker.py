@@ -21666,7 +21666,7 @@ class Testings(Case):
         self.assertEqual(found.eta, self.queue.now + dt.timedelta(seconds=60))
         self.assertEqual((calls[0].eta, calls[0].countdown, calls[0].expires_at,
                           calls[0].scheduled_for), (None, None, None, None))
-        self.assertEqual(repr(calls[:2]), "[call(1), call(b=datetime.date(2026, 1, 2))]")
+        self.assertEqual(repr(calls[:2]), "[two(1), one(b=datetime.date(2026, 1, 2))]")
         self.assertEqual(self.queue.calls("nobody"), [])
         self.assertRaises(pybgworker.OptionError, self.queue.calls, 7)
 
@@ -21751,6 +21751,38 @@ class Testings(Case):
         waiting = self.app.result(self.queue.calls()[-1].id)
         self.assertEqual((waiting.status, waiting.attempt), ("queued", 0))
         self.assertEqual(self.queue.run(limit=3), 3)
+
+    def test_any_number_of_what_was_due_runs(self):
+        t = self.noting()
+        t.delay_many([(n,) for n in range(12)])
+        self.app.cron("@every 1m")(self.app.task(name="ticking")(lambda: None))
+        self.queue.advance("10m")
+        with mock.patch.object(pybgworker, "_MOST_RUNS_HERE", 5):
+            self.assertEqual(self.queue.run(), 22)
+
+    def test_a_task_that_comes_again_for_ever_is_told_so(self):
+        again = self.app.task(name="again", retries=10**6, retry_delay=0)(lambda: 1 // 0)
+        again.delay()
+        with mock.patch.object(pybgworker, "_MOST_RUNS_HERE", 5), \
+                self.assertRaisesRegex(pybgworker.AppError, "again.*limit="):
+            self.queue.run()
+
+    def test_its_clock_begins_when_a_test_says(self):
+        start = dt.datetime(2026, 1, 5, 8, 59, tzinfo=dt.timezone.utc)
+        app = App()
+        app.cron("0 9 * * mon")(app.task(name="monday")(lambda: None))
+        with pybgworker.testing(app, now=start) as queue:
+            self.assertEqual(queue.now, start)
+            queue.advance("59s")
+            self.assertEqual(queue.run(), 0)
+            queue.advance(1)
+            self.assertEqual(queue.run(), 1)
+        naive = dt.datetime(2026, 1, 5, 8, 59)
+        with pybgworker.testing(app, naive) as queue:
+            self.assertEqual(queue.now, naive.astimezone(dt.timezone.utc))
+        for wrong in ("2026-01-05", 5, dt.date(2026, 1, 5), dt.datetime(1, 1, 1)):
+            with self.assertRaisesRegex(pybgworker.OptionError, "now=.*datetime"):
+                pybgworker.testing(app, now=wrong)
 
     def test_one_that_fails_holds_up_no_other(self):
         t = self.noting()
