@@ -786,6 +786,19 @@ NAMES_OF_APP = _table(
 )
 
 
+# … of the module, mostly by `from pybgworker import …`.
+NAMES_OF_MODULE = _table(
+    ("shared_task actor job db_task", "it is task"),
+    ("periodic_task crontab db_periodic_task scheduled_job", "it is cron: "
+     "@cron('*/5 * * * *'), or '@every 10s'"),
+    ("Celery Huey SqliteHuey RedisHuey Broker", "it is App(db=), or just task of the "
+     "default one"),
+    ("current_job get_current_job get_current_task", "it is current_task()"),
+    ("chain group chord signature", "there are no signatures: " + _NEXT),
+    ("lock_task", "@task(max_running=1) lets one run at a time; key= of a call holds "
+     "off a second"),
+)
+
 NAMES_OF_RUN = _table(
     ("request job message", "its .id, .name, .attempt and .meta are its own"),
     ("retry", "raise Retry(countdown=30)"),
@@ -31227,7 +31240,14 @@ if not TYPE_CHECKING:           # or no attribute of ours would be an error to i
     def __getattr__(name):
         if name == "DjangoTasks":
             return _django_tasks()
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        text = f"module {__name__!r} has no attribute {name!r}"
+        if name not in NAMES_OF_MODULE:
+            raise AttributeError(text)
+        asks = sys._getframe(1)         # of an AttributeError `from` drops the text
+        opcode = importlib.import_module("opcode").opmap["IMPORT_FROM"]
+        kind = ImportError if asks.f_lasti >= 0 and \
+            asks.f_code.co_code[asks.f_lasti] == opcode else AttributeError
+        raise kind(f"{text}: {NAMES_OF_MODULE[name]}")
 
 
 def app_of_alias(alias: str) -> App:

@@ -1746,7 +1746,8 @@ class OtherWords(Case):
     """Who comes from another queue is told what a thing is called here."""
 
     TABLES = ("TASK_WORDS", "CALL_WORDS", "SETTING_WORDS", "NAMES_OF_TASK",
-              "NAMES_OF_RESULT", "NAMES_OF_APP", "NAMES_OF_RUN", "RETRY_WORDS",
+              "NAMES_OF_RESULT", "NAMES_OF_APP", "NAMES_OF_MODULE", "NAMES_OF_RUN",
+              "RETRY_WORDS",
               "CRON_WORDS", "ONLY_CRON_WORDS")
 
     def test_options_of_others_are_refused_with_what_stands_for_them(self):
@@ -1898,6 +1899,19 @@ class OtherWords(Case):
                 holder.qqq
             self.assertFalse(hasattr(holder, "__len__"))
 
+    def test_so_are_names_to_import(self):
+        for name, hint in (("shared_task", "it is task"), ("Celery", "App(db=)"),
+                           ("periodic_task", "@cron("), ("chord", "on_success="),
+                           ("actor", "it is task")):
+            with self.subTest(name):
+                with self.assertRaisesRegex(ImportError, re.escape(hint)):
+                    exec(f"from pybgworker import {name}")
+                with self.assertRaisesRegex(AttributeError, re.escape(hint)):
+                    getattr(pybgworker, name)
+                self.assertFalse(hasattr(pybgworker, name))
+        with self.assertRaisesRegex(ImportError, "cannot import name 'qqq'"):
+            exec("from pybgworker import qqq")
+
     def test_no_hint_is_about_what_there_is_or_names_what_there_is_not(self):
         task, result = self.app.task(print, name="t"), AsyncResult(1, self.app)
         of_cron = set("tz misfire overlap jitter".split())
@@ -1918,6 +1932,7 @@ class OtherWords(Case):
                     if table.startswith("NAMES"):
                         holder = {"NAMES_OF_TASK": task, "NAMES_OF_RESULT": result,
                                   "NAMES_OF_APP": self.app,
+                                  "NAMES_OF_MODULE": pybgworker,
                                   "NAMES_OF_RUN": pybgworker.CurrentTask}[table]
                         self.assertFalse(word in dir(holder))
         self.assertFalse(pybgworker.TASK_OPTIONS & set(pybgworker.TASK_WORDS))
