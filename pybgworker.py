@@ -31241,13 +31241,9 @@ if not TYPE_CHECKING:           # or no attribute of ours would be an error to i
         if name == "DjangoTasks":
             return _django_tasks()
         text = f"module {__name__!r} has no attribute {name!r}"
-        if name not in NAMES_OF_MODULE:
-            raise AttributeError(text)
-        asks = sys._getframe(1)         # of an AttributeError `from` drops the text
-        opcode = importlib.import_module("opcode").opmap["IMPORT_FROM"]
-        kind = ImportError if asks.f_lasti >= 0 and \
-            asks.f_code.co_code[asks.f_lasti] == opcode else AttributeError
-        raise kind(f"{text}: {NAMES_OF_MODULE[name]}")
+        if name in NAMES_OF_MODULE:     # `from` drops the text of an AttributeError
+            raise ImportError(f"{text}: {NAMES_OF_MODULE[name]}", name=__name__)
+        raise AttributeError(text)
 
 
 def app_of_alias(alias: str) -> App:
