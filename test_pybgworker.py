@@ -31130,8 +31130,9 @@ class DjangoBackend(DjangoCase):
 
             def state():
                 tasks.add.enqueue(1)
+                backends = getattr(root, "task_backends", getattr(root, "tasks", None))
                 return (app.store.path, app.settings.timeout, app.settings.immediate,
-                        root.task_backends["more"].app is app,
+                        backends["more"].app is app,
                         app.registered["shop.tasks.add"].policy.retries)
 
             with tasks_with():
