@@ -14470,7 +14470,9 @@ class MainThread:
 
 _AGAIN_SECONDS = 0.001          # until one that got lost is raised again
 _START_PAUSE = 0.2              # seconds, when there is no thread to be had
-_LONGEST_PAUSE = 1e6            # seconds that a lock can be waited for
+# … until a signal is heard that did not end the main thread's wait, as it came on the
+# way into that, or to another thread.
+_SIGNAL_SECONDS = 0.2
 _INTERRUPTS = (TaskTimeout, TaskCancelled)
 
 
@@ -14619,7 +14621,7 @@ class Threads:
                 continue
             now = time.monotonic()
             self._mind(now)
-            pause = min(self._next_due - now, _LONGEST_PAUSE)
+            pause = min(self._next_due - now, _SIGNAL_SECONDS)
             self._news.acquire(True, max(0.0, pause))
 
     def _tell(self):

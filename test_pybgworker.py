@@ -11772,6 +11772,21 @@ class InThreads(Case):
             child.cancel(number)
             child.answer(number)
 
+    def test_a_signal_that_does_not_wake_the_main_thread_is_heard_soon(self):
+        """As one that comes on the way into a wait; here, in another thread."""
+        child = self.child("""
+            import signal
+
+            @task(name="take_it")
+            def take_it():
+                signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+            """, threads=2)
+        number = child.run("hold", "never")
+        child.answer(child.run("number"))       # so both threads are there
+        child.wire.cancel(number)
+        child.answer(child.run("take_it"))
+        self.assertEqual(child.answer(number)["kind"], "cancelled")
+
     def test_a_cancellation_may_come_before_its_run(self):
         """What comes after it is for no later attempt."""
         child = self.child(threads=2)
