@@ -4696,8 +4696,8 @@ class AsyncResult(Enqueued, Generic[V]):
                 if pause <= 0:
                     raise self._late(state, seconds)
                 if own is None and not allow_wait:
-                    own = OwnWait.of(self._app, self.id, math.inf if deadline is None
-                                     else deadline - time.monotonic())
+                    own = OwnWait.of(
+                        self._app, self.id, deadline - time.monotonic())
                 if own is not None:
                     own.look()
                 time.sleep(pause)
