@@ -31365,6 +31365,7 @@ _THREADS = 8                # that call delay() at the same time
 _CLAIM_BATCH = 100          # rows in one transaction of the raw claim + ack
 _LATENCY_CALLS = 150
 _CHILDREN = 2               # … of the rows about waiting tasks
+_STOP_SECONDS = 30.0        # that a worker has to end
 _APP_SOURCE = '''
 import sys
 sys.path += [path for path in {path!r} if path not in sys.path]
@@ -31533,7 +31534,10 @@ class _Place:
 
     def end(self, worker):
         """Wait for the end of a worker; the same."""
-        if worker.wait() != 0:
+        while not worker.wait(ALIVE_SECONDS):
+            pass
+        worker.close()
+        if worker.exit.code != 0:
             raise PyBgWorkerError("bench: the worker failed")
         with open(os.path.join(self.folder, "log.jsonl"), encoding="ascii") as log:
             *_, last = log
@@ -31541,21 +31545,12 @@ class _Place:
         return stopped["cpu"], stopped["children_cpu"]
 
     def worker(self, *flags):
-        """Start a worker; its log goes to a file."""
-        import subprocess
-
-        code = (
-            f"import sys; sys.path[:] = [{self.folder!r}, *{sys.path!r}]; "
-            f"from {__name__} import main; "
-            f"sys.exit(main(['run', '--app', 'bench_app:app', *{flags!r}]))"
-        )
-        environ = {
-            k: v for k, v in os.environ.items() if not k.startswith("PYBGWORKER_")
-        }
+        """Start a worker, which ends with this program; its log goes to a file."""
+        unset = {name: "" for name in os.environ if name.startswith("PYBGWORKER_")}
         with open(os.path.join(self.folder, "log.jsonl"), "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", code], cwd=self.folder, env=environ, stdout=log,
-            )
+            return Tethered(
+                ["run", "--app", "bench_app:app", *flags], _STOP_SECONDS, self.folder,
+                [self.folder, *sys.path], unset, outputs=(log.fileno(), 2))
 
     def remove(self):
         import shutil
@@ -31698,7 +31693,7 @@ def _measure_latency(place, disk):
             picked.append(max(0.0, first_line - start))
             time.sleep(0.005)
     finally:
-        worker.terminate()
+        worker.hang_up()
         computed, _ = place.end(worker)
     each = max(0.0, computed - idle) / (_LATENCY_CALLS + 10)
     return {"pick_up_seconds": _spread(picked, disk, 1),

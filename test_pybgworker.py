@@ -31393,6 +31393,22 @@ class Bench(Case):
         self.assertIn("The -wal of ours: ", text)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), [])
 
+    def test_its_worker_ends_with_it_however_it_ends(self):
+        code = ("import time, pybgworker\n"
+                "worker = pybgworker._Place(None, 1, 0).worker()\n"
+                "while not worker.is_ready: worker.wait(1)\n"
+                "print(worker.process.pid, flush=True)\ntime.sleep(1000)")
+        bench = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=self.folder, text=True,
+            env=clean_environment(TMPDIR=str(self.folder)), stdout=subprocess.PIPE)
+        self.addCleanup(bench.stdout.close)
+        self.addCleanup(bench.wait)
+        self.addCleanup(bench.kill)
+        worker = int(bench.stdout.readline())
+        self.assertTrue(is_alive(worker))
+        bench.kill()
+        until(lambda: not is_alive(worker), 60)
+
 
 # == Old import paths =========================================================
 
