@@ -23289,32 +23289,22 @@ class _Sent(NamedTuple):
     """A task that stands for one of workers."""
 
     until: float            # monotonic
-    task: Task
-    is_known: bool          # a live worker has told its options
+    tasks: Sequence[Task]   # by what each live worker has told, the newest first
+    is_known: bool          # the newest has told its options
     store: Store            # that of those workers: testing() has another
 
 
 class _Announced(Shape):
-    """Which calls a task of workers takes: of several that differ, what any does."""
+    """Which calls a task of a worker takes, as far as it has said."""
 
-    def __init__(self, known: Sequence[KnownTask]):
+    def __init__(self, name: str, told: dict):
         super().__init__(len)                   # of which nothing is known
-        self.calls = [Parameters.read((task.options or {}).get("call"))
-                      for task in known]
-        self._name = known[0].name.rpartition(".")[2] if known else ""
+        self._name = name.rpartition(".")[2]
+        self._takes = Parameters.read(told.get("call"))
 
     def check(self, args: Sequence, kwargs: dict) -> None:
-        refusal = None
-        for call in self.calls:
-            if call is None:
-                return
-            try:
-                call.check(self._name, args, kwargs)
-                return
-            except CallError as exc:
-                refusal = exc
-        if refusal is not None:
-            raise refusal
+        if self._takes is not None:
+            self._takes.check(self._name, args, kwargs)
 
 
 def sent(app: App, name: str, args: Sequence, kwargs: dict | None,
@@ -23324,17 +23314,28 @@ def sent(app: App, name: str, args: Sequence, kwargs: dict | None,
     name, task = checked("name", parse_name, name), app.registered.get(name)
     if task is None:
         conn = None if app.settings.immediate else options.get("conn")
-        task = _found(app, name, conn).task
         try:
-            task.shape.check(args, kwargs or {})
+            task = _fitting(_found(app, name, conn).tasks, args, kwargs or {})
         except CallError:                       # a worker may be new
-            task = _found_anew(app, name, conn).task
+            task = _fitting(_found_anew(app, name, conn).tasks, args, kwargs or {})
     return task.apply_async(args, kwargs, **options)
+
+
+def _fitting(tasks, args, kwargs):
+    """The newest that takes this call: of versions side by side each has its own."""
+    refusals = []
+    for task in tasks:
+        try:
+            task.shape.check(args, kwargs)
+            return task
+        except CallError as exc:
+            refusals.append(exc)
+    raise refusals[0]
 
 
 def task_to_send(app: App, name: str) -> Task:
     """The task of this name, or what stands for it here."""
-    return app.registered.get(name) or _found_anew(app, name).task
+    return app.registered.get(name) or _found_anew(app, name).tasks[0]
 
 
 def is_announced(app: App, name: str) -> bool:
@@ -23370,15 +23371,25 @@ def _look(app, name, conn):
             live = {row.id for row in live_workers(
                 store, store.now(), app.settings.worker_timeout)}
             known = [task for task in known if task.worker in live]
-    told = known[-1].options if known else None
+    told: list = []
+    for task in reversed(known):        # the newest first; most are the same
+        if task.options not in told:
+            told.append(task.options)
+    tasks = [_standing_for(app, name, options) for options in told or [None]]
+    is_known = tasks[0][1]
+    return _Sent(time.monotonic() + (_FRESH if is_known else _FRESH_UNKNOWN),
+                 [task for task, _ in tasks], is_known, app.store)
+
+
+def _standing_for(app, name, told):
+    """(a task with these options, they could be read)."""
     options = {key: value for key, value in (told or {}).items() if key in TASK_OPTIONS}
     try:
         task: Task = Task(app, do_nothing, name, options)
     except OptionError:                 # edited by hand, or of a newer version
         task, told = Task(app, do_nothing, name, {}), None
-    task.shape = _Announced(known)
-    fresh = _FRESH if told else _FRESH_UNKNOWN
-    return _Sent(time.monotonic() + fresh, task, told is not None, app.store)
+    task.shape = _Announced(name, told or {})
+    return task, told is not None
 
 
 def options_to_send(app: App, name: str) -> dict:
@@ -23605,6 +23616,9 @@ def _confirm(args, question):
          flag("--countdown", metavar="S", type=typed(parse_grace),
               help="when it is due: seconds from now, or 90s, 15m, 12h, 7d "
               "(default: at once)"),
+         flag("--expires", metavar="T", type=typed(parse_grace),
+              help="cancelled if it has not begun in this time: 90s, 15m, 12h "
+              "(default: the task's own)"),
          flag("--key", metavar="K",
               help="at most one unfinished task has this key (default: none)"),
          flag("--priority", metavar="P", type=typed(_whole_number),
@@ -23616,7 +23630,8 @@ def _enqueue(args, app):
         app.override(db=args.db)
         _check_task(app, args)
     values, kwargs = _call_of(args.arguments)
-    given = {k: getattr(args, k) for k in ("queue", "countdown", "key", "priority")}
+    given = {k: getattr(args, k)
+             for k in ("queue", "countdown", "expires", "key", "priority")}
     options = {k: v for k, v in given.items() if v is not None}
     is_new = not os.path.exists(app.store.path)
     if args.name not in app.registered:

@@ -63,7 +63,8 @@ sys.path.insert(0, str(HERE))
 
 # A shell starts what it puts in the background with the keys that end it ignored, and
 # each program that a test starts would inherit that.
-for key, end in ("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL):
+for key, end in (("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL),
+                 ("SIGHUP", signal.SIG_DFL)):           # nohup ignores it
     if hasattr(signal, key) and signal.getsignal(
             getattr(signal, key)) is signal.SIG_IGN:
         signal.signal(getattr(signal, key), end)
@@ -19350,9 +19351,10 @@ class CommandLine(Served):
         self.assertIn("add() missing 1 required positional argument: 'b'",
                       self.refused("enqueue", "tasks.add", "1"))
         self.ok("enqueue", "tasks.add", "1", "2", "--queue", "q", "--key", "k",
-                "--countdown", "60")
-        row = json.loads(self.ok("list", "--json", "--queue", "q"))[0]
-        self.assertEqual((row["key"], row["status"]), ("k", "scheduled"))
+                "--countdown", "60", "--expires", "5m")
+        row = self.store.tasks(queue="q")[0]
+        self.assertEqual((row.key, row.status), ("k", "scheduled"))
+        self.assertEqual(row.expires_at, row.created_at + 300_000)
 
     def test_enqueue_without_an_app_goes_by_the_newest_of_the_name(self):
         self.assertIn("1 to 200 characters", self.refused("enqueue", "\udcff"))
@@ -22591,10 +22593,11 @@ class Sending(Case):
         self.row(1, kwargs={"amount": 2})
 
     def test_of_workers_that_differ_only_what_all_refuse_is_refused(self):
-        """As while a new version is rolled out; the options are those of the newest."""
+        """As while a new version is rolled out; the options are of the newest that fits.
+        """
         self.announce(lambda a: None, queue="old")
         self.announce(lambda a, b: None, queue="new")
-        self.assertEqual([self.row(1).queue, self.row(1, 2).queue], ["new", "new"])
+        self.assertEqual([self.row(1).queue, self.row(1, 2).queue], ["old", "new"])
         self.assertRaises(pybgworker.CallError, self.row, 1, 2, 3)
         self.announce(print, told=False)
         self.row(1, 2, 3)               # who has not said may take it
